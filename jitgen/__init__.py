@@ -1,0 +1,1 @@
+"""jitgen: attention variants in Python, compiled just in time."""
