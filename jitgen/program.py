@@ -1,0 +1,77 @@
+"""What tracing a variant yields: one canonical expression per hook, and the captures they read."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+from jitgen.ir import Expr, _attr_bytes, serialize, walk
+
+# Element types a captured tensor may have, and the IR type an element is widened to when it is read.
+ELEMENT_TO_IR = {
+    "bool": "bool", "uint8": "i32", "int8": "i32", "int16": "i32", "int32": "i32", "int64": "i64",
+    "float16": "f32", "bfloat16": "f32", "float32": "f32", "float64": "f32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Signature of one captured value. Values, sizes and addresses are launch arguments and not part of it."""
+
+    kind: str  # 'scalar' or 'tensor'
+    dtype: str  # scalar: IR type; tensor: element type, a key of ELEMENT_TO_IR
+    rank: int = 0
+    layout: str = ""  # one letter a dimension: c (stride 1), 0 (stride 0), s (any other stride)
+    is_sorted: bool = False  # declared by jitgen.sorted: ascending along its only dimension
+    name: str = field(default="", compare=False)  # the user's name, for generated text and messages only
+
+    def signature(self) -> tuple[object, ...]:
+        return (self.kind, self.dtype, self.rank, self.layout, self.is_sorted)
+
+
+@dataclass(frozen=True)
+class NormProgram:
+    """A softmax replacement (jitgen.OnlineNorm): see variants section of the README.
+
+    ``weight``, ``rescale`` and ``next_state`` read ``score``, ``kv_idx``, row reductions and ``state`` leaves;
+    ``finalize`` reads ``o``, ``d`` and ``state``; ``lse`` reads ``state``.
+    """
+
+    state_names: tuple[str, ...]
+    state_init: tuple[float, ...]
+    weight: Expr
+    rescale: Expr
+    next_state: tuple[Expr, ...]
+    finalize: Expr
+    lse: Expr | None
+    order: str  # 'any', 'forward' or 'reverse'
+
+    def roots(self) -> tuple[Expr | None, ...]:
+        return (self.weight, self.rescale, *self.next_state, self.finalize, self.lse)
+
+
+@dataclass(frozen=True)
+class Program:
+    """The hooks of one variant as expressions. Absent hooks are None."""
+
+    score: Expr | None = None
+    mask: Expr | None = None
+    sink: Expr | None = None
+    norm: NormProgram | None = None
+    output: Expr | None = None
+    lse: Expr | None = None
+    slots: tuple[Slot, ...] = ()
+
+    def roots(self) -> tuple[Expr | None, ...]:
+        return (self.score, self.mask, self.sink, self.output, self.lse, *(self.norm.roots() if self.norm else ()))
+
+    def used_slots(self) -> frozenset[int]:
+        return frozenset(int(n.attr) for n in walk(*self.roots()) if n.op in ("scalar", "load"))
+
+    @property
+    def id(self) -> str:
+        """Content digest: the same for every way of writing the same variant, in every process."""
+        head: tuple[object, ...] = tuple(s.signature() for s in self.slots)
+        if self.norm is not None:
+            head += (self.norm.state_names, self.norm.state_init, self.norm.order)
+        return hashlib.sha256(_attr_bytes(head) + serialize(self.roots())).hexdigest()[:32]
