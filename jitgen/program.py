@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from jitgen.ir import Expr, _attr_bytes, serialize, walk
 
@@ -50,9 +51,9 @@ class NormProgram:
         return (self.weight, self.rescale, *self.next_state, self.finalize, self.lse)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
-    """The hooks of one variant as expressions. Absent hooks are None."""
+    """The hooks of one variant as expressions. Absent hooks are None. Compared by identity; ``id`` is the content."""
 
     score: Expr | None = None
     mask: Expr | None = None
@@ -68,10 +69,30 @@ class Program:
     def used_slots(self) -> frozenset[int]:
         return frozenset(int(n.attr) for n in walk(*self.roots()) if n.op in ("scalar", "load"))
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Content digest: the same for every way of writing the same variant, in every process."""
         head: tuple[object, ...] = tuple(s.signature() for s in self.slots)
         if self.norm is not None:
             head += (self.norm.state_names, self.norm.state_init, self.norm.order)
         return hashlib.sha256(_attr_bytes(head) + serialize(self.roots())).hexdigest()[:32]
+
+
+def uses_index(program: Program, name: str) -> bool:
+    """Whether any hook reads the index ``name``."""
+    return any(n.op == "index" and n.attr == name for n in walk(*program.roots()))
+
+
+def direct_indices(program: Program) -> tuple[tuple[int, int, str], ...]:
+    """(slot, dimension, index) for every tensor dimension read at exactly b, h, kv_h, q_idx or kv_idx.
+
+    Generated code does not clamp these, so the host checks that the tensor is large enough. Any
+    other index is clamped in the kernel.
+    """
+    found: dict[tuple[int, int, str], None] = {}
+    for node in walk(*program.roots()):
+        if node.op == "load":
+            for dim, index in enumerate(node.args):
+                if index.op == "index" and index.attr in ("b", "h", "kv_h", "q_idx", "kv_idx"):
+                    found[(int(str(node.attr)), dim, str(index.attr))] = None
+    return tuple(found)

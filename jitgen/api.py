@@ -1,0 +1,286 @@
+"""jitgen.attention: validate, find the kernel, launch. The life of a call, from the outside in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from jitgen import runtime
+from jitgen.checks import check_grad, check_tensors, dtype_name
+from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
+from jitgen.families import choose_spec, padded_head_dims
+from jitgen.program import Program, direct_indices, uses_index
+
+if TYPE_CHECKING:
+    from jitgen.variant import Variant
+
+MAX_PREPARED_CALLS = 4096  # shapes remembered; decode meets a new length at every step, so the table must not grow forever
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    variant: Variant | None = None,
+    *,
+    score_mod: object = None,
+    mask_mod: object = None,
+    sink: object = None,
+    scale: float | None = None,
+    q_index: str | None = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+    family: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention with a variant, over a dense batch.
+
+    The last ``q_len`` positions of each sequence are the queries: row i has ``q_idx = kv_len - q_len + i``, so
+    ``kv_idx <= q_idx`` is causal for prefill and for decode alike. ``q_index="local"`` counts rows from 0 instead.
+
+    Shapes:  q [batch, num_q_heads, q_len, head_dim]; k [batch, num_kv_heads, kv_len, head_dim];
+             v [batch, num_kv_heads, kv_len, head_dim_v]; returns [batch, num_q_heads, q_len, head_dim_v] in q's dtype and,
+             with return_lse, also the logsumexp [batch, num_q_heads, q_len] in float32. Any strides.
+    Units:   scale multiplies q . k before score_mod, default 1/sqrt(head_dim); logsumexp is a natural logarithm.
+    Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, GradNotSupported; UnsupportedVariant when a hook cannot be
+             expressed; CompileError, ToolchainMissing on the first use of a variant.
+    Cost:    compiles once per variant, head dim and dtype; later calls launch one kernel.
+    Source:  online softmax (Milakov & Gimelshein 2018), tiled as in FlashAttention (Dao et al. 2022).
+    """
+    program, values, variant_q_index = resolve_hooks(variant, score_mod, mask_mod, sink)
+    check_grad(q, k, v)
+    local = (q_index or variant_q_index or "absolute") == "local" if q_index in (None, "local", "absolute") else None
+    if local is None:
+        raise VariantError(f"q_index={q_index!r} is not a convention. Use 'local' or 'absolute'.")
+    result, lse = run(program, values, q, k, v, scale=scale, local=local, want_lse=return_lse, out=out, family=family)
+    return (result, lse) if return_lse else result
+
+
+def resolve_hooks(
+    variant: Variant | None, score_mod: object, mask_mod: object, sink: object
+) -> tuple[Program, list[object], str | None]:
+    """Program, current captured values and q_index convention of a Variant or of raw hooks."""
+    from jitgen.variant import Variant, resolve
+
+    if variant is None:
+        program, values = resolve(score_mod, mask_mod, sink)
+        return program, values, None
+    if score_mod is not None or mask_mod is not None or sink is not None:
+        raise VariantError("variant and separate hooks were both given. Put score_mod, mask_mod and sink into the Variant.")
+    variant = Variant.of(variant)
+    traced = variant.trace()
+    return traced.program, traced.values(), variant.q_index
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedCall:
+    """Everything about a call that depends on shapes, strides and dtypes only."""
+
+    program: Program  # keeps id(program) in the table's key valid
+    kernel: runtime.CompiledKernel
+    ints: tuple[int | float, ...]  # the fields of struct Args from `batch` to the strides
+    o_shape: tuple[int, ...]
+    o_stride: tuple[int, ...]
+    capture_sizes: tuple[tuple[int, int, int, str], ...]  # slot, dimension, least size, the index it is read with
+    cuda_index: int | None
+
+
+_prepared: dict[tuple[object, ...], PreparedCall] = {}
+
+
+def run(
+    program: Program,
+    values: list[object],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    local: bool = False,
+    want_lse: bool = False,
+    out: torch.Tensor | None = None,
+    family: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Launch ``program`` on validated or remembered inputs; returns (out, lse or None)."""
+    key = (id(program), q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+           q.device, k.device, v.device, scale, local, family)  # fmt: skip
+    call = _prepared.get(key)
+    if call is None:
+        check_tensors(q, k, v)
+        if needs_adapting(q, k, v):
+            return run_adapted(program, values, q, k, v, scale, local, want_lse, out, family)
+        call = prepare(program, q, k, v, scale, local, family)
+        if len(_prepared) >= MAX_PREPARED_CALLS:
+            _prepared.clear()
+        _prepared[key] = call
+    if call.cuda_index is not None and (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+        q, k, v = (t.clone() if t.data_ptr() & 15 else t for t in (q, k, v))
+        return run(program, values, q, k, v, scale=scale, local=local, want_lse=want_lse, out=out, family=family)
+    if out is None:
+        out = torch.empty_strided(call.o_shape, call.o_stride, dtype=q.dtype, device=q.device)
+        ints = call.ints
+    else:
+        check_out(out, call.o_shape, q)
+        ints = call.ints[:-4] + tuple(out.stride())
+    lse = torch.empty(call.o_shape[:3], dtype=torch.float32, device=q.device) if want_lse else None
+    if out.numel() == 0:
+        return out, lse
+    if program.slots:
+        check_captures(program, values, call, q.device)
+    launch(call, program, values, q, k, v, out, lse, ints)
+    return out, lse
+
+
+def launch(
+    call: PreparedCall,
+    program: Program,
+    values: list[object],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    ints: tuple[int | float, ...],
+) -> None:
+    """Pack the arguments and start the kernel on the current stream."""
+    cuda_index, kernel = call.cuda_index, call.kernel
+    words = runtime.capture_words(program, values) if program.slots else ()
+    lse_ptr = 0 if lse is None else lse.data_ptr()
+    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_ptr, 0)
+    if cuda_index is None:
+        code = kernel.launch(kernel.pack(*pointers, 0, torch.get_num_threads(), *ints, *words))
+    else:
+        packed = kernel.pack(*pointers, torch._C._cuda_getCurrentRawStream(cuda_index), 0, *ints, *words)
+        if cuda_index == torch._C._cuda_getDevice():
+            code = kernel.launch(packed)
+        else:
+            with torch.cuda.device(cuda_index):
+                code = kernel.launch(packed)
+    if code:
+        kernel.raise_error(code)
+
+
+def prepare(
+    program: Program, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, local: bool, family: str | None
+) -> PreparedCall:
+    """Choose and load the kernel, and everything else that stays the same for these shapes."""
+    batch, num_q_heads, q_len, head_dim = q.shape
+    num_kv_heads, kv_len, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
+    q_offset = 0 if local else kv_len - q_len
+    if q_offset < 0 and uses_index(program, "q_idx"):
+        raise ShapeMismatch(
+            f"q_len {q_len} is larger than kv_len {kv_len}, and the variant reads q_idx, which counts from kv_len - q_len. "
+            "Pass q_index='local' to count query rows from 0."
+        )
+    spec = choose_spec(program, dtype_name(q.dtype), head_dim, head_dim_v, q.device, family)
+    o_shape = (batch, num_q_heads, q_len, head_dim_v)
+    o_stride = stride_like(q, o_shape)
+    k_stride, v_stride = expanded_stride(k, batch), expanded_stride(v, batch)
+    sizes = {"b": batch, "h": num_q_heads, "kv_h": num_kv_heads, "q_idx": q_len + max(q_offset, 0), "kv_idx": kv_len}
+    return PreparedCall(
+        program=program,
+        kernel=runtime.get_kernel(spec),
+        ints=(batch, num_q_heads, num_kv_heads, q_len, kv_len, q_offset,
+              1.0 / math.sqrt(head_dim) if scale is None else float(scale), *q.stride(), *k_stride, *v_stride, *o_stride),
+        o_shape=o_shape,
+        o_stride=o_stride,
+        capture_sizes=tuple((slot, dim, sizes[name], name) for slot, dim, name in direct_indices(program)),
+        cuda_index=q.device.index if q.device.type == "cuda" else None,
+    )  # fmt: skip
+
+
+def expanded_stride(t: torch.Tensor, batch: int) -> tuple[int, ...]:
+    """Strides of k or v, with 0 along a batch axis of 1 that serves the whole batch."""
+    stride = t.stride()
+    return (0, *stride[1:]) if t.shape[0] == 1 and batch != 1 else stride
+
+
+def stride_like(q: torch.Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Dense strides for the output: heads inside positions when q is laid out so, else contiguous."""
+    batch, heads, length, dim = shape
+    if q.stride(1) < q.stride(2) and heads > 1:
+        return (length * heads * dim, dim, heads * dim, 1)
+    return (heads * length * dim, length * dim, dim, 1)
+
+
+def needs_adapting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether a CUDA kernel cannot read these as they are: rows not contiguous or not in 16-byte steps, or an odd head dim."""
+    if q.device.type != "cuda":
+        return False
+    if padded_head_dims(q.shape[3], v.shape[3]) != (q.shape[3], v.shape[3]):
+        return True
+    return any(not is_row_aligned(t) for t in (q, k, v))
+
+
+def is_row_aligned(t: torch.Tensor) -> bool:
+    """16-byte rows: unit stride along head_dim, every other stride a multiple of 8 elements."""
+    return t.stride(3) == 1 and all(t.stride(i) % 8 == 0 for i in range(3) if t.shape[i] > 1)
+
+
+def run_adapted(
+    program: Program,
+    values: list[object],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None,
+    local: bool,
+    want_lse: bool,
+    out: torch.Tensor | None,
+    family: str | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run on copies the kernel can read; zero columns beyond head_dim change no logit and are cut off the output."""
+    head_dim, head_dim_v = padded_head_dims(q.shape[3], v.shape[3])
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[3])
+    if program.output is not None and head_dim_v != v.shape[3]:
+        raise ShapeMismatch(
+            f"v has head_dim {v.shape[3]}, and this variant has an output_transform, which needs head_dim_v to be one of "
+            "64, 96, 128, 192, 256 on cuda. Pad v yourself, or apply the transform outside."
+        )
+    copies = [
+        pad_columns(t, width) if t.shape[3] != width else t if is_row_aligned(t) else t.contiguous()
+        for t, width in ((q, head_dim), (k, head_dim), (v, head_dim_v))
+    ]
+    result, lse = run(program, values, *copies, scale=scale, local=local, want_lse=want_lse, family=family)
+    result = result[..., : v.shape[3]]
+    if out is not None:
+        check_out(out, tuple(result.shape), q)
+        result = out.copy_(result)
+    return result, lse
+
+
+def pad_columns(t: torch.Tensor, width: int) -> torch.Tensor:
+    """Copy with zero columns appended up to ``width``."""
+    return torch.nn.functional.pad(t, (0, width - t.shape[3])).contiguous()
+
+
+def check_out(out: torch.Tensor, shape: tuple[int, ...], q: torch.Tensor) -> None:
+    """``out=`` must be what the call would have allocated, up to strides."""
+    if tuple(out.shape) != shape:
+        raise ShapeMismatch(f"out has shape {tuple(out.shape)}, expected {shape}.")
+    if out.dtype != q.dtype:
+        raise UnsupportedDtype(f"out has dtype {dtype_name(out.dtype)}, q has {dtype_name(q.dtype)}. Both must match.")
+    if out.device != q.device:
+        raise UnsupportedDevice(f"out is on {out.device}, q is on {q.device}. Both must be on one device.")
+    if out.numel() and (out.stride(3) != 1 or (q.device.type == "cuda" and not is_row_aligned(out))):
+        raise ShapeMismatch(f"out has strides {tuple(out.stride())}, expected unit stride along head_dim (axis 3).")
+
+
+def check_captures(program: Program, values: list[object], call: PreparedCall, device: torch.device) -> None:
+    """Captured tensors are on the inputs' device and large enough for the positions they are indexed with."""
+    for slot, value in zip(program.slots, values, strict=True):
+        if slot.kind == "tensor" and value.device != device:  # type: ignore[attr-defined]
+            raise UnsupportedDevice(
+                f"captured tensor '{slot.name}' is on {value.device}, q is on {device}. "  # type: ignore[attr-defined]
+                f"Move it with {slot.name}.to(q.device) before building the variant."
+            )
+    for i, dim, least, index in call.capture_sizes:
+        size = values[i].shape[dim]  # type: ignore[attr-defined]
+        if size < least:
+            raise ShapeMismatch(
+                f"captured tensor '{program.slots[i].name}' has size {size} along axis {dim}, which {index} indexes up to "
+                f"{least - 1}. Give it at least {least} entries there, or clamp the index."
+            )

@@ -1,0 +1,89 @@
+"""Validation of the inputs of attention: every error names the tensor, the size, what was expected and the remedy.
+
+Runs once per combination of shapes, strides and dtypes; the result is remembered by the caller.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM
+
+AXES = ("batch", "heads", "length", "head_dim")
+
+
+def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """q [batch, num_q_heads, q_len, head_dim], k and v [batch, num_kv_heads, kv_len, head_dim(_v)]."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name} is a {type(t).__name__}, expected a torch.Tensor.")
+        if t.dim() != 4:
+            raise ShapeMismatch(
+                f"{name} has {t.dim()} dimensions (shape {tuple(t.shape)}), expected 4: [batch, heads, length, head_dim]. "
+                "Add the missing axis with unsqueeze."
+            )
+    check_devices(q, k, v)
+    check_dtypes(q, k, v)
+    check_sizes(q, k, v)
+
+
+def check_devices(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """All on one device, and of a kind that has kernels."""
+    if q.device.type not in ("cpu", "cuda"):
+        raise UnsupportedDevice(f"q is on {q.device}, expected a cpu or cuda tensor. Move the inputs with .to('cpu') or .to('cuda').")
+    for name, t in (("k", k), ("v", v)):
+        if t.device != q.device:
+            raise UnsupportedDevice(f"{name} is on {t.device}, q is on {q.device}. All must be on one device: {name}.to(q.device).")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.layout != torch.strided:
+            raise UnsupportedDevice(f"{name} has layout {t.layout}, expected torch.strided. Convert it with .to_dense().")
+
+
+def check_dtypes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """One dtype for q, k and v, and one the target computes in."""
+    allowed = CPU_DTYPES if q.device.type == "cpu" else CUDA_DTYPES
+    name = dtype_name(q.dtype)
+    if name not in allowed:
+        raise UnsupportedDtype(
+            f"q has dtype {name}, expected {' or '.join(allowed)} on {q.device.type}. Convert with .to(torch.{allowed[-2]})."
+        )
+    for other, t in (("k", k), ("v", v)):
+        if t.dtype != q.dtype:
+            raise UnsupportedDtype(f"{other} has dtype {dtype_name(t.dtype)}, q has {name}. Both must match: {other}.to(q.dtype).")
+
+
+def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Batch, heads, lengths and head dims fit together."""
+    for axis, what in ((0, "batch"), (1, "num_kv_heads"), (2, "kv_len")):
+        if k.shape[axis] != v.shape[axis]:
+            raise ShapeMismatch(f"v has {what} {v.shape[axis]}, k has {k.shape[axis]} (axis {axis}). Both must match.")
+    if k.shape[0] != q.shape[0] and k.shape[0] != 1:
+        raise ShapeMismatch(f"k has batch {k.shape[0]}, q has {q.shape[0]} (axis 0). Both must match, or k and v have batch 1.")
+    if k.shape[3] != q.shape[3]:
+        raise ShapeMismatch(f"k has head_dim {k.shape[3]}, q has {q.shape[3]} (axis 3). Both must match.")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ShapeMismatch(
+            f"q has {q.shape[1]} heads, k and v have {k.shape[1]} (axis 1). The number of query heads must be a multiple of the "
+            "number of key/value heads."
+        )
+    for name, size in (("q and k have head_dim", q.shape[3]), ("v has head_dim", v.shape[3])):
+        if size % 8 or not 8 <= size <= MAX_CPU_HEAD_DIM:
+            raise ShapeMismatch(
+                f"{name} {size} (axis 3), expected a multiple of 8 from 8 to {MAX_CPU_HEAD_DIM}. "
+                f"Pad it with zeros: torch.nn.functional.pad(x, (0, {-size % 8})), which changes no logit if scale is given."
+            )
+
+
+def check_grad(*tensors: torch.Tensor) -> None:
+    """Refuse inputs whose gradient somebody will ask for."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise GradNotSupported(
+            "an input requires grad, and jitgen computes no gradients. Call under torch.no_grad() or torch.inference_mode(), "
+            "or detach the inputs; train with torch.nn.attention.flex_attention, which takes the same score_mod and mask_mod."
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """'float32' for torch.float32."""
+    return str(dtype).removeprefix("torch.")

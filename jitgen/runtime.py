@@ -1,0 +1,102 @@
+"""From a KernelSpec to something that can be called: module look-up, loading, argument packing, launching."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from pathlib import Path
+
+from jitgen.abi import DENSE_ARGS, ArgField, pack_format
+from jitgen.errors import LaunchError
+from jitgen.program import Program
+from jitgen.spec import KernelSpec
+
+
+class CompiledKernel:
+    """A loaded module and the packer of its arguments.
+
+    ``launch(bytes)`` starts the kernel and returns its error code. ctypes releases the interpreter lock meanwhile, so a CPU
+    kernel does not stop other Python threads.
+    """
+
+    __slots__ = ("launch", "pack", "path", "spec", "_library")
+
+    def __init__(self, path: Path, spec: KernelSpec, fields: tuple[ArgField, ...]) -> None:
+        self.path, self.spec = path, spec
+        self._library = ctypes.CDLL(str(path))
+        self.launch = self._library.jitgen_launch
+        self.launch.argtypes = [ctypes.c_char_p]
+        self.launch.restype = ctypes.c_int
+        self.pack = struct.Struct(pack_format(fields)).pack
+
+    def raise_error(self, code: int) -> None:
+        """Turn a non-zero code of ``launch`` into an exception."""
+        describe = self._library.jitgen_error_string
+        describe.argtypes, describe.restype = [ctypes.c_int], ctypes.c_char_p
+        text = (describe(code) or b"unknown error").decode(errors="replace")
+        raise LaunchError(f"{self.spec.label} failed with code {code}: {text} ({self.path}).")
+
+
+_kernels: dict[tuple[str, object], CompiledKernel] = {}
+_lock = threading.Lock()
+
+
+def get_kernel(spec: KernelSpec) -> CompiledKernel:
+    """The kernel of ``spec``: from memory, from a prebuilt layer or the user store, or compiled now.
+
+    Errors:  CompileError, ToolchainMissing, KernelNotPrebuilt, CacheError.
+    Cost:    memory: a dictionary look-up; store: a few milliseconds; compiling: seconds, once per spec and machine.
+    """
+    key = (spec.digest, spec.target)
+    kernel = _kernels.get(key)
+    if kernel is None:
+        path = module_path(spec)
+        with _lock:
+            kernel = _kernels.get(key)
+            if kernel is None:
+                kernel = _kernels[key] = CompiledKernel(path, spec, DENSE_ARGS + capture_fields(spec.program))
+    return kernel
+
+
+def module_path(spec: KernelSpec) -> Path:
+    """Path of the spec's shared library, which is built when no layer has it."""
+    from jitgen.cache import get_module
+
+    def make_source() -> object:
+        from jitgen.render import render_kernel  # Jinja is imported on a miss only: a disk hit must stay cheap
+
+        return render_kernel(spec)
+
+    return get_module(spec.digest, spec.family, spec.label, make_source, spec.target)
+
+
+def capture_fields(program: Program) -> tuple[ArgField, ...]:
+    """The part of ``struct Args`` that carries the captures, in slot order."""
+    fields: list[ArgField] = []
+    for i, slot in enumerate(program.slots):
+        if slot.kind == "scalar":
+            fields.append(ArgField("double", f"a{i}", format="d") if slot.dtype == "f32" else ArgField("int64_t", f"a{i}"))
+        else:
+            fields.append(ArgField("const void*", f"a{i}", format="P"))
+            fields += [ArgField("int64_t", f"a{i}_size{d}") for d in range(slot.rank)]
+            fields += [ArgField("int64_t", f"a{i}_stride{d}") for d in range(slot.rank)]
+    return tuple(fields)
+
+
+def capture_words(program: Program, values: list[object]) -> list[object]:
+    """Values for ``capture_fields``."""
+    words: list[object] = []
+    for slot, value in zip(program.slots, values, strict=True):
+        if slot.kind == "scalar":
+            words.append(value)
+        else:
+            words.append(value.data_ptr())  # type: ignore[attr-defined]
+            words.extend(value.shape)  # type: ignore[attr-defined]
+            words.extend(value.stride())  # type: ignore[attr-defined]
+    return words
+
+
+def loaded_kernels() -> list[CompiledKernel]:
+    """Kernels this process has loaded, oldest first."""
+    return list(_kernels.values())

@@ -1,0 +1,53 @@
+"""KernelSpec: the complete description of one kernel to generate, and the choice of family and tiles."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+from jitgen.errors import UnsupportedDtype, UnsupportedVariant, VariantError
+from jitgen.ir import _attr_bytes
+from jitgen.program import Program
+from jitgen.target import CompileTarget
+
+CPU_DTYPES = ("float32", "bfloat16", "float16")
+CUDA_DTYPES = ("bfloat16", "float16")
+MAX_CPU_HEAD_DIM = 512
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of Q and of K/V one step works on, and the warps and pipeline stages behind it (0 where it does not apply)."""
+
+    tile_q: int
+    tile_kv: int
+    num_warps: int = 0
+    num_stages: int = 0
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel. Equal specs are one module; lengths, batch sizes, head counts and captured values are not in here."""
+
+    family: str  # 'cpu', 'sm80' or 'sm90'
+    program: Program
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    tiles: Tiles
+    target: CompileTarget
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the spec under one generator. The names of captures are left out: renaming one changes the text of
+        the source and nothing it does, so the module built before is used."""
+        tiles = (self.tiles.tile_q, self.tiles.tile_kv, self.tiles.num_warps, self.tiles.num_stages)
+        shape = (self.family, self.program.id, self.dtype, self.head_dim, self.head_dim_v, tiles)
+        return hashlib.sha256(_attr_bytes(shape)).hexdigest()[:32]
+
+    @property
+    def label(self) -> str:
+        """Short description for progress lines and logs."""
+        dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
+        return f"attention {self.family} {self.dtype} hd{dims}"
