@@ -1,1 +1,24 @@
-"""Where compiled kernels are kept: key, store, publishing."""
+"""Where compiled kernels are kept: keys, entries, stores, building once.
+
+Needs nothing of the generator but a digest: sources come in as text, targets as plain values, the builder as a callable.
+"""
+
+from jitgen.cache.entry import Source
+from jitgen.cache.generator import generator_digest
+from jitgen.cache.key import digest, explain
+from jitgen.cache.lookup import Request, find_module, get_module
+from jitgen.cache.publish import Builder, Waiting
+from jitgen.cache.store import Store
+
+__all__ = [
+    "Builder",
+    "Request",
+    "Source",
+    "Store",
+    "Waiting",
+    "digest",
+    "explain",
+    "find_module",
+    "generator_digest",
+    "get_module",
+]

@@ -54,6 +54,10 @@ class CacheError(JitgenError, OSError):
     """The cache cannot be used as it is, and going on would be unsafe or wrong."""
 
 
+class CacheWarning(UserWarning):
+    """The cache got around a problem that the user may want to know of: a damaged entry, a store it cannot write."""
+
+
 class KernelNotPrebuilt(JitgenError, LookupError):
     """JITGEN_MODE=frozen, and neither a prebuilt layer nor the user store holds the kernel."""
 
@@ -88,6 +92,12 @@ class CompileError(JitgenError, RuntimeError):
         kept = f"\nfull log and source: {log.parent}" if log is not None else ""
         super().__init__(f"compiling {what} failed{':' if lines else '.'}{first}{kept}")
 
+    def moved(self, old: Path, new: Path) -> CompileError:
+        """The same error after its directory was renamed."""
+        log, source = (new / path.relative_to(old) if path else None for path in (self.log, self.source))
+        lines = tuple(line.replace(str(old), str(new)) for line in self.lines)
+        return CompileError(self.what, log=log, source=source, lines=lines)
+
 
 class TemplatesMissing(JitgenError, RuntimeError):
     """The kernel templates are neither in the installed package nor beside it."""
@@ -95,7 +105,9 @@ class TemplatesMissing(JitgenError, RuntimeError):
     def __init__(self, searched: tuple[Path, ...]) -> None:
         self.searched = searched
         places = ", ".join(str(path) for path in searched)
-        super().__init__(f"kernel_templates not found in {places}. Reinstall jitgen: pip install --force-reinstall jitgen")
+        super().__init__(
+            f"kernel_templates not found in {places}. Reinstall jitgen: pip install --force-reinstall jitgen"
+        )
 
 
 class LaunchError(JitgenError, RuntimeError):

@@ -1,0 +1,46 @@
+"""Facts about programs, remembered in the store so that a cache hit starts no process.
+
+A fact belongs to one state of one file: path, size and modification time. Losing a memo costs one run of the program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from jitgen import paths
+
+
+def remembered(question: str, program: Path, ask: Callable[[], str]) -> str:
+    """Return the answer to a question about a program; `ask` runs when the answer is not on record for this file."""
+    state = program.stat()
+    identity = f"{question}\0{program}\0{state.st_size}\0{state.st_mtime_ns}"
+    store = paths.cache_dir()
+    if store is None:
+        return ask()
+    memo = store / "programs" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    with suppress(OSError, UnicodeDecodeError):
+        answer = memo.read_text()
+        if answer.endswith("\n") and answer.strip():
+            return answer[:-1]
+    answer = ask()
+    with suppress(OSError):
+        _write(memo, answer + "\n")
+    return answer
+
+
+def _write(memo: Path, text: str) -> None:
+    paths.make_private_dir(memo.parent.parent)
+    paths.make_private_dir(memo.parent)
+    handle, name = tempfile.mkstemp(dir=memo.parent)
+    try:
+        with os.fdopen(handle, "w") as stream:
+            stream.write(text)
+        os.replace(name, memo)
+    except OSError:
+        os.unlink(name)
+        raise

@@ -1,0 +1,160 @@
+"""CompileTarget: the machine a kernel is compiled for, complete enough to be part of a key, free of paths."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+
+from jitgen import env, toolchain
+from jitgen.errors import EnvError, UnsupportedDevice
+
+COMMON_FLAGS = ("-O3", "-std=c++17")
+# NaN and infinity must keep their meaning: masked logits are -inf. So no -ffast-math, only what lets loops vectorise.
+CPU_FLAGS = ("-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+# --as-needed: the loader names libtorch and others, a generated module needs none of them. -s: no symbol table.
+LINK_FLAGS = ("-Wl,--as-needed", "-Wl,-s")
+
+# cpuinfo names of each level, in the order they are tried
+CPU_LEVELS = {
+    "avx512": ("avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "avx2": ("avx2", "fma", "f16c", "bmi2"),
+    "portable": (),
+}
+# cpuinfo name -> what a kernel gains from it on top of its level
+CPU_EXTRAS = {"avx512": ("avx512_bf16",), "avx2": (), "portable": ()}
+
+
+@dataclass(frozen=True)
+class CompileTarget:
+    """What a kernel is compiled for and by.
+
+    kind is 'cpu' or 'cuda'. arch is an instruction set such as 'x86_64+avx2+fma' or a CUDA architecture such as
+    '9.0a'. compiler names the compilers and their versions, and is empty when there is none on this machine.
+    """
+
+    kind: str
+    arch: str
+    flags: tuple[str, ...]
+    link_flags: tuple[str, ...]
+    host: str
+    compiler: str = ""
+    toolkit: str = ""
+
+    @property
+    def suffix(self) -> str:
+        """File suffix of a source for this target."""
+        return ".cu" if self.kind == "cuda" else ".cpp"
+
+    @property
+    def isa(self) -> str:
+        """Level of a CPU target: avx512, avx2 or portable."""
+        return next(level for level, names in CPU_LEVELS.items() if set(names) <= set(self.arch.split("+")[1:]))
+
+    @property
+    def sm(self) -> str:
+        """CUDA architecture as nvcc writes it: '90a' for '9.0a'."""
+        return self.arch.replace(".", "")
+
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        """Major and minor of a CUDA architecture, without its suffix."""
+        major, minor = re.fullmatch(r"(\d+)\.(\d)[af]?", self.arch).groups()
+        return int(major), int(minor)
+
+
+def detect_cpu() -> CompileTarget:
+    """The target of this machine's CPU; JITGEN_CPU_ISA may ask for less than it has.
+
+    Errors:  EnvError when JITGEN_CPU_ISA asks for instructions that the CPU lacks.
+    """
+    wanted = env.cpu_isa()
+    has = cpu_features()
+    if wanted == "auto":
+        wanted = next(level for level, names in CPU_LEVELS.items() if has.issuperset(names))
+    missing = [name for name in CPU_LEVELS[wanted] if name not in has]
+    if missing:
+        raise EnvError(f"JITGEN_CPU_ISA={wanted}, but this CPU has no {', '.join(missing)}. Use auto.")
+    return cpu_target(wanted, tuple(name for name in CPU_EXTRAS[wanted] if name in has))
+
+
+def cpu_target(isa: str, extras: tuple[str, ...] = ()) -> CompileTarget:
+    """The target of a CPU with a given instruction set, which need not be this machine's."""
+    names = CPU_LEVELS[isa] + extras
+    flags = [f"-m{name.replace('_', '')}" for name in names]
+    if isa == "avx512":
+        flags.append("-mprefer-vector-width=512")
+    cxx = toolchain.find_cxx()
+    return CompileTarget(
+        kind="cpu",
+        arch="+".join((os.uname().machine, *names)),
+        flags=(*COMMON_FLAGS, *CPU_FLAGS, *flags),
+        link_flags=LINK_FLAGS,
+        host=_host(),
+        compiler=cxx.version if cxx else "",
+    )
+
+
+@lru_cache(maxsize=1)
+def cpu_features() -> frozenset[str]:
+    """Names of the instruction sets of this CPU, as the kernel lists them.
+
+    Cost:    one read of a few kB; the rest of the file repeats it for each core, and producing that takes time.
+    """
+    try:
+        with open("/proc/cpuinfo", "rb", buffering=0) as stream:
+            text = stream.read(16384).decode(errors="replace")
+    except OSError:
+        return frozenset()
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(found.group(1).split()) if found else frozenset()
+
+
+def detect_cuda(device: object = None, *, accelerated: bool = False) -> CompileTarget:
+    """The target of a CUDA device; JITGEN_CUDA_ARCH overrides the device's architecture.
+
+    `accelerated` asks for the architecture-specific instructions (9.0 becomes 9.0a).
+    Errors:  UnsupportedDevice without a usable device or below 8.0.
+    """
+    arch = env.cuda_arch() or _device_arch(device)
+    if accelerated and arch[-1].isdigit() and int(arch.split(".")[0]) >= 9:
+        arch += "a"
+    return cuda_target(arch)
+
+
+def _device_arch(device: object) -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UnsupportedDevice(
+            "no CUDA device is usable here, so there is no architecture to compile for. "
+            "Set JITGEN_CUDA_ARCH (for example 9.0) to compile without a device, or see 'jitgen doctor'."
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        name = torch.cuda.get_device_name(device)
+        raise UnsupportedDevice(f"{name} has compute capability {major}.{minor}, kernels need at least 8.0.")
+    return f"{major}.{minor}"
+
+
+def cuda_target(arch: str) -> CompileTarget:
+    """The target of a CUDA architecture such as '8.0' or '9.0a'; needs no device."""
+    sm = arch.replace(".", "")
+    cxx = toolchain.find_cxx()
+    toolkit = toolchain.find_toolkit()
+    known = toolkit is not None and cxx is not None
+    return CompileTarget(
+        kind="cuda",
+        arch=arch,
+        flags=(*COMMON_FLAGS, f"-gencode=arch=compute_{sm},code=sm_{sm}", "-Xptxas=-v"),
+        link_flags=LINK_FLAGS,
+        host=_host(),
+        compiler=f"nvcc {toolkit.version}; {cxx.version}" if known else "",
+        toolkit=".".join(toolkit.version.split(".")[:2]) if toolkit else "",
+    )
+
+
+def _host() -> str:
+    return f"{sys.platform}-{os.uname().machine}"

@@ -1,0 +1,225 @@
+"""Finding what compiles: the C++ compiler, ninja, the CUDA toolkit; and what to install if one is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+from jitgen import env
+from jitgen.errors import ToolchainMissing
+from jitgen.memo import remembered
+
+# C++17 with the AVX-512 flags that target.py passes: GCC 10 is the first to know all of them
+MIN_GCC = 10
+MIN_CLANG = 12
+
+CXX_REMEDY = (
+    "Install one: 'apt install g++', 'dnf install gcc-c++' or 'conda install -c conda-forge gxx', "
+    "or name one in JITGEN_CXX"
+)
+TOOLKIT_REMEDY = (
+    "Install a CUDA toolkit: 'pip install jitgen[nvcc]', your system's cuda-toolkit package, or "
+    "'conda install -c nvidia cuda-nvcc cuda-cudart-static cuda-cudart-dev'; or set CUDA_HOME to the one you have"
+)
+
+
+@dataclass(frozen=True)
+class Cxx:
+    """A C++ compiler: the path to start it by, and the version line it prints about itself."""
+
+    path: Path
+    version: str
+
+    @property
+    def is_clang(self) -> bool:
+        return self.version.startswith("clang")
+
+    @property
+    def major(self) -> int:
+        numbers = re.findall(r"(\d+)\.\d+", re.sub(r"\(.*?\)", "", self.version))
+        return int(numbers[0]) if numbers else 0
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit that holds all that a build needs."""
+
+    root: Path
+    nvcc: Path
+    include: Path
+    lib: Path
+    version: str  # like 13.0.88
+
+
+def find_cxx() -> Cxx | None:
+    """The C++ compiler: JITGEN_CXX, else g++, c++ or clang++ on PATH; None when there is none."""
+    return _find_cxx(env.cxx(), os.environ.get("PATH", ""))
+
+
+def require_cxx() -> Cxx:
+    """Like find_cxx, but a missing or too old compiler is a ToolchainMissing."""
+    found = find_cxx()
+    if found is None:
+        named = env.cxx()
+        what = f"JITGEN_CXX={named} is not a program on this machine" if named else "no C++ compiler on PATH"
+        raise ToolchainMissing(what, CXX_REMEDY + ".")
+    least = MIN_CLANG if found.is_clang else MIN_GCC
+    if found.major < least:
+        raise ToolchainMissing(f"{found.path} is {found.version}, at least version {least} is needed", CXX_REMEDY + ".")
+    return found
+
+
+@lru_cache(maxsize=8)
+def _find_cxx(named: str | None, search_path: str) -> Cxx | None:
+    for name in (named,) if named else ("g++", "c++", "clang++"):
+        found = shutil.which(name, path=search_path)
+        if found is not None:
+            program = Path(os.path.realpath(found))
+            return Cxx(Path(found), remembered("c++ version", program, partial(_ask_cxx, found)))
+    return None
+
+
+def _ask_cxx(program: str) -> str:
+    """Version line with the program's own name, which depends on how it was called, taken off."""
+    line = run_text([program, "--version"]).partition("\n")[0].strip()
+    if "clang" in line:
+        return "clang " + line.partition("version ")[2]
+    return "g++ " + line.partition(" ")[2]
+
+
+def find_ninja() -> Path | None:
+    """The ninja program: on PATH, else the one in the ninja package from PyPI."""
+    found = shutil.which("ninja")
+    if found is not None:
+        return Path(found)
+    if importlib.util.find_spec("ninja") is None:
+        return None
+    import ninja
+
+    program = Path(ninja.BIN_DIR) / "ninja"
+    return program if program.is_file() else None
+
+
+def require_ninja() -> Path:
+    """Like find_ninja, but absence is a ToolchainMissing."""
+    found = find_ninja()
+    if found is None:
+        raise ToolchainMissing("ninja is neither on PATH nor installed in Python", "Install it: 'pip install ninja'.")
+    return found
+
+
+def find_toolkit() -> Toolkit | None:
+    """The first complete CUDA toolkit or None; tried: JITGEN_NVCC, CUDA_HOME, nvcc on PATH, PyPI, /usr/local/cuda."""
+    return _search_toolkit(env.nvcc(), env.cuda_home(), os.environ.get("PATH", ""))[0]
+
+
+def require_toolkit() -> Toolkit:
+    """Like find_toolkit, but absence is a ToolchainMissing that says what each incomplete toolkit lacks."""
+    found, lacking = _search_toolkit(env.nvcc(), env.cuda_home(), os.environ.get("PATH", ""))
+    if found is None:
+        raise ToolchainMissing("; ".join(lacking) or "no CUDA toolkit found", TOOLKIT_REMEDY + ".")
+    return found
+
+
+@lru_cache(maxsize=8)
+def _search_toolkit(
+    nvcc_named: str | None, home: Path | None, search_path: str
+) -> tuple[Toolkit | None, tuple[str, ...]]:
+    """First complete toolkit, and what the incomplete ones before it lack; one that the user names is the only try."""
+    lacking = []
+    for root in _roots(nvcc_named, home, search_path):
+        found = _inspect(root)
+        if isinstance(found, Toolkit):
+            return found, tuple(lacking)
+        lacking.append(found)
+    return None, tuple(lacking)
+
+
+def _roots(nvcc_named: str | None, home: Path | None, search_path: str) -> list[Path]:
+    if nvcc_named is not None:
+        program = shutil.which(nvcc_named, path=search_path)
+        return [_root_of(Path(program))] if program else [Path(nvcc_named)]
+    if home is not None:
+        return [home]
+    roots = []
+    program = shutil.which("nvcc", path=search_path)
+    if program is not None:
+        roots.append(_root_of(Path(program)))
+    roots += [root for root in _pypi_roots() if root.is_dir()]
+    roots += [root for root in (Path("/usr/local/cuda"),) if root.is_dir()]
+    return list(dict.fromkeys(roots))
+
+
+def _root_of(nvcc: Path) -> Path:
+    """Toolkit root of an nvcc that may be a link, or a script that calls another nvcc."""
+    real = Path(os.path.realpath(nvcc))
+    if (real.parent.parent / "nvvm").is_dir():
+        return real.parent.parent
+    return Path(remembered("nvcc root", real, partial(_ask_root, nvcc)))
+
+
+def _ask_root(nvcc: Path) -> str:
+    """Ask nvcc itself: it prints where it thinks it is as TOP."""
+    answer = run_text([str(nvcc), "--dryrun", "-E", "-x", "cu", os.devnull])
+    found = re.search(r"^#\$ TOP=(.+)$", answer, re.MULTILINE)
+    return os.path.realpath(found.group(1).strip()) if found else str(nvcc.parent.parent)
+
+
+def _pypi_roots() -> list[Path]:
+    """Where the nvidia-cuda-nvcc package and its companions unpack: nvidia/cu13 and the like, newest first."""
+    spec = importlib.util.find_spec("nvidia")
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    return sorted((root for place in places for root in Path(place).glob("cu[0-9]*")), reverse=True)
+
+
+def _inspect(root: Path) -> Toolkit | str:
+    """The toolkit at a root, or what it lacks."""
+    nvcc = root / "bin" / "nvcc"
+    if not nvcc.is_file():
+        return f"{root} has no bin/nvcc"
+    bases = (root, root / "targets" / f"{os.uname().machine}-linux")
+    # Debian's own package keeps headers and libraries in /usr
+    if root == Path("/usr/lib/nvidia-cuda-toolkit"):
+        bases = (*bases, Path("/usr"))
+    include = _first(base / "include" for base in bases if (base / "include" / "cuda_runtime.h").is_file())
+    if include is None:
+        return f"{root} has nvcc but no cuda_runtime.h (the runtime's development files)"
+    libs = [base / name for base in bases for name in ("lib64", "lib", f"lib/{os.uname().machine}-linux-gnu")]
+    lib = _first(path for path in libs if (path / "libcudart_static.a").is_file())
+    if lib is None:
+        return f"{root} has nvcc but no libcudart_static.a (the static runtime library)"
+    return Toolkit(root, nvcc, include, lib, remembered("nvcc version", nvcc, partial(_ask_nvcc, nvcc)))
+
+
+def _first(candidates: Iterable[Path]) -> Path | None:
+    return next(iter(candidates), None)
+
+
+def _ask_nvcc(nvcc: Path) -> str:
+    answer = run_text([str(nvcc), "--version"])
+    found = re.search(r"V(\d+\.\d+\.\d+)", answer)
+    return found.group(1) if found else "unknown"
+
+
+def run_text(command: list[str]) -> str:
+    """Output of a short query to a program, both streams; empty if it cannot be run."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "LC_ALL": "C"},
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode(errors="replace")
