@@ -1,6 +1,7 @@
 """Where compiled kernels are kept: keys, entries, stores, building once.
 
-Needs nothing of the generator but a digest: sources come in as text, targets as plain values, the builder as a callable.
+Needs nothing of the generator but a digest: sources come in as text, targets as plain values, the builder as a
+callable.
 """
 
 from jitgen.cache.entry import Source

@@ -7,8 +7,8 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from jitgen.cache.key import digest, encode
 
@@ -20,20 +20,21 @@ MANIFEST = "manifest.json"
 ENTRY_NAME = re.compile(r"[a-z][a-z0-9_]*-[0-9a-f]{32}")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A rendered kernel: the text to compile, the headers it reaches by relative path, and the text to key it by.
+class Source(Protocol):
+    """A rendered kernel.
 
-    `plain` is the text without line map: two renderings that differ only there are the same kernel. None: `text`.
+    text is what is keyed; mapped_text is the same with line directives; includes holds the headers it reaches, by the
+    path it names them by.
     """
 
-    text: str
-    includes: Mapping[str, str] = field(default_factory=dict)
-    plain: str | None = None
+    @property
+    def text(self) -> str: ...
 
     @property
-    def keyed(self) -> str:
-        return self.text if self.plain is None else self.plain
+    def mapped_text(self) -> str: ...
+
+    @property
+    def includes(self) -> Mapping[str, str]: ...
 
 
 class Corrupt(Exception):

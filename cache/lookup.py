@@ -113,7 +113,7 @@ def _build(request: Request, builder: Builder, waiting: Waiting) -> Path:
 
 
 def _build_in(store: Store, source: Source, request: Request, builder: Builder, waiting: Waiting) -> Path:
-    key = module_key(source.keyed, source.includes, request.target)
+    key = module_key(source.text, source.includes, request.target)
     name = f"{request.family}-{digest(key)}"
     module = store.find(name)
     if module is None:

@@ -16,8 +16,8 @@ from jitgen.cache.entry import Source
 from jitgen.cache.store import Store
 from jitgen.errors import CacheError, CompileError
 
-# Fills a private directory with a module and its build log, from a source that it also writes there.
-Builder = Callable[[Source, Path], None]
+# Fills a private directory with a module, its source and its build log; the name is the entry's.
+Builder = Callable[[Source, str, Path], None]
 # Shown while another process builds: takes a sentence about whose build it is.
 Waiting = Callable[[str], AbstractContextManager[object]]
 
@@ -35,7 +35,7 @@ def build_once(
             return found
         directory = store.private_dir()
         try:
-            builder(source, directory)
+            builder(source, name, directory)
             entries.seal(directory, name, key, label)
             _publish(store, directory, name)
         except CompileError as error:

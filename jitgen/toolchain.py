@@ -30,6 +30,10 @@ TOOLKIT_REMEDY = (
 )
 
 
+class CompilerFailed(Exception):
+    """A compiler ran and refused its input; the text is its complete output."""
+
+
 @dataclass(frozen=True)
 class Cxx:
     """A C++ compiler: the path to start it by, and the version line it prints about itself."""
@@ -208,6 +212,18 @@ def _ask_nvcc(nvcc: Path) -> str:
     return found.group(1) if found else "unknown"
 
 
+# Variables that change what compilers or torch's loader do, and are not part of any key.
+LEAKING = (
+    *("TORCH_CUDA_ARCH_LIST", "PYTORCH_NVCC", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CUDA_INC_PATH"),
+    *("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "GCC_COMPARE_DEBUG", "CUDNN_HOME", "CUDNN_PATH"),
+)
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what would silently change a build; messages untranslated."""
+    return {**{name: value for name, value in os.environ.items() if name not in LEAKING}, "LC_ALL": "C"}
+
+
 def run_text(command: list[str]) -> str:
     """Output of a short query to a program, both streams; empty if it cannot be run."""
     try:
@@ -216,7 +232,7 @@ def run_text(command: list[str]) -> str:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "LC_ALL": "C"},
+            env=clean_environment(),
             timeout=60,
             check=False,
         )

@@ -1,0 +1,93 @@
+"""Building: a rendered source becomes a shared library, through torch's extension loader or nvcc itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from jitgen import cache, env, loader, nvcc
+from jitgen.cache import Request, Source, generator_digest
+from jitgen.errors import CompileError
+from jitgen.progress import logger, progress_line
+from jitgen.target import CompileTarget
+from jitgen.toolchain import CompilerFailed
+
+# Lines of compiler output that say what is wrong, and how many of them an error message shows.
+ERROR_MARKS = ("error:", "error :", "error ", "ptxas fatal", "nvcc fatal", "undefined reference", "cannot find")
+SHOWN_LINES = 6
+SHOWN_COLUMNS = 300
+
+
+def get_module(
+    spec_digest: str, family: str, label: str, make_source: Callable[[], Source], target: CompileTarget
+) -> Path:
+    """Path of a kernel's shared library: stored, or rendered and compiled now.
+
+    `spec_digest` stands for all that make_source depends on besides the generator's own files.
+    Errors:  CompileError, ToolchainMissing, KernelNotPrebuilt, CacheError.
+    Cost:    stored: a few milliseconds, no process started, nothing rendered; otherwise seconds.
+    """
+    request = Request(family, label, spec_digest + generator_digest(), vars(target), make_source)
+    return cache.get_module(request, partial(_build_entry, target=target, label=label), waiting=progress_line)
+
+
+def _build_entry(source: Source, name: str, directory: Path, *, target: CompileTarget, label: str) -> None:
+    text = source.mapped_text if env.line_map() else source.text
+    build(text, name=name, target=target, includes=source.includes, label=label, directory=directory)
+
+
+def build(
+    source: str, *, name: str, target: CompileTarget, includes: Mapping[str, str], label: str, directory: Path
+) -> Path:
+    """Compile a source in a directory of its own and return the path of the shared library in it.
+
+    Leaves in the directory: the source, the headers below include/, build.log, module.so. `name` must not have been
+    built before in this process with another source; `label` is what progress and errors call the kernel.
+    Errors:  CompileError, with the compiler's complete output in build.log; ToolchainMissing.
+    """
+    begun = time.monotonic()
+    for path, text in {f"kernel{target.suffix}": source, **{f"include/{p}": t for p, t in includes.items()}}.items():
+        file = directory / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    kernel = directory / f"kernel{target.suffix}"
+    scratch = directory / "scratch"
+    scratch.mkdir()
+    compile_module = nvcc.compile_module if _needs_nvcc_alone(target) else loader.compile_module
+    with progress_line(f"compiling {label} for {target.arch}"):
+        try:
+            built, output = compile_module(kernel, directory / "include", target, name.replace("-", "_"), scratch)
+        except CompilerFailed as failure:
+            raise _compile_error(label, kernel, str(failure)) from None
+    (directory / "build.log").write_text(output)
+    module = directory / "module.so"
+    os.rename(built, module)
+    shutil.rmtree(scratch)
+    logger().info("compiled %s for %s in %.1f s", label, target.arch, time.monotonic() - begun)
+    return module
+
+
+def _needs_nvcc_alone(target: CompileTarget) -> bool:
+    """Whether torch's loader cannot do it: one built without CUDA links CUDA modules to libraries it does not have."""
+    if target.kind != "cuda":
+        return False
+    import torch
+
+    return torch.version.cuda is None
+
+
+def _compile_error(label: str, kernel: Path, output: str) -> CompileError:
+    log = kernel.parent / "build.log"
+    log.write_text(output)
+    return CompileError(label, log=log, source=kernel, lines=first_errors(output))
+
+
+def first_errors(output: str) -> tuple[str, ...]:
+    """The lines of a compiler's output that say what is wrong, the first few; its last lines if none does."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    telling = [line for line in lines if any(mark in line for mark in ERROR_MARKS)]
+    return tuple(line[:SHOWN_COLUMNS] for line in (telling[:SHOWN_LINES] or lines[-SHOWN_LINES:]))

@@ -1,0 +1,114 @@
+"""Compiling through torch.utils.cpp_extension's loader, kept from picking up what does not belong to the key."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jitgen import toolchain
+from jitgen.target import CompileTarget
+from jitgen.toolchain import CompilerFailed, Toolkit
+
+# The loader reads the environment and a global, so one build at a time within a process.
+_lock = threading.Lock()
+
+
+def compile_module(kernel: Path, include: Path, target: CompileTarget, name: str, scratch: Path) -> tuple[Path, str]:
+    """Compile and link a source; return the library and the compiler's output.
+
+    NOTE: the loader also opens the library. That is harmless: the file is renamed later, not copied, so the system
+    linker knows it for the same one.
+    Errors:  CompilerFailed, ToolchainMissing.
+    """
+    toolkit = toolchain.require_toolkit() if target.kind == "cuda" else None
+    log = scratch / "nvcc.log"
+    view = _toolkit_view(toolkit, scratch / "toolkit", log) if toolkit else None
+    link_flags = list(target.link_flags)
+    if view is not None:
+        link_flags += [f"-L{view / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    with _lock, _loader_environment(), _cuda_home(view):
+        from torch.utils import cpp_extension
+
+        try:
+            module = cpp_extension.load(
+                name=name,
+                sources=[str(kernel)],
+                extra_cflags=[*target.flags, "-fmax-errors=20"] if target.kind == "cpu" else ["-fPIC"],
+                extra_cuda_cflags=list(target.flags),
+                extra_ldflags=link_flags,
+                extra_include_paths=[str(include)],
+                build_directory=str(scratch),
+                with_cuda=target.kind == "cuda",
+                is_python_module=False,
+                verbose=False,
+            )
+        except RuntimeError as error:
+            raise CompilerFailed(str(error)) from error
+    return Path(module), log.read_text(errors="replace") if log.is_file() else ""
+
+
+def _toolkit_view(toolkit: Toolkit, view: Path, log: Path) -> Path:
+    """A directory laid out as the loader expects a toolkit to be, whatever the real one looks like.
+
+    Its nvcc is a script that keeps what nvcc prints: the loader throws that away when the build succeeds, and with it
+    the register counts.
+    """
+    (view / "bin").mkdir(parents=True)
+    (view / "lib64").mkdir()
+    (view / "include").symlink_to(toolkit.include)
+    # the toolkit from PyPI has no libcudart.so, which the loader asks the linker for
+    for library in sorted(toolkit.lib.glob("libcudart*")):
+        (view / "lib64" / library.name).symlink_to(library)
+    shared = sorted((view / "lib64").glob("libcudart.so*"))
+    if shared and not (view / "lib64" / "libcudart.so").exists():
+        (view / "lib64" / "libcudart.so").symlink_to(shared[0].name)
+    script = view / "bin" / "nvcc"
+    nvcc, kept = shlex.quote(str(toolkit.nvcc)), shlex.quote(str(log))
+    script.write_text(f'#!/bin/sh\n{nvcc} "$@" >{kept} 2>&1\nstatus=$?\ncat {kept}\nexit $status\n')
+    script.chmod(0o700)
+    return view
+
+
+@contextmanager
+def _loader_environment() -> Iterator[None]:
+    """The environment of a build, put in place of the process's own for as long as the loader runs."""
+    ninja, cxx = toolchain.require_ninja(), toolchain.require_cxx()
+    kept = dict(os.environ)
+    wanted = toolchain.clean_environment()
+    wanted["CXX"] = wanted["CC"] = str(cxx.path)  # CC: the loader makes it nvcc's host compiler
+    wanted["PATH"] = os.pathsep.join([wanted.get("PATH", os.defpath), str(ninja.parent)])
+    wanted["TORCH_NO_COMPILER_WRAPPER"] = "1"  # a compiler cache in front would only slow a miss down
+    try:
+        _replace_environment(wanted)
+        yield
+    finally:
+        _replace_environment(kept)
+
+
+def _replace_environment(wanted: dict[str, str]) -> None:
+    """Change the differing variables only: other threads may be reading."""
+    for name in set(os.environ) - set(wanted):
+        del os.environ[name]
+    for name, value in wanted.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+
+@contextmanager
+def _cuda_home(view: Path | None) -> Iterator[None]:
+    """Let the loader find the toolkit: it looks once, when it is imported, and does not resolve links."""
+    if view is None:
+        yield
+        return
+    from torch.utils import cpp_extension
+
+    kept = cpp_extension.CUDA_HOME
+    cpp_extension.CUDA_HOME = str(view)
+    try:
+        yield
+    finally:
+        cpp_extension.CUDA_HOME = kept

@@ -1,0 +1,64 @@
+"""What a user sees while a kernel is compiled: one line on a terminal, nothing elsewhere; and one log line after it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jitgen import env
+
+SHOW_AFTER = 0.3  # seconds: what is over sooner needs no explanation
+REDRAW_EVERY = 0.1  # seconds
+
+
+def logger() -> logging.Logger:
+    """The logger 'jitgen'; JITGEN_LOG makes it print to stderr, else it follows the application's logging."""
+    log = logging.getLogger("jitgen")
+    level = env.log_level()
+    if level != "off" and not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("jitgen: %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(level.upper())
+        log.propagate = False
+    return log
+
+
+@contextmanager
+def progress_line(message: str) -> Iterator[None]:
+    """Show a message and the seconds elapsed on stderr, on one line that vanishes at the end."""
+    if not _is_shown():
+        yield
+        return
+    done = threading.Event()
+    drawer = threading.Thread(target=_draw, args=(message, done), daemon=True)
+    drawer.start()
+    try:
+        yield
+    finally:
+        done.set()
+        drawer.join()
+
+
+def _is_shown() -> bool:
+    wanted = env.progress()
+    if wanted == "auto":
+        return sys.stderr is not None and sys.stderr.isatty()
+    return wanted == "on"
+
+
+def _draw(message: str, done: threading.Event) -> None:
+    begun = time.monotonic()
+    if done.wait(SHOW_AFTER):
+        return
+    while True:
+        sys.stderr.write(f"\r\x1b[2Kjitgen: {message} ({time.monotonic() - begun:.1f} s)")
+        sys.stderr.flush()
+        if done.wait(REDRAW_EVERY):
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
+            return
