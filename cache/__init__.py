@@ -4,19 +4,14 @@ Needs nothing of the generator but a digest: sources come in as text, targets as
 callable.
 """
 
-from jitgen.cache.entry import Source
 from jitgen.cache.generator import generator_digest
 from jitgen.cache.key import digest, explain
 from jitgen.cache.lookup import Request, find_module, get_module
-from jitgen.cache.publish import Builder, Waiting
 from jitgen.cache.store import Store
 
 __all__ = [
-    "Builder",
     "Request",
-    "Source",
     "Store",
-    "Waiting",
     "digest",
     "explain",
     "find_module",

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 from jitgen.cache.key import digest, encode
 
@@ -18,23 +17,6 @@ LOG = "build.log"
 MANIFEST = "manifest.json"
 
 ENTRY_NAME = re.compile(r"[a-z][a-z0-9_]*-[0-9a-f]{32}")
-
-
-class Source(Protocol):
-    """A rendered kernel.
-
-    text is what is keyed; mapped_text is the same with line directives; includes holds the headers it reaches, by the
-    path it names them by.
-    """
-
-    @property
-    def text(self) -> str: ...
-
-    @property
-    def mapped_text(self) -> str: ...
-
-    @property
-    def includes(self) -> Mapping[str, str]: ...
 
 
 class Corrupt(Exception):

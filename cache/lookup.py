@@ -9,23 +9,23 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from jitgen import env, paths
-from jitgen.cache.entry import Source
 from jitgen.cache.key import FORMAT, digest, module_key
-from jitgen.cache.publish import Builder, Waiting, build_once
 from jitgen.cache.store import Store
 from jitgen.errors import CacheError, CacheWarning, CompileError, KernelNotPrebuilt
+
+if TYPE_CHECKING:
+    from jitgen.cache.source import Builder, Source, Waiting
 
 # Parts of a target that say who built a module, not what it needs: a prebuilt layer is searched without them.
 BUILDER_PARTS = ("compiler", "toolkit")
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """A kernel that is wanted.
 
     family names the template and starts the entry's name; label is what a human calls the kernel. spec_digest stands
@@ -117,6 +117,8 @@ def _build_in(store: Store, source: Source, request: Request, builder: Builder, 
     name = f"{request.family}-{digest(key)}"
     module = store.find(name)
     if module is None:
+        from jitgen.cache.publish import build_once
+
         module = build_once(store, name, source, key=key, label=request.label, builder=builder, waiting=waiting)
     for portable in (False, True):
         store.remember_alias(request.alias(portable=portable), name)

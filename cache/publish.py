@@ -6,20 +6,18 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jitgen import paths
 from jitgen.cache import entry as entries
-from jitgen.cache.entry import Source
 from jitgen.cache.store import Store
 from jitgen.errors import CacheError, CompileError
 
-# Fills a private directory with a module, its source and its build log; the name is the entry's.
-Builder = Callable[[Source, str, Path], None]
-# Shown while another process builds: takes a sentence about whose build it is.
-Waiting = Callable[[str], AbstractContextManager[object]]
+if TYPE_CHECKING:
+    from jitgen.cache.source import Builder, Source, Waiting
 
 
 def build_once(

@@ -8,13 +8,17 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jitgen import cache, env, loader, nvcc
-from jitgen.cache import Request, Source, generator_digest
+from jitgen import cache, env
+from jitgen.cache import Request, generator_digest
 from jitgen.errors import CompileError
 from jitgen.progress import logger, progress_line
 from jitgen.target import CompileTarget
 from jitgen.toolchain import CompilerFailed
+
+if TYPE_CHECKING:
+    from jitgen.cache.source import Source
 
 # Lines of compiler output that say what is wrong, and how many of them an error message shows.
 ERROR_MARKS = ("error:", "error :", "error ", "ptxas fatal", "nvcc fatal", "undefined reference", "cannot find")
@@ -57,7 +61,7 @@ def build(
     kernel = directory / f"kernel{target.suffix}"
     scratch = directory / "scratch"
     scratch.mkdir()
-    compile_module = nvcc.compile_module if _needs_nvcc_alone(target) else loader.compile_module
+    compile_module = _compiler_for(target)
     with progress_line(f"compiling {label} for {target.arch}"):
         try:
             built, output = compile_module(kernel, directory / "include", target, name.replace("-", "_"), scratch)
@@ -71,13 +75,19 @@ def build(
     return module
 
 
-def _needs_nvcc_alone(target: CompileTarget) -> bool:
-    """Whether torch's loader cannot do it: one built without CUDA links CUDA modules to libraries it does not have."""
-    if target.kind != "cuda":
-        return False
-    import torch
+def _compiler_for(target: CompileTarget) -> Callable[..., tuple[Path, str]]:
+    """Torch's loader; nvcc alone where torch was built without CUDA, as it then links to libraries it does not have."""
+    # imported on a miss only: a hit must stay cheap
+    if target.kind == "cuda":
+        import torch
 
-    return torch.version.cuda is None
+        if torch.version.cuda is None:
+            from jitgen.nvcc import compile_module
+
+            return compile_module
+    from jitgen.loader import compile_module
+
+    return compile_module
 
 
 def _compile_error(label: str, kernel: Path, output: str) -> CompileError:

@@ -61,7 +61,7 @@ def get_kernel(spec: KernelSpec) -> CompiledKernel:
 
 def module_path(spec: KernelSpec) -> Path:
     """Path of the spec's shared library, which is built when no layer has it."""
-    from jitgen.cache import get_module
+    from jitgen.build import get_module
 
     def make_source() -> object:
         from jitgen.render import render_kernel  # Jinja is imported on a miss only: a disk hit must stay cheap

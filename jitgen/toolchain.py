@@ -8,9 +8,9 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from jitgen import env
 from jitgen.errors import ToolchainMissing
@@ -34,8 +34,7 @@ class CompilerFailed(Exception):
     """A compiler ran and refused its input; the text is its complete output."""
 
 
-@dataclass(frozen=True)
-class Cxx:
+class Cxx(NamedTuple):
     """A C++ compiler: the path to start it by, and the version line it prints about itself."""
 
     path: Path
@@ -51,8 +50,7 @@ class Cxx:
         return int(numbers[0]) if numbers else 0
 
 
-@dataclass(frozen=True)
-class Toolkit:
+class Toolkit(NamedTuple):
     """A CUDA toolkit that holds all that a build needs."""
 
     root: Path
