@@ -1,0 +1,130 @@
+// Matrix kernels of the CPU target: packed panels for tiles of queries, dot products and sums of rows for few queries.
+//
+// Packed layout. K of a tile: one panel per kPanel keys, [head_dim][kPanel]. V of a tile: one panel per kPanel value
+// columns, [tile_kv][kPanel]. Both products then read one operand as full vectors and broadcast the other by row, and a
+// panel (8 KiB at depth 128 on AVX2) stays in the L1 cache while every row block of the tile passes over it.
+#pragma once
+
+#include "jitgen/cpu_types.h"
+
+namespace jg {
+
+// C[kBlockRows][kPanel] = factor * C + A[kBlockRows][depth] B[depth][kPanel]; without factors C is overwritten.
+template <int kLda, bool kAccumulate>
+inline void multiply_block(const float* a, const float* panel, int depth, float* c, int ldc, const float* factor) {
+  Vec sum[kBlockRows][kPanelVecs];
+#pragma GCC unroll 16
+  for (int r = 0; r < kBlockRows; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < kPanelVecs; ++n)
+      sum[r][n] = kAccumulate ? load_vec(c + r * ldc + n * kVec) * splat(factor[r]) : Vec{};
+  for (int i = 0; i < depth; ++i) {
+    Vec b[kPanelVecs];
+#pragma GCC unroll 4
+    for (int n = 0; n < kPanelVecs; ++n) b[n] = load_vec(panel + i * kPanel + n * kVec);
+#pragma GCC unroll 16
+    for (int r = 0; r < kBlockRows; ++r) {
+      const Vec x = splat(a[r * kLda + i]);
+#pragma GCC unroll 4
+      for (int n = 0; n < kPanelVecs; ++n) sum[r][n] += x * b[n];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kBlockRows; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < kPanelVecs; ++n) store_vec(c + r * ldc + n * kVec, sum[r][n]);
+}
+
+// Logits of `blocks` row blocks against the keys [begin, end) of a tile, widened to whole panels: S = Q K^T.
+template <int kHeadDim, int kTileKv>
+void score_panels(const float* q, const float* k_panels, int blocks, int begin, int end, float* logits) {
+  for (int p = begin / kPanel; p * kPanel < end; ++p)
+    for (int block = 0; block < blocks; ++block)
+      multiply_block<kHeadDim, false>(q + block * kBlockRows * kHeadDim, k_panels + static_cast<int64_t>(p) * kPanel * kHeadDim,
+                                      kHeadDim, logits + block * kBlockRows * kTileKv + p * kPanel, kTileKv, nullptr);
+}
+
+// O = factor * O + P V over the columns [begin, end) of a tile.
+template <int kPaddedDimV, int kTileKv>
+void value_panels(const float* weights, const float* v_panels, int blocks, int begin, int end, float* out,
+                  const float* factor) {
+  for (int p = 0; p < kPaddedDimV / kPanel; ++p)
+    for (int block = 0; block < blocks; ++block)
+      multiply_block<kTileKv, true>(weights + block * kBlockRows * kTileKv + begin,
+                                    v_panels + (static_cast<int64_t>(p) * kTileKv + begin) * kPanel, end - begin,
+                                    out + block * kBlockRows * kPaddedDimV + p * kPanel, kPaddedDimV,
+                                    factor + block * kBlockRows);
+}
+
+// ---- few query rows: K and V are read where they lie ----
+JITGEN_FN float sum_lanes(Vec v) {
+  float lanes[kVec];
+  store_vec(lanes, v);
+  float total = 0.0f;
+  for (int i = 0; i < kVec; ++i) total += lanes[i];
+  return total;
+}
+
+template <int kRows, int kKeys, int kHeadDim, int kTileKv, class T>
+JITGEN_FN void dot_block(const float* q, const T* k, int64_t stride, float* logits) {
+  Vec sum[kRows][kKeys] = {};
+  for (int d = 0; d < kHeadDim; d += kVec) {
+    Vec key[kKeys];
+#pragma GCC unroll 4
+    for (int j = 0; j < kKeys; ++j) key[j] = load_vec(k + j * stride + d);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Vec x = load_vec(q + r * kHeadDim + d);
+#pragma GCC unroll 4
+      for (int j = 0; j < kKeys; ++j) sum[r][j] += x * key[j];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < kKeys; ++j) logits[r * kTileKv + j] = sum_lanes(sum[r][j]);
+}
+
+// Logits of `rows` queries against the keys [begin, end); k points at the first key of the tile.
+template <int kHeadDim, int kTileKv, class T>
+void score_rows(const float* q, const T* k, int64_t stride, int rows, int begin, int end, float* logits) {
+  int j = begin;
+  for (; j + 4 <= end; j += 4) {
+    int r = 0;
+    for (; r + 2 <= rows; r += 2)
+      dot_block<2, 4, kHeadDim, kTileKv>(q + r * kHeadDim, k + j * stride, stride, logits + r * kTileKv + j);
+    if (r < rows) dot_block<1, 4, kHeadDim, kTileKv>(q + r * kHeadDim, k + j * stride, stride, logits + r * kTileKv + j);
+  }
+  for (; j < end; ++j)
+    for (int r = 0; r < rows; ++r)
+      dot_block<1, 1, kHeadDim, kTileKv>(q + r * kHeadDim, k + j * stride, stride, logits + r * kTileKv + j);
+}
+
+// O = factor * O + P V over the keys [begin, end); four keys share one pass over an output row.
+template <int kHeadDimV, int kPaddedDimV, int kTileKv, class T>
+void value_rows(const float* weights, const T* v, int64_t stride, int rows, int begin, int end, float* out,
+                const float* factor) {
+  for (int r = 0; r < rows; ++r)
+    if (factor[r] != 1.0f)
+      for (int d = 0; d < kHeadDimV; d += kVec)
+        store_vec(out + r * kPaddedDimV + d, load_vec(out + r * kPaddedDimV + d) * splat(factor[r]));
+  int j = begin;
+  for (; j + 4 <= end; j += 4)
+    for (int r = 0; r < rows; ++r) {
+      const float* w = weights + r * kTileKv + j;
+      const T* row = v + j * stride;
+      float* o = out + r * kPaddedDimV;
+      const Vec w0 = splat(w[0]), w1 = splat(w[1]), w2 = splat(w[2]), w3 = splat(w[3]);
+      for (int d = 0; d < kHeadDimV; d += kVec)
+        store_vec(o + d, load_vec(o + d) + w0 * load_vec(row + d) + w1 * load_vec(row + stride + d) +
+                             w2 * load_vec(row + 2 * stride + d) + w3 * load_vec(row + 3 * stride + d));
+    }
+  for (; j < end; ++j)
+    for (int r = 0; r < rows; ++r)
+      for (int d = 0; d < kHeadDimV; d += kVec) {
+        float* o = out + r * kPaddedDimV + d;
+        store_vec(o, load_vec(o) + splat(weights[r * kTileKv + j]) * load_vec(v + j * stride + d));
+      }
+}
+
+}  // namespace jg

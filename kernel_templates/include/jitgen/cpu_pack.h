@@ -1,0 +1,71 @@
+// Moving tiles between tensors of any stride and element type and the float32 scratch of a kernel.
+#pragma once
+
+#include "jitgen/cpu_types.h"
+
+namespace jg {
+
+// ---- query and output rows ----
+template <class T> void load_row(const T* row, int64_t stride_d, int dim, float factor, float* out) {
+  if (stride_d == 1 && dim % kVec == 0) {
+    for (int d = 0; d < dim; d += kVec) store_vec(out + d, load_vec(row + d) * splat(factor));
+    return;
+  }
+  for (int d = 0; d < dim; ++d) out[d] = to_float(row[d * stride_d]) * factor;
+}
+
+template <class T> void store_row(const float* row, int64_t stride_d, int dim, T* out) {
+  if (stride_d == 1) {
+#pragma omp simd
+    for (int d = 0; d < dim; ++d) from_float(row[d], out[d]);
+    return;
+  }
+  for (int d = 0; d < dim; ++d) from_float(row[d], out[d * stride_d]);
+}
+
+// ---- key panels: transposed ----
+JITGEN_FN void transpose4(const Vec4 (&in)[4], Vec4 (&out)[4]) {
+  const Vec4 a = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5), b = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5);
+  const Vec4 c = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7), d = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
+  out[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  out[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  out[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  out[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+}
+
+// keys valid rows of K -> panels [kHeadDim][kPanel], zeros up to the end of the last panel.
+template <int kHeadDim, class T>
+void pack_keys(const T* k, int64_t stride_s, int64_t stride_d, int keys, float* panels) {
+  for (int first = 0; first < keys; first += kPanel, panels += kPanel * kHeadDim)
+    for (int j = 0; j < kPanel; j += 4) {
+      const T* row = k + (first + j) * stride_s;
+      if (first + j + 4 <= keys && stride_d == 1) {
+        for (int d = 0; d < kHeadDim; d += 4) {
+          const Vec4 in[4] = {load_vec4(row + d), load_vec4(row + stride_s + d), load_vec4(row + 2 * stride_s + d),
+                              load_vec4(row + 3 * stride_s + d)};
+          Vec4 out[4];
+          transpose4(in, out);
+          for (int i = 0; i < 4; ++i) *reinterpret_cast<Vec4Unaligned*>(panels + (d + i) * kPanel + j) = out[i];
+        }
+        continue;
+      }
+      for (int i = 0; i < 4; ++i)
+        for (int d = 0; d < kHeadDim; ++d)
+          panels[d * kPanel + j + i] = first + j + i < keys ? to_float(row[i * stride_s + d * stride_d]) : 0.0f;
+    }
+}
+
+// keys rows of V -> panels [kTileKv][kPanel] per kPanel value columns, zeros in the columns past kHeadDimV.
+template <int kHeadDimV, int kTileKv, class T>
+void pack_values(const T* v, int64_t stride_s, int64_t stride_d, int keys, float* panels) {
+  constexpr int kWhole = kHeadDimV / kVec * kVec;
+  for (int j = 0; j < keys; ++j, v += stride_s) {
+    int d = 0;
+    if (stride_d == 1)
+      for (; d < kWhole; d += kVec) store_vec(panels + (d / kPanel * kTileKv + j) * kPanel + d % kPanel, load_vec(v + d));
+    for (; d < round_up(kHeadDimV, kPanel); ++d)
+      panels[(d / kPanel * kTileKv + j) * kPanel + d % kPanel] = d < kHeadDimV ? to_float(v[d * stride_d]) : 0.0f;
+  }
+}
+
+}  // namespace jg

@@ -1,0 +1,125 @@
+// Element types, the vector type and captured loads of the CPU kernels.
+//
+// Vectors are GCC/Clang vector extensions, so one source serves AVX-512, AVX2, SSE, NEON and anything else: the width is
+// chosen from predefined macros. <immintrin.h> is avoided on purpose: parsing it costs a second per module.
+#pragma once
+
+#include <stdint.h>
+
+#define JITGEN_FN static inline __attribute__((always_inline))
+
+#ifndef INFINITY
+#define INFINITY (__builtin_inff())
+#endif
+
+constexpr int kTileNone = 0;      // no visible element: K and V of the tile are not touched
+constexpr int kTilePartial = 1;   // mask_elem decides each element
+constexpr int kTileFull = 2;      // every element visible: mask_elem is not called
+
+namespace jg {
+
+// ---- vector width and register block ----
+// The micro-kernel keeps kBlockRows x kPanelVecs accumulators, kPanelVecs operands and a broadcast in registers:
+// 15 of 16 registers on AVX2, 27 of 32 on AVX-512 and on NEON.
+#if defined(__AVX512F__)
+constexpr int kVec = 16, kPanelVecs = 2, kBlockRows = 12;
+#elif defined(__AVX__)
+constexpr int kVec = 8, kPanelVecs = 2, kBlockRows = 6;
+#elif defined(__aarch64__)
+constexpr int kVec = 4, kPanelVecs = 4, kBlockRows = 6;
+#else
+constexpr int kVec = 4, kPanelVecs = 2, kBlockRows = 6;
+#endif
+constexpr int kPanel = kVec * kPanelVecs;   // columns of a packed panel
+constexpr int kScratchAlign = 64;           // cache line, and the widest vector
+
+typedef float Vec __attribute__((vector_size(kVec * 4)));
+typedef float VecUnaligned __attribute__((vector_size(kVec * 4), aligned(4), may_alias));
+typedef uint32_t VecU32 __attribute__((vector_size(kVec * 4)));
+typedef uint16_t VecU16 __attribute__((vector_size(kVec * 2)));
+typedef uint16_t VecU16Unaligned __attribute__((vector_size(kVec * 2), aligned(2), may_alias));
+typedef float Vec4 __attribute__((vector_size(16)));
+typedef float Vec4Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+JITGEN_FN int float_bits(float x) { return __builtin_bit_cast(int, x); }
+JITGEN_FN float bits_float(int bits) { return __builtin_bit_cast(float, bits); }
+
+// ---- 16-bit elements ----
+struct half16 { uint16_t bits; };
+struct bf16_16 { uint16_t bits; };
+using float32 = float;
+using bfloat16 = bf16_16;
+using float16 = half16;
+
+JITGEN_FN float to_float(float x) { return x; }
+JITGEN_FN float to_float(bf16_16 x) { return bits_float(static_cast<int>(static_cast<uint32_t>(x.bits) << 16)); }
+JITGEN_FN float to_float(half16 x) {
+  // Shifting the exponent into place and multiplying by 2^112 rebiases normal and denormal numbers alike.
+  const int magnitude = (x.bits & 0x7fff) << 13;
+  const int special = magnitude >= 0x0f800000 ? 0x7f800000 | magnitude : 0;   // infinity or NaN
+  const int normal = float_bits(bits_float(magnitude) * 0x1p112f);
+  return bits_float((special ? special : normal) | (x.bits & 0x8000) << 16);
+}
+
+JITGEN_FN void from_float(float x, float& out) { out = x; }
+JITGEN_FN void from_float(float x, bf16_16& out) {
+  const uint32_t bits = static_cast<uint32_t>(float_bits(x));
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;          // to nearest, ties to even
+  out.bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
+}
+JITGEN_FN void from_float(float x, half16& out) {
+  const int bits = float_bits(x), magnitude = bits & 0x7fffffff;
+  // Below 2^-14 the result is denormal: adding 0.5 leaves it, correctly rounded, in the low bits of the sum.
+  const int denormal = float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f);
+  const int normal = (magnitude - (112 << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const int finite = magnitude < (113 << 23) ? denormal : normal < 0x7c00 ? normal : 0x7c00;
+  out.bits = static_cast<uint16_t>((magnitude > 0x7f800000 ? 0x7e00 : finite) | (bits >> 16 & 0x8000));
+}
+
+// ---- vector loads and stores of elements ----
+JITGEN_FN Vec load_vec(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
+JITGEN_FN Vec load_vec(const bf16_16* p) {
+  const VecU16 bits = *reinterpret_cast<const VecU16Unaligned*>(p);
+  return (Vec)(__builtin_convertvector(bits, VecU32) << 16);
+}
+#if defined(__F16C__) && defined(__AVX__) && !defined(__AVX512F__)
+typedef int16_t HalfBits __attribute__((vector_size(16)));
+typedef int16_t HalfBitsUnaligned __attribute__((vector_size(16), aligned(2), may_alias));
+JITGEN_FN Vec load_vec(const half16* p) {
+  return (Vec)__builtin_ia32_vcvtph2ps256((HalfBits)*reinterpret_cast<const HalfBitsUnaligned*>(p));
+}
+#else
+JITGEN_FN Vec load_vec(const half16* p) {
+  Vec v;
+  for (int i = 0; i < kVec; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+#endif
+JITGEN_FN void store_vec(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
+JITGEN_FN Vec splat(float x) { return x - Vec{}; }
+
+JITGEN_FN Vec4 load_vec4(const float* p) { return *reinterpret_cast<const Vec4Unaligned*>(p); }
+template <class T> JITGEN_FN Vec4 load_vec4(const T* p) {
+  return Vec4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+
+// ---- captured tensors ----
+JITGEN_FN float load(const float* p, long long i) { return p[i]; }
+JITGEN_FN float load(const double* p, long long i) { return static_cast<float>(p[i]); }
+JITGEN_FN float load(const half16* p, long long i) { return to_float(p[i]); }
+JITGEN_FN float load(const bf16_16* p, long long i) { return to_float(p[i]); }
+JITGEN_FN long long load(const long long* p, long long i) { return p[i]; }
+JITGEN_FN long long load(const long* p, long long i) { return p[i]; }
+JITGEN_FN int load(const int* p, long long i) { return p[i]; }
+JITGEN_FN int load(const short* p, long long i) { return p[i]; }
+JITGEN_FN int load(const signed char* p, long long i) { return p[i]; }
+JITGEN_FN int load(const unsigned char* p, long long i) { return p[i]; }
+JITGEN_FN int load(const bool* p, long long i) { return p[i]; }
+
+JITGEN_FN long long clamp_index(long long i, long long size) { return i < 0 ? 0 : i < size ? i : size - 1; }
+JITGEN_FN long long wrap_index(long long i, long long size) { return i < 0 ? i + size : i; }
+
+}  // namespace jg

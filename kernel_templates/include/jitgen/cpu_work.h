@@ -1,0 +1,130 @@
+// Division of a launch into work items, the scratch memory of its threads, and the store of packed K and V tiles.
+#pragma once
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "jitgen/cpu_pack.h"
+
+extern "C" int omp_get_max_threads();
+extern "C" int omp_get_thread_num();
+
+namespace jg {
+
+constexpr int kErrorNoMemory = 1;
+constexpr int kMaxHeadsPerItem = 16;
+// Up to this many queries per KV head K and V are read in place: packing a tile costs about as much as eight rows.
+constexpr int kMaxDirectRows = 8;
+// Packed tiles are kept for a wave of KV heads at a time. 24 MiB: below the size (32 MiB) from which glibc returns every
+// freed block to the system, so repeated calls do not fault the pages in again.
+constexpr int64_t kWaveBytes = int64_t{24} << 20;
+
+// ---- work items ----
+struct Item { int b, kv_h, first_head, num_heads, first_row, num_rows; };
+
+// Items are numbered KV head by KV head, in each the last rows first: under a causal mask these cost most.
+struct Schedule {
+  int num_kv_heads, group, q_len;
+  int heads_per_item, rows_per_item;
+  int64_t head_blocks, row_blocks, pairs;
+
+  int64_t items_per_pair() const { return head_blocks * row_blocks; }
+  int64_t items() const { return pairs * items_per_pair(); }
+  Item item(int64_t index) const {
+    const int64_t pair = index / items_per_pair(), rest = index % items_per_pair();
+    const int first_row = static_cast<int>(row_blocks - 1 - rest / head_blocks) * rows_per_item;
+    const int first_in_group = static_cast<int>(rest % head_blocks) * heads_per_item;
+    const int kv_h = static_cast<int>(pair % num_kv_heads);
+    const int left = q_len - first_row, heads_left = group - first_in_group;
+    return {static_cast<int>(pair / num_kv_heads), kv_h, kv_h * group + first_in_group,
+            heads_left < heads_per_item ? heads_left : heads_per_item, first_row, left < rows_per_item ? left : rows_per_item};
+  }
+};
+
+// Short queries of several heads that share K and V are gathered into one item, unless that leaves threads idle.
+inline Schedule make_schedule(int64_t batch, int64_t num_q_heads, int64_t num_kv_heads, int64_t q_len, int tile_q,
+                              int threads) {
+  Schedule s;
+  s.num_kv_heads = static_cast<int>(num_kv_heads);
+  s.group = static_cast<int>(num_q_heads / num_kv_heads);
+  s.q_len = static_cast<int>(q_len);
+  s.pairs = batch * num_kv_heads;
+  s.rows_per_item = s.q_len < tile_q ? s.q_len : tile_q;
+  s.row_blocks = ceil_div(q_len, s.rows_per_item);
+  int heads = tile_q / s.rows_per_item;
+  heads = heads < kMaxHeadsPerItem ? heads : kMaxHeadsPerItem;
+  heads = heads < s.group ? heads : s.group;
+  while (heads > 1 && s.pairs * ceil_div(s.group, heads) * s.row_blocks < threads) heads = (heads + 1) / 2;
+  s.heads_per_item = heads;
+  s.head_blocks = ceil_div(s.group, heads);
+  return s;
+}
+
+// A wave is a run of KV heads whose packed tiles are kept at the same time.
+struct Waves {
+  int64_t count, pairs_per_wave, items_per_pair, items;
+  int64_t num_states, store_bytes;   // 0 when no tile is read twice
+
+  int64_t first_item(int64_t wave) const {
+    const int64_t first = wave * pairs_per_wave * items_per_pair;
+    return first < items ? first : items;
+  }
+  int64_t slot(int64_t wave, int64_t item) const { return item / items_per_pair - wave * pairs_per_wave; }
+};
+
+inline Waves make_waves(const Schedule& schedule, int64_t num_tiles, int64_t tile_floats) {
+  const int64_t per_pair = schedule.items_per_pair(), pair_bytes = num_tiles * tile_floats * 4;
+  if (per_pair == 1 || num_tiles == 0) return {1, schedule.pairs, per_pair, schedule.items(), 0, 0};
+  int64_t pairs = kWaveBytes / pair_bytes;
+  pairs = pairs < 1 ? 1 : pairs < schedule.pairs ? pairs : schedule.pairs;
+  return {ceil_div(schedule.pairs, pairs), pairs, per_pair, schedule.items(), pairs * num_tiles, pairs * pair_bytes};
+}
+
+// ---- memory ----
+struct Block {
+  void* data;
+  explicit Block(int64_t bytes)
+      : data(bytes > 0 ? aligned_alloc(kScratchAlign, static_cast<size_t>(round_up(bytes, kScratchAlign))) : nullptr) {}
+  ~Block() { free(data); }
+  Block(const Block&) = delete;
+};
+
+// ---- packed tiles ----
+struct Strides { int64_t b, h, s, d; };
+struct PackedTile { const float *k, *v; };
+
+// Tiles of K and V in float32 panels, packed by the first thread that needs one and read by all others of the wave. A
+// thread that meets a tile another one is still packing makes its own copy rather than wait.
+template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct TileStore {
+  static constexpr int64_t kTileFloats = int64_t{kTileKv} * (kHeadDim + round_up(kHeadDimV, kPanel));
+
+  Strides k_stride, v_stride;
+  int64_t num_tiles;
+  float* tiles;      // [pairs of a wave][num_tiles]; null: every thread packs for itself
+  int* states;       // per tile: 2 * wave + 1 while it is packed, 2 * wave + 2 once it is ready
+
+  PackedTile pack(const T* k, const T* v, int keys, float* tile) const {
+    float* v_panels = tile + int64_t{kTileKv} * kHeadDim;
+    pack_keys<kHeadDim>(k, k_stride.s, k_stride.d, keys, tile);
+    pack_values<kHeadDimV, kTileKv>(v, v_stride.s, v_stride.d, keys, v_panels);
+    return {tile, v_panels};
+  }
+
+  // k, v: first key of the tile. slot: number of the KV head within the wave. own: memory of this thread for one tile.
+  PackedTile get(int wave, int64_t slot, int64_t tile, const T* k, const T* v, int keys, float* own) const {
+    if (!tiles) return pack(k, v, keys, own);
+    const int64_t index = slot * num_tiles + tile;
+    const int packing = 2 * wave + 1, ready = 2 * wave + 2;
+    float* shared = tiles + index * kTileFloats;
+    int state = __atomic_load_n(states + index, __ATOMIC_ACQUIRE);
+    if (state < packing &&
+        __atomic_compare_exchange_n(states + index, &state, packing, false, __ATOMIC_ACQUIRE, __ATOMIC_ACQUIRE)) {
+      const PackedTile view = pack(k, v, keys, shared);
+      __atomic_store_n(states + index, ready, __ATOMIC_RELEASE);
+      return view;
+    }
+    return state == ready ? PackedTile{shared, shared + int64_t{kTileKv} * kHeadDim} : pack(k, v, keys, own);
+  }
+};
+
+}  // namespace jg
