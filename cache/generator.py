@@ -21,7 +21,7 @@ def generator_digest() -> str:
     """
     total = hashlib.sha256()
     for root, path in _generator_files():
-        name = os.path.relpath(path, root).encode()
+        name = path[len(root) + 1 :].encode()
         with open(path, "rb") as stream:
             data = stream.read()
         total.update(b"%d:%s%d:" % (len(name), name, len(data)))

@@ -1,0 +1,133 @@
+"""Looking after a store: listing, clearing, removing what crashes and old versions left, comparing two entries."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from jitgen.cache.entry import ENTRY_NAME, MODULE, Corrupt, read_key, read_manifest
+from jitgen.cache.key import explain
+from jitgen.cache.store import Store, discard
+from jitgen.errors import CacheError
+
+ABANDONED_AFTER = 24 * 3600  # seconds: no build takes a day; its process may run on another host, where we cannot look
+
+
+class EntryInfo(NamedTuple):
+    """One line of a listing."""
+
+    name: str
+    label: str
+    arch: str
+    size: int  # bytes of all files
+    age: float  # seconds since it was built
+
+
+def list_entries(root: Path) -> list[EntryInfo]:
+    """What a store holds, newest first; a damaged entry is listed as such."""
+    listed = []
+    for name in Store(root).names():
+        directory = root / name
+        try:
+            label = read_manifest(directory)["label"]
+            arch = str(read_key(directory)["target"]["arch"])
+        except (Corrupt, OSError, ValueError, KeyError, TypeError):
+            label, arch = "damaged", "?"
+        with suppress(OSError):
+            listed.append(EntryInfo(name, label, arch, tree_size(directory), time.time() - directory.stat().st_mtime))
+    return sorted(listed, key=lambda info: info.age)
+
+
+def tree_size(directory: Path) -> int:
+    """Bytes of all files below a directory."""
+    total = 0
+    for path in directory.rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def collect_garbage(root: Path, *, older_than: float | None = None) -> list[Path]:
+    """Remove abandoned builds, damaged entries, aliases of nothing and kept failures; return what was removed.
+
+    With older_than (seconds), also entries built longer ago than that.
+    """
+    store = Store(root)
+    removed = [path for path in _children(root / "tmp") if _is_abandoned(path)]
+    removed += [*_children(root / "corrupt"), *_children(root / "failed")]
+    if older_than is not None:
+        removed += [root / info.name for info in list_entries(root) if info.age > older_than]
+    for path in removed:
+        discard(store, path)
+    for path in (*_children(root / "index"), *_children(root / "locks")):
+        if _is_dangling(root, path):
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+def clear(root: Path) -> int:
+    """Remove every entry of a store and all that belongs to it; return the number of entries."""
+    store = Store(root)
+    names = store.names()
+    for name in names:
+        discard(store, root / name)
+    for folder in ("corrupt", "failed", "index", "locks", "programs", "tmp"):
+        discard(store, root / folder)
+    return len(names)
+
+
+def compare(root: Path, first: str, second: str) -> list[str]:
+    """Lines that say why two entries are two: the parts of the key that differ, then the difference of the sources.
+
+    An entry is given by its name, the beginning of its name or digest, or its path.
+    Errors:  CacheError when one is not found or not unique.
+    """
+    old, new = _resolve(root, first), _resolve(root, second)
+    lines = explain(read_key(old), read_key(new))
+    for path in sorted({*_sources(old), *_sources(new)}):
+        texts = [(entry / path).read_text().splitlines() if (entry / path).is_file() else [] for entry in (old, new)]
+        lines += difflib.unified_diff(*texts, f"{old.name}/{path}", f"{new.name}/{path}", lineterm="", n=1)
+    return lines
+
+
+def _resolve(root: Path, given: str) -> Path:
+    if os.sep in given and Path(given).is_dir():
+        return Path(given)
+    names = Store(root).names()
+    found = [name for name in names if name.startswith(given) or name.rpartition("-")[2].startswith(given)]
+    if len(found) != 1:
+        which = f"fits {len(found)} entries" if found else "is no entry"
+        raise CacheError(f"{given!r} {which} of {root}. 'jitgen cache ls' lists them.")
+    return root / found[0]
+
+
+def _sources(entry: Path) -> Iterable[Path]:
+    return [path.relative_to(entry) for path in entry.rglob("*") if path.suffix in (".cpp", ".cu", ".h", ".cuh")]
+
+
+def _children(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _is_abandoned(build: Path) -> bool:
+    """Whether the process that made a private directory is gone, or so long ago that it must be."""
+    host, _, rest = build.name.rpartition("-")[0].rpartition("-")
+    if host == os.uname().nodename and rest.isdigit() and not Path(f"/proc/{rest}").exists():
+        return True
+    with suppress(OSError):
+        return time.time() - build.stat().st_mtime > ABANDONED_AFTER
+    return False
+
+
+def _is_dangling(root: Path, path: Path) -> bool:
+    """Whether an alias or a lock belongs to no entry."""
+    with suppress(OSError, UnicodeDecodeError):
+        name = path.stem if path.parent.name == "locks" else path.read_text("ascii").strip()
+        return ENTRY_NAME.fullmatch(name) is None or not (root / name / MODULE).is_file()
+    return False
