@@ -16,7 +16,10 @@ from jitgen import paths
 
 
 def remembered(question: str, program: Path, ask: Callable[[], str]) -> str:
-    """Return the answer to a question about a program; `ask` runs when the answer is not on record for this file."""
+    """Return the answer to a question about a program; `ask` runs when the answer is not on record for this file.
+
+    An empty answer means that the program did not say, and is not recorded.
+    """
     state = program.stat()
     identity = f"{question}\0{program}\0{state.st_size}\0{state.st_mtime_ns}"
     store = paths.cache_dir()
@@ -28,8 +31,9 @@ def remembered(question: str, program: Path, ask: Callable[[], str]) -> str:
         if answer.endswith("\n") and answer.strip():
             return answer[:-1]
     answer = ask()
-    with suppress(OSError):
-        _write(memo, answer + "\n")
+    if answer:
+        with suppress(OSError):
+            _write(memo, answer + "\n")
     return answer
 
 

@@ -74,7 +74,10 @@ def require_cxx() -> Cxx:
         raise ToolchainMissing(what, CXX_REMEDY + ".")
     least = MIN_CLANG if found.is_clang else MIN_GCC
     if found.major < least:
-        raise ToolchainMissing(f"{found.path} is {found.version}, at least version {least} is needed", CXX_REMEDY + ".")
+        raise ToolchainMissing(
+            f"{found.path} is {found.version or 'of unknown version'}, at least version {least} is needed",
+            CXX_REMEDY + ".",
+        )
     return found
 
 
@@ -91,6 +94,8 @@ def _find_cxx(named: str | None, search_path: str) -> Cxx | None:
 def _ask_cxx(program: str) -> str:
     """Version line with the program's own name, which depends on how it was called, taken off."""
     line = run_text([program, "--version"]).partition("\n")[0].strip()
+    if not re.search(r"\d", line):
+        return ""
     if "clang" in line:
         return "clang " + line.partition("version ")[2]
     return "g++ " + line.partition(" ")[2]
@@ -207,7 +212,7 @@ def _first(candidates: Iterable[Path]) -> Path | None:
 def _ask_nvcc(nvcc: Path) -> str:
     answer = run_text([str(nvcc), "--version"])
     found = re.search(r"V(\d+\.\d+\.\d+)", answer)
-    return found.group(1) if found else "unknown"
+    return found.group(1) if found else ""
 
 
 # Variables that change what compilers or torch's loader do, and are not part of any key.

@@ -1,0 +1,183 @@
+"""Finding compilers: links, wrappers, incomplete toolkits, old versions; and targets as part of a key."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from jitgen import env, target, toolchain
+from jitgen.errors import EnvError, ToolchainMissing, UnsupportedDevice
+
+pytestmark = pytest.mark.usefixtures("private_store")
+
+
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def toolkit(root: Path, *, header: bool = True, library: bool = True, lib: str = "lib64") -> Path:
+    """A directory that looks like a CUDA toolkit."""
+    program(root / "bin" / "nvcc", "echo 'Cuda compilation tools, release 13.0, V13.0.88'")
+    (root / "nvvm").mkdir()
+    (root / "include").mkdir()
+    (root / lib).mkdir()
+    if header:
+        (root / "include" / "cuda_runtime.h").touch()
+    if library:
+        (root / lib / "libcudart_static.a").touch()
+    return root
+
+
+def only_path(monkeypatch: pytest.MonkeyPatch, *directories: Path) -> None:
+    monkeypatch.setenv("PATH", os.pathsep.join(map(str, directories)))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+
+
+def test_linked_nvcc_leads_to_its_real_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = toolkit(tmp_path / "cuda-13.0")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").symlink_to(root / "bin" / "nvcc")
+    only_path(monkeypatch, tmp_path / "bin")
+    assert toolchain.require_toolkit().root == root
+    assert toolchain.require_toolkit().version == "13.0.88"
+
+
+def test_wrapped_nvcc_is_asked_for_its_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = toolkit(tmp_path / "cuda-13.0")
+    program(tmp_path / "bin" / "nvcc", f"echo '#$ TOP={root}/bin/..'")
+    only_path(monkeypatch, tmp_path / "bin")
+    assert toolchain.require_toolkit().root == root
+
+
+def test_toolkit_with_lib_instead_of_lib64_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the PyPI packages unpack."""
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cu13", lib="lib")))
+    assert toolchain.require_toolkit().lib == tmp_path / "cu13" / "lib"
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"), [("header", "no cuda_runtime.h"), ("library", "no libcudart_static.a")], ids=["header", "lib"]
+)
+def test_incomplete_toolkit_says_what_it_lacks(
+    missing: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda", **{missing: False})))
+    with pytest.raises(ToolchainMissing, match=rf"{said}.*pip install jitgen\[nvcc\]"):
+        toolchain.require_toolkit()
+
+
+def test_named_toolkit_is_the_only_one_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nothing"))
+    with pytest.raises(ToolchainMissing, match="nothing has no bin/nvcc"):
+        toolchain.require_toolkit()
+
+
+def test_old_compiler_is_refused_with_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITGEN_CXX", str(program(tmp_path / "g++", "echo 'g++ (GCC) 7.5.0'")))
+    with pytest.raises(ToolchainMissing, match=r"g\+\+ \(GCC\) 7\.5\.0, at least version 10 is needed"):
+        toolchain.require_cxx()
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        ("x86_64-conda-linux-gnu-g++ (conda-forge gcc 13.3.0-1) 13.3.0", "g++ (conda-forge gcc 13.3.0-1) 13.3.0"),
+        ("Debian clang version 16.0.6 (1)", "clang 16.0.6 (1)"),
+    ],
+    ids=["gcc", "clang"],
+)
+def test_compiler_identity_has_no_path(
+    line: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JITGEN_CXX", str(program(tmp_path / "cxx", f"echo '{line}'")))
+    assert toolchain.require_cxx().version == version
+
+
+def test_upgraded_compiler_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = program(tmp_path / "g++", "echo 'g++ (GCC) 12.1.0'")
+    monkeypatch.setenv("JITGEN_CXX", str(compiler))
+    assert toolchain.require_cxx().major == 12
+    program(compiler, "echo 'g++ (GCC) 13.1.0' # upgraded")
+    toolchain._find_cxx.cache_clear()
+    assert toolchain.require_cxx().major == 13
+
+
+def test_version_is_asked_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = tmp_path / "calls"
+    monkeypatch.setenv("JITGEN_CXX", str(program(tmp_path / "g++", f"echo x >>{calls}; echo 'g++ (GCC) 12.1.0'")))
+    for _ in range(3):
+        toolchain._find_cxx.cache_clear()  # as a new process
+        toolchain.require_cxx()
+    assert calls.read_text() == "x\n"
+
+
+def test_cpu_target_names_its_instructions_in_arch_and_flags() -> None:
+    avx2 = target.cpu_target("avx2")
+    assert avx2.isa == "avx2" and avx2.arch.endswith("+avx2+fma+f16c+bmi2")
+    assert {"-mavx2", "-mfma"} <= set(avx2.flags) and "-march=native" not in avx2.flags
+    assert target.cpu_target("avx512", ("avx512_bf16",)).isa == "avx512"
+    assert "-mavx512bf16" in target.cpu_target("avx512", ("avx512_bf16",)).flags
+    assert target.cpu_target("portable").isa == "portable"
+
+
+def test_instructions_the_cpu_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "cpu_features", lambda: frozenset())
+    monkeypatch.setenv("JITGEN_CPU_ISA", "avx2")
+    with pytest.raises(EnvError, match="JITGEN_CPU_ISA=avx2, but this CPU has no avx2"):
+        target.detect_cpu()
+    monkeypatch.delenv("JITGEN_CPU_ISA")
+    assert target.detect_cpu().isa == "portable"
+
+
+@pytest.mark.parametrize(
+    ("arch", "accelerated", "flag"),
+    [
+        ("8.0", True, "-gencode=arch=compute_80,code=sm_80"),
+        ("9.0", False, "-gencode=arch=compute_90,code=sm_90"),
+        ("9.0", True, "-gencode=arch=compute_90a,code=sm_90a"),
+        ("12.0", False, "-gencode=arch=compute_120,code=sm_120"),
+    ],
+)
+def test_cuda_arch_reaches_nvcc(arch: str, accelerated: bool, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITGEN_CUDA_ARCH", arch)
+    found = target.detect_cuda(accelerated=accelerated)
+    assert flag in found.flags and found.kind == "cuda" and found.suffix == ".cu"
+    assert found.compute_capability == tuple(map(int, arch.split(".")))
+
+
+def test_no_device_and_no_override_is_an_error() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("has a device")
+    with pytest.raises(UnsupportedDevice, match="Set JITGEN_CUDA_ARCH"):
+        target.detect_cuda()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("JITGEN_MODE", "maybe", env.is_frozen),
+        ("JITGEN_PROGRESS", "yes", env.progress),
+        ("JITGEN_LOG", "loud", env.log_level),
+        ("JITGEN_LINE_MAP", "2", env.line_map),
+        ("JITGEN_CPU_ISA", "sse9", env.cpu_isa),
+        ("JITGEN_CUDA_ARCH", "sm_90", env.cuda_arch),
+        ("JITGEN_CACHE_DIR", "relative/path", env.cache_dir),
+    ],
+)
+def test_bad_value_of_a_variable_is_an_error(name: str, value: str, read, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(EnvError, match=f"{name}='{value}' is .*Use "):
+        read()
+
+
+def test_zero_turns_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("JITGEN_PROGRESS", "JITGEN_LOG", "JITGEN_LINE_MAP"):
+        monkeypatch.setenv(name, "0")
+    assert (env.progress(), env.log_level(), env.line_map()) == ("off", "off", False)
