@@ -1,0 +1,167 @@
+"""A program becomes the variant section: the part of a kernel's source that says what the variant means.
+
+The section is the same text for CPU and CUDA. Its statements are made here and in the ``emit_*`` modules, its structure is
+``kernel_templates/attention/variant.h.jinja``. What each function of it is given and returns is written in that template.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from jitgen import ir
+from jitgen.abi import ArgField
+from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
+from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis
+from jitgen.emit_norm import NormText, OutputText, emit_norm, emit_output
+from jitgen.emit_split import split_floats
+from jitgen.emit_text import ELEMENT_CTYPE
+from jitgen.ir import Expr
+from jitgen.program import Program
+
+
+@dataclass(frozen=True)
+class BlockText:
+    """Statements of one function and the fields of the struct they fill."""
+
+    fields: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class HookText:
+    """A hook evaluated per element: what it computes per row, per column, and the value."""
+
+    row: BlockText = BlockText()
+    col: BlockText = BlockText()
+    lines: tuple[str, ...] = ()
+    value: str = ""
+
+
+@dataclass(frozen=True)
+class CaptureCheck:
+    """A size the host must check: dimension ``dim`` of ``slot`` is read at ``index`` without a clamp.
+
+    ``index`` is 'b', 'h', 'kv_h', 'q_idx', 'kv_idx', or 'any' for a clamped dimension, which must not be empty.
+    """
+
+    slot: int
+    dim: int
+    index: str
+
+
+@dataclass(frozen=True)
+class VariantSection:
+    """Everything ``variant.h.jinja`` prints, and what the kernel templates and the launcher must know of it."""
+
+    backend: str
+    args: tuple[ArgField, ...]
+    capture_checks: tuple[CaptureCheck, ...]
+    head: BlockText
+    score: HookText
+    mask: HookText
+    analysis: MaskAnalysisText
+    sink: HookText
+    norm: NormText
+    lse: HookText
+    output: OutputText
+    has_score: bool
+    has_mask: bool
+    has_sink: bool
+    custom_norm: bool
+    norm_rescales: bool
+    norm_reverse: bool
+    norm_needs_cumsum: bool
+    has_norm_lse: bool
+    has_lse_mod: bool
+    has_output: bool
+
+
+def section_context(section: VariantSection) -> dict[str, object]:
+    """Template context of ``variant.h.jinja``: the fields of the section."""
+    return {f.name: getattr(section, f.name) for f in fields(section)}
+
+
+def emit_variant(program: Program, *, backend: str) -> VariantSection:
+    """The variant section of ``program``; ``backend`` is 'cpu' or 'cuda'.
+
+    Errors:  UnsupportedVariant when an operation has no meaning where the program uses it.
+    """
+    unit = Unit(program.slots)
+    score = program.score if program.score is not ir.index("score") else None
+    mask = program.mask if program.mask is not ir.TRUE else None
+    norm = emit_norm(unit, program.norm)
+    text = dict(
+        score=_emit_hook(unit, score),
+        mask=_emit_hook(unit, mask),
+        analysis=emit_mask_analysis(unit, mask),
+        sink=_emit_value(unit, program.sink, {}),
+        norm=norm,
+        lse=_emit_value(unit, program.lse, {"q_idx": "elem", "lse": "elem"}),
+        output=emit_output(unit, program.output),
+    )
+    return VariantSection(
+        backend=backend,
+        args=capture_fields(unit),
+        capture_checks=tuple(CaptureCheck(*c) for c in sorted(unit.checks)),
+        head=_block_text(unit.head),
+        **text,  # type: ignore[arg-type]
+        has_score=score is not None,
+        has_mask=mask is not None,
+        has_sink=program.sink is not None,
+        custom_norm=program.norm is not None,
+        norm_rescales=norm.rescales,
+        norm_reverse=norm.reverse,
+        norm_needs_cumsum=norm.needs_cumsum,
+        has_norm_lse=norm.lse.value != "",
+        has_lse_mod=program.lse is not None,
+        has_output=program.output is not None,
+    )
+
+
+def capture_fields(unit: Unit) -> tuple[ArgField, ...]:
+    """Launch arguments of the captures, by slot: a scalar is one field, a tensor its address, sizes and strides."""
+    out: list[ArgField] = []
+    for slot, name in zip(unit.slots, unit.slot_names, strict=True):
+        if slot.kind == "scalar":
+            is_float = slot.dtype == "f32"
+            out.append(ArgField("double" if is_float else "int64_t", name, slot.dtype, "d" if is_float else "q"))
+            continue
+        out.append(ArgField(f"const {ELEMENT_CTYPE[slot.dtype]}*", name, f"{slot.dtype}, layout {slot.layout}", "P"))
+        out += [ArgField("int64_t", f"{name}_size{d}") for d in range(slot.rank)]
+        out += [ArgField("int64_t", f"{name}_stride{d}") for d in range(slot.rank)]
+    return tuple(out)
+
+
+def _block_text(block: Block) -> BlockText:
+    return BlockText(tuple(m.text for m in block.members), tuple(block.lines))
+
+
+def _level(node: Expr) -> str:
+    return join_levels({HOOK_LEVELS.get(d, "head") for d in node.deps})
+
+
+def _emit_hook(unit: Unit, root: Expr | None) -> HookText:
+    """A score or mask hook, split into rows, columns and elements."""
+    if root is None:
+        return HookText()
+    root = split_floats(root, _level)
+    parameters = {"args", "head", "row", "col", "score", "q_idx", "kv_idx"}
+    blocks = {
+        "head": unit.head,
+        "row": Block("row", "row.", taken=set(parameters)),
+        "col": Block("col", "col.", taken=set(parameters)),
+        "elem": Block("elem", taken=set(parameters)),
+    }
+    low = Lowering(unit, blocks, HOOK_LEVELS, [root])
+    value = low.term(root, blocks["elem"]).text
+    return HookText(_block_text(blocks["row"]), _block_text(blocks["col"]), tuple(blocks["elem"].lines), value)
+
+
+def _emit_value(unit: Unit, root: Expr | None, levels: dict[str, str]) -> HookText:
+    """A hook that yields one value, not one per element."""
+    if root is None:
+        return HookText()
+    block = Block("elem", taken={"args", "head", "lse", "q_idx"})
+    low = Lowering(unit, {level: block for level in ("row", "col", "elem")} | {"head": unit.head}, levels, [root])
+    value = low.term(root, block).text  # adds to the lines of block
+    return HookText(lines=tuple(block.lines), value=value)

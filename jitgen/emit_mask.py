@@ -1,0 +1,246 @@
+"""The interval form of a mask: the mask's expression once more, over jg::Bounds and jg::Truth.
+
+``mask_span`` computes what depends on the query rows of a tile, ``mask_tile`` the rest. The rules of the operations are in
+``include/jitgen/span.h``; :mod:`jitgen.interval` states the same rules in Python.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jitgen import ir
+from jitgen.emit_load import print_pointer
+from jitgen.emit_lower import Block, Lowering, Unit, join_levels, product
+from jitgen.emit_ops import COMPARE, print_compare, print_logic
+from jitgen.emit_ranges import Ranges
+from jitgen.emit_text import ATOM, PRODUCT, SUM, UNARY, Term, int_literal
+from jitgen.ir import Expr, walk
+
+SPAN_LEVELS = {"q_idx": "row", "kv_idx": "elem"}
+FAR = 2**40  # jg::kFar: what 64-bit captures are assumed to stay below; checked at run time
+EXACT = 2**62  # endpoints below this add and subtract without overflow
+
+
+@dataclass(frozen=True)
+class MaskAnalysisText:
+    """Fields of MaskSpan beyond the row range, and the bodies of mask_span and mask_tile."""
+
+    fields: tuple[str, ...] = ()
+    span_lines: tuple[str, ...] = ()
+    tile_lines: tuple[str, ...] = ()
+    value: str = ""
+    span_reads_rows: bool = False
+    tile_reads_rows: bool = False
+    tile_reads_columns: bool = False
+
+
+def emit_mask_analysis(unit: Unit, mask: Expr | None) -> MaskAnalysisText:
+    """mask_span and mask_tile of a mask.
+
+    The parts of a conjunction (or disjunction) are decided one after the other, cheap ones first, so that a tile that a
+    comparison of positions excludes costs no look at a tensor.
+    """
+    if mask is None:
+        return MaskAnalysisText()
+    taken = {"args", "head", "span", "q_idx", "kv_idx", "q_lo", "q_hi", "k_lo", "k_hi"}
+    span, tile = Block("row", "span.", taken=set(taken)), Block("elem", taken=set(taken))
+    low = BoundsLowering(unit, span, tile, mask)
+    parts = sorted(operands(mask, mask.op), key=low.cost) if mask.op in ("and", "or") else [mask]
+    absorbing = mask.op == "or"
+    terms: list[str] = []
+    for i, part in enumerate(parts):
+        term = low.term(part, tile)
+        if len(parts) == 1:
+            value = f"jg::tile_kind({term.text})"
+            break
+        name = term.text
+        if term.prec != ATOM or not name.replace(".", "").isidentifier() or term.ctype == "bool":
+            name = f"part{i}"
+            tile.lines.append(f"const jg::Truth {name} = {term.text};  // {unit.comment(part)}")
+        terms.append(name)
+        if i + 1 < len(parts):
+            stop = f"{name}.must) return kTileFull;" if absorbing else f"!{name}.may) return kTileNone;"
+            tile.lines.append(f"if ({stop}")
+    else:
+        value = f"jg::tile_kind({(' | ' if absorbing else ' & ').join(terms)})"
+    return MaskAnalysisText(
+        fields=tuple(m.text for m in span.members),
+        span_lines=tuple(span.lines),
+        tile_lines=tuple(tile.lines),
+        value=value,
+        span_reads_rows=("row", "q_idx") in low.reads,
+        tile_reads_rows=("elem", "q_idx") in low.reads,
+        tile_reads_columns=("elem", "kv_idx") in low.reads,
+    )
+
+
+def operands(node: Expr, op: str) -> list[Expr]:
+    """The parts of a nested conjunction or disjunction."""
+    if node.op != op:
+        return [node]
+    return [part for a in node.args for part in operands(a, op)]
+
+
+class BoundsLowering(Lowering):
+    """Prints values over a rectangle; what does not vary in it stays the scalar it is."""
+
+    def __init__(self, unit: Unit, span: Block, tile: Block, mask: Expr) -> None:
+        super().__init__(unit, {"head": unit.head, "row": span, "col": tile, "elem": tile}, SPAN_LEVELS, [mask])
+        self.scalar_form = Lowering(unit, {"head": unit.head}, {}, [mask])
+        self.near = Ranges(unit.slots, (-FAR, FAR))
+        self.print_op = print_bounds
+        self.reads: set[tuple[str, str]] = set()
+
+    def level(self, node: Expr) -> str:
+        level = join_levels({self.levels.get(d, "head") for d in node.deps})
+        return level if level == "head" or node.dtype != "f32" else "elem"
+
+    def term(self, node: Expr, at: Block, narrow: bool = False) -> Term:
+        if self.level(node) == "head":
+            return self.scalar_form.term(node, at)
+        if node.op == "index":
+            self.reads.add((at.level, node.attr))
+            return Term(node.attr, ATOM, "jg::Bounds")
+        return super().term(node, at)
+
+    def leaf(self, node: Expr) -> Term | None:
+        return None
+
+    def cost(self, part: Expr) -> tuple[int, int]:
+        """Gathers that mask_tile has to look through, then operations."""
+        nodes = list(walk(part))
+        return sum(n.op == "load" and self.level(n) == "elem" for n in nodes), len(nodes)
+
+
+def print_bounds(low: BoundsLowering, node: Expr, at: Block, narrow: bool) -> Term:
+    """Interval text of one operation."""
+    if node.dtype == "bool":
+        return print_truth(low, node, at)
+    if any(a.dtype == "f32" for a in node.args) or max(map(abs, low.near.of(node))) > EXACT:
+        return fallback(low, node)
+    if node.op in _BOUNDS:
+        return _BOUNDS[node.op](low, node, at)
+    if node.op in ("min", "max", "abs", "sign"):
+        return _call(low, f"jg::{node.op}", node, at)
+    return fallback(low, node)
+
+
+def print_truth(low: BoundsLowering, node: Expr, at: Block) -> Term:
+    if node.op == "load":
+        return Term(f"jg::as_truth({_scan(low, node, at).text})", ATOM, "jg::Truth")
+    if any(a.dtype == "f32" for a in node.args) or (node.op in ("lt", "le") and node.args[0].dtype == "bool"):
+        return Term("jg::unsure()", ATOM, "jg::Truth")
+    if node.op in COMPARE:
+        return _as_truth(print_compare(low, node, at))
+    if node.op in ("and", "or"):
+        return _as_truth(print_logic(low, node, at))
+    if node.op == "not":
+        return Term(f"!{low.term(node.args[0], at).at(UNARY)}", UNARY, "jg::Truth")
+    if node.op == "where":
+        return _call(low, "jg::choose", node, at, "jg::Truth")
+    return Term("jg::unsure()", ATOM, "jg::Truth")
+
+
+def _as_truth(term: Term) -> Term:
+    return Term(term.text, term.prec, "jg::Truth")
+
+
+def _call(low: BoundsLowering, function: str, node: Expr, at: Block, ctype: str = "jg::Bounds") -> Term:
+    """A call with at least one interval among its operands; the others convert."""
+    texts = []
+    for a in node.args:
+        term = low.term(a, at)
+        kind = "jg::Truth" if a.dtype == "bool" else "jg::Bounds"
+        texts.append(term.text if term.ctype == kind else f"{kind}({term.text})")
+    return Term(f"{function}({', '.join(texts)})", ATOM, ctype)
+
+
+def fallback(low: BoundsLowering, node: Expr) -> Term:
+    """What is true of the value whatever the operands: its static range."""
+    lo, hi = low.near.of(node)
+    known = not any(a.dtype == "f32" for a in node.args) and max(abs(lo), abs(hi)) < FAR
+    text = f"jg::Bounds({int_literal(lo)}, {int_literal(hi)})" if known else "jg::anything()"
+    return Term(text, ATOM, "jg::Bounds")
+
+
+def _lin(low: BoundsLowering, node: Expr, at: Block) -> Term:
+    constant, coeffs = node.attr
+    terms = sorted(zip(coeffs, node.args, strict=True), key=lambda ca: ca[0] < 0)
+    fixed = [(c, a) for c, a in terms if low.level(a) == "head"]
+    parts = [(c, low.term(a, at)) for c, a in terms if low.level(a) != "head"]
+    if fixed:
+        scalar = ir.make_lin(constant, fixed, node.dtype)
+        flip = scalar.op == "lin" and all(c < 0 for c in scalar.attr[1])
+        scalar = ir.make("neg", scalar) if flip else scalar
+        parts.append((-1 if flip else 1, low.scalar_form.term(scalar, at)))
+        constant = 0
+    out = ""
+    for c, t in parts:
+        text = product(abs(c), t, False).at(PRODUCT if not (c < 0 and t.prec == SUM) else ATOM)
+        out += (f" {'-' if c < 0 else '+'} " if out else "-" if c < 0 else "") + text
+    if constant:
+        out += f" {'-' if constant < 0 else '+'} {int_literal(abs(constant))}"
+    return Term(out, SUM if len(parts) > 1 or constant else UNARY if parts[0][0] == -1 else PRODUCT, "jg::Bounds")
+
+
+def _mul(low: BoundsLowering, node: Expr, at: Block) -> Term:
+    a, b = (low.term(x, at) for x in node.args)
+    return Term(f"{a.at(PRODUCT)} * {b.at(PRODUCT + 1)}", PRODUCT, "jg::Bounds")
+
+
+def _division(function: str):  # type: ignore[no-untyped-def]
+    return lambda low, node, at: _call(low, function, node, at)
+
+
+def _relu(low: BoundsLowering, node: Expr, at: Block) -> Term:
+    return Term(f"jg::max({low.term(node.args[0], at).text}, jg::Bounds(0))", ATOM, "jg::Bounds")
+
+
+def _cast(low: BoundsLowering, node: Expr, at: Block) -> Term:
+    source = low.term(node.args[0], at)
+    return source if node.args[0].is_int else Term(f"jg::as_bounds({source.text})", ATOM, "jg::Bounds")
+
+
+def _shift(low: BoundsLowering, node: Expr, at: Block) -> Term:
+    value, count = node.args
+    if not count.is_const or low.level(value) == "head":
+        return fallback(low, node)
+    factor = int_literal(1 << (count.attr & 31))
+    a = low.term(value, at)
+    if node.op == "shr":
+        return Term(f"jg::floor_div({a.text}, jg::Bounds({factor}))", ATOM, "jg::Bounds")
+    lo, hi = low.near.of(value)
+    fits = node.dtype == "i64" or (lo << (count.attr & 31) >= -(2**31) and hi << (count.attr & 31) < 2**31)
+    return Term(f"{a.at(PRODUCT)} * {factor}", PRODUCT, "jg::Bounds") if fits else fallback(low, node)
+
+
+def _bitand(low: BoundsLowering, node: Expr, at: Block) -> Term:
+    """``x & (2**n - 1)`` is a remainder; other bit patterns are not analysed."""
+    for x, mask in (node.args, node.args[::-1]):
+        if mask.is_const and mask.attr > 0 and mask.attr & (mask.attr + 1) == 0 and low.level(x) != "head":
+            return Term(f"jg::floor_mod({low.term(x, at).text}, jg::Bounds({int_literal(mask.attr + 1)}))", ATOM, "jg::Bounds")
+    return fallback(low, node)
+
+
+def _scan(low: BoundsLowering, node: Expr, at: Block) -> Term:
+    """Bounds of the elements in a box of a captured tensor."""
+    slot, name = low.unit.slots[node.attr], low.unit.slot_names[node.attr]
+    fixed = [d for d, a in enumerate(node.args) if low.level(a) == "head" and slot.layout[d] != "0"]
+    axes = []
+    for d, index in enumerate(node.args):
+        if low.level(index) != "head" and slot.layout[d] != "0":
+            stride = "1" if slot.layout[d] == "c" else f"args.{name}_stride{d}"
+            term = low.term(index, at)
+            axes.append(f"jg::axis({term.text}, args.{name}_size{d}, {stride})")
+    base = print_pointer(low.scalar_form, node, fixed)
+    if len(axes) > 3 or not axes:
+        return fallback(low, node)
+    function = "scan_sorted" if slot.is_sorted and len(axes) == 1 else "scan"
+    return Term(f"jg::{function}({base}, {', '.join(axes)})", ATOM, "jg::Bounds")
+
+
+_BOUNDS = {
+    "lin": _lin, "mul": _mul, "floordiv": _division("jg::floor_div"), "mod": _division("jg::floor_mod"), "relu": _relu,
+    "cast": _cast, "shl": _shift, "shr": _shift, "bitand": _bitand, "load": _scan,
+    "where": lambda low, node, at: _call(low, "jg::choose", node, at),
+}  # fmt: skip

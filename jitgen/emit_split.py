@@ -1,0 +1,103 @@
+"""Rewrites of float expressions that move work out of the element loop.
+
+- ``float(q - k + c)`` becomes ``float(q + c) - float(k)``: one subtraction of two values computed per row and per column.
+  Both conversions are exact below 2**24, and the difference of nearby positions is exact too, so a distance bias keeps
+  its accuracy: ``slope * (k - q)`` is one subtraction and one fused multiply-add. (``slope * k - slope * q`` would cost
+  one operation less and lose the low bits of both products.)
+- ``x / y`` with ``y`` known outside the element loop becomes ``x * (1 / y)``: at most one more rounding.
+- in a sum, terms that depend on the row only and on the column only are added first: ``s + f[q] - f[k]`` becomes
+  ``s + (f[q] - f[k])``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from jitgen import ir
+from jitgen.ir import Expr, walk
+
+LevelOf = Callable[[Expr], str]
+
+
+def split_floats(root: Expr, level_of: LevelOf) -> Expr:
+    """``root`` with the rewrites of this module applied to every element-level float."""
+    users = Counter(a for n in walk(root) for a in n.args)
+    done: dict[Expr, Expr] = {}
+    absorbed = {a for n in walk(root) if _is_sum(n) for a in n.args if _is_sum(a) and users[a] == 1}
+    for node in walk(root):
+        args = tuple(done[a] for a in node.args)
+        if node.dtype == "f32" and level_of(node) == "elem":
+            done[node] = _rewritten(node, args, done, absorbed, level_of)
+        else:
+            done[node] = node if args == node.args else ir.remake(node, args)
+    return done[root]
+
+
+def _is_sum(node: Expr) -> bool:
+    return node.dtype == "f32" and node.op in ("add", "sub")
+
+
+def _rewritten(node: Expr, args: tuple[Expr, ...], done: dict[Expr, Expr], absorbed: set[Expr], level_of: LevelOf) -> Expr:
+    if node.op == "cast" and node.args[0].op == "lin":
+        return _split_cast(node.args[0], level_of) or ir.remake(node, args)
+    if node.op == "truediv" and level_of(args[1]) != "elem":
+        return ir.make("mul", args[0], ir.make("truediv", ir.const(1.0), args[1]))
+    if _is_sum(node) and node not in absorbed:
+        return _group_sum(_terms(node, 1, done, absorbed), level_of)
+    return node if args == node.args else ir.remake(node, args)
+
+
+def _split_cast(lin: Expr, level_of: LevelOf) -> Expr | None:
+    """``float(sum)`` as a difference of floats by level; None if the sum has a term of element level."""
+    constant, coeffs = lin.attr
+    rows = [(c, a) for c, a in zip(coeffs, lin.args, strict=True) if level_of(a) in ("head", "row")]
+    cols = [(c, a) for c, a in zip(coeffs, lin.args, strict=True) if level_of(a) == "col"]
+    if len(rows) + len(cols) < len(coeffs) or not rows or not cols:
+        return None
+    # The constant goes with the longer part: `k` and `q + 1` rather than `k - 1` and `q`.
+    side = rows if all(level_of(a) == "head" for _, a in rows) or len(cols) == 1 else cols
+    total: Expr | None = None
+    for part in sorted((rows, cols), key=lambda p: p[0][0] < 0):
+        flip = total is not None and all(c < 0 for c, _ in part) and (part is not side or constant <= 0)
+        sign = -1 if flip else 1
+        value = ir.make_lin(sign * constant if part is side else 0, [(sign * c, a) for c, a in part], lin.dtype)
+        as_float = ir.cast(value, "f32")
+        total = as_float if total is None else ir.make("sub" if flip else "add", total, as_float)
+    return total
+
+
+Terms = list[tuple[int, Expr]]
+
+
+def _terms(node: Expr, sign: int, done: dict[Expr, Expr], absorbed: set[Expr]) -> Terms:
+    """The terms of a sum with their signs, sums inside it taken apart."""
+    out: Terms = []
+    for i, a in enumerate(node.args):
+        s = -sign if node.op == "sub" and i == 1 else sign
+        out += _terms(a, s, done, absorbed) if a in absorbed else [(s, done[a])]
+    return out
+
+
+def _group_sum(terms: Terms, level_of: LevelOf) -> Expr:
+    groups: dict[str, Terms] = {"elem": [], "row": [], "col": []}
+    for s, t in terms:
+        level = level_of(t)
+        groups["row" if level == "head" else level].append((s, t))
+    outer = _total([t for name in ("row", "col") if groups[name] for t in [_total(groups[name])]])
+    inner = _total(groups["elem"])
+    whole = _total([t for t in (inner, outer) if t is not None])
+    assert whole is not None
+    sign, total = whole
+    return total if sign > 0 else ir.make("neg", total)
+
+
+def _total(terms: list[tuple[int, Expr] | None] | Terms) -> tuple[int, Expr] | None:
+    """Sum of signed terms as one signed term, beginning with a positive one where there is any."""
+    present = sorted((t for t in terms if t is not None), key=lambda t: t[0] < 0)
+    if not present:
+        return None
+    first_sign, total = present[0]
+    for sign, term in present[1:]:
+        total = ir.make("add" if sign == first_sign else "sub", total, term)
+    return first_sign, total
