@@ -11,7 +11,7 @@ namespace jg {
 
 // C[kBlockRows][kPanel] = factor * C + A[kBlockRows][depth] B[depth][kPanel]; without factors C is overwritten.
 template <int kLda, bool kAccumulate>
-inline void multiply_block(const float* a, const float* panel, int depth, float* c, int ldc, const float* factor) {
+static inline void multiply_block(const float* a, const float* panel, int depth, float* c, int ldc, const float* factor) {
   Vec sum[kBlockRows][kPanelVecs];
 #pragma GCC unroll 16
   for (int r = 0; r < kBlockRows; ++r)
@@ -37,7 +37,7 @@ inline void multiply_block(const float* a, const float* panel, int depth, float*
 
 // Logits of `blocks` row blocks against the keys [begin, end) of a tile, widened to whole panels: S = Q K^T.
 template <int kHeadDim, int kTileKv>
-void score_panels(const float* q, const float* k_panels, int blocks, int begin, int end, float* logits) {
+static void score_panels(const float* q, const float* k_panels, int blocks, int begin, int end, float* logits) {
   for (int p = begin / kPanel; p * kPanel < end; ++p)
     for (int block = 0; block < blocks; ++block)
       multiply_block<kHeadDim, false>(q + block * kBlockRows * kHeadDim, k_panels + static_cast<int64_t>(p) * kPanel * kHeadDim,
@@ -46,7 +46,7 @@ void score_panels(const float* q, const float* k_panels, int blocks, int begin, 
 
 // O = factor * O + P V over the columns [begin, end) of a tile.
 template <int kPaddedDimV, int kTileKv>
-void value_panels(const float* weights, const float* v_panels, int blocks, int begin, int end, float* out,
+static void value_panels(const float* weights, const float* v_panels, int blocks, int begin, int end, float* out,
                   const float* factor) {
   for (int p = 0; p < kPaddedDimV / kPanel; ++p)
     for (int block = 0; block < blocks; ++block)
@@ -87,7 +87,7 @@ JITGEN_FN void dot_block(const float* q, const T* k, int64_t stride, float* logi
 
 // Logits of `rows` queries against the keys [begin, end); k points at the first key of the tile.
 template <int kHeadDim, int kTileKv, class T>
-void score_rows(const float* q, const T* k, int64_t stride, int rows, int begin, int end, float* logits) {
+static void score_rows(const float* q, const T* k, int64_t stride, int rows, int begin, int end, float* logits) {
   int j = begin;
   for (; j + 4 <= end; j += 4) {
     int r = 0;
@@ -102,7 +102,7 @@ void score_rows(const float* q, const T* k, int64_t stride, int rows, int begin,
 
 // O = factor * O + P V over the keys [begin, end); four keys share one pass over an output row.
 template <int kHeadDimV, int kPaddedDimV, int kTileKv, class T>
-void value_rows(const float* weights, const T* v, int64_t stride, int rows, int begin, int end, float* out,
+static void value_rows(const float* weights, const T* v, int64_t stride, int rows, int begin, int end, float* out,
                 const float* factor) {
   for (int r = 0; r < rows; ++r)
     if (factor[r] != 1.0f)

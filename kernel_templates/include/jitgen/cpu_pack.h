@@ -6,7 +6,7 @@
 namespace jg {
 
 // ---- query and output rows ----
-template <class T> void load_row(const T* row, int64_t stride_d, int dim, float factor, float* out) {
+template <class T> static void load_row(const T* row, int64_t stride_d, int dim, float factor, float* out) {
   if (stride_d == 1 && dim % kVec == 0) {
     for (int d = 0; d < dim; d += kVec) store_vec(out + d, load_vec(row + d) * splat(factor));
     return;
@@ -14,7 +14,7 @@ template <class T> void load_row(const T* row, int64_t stride_d, int dim, float 
   for (int d = 0; d < dim; ++d) out[d] = to_float(row[d * stride_d]) * factor;
 }
 
-template <class T> void store_row(const float* row, int64_t stride_d, int dim, T* out) {
+template <class T> static void store_row(const float* row, int64_t stride_d, int dim, T* out) {
   if (stride_d == 1) {
 #pragma omp simd
     for (int d = 0; d < dim; ++d) from_float(row[d], out[d]);
@@ -35,7 +35,7 @@ JITGEN_FN void transpose4(const Vec4 (&in)[4], Vec4 (&out)[4]) {
 
 // keys valid rows of K -> panels [kHeadDim][kPanel], zeros up to the end of the last panel.
 template <int kHeadDim, class T>
-void pack_keys(const T* k, int64_t stride_s, int64_t stride_d, int keys, float* panels) {
+static void pack_keys(const T* k, int64_t stride_s, int64_t stride_d, int keys, float* panels) {
   for (int first = 0; first < keys; first += kPanel, panels += kPanel * kHeadDim)
     for (int j = 0; j < kPanel; j += 4) {
       const T* row = k + (first + j) * stride_s;
@@ -57,7 +57,7 @@ void pack_keys(const T* k, int64_t stride_s, int64_t stride_d, int keys, float* 
 
 // keys rows of V -> panels [kTileKv][kPanel] per kPanel value columns, zeros in the columns past kHeadDimV.
 template <int kHeadDimV, int kTileKv, class T>
-void pack_values(const T* v, int64_t stride_s, int64_t stride_d, int keys, float* panels) {
+static void pack_values(const T* v, int64_t stride_s, int64_t stride_d, int keys, float* panels) {
   constexpr int kWhole = kHeadDimV / kVec * kVec;
   for (int j = 0; j < keys; ++j, v += stride_s) {
     int d = 0;

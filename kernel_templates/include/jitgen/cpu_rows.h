@@ -13,7 +13,7 @@ struct Columns {
 
 // Columns of a tile that a query block visits. classify(first, last) gives the kind of the columns [first, last); it is
 // asked for the whole tile, then panel by panel from both ends.
-template <class Classify> inline Columns visible_columns(int keys, Classify classify) {
+template <class Classify> static inline Columns visible_columns(int keys, Classify classify) {
   const int kind = classify(0, keys);
   if (kind != kTilePartial) return {0, kind == kTileNone ? 0 : keys, 0, 0};
   const auto next = [&](int j) { return j / kPanel * kPanel + kPanel < keys ? j / kPanel * kPanel + kPanel : keys; };
@@ -34,7 +34,7 @@ struct SoftmaxState { float max = -INFINITY, sum = 0.0f; };
 JITGEN_FN float finite_max(float max) { return max == -INFINITY ? 0.0f : max; }
 
 // Replaces the logits [begin, end) by their weights; returns the factor for what the row has accumulated.
-inline float softmax_update(float* logits, int begin, int end, SoftmaxState& state) {
+static inline float softmax_update(float* logits, int begin, int end, SoftmaxState& state) {
   float max = state.max;
 #pragma omp simd reduction(max : max)
   for (int j = begin; j < end; ++j) max = logits[j] > max ? logits[j] : max;
@@ -53,7 +53,7 @@ inline float softmax_update(float* logits, int begin, int end, SoftmaxState& sta
 }
 
 // Adds a sink logit, which has weight and no value; returns the factor for the output row.
-inline float softmax_sink(float logit, SoftmaxState& state) {
+static inline float softmax_sink(float logit, SoftmaxState& state) {
   const float max = logit > state.max ? logit : state.max, base = finite_max(max);
   const float factor = exp_weight(state.max - base);
   state.sum = state.sum * factor + exp_weight(logit - base);
@@ -62,7 +62,7 @@ inline float softmax_sink(float logit, SoftmaxState& state) {
 }
 
 // ln of the sum of exponentials; an empty row gives -inf.
-inline float softmax_lse(const SoftmaxState& state) {
+static inline float softmax_lse(const SoftmaxState& state) {
   return state.max == -INFINITY ? -INFINITY : state.max + log(state.sum);
 }
 

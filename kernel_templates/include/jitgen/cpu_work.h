@@ -42,7 +42,7 @@ struct Schedule {
 };
 
 // Short queries of several heads that share K and V are gathered into one item, unless that leaves threads idle.
-inline Schedule make_schedule(int64_t batch, int64_t num_q_heads, int64_t num_kv_heads, int64_t q_len, int tile_q,
+static inline Schedule make_schedule(int64_t batch, int64_t num_q_heads, int64_t num_kv_heads, int64_t q_len, int tile_q,
                               int threads) {
   Schedule s;
   s.num_kv_heads = static_cast<int>(num_kv_heads);
@@ -72,7 +72,7 @@ struct Waves {
   int64_t slot(int64_t wave, int64_t item) const { return item / items_per_pair - wave * pairs_per_wave; }
 };
 
-inline Waves make_waves(const Schedule& schedule, int64_t num_tiles, int64_t tile_floats) {
+static inline Waves make_waves(const Schedule& schedule, int64_t num_tiles, int64_t tile_floats) {
   const int64_t per_pair = schedule.items_per_pair(), pair_bytes = num_tiles * tile_floats * 4;
   if (per_pair == 1 || num_tiles == 0) return {1, schedule.pairs, per_pair, schedule.items(), 0, 0};
   int64_t pairs = kWaveBytes / pair_bytes;
