@@ -1,0 +1,148 @@
+// Types and maths that the variant section of a CUDA kernel calls. No includes: nvcc injects the runtime header.
+//
+// Precision: logits and weights end in a 16-bit output, so transcendental functions use the hardware approximations
+// (ex2, lg2, rcp, sin, cos: 1 to 4 ulp of fp32 on their native range, with range reduction where torch has it).
+// jg::tanh is tanh.approx (relative error 2^-11, below half a bf16 ulp of the logit it bends); build with
+// -DJITGEN_FAST_TANH=0 for the two-instruction form that is good to about 1e-6.
+#pragma once
+
+#define JITGEN_FN __device__ __forceinline__
+
+#ifndef JITGEN_FAST_TANH
+#define JITGEN_FAST_TANH 1
+#endif
+
+constexpr int kTileNone = 0;      // no visible element: the tile is not loaded
+constexpr int kTilePartial = 1;   // mask_elem decides each element
+constexpr int kTileFull = 2;      // every element visible: mask_elem is not called
+
+namespace jg {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+struct half16 { unsigned short bits; };
+struct bf16_16 { unsigned short bits; };
+
+// The same value, but of unknown origin: expressions of it are not moved out of the KV loop, where no register is free.
+JITGEN_FN int stay(int x) { asm volatile("" : "+r"(x)); return x; }
+JITGEN_FN long long stay(long long x) { asm volatile("" : "+l"(x)); return x; }
+JITGEN_FN const char* stay(const char* x) { asm volatile("" : "+l"(x)); return x; }
+
+// ---- loads of captured tensors ----
+JITGEN_FN float load(const float* p, long long i) { return __ldg(p + i); }
+JITGEN_FN float load(const double* p, long long i) { return static_cast<float>(__ldg(p + i)); }
+JITGEN_FN long long load(const long long* p, long long i) { return __ldg(p + i); }
+JITGEN_FN long long load(const long* p, long long i) { return __ldg(reinterpret_cast<const long long*>(p) + i); }
+JITGEN_FN int load(const int* p, long long i) { return __ldg(p + i); }
+JITGEN_FN int load(const short* p, long long i) { return __ldg(p + i); }
+JITGEN_FN int load(const signed char* p, long long i) { return __ldg(p + i); }
+JITGEN_FN int load(const unsigned char* p, long long i) { return __ldg(p + i); }
+JITGEN_FN int load(const bool* p, long long i) { return __ldg(reinterpret_cast<const unsigned char*>(p) + i) != 0; }
+JITGEN_FN float load(const bf16_16* p, long long i) {
+  return __uint_as_float(static_cast<unsigned>(__ldg(reinterpret_cast<const unsigned short*>(p) + i)) << 16);
+}
+JITGEN_FN float load(const half16* p, long long i) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(__ldg(reinterpret_cast<const unsigned short*>(p) + i)));
+  return value;
+}
+JITGEN_FN long long clamp_index(long long i, long long size) { return i < 0 ? 0 : (i < size ? i : size - 1); }
+JITGEN_FN long long wrap_index(long long i, long long size) { return i < 0 ? i + size : i; }
+
+// ---- hardware approximations ----
+JITGEN_FN float exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+JITGEN_FN float log2(float x) { float y; asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+JITGEN_FN float tanh_approx(float x) { float y; asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+JITGEN_FN float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+JITGEN_FN float sqrt(float x) { float y; asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+JITGEN_FN float rsqrt(float x) { float y; asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+
+// min and max propagate NaN as torch.minimum and torch.maximum do; fminf and fmaxf would drop it.
+JITGEN_FN float min(float a, float b) { float y; asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b)); return y; }
+JITGEN_FN float max(float a, float b) { float y; asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b)); return y; }
+JITGEN_FN float abs(float x) { return ::fabsf(x); }
+JITGEN_FN float floor(float x) { return ::floorf(x); }
+JITGEN_FN float ceil(float x) { return ::ceilf(x); }
+JITGEN_FN float trunc(float x) { return ::truncf(x); }
+JITGEN_FN float round(float x) { return ::rintf(x); }   // half to even, as torch.round
+JITGEN_FN float sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x); }
+JITGEN_FN bool isnan(float x) { return x != x; }
+JITGEN_FN bool isinf(float x) { return ::fabsf(x) == INFINITY; }
+JITGEN_FN bool isfinite(float x) { return ::fabsf(x) < INFINITY; }
+
+// ---- exponential family ----
+JITGEN_FN float exp(float x) { return exp2(x * kLog2E); }
+JITGEN_FN float log(float x) { return log2(x) * kLn2; }
+// 2^-8: below it the cubic series is exact to fp32, above it lg2 of 1 + x keeps 14 bits or more of the result.
+JITGEN_FN float log1p(float x) {
+  return ::fabsf(x) < 0.00390625f ? x * (1.0f - x * (0.5f - x * 0.33333333f)) : log(1.0f + x);
+}
+JITGEN_FN float tanh_exact(float x) {
+  const float far = 1.0f - 2.0f * reciprocal(exp2(::fabsf(x) * (2.0f * kLog2E)) + 1.0f);
+  const float square = x * x;   // 0.1: where the quintic series and the cancellation of 1 - 2 / (e + 1) meet, near 1e-6
+  const float near = x * (1.0f + square * (-0.33333333f + square * (0.13333333f - square * 0.05396825f)));
+  return ::fabsf(x) < 0.1f ? near : ::copysignf(far, x);
+}
+JITGEN_FN float tanh(float x) { return JITGEN_FAST_TANH ? tanh_approx(x) : tanh_exact(x); }
+JITGEN_FN float sigmoid(float x) { return reciprocal(1.0f + exp2(-x * kLog2E)); }
+JITGEN_FN float softplus(float x) { return ::fmaxf(x, 0.0f) + log1p(exp2(-::fabsf(x) * kLog2E)); }
+JITGEN_FN float logsigmoid(float x) { return -softplus(-x); }
+JITGEN_FN float silu(float x) { return x * sigmoid(x); }
+JITGEN_FN float erf(float x) { return ::erff(x); }
+JITGEN_FN float gelu(float x) { return 0.5f * x * (1.0f + ::erff(x * 0.70710678f)); }
+JITGEN_FN float gelu_tanh(float x) { return 0.5f * x * (1.0f + tanh(0.79788456f * (x + 0.044715f * x * x * x))); }
+
+// ---- trigonometry ----
+// One period is removed in two steps (2 pi split in two floats), so positions up to 1e5 keep an error near 1e-6;
+// the library's own slow path would put a stack frame into the kernel.
+JITGEN_FN float reduce_period(float x) {
+  const float turns = ::rintf(x * 0.15915494f);
+  return ::fmaf(turns, 1.7484556e-7f, ::fmaf(turns, -6.2831855f, x));
+}
+JITGEN_FN float sin(float x) { return ::__sinf(reduce_period(x)); }
+JITGEN_FN float cos(float x) { return ::__cosf(reduce_period(x)); }
+
+// ---- powers and integers ----
+JITGEN_FN float pow(float x, int n) {
+  float result = 1.0f;
+  for (unsigned left = n < 0 ? 0u - static_cast<unsigned>(n) : n; left; left >>= 1, x *= x) result *= (left & 1) ? x : 1.0f;
+  return n < 0 ? 1.0f / result : result;
+}
+JITGEN_FN int min(int a, int b) { return a < b ? a : b; }
+JITGEN_FN int max(int a, int b) { return a > b ? a : b; }
+JITGEN_FN int abs(int a) { return a < 0 ? -a : a; }
+JITGEN_FN long long min(long long a, long long b) { return a < b ? a : b; }
+JITGEN_FN long long max(long long a, long long b) { return a > b ? a : b; }
+JITGEN_FN long long abs(long long a) { return a < 0 ? -a : a; }
+
+// Floor semantics of Python for any sign; a zero divisor yields 0 instead of a trap.
+template <class T> JITGEN_FN T floor_div_impl(T a, T b) {
+  if (b == 0) return 0;
+  const T quotient = a / b;
+  return quotient - ((a % b != 0) && ((a < 0) != (b < 0)));
+}
+template <class T> JITGEN_FN T floor_mod_impl(T a, T b) {
+  if (b == 0) return 0;
+  const T rest = a % b;
+  return rest + ((rest != 0) && ((rest < 0) != (b < 0)) ? b : 0);
+}
+JITGEN_FN int floor_div(int a, int b) { return floor_div_impl(a, b); }
+JITGEN_FN int floor_mod(int a, int b) { return floor_mod_impl(a, b); }
+JITGEN_FN long long floor_div(long long a, long long b) { return floor_div_impl(a, b); }
+JITGEN_FN long long floor_mod(long long a, long long b) { return floor_mod_impl(a, b); }
+JITGEN_FN float ffloor_div(float a, float b) { return ::floorf(a / b); }
+JITGEN_FN float ffloor_mod(float a, float b) {
+  const float rest = ::fmodf(a, b);
+  return rest != 0.0f && ((rest < 0.0f) != (b < 0.0f)) ? rest + b : rest;
+}
+JITGEN_FN int popcount(int a) { return __popc(a); }
+JITGEN_FN int popcount(long long a) { return __popcll(a); }
+JITGEN_FN int shl(int a, int n) { return static_cast<int>(static_cast<unsigned>(a) << (n & 31)); }
+JITGEN_FN int shr(int a, int n) { return a >> (n & 31); }
+JITGEN_FN long long shl(long long a, long long n) {
+  return static_cast<long long>(static_cast<unsigned long long>(a) << (n & 63));
+}
+JITGEN_FN long long shr(long long a, long long n) { return a >> (n & 63); }
+
+}  // namespace jg

@@ -1,0 +1,124 @@
+// Online softmax on accumulator fragments (Milakov and Gimelshein 2018), and the row view that norm and output hooks see.
+//
+// Legend: a thread holds rows group and group + 8 of each 16-row tile; element e of column tile j is row half e / 2,
+// column 8 j + 2 quad + e % 2. "Units": what the logits are multiplied by to become exponents of two.
+#pragma once
+#include "jitgen/sm80_ptx.cuh"
+
+namespace jg {
+
+// Row maximum and denominator of the rows of one thread. The maximum is agreed by the quad at every tile, the
+// denominator stays a partial sum of the thread's own columns until `finish`.
+template <int kRowTiles> struct OnlineSoftmax {
+  float row_max[kRowTiles][2];
+  float row_sum[kRowTiles][2];
+
+  JITGEN_FN void init() {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) row_max[i][0] = row_max[i][1] = -INFINITY, row_sum[i][0] = row_sum[i][1] = 0.0f;
+  }
+  // Turns logits into weights and brings O to the new maximum. A row that has seen nothing keeps maximum -inf and is
+  // shifted by 0 instead, so its weights are exp2(-inf) = 0 and never NaN.
+  template <int kColTiles, int kOutTiles>
+  JITGEN_FN void update(float (&s)[kRowTiles][kColTiles][4], float (&o)[kRowTiles][kOutTiles][4], float units) {
+    float factor[kRowTiles][2];
+    bool moved = false;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float tile_max = ::fmaxf(s[i][0][2 * half], s[i][0][2 * half + 1]);
+#pragma unroll
+        for (int j = 1; j < kColTiles; ++j) tile_max = ::fmaxf(tile_max, ::fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
+        const float before = row_max[i][half], now = ::fmaxf(before, quad_max(tile_max));
+        const float shift = now == -INFINITY ? 0.0f : now * units;
+        factor[i][half] = exp2(before * units - shift);
+        moved |= now != before;
+        row_max[i][half] = now;
+        float tile_sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) {
+            s[i][j][e] = exp2(::fmaf(s[i][j][e], units, -shift));
+            tile_sum += s[i][j][e];
+          }
+        row_sum[i][half] = row_sum[i][half] * factor[i][half] + tile_sum;
+      }
+    // Once the maximum has settled most tiles leave it alone: skip the multiplications of O then.
+    if (__any_sync(0xffffffffu, moved)) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < kOutTiles; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) o[i][j][e] *= factor[i][e / 2];
+    }
+  }
+  // Denominator over the whole row; returns the natural-log LSE. `factor` is what the O row must be multiplied by.
+  // `sink` is an extra logit without a value, in natural units (-inf: none).
+  JITGEN_FN float finish(int i, int half, float units, float sink, float& factor) {
+    const float shift = row_max[i][half] * (units * kLn2);   // back to natural units
+    const float total = quad_sum(row_sum[i][half]);
+    const float top = ::fmaxf(shift, sink);
+    if (top == -INFINITY) { factor = 0.0f; return -INFINITY; }
+    const float old = exp(shift - top), denominator = total * old + exp(sink - top);
+    factor = old * reciprocal(denominator);
+    return top + log(denominator);
+  }
+};
+
+// Calls f with the constants 0 and 1: the row halves, where a template argument needs them.
+template <int kValue> struct HalfConstant { static constexpr int value = kValue; };
+template <class F> JITGEN_FN void for_each_half(F f) { f(HalfConstant<0>()); f(HalfConstant<1>()); }
+
+// One row of a fragment as norm_update, norm_finalize and output_row see it: the four lanes of a quad call together.
+// kHalf picks row group (0) or group + 8 (1); kReverse visits columns from last to first.
+template <int kColTiles, int kHalf, bool kReverse> struct FragmentRow {
+  float (&x)[kColTiles][4];
+  int first;                            // kv_idx or d of column 2 * quad
+  float inclusive[2 * kColTiles];       // side buffer of cumsum, dead unless it is called
+
+  JITGEN_FN FragmentRow(float (&x)[kColTiles][4], int first) : x(x), first(first) {}
+
+  template <class F> JITGEN_FN void visit(F f) {   // f(element, column, position in the side buffer)
+#pragma unroll
+    for (int step = 0; step < 2 * kColTiles; ++step) {
+      const int at = kReverse ? 2 * kColTiles - 1 - step : step, j = at / 2, c = at % 2;
+      f(x[j][2 * kHalf + c], first + 8 * j + c, at);
+    }
+  }
+  template <class F> JITGEN_FN void each(F f) { visit([&](float& e, int i, int) { f(e, i); }); }
+  template <class F> JITGEN_FN float sum(F f) {
+    float total = 0.0f;
+    visit([&](float& e, int i, int) { total += f(e, i); });
+    return quad_sum(total);
+  }
+  template <class F> JITGEN_FN float max(F f) {
+    float top = -INFINITY;
+    visit([&](float& e, int i, int) { top = ::fmaxf(top, f(e, i)); });
+    return quad_max(top);
+  }
+  // Inclusive prefix sum in visiting order: pairs inside the lane, the quad by two exchanges, column tiles in sequence.
+  template <class F> JITGEN_FN void cumsum(F f) {
+    const int quad = threadIdx.x & 3, place = kReverse ? 3 - quad : quad;
+    float before = 0.0f;
+#pragma unroll
+    for (int step = 0; step < kColTiles; ++step) {
+      const int j = kReverse ? kColTiles - 1 - step : step, lead = kReverse ? 1 : 0, trail = 1 - lead;
+      const float one = f(x[j][2 * kHalf + lead], first + 8 * j + lead);
+      const float two = one + f(x[j][2 * kHalf + trail], first + 8 * j + trail);
+      const float neighbour = quad_xor(two, 1), pair = two + neighbour;
+      const float other = quad_xor(pair, 2);
+      const float start = before + ((place & 1) ? neighbour : 0.0f) + ((place & 2) ? other : 0.0f);
+      inclusive[2 * j + lead] = start + one;
+      inclusive[2 * j + trail] = start + two;
+      before += pair + other;
+    }
+  }
+  template <class F> JITGEN_FN void each_with_cumsum(F f) {
+    visit([&](float& e, int i, int at) { f(e, i, inclusive[at]); });
+  }
+};
+
+}  // namespace jg
