@@ -1,0 +1,71 @@
+// Where everything of a CTA lies in shared memory, and how many registers each warp group gets: all of it follows from
+// the head dims and the tile.
+#pragma once
+#include "sm90_ptx.cuh"
+
+namespace jg {
+
+// A tile of 16-bit elements as the copy engine writes it: spans of kSpan columns, each [rows][kSpan] with 128-byte (64
+// columns) or 64-byte swizzle (32 columns, for head_dim 96).
+template <int kCols> struct SpanTile {
+  static constexpr int kSpan = kCols % 64 == 0 ? 64 : 32;
+  static constexpr int kSpanBytes = kSpan * 2;
+  static_assert(kCols % 32 == 0, "rows must be a multiple of 64 bytes");
+
+  // Descriptor offset (16-byte units) of columns [16 step, 16 step + 16) of a tile of `rows` rows.
+  static constexpr __host__ __device__ int step_offset(int step, int rows) {
+    return (step * 16 / kSpan * rows * kSpanBytes + step * 16 % kSpan * 2) >> 4;
+  }
+  // Byte offset of the 16-byte chunk `chunk` of row `row`, swizzled.
+  static JITGEN_FN unsigned chunk_offset(int row, int chunk, int rows) {
+    constexpr int kChunks = kSpan / 8;
+    const int swizzle = kSpan == 64 ? row & 7 : row >> 1 & 3;
+    return chunk / kChunks * rows * kSpanBytes + row * kSpanBytes + ((chunk % kChunks ^ swizzle) << 4);
+  }
+};
+
+// Barriers and small messages at the end of shared memory.
+template <int kStages> struct ControlBlock {
+  unsigned long long q_full, q_empty, o_done;
+  unsigned long long k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  unsigned long long work_full[2], work_empty[2];
+  alignas(16) int4 work[2];   // {query tile, head, batch, kind}
+  int step[kStages];          // which KV tile a stage holds, with flags
+};
+
+template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, bool kClassifies> struct Geometry {
+  static constexpr int kGroups = kTileQ / 64;   // consumer warp groups, 64 query rows each
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static_assert(kTileQ % 64 == 0 && kGroups >= 2 && kGroups <= 4 && kTileKv % 16 == 0, "unsupported tile");
+
+  // ---- registers (setmaxnreg): launch registers are 168, 128 and 96 for 2, 3 and 4 groups, so the pools per lane are
+  // 504, 512 and 480. More would hang the kernel. A producer that classifies tiles needs more than the 24 of one that
+  // only copies. Consumers of three groups have no room for P beside O and S from head_dim_v 96 on: P goes through
+  // shared memory (192 x 128 with P in registers spills 560 B and serialises wgmma).
+  static constexpr int kProducerRegs = kGroups == 2 ? (kClassifies ? 56 : 24) : 32;
+  static constexpr int kConsumerRegs = kGroups == 2 ? (kClassifies ? 224 : 240) : kGroups == 3 ? 160 : 112;
+  static constexpr bool kSharedP = kGroups >= 3 && kHeadDimV >= 96;
+  static_assert(!kSharedP || kTileKv % 64 == 0, "P tiles are spans of 64 columns");
+
+  // ---- shared memory: V stages, K stages, Q, P, O, control ----
+  static constexpr int kQueryBytes = kTileQ * kHeadDim * 2;
+  static constexpr int kKeyBytes = kTileKv * kHeadDim * 2;
+  static constexpr int kValueBytes = kTileKv * kHeadDimV * 2;
+  static constexpr int kGroupPBytes = 64 * kTileKv * 2;
+  static constexpr int kGroupOBytes = 64 * kHeadDimV * 2;
+  static constexpr int kKeyAt = kStages * kValueBytes;
+  static constexpr int kQueryAt = kKeyAt + kStages * kKeyBytes;
+  static constexpr int kPAt = kQueryAt + kQueryBytes;
+  static constexpr int kOwnOAt = kPAt + (kSharedP ? kGroups * kGroupPBytes : 0);
+  static constexpr int kLimit = 232448 - static_cast<int>(sizeof(ControlBlock<kStages>));   // 227 KiB per CTA
+  // O has its own buffer when there is room (0 to 2 % faster); else it lies over V, and the next V waits for the store.
+  static constexpr bool kOwnO = kOwnOAt + kGroups * kGroupOBytes <= kLimit;
+  static constexpr int kOutputAt = kOwnO ? kOwnOAt : 0;
+  static constexpr int kControlAt = kOwnOAt + (kOwnO ? kGroups * kGroupOBytes : 0);
+  static constexpr int kSharedBytes = kControlAt + static_cast<int>(sizeof(ControlBlock<kStages>));
+  static_assert(kControlAt <= kLimit, "tile does not fit in shared memory");
+  static_assert(kOwnO || kGroups * kGroupOBytes <= kKeyAt, "O does not fit over V");
+  static_assert(kKeyBytes % 1024 == 0 && kValueBytes % 1024 == 0, "stages must stay 1024-byte aligned");
+};
+
+}  // namespace jg

@@ -1,0 +1,99 @@
+// Thin wrappers of the sm_90a instructions: mbarriers, bulk tensor copies, named barriers, setmaxnreg, stmatrix.
+// Barriers and tiles are named by their 32-bit shared-memory address.
+#pragma once
+#include "cuda_math.cuh"
+
+namespace jg {
+
+// Opaque CUtensorMap: 128 bytes, written by the driver, read by the copy engine through a __grid_constant__ parameter.
+struct alignas(64) TensorMap { unsigned long long words[16]; };
+
+// ---- mbarriers ----
+JITGEN_FN void barrier_init(unsigned barrier, unsigned arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+JITGEN_FN void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+JITGEN_FN void barrier_arrive(unsigned barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrives and announces `bytes` that the copy engine will deliver in this phase.
+JITGEN_FN void barrier_expect(unsigned barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Returns once the phase of this parity is complete; a fresh barrier counts parity 1 as complete.
+JITGEN_FN void barrier_wait(unsigned barrier, unsigned parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"   // suspends in hardware: no sleep needed
+      "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// ---- named barriers (ids 1 to 15; `threads` counts arrivers and waiters) ----
+JITGEN_FN void named_sync(unsigned id, unsigned threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+JITGEN_FN void named_arrive(unsigned id, unsigned threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- bulk tensor copies; coordinates are {element in span, row, span, head, batch} ----
+JITGEN_FN void prefetch_tensor_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+JITGEN_FN void tensor_load(unsigned dst, const TensorMap& map, unsigned barrier, int row, int head, int batch, unsigned long long policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %3, %5, %6}], [%2], %7;"
+      ::"r"(dst), "l"(&map), "r"(barrier), "r"(0), "r"(row), "r"(head), "r"(batch), "l"(policy) : "memory");
+}
+JITGEN_FN void tensor_store(const TensorMap& map, unsigned src, int row, int head, int batch) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %2, %4, %5}], [%1];"
+               ::"l"(&map), "r"(src), "r"(0), "r"(row), "r"(head), "r"(batch) : "memory");
+}
+JITGEN_FN void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+JITGEN_FN void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Orders ordinary writes to shared memory before reads by the copy engine and the tensor cores.
+JITGEN_FN void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+JITGEN_FN unsigned long long policy_evict_first() {
+  unsigned long long p;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
+  return p;
+}
+JITGEN_FN unsigned long long policy_evict_last() {
+  unsigned long long p;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p));
+  return p;
+}
+
+// ---- registers ----
+template <int kRegisters> JITGEN_FN void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+template <int kRegisters> JITGEN_FN void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+
+// ---- shared memory ----
+JITGEN_FN void store_matrix(unsigned address, const unsigned (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
+               ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+JITGEN_FN void store_shared(unsigned address, int value) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory"); }
+JITGEN_FN int load_shared(unsigned address) {
+  int value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+JITGEN_FN void store_shared(unsigned address, int4 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+JITGEN_FN int4 load_shared_int4(unsigned address) {
+  int4 v;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+  return v;
+}
+// The same value in all lanes, in a form the compiler knows to be uniform.
+JITGEN_FN int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+// Position in a ring of kStages buffers. The parity flips at each lap: consumers begin at 0, producers at 1.
+template <int kStages> struct RingPosition {
+  unsigned stage, parity;
+  JITGEN_FN explicit RingPosition(unsigned parity) : stage(0), parity(parity) {}
+  JITGEN_FN void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+}  // namespace jg

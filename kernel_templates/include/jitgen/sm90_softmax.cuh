@@ -1,0 +1,91 @@
+// Softmax, P and O on wgmma accumulators (layout: sm90_wgmma.cuh). Row views for hooks come from sm80_softmax.cuh: the
+// accumulators of a warp are the same in both families.
+#pragma once
+#include "sm80_softmax.cuh"
+#include "sm90_geometry.cuh"
+
+namespace jg {
+
+// Online softmax of the two rows of a thread. The maximum is agreed by the quad, the denominator is this thread's share.
+struct RowSoftmax {
+  float row_max[2], row_sum[2];
+
+  JITGEN_FN RowSoftmax() : row_max{-INFINITY, -INFINITY}, row_sum{0.0f, 0.0f} {}
+  // Natural-log LSE of a row; `factor` is what its O must be multiplied by. `sink`: an extra logit without a value.
+  JITGEN_FN float finish(int half, float units, float sink, float& factor) const {
+    const float largest = row_max[half] * (units * kLn2), total = quad_sum(row_sum[half]), top = ::fmaxf(largest, sink);
+    if (top == -INFINITY) { factor = 0.0f; return -INFINITY; }
+    const float old = exp(largest - top), denominator = total * old + exp(sink - top);
+    factor = old / denominator;
+    return top + log(denominator);
+  }
+};
+
+// Turns one tile of logits into weights. `factor` is what O so far must be multiplied by.
+// The old maximum is kept until the new one exceeds it by more than kSlack (in exponents of two), which spares most
+// rescales of O; weights may then reach 2^kSlack. kMaybeEmpty: a row may have no finite logit, and must not yield NaN.
+template <bool kFirst, bool kMaybeEmpty, int kSlack, int kColTiles>
+JITGEN_FN void weigh_logits(RowSoftmax& state, float (&s)[kColTiles][4], float units, float (&factor)[2]) {
+  float top[2], shift[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) top[half] = kFirst ? s[0][2 * half] : state.row_max[half];
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) top[half] = ::fmaxf(top[half], ::fmaxf(s[j][2 * half], s[j][2 * half + 1]));
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float before = state.row_max[half];
+    top[half] = quad_max(top[half]);
+    if constexpr (!kFirst) top[half] = (top[half] - before) * units <= kSlack ? before : top[half];
+    shift[half] = (kMaybeEmpty && top[half] == -INFINITY ? 0.0f : top[half]) * units;
+    factor[half] = kFirst ? 1.0f : exp2(::fmaf(before, units, -shift[half]));
+    state.row_sum[half] = kFirst ? 0.0f : state.row_sum[half] * factor[half];
+    state.row_max[half] = top[half];
+  }
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      s[j][e] = exp2(::fmaf(s[j][e], units, -shift[e / 2]));
+      state.row_sum[e / 2] += s[j][e];
+    }
+}
+
+template <int kColTiles> JITGEN_FN void scale_logits(float (&s)[kColTiles][4], float scale) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[j][e] *= scale;
+}
+// Logits of columns at or past `limit` (counted like first_kv, the column of element 0) never count.
+template <int kColTiles> JITGEN_FN void mask_tail(float (&s)[kColTiles][4], int first_kv, int limit) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (8 * j + e % 2 >= limit - first_kv) s[j][e] = -INFINITY;
+}
+// O *= factor by rows, skipped when no row of the warp moved.
+template <int kOutTiles> JITGEN_FN void rescale_output(float (&o)[kOutTiles][4], const float (&factor)[2]) {
+  if (!__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) return;
+#pragma unroll
+  for (int j = 0; j < kOutTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) o[j][e] *= factor[e / 2];
+}
+// Accumulators as 16-bit A operands: no shuffle, the layouts agree.
+template <class Element, int kColTiles> JITGEN_FN void pack_tile(unsigned (&p)[kColTiles / 2][4], const float (&s)[kColTiles][4]) {
+#pragma unroll
+  for (int step = 0; step < kColTiles / 2; ++step)
+#pragma unroll
+    for (int r = 0; r < 4; ++r) p[step][r] = Element::pack(s[2 * step + r / 2][r % 2 * 2], s[2 * step + r / 2][r % 2 * 2 + 1]);
+}
+// Writes a packed 64-row tile of a warp group to shared memory in the layout of the copy engine and of wgmma.
+template <int kCols> JITGEN_FN void store_tile(unsigned address, const unsigned (&p)[kCols / 16][4], int warp, int lane) {
+#pragma unroll
+  for (int step = 0; step < kCols / 16; ++step)
+    store_matrix(address + SpanTile<kCols>::chunk_offset(warp * 16 + (lane & 15), 2 * step + (lane >> 4), 64), p[step]);
+}
+
+}  // namespace jg
