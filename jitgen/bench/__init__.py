@@ -1,0 +1,19 @@
+"""Benchmarks of jitgen against its peers, side by side in one process: what ``jitgen bench`` runs.
+
+    method      how a call is timed                      workloads   shapes and variants
+    peers       who is timed                             check       whether an output deserves a figure
+    contest     one group of contenders, start to end    report      tables, ratios, JSON
+    dense, variants, cpu, jit                            the suites
+
+Importing this package loads neither torch nor a suite.
+"""
+
+from __future__ import annotations
+
+# name -> (module with run(config) -> list[SuiteReport], one line for --help)
+SUITES = {
+    "jit": ("jitgen.bench.jit", "first call cold and from disk, host time of a call on a hit, number of modules"),
+    "cpu": ("jitgen.bench.cpu", "throughput on the CPU: plain attention and variants"),
+    "dense": ("jitgen.bench.dense", "throughput of plain attention, causal and full"),
+    "variants": ("jitgen.bench.variants", "soft cap, ALiBi, window, documents, sink and biases beside causal"),
+}

@@ -1,0 +1,189 @@
+"""Who is timed: one function per contender that turns a problem into a call. It raises Unsupported or fails with a reason."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from jitgen.bench.workloads import Problem
+
+Prepared = Callable[[], torch.Tensor]
+
+
+class Unsupported(Exception):
+    """The contender cannot do this problem; the message says why."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A contender. ``prepare`` may compile; the call it returns yields [batch, heads, length, head_dim]."""
+
+    name: str
+    prepare: Callable[[Problem], Prepared]
+    devices: tuple[str, ...] = ("cuda",)
+    distributions: tuple[str, ...] = ()  # packages whose versions are reported
+    is_slow_to_start: bool = False  # compiles for minutes: left out by --quick
+
+
+# ---- ours -----------------------------------------------------------------------------------------------------------
+
+
+def prepare_jitgen(problem: Problem, family: str | None) -> Prepared:
+    """jitgen.attention with the problem's hooks as one Variant."""
+    import jitgen
+
+    hooks = problem.hooks
+    if hooks.with_sorted is not None:
+        hooks = hooks.with_sorted(jitgen.sorted)
+    parts = {"score_mod": hooks.score_mod, "mask_mod": hooks.mask_mod, "sink": hooks.sink}
+    given = {name: part for name, part in parts.items() if part is not None}
+    variant = jitgen.Variant(**given) if given else None
+    q, k, v = problem.q, problem.k, problem.v
+    return lambda: jitgen.attention(q, k, v, variant, family=family)
+
+
+def jitgen_peers(families: tuple[str, ...]) -> list[Peer]:
+    """One contender per kernel family; the one jitgen chooses by itself when none is named."""
+    if not families:
+        return [Peer("jitgen", partial(prepare_jitgen, family=None), ("cpu", "cuda"))]
+    return [Peer(f"jitgen-{family}", partial(prepare_jitgen, family=family), ("cpu", "cuda")) for family in families]
+
+
+# ---- torch ----------------------------------------------------------------------------------------------------------
+
+
+def prepare_sdpa(problem: Problem, backend: str | None) -> Prepared:
+    """torch.nn.functional.scaled_dot_product_attention with one backend; None leaves the choice to torch."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    hooks, q, k, v = problem.hooks, problem.q, problem.k, problem.v
+    if not hooks.is_builtin or hooks.softcap is not None or hooks.window_left is not None:
+        raise Unsupported("SDPA's fused kernels have no such score or mask")
+    call = partial(
+        F.scaled_dot_product_attention, q, k, v, is_causal=hooks.is_causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    if backend is None:
+        return call
+    chosen = getattr(SDPBackend, backend)
+
+    def with_backend() -> torch.Tensor:
+        with sdpa_kernel(chosen):
+            return call()
+
+    return with_backend
+
+
+def prepare_flex(problem: Problem) -> Prepared:
+    """torch.compile(flex_attention); its BlockMask is built beforehand and not timed."""
+    from torch.nn.attention import flex_attention as flex
+
+    hooks, q, k, v = problem.hooks, problem.q, problem.k, problem.v
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):  # one compilation per variant and shape in one process
+        if hasattr(torch._dynamo.config, limit):
+            setattr(torch._dynamo.config, limit, 4096)
+    length, device, gqa = problem.cell.length, str(q.device), q.shape[1] != k.shape[1]
+    block_mask = None
+    if hooks.mask_mod is not None:
+        block_mask = flex.create_block_mask(hooks.mask_mod, None, None, length, length, device=device)
+    options: dict[str, Any] = {"score_mod": hooks.score_mod, "block_mask": block_mask, "enable_gqa": gqa}
+    if hooks.sink is None:
+        return partial(torch.compile(flex.flex_attention, dynamic=False), q, k, v, **options)
+
+    def with_sink(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
+        out, lse = flex.flex_attention(q, k, v, return_lse=True, **options)
+        return (out * torch.sigmoid(lse - sink[:, None])[..., None]).to(out.dtype)
+
+    return partial(torch.compile(with_sink, dynamic=False), q, k, v, hooks.sink)
+
+
+# ---- other libraries ------------------------------------------------------------------------------------------------
+
+
+def builtin_arguments(problem: Problem) -> tuple[bool, float, tuple[int, int]]:
+    """(causal, softcap or 0, (window_left, window_right)) as the flash-attention packages take them."""
+    hooks = problem.hooks
+    if not hooks.is_builtin:
+        raise Unsupported("no built-in option for this variant")
+    window = (-1, -1) if hooks.window_left is None else (hooks.window_left, 0)
+    return hooks.is_causal, hooks.softcap or 0.0, window
+
+
+def heads_last(problem: Problem) -> tuple[torch.Tensor, ...]:
+    """q, k, v as [batch, length, heads, head_dim]; copies when the problem lies otherwise."""
+    return tuple(t.transpose(1, 2).contiguous() for t in (problem.q, problem.k, problem.v))
+
+
+def first_output(found: object) -> torch.Tensor:
+    """The output of a function that may also return a logsumexp, back as [batch, heads, length, head_dim]."""
+    out = found[0] if isinstance(found, (tuple, list)) else found
+    return out.transpose(1, 2)  # type: ignore[attr-defined]
+
+
+def prepare_fa3(problem: Problem) -> Prepared:
+    """FlashAttention 3, forward-only package."""
+    from fa3_fwd_interface import flash_attn_func
+
+    is_causal, softcap, window = builtin_arguments(problem)
+    q, k, v = heads_last(problem)
+    return lambda: first_output(flash_attn_func(q, k, v, causal=is_causal, softcap=softcap, window_size=window))
+
+
+def prepare_fa4(problem: Problem) -> Prepared:
+    """FlashAttention 4 (CuTe DSL); compiles on the first call."""
+    from flash_attn.cute import flash_attn_func
+
+    is_causal, softcap, window = builtin_arguments(problem)
+    options: dict[str, Any] = {"causal": is_causal}
+    if softcap:
+        options["softcap"] = softcap
+    if window != (-1, -1):
+        options |= {"causal": False, "window_size": window}
+    q, k, v = heads_last(problem)
+    return lambda: first_output(flash_attn_func(q, k, v, **options))
+
+
+def prepare_flashinfer(problem: Problem) -> Prepared:
+    """FlashInfer's ragged prefill on its FA3 backend; compiles for minutes the first time."""
+    from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
+
+    is_causal, softcap, (window_left, _) = builtin_arguments(problem)
+    cell = problem.cell
+    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=problem.q.device)
+    wrapper = BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend="fa3")
+    starts = torch.arange(cell.batch + 1, device=problem.q.device, dtype=torch.int32) * cell.length
+    wrapper.plan(
+        starts, starts, cell.num_q_heads, cell.num_kv_heads, cell.head_dim, causal=is_causal, window_left=window_left,
+        logits_soft_cap=softcap, q_data_type=problem.q.dtype,
+    )  # fmt: skip
+    q, k, v = (t.reshape(-1, t.shape[2], t.shape[3]) for t in heads_last(problem))
+    shape = (cell.batch, cell.length, cell.num_q_heads, cell.head_dim)
+    return lambda: wrapper.run(q, k, v).view(shape).transpose(1, 2)
+
+
+# In the order they are listed. SDPA comes first among the peers: the others are compared with the first right output.
+PEERS = (
+    Peer("sdpa-flash", partial(prepare_sdpa, backend="FLASH_ATTENTION")),
+    Peer("sdpa-cudnn", partial(prepare_sdpa, backend="CUDNN_ATTENTION")),
+    Peer("sdpa", partial(prepare_sdpa, backend=None), ("cpu",)),
+    Peer("fa3", prepare_fa3, distributions=("fa3-fwd",)),
+    Peer("fa4", prepare_fa4, distributions=("flash-attn-4",)),
+    Peer("flashinfer", prepare_flashinfer, distributions=("flashinfer-python",), is_slow_to_start=True),
+    Peer("flex", prepare_flex, ("cpu", "cuda"), ("triton",)),
+)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of torch and of the contenders' packages."""
+    found = {"torch": torch.__version__}
+    for name in ("jitgen", *(name for peer in PEERS for name in peer.distributions)):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
