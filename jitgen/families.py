@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jitgen.errors import ShapeMismatch, UnsupportedVariant, VariantError
+from jitgen.errors import ShapeMismatch, VariantError
 from jitgen.program import Program
 from jitgen.spec import KernelSpec, Tiles
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
@@ -32,7 +32,15 @@ def cuda_spec(
     program: Program, dtype: str, head_dim: int, head_dim_v: int, family: str, target: CompileTarget
 ) -> KernelSpec:
     """A CUDA spec of a given family; also used for compile-only checks, where there is no device."""
+    from jitgen.tiles import sm80_tiles
+
     return KernelSpec(family, program, dtype, head_dim, head_dim_v, sm80_tiles(head_dim, head_dim_v), target)
+
+
+def cpu_tiles(head_dim: int, head_dim_v: int) -> Tiles:
+    """Tiles of the CPU kernel: a packed K/V tile and the rows that meet it stay in a 512 kB second-level cache."""
+    widest = max(head_dim, head_dim_v)
+    return Tiles(tile_q=48, tile_kv=256 if widest <= 128 else 128 if widest <= 256 else 64)
 
 
 def padded_head_dims(head_dim: int, head_dim_v: int) -> tuple[int, int]:

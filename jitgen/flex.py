@@ -118,14 +118,14 @@ def mask_of(block_mask: BlockMask, extra: Callable[..., object] | None, query: t
         mask = entry[1]
     if extra is None:
         return mask
-    from jitgen.variant import and_masks
+    from jitgen.masks import and_masks
 
     return and_masks(mask, extra)
 
 
 def block_mask_function(block_mask: BlockMask) -> Callable[..., object]:
     """A mask_mod over the table of block classes; tracing and interval analysis treat it like any other mask."""
-    from jitgen.variant import static
+    from jitgen.masks import static
 
     classes = block_classes(block_mask)
     q_block, kv_block = (static(size) for size in block_mask.BLOCK_SIZE)

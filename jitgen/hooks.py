@@ -1,0 +1,331 @@
+"""From the hooks of a variant to its Program: what each hook is called with, and what it must return."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+
+from jitgen import ir
+from jitgen.captures import Capture, Captures
+from jitgen.errors import VariantError
+from jitgen.guards import Path
+from jitgen.ir import Expr
+from jitgen.location import definition_of, refuse
+from jitgen.norms import OnlineNorm
+from jitgen.program import NormProgram, Program
+from jitgen.symbols import Sym, as_operand
+from jitgen.trace import Tracer, trace_lock
+
+CONTEXT = ("q_len", "kv_len", "ctx_len", "kv_h", "num_q_heads", "num_kv_heads", "scale")
+POSITIONAL: dict[str, tuple[str, ...]] = {
+    "score_mod": ("score", "b", "h", "q_idx", "kv_idx"),
+    "mask_mod": ("b", "h", "q_idx", "kv_idx"),
+    "sink": ("b", "h"),
+    "softmax": (),
+    "output_transform": ("o", "lse", "b", "h", "q_idx"),
+    "lse_transform": ("lse", "b", "h", "q_idx"),
+}
+HOOKS = tuple(POSITIONAL)
+Check = Callable[..., "list[object] | None"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A program and the function that says whether it still is what the hooks mean, and what they capture now."""
+
+    program: Program
+    check: Check  # (*hooks, bound) -> captured values by slot, or None
+    names: frozenset[str]  # captured names, which Variant.bind accepts
+
+
+# ---- signatures ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a hook may be called."""
+
+    required: int  # positional parameters without default
+    accepted: int
+    context: tuple[str, ...]  # keyword-only parameters without default
+
+
+def signature_of(hook: Any) -> Signature:
+    """Signature of a function, method, partial, callable object or module."""
+    target = hook.forward if isinstance(hook, torch.nn.Module) else hook
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError) as e:
+        raise VariantError(f"{name_of(hook)} has no signature that Python can tell ({e}). Wrap it into a function.") from None
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = sum(1 for p in positional if p.default is p.empty)
+    any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    keywords = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
+    return Signature(required, 64 if any_number else len(positional), keywords)
+
+
+def check_hook(kind: str, hook: Any) -> Signature:
+    """Signature of a hook, which must fit its kind.
+
+    Errors:  VariantError naming the hook, the parameters expected and those found.
+    """
+    if not callable(hook):
+        raise VariantError(f"{kind} is {hook!r} of type {type(hook).__name__}, expected a function ({', '.join(POSITIONAL[kind])}).")
+    found, wanted = signature_of(hook), POSITIONAL[kind]
+    if not found.required <= len(wanted) <= found.accepted:
+        raise VariantError(
+            f"{kind} '{name_of(hook)}' takes {found.required} positional parameters, expected {len(wanted)}: "
+            f"({', '.join(wanted)}). Further context is asked for by keyword-only parameters."
+        )
+    unknown = [name for name in found.context if name not in CONTEXT]
+    if unknown:
+        raise VariantError(
+            f"{kind} '{name_of(hook)}' asks for keyword-only '{unknown[0]}', expected one of {', '.join(CONTEXT)}. "
+            "Give it a default, or capture the value."
+        )
+    return found
+
+
+def name_of(hook: Any) -> str:
+    """What the user calls a hook."""
+    while hasattr(hook, "func"):  # functools.partial
+        hook = hook.func
+    return str(getattr(hook, "__name__", type(hook).__name__))
+
+
+def code_of(hook: Any) -> CodeType | None:
+    """Code object behind a hook, for its file and line."""
+    while hasattr(hook, "func"):
+        hook = hook.func
+    hook = getattr(hook, "__func__", hook)
+    if not hasattr(hook, "__code__") and not isinstance(hook, type):
+        method = "forward" if isinstance(hook, torch.nn.Module) else "__call__"
+        hook = getattr(type(hook), method, hook)
+    return getattr(hook, "__code__", None)
+
+
+# ---- one hook -----------------------------------------------------------------------------------------------------------
+
+
+class HookTracer:
+    """Traces the hooks of one variant; captures and guards are shared."""
+
+    def __init__(self, bound: Mapping[str, object]) -> None:
+        self.tracer = Tracer()
+        self.captures = Captures(self.tracer, bound)
+
+    def value(self, kind: str, hook: Any, dtype: str) -> Expr | None:
+        """A hook that returns one value."""
+        if hook is None:
+            return None
+        signature = check_hook(kind, hook)
+        label, code = f"{kind} '{name_of(hook)}'", code_of(hook)
+        call = self.captures.wrap(hook, Path(None, "root", kind), name_of(hook))
+        arguments = [Sym(ir.index(n)) for n in POSITIONAL[kind]]
+        context = {n: Sym(ir.index(n)) for n in signature.context}
+
+        def finish(returned: object) -> tuple[Expr, ...]:
+            return (converted(returned, dtype, label, code),)
+
+        return self.tracer.run(label, code, lambda: call(*arguments, **context), finish)[0]
+
+    def output(self, hook: Any) -> Expr | None:
+        """The output transform: captured rows run along the head dim."""
+        self.tracer.row_axis = "d"
+        try:
+            return self.value("output_transform", hook, "f32")
+        finally:
+            self.tracer.row_axis = None
+
+    def sink(self, sink: Any) -> Expr | None:
+        """A sink: one logit per query head, given as a tensor, a number or a function."""
+        if sink is None or (callable(sink) and not isinstance(sink, torch.Tensor)):
+            return self.value("sink", sink, "f32")
+        if isinstance(sink, torch.Tensor) and sink.dim() > 1:
+            raise VariantError(f"sink has shape {tuple(sink.shape)}, expected [num_q_heads]. Flatten it, or pass (b, h) -> logit.")
+        if isinstance(sink, bool) or not isinstance(sink, (torch.Tensor, int, float)):
+            raise VariantError(f"sink is {sink!r} of type {type(sink).__name__}, expected a tensor [num_q_heads], a number or (b, h) -> logit.")
+        wrapped = self.captures.wrap(sink, Path(None, "root", "sink"), "sink")
+        per_head = isinstance(sink, torch.Tensor) and sink.dim() == 1
+
+        def finish(returned: object) -> tuple[Expr, ...]:
+            return (converted(returned, "f32", "sink", None),)
+
+        return self.tracer.run("sink", None, lambda: wrapped[Sym(ir.index("h"))] if per_head else wrapped, finish)[0]
+
+    # ---- softmax replacements ----
+    def norm(self, norm: OnlineNorm | None) -> NormProgram | None:
+        """An instance of an OnlineNorm subclass."""
+        if norm is None:
+            return None
+        root = Path(None, "root", "softmax")
+        proxy = self.captures.wrap(norm, root, "softmax")
+        names, starts = _state_of(norm)
+        self.tracer.guards.add("equal", root.attr("state"), norm.state)
+        self.tracer.guards.add("equal", root.attr("order"), norm.order)
+        weight, rescale, *next_state = self._update(norm, proxy, names)
+        self.tracer.row_axis = "d"
+        try:
+            (finalize,) = self._method(norm, proxy, "finalize", names, Sym(ir.index("o")))
+        finally:
+            self.tracer.row_axis = None
+        has_lse = type(norm).lse is not OnlineNorm.lse
+        lse = self._method(norm, proxy, "lse", names)[0] if has_lse else None
+        return NormProgram(names, starts, weight, rescale, tuple(next_state), finalize, lse, norm.order)
+
+    def _update(self, norm: OnlineNorm, proxy: Any, names: tuple[str, ...]) -> tuple[Expr, ...]:
+        label, code = f"{type(norm).__name__}.update", code_of(norm.update)
+
+        def finish(returned: object) -> tuple[Expr, ...]:
+            if not (isinstance(returned, tuple) and len(returned) == 3):
+                refuse(f"{label} returned {_shown(returned)}, expected (weight, factor, state).", at=definition_of(code))
+            weight, factor, state = returned
+            if not isinstance(state, Mapping) or set(state) != set(names):
+                found = sorted(state) if isinstance(state, Mapping) else _shown(state)
+                refuse(f"{label} returned the state {found}, expected a dict of {sorted(names)}.", at=definition_of(code))
+            return tuple(converted(v, "f32", label, code) for v in (weight, factor, *(state[n] for n in names)))
+
+        start = {n: Sym(ir.state(n)) for n in names}
+        return self.tracer.run(label, code, lambda: proxy.update(Sym(ir.index("score")), start), finish)
+
+    def _method(self, norm: OnlineNorm, proxy: Any, method: str, names: tuple[str, ...], *first: Sym) -> tuple[Expr, ...]:
+        label, code = f"{type(norm).__name__}.{method}", code_of(getattr(norm, method))
+        states = {n: Sym(ir.state(n)) for n in names}
+
+        def finish(returned: object) -> tuple[Expr, ...]:
+            return (converted(returned, "f32", label, code),)
+
+        return self.tracer.run(label, code, lambda: getattr(proxy, method)(*first, states), finish)
+
+
+def _state_of(norm: OnlineNorm) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    what = type(norm).__name__
+    if norm.order not in ("any", "forward", "reverse"):
+        raise VariantError(f"{what}.order is {norm.order!r}, expected 'any', 'forward' or 'reverse'.")
+    if not isinstance(norm.state, Mapping):
+        raise VariantError(f"{what}.state is {norm.state!r}, expected a dict of names and start values.")
+    for name, start in norm.state.items():
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise VariantError(f"{what}.state has the name {name!r}, expected an identifier.")
+        if isinstance(start, bool) or not isinstance(start, (int, float)):
+            raise VariantError(f"{what}.state[{name!r}] starts from {start!r}, expected a number.")
+    return tuple(norm.state), tuple(float(v) for v in norm.state.values())
+
+
+def _shown(value: object) -> str:
+    return f"{value!r} of type {type(value).__name__}" if not isinstance(value, torch.Tensor) else f"a tensor of shape {tuple(value.shape)}"
+
+
+_CONVERT = {"bool": "Compare the value, or put the bias in score_mod.", "f32": "Return a number."}
+
+
+def converted(returned: object, dtype: str, label: str, code: CodeType | None) -> Expr:
+    """What a hook returned, as an expression of the type it must have."""
+    operand = as_operand(returned)
+    if operand is None:
+        missing = "nothing (None). Return the value" if returned is None else f"{_shown(returned)}, expected {dtype}"
+        refuse(f"{label} returned {missing}.", at=definition_of(code))
+    if isinstance(operand, tuple):
+        if len(operand) != 1:
+            refuse(f"{label} returned a row of {len(operand)} values, expected one. Reduce it.", at=definition_of(code))
+        (operand,) = operand
+    if dtype == "bool" and operand.dtype != "bool":
+        refuse(f"{label} returned {operand.dtype}, expected bool. {_CONVERT['bool']}", at=definition_of(code))
+    return ir.cast(operand, dtype)
+
+
+# ---- all hooks ----------------------------------------------------------------------------------------------------------
+
+
+def trace_hooks(hooks: Sequence[Any], bound: Mapping[str, object]) -> Trace:
+    """Trace the hooks of a variant, given in the order of HOOKS.
+
+    Errors:  VariantError, UnsupportedVariant.
+    Cost:    about a millisecond a hook.
+    """
+    score_mod, mask_mod, sink, softmax, output_transform, lse_transform = hooks
+    if softmax is not None and sink is not None:
+        raise VariantError("sink and softmax were both given; a sink belongs to softmax. Put its weight into the OnlineNorm.")
+    with trace_lock:
+        tracing = HookTracer(bound)
+        score = tracing.value("score_mod", score_mod, "f32")
+        mask = tracing.value("mask_mod", mask_mod, "bool")
+        norm = tracing.norm(softmax)
+        if norm is None and score is not None:
+            score, mask = move_mask(score, mask)
+        program = Program(
+            score=None if score is ir.index("score") else score,
+            mask=None if mask is ir.TRUE else mask,
+            sink=tracing.sink(sink),
+            norm=norm,
+            output=tracing.output(output_transform),
+            lse=tracing.value("lse_transform", lse_transform, "f32"),
+        )
+        program, used = with_slots(program, tracing.captures.found)
+        tracer = tracing.tracer
+        check = tracer.guards.compile((*HOOKS, "bound"), [c.path for c in used], tracer.scalar_paths)
+        return Trace(program, check, frozenset(tracing.captures.names))
+
+
+def move_mask(score: Expr, mask: Expr | None) -> tuple[Expr, Expr | None]:
+    """Move conditions that set a logit to -inf from the score into the mask, where they let tiles be skipped."""
+    while True:
+        found = _excluding(score)
+        if found is None:
+            return score, mask
+        score, keep = found
+        mask = keep if mask is None else ir.make("and", mask, keep)
+
+
+def _excluding(score: Expr) -> tuple[Expr, Expr] | None:
+    """(logit, condition) of ``where(condition, logit, -inf)`` or ``x + where(condition, y, -inf)`` at the root of a score."""
+    if score.op == "where" and "score" not in score.args[0].deps:
+        condition, yes, no = score.args
+        if _is_excluded(no):
+            return yes, condition
+        if _is_excluded(yes):
+            return no, ir.make("not", condition)
+    if score.op == "add":
+        for x, y in (score.args, score.args[::-1]):
+            inner = _excluding(y)
+            if inner is not None:
+                return ir.make("add", x, inner[0]), inner[1]
+    return None
+
+
+def _is_excluded(e: Expr) -> bool:
+    return e.is_const and e.attr == -math.inf
+
+
+def with_slots(program: Program, found: Sequence[Capture]) -> tuple[Program, list[Capture]]:
+    """The program over the captures it reads, numbered by first use; a capture nobody reads is no launch argument."""
+    number: dict[int, int] = {}
+    for node in ir.walk(*program.roots()):
+        if node.op in ("scalar", "load"):
+            number.setdefault(int(str(node.attr)), len(number))
+    done: dict[Expr, Expr] = {}
+    for node in ir.walk(*program.roots()):
+        args = tuple(done[a] for a in node.args)
+        if node.op == "scalar":
+            done[node] = ir.scalar(number[int(str(node.attr))], node.dtype)
+        elif node.op == "load":
+            done[node] = ir.load(number[int(str(node.attr))], node.dtype, args)
+        else:
+            done[node] = node if args == node.args else ir.remake(node, args)
+
+    def new(e: Expr | None) -> Expr | None:
+        return None if e is None else done[e]
+
+    used = [found[slot] for slot in number]
+    norm = program.norm
+    if norm is not None:
+        weight, rescale, *next_state, finalize, lse = map(new, norm.roots())
+        norm = NormProgram(norm.state_names, norm.state_init, weight, rescale, tuple(next_state), finalize, lse, norm.order)  # type: ignore[arg-type]
+    slots = tuple(c.as_slot() for c in used)
+    return Program(new(program.score), new(program.mask), new(program.sink), norm, new(program.output), new(program.lse), slots), used

@@ -1,0 +1,233 @@
+"""Variant: the hooks that define an attention variant, and the table of what they were traced into."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jitgen.errors import VariantError
+from jitgen.hooks import HOOKS, POSITIONAL, Trace, check_hook, name_of, signature_of, trace_hooks
+from jitgen.norms import OnlineNorm
+from jitgen.program import Program
+from jitgen.trace import trace_lock
+
+MAX_TRACES = 64  # traces kept for one set of functions: their captures may have that many forms before the oldest is dropped
+_KIND_OF_COUNT = {len(POSITIONAL[kind]): kind for kind in ("score_mod", "mask_mod")}
+
+_traces: dict[tuple[object, ...], list[Trace]] = {}
+
+
+class Traced:
+    """What a variant means now: its program and the present values of its captures, by slot."""
+
+    __slots__ = ("_values", "program")
+
+    def __init__(self, program: Program, values: list[object]) -> None:
+        self.program, self._values = program, values
+
+    def values(self) -> list[object]:
+        return self._values
+
+
+class Variant:
+    """An attention variant: any subset of the hooks below. Immutable; also a decorator for a function or a class.
+
+    score_mod         (score, b, h, q_idx, kv_idx) -> float     on every logit, after scale
+    mask_mod          (b, h, q_idx, kv_idx) -> bool             False excludes the key
+    sink              tensor [num_q_heads], number or (b, h) -> float: a logit with weight and no value
+    softmax           subclass or instance of OnlineNorm, in place of softmax
+    output_transform  (o, lse, b, h, q_idx) -> row              on the finished row
+    lse_transform     (lse, b, h, q_idx) -> float               on the finished logsumexp
+    q_index           'absolute' or 'local': what q_idx counts; by default the entry point decides
+
+    Hooks are traced here, so that what cannot be expressed is refused where it is defined.
+
+    Errors:  VariantError, UnsupportedVariant (with the file and line of the hook).
+    Cost:    about a millisecond a hook; nothing is compiled.
+    """
+
+    __slots__ = ("_bound", "_hooks", "q_index")
+
+    def __init__(
+        self,
+        definition: object = None,
+        /,
+        *,
+        score_mod: Callable[..., Any] | None = None,
+        mask_mod: Callable[..., Any] | None = None,
+        sink: object = None,
+        softmax: type[OnlineNorm] | OnlineNorm | None = None,
+        output_transform: Callable[..., Any] | None = None,
+        lse_transform: Callable[..., Any] | None = None,
+        q_index: str | None = None,
+    ) -> None:
+        given = (score_mod, mask_mod, sink, _instance(softmax), output_transform, lse_transform)
+        if definition is not None:
+            if any(hook is not None for hook in given):
+                raise VariantError("a definition and separate hooks were both given. Use one of the two.")
+            given, own_q_index = hooks_of(definition)
+            q_index = q_index or own_q_index
+        self._set(given, {}, q_index)
+        try:
+            self.trace()
+        except NameError:
+            pass  # a global that the module defines further down: the call will find it, or say the same
+
+    def _set(self, hooks: tuple[Any, ...], bound: Mapping[str, object], q_index: str | None) -> None:
+        if q_index not in (None, "local", "absolute"):
+            raise VariantError(f"q_index={q_index!r} is not a convention. Use 'local' or 'absolute'.")
+        object.__setattr__(self, "_hooks", hooks)
+        object.__setattr__(self, "_bound", dict(bound))
+        object.__setattr__(self, "q_index", q_index)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Variant is immutable: make a new one instead of setting {name}")
+
+    @classmethod
+    def of(cls, definition: object) -> Variant:
+        """A Variant as it is, or the one that a function, class or object with hooks defines."""
+        if isinstance(definition, cls):
+            return definition
+        hooks, q_index = hooks_of(definition)
+        self = cls.__new__(cls)
+        self._set(hooks, {}, q_index)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in POSITIONAL:
+            return self._hooks[HOOKS.index(name)]
+        raise AttributeError(f"Variant has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        present = [f"{k}={_described(v)}" for k, v in zip(HOOKS, self._hooks, strict=True) if v is not None]
+        return f"Variant({', '.join(present)})"
+
+    def trace(self) -> Traced:
+        """The program of the hooks with the values they capture now; traces again only if a guard fails."""
+        return Traced(*_resolve(self._hooks, self._bound))
+
+    def bind(self, **values: object) -> Variant:
+        """The same variant with captured values replaced by name; values of the same type trace nothing again.
+
+        Errors:  VariantError if no hook captures a value of that name.
+        """
+        new = Variant.__new__(Variant)
+        new._set(self._hooks, {**self._bound, **values}, self.q_index)
+        _, _, names = _find(new._hooks, new._bound)
+        unknown = [name for name in values if name not in names]
+        if unknown:
+            raise VariantError(f"bind got '{unknown[0]}', which no hook captures. Captured: {', '.join(sorted(names)) or 'nothing'}.")
+        return new
+
+
+def _described(hook: object) -> str:
+    return name_of(hook) if callable(hook) else type(hook).__name__
+
+
+def _instance(norm: object) -> OnlineNorm | None:
+    """The norm itself, or one made of its class."""
+    if isinstance(norm, type) and issubclass(norm, OnlineNorm):
+        try:
+            return norm()
+        except TypeError as e:
+            raise VariantError(f"softmax is the class {norm.__name__}, which needs arguments ({e}). Pass an instance.") from None
+    if norm is not None and not isinstance(norm, OnlineNorm):
+        raise VariantError(f"softmax is {norm!r} of type {type(norm).__name__}, expected a subclass of jitgen.OnlineNorm.")
+    return norm
+
+
+def hooks_of(definition: Any) -> tuple[tuple[Any, ...], str | None]:
+    """Hooks and q_index of a function (its kind told by its number of parameters), a class, or an object with hooks."""
+    if isinstance(definition, type):
+        if issubclass(definition, OnlineNorm):
+            return hooks_of(_instance(definition))
+        try:
+            definition = definition()
+        except TypeError as e:
+            raise VariantError(f"class {definition.__name__} needs arguments ({e}). Pass an instance of it.") from None
+    if isinstance(definition, OnlineNorm):
+        return tuple(definition if kind == "softmax" else None for kind in HOOKS), None
+    found = {kind: getattr(definition, kind, None) for kind in HOOKS}
+    if any(hook is not None for hook in found.values()):
+        found["softmax"] = _instance(found["softmax"])
+        return tuple(found.values()), getattr(definition, "q_index", None)
+    if not callable(definition):
+        raise VariantError(
+            f"variant is {definition!r} of type {type(definition).__name__}, expected a jitgen.Variant, a score_mod or mask_mod, "
+            f"or an object with one of {', '.join(HOOKS)}."
+        )
+    kind = _KIND_OF_COUNT.get(_positional_count(definition))
+    if kind is None:
+        raise VariantError(
+            f"'{name_of(definition)}' takes {_positional_count(definition)} positional parameters, expected 5 for a score_mod "
+            "(score, b, h, q_idx, kv_idx) or 4 for a mask_mod (b, h, q_idx, kv_idx)."
+        )
+    return tuple(definition if k == kind else None for k in HOOKS), None
+
+
+_counts: dict[types.CodeType, int] = {}
+
+
+def _positional_count(hook: Any) -> int:
+    if not isinstance(hook, types.FunctionType) or hook.__defaults__:
+        return signature_of(hook).required
+    if hook.__code__ not in _counts:
+        _counts[hook.__code__] = signature_of(hook).required
+    return _counts[hook.__code__]
+
+
+# ---- the table of traces --------------------------------------------------------------------------------------------------
+
+
+def resolve(score_mod: object = None, mask_mod: object = None, sink: object = None) -> tuple[Program, list[object]]:
+    """Program and captured values of raw hooks.
+
+    A function defined anew on each call, with the same code, is found without tracing: what is compared is its code and
+    whatever of its captures the trace depended on.
+
+    Errors:  VariantError, UnsupportedVariant.
+    Cost:    about a microsecond when nothing has changed.
+    """
+    return _resolve((score_mod, mask_mod, sink, None, None, None), {})
+
+
+def _resolve(hooks: tuple[Any, ...], bound: Mapping[str, object]) -> tuple[Program, list[object]]:
+    return _find(hooks, bound)[:2]
+
+
+def _find(hooks: tuple[Any, ...], bound: Mapping[str, object]) -> tuple[Program, list[object], frozenset[str]]:
+    key = (*map(_identity, hooks), *bound)
+    for trace in _traces.get(key, ()):
+        values = trace.check(*hooks, bound)
+        if values is not None:
+            return trace.program, values, trace.names
+    for kind, hook in zip(HOOKS, hooks, strict=True):
+        if isinstance(hook, Variant):
+            raise VariantError(f"{kind} is a Variant. Pass it as variant, alone.")
+        if hook is not None and kind not in ("sink", "softmax"):
+            check_hook(kind, hook)
+    trace = trace_hooks(hooks, bound)
+    values = trace.check(*hooks, bound)
+    if values is None:
+        raise VariantError("a hook changed a value that it captures while it was traced. Hooks must be pure.")
+    with trace_lock:
+        kept = _traces.setdefault(key, [])
+        kept.append(trace)
+        del kept[:-MAX_TRACES]
+    return trace.program, values, trace.names
+
+
+def _identity(hook: Any) -> object:
+    """What tells apart sets of traces: the code of a function, the type of anything else."""
+    if hook is None:
+        return None
+    kind = type(hook)
+    if kind is types.FunctionType:
+        return hook.__code__
+    if kind is types.MethodType:
+        return hook.__func__.__code__ if hasattr(hook.__func__, "__code__") else kind
+    if kind is functools.partial:
+        return (kind, _identity(hook.func))
+    return kind
