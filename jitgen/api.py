@@ -104,6 +104,8 @@ def run(
     family: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch ``program`` on validated or remembered inputs; returns (out, lse or None)."""
+    if want_lse and program.norm is not None and program.norm.lse is None:
+        raise VariantError("the logsumexp was asked for, but the variant's OnlineNorm has none. Give it a method lse(state).")
     key = (id(program), q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
            q.device, k.device, v.device, scale, local, family)  # fmt: skip
     call = _prepared.get(key)

@@ -75,9 +75,9 @@ def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             )
 
 
-def check_grad(*tensors: torch.Tensor) -> None:
+def check_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Refuse inputs whose gradient somebody will ask for."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
         raise GradNotSupported(
             "an input requires grad, and jitgen computes no gradients. Call under torch.no_grad() or torch.inference_mode(), "
             "or detach the inputs; train with torch.nn.attention.flex_attention, which takes the same score_mod and mask_mod."

@@ -267,10 +267,19 @@ def trace_hooks(hooks: Sequence[Any], bound: Mapping[str, object]) -> Trace:
             output=tracing.output(output_transform),
             lse=tracing.value("lse_transform", lse_transform, "f32"),
         )
+        check_lse(program)
         program, used = with_slots(program, tracing.captures.found)
         tracer = tracing.tracer
         check = tracer.guards.compile((*HOOKS, "bound"), [c.path for c in used], tracer.scalar_paths)
         return Trace(program, check, frozenset(tracing.captures.names))
+
+
+def check_lse(program: Program) -> None:
+    """Hooks that read the logsumexp need a norm that has one."""
+    if program.norm is None or program.norm.lse is not None:
+        return
+    if program.lse is not None or (program.output is not None and "lse" in program.output.deps):
+        raise VariantError("a hook reads lse, but the variant's OnlineNorm has none. Give it a method lse(state).")
 
 
 def move_mask(score: Expr, mask: Expr | None) -> tuple[Expr, Expr | None]:

@@ -106,7 +106,8 @@ class Variant:
 
     def trace(self) -> Traced:
         """The program of the hooks with the values they capture now; traces again only if a guard fails."""
-        return Traced(*_resolve(self._hooks, self._bound))
+        trace, values = _find(self._hooks, self._bound)
+        return Traced(trace.program, values)
 
     def bind(self, **values: object) -> Variant:
         """The same variant with captured values replaced by name; values of the same type trace nothing again.
@@ -115,7 +116,7 @@ class Variant:
         """
         new = Variant.__new__(Variant)
         new._set(self._hooks, {**self._bound, **values}, self.q_index)
-        _, _, names = _find(new._hooks, new._bound)
+        names = _find(new._hooks, new._bound)[0].names
         unknown = [name for name in values if name not in names]
         if unknown:
             raise VariantError(f"bind got '{unknown[0]}', which no hook captures. Captured: {', '.join(sorted(names)) or 'nothing'}.")
@@ -190,19 +191,24 @@ def resolve(score_mod: object = None, mask_mod: object = None, sink: object = No
     Errors:  VariantError, UnsupportedVariant.
     Cost:    about a microsecond when nothing has changed.
     """
-    return _resolve((score_mod, mask_mod, sink, None, None, None), {})
+    trace, values = _find((score_mod, mask_mod, sink, None, None, None), _NOTHING)
+    return trace.program, values
 
 
-def _resolve(hooks: tuple[Any, ...], bound: Mapping[str, object]) -> tuple[Program, list[object]]:
-    return _find(hooks, bound)[:2]
+_NOTHING: Mapping[str, object] = {}
 
 
-def _find(hooks: tuple[Any, ...], bound: Mapping[str, object]) -> tuple[Program, list[object], frozenset[str]]:
-    key = (*map(_identity, hooks), *bound)
+def _find(hooks: tuple[Any, ...], bound: Mapping[str, object]) -> tuple[Trace, list[object]]:
+    """The trace that holds for the hooks as they are now, and the values they capture."""
+    key = (*[_identity(h) for h in hooks], *bound)
     for trace in _traces.get(key, ()):
         values = trace.check(*hooks, bound)
         if values is not None:
-            return trace.program, values, trace.names
+            return trace, values
+    return _new_trace(key, hooks, bound)
+
+
+def _new_trace(key: tuple[object, ...], hooks: tuple[Any, ...], bound: Mapping[str, object]) -> tuple[Trace, list[object]]:
     for kind, hook in zip(HOOKS, hooks, strict=True):
         if isinstance(hook, Variant):
             raise VariantError(f"{kind} is a Variant. Pass it as variant, alone.")
@@ -216,7 +222,7 @@ def _find(hooks: tuple[Any, ...], bound: Mapping[str, object]) -> tuple[Program,
         kept = _traces.setdefault(key, [])
         kept.append(trace)
         del kept[:-MAX_TRACES]
-    return trace.program, values, trace.names
+    return trace, values
 
 
 def _identity(hook: Any) -> object:
@@ -224,7 +230,7 @@ def _identity(hook: Any) -> object:
     if hook is None:
         return None
     kind = type(hook)
-    if kind is types.FunctionType:
+    if kind is types.FunctionType:  # the common case first: this runs on every call
         return hook.__code__
     if kind is types.MethodType:
         return hook.__func__.__code__ if hasattr(hook.__func__, "__code__") else kind
