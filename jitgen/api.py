@@ -85,6 +85,8 @@ class PreparedCall:
     o_stride: tuple[int, ...]
     capture_sizes: tuple[tuple[int, int, int, str], ...]  # slot, dimension, least size, the index it is read with
     cuda_index: int | None
+    out_like_q: bool  # the output is laid out as torch.empty_like(q) would be
+    has_tensors: bool  # some capture is a tensor, so sizes and devices must be checked at each call
 
 
 _prepared: dict[tuple[object, ...], PreparedCall] = {}
@@ -121,7 +123,10 @@ def run(
         q, k, v = (t.clone() if t.data_ptr() & 15 else t for t in (q, k, v))
         return run(program, values, q, k, v, scale=scale, local=local, want_lse=want_lse, out=out, family=family)
     if out is None:
-        out = torch.empty_strided(call.o_shape, call.o_stride, dtype=q.dtype, device=q.device)
+        if call.out_like_q:
+            out = torch.empty_like(q)
+        else:
+            out = torch.empty_strided(call.o_shape, call.o_stride, dtype=q.dtype, device=q.device)
         ints = call.ints
     else:
         check_out(out, call.o_shape, q)
@@ -129,7 +134,7 @@ def run(
     lse = torch.empty(call.o_shape[:3], dtype=torch.float32, device=q.device) if want_lse else None
     if out.numel() == 0:
         return out, lse
-    if program.slots:
+    if call.has_tensors:
         check_captures(program, values, call, q.device)
     launch(call, program, values, q, k, v, out, lse, ints)
     return out, lse
@@ -148,7 +153,7 @@ def launch(
 ) -> None:
     """Pack the arguments and start the kernel on the current stream."""
     cuda_index, kernel = call.cuda_index, call.kernel
-    words = runtime.capture_words(program, values) if program.slots else ()
+    words = runtime.capture_words(program, values) if call.has_tensors else values
     lse_ptr = 0 if lse is None else lse.data_ptr()
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_ptr, 0)
     if cuda_index is None:
@@ -190,6 +195,8 @@ def prepare(
         o_stride=o_stride,
         capture_sizes=tuple((slot, dim, sizes[name], name) for slot, dim, name in direct_indices(program)),
         cuda_index=q.device.index if q.device.type == "cuda" else None,
+        out_like_q=q.is_contiguous() and tuple(q.shape) == o_shape and o_stride == q.stride(),
+        has_tensors=any(slot.kind == "tensor" for slot in program.slots),
     )  # fmt: skip
 
 
