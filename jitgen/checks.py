@@ -77,7 +77,12 @@ def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 def check_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Refuse inputs whose gradient somebody will ask for."""
-    if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
+    try:
+        wanted = q.requires_grad or k.requires_grad or v.requires_grad
+    except AttributeError:
+        check_tensors(q, k, v)  # says which one is no tensor
+        raise
+    if wanted and torch.is_grad_enabled():
         raise GradNotSupported(
             "an input requires grad, and jitgen computes no gradients. Call under torch.no_grad() or torch.inference_mode(), "
             "or detach the inputs; train with torch.nn.attention.flex_attention, which takes the same score_mod and mask_mod."

@@ -1,0 +1,124 @@
+"""Bad input to jitgen.attention: one error that names the values and the remedy, before anything is launched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import jitgen
+from jitgen import errors
+
+
+def tensors(q=(1, 4, 8, 64), k=(1, 4, 8, 64), v=(1, 4, 8, 64), dtype=torch.float32):
+    return tuple(torch.zeros(shape, dtype=dtype) for shape in (q, k, v))
+
+
+@pytest.mark.parametrize(
+    "shapes, words",
+    [
+        ({"q": (4, 8, 64)}, ["q has 3 dimensions", "(4, 8, 64)", "unsqueeze"]),
+        ({"k": (1, 3, 8, 64), "v": (1, 3, 8, 64)}, ["q has 4 heads", "3", "multiple"]),
+        ({"v": (1, 4, 9, 64)}, ["kv_len 9", "k has 8"]),
+        ({"k": (1, 4, 8, 32)}, ["k has head_dim 32", "q has 64"]),
+        ({"k": (2, 4, 8, 64), "v": (2, 4, 8, 64)}, ["batch 2", "q has 1"]),
+        ({"q": (1, 4, 8, 60), "k": (1, 4, 8, 60)}, ["head_dim 60", "multiple of 8", "pad"]),
+        ({"v": (1, 4, 8, 520)}, ["head_dim 520", "512"]),
+    ],
+)
+def test_attention_refuses_shapes_that_do_not_fit(shapes, words):
+    with pytest.raises(errors.ShapeMismatch) as caught:
+        jitgen.attention(*tensors(**shapes))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_attention_refuses_what_is_no_tensor():
+    q, k, v = tensors()
+    with pytest.raises(TypeError, match="k is a list, expected a torch.Tensor"):
+        jitgen.attention(q, [1.0], v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.complex64])
+def test_attention_refuses_dtypes_without_kernels(dtype):
+    with pytest.raises(errors.UnsupportedDtype, match="expected float32 or bfloat16 or float16 on cpu"):
+        jitgen.attention(*tensors(dtype=dtype))
+
+
+def test_attention_refuses_mixed_dtypes():
+    q, k, v = tensors()
+    with pytest.raises(errors.UnsupportedDtype, match=r"v has dtype bfloat16, q has float32.*v\.to\(q\.dtype\)"):
+        jitgen.attention(q, k, v.bfloat16())
+
+
+def test_attention_refuses_devices_without_kernels():
+    q, k, v = (t.to("meta") for t in tensors())
+    with pytest.raises(errors.UnsupportedDevice, match="q is on meta"):
+        jitgen.attention(q, k, v)
+
+
+def test_attention_refuses_sparse_tensors():
+    q, k, v = tensors()
+    with pytest.raises(errors.UnsupportedDevice, match="layout torch.sparse_coo"):
+        jitgen.attention(q, k.to_sparse(), v)
+
+
+def test_attention_refuses_inputs_that_require_grad():
+    q, k, v = tensors()
+    q.requires_grad_()
+    with pytest.raises(errors.GradNotSupported, match="no_grad"):
+        jitgen.attention(q, k, v)
+    with torch.no_grad():
+        assert jitgen.attention(q, k, v).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    "keywords, words",
+    [
+        ({"q_index": "middle"}, ["q_index='middle'", "'local' or 'absolute'"]),
+        ({"family": "sm70"}, ["family='sm70'", "sm80"]),
+        ({"family": "sm80"}, ["needs cuda tensors", "cpu"]),
+        ({"score_mod": lambda s, b: s}, ["score_mod", "2 positional parameters", "expected 5"]),
+        ({"mask_mod": 3}, ["mask_mod is 3", "(b, h, q_idx, kv_idx)"]),
+        ({"sink": "no"}, ["sink is 'no'", "tensor [num_q_heads]"]),
+        ({"sink": torch.zeros(2, 2)}, ["sink has shape (2, 2)"]),
+        ({"variant": 7}, ["variant is 7", "jitgen.Variant"]),
+        ({"variant": jitgen.Variant(), "sink": 1.0}, ["both given"]),
+    ],
+)
+def test_attention_refuses_options_that_make_no_sense(keywords, words):
+    with pytest.raises(errors.VariantError) as caught:
+        jitgen.attention(*tensors(), **keywords)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "out, error, words",
+    [
+        (torch.empty(1, 4, 8, 32), errors.ShapeMismatch, "out has shape .*expected"),
+        (torch.empty(1, 4, 8, 64, dtype=torch.float16), errors.UnsupportedDtype, "out has dtype float16"),
+        (torch.empty(1, 4, 64, 8).mT, errors.ShapeMismatch, "unit stride along head_dim"),
+    ],
+)
+def test_attention_refuses_an_out_that_does_not_fit(out, error, words):
+    with pytest.raises(error, match=words):
+        jitgen.attention(*tensors(), out=out)
+
+
+def test_attention_refuses_captures_too_small_for_the_positions_they_serve():
+    bias = torch.zeros(5)
+    with pytest.raises(errors.ShapeMismatch, match="captured tensor 'bias' has size 5 along axis 0, which kv_idx indexes up to 7"):
+        jitgen.attention(*tensors(), score_mod=lambda s, b, h, q_idx, kv_idx: s + bias[kv_idx])
+
+
+def test_attention_refuses_captures_on_another_device():
+    bias = torch.zeros(8, device="meta")
+    with pytest.raises(errors.UnsupportedDevice, match=r"captured tensor 'bias' is on meta, q is on cpu.*bias\.to"):
+        jitgen.attention(*tensors(), score_mod=lambda s, b, h, q_idx, kv_idx: s + bias[kv_idx])
+
+
+def test_return_lse_needs_a_norm_that_has_one():
+    class Sigmoid(jitgen.OnlineNorm):
+        def update(self, s, st):
+            return torch.sigmoid(s), 1.0, st
+
+    with pytest.raises(errors.VariantError, match=r"has none. Give it a method lse\(state\)"):
+        jitgen.attention(*tensors(), jitgen.Variant(softmax=Sigmoid), return_lse=True)
