@@ -30,6 +30,7 @@ constexpr long long kMaxScan = 1024;          // elements of a captured tensor l
 struct Bounds {
   long long lo, hi;
   bool known;
+  Bounds() = default;
   JITGEN_MEMBER Bounds(long long x) : lo(x), hi(x), known(x >= -kFar && x <= kFar) {}
   JITGEN_MEMBER Bounds(long long lo, long long hi, bool known = true) : lo(lo), hi(hi), known(known) {}
 };
@@ -38,6 +39,7 @@ JITGEN_FN Bounds anything() { return {0, 0, false}; }
 // may: some element can be true. must: every element is true.
 struct Truth {
   bool may, must;
+  Truth() = default;
   JITGEN_MEMBER Truth(bool x) : may(x), must(x) {}
   JITGEN_MEMBER Truth(bool may, bool must) : may(may), must(must) {}
 };
