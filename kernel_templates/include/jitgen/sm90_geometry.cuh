@@ -1,7 +1,7 @@
 // Where everything of a CTA lies in shared memory, and how many registers each warp group gets: all of it follows from
 // the head dims and the tile.
 #pragma once
-#include "sm90_ptx.cuh"
+#include "jitgen/sm90_ptx.cuh"
 
 namespace jg {
 

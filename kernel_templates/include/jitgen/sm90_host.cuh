@@ -1,6 +1,6 @@
 // Host side of a launch: tensor maps, and a tile counter that no concurrent launch shares.
 #pragma once
-#include "sm90_geometry.cuh"
+#include "jitgen/sm90_geometry.cuh"
 
 namespace jg {
 

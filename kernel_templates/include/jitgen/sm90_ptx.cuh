@@ -1,7 +1,7 @@
 // Thin wrappers of the sm_90a instructions: mbarriers, bulk tensor copies, named barriers, setmaxnreg, stmatrix.
 // Barriers and tiles are named by their 32-bit shared-memory address.
 #pragma once
-#include "cuda_math.cuh"
+#include "jitgen/cuda_math.cuh"
 
 namespace jg {
 

@@ -1,6 +1,6 @@
 // Who does what and when: query tiles handed out to CTAs, and the KV tiles a query tile visits.
 #pragma once
-#include "sm90_ptx.cuh"
+#include "jitgen/sm90_ptx.cuh"
 
 namespace jg {
 

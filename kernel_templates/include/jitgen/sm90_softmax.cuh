@@ -1,8 +1,8 @@
 // Softmax, P and O on wgmma accumulators (layout: sm90_wgmma.cuh). Row views for hooks come from sm80_softmax.cuh: the
 // accumulators of a warp are the same in both families.
 #pragma once
-#include "sm80_softmax.cuh"
-#include "sm90_geometry.cuh"
+#include "jitgen/sm80_softmax.cuh"
+#include "jitgen/sm90_geometry.cuh"
 
 namespace jg {
 

@@ -3,7 +3,7 @@
 // Accumulators are float[N / 8][4]: thread t (warp w = t / 32, group g = t % 32 / 4, quad = t % 4) holds rows
 // 16 w + g (elements 0, 1) and 16 w + g + 8 (elements 2, 3), columns 8 j + 2 quad + {0, 1}: the layout of mma.sync.
 #pragma once
-#include "sm80_ptx.cuh"
+#include "jitgen/sm80_ptx.cuh"
 
 namespace jg {
 
