@@ -16,7 +16,7 @@ struct RowSoftmax {
     const float largest = row_max[half] * (units * kLn2), total = quad_sum(row_sum[half]), top = ::fmaxf(largest, sink);
     if (top == -INFINITY) { factor = 0.0f; return -INFINITY; }
     const float old = exp(largest - top), denominator = total * old + exp(sink - top);
-    factor = old / denominator;
+    factor = old * reciprocal(denominator);
     return top + log(denominator);
   }
 };
@@ -38,8 +38,9 @@ JITGEN_FN void weigh_logits(RowSoftmax& state, float (&s)[kColTiles][4], float u
     const float before = state.row_max[half];
     top[half] = quad_max(top[half]);
     if constexpr (!kFirst) top[half] = (top[half] - before) * units <= kSlack ? before : top[half];
-    shift[half] = (kMaybeEmpty && top[half] == -INFINITY ? 0.0f : top[half]) * units;
-    factor[half] = kFirst ? 1.0f : exp2(::fmaf(before, units, -shift[half]));
+    const float origin = kMaybeEmpty && top[half] == -INFINITY ? 0.0f : top[half];
+    shift[half] = origin * units;
+    factor[half] = kFirst ? 1.0f : exp2((before - origin) * units);   // exactly 1 when the maximum stays
     state.row_sum[half] = kFirst ? 0.0f : state.row_sum[half] * factor[half];
     state.row_max[half] = top[half];
   }
