@@ -1,0 +1,191 @@
+"""CUDA kernels against attention written out in float64: head dims, lengths, strides, head counts, special rows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import jitgen
+
+TIMES_SDPA = 1.5  # largest error allowed, as a multiple of the error of torch's own kernel on the same inputs
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def causal(b, h, q_idx, kv_idx):
+    return kv_idx <= q_idx
+
+
+def exact(q, k, v, *, scale=None, is_causal=False, q_offset=None):
+    """Attention and its logsumexp in float64, straight from the definition."""
+    batch, heads, q_len, head_dim = q.shape
+    group, kv_len = heads // k.shape[1], k.shape[2]
+    k, v = (t.double().expand(batch, -1, -1, -1).repeat_interleave(group, 1) for t in (k, v))
+    logits = q.double() @ k.mT * (scale or 1 / math.sqrt(head_dim))
+    if is_causal:
+        offset = kv_len - q_len if q_offset is None else q_offset
+        positions = torch.arange(q_len, device=q.device)[:, None] + offset
+        logits = logits.masked_fill(torch.arange(kv_len, device=q.device) > positions, -math.inf)
+    return torch.nan_to_num(logits.softmax(-1)) @ v, logits.logsumexp(-1)
+
+
+def inputs(batch, heads, kv_heads, q_len, kv_len, head_dim, head_dim_v=None, dtype=torch.bfloat16):
+    generator = torch.Generator("cuda").manual_seed(q_len * 1000 + kv_len)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+    return (
+        random(batch, heads, q_len, head_dim),
+        random(batch, kv_heads, kv_len, head_dim),
+        random(batch, kv_heads, kv_len, head_dim_v or head_dim),
+    )
+
+
+def poison(like):
+    """Leave NaN in the memory that the next output will get."""
+    for _ in range(3):
+        torch.full_like(like, math.nan)
+
+
+def largest_error(got, want):
+    assert not got.isnan().any()
+    return (got.double() - want).abs().max().item()
+
+
+def assert_as_accurate_as_sdpa(got, want, q, k, v, **options):
+    """The bar: torch's math in float64 is the truth, torch's kernel in the inputs' dtype the yardstick."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.expand(q.shape[0], -1, -1, -1).repeat_interleave(group, 1) for t in (k, v))
+    theirs = F.scaled_dot_product_attention(q, k, v, **options)
+    error, bound = largest_error(got, want), TIMES_SDPA * largest_error(theirs, want)
+    assert error <= bound + torch.finfo(q.dtype).eps * 1e-2, f"error {error:.3g}, torch's {bound / TIMES_SDPA:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("length", [1, 63, 65, 127, 257, 515, 1024])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_kernel_is_as_accurate_as_sdpa(family, dtype, head_dim, length, is_causal):
+    q, k, v = inputs(2, 4, 4, length, length, head_dim, dtype=dtype)
+    want, want_lse = exact(q, k, v, is_causal=is_causal)
+    poison(q)
+    got, lse = jitgen.attention(q, k, v, mask_mod=causal if is_causal else None, return_lse=True, family=family)
+    assert_as_accurate_as_sdpa(got, want, q, k, v, is_causal=is_causal)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("q_len, kv_len", [(1, 1), (1, 300), (5, 1000), (64, 129), (130, 257), (300, 7), (129, 64)])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2), (6, 1)])
+def test_kernel_counts_queries_from_the_end_of_the_keys(family, q_len, kv_len, heads, kv_heads):
+    q, k, v = inputs(2, heads, kv_heads, q_len, kv_len, 128)
+    for q_index, offset in (("absolute", kv_len - q_len), ("local", 0)):
+        if offset < 0:
+            continue
+        want, want_lse = exact(q, k, v, is_causal=True, q_offset=offset)
+        poison(q)
+        got, lse = jitgen.attention(q, k, v, mask_mod=causal, q_index=q_index, return_lse=True, family=family)
+        keep = torch.arange(kv_len, device="cuda") <= torch.arange(q_len, device="cuda")[:, None] + offset
+        assert_as_accurate_as_sdpa(got, want, q, k, v, attn_mask=keep)
+        torch.testing.assert_close(lse.double(), want_lse, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v", [(192, 128), (40, 40), (72, 72), (80, 64), (136, 200)])
+def test_kernel_takes_head_dims_between_the_supported_ones(family, head_dim, head_dim_v):
+    q, k, v = inputs(2, 4, 2, 130, 200, head_dim, head_dim_v)
+    want, _ = exact(q, k, v)
+    got = jitgen.attention(q, k, v, family=family)
+    assert got.shape == want.shape
+    assert largest_error(got, want) < 8e-3
+
+
+LAYOUTS = {
+    "heads_inside_positions": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "head_dim_strided": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "every_other_row": lambda t: t.repeat_interleave(2, dim=2)[:, :, ::2],
+    "off_by_one_element": lambda t: F.pad(t.flatten(), (1, 0))[1:].view(t.shape),
+    "fused_qkv": lambda t: F.pad(t, (64, 64))[..., 64:-64],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernel_takes_any_strides(family, layout):
+    q, k, v = inputs(2, 4, 2, 33, 100, 64)
+    want = jitgen.attention(q, k, v, mask_mod=causal, family=family)
+    strided = [LAYOUTS[layout](t) for t in (q, k, v)]
+    assert torch.equal(jitgen.attention(*strided, mask_mod=causal, family=family), want)
+
+
+def test_rows_without_keys_are_zero_with_lse_minus_infinity(family):
+    q, k, v = inputs(1, 2, 2, 200, 300, 128)
+    poison(q)
+    out, lse = jitgen.attention(
+        q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: (q_idx < 230) & (kv_idx < 3), return_lse=True, family=family
+    )
+    empty = torch.arange(100, 300, device="cuda") >= 230
+    assert (out[:, :, empty] == 0).all() and (lse[:, :, empty] == -math.inf).all()
+    assert (out[:, :, ~empty] != 0).any() and lse[:, :, ~empty].isfinite().all()
+
+
+def test_no_keys_at_all_give_zeros(family):
+    q, k, v = inputs(2, 2, 2, 5, 0, 64)
+    out, lse = jitgen.attention(q, k, v, return_lse=True, family=family)
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
+def test_values_of_excluded_keys_do_not_reach_the_output(family):
+    q, k, v = inputs(1, 2, 2, 140, 300, 128)
+    want = jitgen.attention(q, k[:, :, :37], v[:, :, :37], family=family)
+    k[:, :, 37:], v[:, :, 37:] = 1e4, 1e4
+    got = jitgen.attention(q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx < 37, family=family)
+    torch.testing.assert_close(got, want, atol=4e-3, rtol=2e-2)
+
+
+def test_keys_of_batch_one_serve_the_whole_batch(family):
+    q, k, v = inputs(3, 4, 4, 33, 170, 64)
+    want, _ = exact(q, k[:1], v[:1])
+    assert largest_error(jitgen.attention(q, k[:1], v[:1], family=family), want) < 8e-3
+
+
+def test_many_heads_and_requests_fit_the_grid(family):
+    q, k, v = inputs(70000, 1, 1, 1, 2, 64)
+    want, _ = exact(q, k, v)
+    assert largest_error(jitgen.attention(q, k, v, family=family), want) < 2e-2
+
+
+def test_kernel_runs_on_the_current_stream(family):
+    q, k, v = inputs(1, 4, 4, 2048, 2048, 128)
+    want = jitgen.attention(q, k, v, family=family)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        late = q.clone()
+        torch.cuda._sleep(20_000_000)
+        late.mul_(2)
+        got = jitgen.attention(late, k, v, scale=0.5 / math.sqrt(128), family=family)
+    torch.cuda.synchronize()
+    torch.testing.assert_close(got, want, atol=4e-3, rtol=2e-2)
+
+
+def test_kernel_is_captured_in_a_graph(family):
+    q, k, v = inputs(1, 4, 2, 300, 300, 128)
+    want = jitgen.attention(q, k, v, mask_mod=causal, family=family)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = jitgen.attention(q, k, v, mask_mod=causal, family=family)
+    q.copy_(q.flip(0))
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, want)
+
+
+def test_flex_attention_in_torch_compile(family):
+    q, k, v = inputs(2, 4, 4, 130, 200, 64)
+
+    def call(q, k, v):
+        return jitgen.flex_attention(q, k, v, mask_mod=causal, kernel_options={"FAMILY": family})
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(call, backend="aot_eager", fullgraph=True)(q, k, v), call(q, k, v))
