@@ -1,0 +1,20 @@
+"""Tiles of the sm80 kernels by head dim, measured on an H100; see the commit that changed a row last for figures."""
+
+from __future__ import annotations
+
+from jitgen.spec import Tiles
+
+# (head_dim, head_dim_v) -> tile_q, tile_kv, warps, stages
+_SM80 = {
+    (64, 64): Tiles(128, 64, 4, 2),
+    (96, 96): Tiles(128, 64, 8, 2),
+    (128, 128): Tiles(128, 64, 8, 2),
+    (192, 128): Tiles(128, 64, 8, 2),
+    (192, 192): Tiles(128, 64, 8, 2),
+    (256, 256): Tiles(128, 64, 8, 1),
+}
+
+
+def sm80_tiles(head_dim: int, head_dim_v: int) -> Tiles:
+    """Tiles of the sm80 kernel for supported head dims."""
+    return _SM80[head_dim, head_dim_v]
