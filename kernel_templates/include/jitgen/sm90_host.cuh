@@ -5,12 +5,12 @@
 namespace jg {
 
 constexpr int kErrorNoEncoder = 20001;    // the driver has no cuTensorMapEncodeTiled
-constexpr int kErrorTensorMap = 20002;    // it refused a tensor: strides not multiples of 16 bytes, or a broadcast one
+constexpr int kErrorTensorMap = 20002;    // it refused a tensor, or rows are broadcast
 constexpr int kErrorTooManyTiles = 20003;
 
 inline const char* launch_error_string(int code) {
   if (code == kErrorNoEncoder) return "the driver has no cuTensorMapEncodeTiled. Update it, or use the sm80 family.";
-  if (code == kErrorTensorMap) return "the driver refused a tensor map: bases and strides must be multiples of 16 bytes. Copy the tensor.";
+  if (code == kErrorTensorMap) return "the driver refused a tensor map: bases and strides must be multiples of 16 bytes, and that of rows not 0. Copy the tensor.";
   if (code == kErrorTooManyTiles) return "more than 2^31 query tiles in one launch. Split the batch.";
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
@@ -34,26 +34,28 @@ inline EncodeTiled find_encoder() {
   return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(function) : nullptr;
 }
 
-// One operand's map; encoding again (about 1 us) only when the key differs from the last one of this thread.
+// One operand; encoding again (about 1 us) only when the key differs from the last one of this thread.
 template <int kCols> struct OperandMap {
   TensorKey key = {};
-  TensorMap map = {};
+  Operand operand = {};
 
   int update(const TensorKey& wanted, bool is_bf16, unsigned box_rows) {
     if (same(wanted)) return 0;
     static const EncodeTiled encode = find_encoder();
     if (!encode) return kErrorNoEncoder;
     using Tile = SpanTile<kCols>;
+    using u64 = unsigned long long;
+    operand.head_step = wanted.stride_h != 0, operand.batch_step = wanted.stride_b != 0;
+    const u64 rows = wanted.rows, heads = operand.head_step ? wanted.heads : 1, batch = operand.batch_step ? wanted.batch : 1;
     // {element in span, row, span, head, batch}; the stride of an axis of length 1 is never used but must be legal.
-    const auto bytes = [](int64_t size, int64_t stride) { return static_cast<unsigned long long>(size == 1 ? 16 : stride * 2); };
-    const unsigned long long sizes[5] = {Tile::kSpan, static_cast<unsigned long long>(wanted.rows), kCols / Tile::kSpan,
-                                         static_cast<unsigned long long>(wanted.heads), static_cast<unsigned long long>(wanted.batch)};
-    const unsigned long long strides[4] = {bytes(wanted.rows, wanted.stride_s), Tile::kSpanBytes,
-                                           bytes(wanted.heads, wanted.stride_h), bytes(wanted.batch, wanted.stride_b)};
+    const auto bytes = [](u64 size, int64_t stride) { return size == 1 ? 16ull : static_cast<u64>(stride * 2); };
+    const u64 sizes[5] = {Tile::kSpan, rows, kCols / Tile::kSpan, heads, batch};
+    const u64 strides[4] = {bytes(rows, wanted.stride_s), Tile::kSpanBytes, bytes(heads, wanted.stride_h), bytes(batch, wanted.stride_b)};
     const unsigned box[5] = {Tile::kSpan, box_rows, kCols / Tile::kSpan, 1, 1}, ones[5] = {1, 1, 1, 1, 1};
     // Driver enums: data type 6 = fp16, 9 = bf16; swizzle 3 = 128 bytes, 2 = 64; L2 promotion 3 = 256 bytes; zero fill.
     key.base = nullptr;
-    if (encode(&map, is_bf16 ? 9 : 6, 5, const_cast<void*>(wanted.base), sizes, strides, box, ones, 0, Tile::kSpan == 64 ? 3 : 2, 3, 0))
+    void* const base = const_cast<void*>(wanted.base);
+    if (strides[0] == 0 || encode(&operand.map, is_bf16 ? 9 : 6, 5, base, sizes, strides, box, ones, 0, Tile::kSpan == 64 ? 3 : 2, 3, 0))
       return kErrorTensorMap;
     key = wanted;
     return 0;

@@ -8,6 +8,12 @@ namespace jg {
 // Opaque CUtensorMap: 128 bytes, written by the driver, read by the copy engine through a __grid_constant__ parameter.
 struct alignas(64) TensorMap { unsigned long long words[16]; };
 
+// A tensor as the kernel sees it. An axis of stride 0 is encoded with length 1, and its step is 0 instead of 1.
+struct Operand {
+  TensorMap map;
+  int head_step, batch_step;
+};
+
 // ---- mbarriers ----
 JITGEN_FN void barrier_init(unsigned barrier, unsigned arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -35,16 +41,17 @@ JITGEN_FN void named_arrive(unsigned id, unsigned threads) {
 }
 
 // ---- bulk tensor copies; coordinates are {element in span, row, span, head, batch} ----
-JITGEN_FN void prefetch_tensor_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
-JITGEN_FN void tensor_load(unsigned dst, const TensorMap& map, unsigned barrier, int row, int head, int batch, unsigned long long policy) {
+JITGEN_FN void prefetch_tensor_map(const Operand& t) { asm volatile("prefetch.tensormap [%0];" ::"l"(&t.map) : "memory"); }
+JITGEN_FN void tensor_load(unsigned dst, const Operand& t, unsigned barrier, int row, int head, int batch, unsigned long long policy) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%3, %4, %3, %5, %6}], [%2], %7;"
-      ::"r"(dst), "l"(&map), "r"(barrier), "r"(0), "r"(row), "r"(head), "r"(batch), "l"(policy) : "memory");
+      ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(row), "r"(head * t.head_step), "r"(batch * t.batch_step), "l"(policy)
+      : "memory");
 }
-JITGEN_FN void tensor_store(const TensorMap& map, unsigned src, int row, int head, int batch) {
+JITGEN_FN void tensor_store(const Operand& t, unsigned src, int row, int head, int batch) {
   asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %2, %4, %5}], [%1];"
-               ::"l"(&map), "r"(src), "r"(0), "r"(row), "r"(head), "r"(batch) : "memory");
+               ::"l"(&t.map), "r"(src), "r"(0), "r"(row), "r"(head), "r"(batch) : "memory");
 }
 JITGEN_FN void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 JITGEN_FN void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }

@@ -27,20 +27,26 @@ template <> struct IsBf16<bfloat16> { static constexpr bool value = true; };
 #define JG_TEXT_30 JG_FIRST_TEN "," JG_TEN(1) "," JG_TEN(2)
 #define JG_TEXT_60 JG_TEXT_30 "," JG_TEN(3) "," JG_TEN(4) "," JG_TEN(5)
 #define JG_TEXT_90 JG_TEXT_60 "," JG_TEN(6) "," JG_TEN(7) "," JG_TEN(8)
+#define JG_TEXT_16 JG_FIRST_TEN ",%10,%11,%12,%13,%14,%15"
+#define JG_TEXT_24 JG_FIRST_TEN "," JG_TEN(1) ",%20,%21,%22,%23"
 #define JG_TEXT_32 JG_TEXT_30 ",%30,%31"
+#define JG_TEXT_40 JG_TEXT_30 "," JG_TEN(3)
 #define JG_TEXT_48 JG_TEXT_30 "," JG_TEN(3) ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define JG_TEXT_56 JG_TEXT_30 "," JG_TEN(3) "," JG_TEN(4) ",%50,%51,%52,%53,%54,%55"
 #define JG_TEXT_64 JG_TEXT_60 ",%60,%61,%62,%63"
 #define JG_TEXT_96 JG_TEXT_90 ",%90,%91,%92,%93,%94,%95"
 #define JG_TEXT_128 JG_TEXT_90 "," JG_TEN(9) "," JG_TEN(10) "," JG_TEN(11) ",%120,%121,%122,%123,%124,%125,%126,%127"
 #define JG_ACC(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define JG_ACC_16(j) JG_ACC(j), JG_ACC(j + 1), JG_ACC(j + 2), JG_ACC(j + 3)
-#define JG_ACC_32 JG_ACC_16(0), JG_ACC_16(4)
-#define JG_ACC_48 JG_ACC_32, JG_ACC_16(8)
+#define JG_FOUR(j) JG_ACC(j), JG_ACC(j + 1), JG_ACC(j + 2), JG_ACC(j + 3)
+#define JG_ACC_16 JG_FOUR(0)
+#define JG_ACC_24 JG_FOUR(0), JG_ACC(4), JG_ACC(5)
+#define JG_ACC_32 JG_FOUR(0), JG_FOUR(4)
+#define JG_ACC_40 JG_ACC_32, JG_ACC(8), JG_ACC(9)
+#define JG_ACC_48 JG_ACC_32, JG_FOUR(8)
 #define JG_ACC_56 JG_ACC_48, JG_ACC(12), JG_ACC(13)
-#define JG_ACC_64 JG_ACC_48, JG_ACC_16(12)
-#define JG_ACC_96 JG_ACC_64, JG_ACC_16(16), JG_ACC_16(20)
-#define JG_ACC_128 JG_ACC_96, JG_ACC_16(24), JG_ACC_16(28)
+#define JG_ACC_64 JG_ACC_48, JG_FOUR(12)
+#define JG_ACC_96 JG_ACC_64, JG_FOUR(16), JG_FOUR(20)
+#define JG_ACC_128 JG_ACC_96, JG_FOUR(24), JG_FOUR(28)
 #define JG_BEGIN(type, n) \
   "{\n.reg .pred add;\nsetp.ne.b32 add, %" n ", 0;\nwgmma.mma_async.sync.aligned.m64n" type
 
@@ -72,7 +78,10 @@ template <> struct IsBf16<bfloat16> { static constexpr bool value = true; };
     }                                                                                                                     \
   };
 template <int kN> struct Wgmma;
+JG_DEFINE_WGMMA(32, 16, "16", "17", "18", "19", "20", "21")
+JG_DEFINE_WGMMA(48, 24, "24", "25", "26", "27", "28", "29")
 JG_DEFINE_WGMMA(64, 32, "32", "33", "34", "35", "36", "37")
+JG_DEFINE_WGMMA(80, 40, "40", "41", "42", "43", "44", "45")
 JG_DEFINE_WGMMA(96, 48, "48", "49", "50", "51", "52", "53")
 JG_DEFINE_WGMMA(112, 56, "56", "57", "58", "59", "60", "61")
 JG_DEFINE_WGMMA(128, 64, "64", "65", "66", "67", "68", "69")
