@@ -32,7 +32,7 @@ struct Bounds {
   bool known;
   Bounds() = default;
   JITGEN_MEMBER Bounds(long long x) : lo(x), hi(x), known(x >= -kFar && x <= kFar) {}
-  JITGEN_MEMBER Bounds(long long lo, long long hi, bool known = true) : lo(lo), hi(hi), known(known) {}
+  JITGEN_MEMBER Bounds(long long lo, long long hi, int known = 1) : lo(lo), hi(hi), known(known) {}
 };
 JITGEN_FN Bounds anything() { return {0, 0, false}; }
 
@@ -41,7 +41,7 @@ struct Truth {
   bool may, must;
   Truth() = default;
   JITGEN_MEMBER Truth(bool x) : may(x), must(x) {}
-  JITGEN_MEMBER Truth(bool may, bool must) : may(may), must(must) {}
+  JITGEN_MEMBER Truth(int may, int must) : may(may), must(must) {}
 };
 JITGEN_FN Truth unsure() { return {true, false}; }
 JITGEN_FN int tile_kind(Truth t) { return t.must ? kTileFull : t.may ? kTilePartial : kTileNone; }
