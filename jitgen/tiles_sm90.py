@@ -9,8 +9,8 @@ from jitgen.spec import Tiles
 # Weight of a program's hooks: what they need of the registers that S, P and O leave.
 PLAIN, SCORED, GATHERING, SCANNING = range(4)
 
-# (head_dim, head_dim_v) -> (tile_q, tile_kv) by weight. Each 64 rows of Q are a warp group. Two groups have 240 registers
-# a thread, three have 160. Compiled: none of these spills, one step wider each of them does for some program.
+# (head_dim, head_dim_v) -> (tile_q, tile_kv) by weight. Each 64 rows of Q are a warp group: two have 240 registers a
+# thread, three have 160. tests/compile/test_sm90_modules.py sees to it that no program of its list spills.
 TILES = {
     (64, 64): ((192, 128), (192, 96), (192, 96), (128, 64)),
     (96, 96): ((192, 128), (192, 64), (192, 64), (128, 64)),

@@ -21,6 +21,11 @@ struct RowSoftmax {
   }
 };
 
+// The same address, but not before both sums are there: sums of weights have no sign bit, which only we know.
+JITGEN_FN unsigned after(unsigned address, const float (&sums)[2]) {
+  return address + ((__float_as_uint(sums[0]) | __float_as_uint(sums[1])) >> 31);
+}
+
 // Turns one tile of logits into weights. `factor` is what O so far must be multiplied by.
 // The old maximum is kept until the new one exceeds it by more than kSlack (in exponents of two), which spares most
 // rescales of O; weights may then reach 2^kSlack. kMaybeEmpty: a row may have no finite logit, and must not yield NaN.

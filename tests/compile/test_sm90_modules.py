@@ -1,0 +1,204 @@
+"""Modules of the sm90 family compiled without a GPU: registers, tensor-core shapes and the order of the main loop."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import jitgen
+from jitgen import toolchain
+from jitgen.render import render_kernel
+from jitgen.spec import KernelSpec
+from jitgen.target import COMMON_FLAGS, cuda_target
+from jitgen.tiles_sm90 import sm90_tiles
+
+LAUNCH_REGISTERS = {384: 168, 512: 128, 640: 96}  # 65536 over the threads, rounded down to a multiple of 8
+CONSUMER_REGISTERS = {384: 240, 512: 160, 640: 112}  # what setmaxnreg gives them
+
+pytestmark = pytest.mark.skipif(
+    toolchain.find_toolkit() is None or toolchain.find_cxx() is None,
+    reason="no complete CUDA toolkit (see 'jitgen doctor')",
+)
+
+
+def causal(b, h, q_idx, kv_idx):
+    return kv_idx <= q_idx
+
+
+def plain() -> jitgen.Variant:
+    return jitgen.Variant()
+
+
+def causal_only() -> jitgen.Variant:
+    return jitgen.Variant(mask_mod=causal)
+
+
+def soft_cap_window() -> jitgen.Variant:
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: 50.0 * torch.tanh(s / 50.0),
+        mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (q_idx - kv_idx < 1024),
+    )
+
+
+def alibi() -> jitgen.Variant:
+    slopes = torch.zeros(32)
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + slopes[h] * (kv_idx - q_idx), mask_mod=causal)
+
+
+def every_hook() -> jitgen.Variant:
+    doc, slopes, gate = torch.zeros(8192, dtype=torch.int32), torch.zeros(32), torch.zeros(32)
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: s + slopes[h] * (kv_idx - q_idx),
+        mask_mod=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx),
+        sink=torch.zeros(32),
+        output_transform=lambda o, lse, b, h, q_idx: o * torch.sigmoid(gate[h]),
+        lse_transform=lambda lse, b, h, q_idx: lse * 1.4426950408889634,
+    )
+
+
+class StickBreaking(jitgen.OnlineNorm):
+    state = {"carry": 0.0}  # noqa: RUF012
+    order = "reverse"
+
+    def update(self, s, st):
+        left = -torch.nn.functional.softplus(s)
+        after = jitgen.row_cumsum(left) - left
+        weight = torch.exp(torch.nn.functional.logsigmoid(s) + st["carry"] + after)
+        return weight, 1.0, {"carry": st["carry"] + jitgen.row_sum(left)}
+
+    def finalize(self, o, st):
+        return o
+
+
+def stick_breaking() -> jitgen.Variant:
+    return jitgen.Variant(mask_mod=causal, softmax=StickBreaking)
+
+
+HEAD_DIMS = [(64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256)]
+MODULES = [
+    *((causal_only, "bfloat16", *dims) for dims in HEAD_DIMS),
+    *((every_hook, "bfloat16", *dims) for dims in HEAD_DIMS),
+    (plain, "float16", 64, 64),
+    (plain, "float16", 128, 128),
+    (plain, "float16", 256, 256),
+    (soft_cap_window, "float16", 64, 64),
+    (soft_cap_window, "bfloat16", 128, 128),
+    (alibi, "bfloat16", 96, 96),
+    (alibi, "float16", 256, 256),
+    (stick_breaking, "bfloat16", 128, 128),
+    (stick_breaking, "bfloat16", 256, 256),
+]
+
+
+def name_of(case) -> str:
+    make, dtype, head_dim, head_dim_v = case
+    return f"{make.__name__}-{dtype}-hd{head_dim}" + (f"_{head_dim_v}" if head_dim_v != head_dim else "")
+
+
+class Module:
+    """A compiled module: its spec, what the compiler printed, and its instructions."""
+
+    def __init__(self, case, directory: Path) -> None:
+        make, dtype, head_dim, head_dim_v = case
+        program = make().trace().program
+        tiles = sm90_tiles(head_dim, head_dim_v, program)
+        self.spec = KernelSpec("sm90", program, dtype, head_dim, head_dim_v, tiles, cuda_target("9.0a"))
+        source = render_kernel(self.spec)
+        for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
+            file = directory / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        self.binary = directory / "kernel.cubin"
+        command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *COMMON_FLAGS]
+        command += ["-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", f"-I{directory / 'include'}", "-cubin"]
+        command += ["-o", str(self.binary), str(directory / "kernel.cu")]
+        self.output = run(command)
+        self._sass = None
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.spec.tiles.num_warps
+
+    @property
+    def sass(self) -> list[str]:
+        if self._sass is None:
+            program = disassembler()
+            if program is None:
+                pytest.skip("no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+            search = os.pathsep.join((str(Path(program).parent), os.environ.get("PATH", "")))
+            self._sass = run([program, "-sass", str(self.binary)], PATH=search).splitlines()
+        return self._sass
+
+
+def run(command: list[str], **environ: str) -> str:
+    environ = {**toolchain.clean_environment(), **environ}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def disassembler() -> str | None:
+    places = [toolchain.find_toolkit().root, *toolchain._pypi_roots()]
+    path = os.pathsep.join([*(str(root / "bin") for root in places), os.environ.get("PATH", "")])
+    return shutil.which("cuobjdump", path=path)
+
+
+@pytest.fixture(scope="module", params=MODULES, ids=name_of)
+def module(request, tmp_path_factory):
+    return Module(request.param, tmp_path_factory.mktemp("module"))
+
+
+def main_loop(sass: list[str], num_products: int) -> list[str]:
+    """Instructions of the smallest loop that holds both products."""
+    address = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?(\S+)(.*?);")
+    found = [(int(m[1], 16), m[2], m[3]) for m in map(address.search, sass) if m]
+    loops = []
+    for at, name, operands in found:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if name.startswith("BRA") and target and int(target[1], 16) <= at:
+            body = [f"{n}{o}" for a, n, o in found if int(target[1], 16) <= a <= at]
+            if sum(line.startswith("HGMMA") for line in body) == num_products:
+                loops.append(body)
+    assert loops, f"no loop of {num_products} HGMMA"
+    return min(loops, key=len)
+
+
+def test_module_spills_nothing(module):
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", module.output)
+    assert spills == [("0", "0", "0")], module.output
+
+
+def test_module_has_no_serialised_products(module):
+    assert not re.findall(r".*C75\d\d.*", module.output)
+
+
+def test_module_keeps_to_its_registers(module):
+    assert f"Used {LAUNCH_REGISTERS[module.threads]} registers" in module.output
+    highest = max(int(n) for line in module.sass for n in re.findall(r"\bR(\d+)\b", line))
+    assert highest < CONSUMER_REGISTERS[module.threads]
+
+
+def test_module_uses_the_instructions_it_is_written_for(module):
+    text = "\n".join(module.sass)
+    tiles, spec = module.spec.tiles, module.spec
+    shapes = set(re.findall(r"HGMMA\.(64x\d+x16)\.", text))
+    assert shapes == {f"64x{tiles.tile_kv}x16", f"64x{spec.head_dim_v}x16"}
+    for name in ("UTMALDG", "UTMASTG", "SYNCS", "STSM"):
+        assert name in text, f"no {name}"
+    assert text.count("USETMAXREG") == 2
+    assert not re.findall(r"\b(?:LDL|STL)\b", text)
+
+
+def test_main_loop_computes_its_weights_while_pv_runs(module):
+    loop = main_loop(module.sass, module.spec.head_dim // 16 + module.spec.tiles.tile_kv // 16)
+    products = [i for i, line in enumerate(loop) if line.startswith("HGMMA")]
+    wait_for_o = next(i for i, line in enumerate(loop) if line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0"))
+    exponentials = [i for i, line in enumerate(loop) if line.startswith("MUFU.EX2") and i > products[-1]]
+    before = sum(i < wait_for_o for i in exponentials)
+    assert before >= 0.6 * len(exponentials), f"{before} of {len(exponentials)} exponentials before the wait for P V"
