@@ -19,7 +19,7 @@ from jitgen.target import COMMON_FLAGS, cuda_target
 from jitgen.tiles_sm90 import sm90_tiles
 
 LAUNCH_REGISTERS = {384: 168, 512: 128, 640: 96}  # 65536 over the threads, rounded down to a multiple of 8
-CONSUMER_REGISTERS = {384: 240, 512: 160, 640: 112}  # what setmaxnreg gives them
+CONSUMER_REGISTERS = {384: 240, 512: 160, 640: 112}  # the most that setmaxnreg gives them
 
 pytestmark = pytest.mark.skipif(
     toolchain.find_toolkit() is None or toolchain.find_cxx() is None,

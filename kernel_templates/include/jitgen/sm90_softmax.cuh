@@ -21,6 +21,10 @@ struct RowSoftmax {
   }
 };
 
+// What turns logits into exponents of two, if they are still to be multiplied by `factor`. One that is not positive would
+// turn the maximum into the minimum: the logits are multiplied by it beforehand.
+JITGEN_FN float exponent_units(float factor) { return factor > 0.0f ? factor * kLog2E : kLog2E; }
+
 // The same address, but not before both sums are there: sums of weights have no sign bit, which only we know.
 JITGEN_FN unsigned after(unsigned address, const float (&sums)[2]) {
   return address + ((__float_as_uint(sums[0]) | __float_as_uint(sums[1])) >> 31);
