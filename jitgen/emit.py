@@ -13,7 +13,7 @@ from jitgen.abi import ArgField
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis
 from jitgen.emit_norm import NormText, OutputText, emit_norm, emit_output
-from jitgen.emit_split import split_floats
+from jitgen.emit_split import outer_factor, split_floats
 from jitgen.emit_text import ELEMENT_CTYPE
 from jitgen.ir import Expr
 from jitgen.program import Program
@@ -58,12 +58,14 @@ class VariantSection:
     capture_checks: tuple[CaptureCheck, ...]
     head: BlockText
     score: HookText
+    score_factor: HookText
     mask: HookText
     analysis: MaskAnalysisText
     sink: HookText
     norm: NormText
     lse: HookText
     output: OutputText
+    raw_scores: bool
     has_score: bool
     has_mask: bool
     has_sink: bool
@@ -81,8 +83,11 @@ def section_context(section: VariantSection) -> dict[str, object]:
     return {f.name: getattr(section, f.name) for f in fields(section)}
 
 
-def emit_variant(program: Program, *, backend: str) -> VariantSection:
+def emit_variant(program: Program, *, backend: str, raw_scores: bool = False) -> VariantSection:
     """The variant section of ``program``; ``backend`` is 'cpu' or 'cuda'.
+
+    With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
+    both multiplications then join others, and a soft cap costs one of them an element instead of three.
 
     Errors:  UnsupportedVariant when an operation has no meaning where the program uses it.
     """
@@ -90,8 +95,12 @@ def emit_variant(program: Program, *, backend: str) -> VariantSection:
     score = program.score if program.score is not ir.index("score") else None
     mask = program.mask if program.mask is not ir.TRUE else None
     norm = emit_norm(unit, program.norm)
+    factor = None
+    if raw_scores and score is not None:
+        score, factor = _raw_score(score, keep_units=program.norm is not None)
     text = dict(
         score=_emit_hook(unit, score),
+        score_factor=_emit_value(unit, factor, {}),
         mask=_emit_hook(unit, mask),
         analysis=emit_mask_analysis(unit, mask),
         sink=_emit_value(unit, program.sink, {}),
@@ -105,6 +114,7 @@ def emit_variant(program: Program, *, backend: str) -> VariantSection:
         capture_checks=tuple(CaptureCheck(*c) for c in sorted(unit.checks)),
         head=_block_text(unit.head),
         **text,  # type: ignore[arg-type]
+        raw_scores=raw_scores,
         has_score=score is not None,
         has_mask=mask is not None,
         has_sink=program.sink is not None,
@@ -134,6 +144,14 @@ def capture_fields(unit: Unit) -> tuple[ArgField, ...]:
 
 def _block_text(block: Block) -> BlockText:
     return BlockText(tuple(m.text for m in block.members), tuple(block.lines))
+
+
+def _raw_score(score: Expr, *, keep_units: bool) -> tuple[Expr, Expr]:
+    """A score as a function of q . k, and the factor that turns its value into natural units."""
+    logit = ir.index("score")
+    scaled = ir.make("mul", logit, ir.index("scale"))
+    value = split_floats(ir.rebuild(score, lambda n: scaled if n is logit else None), _level)
+    return (value, ir.const(1.0)) if keep_units else outer_factor(value, _level)
 
 
 def _level(node: Expr) -> str:

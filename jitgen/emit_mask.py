@@ -235,7 +235,9 @@ def _scan(low: BoundsLowering, node: Expr, at: Block) -> Term:
     base = print_pointer(low.scalar_form, node, fixed)
     if len(axes) > 3 or not axes:
         return fallback(low, node)
-    function = "scan_sorted" if slot.is_sorted and len(axes) == 1 else "scan"
+    function = "scan"
+    if len(axes) == 1:
+        function = "scan_sorted" if slot.is_sorted else "scan_together" if at.level == "row" else "scan"
     return Term(f"jg::{function}({base}, {', '.join(axes)})", ATOM, "jg::Bounds")
 
 

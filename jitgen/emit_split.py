@@ -5,12 +5,14 @@
   its accuracy: ``slope * (k - q)`` is one subtraction and one fused multiply-add. (``slope * k - slope * q`` would cost
   one operation less and lose the low bits of both products.)
 - ``x / y`` with ``y`` known outside the element loop becomes ``x * (1 / y)``: at most one more rounding.
+- in a product, factors known outside the element loop are multiplied first: ``(s * a) * b`` becomes ``s * (a * b)``.
 - in a sum, terms that depend on the row only and on the column only are added first: ``s + f[q] - f[k]`` becomes
   ``s + (f[q] - f[k])``.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 
@@ -42,10 +44,38 @@ def _rewritten(node: Expr, args: tuple[Expr, ...], done: dict[Expr, Expr], absor
     if node.op == "cast" and node.args[0].op == "lin":
         return _split_cast(node.args[0], level_of) or ir.remake(node, args)
     if node.op == "truediv" and level_of(args[1]) != "elem":
-        return ir.make("mul", args[0], ir.make("truediv", ir.const(1.0), args[1]))
+        return _group_product(ir.make("mul", args[0], ir.make("truediv", ir.const(1.0), args[1])), level_of)
+    if node.op == "mul":
+        return _group_product(ir.remake(node, args), level_of)
     if _is_sum(node) and node not in absorbed:
         return _group_sum(_terms(node, 1, done, absorbed), level_of)
     return node if args == node.args else ir.remake(node, args)
+
+
+def _group_product(node: Expr, level_of: LevelOf) -> Expr:
+    groups: dict[str, Expr] = {}
+    for factor in _factors(node, level_of):
+        level = level_of(factor)
+        groups[level] = ir.make("mul", groups[level], factor) if level in groups else factor
+    outer = [groups[level] for level in ("head", "row", "col") if level in groups]
+    if "elem" not in groups or not outer:
+        return node
+    return ir.make("mul", groups["elem"], functools.reduce(lambda a, b: ir.make("mul", a, b), outer))
+
+
+def _factors(node: Expr, level_of: LevelOf) -> list[Expr]:
+    if node.op != "mul" or node.dtype != "f32" or level_of(node) != "elem":
+        return [node]
+    return [f for a in node.args for f in _factors(a, level_of)]
+
+
+def outer_factor(root: Expr, level_of: LevelOf) -> tuple[Expr, Expr]:
+    """``root`` as a value times a factor that is the same for the whole head (1 if there is none)."""
+    if root.op == "mul" and root.dtype == "f32":
+        for value, factor in (root.args, root.args[::-1]):
+            if level_of(factor) == "head" and level_of(value) != "head":
+                return value, factor
+    return root, ir.const(1.0)
 
 
 def _split_cast(lin: Expr, level_of: LevelOf) -> Expr | None:

@@ -20,6 +20,7 @@ TEMPLATE_OF_FAMILY = {
     "sm80": "attention/sm80.cu.jinja",
     "sm90": "attention/sm90.cu.jinja",
 }
+RAW_SCORE_FAMILIES = ("sm80", "sm90")  # whose templates take part of the scaling out of the element loop
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 
 
@@ -97,7 +98,7 @@ def render_template(name: str, context: Mapping[str, object]) -> str:
 def render_kernel(spec: KernelSpec) -> Source:
     """Generate the translation unit of ``spec``."""
     backend = "cpu" if spec.family == "cpu" else "cuda"
-    section = emit_variant(spec.program, backend=backend)
+    section = emit_variant(spec.program, backend=backend, raw_scores=spec.family in RAW_SCORE_FAMILIES)
     variant_text = render_template("attention/variant.h.jinja", section_context(section))
     template = TEMPLATE_OF_FAMILY[spec.family]
     context = kernel_context(spec, section, variant_text.rstrip("\n"))

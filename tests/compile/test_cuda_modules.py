@@ -21,6 +21,10 @@ from jitgen.target import COMMON_FLAGS, cuda_target
 ARCHS = ("80", "90")
 MAX_REGISTERS = 255
 REGISTER_FILE = 65536  # 32-bit registers of one multiprocessor, sm_80 to sm_90
+# Bytes a thread may spill, by head dim. At 128 a tile of 64 keys fills the registers; tiles of 48 and 32 keys spill nothing
+# and were 3 to 15 % slower on an H100.
+SPILL = {128: 128}
+LOCAL_SHARE = 0.04  # of the instructions may touch local memory where spilling is allowed
 SASS = {"HMMA": "mma.sync", "LDSM": "ldmatrix", "LDGSTS": "cp.async"}
 
 pytestmark = pytest.mark.skipif(
@@ -127,11 +131,11 @@ def module(request, tmp_path_factory):
     return compile_both(*request.param, tmp_path_factory.mktemp("module"))
 
 
-def test_module_spills_nothing_and_uses_no_local_memory(module):
-    _, _, output = module
+def test_module_spills_no_more_than_its_head_dim_allows(module):
+    spec, _, output = module
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output)
     assert len(spills) >= len(ARCHS), output
-    assert set(spills) == {("0", "0", "0")}, output
+    assert max(int(n) for found in spills for n in found) <= SPILL.get(spec.head_dim, 0), output
 
 
 def test_module_fits_the_register_file(module):
@@ -143,7 +147,7 @@ def test_module_fits_the_register_file(module):
 
 
 def test_module_uses_tensor_cores_and_asynchronous_copies(module):
-    _, binary, _ = module
+    spec, binary, _ = module
     program = cuobjdump()
     if program is None:
         pytest.skip("no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
@@ -153,4 +157,5 @@ def test_module_uses_tensor_cores_and_asynchronous_copies(module):
         sass = subprocess.run(command, capture_output=True, text=True, check=True, env=environ).stdout
         missing = [f"{name} ({ptx})" for name, ptx in SASS.items() if not re.search(rf"\b{name}\b", sass)]
         assert not missing, f"sm_{arch} has no {', '.join(missing)}"
-        assert not re.findall(r"\b(?:LDL|STL)\b", sass), f"sm_{arch} uses local memory"
+        local, all_of_it = len(re.findall(r"\b(?:LDL|STL)\b", sass)), len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE))
+        assert local <= (LOCAL_SHARE * all_of_it if spec.head_dim in SPILL else 0), f"sm_{arch}: {local} of {all_of_it} use local memory"

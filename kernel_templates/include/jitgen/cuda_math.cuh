@@ -26,6 +26,7 @@ struct bf16_16 { unsigned short bits; };
 
 // The same value, but of unknown origin: expressions of it are not moved out of the KV loop, where no register is free.
 JITGEN_FN int stay(int x) { asm volatile("" : "+r"(x)); return x; }
+JITGEN_FN float stay(float x) { asm volatile("" : "+f"(x)); return x; }
 JITGEN_FN long long stay(long long x) { asm volatile("" : "+l"(x)); return x; }
 JITGEN_FN const char* stay(const char* x) { asm volatile("" : "+l"(x)); return x; }
 

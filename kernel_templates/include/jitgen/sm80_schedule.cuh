@@ -44,14 +44,16 @@ template <bool kDescending> struct AllTiles {
 
 // Under a mask: classifies 32 tiles at a time, one per lane. Every warp does so for itself: the tiles of the CTA decide what is
 // loaded (the same words in all warps), the tiles of its own rows what the warp may leave out.
-template <bool kDescending, class ClassifyCta, class ClassifyWarp> struct MaskedTiles {
-  ClassifyCta classify_cta;
-  ClassifyWarp classify_warp;
+template <bool kDescending, class CtaSpan, class WarpSpan, class KindOf> struct MaskedTiles {
+  CtaSpan cta_span;
+  WarpSpan warp_span;
+  KindOf kind_of;
+  bool has_rows;                    // of this warp, below q_len
   int num_tiles, base;              // base: first tile of the current group of 32
   unsigned visit, compute, full;    // bit i: tile base + i is loaded; has work for this warp; needs no mask in this warp
 
-  JITGEN_FN MaskedTiles(int num_tiles, ClassifyCta cta, ClassifyWarp warp)
-      : classify_cta(cta), classify_warp(warp), num_tiles(num_tiles), visit(0), compute(0), full(0) {
+  JITGEN_FN MaskedTiles(int num_tiles, bool has_rows, CtaSpan cta, WarpSpan warp, KindOf kind)
+      : cta_span(cta), warp_span(warp), kind_of(kind), has_rows(has_rows), num_tiles(num_tiles), visit(0), compute(0), full(0) {
     base = kDescending ? (num_tiles + 31) / 32 * 32 : -32;
   }
   JITGEN_FN int next() {
@@ -59,11 +61,16 @@ template <bool kDescending, class ClassifyCta, class ClassifyWarp> struct Masked
       base += kDescending ? -32 : 32;
       if (base < 0 || base >= num_tiles) return -1;
       const int tile = base + (threadIdx.x & 31);
-      const bool inside = tile < num_tiles;
-      visit = __ballot_sync(0xffffffffu, inside && classify_cta(tile) != kTileNone);
-      const int mine = inside ? classify_warp(tile) : kTileNone;
-      compute = __ballot_sync(0xffffffffu, mine != kTileNone);
-      full = __ballot_sync(0xffffffffu, mine == kTileFull);
+      int kind = kTileNone;
+      {
+        const auto span = cta_span();   // by the whole warp
+        if (tile < num_tiles) kind = kind_of(span, tile);
+      }
+      visit = __ballot_sync(0xffffffffu, kind != kTileNone);
+      const auto span = warp_span();
+      if (kind == kTilePartial) kind = kind_of(span, tile);   // full for all rows of the CTA is full for those of the warp
+      compute = __ballot_sync(0xffffffffu, has_rows && kind != kTileNone);
+      full = __ballot_sync(0xffffffffu, has_rows && kind == kTileFull);
     }
     const int bit = kDescending ? 31 - __clz(visit) : __ffs(visit) - 1;
     visit &= ~(1u << bit);

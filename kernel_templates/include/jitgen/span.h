@@ -123,12 +123,16 @@ JITGEN_FN long long extent(Axis a) { return a.hi - a.lo + 1; }
 template <class T> JITGEN_FN Bounds checked(const T*, long long lo, long long hi) {
   return {lo, hi, sizeof(T) < 8 || (lo >= -kFar && hi <= kFar)};
 }
+JITGEN_FN int least(int a, int b) { return a < b ? a : b; }
+JITGEN_FN int most(int a, int b) { return a < b ? b : a; }
 // Least and largest element of a box of a tensor.
 template <class T> JITGEN_FN Bounds scan(const T* base, Axis i) {
   if (extent(i) > kMaxScan) return element_bounds(base);
-  long long lo = load(base, i.lo * i.stride), hi = lo;
-  for (long long x = i.lo + 1; x <= i.hi; ++x) {
-    const long long value = load(base, x * i.stride);
+  const T* first = base + i.lo * i.stride;
+  auto lo = load(first, 0), hi = lo;   // int for all but 64-bit elements
+  for (int n = static_cast<int>(extent(i)) - 1; n > 0; --n) {
+    first += i.stride;
+    const auto value = load(first, 0);
     lo = least(lo, value);
     hi = most(hi, value);
   }
@@ -145,6 +149,26 @@ template <class T> JITGEN_FN Bounds scan(const T* base, Axis i, Axis j, Axis k) 
   Bounds found = scan(base + i.lo * i.stride, j, k);
   for (long long x = i.lo + 1; x <= i.hi; ++x) found = hull(found, scan(base + x * i.stride, j, k));
   return found;
+}
+// The same by a whole warp, whose lanes all pass the same arguments: mask_span is called so.
+template <class T> JITGEN_FN Bounds scan_together(const T* base, Axis i) {
+#ifdef __CUDACC__
+  if (extent(i) > kMaxScan) return element_bounds(base);
+  auto lo = load(base, i.lo * i.stride), hi = lo;
+  for (long long x = i.lo + (threadIdx.x & 31); x <= i.hi; x += 32) {
+    const auto value = load(base, x * i.stride);
+    lo = least(lo, value);
+    hi = most(hi, value);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    lo = least(lo, __shfl_xor_sync(0xffffffffu, lo, step));
+    hi = most(hi, __shfl_xor_sync(0xffffffffu, hi, step));
+  }
+  return checked(base, lo, hi);
+#else
+  return scan(base, i);
+#endif
 }
 // The same for a tensor declared ascending: its ends.
 template <class T> JITGEN_FN Bounds scan_sorted(const T* base, Axis i) {
