@@ -1,0 +1,172 @@
+"""The oracle: attention evaluated with torch in float64 from the same expressions that kernels are generated from.
+
+It holds the whole matrix of logits, so its cost is quadratic in memory: for tests and for comparing, not for use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from jitgen.errors import VariantError
+from jitgen.evaluate import evaluate
+from jitgen.ir import Expr
+from jitgen.program import NormProgram, Program
+
+Tensor = torch.Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    variant: object = None,
+    *,
+    score_mod: object = None,
+    mask_mod: object = None,
+    sink: object = None,
+    scale: float | None = None,
+    q_index: str | None = None,
+    return_lse: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What jitgen.attention computes, by definition and in float64.
+
+    Shapes:  as jitgen.attention; the results have ``dtype``.
+    Units:   as jitgen.attention.
+    Errors:  VariantError, UnsupportedVariant.
+    Cost:    batch * num_q_heads * q_len * kv_len numbers of 8 bytes, a few times over.
+    """
+    from jitgen.api import resolve_hooks
+
+    program, values, own = resolve_hooks(variant, score_mod, mask_mod, sink)  # type: ignore[arg-type]
+    local = (q_index or own or "absolute") == "local"
+    offset = 0 if local else k.shape[2] - q.shape[2]
+    out, lse = run_program(program, values, q, k, v, scale=scale, q_offset=offset, dtype=dtype)
+    if not return_lse:
+        return out
+    if lse is None:
+        raise VariantError("the logsumexp was asked for, but the variant's OnlineNorm has none. Give it a method lse(state).")
+    return out, lse
+
+
+def run_program(
+    program: Program,
+    values: Sequence[Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    q_offset: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor | None]:
+    """Output and logsumexp (None if the norm has none) of a program on dense tensors."""
+    batch, num_q_heads, q_len, head_dim = q.shape
+    num_kv_heads, kv_len = k.shape[1], k.shape[2]
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    k, v = (t.to(dtype).expand(batch, -1, -1, -1).repeat_interleave(num_q_heads // num_kv_heads, 1) for t in (k, v))
+    leaves = index_leaves(batch, num_q_heads, num_kv_heads, q_len, kv_len, q_offset, scale, dtype, q.device)
+    shape = (batch, num_q_heads, q_len, kv_len)
+    logits = scale * (q.to(dtype) @ k.mT)
+    if program.score is not None:
+        logits = evaluate(program.score, values, {**leaves, "score": logits}).to(dtype).expand(shape)
+    if program.mask is not None:
+        logits = torch.where(evaluate(program.mask, values, leaves), logits, logits.new_tensor(-math.inf))
+    if program.norm is not None:
+        out, lse = _normalise(program.norm, values, logits, v, leaves)
+    else:
+        out, lse = _softmax(program.sink, values, logits, v, leaves)
+    row = {**leaves, "o": out, "d": torch.arange(v.shape[3], device=q.device), "head_dim_v": torch.tensor(v.shape[3], device=q.device)}
+    if lse is not None:
+        row["lse"] = lse
+    if program.output is not None:
+        out = evaluate(program.output, values, row).to(dtype).expand(out.shape)
+    if program.lse is not None:
+        lse = evaluate(program.lse, values, row).to(dtype).expand(*shape[:3], 1)
+    return out, None if lse is None else lse.squeeze(-1)
+
+
+def index_leaves(
+    batch: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    q_len: int,
+    kv_len: int,
+    q_offset: int,
+    scale: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Values of the index leaves, broadcastable to [batch, num_q_heads, q_len, kv_len]."""
+
+    def along(axis: int, n: int, first: int = 0) -> Tensor:
+        shape = [1, 1, 1, 1]
+        shape[axis] = n
+        return torch.arange(first, first + n, device=device).view(shape)
+
+    numbers = {"q_len": q_len, "kv_len": kv_len, "ctx_len": kv_len - q_len, "num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads}
+    return {
+        "b": along(0, batch),
+        "h": along(1, num_q_heads),
+        "kv_h": along(1, num_q_heads) // (num_q_heads // num_kv_heads),
+        "q_idx": along(2, q_len, q_offset),
+        "kv_idx": along(3, kv_len),
+        "scale": torch.tensor(scale, dtype=dtype, device=device),
+        **{name: torch.tensor(n, device=device) for name, n in numbers.items()},
+    }
+
+
+def _softmax(
+    sink: Expr | None, values: Sequence[Any], logits: Tensor, v: Tensor, leaves: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    lse = logits.logsumexp(-1, keepdim=True)
+    if sink is not None:
+        lse = torch.logaddexp(lse, evaluate(sink, values, leaves).to(logits.dtype).expand(lse.shape))
+    weights = torch.where(lse == -math.inf, torch.zeros_like(logits), (logits - lse).exp())
+    return weights @ v, lse
+
+
+def _normalise(
+    norm: NormProgram, values: Sequence[Any], logits: Tensor, v: Tensor, leaves: dict[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """A softmax replacement, run on the whole row as one tile."""
+    keep, rows = logits != -math.inf, (*logits.shape[:3], 1)
+    state = {n: logits.new_full(rows, start) for n, start in zip(norm.state_names, norm.state_init, strict=True)}
+    seen = {**leaves, **state, "score": logits}
+
+    def over_row(e: Expr) -> Tensor:
+        return evaluate(e, values, seen, keep=keep, reverse=norm.order == "reverse").to(logits.dtype)
+
+    weights = torch.where(keep, over_row(norm.weight).expand(logits.shape), torch.zeros_like(logits))
+    if logits.shape[-1]:
+        state = {n: over_row(e).expand(rows) for n, e in zip(norm.state_names, norm.next_state, strict=True)}
+    d = torch.arange(v.shape[3], device=v.device)
+    finished = {**leaves, **state, "o": weights @ v, "d": d, "head_dim_v": torch.tensor(v.shape[3], device=v.device)}
+    out = evaluate(norm.finalize, values, finished).to(logits.dtype).expand(*rows[:3], v.shape[3])
+    lse = None if norm.lse is None else evaluate(norm.lse, values, finished).to(logits.dtype).expand(rows)
+    return out, lse
+
+
+def mask_of(
+    program: Program,
+    values: Sequence[Any],
+    *,
+    batch: int = 1,
+    num_q_heads: int = 1,
+    num_kv_heads: int | None = None,
+    q_len: int,
+    kv_len: int,
+    q_offset: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Which keys a program keeps, as a bool tensor [batch, num_q_heads, q_len, kv_len]."""
+    heads = num_kv_heads or num_q_heads
+    leaves = index_leaves(batch, num_q_heads, heads, q_len, kv_len, q_offset, 1.0, torch.float64, torch.device(device))
+    shape = (batch, num_q_heads, q_len, kv_len)
+    if program.mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    return evaluate(program.mask, values, leaves).expand(shape)
