@@ -2,7 +2,10 @@
 #pragma once
 #include "jitgen/sm90_geometry.cuh"
 
+// Unnamed, because statics of inline functions are otherwise one object for all modules that a process has loaded: the
+// second module would find its device prepared.
 namespace jg {
+namespace {
 
 constexpr int kErrorNoEncoder = 20001;    // the driver has no cuTensorMapEncodeTiled
 constexpr int kErrorTensorMap = 20002;    // it refused a tensor, or rows are broadcast
@@ -119,4 +122,5 @@ inline cudaError_t prepare_device(const void* kernel, int shared_bytes, int& num
   return error;
 }
 
+}  // namespace
 }  // namespace jg
