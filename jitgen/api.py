@@ -181,7 +181,7 @@ def prepare(
             f"q_len {q_len} is larger than kv_len {kv_len}, and the variant reads q_idx, which counts from kv_len - q_len. "
             "Pass q_index='local' to count query rows from 0."
         )
-    spec = choose_spec(program, dtype_name(q.dtype), head_dim, head_dim_v, q.device, family)
+    spec = choose_spec(program, dtype_name(q.dtype), (head_dim, head_dim_v), q.device, q_len=q_len, family=family)
     o_shape = (batch, num_q_heads, q_len, head_dim_v)
     o_stride = stride_like(q, o_shape)
     k_stride, v_stride = expanded_stride(k, batch), expanded_stride(v, batch)
@@ -224,8 +224,10 @@ def needs_adapting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 
 
 def is_row_aligned(t: torch.Tensor) -> bool:
-    """16-byte rows: unit stride along head_dim, every other stride a multiple of 8 elements."""
-    return t.stride(3) == 1 and all(t.stride(i) % 8 == 0 for i in range(3) if t.shape[i] > 1)
+    """16-byte rows that differ: unit stride along head_dim, every other stride a multiple of 8 elements, rows not broadcast
+    (a tensor map cannot describe that)."""
+    strides = [t.stride(i) for i in range(3) if t.shape[i] > 1]
+    return t.stride(3) == 1 and all(s % 8 == 0 for s in strides) and (t.stride(2) != 0 or t.shape[2] <= 1)
 
 
 def run_adapted(

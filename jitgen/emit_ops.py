@@ -22,7 +22,7 @@ from jitgen.emit_text import (
     int_literal,
 )
 from jitgen.errors import UnsupportedVariant
-from jitgen.ir import Expr
+from jitgen.ir import Expr, index
 
 COMPARE = {"eq": ("==", EQUALITY), "ne": ("!=", EQUALITY), "lt": ("<", RELATION), "le": ("<=", RELATION)}
 LOGIC = {"and": ("&", BITAND), "or": ("|", BITOR), "bitand": ("&", BITAND), "bitor": ("|", BITOR), "bitxor": ("^", BITXOR)}
@@ -231,6 +231,8 @@ def print_cast(low: Lowering, node: Expr, at: Block, narrow: bool) -> Term:
     if node.is_int and node.args[0].is_int:
         return source
     ctype = low.ctype(node)
+    if ctype == "float" and node.args[0] is index("kv_idx") and source.text == "kv_idx":
+        return Term("jg::as_float(kv_idx)", ATOM, ctype)  # templates count columns in floats as well
     if ctype == "float" and source.ctype == "bool":
         return Term(f"{source.at(TERNARY + 1)} ? 1.0f : 0.0f", TERNARY, "float")
     return Term(f"({ctype}){source.at(UNARY)}", UNARY, ctype)

@@ -1,4 +1,8 @@
-"""Which kernel family and which tiles serve a call: decided from the target and the spec, never from lengths."""
+"""Which kernel family and which tiles serve a call.
+
+Lengths decide one thing only: sm90 has two tiles for some head dims, one for short queries and one for long ones, so a
+variant compiles at most two modules for a head dim and dtype.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,22 @@ from jitgen.errors import ShapeMismatch, VariantError
 from jitgen.program import Program
 from jitgen.spec import KernelSpec, Tiles
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
+from jitgen.tiles import sm80_tiles
+from jitgen.tiles_sm90 import sm90_tiles
 
 FAMILIES = ("cpu", "sm80", "sm90")
+SM90_ARCHS = ("9.0a",)  # wgmma and setmaxnreg exist in this architecture only
 CUDA_HEAD_DIMS = (64, 96, 128, 192, 256)
 
 
 def choose_spec(
-    program: Program, dtype: str, head_dim: int, head_dim_v: int, device: torch.device, family: str | None = None
+    program: Program,
+    dtype: str,
+    head_dims: tuple[int, int],
+    device: torch.device,
+    *,
+    q_len: int = 1 << 20,
+    family: str | None = None,
 ) -> KernelSpec:
     """The kernel for these types on this device. ``family`` forces one; otherwise the best that supports the program."""
     if family is not None and family not in FAMILIES:
@@ -22,19 +35,36 @@ def choose_spec(
     if device.type == "cpu":
         if family not in (None, "cpu"):
             raise VariantError(f"family={family!r} needs cuda tensors, q is on cpu. Leave family out.")
-        return KernelSpec("cpu", program, dtype, head_dim, head_dim_v, cpu_tiles(head_dim, head_dim_v), detect_cpu())
+        return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims), detect_cpu())
     if family == "cpu":
         raise VariantError(f"family='cpu' needs cpu tensors, q is on {device}. Leave family out.")
-    return cuda_spec(program, dtype, head_dim, head_dim_v, "sm80", detect_cuda(device.index))
+    target = detect_cuda(device.index, accelerated=family != "sm80")
+    if family is None:
+        family = "sm90" if target.arch in SM90_ARCHS else "sm80"
+        target = target if family == "sm90" else detect_cuda(device.index)
+    return cuda_spec(program, dtype, head_dims, family, target, q_len=q_len)
 
 
 def cuda_spec(
-    program: Program, dtype: str, head_dim: int, head_dim_v: int, family: str, target: CompileTarget
+    program: Program,
+    dtype: str,
+    head_dims: tuple[int, int],
+    family: str,
+    target: CompileTarget,
+    *,
+    q_len: int = 1 << 20,
 ) -> KernelSpec:
     """A CUDA spec of a given family; also used for compile-only checks, where there is no device."""
-    from jitgen.tiles import sm80_tiles
-
-    return KernelSpec(family, program, dtype, head_dim, head_dim_v, sm80_tiles(head_dim, head_dim_v), target)
+    if family == "sm90":
+        if target.arch not in SM90_ARCHS:
+            raise VariantError(
+                f"family='sm90' needs compute capability 9.0 (architecture {SM90_ARCHS[0]}), the target is {target.arch}. "
+                "Leave family out, or use 'sm80'."
+            )
+        tiles = sm90_tiles(*head_dims, program, q_len=q_len)
+    else:
+        tiles = sm80_tiles(*head_dims)
+    return KernelSpec(family, program, dtype, *head_dims, tiles, target)
 
 
 def cpu_tiles(head_dim: int, head_dim_v: int) -> Tiles:

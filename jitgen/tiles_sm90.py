@@ -9,23 +9,30 @@ from jitgen.spec import Tiles
 # Weight of a program's hooks: what they need of the registers that S, P and O leave.
 PLAIN, SCORED, GATHERING, SCANNING = range(4)
 
-# (head_dim, head_dim_v) -> (tile_q, tile_kv) by weight. Each 64 rows of Q are a warp group: two have 240 registers a
-# thread, three have 160. tests/compile/test_sm90_modules.py sees to it that no program of its list spills.
+# (head_dim, head_dim_v) -> (tile_q, tile_kv, stages) by weight. Each 64 rows of Q are a warp group: two have 240 registers a
+# thread, three 160, four 112. tests/compile/test_sm90_modules.py sees to it that no program of its list spills.
 TILES = {
-    (64, 64): ((192, 128), (192, 96), (192, 96), (128, 64)),
-    (96, 96): ((192, 128), (192, 64), (192, 64), (128, 64)),
-    (128, 128): ((128, 128), (128, 128), (128, 112), (128, 64)),
-    (192, 192): ((128, 96), (128, 80), (128, 80), (128, 64)),
-    (192, 128): ((128, 128), (128, 112), (128, 112), (128, 64)),
-    (256, 256): ((128, 64), (128, 64), (128, 48), (128, 32)),
+    (64, 64): ((192, 128, 2), (192, 128, 2), (192, 112, 2), (128, 64, 2)),
+    (96, 96): ((192, 128, 2), (192, 128, 2), (192, 64, 2), (128, 64, 2)),
+    (128, 128): ((192, 128, 2), (192, 128, 2), (128, 112, 2), (128, 64, 2)),
+    (192, 192): ((128, 96, 2), (128, 80, 2), (128, 80, 2), (128, 64, 2)),
+    (192, 128): ((128, 128, 2), (128, 128, 2), (128, 112, 2), (128, 64, 2)),
+    (256, 256): ((128, 64, 2), (128, 64, 2), (128, 48, 2), (128, 32, 2)),
 }
-NUM_STAGES = 2  # three or four: -2 to +1.5 %
+# Better for queries below a length: fewer rows are lost at a causal diagonal and at the end (hd128), or more warps hide the
+# exponentials of a narrow head (hd64).
+SHORT_TILES = {
+    (64, 64): (8192, ((256, 64, 4), (256, 64, 4), (192, 96, 2), (128, 64, 2))),
+    (128, 128): (2048, ((128, 128, 2), (128, 128, 2), (128, 112, 2), (128, 64, 2))),
+}
 
 
-def sm90_tiles(head_dim: int, head_dim_v: int, program: Program | None = None) -> Tiles:
+def sm90_tiles(head_dim: int, head_dim_v: int, program: Program | None = None, *, q_len: int = 1 << 20) -> Tiles:
     """Tiles of a kernel for these head dims; ``program`` None: without hooks."""
-    tile_q, tile_kv = TILES[head_dim, head_dim_v][PLAIN if program is None else hook_weight(program)]
-    return Tiles(tile_q, tile_kv, num_warps=4 + tile_q // 16, num_stages=NUM_STAGES)
+    limit, short = SHORT_TILES.get((head_dim, head_dim_v), (0, ()))
+    table = short if q_len < limit else TILES[head_dim, head_dim_v]
+    tile_q, tile_kv, num_stages = table[PLAIN if program is None else hook_weight(program)]
+    return Tiles(tile_q, tile_kv, num_warps=4 + tile_q // 16, num_stages=num_stages)
 
 
 def hook_weight(program: Program) -> int:

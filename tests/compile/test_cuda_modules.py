@@ -106,7 +106,7 @@ def cuobjdump() -> str | None:
 
 def compile_both(make, dtype, head_dim, head_dim_v, directory: Path) -> tuple[object, Path, str]:
     """Compile one module for both architectures: spec, fat binary, what ptxas says."""
-    spec = cuda_spec(make().trace().program, dtype, head_dim, head_dim_v, "sm80", cuda_target("8.0"))
+    spec = cuda_spec(make().trace().program, dtype, (head_dim, head_dim_v), "sm80", cuda_target("8.0"))
     source = render_kernel(spec)
     kernel, binary = directory / "kernel.cu", directory / "kernel.fatbin"
     for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():

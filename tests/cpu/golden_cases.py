@@ -107,7 +107,7 @@ def case_spec(name: str) -> KernelSpec:
     make, family, dtype, head_dim = CASES[name]
     program = make().trace().program
     if family != "cpu":
-        return cuda_spec(program, dtype, head_dim, head_dim, family, cuda_target("8.0"))
+        return cuda_spec(program, dtype, (head_dim, head_dim), family, cuda_target("8.0"))
     from jitgen.families import cpu_tiles
 
     return KernelSpec("cpu", program, dtype, head_dim, head_dim, cpu_tiles(head_dim, head_dim), cpu_target("portable"))

@@ -41,6 +41,10 @@ typedef uint16_t VecU16Unaligned __attribute__((vector_size(kVec * 2), aligned(2
 typedef float Vec4 __attribute__((vector_size(16)));
 typedef float Vec4Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
 
+// A column of the logits as hooks get it. On CUDA it carries its value as a float too.
+using Column = int;
+JITGEN_FN float as_float(int x) { return static_cast<float>(x); }
+
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 

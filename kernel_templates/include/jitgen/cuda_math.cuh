@@ -30,6 +30,32 @@ JITGEN_FN float stay(float x) { asm volatile("" : "+f"(x)); return x; }
 JITGEN_FN long long stay(long long x) { asm volatile("" : "+l"(x)); return x; }
 JITGEN_FN const char* stay(const char* x) { asm volatile("" : "+l"(x)); return x; }
 
+// ---- columns ----
+// A column of the logits as hooks get it: the index, and the same as a float. Counting in floats costs an addition; a
+// conversion of each column would run on the unit that computes the exponentials, and wait for nothing, so its results
+// would fill the registers early. Exact below 2^24.
+struct Column {
+  int index;
+  float value;
+  JITGEN_FN operator int() const { return index; }
+};
+JITGEN_FN float as_float(int x) { return static_cast<float>(x); }
+JITGEN_FN float as_float(Column x) { return x.value; }
+
+// Columns of one thread, counted from its first one in a tile.
+struct ColumnCounter {
+  int first, last;   // `last`: that of the keys
+  float first_value, last_value;
+  JITGEN_FN ColumnCounter(int first, int kv_len)
+      : first(first), last(kv_len - 1), first_value(static_cast<float>(first)), last_value(static_cast<float>(kv_len - 1)) {}
+  JITGEN_FN Column at(int offset) const { return {first + offset, first_value + static_cast<float>(offset)}; }
+  // Columns past the end repeat the last one, so that hooks read nothing outside of what they capture.
+  JITGEN_FN Column clamped(int offset) const {
+    const Column c = at(offset);
+    return {c.index < last ? c.index : last, ::fminf(c.value, last_value)};
+  }
+};
+
 // ---- loads of captured tensors ----
 JITGEN_FN float load(const float* p, long long i) { return __ldg(p + i); }
 JITGEN_FN float load(const double* p, long long i) { return static_cast<float>(__ldg(p + i)); }
