@@ -33,7 +33,7 @@ from jitgen.trace import Tracer
 
 MAX_RANK = 4
 _LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "jitgen", "triton"}
-_FOLLOWED = ("torch.nn.attention", "jitgen.masks", "jitgen.flex", "jitgen.bench")  # library functions that call the user's: and_masks and the like
+_FOLLOWED = ("torch.nn.attention", "jitgen.masks", "jitgen.flex", "jitgen.bench", "jitgen.demo")  # library functions that call the user's: and_masks and the like
 _CONSTANTS = (str, bytes, torch.dtype, torch.device, torch.Size, slice, range, type(Ellipsis), complex, torch.layout)
 
 

@@ -24,6 +24,7 @@ LEAF_TEXT = {
     **{n: n for n in ("q_idx", "kv_idx", "score", "lse")},
     "o": "x",
     "d": "i",
+    "head_dim_v": "kHeadDimV",
 }
 # Indices whose range the host knows before the launch: it checks the size of the dimension instead of a clamp here.
 HOST_CHECKED = frozenset(("b", "h", "kv_h", "q_idx", "kv_idx"))

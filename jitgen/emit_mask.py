@@ -1,7 +1,7 @@
 """The interval form of a mask: the mask's expression once more, over jg::Bounds and jg::Truth.
 
 ``mask_span`` computes what depends on the query rows of a tile, ``mask_tile`` the rest. The rules of the operations are in
-``include/jitgen/span.h``; :mod:`jitgen.interval` states the same rules in Python.
+``include/jitgen/span.h``; tests compare its classes with the mask itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jitgen.ir import Expr, walk
 
 SPAN_LEVELS = {"q_idx": "row", "kv_idx": "elem"}
 FAR = 2**40  # jg::kFar: what 64-bit captures are assumed to stay below; checked at run time
-EXACT = 2**62  # endpoints below this add and subtract without overflow
+EXACT = 2**62  # sums and products whose endpoints stay below this are computed as they are, others with a check
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class MaskAnalysisText:
     span_reads_rows: bool = False
     tile_reads_rows: bool = False
     tile_reads_columns: bool = False
+    scans: bool = False  # mask_tile looks through a captured tensor, which takes a while
 
 
 def emit_mask_analysis(unit: Unit, mask: Expr | None) -> MaskAnalysisText:
@@ -71,6 +72,7 @@ def emit_mask_analysis(unit: Unit, mask: Expr | None) -> MaskAnalysisText:
         span_reads_rows=("row", "q_idx") in low.reads,
         tile_reads_rows=("elem", "q_idx") in low.reads,
         tile_reads_columns=("elem", "kv_idx") in low.reads,
+        scans=any(n.op == "load" and low.level(n) == "elem" and not unit.slots[n.attr].is_sorted for n in walk(mask)),
     )
 
 
@@ -106,6 +108,14 @@ class BoundsLowering(Lowering):
     def leaf(self, node: Expr) -> Term | None:
         return None
 
+    def is_exact(self, node: Expr) -> bool:
+        """Whether no step of a sum or product can overflow."""
+        reach = [max(map(abs, self.near.of(a))) for a in node.args]
+        if node.op == "mul":
+            return reach[0] * reach[1] <= EXACT
+        constant, coeffs = node.attr
+        return abs(constant) + sum(abs(c) * r for c, r in zip(coeffs, reach, strict=True)) <= EXACT
+
     def cost(self, part: Expr) -> tuple[int, int]:
         """Gathers that mask_tile has to look through, then operations."""
         nodes = list(walk(part))
@@ -116,7 +126,7 @@ def print_bounds(low: BoundsLowering, node: Expr, at: Block, narrow: bool) -> Te
     """Interval text of one operation."""
     if node.dtype == "bool":
         return print_truth(low, node, at)
-    if any(a.dtype == "f32" for a in node.args) or max(map(abs, low.near.of(node))) > EXACT:
+    if any(a.dtype == "f32" for a in node.args):
         return fallback(low, node)
     if node.op in _BOUNDS:
         return _BOUNDS[node.op](low, node, at)
@@ -174,17 +184,26 @@ def _lin(low: BoundsLowering, node: Expr, at: Block) -> Term:
         scalar = ir.make("neg", scalar) if flip else scalar
         parts.append((-1 if flip else 1, low.scalar_form.term(scalar, at)))
         constant = 0
+    checked = not low.is_exact(node)
+    if checked:
+        parts += [(1, Term(int_literal(constant), ATOM, "long long"))] if constant else []
+        constant = 0
+        parts = [(-1 if c < 0 else 1, Term(f"jg::times({int_literal(abs(c))}, {t.text})", ATOM, t.ctype)) for c, t in parts]
     out = ""
     for c, t in parts:
         text = product(abs(c), t, False).at(PRODUCT if not (c < 0 and t.prec == SUM) else ATOM)
         out += (f" {'-' if c < 0 else '+'} " if out else "-" if c < 0 else "") + text
     if constant:
         out += f" {'-' if constant < 0 else '+'} {int_literal(abs(constant))}"
+    if checked:
+        return Term(f"jg::near({out})", ATOM, "jg::Bounds")
     return Term(out, SUM if len(parts) > 1 or constant else UNARY if parts[0][0] == -1 else PRODUCT, "jg::Bounds")
 
 
 def _mul(low: BoundsLowering, node: Expr, at: Block) -> Term:
     a, b = (low.term(x, at) for x in node.args)
+    if not low.is_exact(node):
+        return Term(f"jg::times({a.text}, {b.text})", ATOM, "jg::Bounds")
     return Term(f"{a.at(PRODUCT)} * {b.at(PRODUCT + 1)}", PRODUCT, "jg::Bounds")
 
 
@@ -201,24 +220,13 @@ def _cast(low: BoundsLowering, node: Expr, at: Block) -> Term:
     return source if node.args[0].is_int else Term(f"jg::as_bounds({source.text})", ATOM, "jg::Bounds")
 
 
-def _shift(low: BoundsLowering, node: Expr, at: Block) -> Term:
-    value, count = node.args
-    if not count.is_const or low.level(value) == "head":
-        return fallback(low, node)
-    factor = int_literal(1 << (count.attr & 31))
-    a = low.term(value, at)
-    if node.op == "shr":
-        return Term(f"jg::floor_div({a.text}, jg::Bounds({factor}))", ATOM, "jg::Bounds")
-    lo, hi = low.near.of(value)
-    fits = node.dtype == "i64" or (lo << (count.attr & 31) >= -(2**31) and hi << (count.attr & 31) < 2**31)
-    return Term(f"{a.at(PRODUCT)} * {factor}", PRODUCT, "jg::Bounds") if fits else fallback(low, node)
-
-
 def _bitand(low: BoundsLowering, node: Expr, at: Block) -> Term:
-    """``x & (2**n - 1)`` is a remainder; other bit patterns are not analysed."""
+    """``x & (2**n - 1)`` is a remainder; of other constants, the bits in which the interval's ends agree are known."""
     for x, mask in (node.args, node.args[::-1]):
-        if mask.is_const and mask.attr > 0 and mask.attr & (mask.attr + 1) == 0 and low.level(x) != "head":
-            return Term(f"jg::floor_mod({low.term(x, at).text}, jg::Bounds({int_literal(mask.attr + 1)}))", ATOM, "jg::Bounds")
+        if mask.is_const and mask.attr > 0 and low.level(x) != "head":
+            is_remainder = mask.attr & (mask.attr + 1) == 0
+            function, second = ("floor_mod", mask.attr + 1) if is_remainder else ("keep_bits", mask.attr)
+            return Term(f"jg::{function}({low.term(x, at).text}, {int_literal(second)})", ATOM, "jg::Bounds")
     return fallback(low, node)
 
 
@@ -243,6 +251,7 @@ def _scan(low: BoundsLowering, node: Expr, at: Block) -> Term:
 
 _BOUNDS = {
     "lin": _lin, "mul": _mul, "floordiv": _division("jg::floor_div"), "mod": _division("jg::floor_mod"), "relu": _relu,
-    "cast": _cast, "shl": _shift, "shr": _shift, "bitand": _bitand, "load": _scan,
+    "cast": _cast, "bitand": _bitand, "load": _scan,
+    "bitor": lambda low, node, at: _call(low, "jg::join_bits", node, at),
     "where": lambda low, node, at: _call(low, "jg::choose", node, at),
 }  # fmt: skip

@@ -47,7 +47,7 @@ def print_op(low: Lowering, node: Expr, at: Block, narrow: bool) -> Term:
 def call(low: Lowering, function: str, node: Expr, at: Block) -> Term:
     """``function(operands)``; integer operands of different width are brought to the wider type."""
     terms = [low.term(a, at) for a in node.args]
-    wide = any(t.ctype == "long long" for t in terms)
+    wide = any(t.ctype == "long long" for t in terms) or (node.is_int and low.ranges.is_wide(node))
     texts = [f"(long long){t.at(UNARY)}" if wide and t.ctype == "int" else t.text for t in terms]
     ctype = "long long" if wide and node.op != "popcount" and node.is_int else low.ctype(node)
     return Term(f"{function}({', '.join(texts)})", ATOM, ctype)
@@ -79,14 +79,12 @@ def _sum(low: Lowering, constant: int, parts: list[tuple[int, Expr]], at: Block,
     if wide and narrow and all(abs(c) == 1 for c, _ in terms) and all(t.ctype == "int" for _, t in terms):
         free = sum(max(map(abs, low.ranges.of(a))) for _, a in parts if not low.ranges.is_wide(a))
         wide = sum(low.ranges.is_wide(a) for _, a in parts) > 1 or free > NARROW_OTHER
-    out, ctype = "", "long long" if wide else "int"
+    out, ctype = "", "long long" if wide or any(t.ctype == "long long" for _, t in terms) else "int"
     for i, (c, t) in enumerate(terms):
         p = product(abs(c), t, wide)
-        text = p.at(PRODUCT)
         if i == 0:
-            widen = wide and p.ctype == "int" and len(terms) + bool(constant) > 1
-            text = f"(long long){p.at(UNARY)}" if widen else text
-            out = f"-{p.at(UNARY)}" if c < 0 else text
+            widen = "(long long)" if wide and p.ctype == "int" else ""
+            out = f"-{widen}{p.at(UNARY)}" if c < 0 else f"{widen}{p.at(UNARY if widen else PRODUCT)}"
         else:
             out += f" {'-' if c < 0 else '+'} {p.at(PRODUCT)}"
     if constant:
@@ -101,9 +99,33 @@ def _infix(symbol: str, prec: int):  # type: ignore[no-untyped-def]
         left = a.at(prec)
         if node.is_int and low.ranges.is_wide(node) and a.ctype == b.ctype == "int":
             left = f"(long long){a.at(UNARY)}"
-        return Term(f"{left} {symbol} {b.at(prec + 1)}", prec, low.ctype(node))
+        return Term(f"{left} {symbol} {b.at(prec + 1)}", prec, _joined(low, node, a, b))
 
     return emit
+
+
+def _joined(low: Lowering, node: Expr, a: Term, b: Term) -> str:
+    """Type that C++ gives to an operation on these operands: a small result of a wide operand is still a long long."""
+    return "long long" if "long long" in (a.ctype, b.ctype) else low.ctype(node)
+
+
+_difference = _infix("-", SUM)
+
+
+def print_sub(low: Lowering, node: Expr, at: Block, narrow: bool) -> Term:
+    """A difference; from a column to what is known per row, templates count in steps from the first column of a tile."""
+    left, right = node.args
+    if at.level == "elem":
+        if _is_column(low, left) and low.level(right) in ("head", "row"):
+            return Term(f"jg::minus(kv_idx, {low.term(right, at).text})", ATOM, "float")
+        if _is_column(low, right) and low.level(left) in ("head", "row"):
+            return Term(f"jg::minus({low.term(left, at).text}, kv_idx)", ATOM, "float")
+    return _difference(low, node, at, narrow)
+
+
+def _is_column(low: Lowering, node: Expr) -> bool:
+    """Whether a float is the index of the column, in a hook that is given columns."""
+    return node.op == "cast" and node.dtype == "f32" and node.args[0] is index("kv_idx") and low.leaves["kv_idx"] == "kv_idx"
 
 
 def print_add(low: Lowering, node: Expr, at: Block, narrow: bool) -> Term:
@@ -148,12 +170,12 @@ def print_logic(low: Lowering, node: Expr, at: Block) -> Term:
     def side(t: Term) -> str:
         return t.text if t.prec >= UNARY or (t.prec == prec and node.op == "and" or t.prec == prec == BITOR) else f"({t.text})"
 
-    return Term(f"{side(a)} {symbol} {side(b)}", prec, low.ctype(node) if node.is_int else "bool")
+    return Term(f"{side(a)} {symbol} {side(b)}", prec, _joined(low, node, a, b) if node.is_int else "bool")
 
 
 def print_not(low: Lowering, node: Expr, at: Block, narrow: bool) -> Term:
-    symbol = "!" if node.op == "not" else "~"
-    return Term(f"{symbol}{low.term(node.args[0], at).at(UNARY)}", UNARY, low.ctype(node))
+    symbol, a = "!" if node.op == "not" else "~", low.term(node.args[0], at)
+    return Term(f"{symbol}{a.at(UNARY)}", UNARY, a.ctype)
 
 
 def print_floordiv(low: Lowering, node: Expr, at: Block, narrow: bool) -> Term:
@@ -200,16 +222,9 @@ def print_pow(low: Lowering, node: Expr, at: Block, narrow: bool) -> Term:
 
 
 def print_shift(low: Lowering, node: Expr, at: Block, narrow: bool) -> Term:
-    """A shift; by a constant it is the C++ operator, else a function that masks the count."""
-    a, b = node.args
-    if b.is_const and (node.op == "shr" or low.ranges.is_non_negative(a)):
-        left, symbol = low.term(a, at), "<<" if node.op == "shl" else ">>"
-        widen = "(long long)" if node.op == "shl" and low.ranges.is_wide(node) and left.ctype == "int" else ""
-        text = left.at(UNARY) if widen else left.at(SHIFT + 1)
-        ctype = "long long" if widen else left.ctype
-        return Term(f"{widen}{text} {symbol} {b.attr & (31 if node.dtype == 'i32' else 63)}", SHIFT, ctype)
-    left, right = low.term(a, at), low.term(b, at)
-    wide = node.dtype == "i64"
+    """A shift by a count that is not constant: small constant ones are products and quotients in the IR."""
+    left, right = (low.term(x, at) for x in node.args)
+    wide = low.ranges.is_wide(node) or left.ctype == "long long"
     return Term(f"jg::{node.op}({'(long long)' if wide else ''}{left.at(UNARY) if wide else left.text}, "
                 f"{'(int)' if right.ctype != 'int' else ''}{right.at(UNARY) if right.ctype != 'int' else right.text})",
                 ATOM, "long long" if wide else left.ctype)  # fmt: skip
@@ -231,7 +246,7 @@ def print_cast(low: Lowering, node: Expr, at: Block, narrow: bool) -> Term:
     if node.is_int and node.args[0].is_int:
         return source
     ctype = low.ctype(node)
-    if ctype == "float" and node.args[0] is index("kv_idx") and source.text == "kv_idx":
+    if _is_column(low, node):
         return Term("jg::as_float(kv_idx)", ATOM, ctype)  # templates count columns in floats as well
     if ctype == "float" and source.ctype == "bool":
         return Term(f"{source.at(TERNARY + 1)} ? 1.0f : 0.0f", TERNARY, "float")
@@ -256,7 +271,7 @@ def _call(name: str):  # type: ignore[no-untyped-def]
 
 
 _PRINTERS = {
-    "lin": print_lin, "load": print_load, "add": print_add, "sub": _infix("-", SUM), "mul": _infix("*", PRODUCT),
+    "lin": print_lin, "load": print_load, "add": print_add, "sub": print_sub, "mul": _infix("*", PRODUCT),
     "truediv": _infix("/", PRODUCT), "neg": print_neg, "not": print_not, "bitnot": print_not, "floordiv": print_floordiv,
     "mod": print_mod, "pow": print_pow, "shl": print_shift, "shr": print_shift, "where": print_where, "cast": print_cast,
     "sign": print_sign, "relu": print_relu, "min": _call("jg::min"), "max": _call("jg::max"), "abs": _call("jg::abs"),

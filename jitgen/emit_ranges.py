@@ -22,7 +22,7 @@ _LENGTH: Range = (0, POSITION_LIMIT)
 INDEX_RANGE: dict[str, Range] = {
     "b": (0, 2**24), "h": (0, 2**16), "kv_h": (0, 2**16), "q_idx": _POSITION, "kv_idx": _POSITION, "q_len": _LENGTH,
     "kv_len": _LENGTH, "ctx_len": (-POSITION_LIMIT, POSITION_LIMIT), "d": (0, 2**16), "num_q_heads": (1, 2**16),
-    "num_kv_heads": (1, 2**16),
+    "num_kv_heads": (1, 2**16), "head_dim_v": (1, 2**16),
 }  # fmt: skip
 ELEMENT_RANGE: dict[str, Range] = {
     "bool": (0, 1), "uint8": (0, 255), "int8": (-128, 127), "int16": (-(2**15), 2**15 - 1), "int32": I32, "int64": I64,
@@ -70,8 +70,11 @@ class Ranges:
             return self.i64 if element == "int64" else ELEMENT_RANGE[element]
         if any(a.dtype == "f32" for a in n.args):  # a float truncated
             return I32 if n.dtype == "i32" else self.i64
-        found = _RULES[n.op](n, [self._known[a] for a in n.args])
-        return found if found is not None else (I32 if n.dtype == "i32" else self.i64)
+        args = [self._known[a] for a in n.args]
+        found = _RULES[n.op](n, args)
+        if found is not None:
+            return found
+        return I32 if all(lo >= INT32_MIN and hi <= INT32_MAX for lo, hi in args) else self.i64  # a bit operation
 
 
 def _hull(*ranges: Range) -> Range:
@@ -123,17 +126,14 @@ def _bitor(n: Expr, args: list[Range]) -> Range | None:
 
 
 def _shl(n: Expr, args: list[Range]) -> Range | None:
-    if not n.args[1].is_const:
-        return None
-    lo, hi = (x << (n.args[1].attr & 31) for x in args[0])
-    return (lo, hi) if n.dtype == "i64" or (lo >= INT32_MIN and hi <= INT32_MAX) else None
+    (lo, hi), (least, most) = args
+    if not 0 <= least <= most < 63:
+        return I64
+    return min(lo << least, lo << most), max(hi << least, hi << most)
 
 
 def _shr(n: Expr, args: list[Range]) -> Range:
     lo, hi = args[0]
-    if n.args[1].is_const:
-        count = n.args[1].attr & 31
-        return lo >> count, hi >> count
     return min(lo, 0), max(hi, -1)
 
 

@@ -22,7 +22,7 @@ INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 # Index leaves and their types. `score`, `o`, `lse` and `x` are the values a hook receives; `d` is the position in the head dim.
 INDEX_DTYPE = {
     **dict.fromkeys(("b", "h", "q_idx", "kv_idx", "kv_h", "q_len", "kv_len", "ctx_len", "d"), "i32"),
-    **dict.fromkeys(("num_q_heads", "num_kv_heads"), "i32"),
+    **dict.fromkeys(("num_q_heads", "num_kv_heads", "head_dim_v"), "i32"),
     **dict.fromkeys(("score", "scale", "o", "lse", "x", "cumsum"), "f32"),
 }
 
@@ -129,8 +129,8 @@ OPS: dict[str, Op] = {
     "bitor": Op(2, "int", lambda a, b: a | b, commutative=True),
     "bitxor": Op(2, "int", lambda a, b: a ^ b, commutative=True),
     "bitnot": Op(1, "int", lambda a: ~a),
-    "shl": Op(2, "int", lambda a, b: a << (b & 31)),
-    "shr": Op(2, "int", lambda a, b: a >> (b & 31)),
+    "shl": Op(2, "int", lambda a, b: a << (b & 63)),
+    "shr": Op(2, "int", lambda a, b: a >> (b & 63)),
     "popcount": Op(1, "int", lambda a: bin(a & 0xFFFFFFFFFFFFFFFF).count("1")),
     "where": Op(3, "where"),
     "cast": Op(1, "cast"),
@@ -352,6 +352,9 @@ def _linear(op: str, args: tuple[Expr, ...], dtype: str) -> Expr | None:
         for a, b in (args, args[::-1]):
             if b.is_const:
                 return _scaled(a, int(b.attr), dtype)
+    if op in ("shl", "shr") and args[1].is_const and 0 <= args[1].attr < 31:  # 31: the factor is an i32
+        factor = 1 << int(args[1].attr)
+        return _scaled(args[0], factor, dtype) if op == "shl" else make("floordiv", args[0], const(factor, dtype))
     if op in ("floordiv", "mod") and args[1].is_const and args[1].attr == 1:
         return args[0] if op == "floordiv" else const(0, dtype)
     return None
@@ -368,9 +371,7 @@ def _simplify(op: str, args: tuple[Expr, ...], dtype: str) -> Expr | None:
             return a if cond.attr else b
         if a is b:
             return a
-        if dtype == "bool" and a.is_const and b.is_const:
-            return cond if a.attr else make("not", cond)
-        return None
+        return _simplify_choice(cond, a, b) if dtype == "bool" else None
     if op in ("eq", "le") and args[0] is args[1] and args[0].dtype != "f32":
         return TRUE
     if op in ("ne", "lt") and args[0] is args[1] and args[0].dtype != "f32":
@@ -385,6 +386,19 @@ def _simplify(op: str, args: tuple[Expr, ...], dtype: str) -> Expr | None:
         return args[0]
     if dtype == "f32" and op == "add" and args[0].is_const and args[0].attr == 0.0:
         return args[1]
+    return None
+
+
+def _simplify_choice(cond: Expr, a: Expr, b: Expr) -> Expr | None:
+    """A choice between booleans as the and/or that it is: Python's own ``and`` and ``or`` are traced as choices."""
+    if a is cond or (a.is_const and a.attr):
+        return make("or", cond, b)
+    if b is cond or (b.is_const and not b.attr):
+        return make("and", cond, a)
+    if a.is_const:
+        return make("and", make("not", cond), b)
+    if b.is_const:
+        return make("or", make("not", cond), a)
     return None
 
 

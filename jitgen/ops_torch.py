@@ -241,9 +241,12 @@ def _fill_table() -> None:
         _register(names, _unary(build))
     for names, binary in _BINARY.items():
         _register(names, _binary(binary))
+    for name, binary in (*arith.BINARY.items(), *arith.COMPARE.items()):  # a tensor made inside the hook on the left
+        _register(f"__{name}__", _binary(binary))
     _register("add", _scaled(arith.add))
     _register("sub subtract", _scaled(arith.sub))
-    _register("clamp clip hardtanh", _clamp)
+    _register("clamp clip", _clamp)
+    _register("hardtanh", lambda x, min_val=-1.0, max_val=1.0, inplace=False: _clamp(x, min_val, max_val))
     _register("clamp_min", _clamp)
     _register("clamp_max", lambda x, max: _clamp(x, None, max))
     _register("where", _where, method=False)

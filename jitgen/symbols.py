@@ -84,6 +84,9 @@ class Traced:
     def __divmod__(self, other: object) -> tuple[object, object]:
         return self // other, self % other  # type: ignore[operator]
 
+    def __setitem__(self, item: object, value: object) -> None:
+        refuse("an element of a captured tensor or traced value is assigned. Hooks are pure: use torch.where(cond, new, old).")
+
     def __contains__(self, item: object) -> bool:
         refuse("'in' on a traced value or captured tensor has no single answer. Write (t == x).any().")
 

@@ -7,12 +7,13 @@ comparisons, min, max and ternaries as if the indices were numbers.
 
 from __future__ import annotations
 
+import linecache
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from jitgen import ir, ops_torch
-from jitgen.errors import JitgenError
+from jitgen.errors import JitgenError, UnsupportedVariant
 from jitgen.guards import Guards, Path, is_printable
 from jitgen.ir import Expr
 from jitgen.location import definition_of, raised_at, refuse
@@ -153,6 +154,10 @@ class Tracer:
         """Run the hook. NOTE: location.user_frame finds the end of the user's frames by this function's name."""
         try:
             return call()
+        except UnsupportedVariant as e:
+            if e.file is not None:
+                raise
+            refuse(e.message, at=definition_of(self.code))  # of a capture: no line of the hook was running
         except (JitgenError, NameError):
             raise  # an undefined name is the user's own error, and may be defined later
         except Exception as e:
@@ -162,12 +167,14 @@ class Tracer:
             message = f"{self.hook} asserts on values known only in the kernel:{way}. Remove the assert, or mask with torch.where."
         else:
             when = f" when{way}" if way else ""
-            message = f"{self.hook} raised {type(error).__name__}{when}: {error}. {_remedy(error)}"
+            message = f"{self.hook} raised {type(error).__name__}{when}: {error}. {_remedy(error, place)}"
         refuse(message, at=place if place[0] is not None else definition_of(self.code))
 
 
-def _remedy(error: Exception) -> str:
-    if "infer dtype of Sym" in str(error):
+def _remedy(error: Exception, place: tuple[str | None, int | None]) -> str:
+    file, line = place
+    source = linecache.getline(file, line) if file is not None and line is not None else ""
+    if "infer dtype of Sym" in str(error) or ("no len()" in str(error) and "tensor(" in source):
         return "torch.tensor cannot hold a traced value: use the value itself, or torch.stack of several."
     if isinstance(error, RecursionError):
         return "Recursion that depends on a traced value never ends; write a static loop."

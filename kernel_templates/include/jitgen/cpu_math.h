@@ -207,10 +207,10 @@ JITGEN_FN int popcount(int a) {
 }
 JITGEN_FN int popcount(long long a) { return popcount(static_cast<int>(a)) + popcount(static_cast<int>(a >> 32)); }
 JITGEN_FN int shl(int a, int n) { return static_cast<int>(static_cast<uint32_t>(a) << (n & 31)); }
-JITGEN_FN int shr(int a, int n) { return a >> (n & 31); }
-JITGEN_FN long long shl(long long a, long long n) {
+JITGEN_FN int shr(int a, int n) { return a >> min(n & 63, 31); }
+JITGEN_FN long long shl(long long a, int n) {
   return static_cast<long long>(static_cast<unsigned long long>(a) << (n & 63));
 }
-JITGEN_FN long long shr(long long a, long long n) { return a >> (n & 63); }
+JITGEN_FN long long shr(long long a, int n) { return a >> (n & 63); }
 
 }  // namespace jg

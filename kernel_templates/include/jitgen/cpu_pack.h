@@ -24,13 +24,23 @@ template <class T> static void store_row(const float* row, int64_t stride_d, int
 }
 
 // ---- key panels: transposed ----
+// Four elements of two vectors; those of the second are numbered from 4.
+template <int k0, int k1, int k2, int k3> JITGEN_FN Vec4 pick(Vec4 a, Vec4 b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, k0, k1, k2, k3);
+#else   // GCC before 12
+  typedef int Places __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, Places{k0, k1, k2, k3});
+#endif
+}
+
 JITGEN_FN void transpose4(const Vec4 (&in)[4], Vec4 (&out)[4]) {
-  const Vec4 a = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5), b = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5);
-  const Vec4 c = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7), d = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
-  out[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
-  out[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
-  out[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
-  out[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+  const Vec4 a = pick<0, 4, 1, 5>(in[0], in[1]), b = pick<0, 4, 1, 5>(in[2], in[3]);
+  const Vec4 c = pick<2, 6, 3, 7>(in[0], in[1]), d = pick<2, 6, 3, 7>(in[2], in[3]);
+  out[0] = pick<0, 1, 4, 5>(a, b);
+  out[1] = pick<2, 3, 6, 7>(a, b);
+  out[2] = pick<0, 1, 4, 5>(c, d);
+  out[3] = pick<2, 3, 6, 7>(c, d);
 }
 
 // keys valid rows of K -> panels [kHeadDim][kPanel], zeros up to the end of the last panel.

@@ -73,6 +73,13 @@ JITGEN_FN Bounds operator*(Bounds a, Bounds b) {
   const long long w = a.lo * b.lo, x = a.lo * b.hi, y = a.hi * b.lo, z = a.hi * b.hi;
   return {least(least(w, x), least(y, z)), most(most(w, x), most(y, z)), a.known & b.known};
 }
+// For sums and products that could leave 64 bits: values far from zero are given up.
+JITGEN_FN bool within(Bounds a, long long limit) { return a.known & (a.lo >= -limit) & (a.hi <= limit); }
+JITGEN_FN Bounds near(Bounds a) { return within(a, kFar) ? a : anything(); }
+JITGEN_FN Bounds times(Bounds a, Bounds b) {
+  const long long limit = 1LL << 31;
+  return within(a, limit) & within(b, limit) ? near(a * b) : anything();
+}
 JITGEN_FN Bounds min(Bounds a, Bounds b) { return {least(a.lo, b.lo), least(a.hi, b.hi), a.known & b.known}; }
 JITGEN_FN Bounds max(Bounds a, Bounds b) { return {most(a.lo, b.lo), most(a.hi, b.hi), a.known & b.known}; }
 JITGEN_FN Bounds abs(Bounds a) {
@@ -90,6 +97,22 @@ JITGEN_FN Bounds floor_mod(Bounds a, Bounds d) {
   const long long first = floor_div(a.lo, d.lo), last = floor_div(a.hi, d.lo);
   if (!a.known | (first != last)) return {0, d.lo - 1, d.known};
   return {a.lo - first * d.lo, a.hi - first * d.lo, d.known};
+}
+// Ones up to the highest bit in which two numbers differ: above it, all numbers between them agree.
+JITGEN_FN long long varying_bits(long long lo, long long hi) {
+  unsigned long long bits = static_cast<unsigned long long>(lo ^ hi);
+  for (int step = 1; step < 64; step *= 2) bits |= bits >> step;
+  return static_cast<long long>(bits);
+}
+JITGEN_FN Bounds keep_bits(Bounds a, long long mask) {   // a & mask, mask > 0
+  if (!a.known | (a.lo < 0)) return {0, mask};
+  const long long free = varying_bits(a.lo, a.hi);
+  return {a.lo & ~free & mask, (a.lo | free) & mask};
+}
+JITGEN_FN Bounds join_bits(Bounds a, Bounds b) {   // a | b
+  if (!a.known | !b.known | (a.lo < 0) | (b.lo < 0)) return anything();
+  const long long free = varying_bits(a.lo, a.hi) | varying_bits(b.lo, b.hi), bits = a.lo | b.lo;
+  return {bits & ~free, bits | free};
 }
 JITGEN_FN Bounds choose(Truth condition, Bounds yes, Bounds no) {
   return condition.must ? yes : condition.may ? hull(yes, no) : no;
