@@ -108,6 +108,9 @@ def run(
     """Launch ``program`` on validated or remembered inputs; returns (out, lse or None)."""
     if want_lse and program.norm is not None and program.norm.lse is None:
         raise VariantError("the logsumexp was asked for, but the variant's OnlineNorm has none. Give it a method lse(state).")
+    if scale is not None and scale <= 0 and q.is_cuda and not uses_index(program, "scale"):
+        # CUDA kernels take the maximum of q . k before they scale it
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     key = (id(program), q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
            q.device, k.device, v.device, scale, local, family)  # fmt: skip
     call = _prepared.get(key)
@@ -246,9 +249,9 @@ def run_adapted(
     head_dim, head_dim_v = padded_head_dims(q.shape[3], v.shape[3])
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
-    if program.output is not None and head_dim_v != v.shape[3]:
+    if (program.output is not None or uses_index(program, "head_dim_v")) and head_dim_v != v.shape[3]:
         raise ShapeMismatch(
-            f"v has head_dim {v.shape[3]}, and this variant has an output_transform, which needs head_dim_v to be one of "
+            f"v has head_dim {v.shape[3]}, and this variant transforms output rows, which needs head_dim_v to be one of "
             "64, 96, 128, 192, 256 on cuda. Pad v yourself, or apply the transform outside."
         )
     copies = [

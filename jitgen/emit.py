@@ -13,7 +13,7 @@ from jitgen.abi import ArgField
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis
 from jitgen.emit_norm import NormText, OutputText, emit_norm, emit_output
-from jitgen.emit_split import outer_factor, split_floats
+from jitgen.emit_split import divided, outer_factor, split_floats
 from jitgen.emit_text import ELEMENT_CTYPE
 from jitgen.ir import Expr
 from jitgen.program import Program
@@ -68,6 +68,7 @@ class VariantSection:
     raw_scores: bool
     has_score: bool
     has_mask: bool
+    mask_scans: bool
     has_sink: bool
     custom_norm: bool
     norm_rescales: bool
@@ -98,11 +99,12 @@ def emit_variant(program: Program, *, backend: str, raw_scores: bool = False) ->
     factor = None
     if raw_scores and score is not None:
         score, factor = _raw_score(score, keep_units=program.norm is not None)
+    analysis = emit_mask_analysis(unit, mask)
     text = dict(
         score=_emit_hook(unit, score),
         score_factor=_emit_value(unit, factor, {}),
         mask=_emit_hook(unit, mask),
-        analysis=emit_mask_analysis(unit, mask),
+        analysis=analysis,
         sink=_emit_value(unit, program.sink, {}),
         norm=norm,
         lse=_emit_value(unit, program.lse, {"q_idx": "elem", "lse": "elem"}),
@@ -117,6 +119,7 @@ def emit_variant(program: Program, *, backend: str, raw_scores: bool = False) ->
         raw_scores=raw_scores,
         has_score=score is not None,
         has_mask=mask is not None,
+        mask_scans=analysis.scans,
         has_sink=program.sink is not None,
         custom_norm=program.norm is not None,
         norm_rescales=norm.rescales,
@@ -148,9 +151,14 @@ def _block_text(block: Block) -> BlockText:
 
 def _raw_score(score: Expr, *, keep_units: bool) -> tuple[Expr, Expr]:
     """A score as a function of q . k, and the factor that turns its value into natural units."""
-    logit = ir.index("score")
-    scaled = ir.make("mul", logit, ir.index("scale"))
-    value = split_floats(ir.rebuild(score, lambda n: scaled if n is logit else None), _level)
+    logit, scale = ir.index("score"), ir.index("scale")
+    scaled = ir.make("mul", logit, scale)
+    value = ir.rebuild(score, lambda n: scaled if n is logit else None)
+    if not keep_units and "scale" not in score.deps:
+        quotient = divided(value, scaled, logit, ir.make("truediv", ir.const(1.0), scale))
+        if quotient is not None:
+            return split_floats(quotient, _level), scale
+    value = split_floats(value, _level)
     return (value, ir.const(1.0)) if keep_units else outer_factor(value, _level)
 
 

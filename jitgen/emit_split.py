@@ -78,6 +78,19 @@ def outer_factor(root: Expr, level_of: LevelOf) -> tuple[Expr, Expr]:
     return root, ir.const(1.0)
 
 
+def divided(root: Expr, scaled: Expr, logit: Expr, inverse: Expr) -> Expr | None:
+    """``root * inverse`` where ``scaled`` occurs as a term of a sum only, and becomes ``logit``: a bias costs one fused
+    multiply-add an element then. None where it occurs otherwise."""
+    if root is scaled:
+        return logit
+    if "score" not in root.deps:
+        return ir.make("mul", root, inverse)
+    if root.op not in ("add", "sub", "where") or (root.op == "where" and "score" in root.args[0].deps):
+        return None
+    parts = [a if a.dtype == "bool" else divided(a, scaled, logit, inverse) for a in root.args]
+    return None if any(p is None for p in parts) else ir.make(root.op, *parts)  # type: ignore[arg-type]
+
+
 def _split_cast(lin: Expr, level_of: LevelOf) -> Expr | None:
     """``float(sum)`` as a difference of floats by level; None if the sum has a term of element level."""
     constant, coeffs = lin.attr

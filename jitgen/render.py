@@ -50,12 +50,12 @@ class KernelContext:
     num_stages: int
     has_score: bool
     has_mask: bool
+    mask_scans: bool
     has_sink: bool
     custom_norm: bool
     norm_rescales: bool
     norm_reverse: bool
     norm_needs_cumsum: bool
-    has_norm_lse: bool
     has_lse_mod: bool
     has_output: bool
 

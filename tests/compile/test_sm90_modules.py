@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from disassembly import disassemble
 
 import jitgen
 from jitgen import toolchain
@@ -85,6 +84,8 @@ MODULES = [
     *((causal_only, "bfloat16", *dims) for dims in HEAD_DIMS),
     *((every_hook, "bfloat16", *dims) for dims in HEAD_DIMS),
     (plain, "float16", 64, 64),
+    (causal_only, "bfloat16", 64, 64, 1024),
+    (causal_only, "bfloat16", 128, 128, 1024),
     (plain, "float16", 128, 128),
     (plain, "float16", 256, 256),
     (soft_cap_window, "float16", 64, 64),
@@ -97,17 +98,18 @@ MODULES = [
 
 
 def name_of(case) -> str:
-    make, dtype, head_dim, head_dim_v = case
-    return f"{make.__name__}-{dtype}-hd{head_dim}" + (f"_{head_dim_v}" if head_dim_v != head_dim else "")
+    make, dtype, head_dim, head_dim_v, *q_len = case
+    dims = f"hd{head_dim}" + (f"_{head_dim_v}" if head_dim_v != head_dim else "")
+    return "-".join([make.__name__, dtype, dims, *map(str, q_len)])
 
 
 class Module:
     """A compiled module: its spec, what the compiler printed, and its instructions."""
 
     def __init__(self, case, directory: Path) -> None:
-        make, dtype, head_dim, head_dim_v = case
+        make, dtype, head_dim, head_dim_v, *q_len = case
         program = make().trace().program
-        tiles = sm90_tiles(head_dim, head_dim_v, program)
+        tiles = sm90_tiles(head_dim, head_dim_v, program, q_len=q_len[0] if q_len else 1 << 20)
         self.spec = KernelSpec("sm90", program, dtype, head_dim, head_dim_v, tiles, cuda_target("9.0a"))
         source = render_kernel(self.spec)
         for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
@@ -128,25 +130,14 @@ class Module:
     @property
     def sass(self) -> list[str]:
         if self._sass is None:
-            program = disassembler()
-            if program is None:
-                pytest.skip("no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-            search = os.pathsep.join((str(Path(program).parent), os.environ.get("PATH", "")))
-            self._sass = run([program, "-sass", str(self.binary)], PATH=search).splitlines()
+            self._sass = disassemble(self.binary).splitlines()
         return self._sass
 
 
-def run(command: list[str], **environ: str) -> str:
-    environ = {**toolchain.clean_environment(), **environ}
-    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, env=toolchain.clean_environment(), check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
-
-
-def disassembler() -> str | None:
-    places = [toolchain.find_toolkit().root, *toolchain._pypi_roots()]
-    path = os.pathsep.join([*(str(root / "bin") for root in places), os.environ.get("PATH", "")])
-    return shutil.which("cuobjdump", path=path)
 
 
 @pytest.fixture(scope="module", params=MODULES, ids=name_of)
@@ -195,10 +186,24 @@ def test_module_uses_the_instructions_it_is_written_for(module):
     assert not re.findall(r"\b(?:LDL|STL)\b", text)
 
 
-def test_main_loop_computes_its_weights_while_pv_runs(module):
+def test_main_loop_waits_for_pv_between_maximum_and_weights(module):
+    """Hooks and maximum run under P V; packing and storing P under the exponentials."""
+    if module.spec.program.norm is not None:
+        pytest.skip("the variant's own norm orders its work itself")
     loop = main_loop(module.sass, module.spec.head_dim // 16 + module.spec.tiles.tile_kv // 16)
-    products = [i for i, line in enumerate(loop) if line.startswith("HGMMA")]
     wait_for_o = next(i for i, line in enumerate(loop) if line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0"))
-    exponentials = [i for i, line in enumerate(loop) if line.startswith("MUFU.EX2") and i > products[-1]]
-    before = sum(i < wait_for_o for i in exponentials)
-    assert before >= 0.6 * len(exponentials), f"{before} of {len(exponentials)} exponentials before the wait for P V"
+    maxima = [i for i, line in enumerate(loop) if line.startswith("FMNMX")]
+    exponentials = [i for i, line in enumerate(loop) if line.startswith("MUFU.EX2")]
+    before = sum(i < wait_for_o for i in maxima)
+    assert before >= 0.9 * len(maxima), f"{before} of {len(maxima)} maxima before the wait for P V"
+    early = sum(i < wait_for_o for i in exponentials)
+    assert early <= 0.1 * len(exponentials), f"{early} of {len(exponentials)} exponentials before the wait for P V"
+
+
+def test_main_loop_keeps_descriptors_in_uniform_registers(module):
+    """A product whose descriptor lies in ordinary registers costs a move for each instruction."""
+    if module.spec.program.norm is not None:
+        pytest.skip("scans along a row need the registers")
+    loop = main_loop(module.sass, module.spec.head_dim // 16 + module.spec.tiles.tile_kv // 16)
+    moves = sum(line.startswith("R2UR") for line in loop)
+    assert moves <= 4, f"{moves} moves to uniform registers in the main loop"

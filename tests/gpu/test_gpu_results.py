@@ -10,7 +10,9 @@ import torch.nn.functional as F
 
 import jitgen
 
-TIMES_SDPA = 1.5  # largest error allowed, as a multiple of the error of torch's own kernel on the same inputs
+# Error allowed, as a multiple of that of torch's own kernel on the same inputs: 2-norms against float64. (Of a single element
+# the worst is no yardstick: torch's weight of a row's largest key is exactly 1, ours only within rounding.)
+TIMES_SDPA = 1.2
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -55,12 +57,17 @@ def largest_error(got, want):
     return (got.double() - want).abs().max().item()
 
 
+def relative_error(got, want):
+    assert not got.isnan().any()
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
 def assert_as_accurate_as_sdpa(got, want, q, k, v, **options):
     """The bar: torch's math in float64 is the truth, torch's kernel in the inputs' dtype the yardstick."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.expand(q.shape[0], -1, -1, -1).repeat_interleave(group, 1) for t in (k, v))
     theirs = F.scaled_dot_product_attention(q, k, v, **options)
-    error, bound = largest_error(got, want), TIMES_SDPA * largest_error(theirs, want)
+    error, bound = relative_error(got, want), TIMES_SDPA * relative_error(theirs, want)
     assert error <= bound + torch.finfo(q.dtype).eps * 1e-2, f"error {error:.3g}, torch's {bound / TIMES_SDPA:.3g}"
 
 

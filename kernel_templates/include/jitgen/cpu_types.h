@@ -11,6 +11,9 @@
 #ifndef INFINITY
 #define INFINITY (__builtin_inff())
 #endif
+#ifndef NAN
+#define NAN (__builtin_nanf(""))
+#endif
 
 constexpr int kTileNone = 0;      // no visible element: K and V of the tile are not touched
 constexpr int kTilePartial = 1;   // mask_elem decides each element
@@ -44,6 +47,8 @@ typedef float Vec4Unaligned __attribute__((vector_size(16), aligned(4), may_alia
 // A column of the logits as hooks get it. On CUDA it carries its value as a float too.
 using Column = int;
 JITGEN_FN float as_float(int x) { return static_cast<float>(x); }
+JITGEN_FN float minus(int column, float x) { return static_cast<float>(column) - x; }
+JITGEN_FN float minus(float x, int column) { return x - static_cast<float>(column); }
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
@@ -89,7 +94,7 @@ JITGEN_FN Vec load_vec(const bf16_16* p) {
   const VecU16 bits = *reinterpret_cast<const VecU16Unaligned*>(p);
   return (Vec)(__builtin_convertvector(bits, VecU32) << 16);
 }
-#if defined(__F16C__) && defined(__AVX__) && !defined(__AVX512F__)
+#if defined(__F16C__) && defined(__AVX__) && !defined(__AVX512F__) && __has_builtin(__builtin_ia32_vcvtph2ps256)
 typedef int16_t HalfBits __attribute__((vector_size(16)));
 typedef int16_t HalfBitsUnaligned __attribute__((vector_size(16), aligned(2), may_alias));
 JITGEN_FN Vec load_vec(const half16* p) {

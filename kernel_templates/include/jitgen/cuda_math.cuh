@@ -36,11 +36,14 @@ JITGEN_FN const char* stay(const char* x) { asm volatile("" : "+l"(x)); return x
 // would fill the registers early. Exact below 2^24.
 struct Column {
   int index;
-  float value;
+  float start, step;   // the index as a sum: what varies by thread and tile, and a constant
   JITGEN_FN operator int() const { return index; }
 };
 JITGEN_FN float as_float(int x) { return static_cast<float>(x); }
-JITGEN_FN float as_float(Column x) { return x.value; }
+JITGEN_FN float as_float(Column x) { return x.start + x.step; }
+// In this order, because start - x is the same for all columns of a row.
+JITGEN_FN float minus(Column column, float x) { return column.start - x + column.step; }
+JITGEN_FN float minus(float x, Column column) { return x - column.start - column.step; }
 
 // Columns of one thread, counted from its first one in a tile.
 struct ColumnCounter {
@@ -48,11 +51,11 @@ struct ColumnCounter {
   float first_value, last_value;
   JITGEN_FN ColumnCounter(int first, int kv_len)
       : first(first), last(kv_len - 1), first_value(static_cast<float>(first)), last_value(static_cast<float>(kv_len - 1)) {}
-  JITGEN_FN Column at(int offset) const { return {first + offset, first_value + static_cast<float>(offset)}; }
+  JITGEN_FN Column at(int offset) const { return {first + offset, first_value, static_cast<float>(offset)}; }
   // Columns past the end repeat the last one, so that hooks read nothing outside of what they capture.
   JITGEN_FN Column clamped(int offset) const {
     const Column c = at(offset);
-    return {c.index < last ? c.index : last, ::fminf(c.value, last_value)};
+    return {c.index < last ? c.index : last, ::fminf(as_float(c), last_value), 0.0f};
   }
 };
 
@@ -166,10 +169,10 @@ JITGEN_FN float ffloor_mod(float a, float b) {
 JITGEN_FN int popcount(int a) { return __popc(a); }
 JITGEN_FN int popcount(long long a) { return __popcll(a); }
 JITGEN_FN int shl(int a, int n) { return static_cast<int>(static_cast<unsigned>(a) << (n & 31)); }
-JITGEN_FN int shr(int a, int n) { return a >> (n & 31); }
-JITGEN_FN long long shl(long long a, long long n) {
+JITGEN_FN int shr(int a, int n) { return a >> min(n & 63, 31); }
+JITGEN_FN long long shl(long long a, int n) {
   return static_cast<long long>(static_cast<unsigned long long>(a) << (n & 63));
 }
-JITGEN_FN long long shr(long long a, long long n) { return a >> (n & 63); }
+JITGEN_FN long long shr(long long a, int n) { return a >> (n & 63); }
 
 }  // namespace jg

@@ -69,8 +69,8 @@ template <int kRowTiles> struct OnlineSoftmax {
 };
 
 // Calls f with the constants 0 and 1: the row halves, where a template argument needs them.
-template <int kValue> struct HalfConstant { static constexpr int value = kValue; };
-template <class F> JITGEN_FN void for_each_half(F f) { f(HalfConstant<0>()); f(HalfConstant<1>()); }
+template <int kValue> struct Constant { static constexpr int value = kValue; };
+template <class F> JITGEN_FN void for_each_half(F f) { f(Constant<0>()); f(Constant<1>()); }
 
 // One row of a fragment as norm_update, norm_finalize and output_row see it: the four lanes of a quad call together.
 // kHalf picks row group (0) or group + 8 (1); kReverse visits columns from last to first.

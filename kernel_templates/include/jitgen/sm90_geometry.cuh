@@ -42,7 +42,7 @@ template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, boo
   // 504, 512 and 480. More would hang the kernel. A producer that classifies tiles by captured tensors spills with 24.
   // Consumers of three groups have no room for P beside O and S from head_dim_v 96 on: P goes through shared memory
   // (192 x 128 with P in registers spills 560 B and serialises wgmma).
-  static constexpr int kProducerRegs = kGroups == 2 ? (kClassifies ? 40 : 24) : kGroups == 3 ? 32 : 24;
+  static constexpr int kProducerRegs = kGroups == 2 ? (kClassifies ? 40 : 24) : 32;
   static constexpr int kConsumerRegs = kGroups == 2 ? (kClassifies ? 232 : 240) : kGroups == 3 ? 160 : 112;
   static constexpr bool kSharedP = kGroups >= 3 && kHeadDimV >= 96;
   static_assert(!kSharedP || kTileKv % 64 == 0, "P tiles are spans of 64 columns");
@@ -58,7 +58,9 @@ template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, boo
   static constexpr int kPAt = kQueryAt + kQueryBytes;
   static constexpr int kOwnOAt = kPAt + (kSharedP ? kGroups * kGroupPBytes : 0);
   static constexpr int kLimit = 232448 - static_cast<int>(sizeof(ControlBlock<kStages>));   // 227 KiB per CTA
-  // O has its own buffer when there is room (0 to 2 % faster); else it lies over V, and the next V waits for the store.
+  // O has its own buffer when there is room (0 to 2 % faster); else it lies over V, and the next V waits for the store. (Over
+  // P it would delay nothing, and is 2 % faster for short rows; but ptxas then moves P's descriptor out of uniform registers,
+  // which costs long ones 3 %.)
   static constexpr bool kOwnO = kOwnOAt + kGroups * kGroupOBytes <= kLimit;
   static constexpr int kOutputAt = kOwnO ? kOwnOAt : 0;
   static constexpr int kControlAt = kOwnOAt + (kOwnO ? kGroups * kGroupOBytes : 0);

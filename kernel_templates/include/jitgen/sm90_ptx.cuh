@@ -22,6 +22,11 @@ JITGEN_FN void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.
 JITGEN_FN void barrier_arrive(unsigned barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// The same under a condition, without a branch: a divergent one keeps addresses out of uniform registers after it.
+JITGEN_FN void barrier_arrive_if(bool condition, unsigned barrier) {
+  asm volatile("{\n.reg .pred arrives;\nsetp.ne.b32 arrives, %1, 0;\n@arrives mbarrier.arrive.shared::cta.b64 _, [%0];\n}"
+               ::"r"(barrier), "r"(static_cast<int>(condition)) : "memory");
+}
 // Arrives and announces `bytes` that the copy engine will deliver in this phase.
 JITGEN_FN void barrier_expect(unsigned barrier, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

@@ -28,39 +28,58 @@ JITGEN_FN QueryTile query_tile_at(unsigned index, const Schedule& schedule, unsi
 // Messages from the producer to the consumers: {query tile, head, batch, kind}.
 constexpr int kWorkStop = -1, kWorkEmpty = 0, kWorkTile = 1;   // kWorkEmpty: no visible key, write O = 0 and LSE = -inf
 
-// Flags beside the KV tile number of a stage.
-constexpr int kStepPartial = 1, kStepLast = 2, kStepShift = 2;
+// What a stage holds, in one word: the visiting position of its KV tile above kStepShift; for each warp group what the tile
+// is to its 64 rows (two bits from 2 * group: kTileNone, kTilePartial, kTileFull), and whether the next tile is nothing to
+// it (a bit from kNextAt + group; set too when there is no next one); whether this tile is the last.
+constexpr int kNextAt = 8, kStepLast = 1 << 12, kStepShift = 13;
+JITGEN_FN int kind_of(int step, int group) { return step >> 2 * group & 3; }
+JITGEN_FN bool is_next_skipped(int step, int group) { return step >> (kNextAt + group) & 1; }
+// The bits of the groups to which the tile with these kinds is nothing.
+JITGEN_FN int skipped_groups(int kinds) {
+  const int seen = kinds | kinds >> 1;
+  return ~(seen & 1 | seen >> 1 & 2 | seen >> 2 & 4 | seen >> 3 & 8) & 15;
+}
 
 // ---- visible KV tiles of one query tile ----
 // Walks them in visiting order; all lanes of the producer warp call together. Each lane classifies one tile, after a first
 // look at groups of 32 tiles at once: 131072 keys per look with 128-key tiles, so a window far inside a long context
-// costs no scan. `classify(first, last)` judges the tiles at visiting positions first to last as one.
-template <class Classify> struct VisibleTiles {
+// costs no scan. span(first, count) is the mask's span of the rows of `count` warp groups, and is asked by all lanes for
+// the same; classify(span, first, last) judges the tiles at visiting positions first to last as one.
+template <int kGroups, bool kPerGroup, class SpanOf, class Classify> struct VisibleTiles {
+  SpanOf span;
   Classify classify;
   int num_tiles, look, base;           // look: position of the next look; base: of the current group
-  unsigned groups, tiles, partial;     // bits not yet visited
+  unsigned groups, tiles;              // bits not yet visited
+  int kinds;                           // of the tile of this lane, for each warp group
 
-  JITGEN_FN VisibleTiles(int num_tiles, Classify classify)
-      : classify(classify), num_tiles(num_tiles), look(0), base(0), groups(0), tiles(0), partial(0) {}
-  // Position and flags of the next visible tile, or -1 after the last.
+  JITGEN_FN VisibleTiles(int num_tiles, SpanOf span, Classify classify)
+      : span(span), classify(classify), num_tiles(num_tiles), look(0), base(0), groups(0), tiles(0), kinds(0) {}
+  // Position and kinds of the next visible tile, or -1 after the last.
   JITGEN_FN int next() {
     const int lane = threadIdx.x & 31;
     while (tiles == 0) {
       while (groups == 0) {
         if (look >= num_tiles) return -1;
         const int first = look + 32 * lane;
-        groups = __ballot_sync(0xffffffffu, first < num_tiles && classify(first, min(first + 31, num_tiles - 1)) != kTileNone);
+        const auto rows = span(0, kGroups);
+        groups = __ballot_sync(0xffffffffu, first < num_tiles && classify(rows, first, min(first + 31, num_tiles - 1)) != kTileNone);
         look += 1024;
       }
       base = look - 1024 + 32 * (__ffs(groups) - 1);
       groups &= groups - 1;
-      const int mine = base + lane, kind = mine < num_tiles ? classify(mine, mine) : kTileNone;
-      tiles = __ballot_sync(0xffffffffu, kind != kTileNone);
-      partial = __ballot_sync(0xffffffffu, kind == kTilePartial);
+      const int mine = base + lane;
+      kinds = 0;
+#pragma unroll 1
+      for (int group = 0; group < (kPerGroup ? kGroups : 1); ++group) {
+        const auto rows = span(group, kPerGroup ? 1 : kGroups);
+        kinds |= (mine < num_tiles ? classify(rows, mine, mine) : kTileNone) << 2 * group;
+      }
+      if (!kPerGroup) kinds *= 0x55;   // the same for every group
+      tiles = __ballot_sync(0xffffffffu, kinds != 0);
     }
     const int bit = __ffs(tiles) - 1;
     tiles &= tiles - 1;
-    return (base + bit) << kStepShift | (partial >> bit & 1 ? kStepPartial : 0);
+    return (base + bit) << kStepShift | __shfl_sync(0xffffffffu, kinds, bit);
   }
 };
 

@@ -25,34 +25,39 @@ struct RowSoftmax {
 // turn the maximum into the minimum: the logits are multiplied by it beforehand.
 JITGEN_FN float exponent_units(float factor) { return factor > 0.0f ? factor * kLog2E : kLog2E; }
 
-// The same address, but not before both sums are there: sums of weights have no sign bit, which only we know.
-JITGEN_FN unsigned after(unsigned address, const float (&sums)[2]) {
-  return address + ((__float_as_uint(sums[0]) | __float_as_uint(sums[1])) >> 31);
-}
-
-// Turns one tile of logits into weights. `factor` is what O so far must be multiplied by.
+// Brings the maximum of both rows up to date; returns whether one moved in any row of the warp. `shift` is what exponents
+// are measured from, `factor` what O so far must be multiplied by.
 // The old maximum is kept until the new one exceeds it by more than kSlack (in exponents of two), which spares most
 // rescales of O; weights may then reach 2^kSlack. kMaybeEmpty: a row may have no finite logit, and must not yield NaN.
-template <bool kFirst, bool kMaybeEmpty, int kSlack, int kColTiles>
-JITGEN_FN void weigh_logits(RowSoftmax& state, float (&s)[kColTiles][4], float units, float (&factor)[2]) {
-  float top[2], shift[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) top[half] = kFirst ? s[0][2 * half] : state.row_max[half];
-#pragma unroll
-  for (int j = 0; j < kColTiles; ++j)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) top[half] = ::fmaxf(top[half], ::fmaxf(s[j][2 * half], s[j][2 * half + 1]));
+template <bool kMaybeEmpty, int kSlack, int kColTiles>
+JITGEN_FN bool update_maximum(RowSoftmax& state, const float (&s)[kColTiles][4], float units, float (&shift)[2], float (&factor)[2]) {
+  float before[2], origin[2];
+  bool moved = false;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float before = state.row_max[half];
-    top[half] = quad_max(top[half]);
-    if constexpr (!kFirst) top[half] = (top[half] - before) * units <= kSlack ? before : top[half];
-    const float origin = kMaybeEmpty && top[half] == -INFINITY ? 0.0f : top[half];
-    shift[half] = origin * units;
-    factor[half] = kFirst ? 1.0f : exp2((before - origin) * units);   // exactly 1 when the maximum stays
-    state.row_sum[half] = kFirst ? 0.0f : state.row_sum[half] * factor[half];
-    state.row_max[half] = top[half];
+    float top = before[half] = state.row_max[half];
+#pragma unroll
+    for (int j = 0; j < kColTiles; ++j) top = ::fmaxf(top, ::fmaxf(s[j][2 * half], s[j][2 * half + 1]));
+    top = quad_max(top);
+    top = (top - before[half]) * units <= kSlack ? before[half] : top;
+    moved |= top != before[half];
+    state.row_max[half] = top;
+    origin[half] = kMaybeEmpty && top == -INFINITY ? 0.0f : top;
+    shift[half] = origin[half] * units;
   }
+  moved = __any_sync(0xffffffffu, moved);
+  if (moved) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      factor[half] = exp2((before[half] - origin[half]) * units);   // exactly 1 where the maximum stays, 0 for the first tile
+      state.row_sum[half] *= factor[half];
+    }
+  }
+  return moved;
+}
+// Logits become weights.
+template <int kColTiles>
+JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], float units, const float (&shift)[2]) {
 #pragma unroll
   for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
@@ -76,9 +81,8 @@ template <int kColTiles> JITGEN_FN void mask_tail(float (&s)[kColTiles][4], int 
     for (int e = 0; e < 4; ++e)
       if (8 * j + e % 2 >= limit - first_kv) s[j][e] = -INFINITY;
 }
-// O *= factor by rows, skipped when no row of the warp moved.
+// O *= factor by rows.
 template <int kOutTiles> JITGEN_FN void rescale_output(float (&o)[kOutTiles][4], const float (&factor)[2]) {
-  if (!__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) return;
 #pragma unroll
   for (int j = 0; j < kOutTiles; ++j)
 #pragma unroll
