@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from jitgen.cache.entry import ENTRY_NAME, MODULE, Corrupt, read_key, read_manifest
+from jitgen.cache.entry import ENTRY_NAME, MODULE, Corrupt, read_key, read_manifest, verify
 from jitgen.cache.key import explain
 from jitgen.cache.store import Store, discard
 from jitgen.errors import CacheError
@@ -41,6 +41,53 @@ def list_entries(root: Path) -> list[EntryInfo]:
         with suppress(OSError):
             listed.append(EntryInfo(name, label, arch, tree_size(directory), time.time() - directory.stat().st_mtime))
     return sorted(listed, key=lambda info: info.age)
+
+
+def summary(root: Path) -> dict[str, object]:
+    """What a store holds in numbers; leftovers are what collect_garbage looks through."""
+    entries = list_entries(root)
+    return {
+        "root": str(root),
+        "exists": root.is_dir(),
+        "kernels": len(entries),
+        "bytes": sum(info.size for info in entries),
+        "leftovers": {
+            "failed builds": len(_children(root / "failed")),
+            "damaged kernels": len(_children(root / "corrupt")),
+            "abandoned builds": sum(map(_is_abandoned, _children(root / "tmp"))),
+        },
+    }
+
+
+def describe(root: Path, given: str) -> dict[str, object]:
+    """All about one entry: label, age, target, files.
+
+    Errors:  CacheError when it is not found, not unique or damaged.
+    """
+    directory = _resolve(root, given)
+    try:
+        manifest, key = read_manifest(directory), read_key(directory)
+    except (Corrupt, OSError, ValueError) as error:
+        raise CacheError(f"{directory} is damaged: {error}. Remove it: the next call builds it again.") from error
+    return {
+        "name": directory.name,
+        "path": str(directory),
+        "label": manifest["label"],
+        "age": time.time() - directory.stat().st_mtime,
+        "target": key["target"],
+        "files": {name: size for name, (size, _) in sorted(manifest["files"].items())},
+    }
+
+
+def verify_entries(root: Path) -> Iterator[tuple[str, str]]:
+    """Every entry with what is wrong with it; an empty text where all files are as its manifest says."""
+    for name in Store(root).names():
+        try:
+            verify(root / name)
+        except Corrupt as error:
+            yield name, str(error)
+        else:
+            yield name, ""
 
 
 def tree_size(directory: Path) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 from jitgen import paths
 
 # Modules that cannot change a rendered source; all others count, since an alias missed costs only a rendering.
-NOT_GENERATING = {"doctor", "progress", "build", "memo", "toolchain", "__main__", "op", "env", "errors"}
+NOT_GENERATING = {"doctor", "progress", "build", "memo", "toolchain", "__main__", "op", "env", "errors", "show", "demo"}
+NOT_GENERATING_PREFIXES = ("cli", "doctor_", "show_")  # the command line
 
 
 @lru_cache(maxsize=1)
@@ -34,7 +35,7 @@ def _generator_files() -> list[tuple[str, str]]:
     found = [(templates, path) for path in _files_below(templates, (".jinja", ".h", ".cuh"))]
     for item in sorted(os.scandir(package), key=lambda item: item.name):
         stem, _, suffix = item.name.partition(".")
-        if suffix == "py" and stem not in NOT_GENERATING and not stem.startswith("cli"):
+        if suffix == "py" and stem not in NOT_GENERATING and not stem.startswith(NOT_GENERATING_PREFIXES):
             found.append((package, item.path))
     return found
 

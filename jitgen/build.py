@@ -62,7 +62,7 @@ def build(
     scratch = directory / "scratch"
     scratch.mkdir()
     compile_module = _compiler_for(target)
-    with progress_line(f"compiling {label} for {target.arch}"):
+    with progress_line(f"compiling {label} for {target.isa if target.kind == 'cpu' else target.arch}"):
         try:
             built, output = compile_module(kernel, directory / "include", target, name.replace("-", "_"), scratch)
         except CompilerFailed as failure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import threading
 import time
@@ -56,7 +57,10 @@ def _draw(message: str, done: threading.Event) -> None:
     if done.wait(SHOW_AFTER):
         return
     while True:
-        sys.stderr.write(f"\r\x1b[2Kjitgen: {message} ({time.monotonic() - begun:.1f} s)")
+        elapsed = f" ({time.monotonic() - begun:.1f} s)"
+        # a line that wraps could not be erased again
+        room = shutil.get_terminal_size().columns - len(elapsed) - 1
+        sys.stderr.write(f"\r\x1b[2K{f'jitgen: {message}'[:room]}{elapsed}")
         sys.stderr.flush()
         if done.wait(REDRAW_EVERY):
             sys.stderr.write("\r\x1b[2K")

@@ -1,12 +1,13 @@
 """Pictures of a mask: in the terminal with half blocks, or as a PNG file.
 
-A picture shows both what the mask keeps and how its tiles are classified: full tiles are white, tiles that are skipped are
-grey, and in tiles that are visited with the mask the kept elements are blue and the others pale.
+A picture shows both what the mask keeps, in blue, and how its tiles are classified: full tiles are dark blue, skipped
+tiles are grey, and in tiles that are visited with the mask kept elements are light blue and the others, wasted, yellow.
 """
 
 from __future__ import annotations
 
 import ctypes
+import shutil
 import struct
 import zlib
 from dataclasses import dataclass
@@ -14,11 +15,15 @@ from pathlib import Path
 
 import torch
 
-TILE_NONE, TILE_PARTIAL, TILE_FULL = 0, 1, 2
-CLASS_NAMES = ("none", "partial", "full")
-WHITE, GREY, BLUE, PALE, LINE = (255, 255, 255), (96, 96, 96), (32, 96, 224), (200, 216, 240), (168, 168, 168)
+from jitgen.cli_text import has_colour, paint, terminal_width
+from jitgen.mask_tiles import TILE_FULL, TILE_PARTIAL
+
+FULL, KEPT, WASTED, SKIPPED, LINE = (24, 60, 156), (112, 172, 255), (255, 220, 128), (220, 220, 220), (160, 160, 160)
+LEGEND = ((FULL, "full tile"), (KEPT, "kept in a partial tile"), (WASTED, "masked there"), (SKIPPED, "skipped tile"))
 CLASS_CHARS = "·▒█"
+TERMINAL_LINES = 12, 40  # least and most
 PNG_SIDE = 1024  # pixels of the longer side, about
+LEAST_SIDE = {"terminal": 12, "png": 64}  # pixels: a thinner strip is widened, out of proportion
 LEAST_GRID = 8  # pixels: lines between smaller tiles would hide the mask
 
 
@@ -26,8 +31,8 @@ LEAST_GRID = 8  # pixels: lines between smaller tiles would hide the mask
 class MaskMap:
     """One head's mask.
 
-    Shapes:  classes uint8 [q_tiles, kv_tiles] of TILE_NONE, TILE_PARTIAL or TILE_FULL; kept bool [rows, columns], evenly
-             spread over the mask (all of its elements when it is small).
+    Shapes:  classes uint8 [q_tiles, kv_tiles] of TILE_NONE, TILE_PARTIAL or TILE_FULL; kept bool [rows, columns],
+             evenly spread over the mask (all of its elements when it is small).
     """
 
     q_len: int
@@ -37,11 +42,6 @@ class MaskMap:
     classes: torch.Tensor
     kept: torch.Tensor
 
-    def counts(self) -> dict[str, int]:
-        """Number of tiles of each class."""
-        found = torch.bincount(self.classes.flatten().long(), minlength=3).tolist()
-        return dict(zip(CLASS_NAMES, found, strict=True))
-
 
 def sample_positions(length: int, limit: int = 2048) -> torch.Tensor:
     """At most ``limit`` positions spread evenly over [0, length), ascending; all of them where they are few enough."""
@@ -50,7 +50,7 @@ def sample_positions(length: int, limit: int = 2048) -> torch.Tensor:
     return (torch.arange(limit) * 2 + 1) * length // (2 * limit)
 
 
-# ---- colours --------------------------------------------------------------------------------------------------------------
+# ---- colours --------------------------------------------------------------------------------------------------------
 
 
 def pixels(mask: MaskMap, height: int, width: int) -> torch.Tensor:
@@ -59,11 +59,11 @@ def pixels(mask: MaskMap, height: int, width: int) -> torch.Tensor:
     Shapes:  uint8 [height, width, 3].
     """
     share = torch.nn.functional.adaptive_avg_pool2d(mask.kept[None].float(), (height, width))[0, ..., None]
-    blended = torch.tensor(PALE) * (1 - share) + torch.tensor(BLUE) * share
+    blended = torch.tensor(WASTED) * (1 - share) + torch.tensor(KEPT) * share
     tile_row = centres(mask.q_len, height) // mask.tile_q
     tile_col = centres(mask.kv_len, width) // mask.tile_kv
     kind = mask.classes[tile_row][:, tile_col][..., None]
-    plain = torch.where(kind == TILE_FULL, torch.tensor(WHITE), torch.tensor(GREY))
+    plain = torch.where(kind == TILE_FULL, torch.tensor(FULL), torch.tensor(SKIPPED))
     return torch.where(kind == TILE_PARTIAL, blended, plain.float()).round().to(torch.uint8)
 
 
@@ -72,25 +72,40 @@ def centres(length: int, count: int) -> torch.Tensor:
     return (torch.arange(count) * 2 + 1) * length // (2 * count)
 
 
-# ---- terminal -------------------------------------------------------------------------------------------------------------
+# ---- terminal -------------------------------------------------------------------------------------------------------
 
 
-def picture_size(mask: MaskMap, max_width: int, max_height: int) -> tuple[int, int]:
-    """Height and width in pixels: the mask's proportions, at most one pixel per element, inside the limits."""
+def print_mask(mask: MaskMap, head: int) -> None:
+    """Draw as large as the terminal allows, with a legend; without colours, the tiles separately if there is room."""
+    columns = terminal_width() - 2
+    lines = max(TERMINAL_LINES[0], min(TERMINAL_LINES[1], shutil.get_terminal_size((100, 30)).lines - 4))
+    title = paint("mask", "bold") + f" of head {head}: queries down, keys to the right"
+    print(f"\n{title}; tiles of {mask.tile_q} x {mask.tile_kv}")
+    for line in terminal_picture(mask, columns, lines, has_colour()):
+        print(f"  {line}")
+    if has_colour():
+        print("  " + "   ".join(f"\x1b[38;5;{palette_index(*c)}m██\x1b[0m {name}" for c, name in LEGEND))
+        return
+    tiles = tile_lines(mask, columns, lines)
+    if tiles is not None:
+        print("\ntiles: · skipped, ▒ partial, █ full")
+        print("\n".join(f"  {line}" for line in tiles))
+
+
+def picture_size(mask: MaskMap, max_width: int, max_height: int, least: int) -> tuple[int, int]:
+    """Height and width in pixels inside the limits: the mask's proportions, at most one pixel per element."""
     scale = min(1.0, max_width / mask.kv_len, max_height / mask.q_len)
-    return max(1, round(mask.q_len * scale)), max(1, round(mask.kv_len * scale))
+    height, width = (max(round(length * scale), min(length, least)) for length in (mask.q_len, mask.kv_len))
+    return min(height, max_height), min(width, max_width)
 
 
 def terminal_picture(mask: MaskMap, columns: int, lines: int, colour: bool) -> list[str]:
     """Lines of text; a character is two pixels, one above the other."""
-    height, width = picture_size(mask, columns, 2 * lines)
+    height, width = picture_size(mask, columns, 2 * lines, LEAST_SIDE["terminal"])
     if colour:
         return colour_lines(pixels(mask, height, width))
     share = torch.nn.functional.adaptive_avg_pool2d(mask.kept[None].float(), (height, width))[0]
-    shades = (share * 4).round().int().tolist()
-    if height == 1:
-        return ["".join(" ░▒▓█"[s] for s in shades[0])]
-    return half_block_lines([[2 * s >= 4 for s in row] for row in shades])
+    return half_block_lines([[s >= 0.5 for s in row] for row in share.tolist()])
 
 
 def half_block_lines(rows: list[list[bool]]) -> list[str]:
@@ -134,14 +149,14 @@ def tile_lines(mask: MaskMap, columns: int, lines: int) -> list[str] | None:
     return ["".join(CLASS_CHARS[kind] for kind in row) for row in mask.classes.tolist()]
 
 
-# ---- PNG ------------------------------------------------------------------------------------------------------------------
+# ---- PNG ------------------------------------------------------------------------------------------------------------
 
 
 def write_png(mask: MaskMap, path: Path) -> tuple[int, int]:
     """Write the picture, tile borders drawn where tiles are large enough; returns its width and height."""
     longer = max(mask.q_len, mask.kv_len)
     zoom = max(1, PNG_SIDE // longer)
-    height, width = picture_size(mask, PNG_SIDE, PNG_SIDE)
+    height, width = picture_size(mask, PNG_SIDE, PNG_SIDE, LEAST_SIDE["png"])
     image = pixels(mask, height, width).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
     draw_grid(image, mask)
     path.write_bytes(encode_png(image))

@@ -1,0 +1,90 @@
+"""The kernel that a variant would get: family, tiles, target, generated source, key, and whether it is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from jitgen.cache import Request, digest, find_module, generator_digest
+from jitgen.cache.key import module_key
+from jitgen.cache.lookup import stores
+from jitgen.errors import JitgenError, UnsupportedDtype
+from jitgen.families import SM90_ARCHS, choose_spec, cuda_spec, padded_head_dims
+from jitgen.program import Program
+from jitgen.render import Source, render_kernel
+from jitgen.spec import CUDA_DTYPES, KernelSpec
+from jitgen.target import cuda_target
+
+DEFAULT_ARCH = {"sm80": "8.0", "sm90": "9.0a"}  # where a family is asked for on a machine without a GPU
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the command line says about the kernel; None: as a call would choose."""
+
+    device: str | None = None
+    arch: str | None = None
+    family: str | None = None
+    dtype: str | None = None
+    head_dim: int = 128
+    head_dim_v: int = 128
+    q_len: int = 1 << 20
+
+    @property
+    def device_type(self) -> str:
+        """'cpu' or 'cuda'."""
+        if self.device is not None:
+            return self.device
+        if self.arch is not None or self.family not in (None, "cpu"):
+            return "cuda"
+        return "cuda" if self.family is None and torch.cuda.is_available() else "cpu"
+
+
+def spec_of(program: Program, choice: Choice) -> KernelSpec:
+    """The kernel for a choice, as a call with such tensors would get it.
+
+    Errors:  UnsupportedDtype, UnsupportedDevice, VariantError, ShapeMismatch.
+    """
+    is_cpu = choice.device_type == "cpu"
+    dtype = choice.dtype or ("float32" if is_cpu else "bfloat16")
+    dims = (choice.head_dim, choice.head_dim_v)
+    if is_cpu:
+        return choose_spec(program, dtype, dims, torch.device("cpu"), q_len=choice.q_len, family=choice.family)
+    if dtype not in CUDA_DTYPES:
+        raise UnsupportedDtype(f"dtype is {dtype}, expected {' or '.join(CUDA_DTYPES)} on cuda.")
+    dims = padded_head_dims(*dims)
+    arch = choice.arch
+    if arch is None and not torch.cuda.is_available():
+        arch = DEFAULT_ARCH.get(choice.family or "")
+    if arch is None or choice.family == "cpu":
+        return choose_spec(program, dtype, dims, torch.device("cuda"), q_len=choice.q_len, family=choice.family)
+    if choice.family != "sm80" and f"{arch}a" in SM90_ARCHS:  # as a device of this architecture would get it
+        arch += "a"
+    family = choice.family or ("sm90" if arch in SM90_ARCHS else "sm80")
+    return cuda_spec(program, dtype, dims, family, cuda_target(arch), q_len=choice.q_len)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A spec with what is made from it. ``entry`` is the directory it is stored in, None if it is in no store."""
+
+    spec: KernelSpec
+    source: Source
+    key: str
+    entry: Path | None
+    problem: str = ""  # why the stores could not be searched
+
+
+def kernel_of(spec: KernelSpec) -> Kernel:
+    """Render a spec and look for it in the stores; compiles nothing."""
+    source = render_kernel(spec)
+    key = f"{spec.family}-{digest(module_key(source.text, source.includes, vars(spec.target)))}"
+    request = Request(spec.family, spec.label, spec.digest + generator_digest(), vars(spec.target), lambda: source)
+    try:  # by its key where its alias is not known: another version of jitgen may have generated the same source
+        found = (find_module(request), *(store.find(key) for store in stores()))
+    except JitgenError as error:
+        return Kernel(spec, source, key, None, str(error))
+    module = next(filter(None, found), None)
+    return Kernel(spec, source, key, module.parent if module else None)
