@@ -1,9 +1,12 @@
 """Benchmarks of jitgen against its peers, side by side in one process: what ``jitgen bench`` runs.
 
-    method      how a call is timed                      workloads   shapes and variants
-    peers       who is timed                             check       whether an output deserves a figure
-    contest     one group of contenders, start to end    report      tables, ratios, JSON
+    config      what the user asked                      workloads   shapes and variants
+    method      how a call is timed                      check       whether an output deserves a figure
+    peers       who is timed                             contest     one group of contenders, start to end
+    results     figures and ratios                       tables      throughput and variants as tables
+    report      header, text, JSON                       cli         the command
     dense, variants, cpu, jit                            the suites
+    probe, spellings                                     what suite jit runs in fresh processes
 
 Importing this package loads neither torch nor a suite.
 """

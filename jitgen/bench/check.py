@@ -1,7 +1,8 @@
-"""Whether a contender's output deserves a figure: sampled rows against float64, everything against a proven contender."""
+"""Whether an output deserves a figure: sampled rows against float64, everything against a contender that passed."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,9 @@ class Deviation:
 
     relative: float
     absolute: float
+
+
+WORST = Deviation(math.inf, math.inf)
 
 
 def reference_rows(problem: Problem, rows: torch.Tensor, batches: list[int]) -> torch.Tensor:
@@ -59,11 +63,11 @@ def deviation(got: torch.Tensor, want: torch.Tensor) -> Deviation:
     """Compare two outputs; NaN anywhere gives infinity."""
     difference = (got.to(want.dtype) - want).abs()
     scale = want.norm(dim=-1)
-    # a row whose values cancel out has no meaningful relative error: its scale is at least a hundredth of the typical one
+    # a row whose values cancel out has no meaningful relative error: take at least a hundredth of the typical scale
     floor = scale.mean() * 1e-2 + 1e-30
     relative = (difference.norm(dim=-1) / torch.maximum(scale, floor)).max()
     found = Deviation(float(relative), float(difference.max()))
-    return found if relative == relative and difference.max() == difference.max() else Deviation(float("inf"), float("inf"))
+    return WORST if math.isnan(found.relative) or math.isnan(found.absolute) else found
 
 
 class Checker:
@@ -81,11 +85,11 @@ class Checker:
         """Error of an output, and why it is refused; an empty reason means that it is right."""
         want_shape = (*self.problem.q.shape[:3], self.problem.v.shape[3])
         if tuple(output.shape) != want_shape:
-            return Deviation(float("inf"), float("inf")), f"output has shape {tuple(output.shape)}, expected {want_shape}"
+            return WORST, f"wrong output: shape {tuple(output.shape)}, expected {want_shape}"
         limit = TOLERANCE[self.problem.cell.dtype]
         found = deviation(output[self.batches][:, :, self.rows], self.reference)
         if not found.relative <= limit:
-            return found, f"wrong output: a row is off by {found.relative:.2g} of its norm from float64, limit {limit:g}"
+            return found, f"wrong output: a row is {found.relative:.2g} of its norm off float64, limit {limit:g}"
         if self.trusted is None:
             self.trusted, self.trusted_name = output.clone(), name
             return found, ""
@@ -98,7 +102,7 @@ class Checker:
 
 
 def poison(problem: Problem) -> None:
-    """Leave NaN in the memory that the allocator hands out next, so that an output nobody wrote is not a copy of a right one."""
+    """Leave NaN in the memory that the allocator hands out next: an unwritten output must not be a right one's copy."""
     shape = (*problem.q.shape[:3], problem.v.shape[3])
     for _ in range(2):
         torch.full(shape, float("nan"), dtype=problem.q.dtype, device=problem.q.device)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from jitgen.bench.method import Budget, CpuTimer, CudaTimer, Timer
+
+
+def say_at_once(text: str) -> None:
+    """Print without waiting for a full buffer."""
+    print(text, flush=True)
 
 
 @dataclass(frozen=True)
@@ -12,7 +18,8 @@ class BenchConfig:
     """Options shared by all suites.
 
     ``filters`` keep a cell when each of them occurs in its label; ``peers`` keeps contenders by name (empty: all);
-    ``families`` are the kernel families of ours to run (empty: what jitgen chooses by itself).
+    ``families`` are the kernel families of ours to run (empty: what jitgen chooses by itself). ``say`` prints figures
+    as they are found: a run that is cut short has at least shown those.
     """
 
     device: str
@@ -23,7 +30,7 @@ class BenchConfig:
     rounds: int | None = None
     graph: bool = False
     seed: int = 0
-    log: list[str] = field(default_factory=list)
+    say: Callable[[str], None] = say_at_once
 
     def keeps(self, label: str) -> bool:
         """Whether a cell is wanted."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import platform
 import random
+import re
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +23,7 @@ Call = Callable[[], object]
 
 FLUSH_BYTES = 256 << 20  # five times the 50 MB of L2 of an H100
 CYCLES_PER_US = 2000  # of torch.cuda._sleep, rounded up: an H100 runs at no more than 1980 MHz
-PAUSE_S = 0.01  # before a CPU sample: OpenMP workers of the contender before still spin for some milliseconds
+PAUSE_S = 0.03  # before a CPU sample: OpenMP workers of the contender before still spin, for up to 15 ms
 WARM_UPS = 3
 
 
@@ -156,8 +161,9 @@ class CudaTimer:
     def describe(self) -> str:
         what = "one replay of a CUDA graph of the call" if self.use_graph else "one call"
         return (
-            f"CUDA events round {what}; {FLUSH_BYTES >> 20} MiB read before each (L2 flushed); device kept busy before the "
-            "first event, so host time is outside; contenders take turns in shuffled order in one process; median and quartiles"
+            f"CUDA events round {what}; {FLUSH_BYTES >> 20} MiB read before each (L2 flushed); device kept busy before "
+            "the first event, so host time is outside; contenders take turns in shuffled order in one process; "
+            "median and quartiles"
         )
 
 
@@ -218,3 +224,44 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+# ---- the device -----------------------------------------------------------------------------------------------------
+
+
+def device_problem(device: str) -> str:
+    """Why this device cannot be used here, and what to do about it; empty when it can."""
+    if device == "cpu" or torch.cuda.is_available():
+        return ""
+    has_cuda = torch.version.cuda is not None
+    why = "torch sees no CUDA device" if has_cuda else f"torch {torch.__version__} was built without CUDA"
+    return f"device cuda is not usable: {why}. Use --device cpu, or see 'jitgen doctor'."
+
+
+def device_name(device: str) -> str:
+    """The device as its maker calls it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device, so that a kernel's error appears here and not at a later contender."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def release(device: str) -> None:
+    """Let go of what the contenders of a finished group hold: compiled code of torch.compile, cached memory."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    if device == "cuda":
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            pass  # the device is lost: the next group will say so, and what was measured is still reported

@@ -1,4 +1,4 @@
-"""Who is timed: one function per contender that turns a problem into a call. It raises Unsupported or fails with a reason."""
+"""Who is timed: one function per contender that turns a problem into a call, or raises with the reason."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from jitgen.bench.config import BenchConfig
 from jitgen.bench.workloads import Problem
 
 Prepared = Callable[[], torch.Tensor]
@@ -49,10 +50,12 @@ def prepare_jitgen(problem: Problem, family: str | None) -> Prepared:
 
 
 def jitgen_peers(families: tuple[str, ...]) -> list[Peer]:
-    """One contender per kernel family; the one jitgen chooses by itself when none is named."""
-    if not families:
-        return [Peer("jitgen", partial(prepare_jitgen, family=None), ("cpu", "cuda"))]
-    return [Peer(f"jitgen-{family}", partial(prepare_jitgen, family=family), ("cpu", "cuda")) for family in families]
+    """One contender per kernel family; "auto", or none named, is the family that jitgen chooses by itself."""
+    peers = []
+    for family in families or ("auto",):
+        name, forced = ("jitgen", None) if family == "auto" else (f"jitgen-{family}", family)
+        peers.append(Peer(name, partial(prepare_jitgen, family=forced), ("cpu", "cuda")))
+    return peers
 
 
 # ---- torch ----------------------------------------------------------------------------------------------------------
@@ -84,7 +87,7 @@ def prepare_flex(problem: Problem) -> Prepared:
     from torch.nn.attention import flex_attention as flex
 
     hooks, q, k, v = problem.hooks, problem.q, problem.k, problem.v
-    for limit in ("recompile_limit", "accumulated_recompile_limit"):  # one compilation per variant and shape in one process
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):  # one compilation per variant and shape
         if hasattr(torch._dynamo.config, limit):
             setattr(torch._dynamo.config, limit, 4096)
     length, device, gqa = problem.cell.length, str(q.device), q.shape[1] != k.shape[1]
@@ -176,6 +179,19 @@ PEERS = (
     Peer("flashinfer", prepare_flashinfer, distributions=("flashinfer-python",), is_slow_to_start=True),
     Peer("flex", prepare_flex, ("cpu", "cuda"), ("triton",)),
 )
+
+
+def contenders(config: BenchConfig) -> tuple[list[Peer], list[str]]:
+    """Who takes part, ours first, and a note on each that could and does not."""
+    chosen, notes = jitgen_peers(config.families), []
+    for peer in PEERS:
+        if config.device not in peer.devices or not config.keeps_peer(peer.name):
+            continue
+        if peer.is_slow_to_start and config.quick:
+            notes.append(f"{peer.name}: left out by --quick, it compiles for minutes")
+        else:
+            chosen.append(peer)
+    return chosen, notes
 
 
 def versions() -> dict[str, str]:

@@ -209,7 +209,7 @@ def make_tensors(cell: Cell, device: str, seed: int) -> tuple[torch.Tensor, torc
 
 
 def count_pairs(mask_mod: Callable[..., torch.Tensor] | None, length: int, device: str) -> tuple[int, int]:
-    """Unmasked pairs of one head, and pairs in the 128 x 128 blocks that hold at least one. The mask ignores b and h."""
+    """Unmasked pairs of one head, and pairs in the 128 x 128 blocks that hold one. The mask ignores b and h."""
     if mask_mod is None:
         return length * length, length * length
     zero = torch.zeros((), dtype=torch.int64, device=device)
