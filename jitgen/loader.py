@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shlex
 import threading
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jitgen import toolchain
+from jitgen.errors import ToolchainMissing
 from jitgen.target import CompileTarget
 from jitgen.toolchain import CompilerFailed, Toolkit
 
@@ -28,6 +31,10 @@ def compile_module(kernel: Path, include: Path, target: CompileTarget, name: str
     log = scratch / "nvcc.log"
     view = _toolkit_view(toolkit, scratch / "toolkit", log) if toolkit else None
     link_flags = list(target.link_flags)
+    if target.kind == "cpu" and toolchain.require_cxx().is_clang:
+        # Clang's OpenMP runtime must be named. GCC's is not: its functions are found in the one that torch has loaded,
+        # so that both share their threads, and a prebuilt module needs no libgomp of the system's.
+        link_flags.append("-fopenmp")
     if view is not None:
         link_flags += [f"-L{view / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     with _lock, _loader_environment(), _cuda_home(view):
@@ -47,8 +54,27 @@ def compile_module(kernel: Path, include: Path, target: CompileTarget, name: str
                 verbose=False,
             )
         except RuntimeError as error:
-            raise CompilerFailed(str(error)) from error
+            raise _refusal(str(error)) from error
+        except OSError as error:
+            raise _load_failure(error, scratch) from error
     return Path(module), log.read_text(errors="replace") if log.is_file() else ""
+
+
+def _refusal(output: str) -> Exception:
+    """The error for a compiler that refused a source."""
+    if re.search(r"\bomp\.h\b.*(?:not found|No such file)|cannot find -l(?:omp|gomp)\b", output):
+        return ToolchainMissing(f"{toolchain.require_cxx().path} has no OpenMP", toolchain.OPENMP_REMEDY + ".")
+    return CompilerFailed(output)
+
+
+def _load_failure(error: OSError, scratch: Path) -> Exception:
+    """The error for a library that was built but does not load: the loader hides the system linker's reason."""
+    reason = str(error.__cause__ or error)
+    if error.errno is not None or error.__cause__ is None:
+        return error  # of a file, not of loading
+    if "failed to map segment" in reason:
+        return OSError(errno.EACCES, "libraries there cannot be loaded, as if it were mounted noexec", str(scratch))
+    return CompilerFailed(f"error: the library does not load: {reason}")
 
 
 def _toolkit_view(toolkit: Toolkit, view: Path, log: Path) -> Path:

@@ -24,6 +24,10 @@ CXX_REMEDY = (
     "Install one: 'apt install g++', 'dnf install gcc-c++' or 'conda install -c conda-forge gxx', "
     "or name one in JITGEN_CXX"
 )
+OPENMP_REMEDY = (
+    "Install it: 'apt install libomp-dev' or 'dnf install libomp-devel'; or use g++, which brings its own, "
+    "through JITGEN_CXX"
+)
 TOOLKIT_REMEDY = (
     "Install a CUDA toolkit: 'pip install jitgen[nvcc]', your system's cuda-toolkit package, or "
     "'conda install -c nvidia cuda-nvcc cuda-cudart-static cuda-cudart-dev'; or set CUDA_HOME to the one you have"
@@ -140,6 +144,8 @@ def _search_toolkit(
     nvcc_named: str | None, home: Path | None, search_path: str
 ) -> tuple[Toolkit | None, tuple[str, ...]]:
     """First complete toolkit, and what the incomplete ones before it lack; one that the user names is the only try."""
+    if nvcc_named is not None and shutil.which(nvcc_named, path=search_path) is None:
+        return None, (f"JITGEN_NVCC={nvcc_named} is not a program on this machine",)
     lacking = []
     for root in _roots(nvcc_named, home, search_path):
         found = _inspect(root)
@@ -151,15 +157,15 @@ def _search_toolkit(
 
 def _roots(nvcc_named: str | None, home: Path | None, search_path: str) -> list[Path]:
     if nvcc_named is not None:
-        program = shutil.which(nvcc_named, path=search_path)
-        return [_root_of(Path(program))] if program else [Path(nvcc_named)]
+        return [_root_of(Path(shutil.which(nvcc_named, path=search_path)))]
     if home is not None:
         return [home]
     roots = []
     program = shutil.which("nvcc", path=search_path)
     if program is not None:
         roots.append(_root_of(Path(program)))
-    roots += [root for root in _pypi_roots() if root.is_dir()]
+    # a torch built for CUDA has libraries there too: only a root with a compiler is a toolkit
+    roots += [root for root in pypi_roots() if (root / "bin" / "nvcc").is_file()]
     roots += [root for root in (Path("/usr/local/cuda"),) if root.is_dir()]
     return list(dict.fromkeys(roots))
 
@@ -179,8 +185,8 @@ def _ask_root(nvcc: Path) -> str:
     return os.path.realpath(found.group(1).strip()) if found else str(nvcc.parent.parent)
 
 
-def _pypi_roots() -> list[Path]:
-    """Where the nvidia-cuda-nvcc package and its companions unpack: nvidia/cu13 and the like, newest first."""
+def pypi_roots() -> list[Path]:
+    """Where NVIDIA's packages from PyPI unpack, nvcc or others: nvidia/cu13 and the like, newest first."""
     spec = importlib.util.find_spec("nvidia")
     places = list(spec.submodule_search_locations or ()) if spec else []
     return sorted((root for place in places for root in Path(place).glob("cu[0-9]*")), reverse=True)

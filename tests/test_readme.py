@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+import jitgen
 from jitgen import env
+from jitgen.__main__ import COMMANDS
 
-README = Path(__file__).parent.parent / "README.md"
-TABLE = re.compile(r"(?<=<!-- begin: environment variables )(.*? -->\n)(.*?)(?=<!-- end: environment variables -->)", re.DOTALL)
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+TEXT = README.read_text()
+TABLE = re.compile(r"(<!-- begin: environment variables .*? -->\n)(.*?)(?=<!-- end: environment var)", re.DOTALL)
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 
 
 def environment_table() -> str:
@@ -24,7 +30,7 @@ def environment_table() -> str:
 
 
 def test_table_of_environment_variables_equals_env_py():
-    text = README.read_text()
+    text = TEXT
     if os.environ.get("JITGEN_ACCEPT") == "1":
         text = TABLE.sub(lambda found: found.group(1) + environment_table(), text)
         README.write_text(text)
@@ -44,5 +50,33 @@ def test_readme_has_an_example_of_at_most_twelve_lines():
 
 
 def test_every_example_is_named_in_the_readme():
-    examples = {path.name for path in (README.parent / "examples").glob("[0-9]*.py")}
-    assert examples == set(re.findall(r"^\| `(\d\d_\w+\.py)` \|", README.read_text(), re.MULTILINE))
+    examples = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert examples == set(re.findall(r"^\| `(\d\d_\w+\.py)` \|", TEXT, re.MULTILINE))
+
+
+def test_table_of_commands_is_that_of_the_command_line():
+    assert set(COMMANDS) == set(re.findall(r"^\| `jitgen (\w+)", TEXT, re.MULTILINE))
+
+
+def test_extras_in_the_readme_exist():
+    named = set(re.findall(r"'\.\[(\w+)\]'", TEXT))
+    assert named and named <= set(metadata.metadata("jitgen").get_all("Provides-Extra"))
+
+
+def test_names_of_the_package_in_the_readme_exist():
+    named = {name for name in re.findall(r"\bjitgen\.([a-zA-Z_]+)", TEXT) if name not in ("cache", "kernel_templates")}
+    assert not {name for name in named if not hasattr(jitgen, name)}
+
+
+def test_files_named_in_the_readme_exist():
+    named = set(re.findall(r"`((?:[\w.]+/)*[\w]+\.(?:py|jinja|h|cuh))`", TEXT)) - {"path.py"}
+    places = (ROOT, ROOT / "jitgen", ROOT / "examples", ROOT / "kernel_templates" / "attention")
+    assert not {name for name in named if not any((place / name).is_file() for place in places)}
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    extract = re.search(r"< <\((sed .*)\)$", (ROOT / ".ci/run").read_text(), re.MULTILINE).group(1)
+    commands = subprocess.run(["bash", "-c", extract], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    blocks = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    assert commands == "".join(blocks)
+    assert [re.match(r"pip install (-e )?'?\.", block) is not None for block in blocks] == [True, True]

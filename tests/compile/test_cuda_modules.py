@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
+from disassembly import disassemble
 
 import jitgen
 from jitgen import toolchain
@@ -96,14 +94,6 @@ MODULES = [
 ]
 
 
-@lru_cache(maxsize=1)
-def cuobjdump() -> str | None:
-    """The disassembler: of the toolkit, on PATH, or of the PyPI packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm."""
-    places = [toolchain.find_toolkit().root, *toolchain._pypi_roots()]
-    path = os.pathsep.join([*(str(root / "bin") for root in places), os.environ.get("PATH", "")])
-    return shutil.which("cuobjdump", path=path)
-
-
 def compile_both(make, dtype, head_dim, head_dim_v, directory: Path) -> tuple[object, Path, str]:
     """Compile one module for both architectures: spec, fat binary, what ptxas says."""
     spec = cuda_spec(make().trace().program, dtype, (head_dim, head_dim_v), "sm80", cuda_target("8.0"))
@@ -148,13 +138,8 @@ def test_module_fits_the_register_file(module):
 
 def test_module_uses_tensor_cores_and_asynchronous_copies(module):
     spec, binary, _ = module
-    program = cuobjdump()
-    if program is None:
-        pytest.skip("no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    environ = {**os.environ, "PATH": os.pathsep.join((str(Path(program).parent), os.environ.get("PATH", "")))}
     for arch in ARCHS:
-        command = [program, "-sass", "-arch", f"sm_{arch}", str(binary)]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True, env=environ).stdout
+        sass = disassemble(binary, "-arch", f"sm_{arch}")
         missing = [f"{name} ({ptx})" for name, ptx in SASS.items() if not re.search(rf"\b{name}\b", sass)]
         assert not missing, f"sm_{arch} has no {', '.join(missing)}"
         local, all_of_it = len(re.findall(r"\b(?:LDL|STL)\b", sass)), len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE))

@@ -1,13 +1,18 @@
-"""Kernels whose generated source is kept under review: few, and between them they take every branch of every template."""
+"""Sources that are kept under review: few, and between them they take every branch of every template both ways."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
 import jitgen
-from jitgen.families import cuda_spec
+from jitgen.families import cpu_tiles, cuda_spec
+from jitgen.mask_tiles import render_mask_tiles
+from jitgen.program import Program
+from jitgen.render import Source, render_kernel
 from jitgen.spec import KernelSpec
 from jitgen.target import cpu_target, cuda_target
 
@@ -48,66 +53,96 @@ def causal(b, h, q_idx, kv_idx):
     return kv_idx <= q_idx
 
 
-def soft_cap_window() -> jitgen.Variant:
-    cap, window = 50.0, 256
+def plain() -> jitgen.Variant:
+    return jitgen.Variant()
 
-    def score(s, b, h, q_idx, kv_idx):
-        return cap * torch.tanh(s / cap)
 
-    def mask(b, h, q_idx, kv_idx):
-        return (kv_idx <= q_idx) & (q_idx - kv_idx < window)
-
-    return jitgen.Variant(score_mod=score, mask_mod=mask)
+def window() -> jitgen.Variant:
+    width = 256
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (q_idx - kv_idx < width))
 
 
 def every_hook() -> jitgen.Variant:
-    doc, slopes, sinks, gate = torch.zeros(4096, dtype=torch.int32), torch.zeros(8), torch.zeros(8), torch.zeros(8)
+    cap, doc, sinks, gate = 50.0, torch.zeros(4096, dtype=torch.int32), torch.zeros(8), torch.zeros(8)
 
-    def score(s, b, h, q_idx, kv_idx):
-        return s + slopes[h] * (kv_idx - q_idx)
+    def soft_cap(score, b, h, q_idx, kv_idx):
+        return cap * torch.tanh(score / cap)
 
-    def mask(b, h, q_idx, kv_idx):
+    def same_document(b, h, q_idx, kv_idx):
         return (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx)
 
     return jitgen.Variant(
-        score_mod=score,
-        mask_mod=mask,
+        score_mod=soft_cap,
+        mask_mod=same_document,
         sink=sinks,
         output_transform=lambda o, lse, b, h, q_idx: o * torch.sigmoid(gate[h]),
         lse_transform=lambda lse, b, h, q_idx: lse * 1.4426950408889634,
     )
 
 
-def plain() -> jitgen.Variant:
-    return jitgen.Variant()
-
-
 def sigmoid() -> jitgen.Variant:
     return jitgen.Variant(softmax=Sigmoid)
+
+
+def alibi_pruned_sigmoid() -> jitgen.Variant:
+    slopes, kept = torch.zeros(8), torch.ones(8, dtype=torch.bool)
+
+    def alibi(score, b, h, q_idx, kv_idx):
+        return score + slopes[h] * (kv_idx - q_idx)
+
+    return jitgen.Variant(score_mod=alibi, mask_mod=lambda b, h, q_idx, kv_idx: kept[h], softmax=Sigmoid)
 
 
 def stick_breaking() -> jitgen.Variant:
     return jitgen.Variant(mask_mod=causal, softmax=StickBreaking)
 
 
-CASES: dict[str, tuple[Callable[[], jitgen.Variant], str, str, int]] = {
-    "plain__cpu__float32": (plain, "cpu", "float32", 64),
-    "soft_cap_window__cpu__bfloat16": (soft_cap_window, "cpu", "bfloat16", 128),
-    "every_hook__cpu__float16": (every_hook, "cpu", "float16", 64),
-    "sigmoid__cpu__float32": (sigmoid, "cpu", "float32", 64),
-    "plain__sm80__bfloat16": (plain, "sm80", "bfloat16", 128),
-    "every_hook__sm80__bfloat16": (every_hook, "sm80", "bfloat16", 64),
-    "stick_breaking__sm80__float16": (stick_breaking, "sm80", "float16", 128),
-    "stick_breaking__cpu__float32": (stick_breaking, "cpu", "float32", 64),
+class Case(NamedTuple):
+    """A source to generate: a kernel of a family, or with family mask_tiles the module behind jitgen.mask_tiles."""
+
+    make: Callable[[], jitgen.Variant]
+    family: str
+    dtype: str = ""
+    head_dims: tuple[int, int] = (0, 0)
+
+
+CASES: dict[str, Case] = {
+    "plain__cpu__float32": Case(plain, "cpu", "float32", (64, 64)),
+    "every_hook__cpu__bfloat16": Case(every_hook, "cpu", "bfloat16", (128, 128)),
+    "sigmoid__cpu__float16": Case(sigmoid, "cpu", "float16", (192, 128)),
+    "plain__sm80__float16": Case(plain, "sm80", "float16", (192, 128)),
+    "every_hook__sm80__bfloat16": Case(every_hook, "sm80", "bfloat16", (64, 64)),
+    "stick_breaking__sm80__bfloat16": Case(stick_breaking, "sm80", "bfloat16", (128, 128)),
+    "plain__sm90__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128)),
+    "every_hook__sm90__bfloat16": Case(every_hook, "sm90", "bfloat16", (64, 64)),
+    "alibi_pruned_sigmoid__sm90__float16": Case(alibi_pruned_sigmoid, "sm90", "float16", (128, 128)),
+    "window__mask_tiles": Case(window, "mask_tiles"),
+}
+TARGETS = {
+    "cpu": partial(cpu_target, "portable"),
+    "sm80": partial(cuda_target, "8.0"),
+    "sm90": partial(cuda_target, "9.0a"),
 }
 
 
-def case_spec(name: str) -> KernelSpec:
-    """The kernel of a case; the target does not show in its source."""
-    make, family, dtype, head_dim = CASES[name]
-    program = make().trace().program
-    if family != "cpu":
-        return cuda_spec(program, dtype, (head_dim, head_dim), family, cuda_target("8.0"))
-    from jitgen.families import cpu_tiles
+def case_program(name: str) -> Program:
+    """The traced variant of a case; for mask_tiles, of its mask alone."""
+    case = CASES[name]
+    program = case.make().trace().program
+    return Program(mask=program.mask, slots=program.slots) if case.family == "mask_tiles" else program
 
-    return KernelSpec("cpu", program, dtype, head_dim, head_dim, cpu_tiles(head_dim, head_dim), cpu_target("portable"))
+
+def case_spec(name: str) -> KernelSpec:
+    """The kernel of a case. Of the target only the architecture matters: nothing of it shows in the source."""
+    case, program = CASES[name], case_program(name)
+    target = TARGETS[case.family]()
+    if case.family == "cpu":
+        return KernelSpec("cpu", program, case.dtype, *case.head_dims, cpu_tiles(*case.head_dims), target)
+    return cuda_spec(program, case.dtype, case.head_dims, case.family, target)
+
+
+def case_source(name: str) -> Source:
+    """The generated translation unit of a case."""
+    if CASES[name].family == "mask_tiles":
+        return render_mask_tiles(case_program(name))
+    return render_kernel(case_spec(name))

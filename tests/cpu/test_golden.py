@@ -12,24 +12,26 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from golden_cases import CASES, case_spec
+from golden_cases import CASES, case_program, case_source, case_spec
 from jinja2 import meta, nodes
 
-from jitgen import build, errors, paths, render, toolchain
+from jitgen import build, errors, mask_tiles, paths, render, toolchain
 from jitgen.emit import emit_variant, section_context
+from jitgen.mask_tiles import mask_tiles_context
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "golden"
 TEMPLATES = sorted(p.relative_to(paths.template_dir()).as_posix() for p in paths.template_dir().rglob("*.jinja"))
-BACKENDS = {"cpu": "cpu", "sm80": "cuda"}
+TEMPLATE_OF_FAMILY = {**render.TEMPLATE_OF_FAMILY, mask_tiles.FAMILY: mask_tiles.TEMPLATE}
+VARIANT = "attention/variant.h.jinja"
+PART_OF = {"attention/cpu_hooks.cpp.jinja": "attention/cpu.cpp.jinja"}  # included, so it has the other's context
 
 
 def golden_path(name: str) -> Path:
-    return GOLDEN / f"{name}.{'cpp' if CASES[name][1] == 'cpu' else 'cu'}"
+    return GOLDEN / f"{name}{case_source(name).suffix}"
 
 
 def assert_golden(name: str, text: str) -> None:
@@ -44,14 +46,14 @@ def assert_golden(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_generated_source_equals_golden_file(name):
-    assert_golden(name, render.render_kernel(case_spec(name)).text)
+    assert_golden(name, case_source(name).text)
 
 
 def test_golden_directory_holds_no_stale_file():
     assert {p.name for p in GOLDEN.iterdir()} == {golden_path(name).name for name in CASES}
 
 
-# ---- templates ------------------------------------------------------------------------------------------------------------
+# ---- templates -------------------------------------------------------------------------------------------------------
 
 
 def parsed(template: str) -> nodes.Template:
@@ -60,49 +62,71 @@ def parsed(template: str) -> nodes.Template:
 
 def context_of(template: str, name: str) -> dict[str, object]:
     """What the case ``name`` passes to ``template``."""
-    spec = case_spec(name)
-    section = emit_variant(spec.program, backend=BACKENDS[spec.family])
-    if template == "attention/variant.h.jinja":
-        return dict(section_context(section))
-    context = render.kernel_context(spec, section, "")
-    return {f.name: getattr(context, f.name) for f in fields(context)}
+    family, program = CASES[name].family, case_program(name)
+    if template == mask_tiles.TEMPLATE:
+        return vars(mask_tiles_context(program))
+    backend = "cpu" if family in ("cpu", mask_tiles.FAMILY) else "cuda"
+    section = emit_variant(program, backend=backend, raw_scores=family in render.RAW_SCORE_FAMILIES)
+    if template == VARIANT:
+        return section_context(section)
+    return vars(render.kernel_context(case_spec(name), section, ""))
 
 
 def cases_of(template: str) -> list[str]:
     """Cases whose rendering uses ``template``."""
-    users = {family for family, used in render.TEMPLATE_OF_FAMILY.items() if used == template}
-    return [name for name in CASES if template == "attention/variant.h.jinja" or CASES[name][1] in users]
+    used = PART_OF.get(template, template)
+    return [name for name, case in CASES.items() if template == VARIANT or TEMPLATE_OF_FAMILY[case.family] == used]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_template_names_only_what_its_context_has(template):
-    cases = cases_of(template)
-    assert cases, f"no golden case renders {template}"
-    assert meta.find_undeclared_variables(parsed(template)) <= set(context_of(template, cases[0]))
+    assert cases_of(template), f"no golden case renders {template}"
+    for name in cases_of(template):
+        assert meta.find_undeclared_variables(parsed(template)) <= set(context_of(template, name)), name
+
+
+@pytest.fixture(scope="module")
+def branches():
+    """Every condition of the templates, by template, line and number on that line, and its values in the cases."""
+    found: dict[tuple[str, int, int], set[bool]] = {}
+
+    def went(point, value):
+        found[point].add(bool(value))
+        return value
+
+    def with_recorder(tree, name, *rest, **options):
+        for node in tree.find_all((nodes.If, nodes.CondExpr)):
+            point = (name, node.lineno, sum(known[:2] == (name, node.lineno) for known in found))
+            found[point] = set()
+            call = nodes.Call(nodes.Name("went", "load"), [nodes.Const(point), node.test], [], None, None)
+            node.test = call.set_lineno(node.lineno).set_environment(environment)
+        return generate(tree, name, *rest, **options)
+
+    render.environment.cache_clear()
+    environment = render.environment()
+    generate = environment._generate
+    environment.globals["went"] = went
+    environment._generate = with_recorder  # the hook that jinja2 provides for this
+    for name in CASES:
+        case_source(name)
+    render.environment.cache_clear()
+    return found
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_golden_cases_take_every_branch_both_ways(template):
-    environment, untaken = render.environment(), []
-    contexts = [context_of(template, name) for name in cases_of(template)]
-    source = (paths.template_dir() / template).read_text()
-    outer = {n for n in meta.find_undeclared_variables(parsed(template))}
-    for condition in sorted(set(re.findall(r"\{%-? *(?:if|elif) +(.+?) *-?%\}", source))):
-        names = set(re.findall(r"[a-z_]\w*", condition)) - {"and", "or", "not", "is", "in", "defined", "none"}
-        if not names <= outer:
-            continue  # about a loop's own variable
-        taken = {bool(environment.compile_expression(condition)(**context)) for context in contexts}
-        if taken != {True, False}:
-            untaken.append(condition)
-    assert not untaken, f"{template}: always the same way: {untaken}"
+def test_golden_cases_take_every_branch_both_ways(template, branches):
+    assert any(name == template for name, *_ in branches), f"no golden case renders {template}"
+    lines = (paths.template_dir() / template).read_text().splitlines()
+    one_way = {line for (name, line, _), ways in branches.items() if name == template and ways != {True, False}}
+    assert not one_way, "always the same way:\n" + "\n".join(f"{template}:{n}: {lines[n - 1]}" for n in sorted(one_way))
 
 
-# ---- text -----------------------------------------------------------------------------------------------------------------
+# ---- text ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_generated_source_is_tidy(name):
-    text = render.render_kernel(case_spec(name)).text
+    text = case_source(name).text
     code = re.sub(r"//[^\n]*", "", text)
     assert "\t" not in text
     assert not re.findall(r"[ \t]+$", text, re.MULTILINE)
@@ -115,17 +139,18 @@ def test_generated_source_is_tidy(name):
 
 
 def digests() -> dict[str, str]:
-    return {name: hashlib.sha256(render.render_kernel(case_spec(name)).mapped_text.encode()).hexdigest() for name in CASES}
+    return {name: hashlib.sha256(case_source(name).mapped_text.encode()).hexdigest() for name in CASES}
 
 
 def test_generated_source_is_the_same_in_another_process():
     script = "import test_golden; [print(n, d) for n, d in test_golden.digests().items()]"
-    environ = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}
+    other_seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    environ = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONHASHSEED": other_seed}
     done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
     assert dict(line.split() for line in done.stdout.splitlines()) == digests()
 
 
-# ---- line map -------------------------------------------------------------------------------------------------------------
+# ---- line map --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

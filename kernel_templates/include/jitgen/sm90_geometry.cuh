@@ -58,15 +58,17 @@ template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, boo
   static constexpr int kPAt = kQueryAt + kQueryBytes;
   static constexpr int kOwnOAt = kPAt + (kSharedP ? kGroups * kGroupPBytes : 0);
   static constexpr int kLimit = 232448 - static_cast<int>(sizeof(ControlBlock<kStages>));   // 227 KiB per CTA
-  // O has its own buffer when there is room (0 to 2 % faster); else it lies over V, and the next V waits for the store. (Over
-  // P it would delay nothing, and is 2 % faster for short rows; but ptxas then moves P's descriptor out of uniform registers,
-  // which costs long ones 3 %.)
+  // O has its own buffer when there is room; else each group's lies over its own P, and the next P waits for the store; else
+  // all of it lies over V, and the next V waits.
   static constexpr bool kOwnO = kOwnOAt + kGroups * kGroupOBytes <= kLimit;
-  static constexpr int kOutputAt = kOwnO ? kOwnOAt : 0;
+  static constexpr bool kOutputOverP = !kOwnO && kSharedP && kGroupOBytes <= kGroupPBytes;
+  static constexpr bool kOutputOverV = !kOwnO && !kOutputOverP;
+  static constexpr int kOutputAt = kOwnO ? kOwnOAt : kOutputOverP ? kPAt : 0;
+  static constexpr int kOutputPitch = kOutputOverP ? kGroupPBytes : kGroupOBytes;
   static constexpr int kControlAt = kOwnOAt + (kOwnO ? kGroups * kGroupOBytes : 0);
   static constexpr int kSharedBytes = kControlAt + static_cast<int>(sizeof(ControlBlock<kStages>));
   static_assert(kControlAt <= kLimit, "tile does not fit in shared memory");
-  static_assert(kOwnO || kGroups * kGroupOBytes <= kKeyAt, "O does not fit over V");
+  static_assert(!kOutputOverV || kGroups * kGroupOBytes <= kKeyAt, "O does not fit over V");
   static_assert(kKeyBytes % 1024 == 0 && kValueBytes % 1024 == 0, "stages must stay 1024-byte aligned");
 };
 
