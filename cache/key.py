@@ -34,9 +34,7 @@ def encode(value: object) -> bytes:
     if isinstance(value, (list, tuple)):
         return _tagged(b"l", b"".join(map(encode, value)))
     if isinstance(value, Mapping):
-        return _tagged(
-            b"m", b"".join(key + item for key, item in sorted((encode(k), encode(v)) for k, v in value.items()))
-        )
+        return _tagged(b"m", b"".join(key + item for key, item in sorted((encode(k), encode(v)) for k, v in value.items())))
     raise TypeError(f"a {type(value).__name__} has no stable encoding. Pass plain values: str, int, list, dict.")
 
 

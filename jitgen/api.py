@@ -211,7 +211,7 @@ def expanded_stride(t: torch.Tensor, batch: int) -> tuple[int, ...]:
 
 def stride_like(q: torch.Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Dense strides for the output: heads inside positions when q is laid out so, else contiguous."""
-    batch, heads, length, dim = shape
+    _, heads, length, dim = shape
     if q.stride(1) < q.stride(2) and heads > 1:
         return (length * heads * dim, dim, heads * dim, 1)
     return (heads * length * dim, length * dim, dim, 1)

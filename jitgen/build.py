@@ -26,9 +26,7 @@ SHOWN_LINES = 6
 SHOWN_COLUMNS = 300
 
 
-def get_module(
-    spec_digest: str, family: str, label: str, make_source: Callable[[], Source], target: CompileTarget
-) -> Path:
+def get_module(spec_digest: str, family: str, label: str, make_source: Callable[[], Source], target: CompileTarget) -> Path:
     """Path of a kernel's shared library: stored, or rendered and compiled now.
 
     `spec_digest` stands for all that make_source depends on besides the generator's own files.
@@ -44,9 +42,7 @@ def _build_entry(source: Source, name: str, directory: Path, *, target: CompileT
     build(text, name=name, target=target, includes=source.includes, label=label, directory=directory)
 
 
-def build(
-    source: str, *, name: str, target: CompileTarget, includes: Mapping[str, str], label: str, directory: Path
-) -> Path:
+def build(source: str, *, name: str, target: CompileTarget, includes: Mapping[str, str], label: str, directory: Path) -> Path:
     """Compile a source in a directory of its own and return the path of the shared library in it.
 
     Leaves in the directory: the source, the headers below include/, build.log, module.so. `name` must not have been

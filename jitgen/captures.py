@@ -33,7 +33,13 @@ from jitgen.trace import Tracer
 
 MAX_RANK = 4
 _LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "jitgen", "triton"}
-_FOLLOWED = ("torch.nn.attention", "jitgen.masks", "jitgen.flex", "jitgen.bench", "jitgen.demo")  # library functions that call the user's: and_masks and the like
+_FOLLOWED = (
+    "torch.nn.attention",
+    "jitgen.masks",
+    "jitgen.flex",
+    "jitgen.bench",
+    "jitgen.demo",
+)  # library functions that call the user's: and_masks and the like
 _CONSTANTS = (str, bytes, torch.dtype, torch.device, torch.Size, slice, range, type(Ellipsis), complex, torch.layout)
 
 
@@ -134,11 +140,15 @@ class Captures:
         add = self.tracer.guards.add
         element = str(t.dtype).removeprefix("torch.")
         if element not in ELEMENT_TO_IR:
-            refuse(f"captured tensor '{name}' has dtype {t.dtype}, expected one of {', '.join(ELEMENT_TO_IR)}. Convert it first.")
+            refuse(
+                f"captured tensor '{name}' has dtype {t.dtype}, expected one of {', '.join(ELEMENT_TO_IR)}. Convert it first."
+            )
         if t.layout is not torch.strided or t.is_complex():
             refuse(f"captured tensor '{name}' has layout {t.layout}, expected strided. Use t.to_dense().")
         if t.dim() > MAX_RANK:
-            refuse(f"captured tensor '{name}' has rank {t.dim()}, limit {MAX_RANK}. Fold axes with t.flatten() or index outside.")
+            refuse(
+                f"captured tensor '{name}' has rank {t.dim()}, limit {MAX_RANK}. Fold axes with t.flatten() or index outside."
+            )
         add("dtype", path, t.dtype)
         add("type", path, type(t))
         if t.dim() == 0 and not t.is_cuda:
@@ -154,7 +164,10 @@ class Captures:
 
     def _numpy(self, value: Any, path: Path, name: str) -> Any:
         if getattr(value, "shape", None) != ():
-            refuse(f"captured NumPy array '{name}' of shape {getattr(value, 'shape', '?')}. Capture torch.from_numpy(array) instead.")
+            refuse(
+                f"captured NumPy array '{name}' of shape {getattr(value, 'shape', '?')}. "
+                "Capture torch.from_numpy(array) instead."
+            )
         self.tracer.guards.add("type", path, type(value))
         number = value.item()
         if isinstance(number, bool):
@@ -199,7 +212,11 @@ class Captures:
         if _is_opaque(value):
             add("is", path, value)
             return value
-        add("is" if isinstance(value, (type, types.ModuleType)) else "type", path, value if isinstance(value, (type, types.ModuleType)) else type(value))
+        add(
+            "is" if isinstance(value, (type, types.ModuleType)) else "type",
+            path,
+            value if isinstance(value, (type, types.ModuleType)) else type(value),
+        )
         return ObjectProxy(self, value, path)
 
     def _partial(self, value: functools.partial[Any], path: Path, name: str) -> functools.partial[Any]:

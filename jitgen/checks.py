@@ -31,10 +31,14 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 def check_devices(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """All on one device, and of a kind that has kernels."""
     if q.device.type not in ("cpu", "cuda"):
-        raise UnsupportedDevice(f"q is on {q.device}, expected a cpu or cuda tensor. Move the inputs with .to('cpu') or .to('cuda').")
+        raise UnsupportedDevice(
+            f"q is on {q.device}, expected a cpu or cuda tensor. Move the inputs with .to('cpu') or .to('cuda')."
+        )
     for name, t in (("k", k), ("v", v)):
         if t.device != q.device:
-            raise UnsupportedDevice(f"{name} is on {t.device}, q is on {q.device}. All must be on one device: {name}.to(q.device).")
+            raise UnsupportedDevice(
+                f"{name} is on {t.device}, q is on {q.device}. All must be on one device: {name}.to(q.device)."
+            )
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.layout != torch.strided:
             raise UnsupportedDevice(f"{name} has layout {t.layout}, expected torch.strided. Convert it with .to_dense().")
@@ -50,7 +54,9 @@ def check_dtypes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         )
     for other, t in (("k", k), ("v", v)):
         if t.dtype != q.dtype:
-            raise UnsupportedDtype(f"{other} has dtype {dtype_name(t.dtype)}, q has {name}. Both must match: {other}.to(q.dtype).")
+            raise UnsupportedDtype(
+                f"{other} has dtype {dtype_name(t.dtype)}, q has {name}. Both must match: {other}.to(q.dtype)."
+            )
 
 
 def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -64,8 +70,8 @@ def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ShapeMismatch(f"k has head_dim {k.shape[3]}, q has {q.shape[3]} (axis 3). Both must match.")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
         raise ShapeMismatch(
-            f"q has {q.shape[1]} heads, k and v have {k.shape[1]} (axis 1). The number of query heads must be a multiple of the "
-            "number of key/value heads."
+            f"q has {q.shape[1]} heads, k and v have {k.shape[1]} (axis 1). The number of query heads must be a multiple of "
+            "the number of key/value heads."
         )
     for name, size in (("q and k have head_dim", q.shape[3]), ("v has head_dim", v.shape[3])):
         if size % 8 or not 8 <= size <= MAX_CPU_HEAD_DIM:

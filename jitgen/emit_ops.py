@@ -168,7 +168,9 @@ def print_logic(low: Lowering, node: Expr, at: Block) -> Term:
     a, b = (low.term(x, at) for x in node.args)
 
     def side(t: Term) -> str:
-        return t.text if t.prec >= UNARY or (t.prec == prec and node.op == "and" or t.prec == prec == BITOR) else f"({t.text})"
+        return (
+            t.text if t.prec >= UNARY or ((t.prec == prec and node.op == "and") or t.prec == prec == BITOR) else f"({t.text})"
+        )
 
     return Term(f"{side(a)} {symbol} {side(b)}", prec, _joined(low, node, a, b) if node.is_int else "bool")
 

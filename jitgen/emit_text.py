@@ -9,7 +9,19 @@ from dataclasses import dataclass
 from jitgen.ir import INT32_MAX, INT32_MIN
 
 # Precedence of C++ operators as far as generated text uses them; higher binds tighter.
-ATOM, UNARY, PRODUCT, SUM, SHIFT, RELATION, EQUALITY, BITAND, BITXOR, BITOR, TERNARY = 100, 90, 80, 70, 60, 50, 45, 40, 38, 36, 10
+ATOM, UNARY, PRODUCT, SUM, SHIFT, RELATION, EQUALITY, BITAND, BITXOR, BITOR, TERNARY = (
+    100,
+    90,
+    80,
+    70,
+    60,
+    50,
+    45,
+    40,
+    38,
+    36,
+    10,
+)
 
 ELEMENT_CTYPE = {
     "bool": "bool", "uint8": "unsigned char", "int8": "signed char", "int16": "short", "int32": "int",

@@ -58,9 +58,7 @@ def _path(name: str) -> Path | None:
         return None
     path = Path(given).expanduser()
     if not path.is_absolute():
-        raise EnvError(
-            f"{name}={given!r} is a relative path. Use an absolute one: it must not depend on where you start."
-        )
+        raise EnvError(f"{name}={given!r} is a relative path. Use an absolute one: it must not depend on where you start.")
     return path
 
 

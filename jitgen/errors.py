@@ -81,9 +81,7 @@ class CompileError(JitgenError, RuntimeError):
     lines of the output that say what is wrong.
     """
 
-    def __init__(
-        self, what: str, *, log: Path | None = None, source: Path | None = None, lines: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, what: str, *, log: Path | None = None, source: Path | None = None, lines: tuple[str, ...] = ()) -> None:
         self.what = what
         self.log = log
         self.source = source
@@ -105,9 +103,7 @@ class TemplatesMissing(JitgenError, RuntimeError):
     def __init__(self, searched: tuple[Path, ...]) -> None:
         self.searched = searched
         places = ", ".join(str(path) for path in searched)
-        super().__init__(
-            f"kernel_templates not found in {places}. Reinstall jitgen: pip install --force-reinstall jitgen"
-        )
+        super().__init__(f"kernel_templates not found in {places}. Reinstall jitgen: pip install --force-reinstall jitgen")
 
 
 class LaunchError(JitgenError, RuntimeError):

@@ -82,5 +82,6 @@ def padded_head_dims(head_dim: int, head_dim_v: int) -> tuple[int, int]:
         if width <= supported:
             return supported, supported
     raise ShapeMismatch(
-        f"head_dim {width} is larger than {CUDA_HEAD_DIMS[-1]}, the largest the cuda kernels take. Use the CPU, or split the heads."
+        f"head_dim {width} is larger than {CUDA_HEAD_DIMS[-1]}, the largest the cuda kernels take. "
+        "Use the CPU, or split the heads."
     )

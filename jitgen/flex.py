@@ -51,7 +51,8 @@ def flex_attention(
         raise VariantError("return_lse and return_aux were both given. Use return_aux=AuxRequest(lse=True) alone.")
     if not enable_gqa and query.dim() == key.dim() == 4 and query.shape[1] != key.shape[1]:
         raise ShapeMismatch(
-            f"key has {key.shape[1]} heads, query has {query.shape[1]} (axis 1). Pass enable_gqa=True for grouped-query attention."
+            f"key has {key.shape[1]} heads, query has {query.shape[1]} (axis 1). "
+            "Pass enable_gqa=True for grouped-query attention."
         )
     want_lse = return_lse or (return_aux is not None and return_aux.lse)
     mask = mask_mod if block_mask is None else mask_of(block_mask, mask_mod, query, key)
@@ -104,11 +105,14 @@ def mask_of(block_mask: BlockMask, extra: Callable[..., object] | None, query: t
     q_len, kv_len = block_mask.seq_lengths
     if query.shape[-2:-1] + key.shape[-2:-1] != (q_len, kv_len) and max(block_mask.BLOCK_SIZE) < 1 << 30:
         raise ShapeMismatch(
-            f"block_mask was made for q_len {q_len} and kv_len {kv_len}, the inputs have {query.shape[-2]} and {key.shape[-2]}. "
+            f"block_mask was made for q_len {q_len} and kv_len {kv_len}, the inputs have {query.shape[-2]} and "
+            f"{key.shape[-2]}. "
             "Create it for these lengths, or pass mask_mod= and no block_mask: it serves every length."
         )
     if block_mask.kv_num_blocks.device != query.device:
-        raise ShapeMismatch(f"block_mask is on {block_mask.kv_num_blocks.device}, query is on {query.device}. Use block_mask.to(...).")
+        raise ShapeMismatch(
+            f"block_mask is on {block_mask.kv_num_blocks.device}, query is on {query.device}. Use block_mask.to(...)."
+        )
     entry = _masks.get(id(block_mask))
     if entry is None or entry[0]() is not block_mask:
         ident = id(block_mask)

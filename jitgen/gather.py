@@ -131,7 +131,9 @@ class SymTensor(Traced):
         missing = len(self.axes) - used
         if missing < 0:
             rank = len(self.axes)
-            refuse(f"captured tensor '{self.capture.name}' has {rank} axes left, got {used} indices. Index at most {rank} axes.")
+            refuse(
+                f"captured tensor '{self.capture.name}' has {rank} axes left, got {used} indices. Index at most {rank} axes."
+            )
         out: list[Any] = []
         for it in items:
             out.extend([slice(None)] * missing if it is Ellipsis else [it])

@@ -65,7 +65,9 @@ class Guards:
         ident = (kind, path, id(payload) if kind in ("is", "type", "code") else repr(payload))
         self._rows.setdefault(ident, (kind, path, payload))
 
-    def compile(self, roots: Sequence[str], values: Sequence[Path], scalars: dict[int, Path]) -> Callable[..., list[object] | None]:
+    def compile(
+        self, roots: Sequence[str], values: Sequence[Path], scalars: dict[int, Path]
+    ) -> Callable[..., list[object] | None]:
         """Function of the roots that returns the captured values, or None when a guard fails."""
         writer = _Writer()
         for kind, path, payload in self._rows.values():

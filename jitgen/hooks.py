@@ -76,7 +76,9 @@ def check_hook(kind: str, hook: Any) -> Signature:
     Errors:  VariantError naming the hook, the parameters expected and those found.
     """
     if not callable(hook):
-        raise VariantError(f"{kind} is {hook!r} of type {type(hook).__name__}, expected a function ({', '.join(POSITIONAL[kind])}).")
+        raise VariantError(
+            f"{kind} is {hook!r} of type {type(hook).__name__}, expected a function ({', '.join(POSITIONAL[kind])})."
+        )
     found, wanted = signature_of(hook), POSITIONAL[kind]
     if not found.required <= len(wanted) <= found.accepted:
         raise VariantError(
@@ -148,9 +150,13 @@ class HookTracer:
         if sink is None or (callable(sink) and not isinstance(sink, torch.Tensor)):
             return self.value("sink", sink, "f32")
         if isinstance(sink, torch.Tensor) and sink.dim() > 1:
-            raise VariantError(f"sink has shape {tuple(sink.shape)}, expected [num_q_heads]. Flatten it, or pass (b, h) -> logit.")
+            raise VariantError(
+                f"sink has shape {tuple(sink.shape)}, expected [num_q_heads]. Flatten it, or pass (b, h) -> logit."
+            )
         if isinstance(sink, bool) or not isinstance(sink, (torch.Tensor, int, float)):
-            raise VariantError(f"sink is {sink!r} of type {type(sink).__name__}, expected a tensor [num_q_heads], a number or (b, h) -> logit.")
+            raise VariantError(
+                f"sink is {sink!r} of type {type(sink).__name__}, expected a tensor [num_q_heads], a number or (b, h) -> logit."
+            )
         wrapped = self.captures.wrap(sink, Path(None, "root", "sink"), "sink")
         per_head = isinstance(sink, torch.Tensor) and sink.dim() == 1
 
@@ -219,7 +225,11 @@ def _state_of(norm: OnlineNorm) -> tuple[tuple[str, ...], tuple[float, ...]]:
 
 
 def _shown(value: object) -> str:
-    return f"{value!r} of type {type(value).__name__}" if not isinstance(value, torch.Tensor) else f"a tensor of shape {tuple(value.shape)}"
+    return (
+        f"{value!r} of type {type(value).__name__}"
+        if not isinstance(value, torch.Tensor)
+        else f"a tensor of shape {tuple(value.shape)}"
+    )
 
 
 _CONVERT = {"bool": "Compare the value, or put the bias in score_mod.", "f32": "Return a number."}
@@ -337,4 +347,6 @@ def with_slots(program: Program, found: Sequence[Capture]) -> tuple[Program, lis
         weight, rescale, *next_state, finalize, lse = map(new, norm.roots())
         norm = NormProgram(norm.state_names, norm.state_init, weight, rescale, tuple(next_state), finalize, lse, norm.order)  # type: ignore[arg-type]
     slots = tuple(c.as_slot() for c in used)
-    return Program(new(program.score), new(program.mask), new(program.sink), norm, new(program.output), new(program.lse), slots), used
+    return Program(
+        new(program.score), new(program.mask), new(program.sink), norm, new(program.output), new(program.lse), slots
+    ), used

@@ -30,7 +30,7 @@ INDEX_DTYPE = {
 class Expr:
     """One IR node. Compared and hashed by identity: equal content means the same object."""
 
-    __slots__ = ("op", "args", "attr", "dtype", "key", "_deps", "__weakref__")
+    __slots__ = ("__weakref__", "_deps", "args", "attr", "dtype", "key", "op")
 
     def __init__(self, op: str, args: tuple[Expr, ...], attr: object, dtype: str, key: bytes) -> None:
         self.op, self.args, self.attr, self.dtype, self.key = op, args, attr, dtype, key

@@ -77,9 +77,7 @@ def with_line_directives(rendered: Rendered, template_root: str) -> str:
     return "\n".join(_mapped(lines, rendered.origins, start, template_root))
 
 
-def _mapped(
-    lines: list[str], origins: tuple[tuple[str, int] | None, ...], start: int, root: str
-) -> Iterable[str]:
+def _mapped(lines: list[str], origins: tuple[tuple[str, int] | None, ...], start: int, root: str) -> Iterable[str]:
     expected: tuple[str, int] | None = None
     for i, line in enumerate(lines):
         origin = origins[i] if i < len(origins) else None

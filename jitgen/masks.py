@@ -51,7 +51,9 @@ def _with_context(caller: str, mask_mods: tuple[Mask, ...]) -> Parts:
         raise VariantError(f"{caller} got no mask. Pass at least one mask_mod.")
     for mask in mask_mods:
         if not callable(mask):
-            raise VariantError(f"{caller} got {mask!r} of type {type(mask).__name__}, expected functions (b, h, q_idx, kv_idx).")
+            raise VariantError(
+                f"{caller} got {mask!r} of type {type(mask).__name__}, expected functions (b, h, q_idx, kv_idx)."
+            )
     return tuple((mask, _required_keywords(mask)) for mask in mask_mods)
 
 
@@ -107,5 +109,7 @@ def sorted(t: torch.Tensor) -> torch.Tensor:
     falls = (t[1:] < t[:-1]).nonzero()
     if len(falls):
         at = int(falls[0]) + 1
-        raise VariantError(f"sorted got a tensor that falls from {t[at - 1].item()} to {t[at].item()} at index {at}. Sort it first.")
+        raise VariantError(
+            f"sorted got a tensor that falls from {t[at - 1].item()} to {t[at].item()} at index {at}. Sort it first."
+        )
     return t.as_subclass(SortedTensor)

@@ -63,10 +63,12 @@ _UNARY: dict[str, Callable[[Expr], Expr]] = {
     **{name: arith.op(name) for name in (
         "exp", "exp2", "log", "log2", "log1p", "tanh", "sigmoid", "erf", "sin", "cos", "sqrt", "rsqrt", "silu", "sign", "relu",
     )},
-    "expit special_expit": arith.op("sigmoid"), "logsigmoid log_sigmoid": arith.op("logsigmoid"), "tanh_approx": arith.op("tanh_approx"),
+    "expit special_expit": arith.op("sigmoid"), "logsigmoid log_sigmoid": arith.op("logsigmoid"),
+    "tanh_approx": arith.op("tanh_approx"),
     "abs absolute fabs": arith.op("abs"), "neg negative": arith.neg, "positive": lambda a: a, "sgn": arith.op("sign"),
     "floor": arith.round_like("floor"), "ceil": arith.round_like("ceil"), "trunc fix": arith.round_like("trunc"),
-    "isfinite": arith.classify("isfinite", True), "isnan": arith.classify("isnan", False), "isinf": arith.classify("isinf", False),
+    "isfinite": arith.classify("isfinite", True), "isnan": arith.classify("isnan", False),
+    "isinf": arith.classify("isinf", False),
     "logical_not": _bool_op("not"), "bitwise_not": arith.invert,
     "square": lambda a: make("mul", a, a), "reciprocal": lambda a: make("truediv", const(1.0), a),
     "relu6": lambda a: make("min", make("relu", a), const(6.0)),
@@ -78,7 +80,8 @@ _BINARY: dict[str, Callable[[Expr, Expr], Expr]] = {
     "bitwise_and": arith.bit_and, "bitwise_or": arith.bit_or, "bitwise_xor": arith.bit_xor,
     "bitwise_left_shift": arith.op("shl"), "bitwise_right_shift": arith.op("shr"),
     "logical_and": _bool_op("and"), "logical_or": _bool_op("or"), "logical_xor": _bool_op("ne"),
-    "eq": arith.COMPARE["eq"], "ne not_equal": arith.COMPARE["ne"], "lt less": arith.COMPARE["lt"], "le less_equal": arith.COMPARE["le"],
+    "eq": arith.COMPARE["eq"], "ne not_equal": arith.COMPARE["ne"], "lt less": arith.COMPARE["lt"],
+    "le less_equal": arith.COMPARE["le"],
     "gt greater": arith.COMPARE["gt"], "ge greater_equal": arith.COMPARE["ge"],
 }  # fmt: skip
 

@@ -82,7 +82,9 @@ class ObjectProxy:
         return self._wrap(getattr(obj, name), path.attr(name), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        refuse(f"a hook assigns attribute '{name}' of a {type(self._jg_object).__name__}. Hooks are pure: use a local variable.")
+        refuse(
+            f"a hook assigns attribute '{name}' of a {type(self._jg_object).__name__}. Hooks are pure: use a local variable."
+        )
 
     def _special(self, name: str, *args: Any) -> Any:
         if inspect.getattr_static(type(self._jg_object), name, None) is None:

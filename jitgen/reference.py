@@ -80,7 +80,12 @@ def run_program(
         out, lse = _normalise(program.norm, values, logits, v, leaves)
     else:
         out, lse = _softmax(program.sink, values, logits, v, leaves)
-    row = {**leaves, "o": out, "d": torch.arange(v.shape[3], device=q.device), "head_dim_v": torch.tensor(v.shape[3], device=q.device)}
+    row = {
+        **leaves,
+        "o": out,
+        "d": torch.arange(v.shape[3], device=q.device),
+        "head_dim_v": torch.tensor(v.shape[3], device=q.device),
+    }
     if lse is not None:
         row["lse"] = lse
     if program.output is not None:
@@ -108,7 +113,13 @@ def index_leaves(
         shape[axis] = n
         return torch.arange(first, first + n, device=device).view(shape)
 
-    numbers = {"q_len": q_len, "kv_len": kv_len, "ctx_len": kv_len - q_len, "num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads}
+    numbers = {
+        "q_len": q_len,
+        "kv_len": kv_len,
+        "ctx_len": kv_len - q_len,
+        "num_q_heads": num_q_heads,
+        "num_kv_heads": num_kv_heads,
+    }
     return {
         "b": along(0, batch),
         "h": along(1, num_q_heads),

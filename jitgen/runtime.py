@@ -20,7 +20,7 @@ class CompiledKernel:
     kernel does not stop other Python threads.
     """
 
-    __slots__ = ("launch", "pack", "path", "spec", "_library")
+    __slots__ = ("_library", "launch", "pack", "path", "spec")
 
     def __init__(self, path: Path, spec: KernelSpec, fields: tuple[ArgField, ...]) -> None:
         self.path, self.spec = path, spec

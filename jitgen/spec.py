@@ -6,7 +6,6 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
-from jitgen.errors import UnsupportedDtype, UnsupportedVariant, VariantError
 from jitgen.ir import _attr_bytes
 from jitgen.program import Program
 from jitgen.target import CompileTarget

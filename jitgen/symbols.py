@@ -159,7 +159,9 @@ class Sym(Traced):
         parts = item if isinstance(item, tuple) else (item,)
         if all(p is None or p is Ellipsis for p in parts):
             return self
-        refuse(f"{describe(self.expr)} is a single number and cannot be indexed with {item!r}. Index a captured tensor instead.")
+        refuse(
+            f"{describe(self.expr)} is a single number and cannot be indexed with {item!r}. Index a captured tensor instead."
+        )
 
     # ---- where Python wants a plain value ----
     def __bool__(self) -> bool:
@@ -266,7 +268,9 @@ def _constant_tensor(t: torch.Tensor) -> Expr | tuple[Expr, ...]:
     """A tensor the hook made itself (captured ones arrive as stand-ins), such as ``torch.tensor(-math.inf)``."""
     dtype = TORCH_TO_IR.get(t.dtype)
     if dtype is None or t.dim() > 1 or t.numel() > MAX_UNROLL:
-        refuse(f"a tensor of shape {tuple(t.shape)} and dtype {t.dtype} is made inside the hook. Make it outside and capture it.")
+        refuse(
+            f"a tensor of shape {tuple(t.shape)} and dtype {t.dtype} is made inside the hook. Make it outside and capture it."
+        )
     if t.dim() == 0:
         return ir.const(t.item(), dtype)
     return tuple(ir.const(v, dtype) for v in t.tolist())

@@ -21,12 +21,10 @@ MIN_GCC = 10
 MIN_CLANG = 12
 
 CXX_REMEDY = (
-    "Install one: 'apt install g++', 'dnf install gcc-c++' or 'conda install -c conda-forge gxx', "
-    "or name one in JITGEN_CXX"
+    "Install one: 'apt install g++', 'dnf install gcc-c++' or 'conda install -c conda-forge gxx', or name one in JITGEN_CXX"
 )
 OPENMP_REMEDY = (
-    "Install it: 'apt install libomp-dev' or 'dnf install libomp-devel'; or use g++, which brings its own, "
-    "through JITGEN_CXX"
+    "Install it: 'apt install libomp-dev' or 'dnf install libomp-devel'; or use g++, which brings its own, through JITGEN_CXX"
 )
 TOOLKIT_REMEDY = (
     "Install a CUDA toolkit: 'pip install jitgen[nvcc]', your system's cuda-toolkit package, or "
@@ -140,9 +138,7 @@ def require_toolkit() -> Toolkit:
 
 
 @lru_cache(maxsize=8)
-def _search_toolkit(
-    nvcc_named: str | None, home: Path | None, search_path: str
-) -> tuple[Toolkit | None, tuple[str, ...]]:
+def _search_toolkit(nvcc_named: str | None, home: Path | None, search_path: str) -> tuple[Toolkit | None, tuple[str, ...]]:
     """First complete toolkit, and what the incomplete ones before it lack; one that the user names is the only try."""
     if nvcc_named is not None and shutil.which(nvcc_named, path=search_path) is None:
         return None, (f"JITGEN_NVCC={nvcc_named} is not a program on this machine",)

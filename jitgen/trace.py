@@ -49,7 +49,9 @@ class Tracer:
     def count_op(self) -> None:
         self._num_ops += 1
         if self._num_ops > MAX_NODES:
-            refuse(f"{self.hook} traced more than {MAX_NODES} operations. Shorten its loops, or precompute a tensor and index it.")
+            refuse(
+                f"{self.hook} traced more than {MAX_NODES} operations. Shorten its loops, or precompute a tensor and index it."
+            )
 
     def concrete(self, value: Expr) -> bool | int | float | None:
         """Present value of an expression of captured scalars alone (guarded), or None."""
@@ -164,7 +166,9 @@ class Tracer:
             error, place = e, raised_at(e.__traceback__)
         way = "".join(f" {'' if answer else 'not '}{condition}," for condition, answer in self._path).rstrip(",")
         if isinstance(error, AssertionError) and way:
-            message = f"{self.hook} asserts on values known only in the kernel:{way}. Remove the assert, or mask with torch.where."
+            message = (
+                f"{self.hook} asserts on values known only in the kernel:{way}. Remove the assert, or mask with torch.where."
+            )
         else:
             when = f" when{way}" if way else ""
             message = f"{self.hook} raised {type(error).__name__}{when}: {error}. {_remedy(error, place)}"

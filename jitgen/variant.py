@@ -119,7 +119,9 @@ class Variant:
         names = _find(new._hooks, new._bound)[0].names
         unknown = [name for name in values if name not in names]
         if unknown:
-            raise VariantError(f"bind got '{unknown[0]}', which no hook captures. Captured: {', '.join(sorted(names)) or 'nothing'}.")
+            raise VariantError(
+                f"bind got '{unknown[0]}', which no hook captures. Captured: {', '.join(sorted(names)) or 'nothing'}."
+            )
         return new
 
 
@@ -133,7 +135,9 @@ def _instance(norm: object) -> OnlineNorm | None:
         try:
             return norm()
         except TypeError as e:
-            raise VariantError(f"softmax is the class {norm.__name__}, which needs arguments ({e}). Pass an instance.") from None
+            raise VariantError(
+                f"softmax is the class {norm.__name__}, which needs arguments ({e}). Pass an instance."
+            ) from None
     if norm is not None and not isinstance(norm, OnlineNorm):
         raise VariantError(f"softmax is {norm!r} of type {type(norm).__name__}, expected a subclass of jitgen.OnlineNorm.")
     return norm
@@ -156,8 +160,8 @@ def hooks_of(definition: Any) -> tuple[tuple[Any, ...], str | None]:
         return tuple(found.values()), getattr(definition, "q_index", None)
     if not callable(definition):
         raise VariantError(
-            f"variant is {definition!r} of type {type(definition).__name__}, expected a jitgen.Variant, a score_mod or mask_mod, "
-            f"or an object with one of {', '.join(HOOKS)}."
+            f"variant is {definition!r} of type {type(definition).__name__}, expected a jitgen.Variant, a score_mod or "
+            f"mask_mod, or an object with one of {', '.join(HOOKS)}."
         )
     kind = _KIND_OF_COUNT.get(_positional_count(definition))
     if kind is None:

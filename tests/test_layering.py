@@ -104,9 +104,7 @@ def test_module_imports_only_what_lies_below_it(module):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(
-    "path", source_files("jitgen", "cache", "tests", "examples"), ids=lambda p: str(p.relative_to(ROOT))
-)
+@pytest.mark.parametrize("path", source_files("jitgen", "cache", "tests", "examples"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_directories_of_the_checkout_are_imported_by_their_installed_names(path):
     wrong = [
         f"{path}:{line}: imports {name}"

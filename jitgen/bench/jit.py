@@ -194,8 +194,7 @@ class JitSuite:
         """Modules built against kernels that differ."""
         parts = ("variants", "shapes", "calls", "distinct", "modules")
         rows = [
-            (name, *(str(found[part]) for part in parts), f"{found['seconds']:.1f}")
-            for name, found in self.modules.items()
+            (name, *(str(found[part]) for part in parts), f"{found['seconds']:.1f}") for name, found in self.modules.items()
         ]
         heads = ("contender", "variants", "shapes", "calls", "distinct\nkernels", "modules\nbuilt", "seconds\nin all")
         return Table(f"jit, {self.config.device}: modules of many variants on many shapes", heads, tuple(rows))

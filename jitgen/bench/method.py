@@ -23,7 +23,7 @@ Call = Callable[[], object]
 
 FLUSH_BYTES = 256 << 20  # five times the 50 MB of L2 of an H100
 CYCLES_PER_US = 2000  # of torch.cuda._sleep, rounded up: an H100 runs at no more than 1980 MHz
-PAUSE_S = 0.03  # before a CPU sample: OpenMP workers of the contender before still spin, for up to 15 ms
+PAUSE_S = 0.01  # before a CPU sample: OpenMP workers of the contender before still spin for a moment; 30 ms cost SDPA 20 %
 WARM_UPS = 3
 
 
@@ -185,9 +185,7 @@ def captured(call: Call) -> Call:
     return replay
 
 
-def interleave(
-    calls: Mapping[str, Call], timer: Timer, budget: Budget, seed: int = 0
-) -> dict[str, Samples | Exception]:
+def interleave(calls: Mapping[str, Call], timer: Timer, budget: Budget, seed: int = 0) -> dict[str, Samples | Exception]:
     """Time contenders in turns until the budget of each is spent."""
     order, rng = list(calls), random.Random(seed)
     values: dict[str, list[float]] = {name: [] for name in order}

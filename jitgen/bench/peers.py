@@ -68,9 +68,7 @@ def prepare_sdpa(problem: Problem, backend: str | None) -> Prepared:
     hooks, q, k, v = problem.hooks, problem.q, problem.k, problem.v
     if not hooks.is_builtin or hooks.softcap is not None or hooks.window_left is not None:
         raise Unsupported("SDPA's fused kernels have no such score or mask")
-    call = partial(
-        F.scaled_dot_product_attention, q, k, v, is_causal=hooks.is_causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    call = partial(F.scaled_dot_product_attention, q, k, v, is_causal=hooks.is_causal, enable_gqa=q.shape[1] != k.shape[1])
     if backend is None:
         return call
     chosen = getattr(SDPBackend, backend)

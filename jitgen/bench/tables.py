@@ -161,8 +161,7 @@ def area_table(title: str, results: Sequence[Result]) -> Table:
     """Area speed of all variants relative to our plain kernels."""
     ours = names(results, ours=True)
     rows = [
-        (f"our {plain}", *[mean_text(list(area_ratios(results, name, plain).values())) for name in ours])
-        for plain in PLAIN
+        (f"our {plain}", *[mean_text(list(area_ratios(results, name, plain).values())) for name in ours]) for plain in PLAIN
     ]
     return Table(f"{title}: speed per visited area over our plain kernels, {MEAN}", ("plain", *ours), tuple(rows))
 
@@ -211,9 +210,6 @@ def summary(results: Sequence[Result]) -> dict[str, object]:
             ratios = speed_ups(results, ours, peer)
             over[peer or "best"] = {"geometric_mean": geometric_mean(ratios.values()), "cells": ratios}
         areas = {plain: area_ratios(results, ours, plain) for plain in PLAIN}
-        area = {
-            plain: {"geometric_mean": geometric_mean(ratios.values()), "cells": ratios}
-            for plain, ratios in areas.items()
-        }
+        area = {plain: {"geometric_mean": geometric_mean(ratios.values()), "cells": ratios} for plain, ratios in areas.items()}
         found[ours] = {"speed_up_over": over, "area_speed_over_our": area}
     return found

@@ -106,7 +106,9 @@ def compile_both(make, dtype, head_dim, head_dim_v, directory: Path) -> tuple[ob
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
     command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *COMMON_FLAGS, *targets]
     command += ["--threads=2", "-Xptxas=-v", f"-I{directory / 'include'}", "-fatbin", "-o", str(binary), str(kernel)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=toolchain.clean_environment())
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=toolchain.clean_environment()
+    )
     assert done.returncode == 0, done.stdout
     return spec, binary, done.stdout
 
@@ -142,5 +144,10 @@ def test_module_uses_tensor_cores_and_asynchronous_copies(module):
         sass = disassemble(binary, "-arch", f"sm_{arch}")
         missing = [f"{name} ({ptx})" for name, ptx in SASS.items() if not re.search(rf"\b{name}\b", sass)]
         assert not missing, f"sm_{arch} has no {', '.join(missing)}"
-        local, all_of_it = len(re.findall(r"\b(?:LDL|STL)\b", sass)), len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE))
-        assert local <= (LOCAL_SHARE * all_of_it if spec.head_dim in SPILL else 0), f"sm_{arch}: {local} of {all_of_it} use local memory"
+        local, all_of_it = (
+            len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+            len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
+        )
+        assert local <= (LOCAL_SHARE * all_of_it if spec.head_dim in SPILL else 0), (
+            f"sm_{arch}: {local} of {all_of_it} use local memory"
+        )

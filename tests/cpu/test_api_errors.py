@@ -32,8 +32,8 @@ def test_attention_refuses_shapes_that_do_not_fit(shapes, words):
 
 
 def test_attention_refuses_what_is_no_tensor():
-    q, k, v = tensors()
-    with pytest.raises(TypeError, match="k is a list, expected a torch.Tensor"):
+    q, _, v = tensors()
+    with pytest.raises(TypeError, match=r"k is a list, expected a torch\.Tensor"):
         jitgen.attention(q, [1.0], v)
 
 
@@ -57,7 +57,7 @@ def test_attention_refuses_devices_without_kernels():
 
 def test_attention_refuses_sparse_tensors():
     q, k, v = tensors()
-    with pytest.raises(errors.UnsupportedDevice, match="layout torch.sparse_coo"):
+    with pytest.raises(errors.UnsupportedDevice, match=r"layout torch\.sparse_coo"):
         jitgen.attention(q, k.to_sparse(), v)
 
 
@@ -105,7 +105,9 @@ def test_attention_refuses_an_out_that_does_not_fit(out, error, words):
 
 def test_attention_refuses_captures_too_small_for_the_positions_they_serve():
     bias = torch.zeros(5)
-    with pytest.raises(errors.ShapeMismatch, match="captured tensor 'bias' has size 5 along axis 0, which kv_idx indexes up to 7"):
+    with pytest.raises(
+        errors.ShapeMismatch, match="captured tensor 'bias' has size 5 along axis 0, which kv_idx indexes up to 7"
+    ):
         jitgen.attention(*tensors(), score_mod=lambda s, b, h, q_idx, kv_idx: s + bias[kv_idx])
 
 

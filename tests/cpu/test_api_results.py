@@ -75,7 +75,7 @@ def test_attention_takes_every_head_dim(head_dim, head_dim_v):
 def test_attention_counts_queries_from_the_end_of_the_keys(q_len, kv_len, heads, kv_heads):
     q, k, v = inputs(2, heads, kv_heads, q_len, kv_len, 64)
     if q_len > kv_len:
-        with pytest.raises(jitgen.errors.ShapeMismatch, match="q_len .* is larger than kv_len"):
+        with pytest.raises(jitgen.errors.ShapeMismatch, match=r"q_len .* is larger than kv_len"):
             jitgen.attention(q, k, v, mask_mod=causal)
     else:
         want, lse = exact(q, k, v, is_causal=True)

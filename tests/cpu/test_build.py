@@ -88,9 +88,7 @@ def render(): raise AssertionError("rendered on a hit")
 print(build.get_module("spec", "cpu", "test kernel", render, target.detect_cpu()))
 """
     environment = {**os.environ, "JITGEN_CACHE_DIR": str(module.parent.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.strip() == str(module)
 
 

@@ -60,9 +60,7 @@ def test_line_map_does_not_change_the_entry() -> None:
 
 def test_entry_holds_source_key_log_and_manifest() -> None:
     entry = get_module(request(), FakeBuilder()).parent
-    assert {path.name for path in entry.iterdir()} == {
-        *("kernel.cpp", "module.so", "build.log", "key.json", "manifest.json")
-    }
+    assert {path.name for path in entry.iterdir()} == {*("kernel.cpp", "module.so", "build.log", "key.json", "manifest.json")}
 
 
 def test_store_is_private_to_the_user(private_store: Path) -> None:
@@ -87,9 +85,7 @@ def test_prebuilt_layer_serves_a_machine_with_another_compiler(
 def test_frozen_mode_refuses_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JITGEN_MODE", "frozen")
     builder = FakeBuilder()
-    with pytest.raises(
-        KernelNotPrebuilt, match="JITGEN_MODE=frozen and no prebuilt layer holds cpu kernel 'fake kernel'"
-    ):
+    with pytest.raises(KernelNotPrebuilt, match="JITGEN_MODE=frozen and no prebuilt layer holds cpu kernel 'fake kernel'"):
         get_module(request(), builder)
     assert builder.num_builds == 0
 

@@ -57,9 +57,7 @@ INDEXED = {
     "permuted": lambda b, h, q, k: CUBE.permute(2, 0, 1)[k, h, q] > 9,
     "squeezed": lambda b, h, q, k: FOUR.squeeze(0)[h, q, k] > 9,
     "converted": lambda b, h, q, k: (TABLE.float()[q, k] * 0.5 > 4.4) & (TABLE.bool()[q, k]),
-    "shape": lambda b, h, q, k: (
-        (k < TABLE.shape[1] - 2) & (q < TABLE.size(0) - 1) & (k < len(ROW)) & (q < CUBE.ndim + 2)
-    ),
+    "shape": lambda b, h, q, k: (k < TABLE.shape[1] - 2) & (q < TABLE.size(0) - 1) & (k < len(ROW)) & (q < CUBE.ndim + 2),
     "embedding": lambda b, h, q, k: torch.nn.functional.embedding(q, TABLE)[2] > k,
     "list of tensors": lambda b, h, q, k: (ROWS[0][k] > 2) | (ROWS[-1][k] > 8),
     "loop over tensors": lambda b, h, q, k: any((row[k] == q) for row in ROWS),
@@ -73,10 +71,7 @@ INDEXED = {
 def test_indexing_means_what_it_means_in_torch(name):
     mask = INDEXED[name]
     want = torch.tensor(
-        [
-            [[bool(mask(*map(torch.tensor, (0, h, q, k)))) for k in range(KV_LEN)] for q in range(Q_LEN)]
-            for h in range(HEADS)
-        ]
+        [[[bool(mask(*map(torch.tensor, (0, h, q, k)))) for k in range(KV_LEN)] for q in range(Q_LEN)] for h in range(HEADS)]
     )
     traced = jitgen.Variant(mask_mod=mask).trace()
     got = mask_of(traced.program, traced.values(), num_q_heads=HEADS, q_len=Q_LEN, kv_len=KV_LEN)[0]

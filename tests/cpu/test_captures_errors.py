@@ -43,9 +43,7 @@ def test_capture_is_refused_by_name(name):
 
 def test_numpy_array_is_refused_with_the_way_to_capture_it():
     table = torch.zeros(4).numpy()
-    with pytest.raises(
-        UnsupportedVariant, match=r"captured NumPy array 'table' of shape \(4,\)\. Capture torch\.from_numpy"
-    ):
+    with pytest.raises(UnsupportedVariant, match=r"captured NumPy array 'table' of shape \(4,\)\. Capture torch\.from_numpy"):
         jitgen.Variant(mask_mod=lambda b, h, q, k: table[k] > 0)
 
 

@@ -129,8 +129,6 @@ def test_proof_is_compiled_for_the_gpu_that_is_there(gpus, arch, monkeypatch):
 
 @pytest.mark.skipif(toolchain.find_toolkit() is None or toolchain.find_cxx() is None, reason="no CUDA toolkit here")
 def test_proof_compiles_without_a_gpu(no_gpu, monkeypatch):
-    monkeypatch.setattr(
-        doctor_cuda, "check_torch_build", lambda needed: Finding("", "torch", NOTE, "built without CUDA")
-    )
+    monkeypatch.setattr(doctor_cuda, "check_torch_build", lambda needed: Finding("", "torch", NOTE, "built without CUDA"))
     found = by_name(doctor_cuda.check_cuda())["compiling"]
     assert found.status == OK and "nothing here to run it on" in found.text

@@ -19,9 +19,7 @@ def refused_line(function) -> int:
     """The line marked ``# here``, else the one that defines the function."""
     lines, first = inspect.getsourcelines(function)
     marked = [i for i, line in enumerate(lines) if "# here" in line]
-    return first + (
-        marked[0] if marked else next(i for i, line in enumerate(lines) if line.lstrip().startswith("def "))
-    )
+    return first + (marked[0] if marked else next(i for i, line in enumerate(lines) if line.lstrip().startswith("def ")))
 
 
 # ---- hooks that do what a kernel cannot ----

@@ -102,7 +102,7 @@ def test_masks_combined_by_torch_trace():
 
 def test_grouped_query_attention_must_be_asked_for():
     q, k, v = inputs(heads=8, kv_heads=2)
-    with pytest.raises(errors.ShapeMismatch, match="key has 2 heads, query has 8.*enable_gqa=True"):
+    with pytest.raises(errors.ShapeMismatch, match=r"key has 2 heads, query has 8.*enable_gqa=True"):
         jitgen.flex_attention(q, k, v)
     assert_same(jitgen.flex_attention(q, k, v, enable_gqa=True), flex.flex_attention(q, k, v, enable_gqa=True))
 

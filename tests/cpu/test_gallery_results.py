@@ -34,9 +34,7 @@ def float32_bound(kv_len, want, tensors, variant, q_index):
     eps = torch.finfo(torch.float32).eps
     size = max(1.0, want.abs().max().item())
     bound = max(4 * largest_error(plain, want), eps * math.sqrt(kv_len) * size)
-    assert bound < 3e-5 * size, (
-        f"the case is too badly conditioned to prove anything: bound {bound:.2g}, values to {size:.2g}"
-    )
+    assert bound < 3e-5 * size, f"the case is too badly conditioned to prove anything: bound {bound:.2g}, values to {size:.2g}"
     return bound
 
 

@@ -158,9 +158,7 @@ def test_operation_means_in_a_kernel_what_it_means_in_torch(functions, q_offset)
             if not torch.allclose(got, want, rtol=rtol, atol=rtol):
                 at = (got - want).abs().nan_to_num(torch.inf).argmax()
                 row, column = divmod(int(at), KV_LEN)
-                wrong.append(
-                    f"{name}: {who} {got[row, column]}, torch {want[row, column]} at q {row + q_offset} k {column}"
-                )
+                wrong.append(f"{name}: {who} {got[row, column]}, torch {want[row, column]} at q {row + q_offset} k {column}")
     assert not wrong, "\n" + "\n".join(wrong)
 
 

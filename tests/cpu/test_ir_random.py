@@ -149,9 +149,7 @@ def test_random_conditions_agree_and_their_tiles_are_never_wrong(seed):
     traced = variant.trace()
     want = torch.stack([in_python(source, h) for h in range(3)]).bool()
     lengths = {"q_len": Q_LEN, "kv_len": KV_LEN, "q_offset": Q_OFFSET}
-    assert torch.equal(jitgen.reference.mask_of(traced.program, traced.values(), num_q_heads=3, **lengths)[0], want), (
-        source
-    )
+    assert torch.equal(jitgen.reference.mask_of(traced.program, traced.values(), num_q_heads=3, **lengths)[0], want), source
     for tile_q, tile_kv in ((1, 1), (4, 8), (7, 3), (16, 16), (21, 40)):
         found = classify(traced.program, traced.values(), num_q_heads=3, tile_q=tile_q, tile_kv=tile_kv, **lengths)
         rows, columns = torch.arange(Q_LEN) // tile_q, torch.arange(KV_LEN) // tile_kv

@@ -69,9 +69,7 @@ def call(case, z: Sizes, i: int, **options):
     variant = case.make(z)
     norm = variant.trace().program.norm
     return_lse = bool(i % 2) and (norm is None or norm.lse is not None)
-    jitgen.attention(
-        *inputs(z, transposed=i % 3 == 0, **options), variant, return_lse=return_lse, scale=[None, 0.5 + i][i % 2]
-    )
+    jitgen.attention(*inputs(z, transposed=i % 3 == 0, **options), variant, return_lse=return_lse, scale=[None, 0.5 + i][i % 2])
 
 
 # Cases that are the same kernel though written differently.

@@ -92,9 +92,7 @@ def test_old_compiler_is_refused_with_its_version(tmp_path: Path, monkeypatch: p
     ],
     ids=["gcc", "clang"],
 )
-def test_compiler_identity_has_no_path(
-    line: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiler_identity_has_no_path(line: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JITGEN_CXX", str(program(tmp_path / "cxx", f"echo '{line}'")))
     assert toolchain.require_cxx().version == version
 

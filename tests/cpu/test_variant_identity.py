@@ -202,9 +202,7 @@ def test_rebound_global_function_is_noticed(monkeypatch):
 
 def test_changed_attribute_and_item_are_noticed():
     sizes = {"window": 3, "rest": (1, [2])}
-    variant = Variant(
-        mask_mod=lambda b, h, q, k: (q - k < sizes["window"]) & (k > LIMITS.low) & (k < sizes["rest"][1][0])
-    )
+    variant = Variant(mask_mod=lambda b, h, q, k: (q - k < sizes["window"]) & (k > LIMITS.low) & (k < sizes["rest"][1][0]))
     program = variant.trace().program
     sizes["window"], sizes["rest"][1][0] = 30, 20
     again = variant.trace()

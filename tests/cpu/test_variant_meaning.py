@@ -31,9 +31,7 @@ def chosen(case: Case) -> torch.Tensor:
     """Elements to compare, as flat indices: all of them where torch.vmap takes the hook."""
     total = torch.Size(SHAPE).numel()
     return (
-        torch.randperm(total, generator=torch.Generator().manual_seed(2))[:NUM_SAMPLES]
-        if case.forks
-        else torch.arange(total)
+        torch.randperm(total, generator=torch.Generator().manual_seed(2))[:NUM_SAMPLES] if case.forks else torch.arange(total)
     )
 
 
@@ -50,9 +48,7 @@ def computed(hook, arguments, forks: bool):
 
 def positions(q_offset):
     """b, h, q_idx and kv_idx of every element, as flat tensors."""
-    b, h, q, k = torch.meshgrid(
-        *(torch.arange(n) for n in (SIZES.batch, SIZES.num_q_heads, Q_LEN, KV_LEN)), indexing="ij"
-    )
+    b, h, q, k = torch.meshgrid(*(torch.arange(n) for n in (SIZES.batch, SIZES.num_q_heads, Q_LEN, KV_LEN)), indexing="ij")
     return [t.flatten() for t in (b, h, q + q_offset, k)]
 
 

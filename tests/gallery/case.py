@@ -66,9 +66,7 @@ class Case:
 CASES: dict[str, Case] = {}
 
 
-def case(
-    row: str, *, forks: bool = False
-) -> Callable[[Callable[[Sizes], jitgen.Variant]], Callable[[Sizes], jitgen.Variant]]:
+def case(row: str, *, forks: bool = False) -> Callable[[Callable[[Sizes], jitgen.Variant]], Callable[[Sizes], jitgen.Variant]]:
     """Register a function that makes a variant under its own name."""
 
     def register(make: Callable[[Sizes], jitgen.Variant]) -> Callable[[Sizes], jitgen.Variant]:

@@ -82,9 +82,7 @@ def sliding_tile(z: Sizes) -> jitgen.Variant:
         q_tile, kv_tile = q_idx // (tile * tile), kv_idx // (tile * tile)
         row = (q_tile // tiles_across).clamp(reach, tiles_down - 1 - reach)
         column = (q_tile % tiles_across).clamp(reach, tiles_across - 1 - reach)
-        near = (torch.abs(row - kv_tile // tiles_across) <= reach) & (
-            torch.abs(column - kv_tile % tiles_across) <= reach
-        )
+        near = (torch.abs(row - kv_tile // tiles_across) <= reach) & (torch.abs(column - kv_tile % tiles_across) <= reach)
         image = (q_idx < num_image) & (kv_idx < num_image) & near
         to_text = (q_idx < num_image) & (kv_idx >= num_image)
         return image | to_text | (q_idx >= num_image)

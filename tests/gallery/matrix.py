@@ -18,9 +18,7 @@ class Passing(jitgen.OnlineNorm):
         return s, 1.0, st
 
 
-def matrix_inputs(
-    batch: int, num_heads: int, q_len: int, kv_len: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def matrix_inputs(batch: int, num_heads: int, q_len: int, kv_len: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inputs whose logits, with scale 1, are eighths between -8 and 8; values that pick out one key each."""
     q, k = torch.zeros(batch, num_heads, q_len, 8), torch.zeros(batch, num_heads, kv_len, 8)
     q[..., 0] = (torch.arange(q_len) * 5 % 33 - 16) / 8
@@ -38,9 +36,7 @@ def computed_scores(
     return jitgen.attention(*matrix_inputs(batch, num_heads, q_len, kv_len), shown, scale=1.0, q_index=q_index)
 
 
-def evaluated_scores(
-    variant: jitgen.Variant, *, batch: int, num_heads: int, q_len: int, kv_len: int, q_offset: int
-) -> Any:
+def evaluated_scores(variant: jitgen.Variant, *, batch: int, num_heads: int, q_len: int, kv_len: int, q_offset: int) -> Any:
     """The same in float64, from the traced expressions."""
     q, k, _ = matrix_inputs(batch, num_heads, q_len, kv_len)
     score = (q @ k.mT).double()

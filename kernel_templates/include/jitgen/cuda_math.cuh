@@ -48,14 +48,15 @@ JITGEN_FN float minus(float x, Column column) { return x - column.start - column
 // Columns of one thread, counted from its first one in a tile.
 struct ColumnCounter {
   int first, last;   // `last`: that of the keys
-  float first_value, last_value;
-  JITGEN_FN ColumnCounter(int first, int kv_len)
-      : first(first), last(kv_len - 1), first_value(static_cast<float>(first)), last_value(static_cast<float>(kv_len - 1)) {}
+  float first_value;
+  JITGEN_FN ColumnCounter(int first, int kv_len) : first(first), last(kv_len - 1), first_value(static_cast<float>(first)) {}
   JITGEN_FN Column at(int offset) const { return {first + offset, first_value, static_cast<float>(offset)}; }
-  // Columns past the end repeat the last one, so that hooks read nothing outside of what they capture.
+  // The index of columns past the end is that of the last one, so that hooks read nothing outside of what they capture. Their
+  // float goes on: what comes of it is masked, and one more operation an element would be felt.
   JITGEN_FN Column clamped(int offset) const {
-    const Column c = at(offset);
-    return {c.index < last ? c.index : last, ::fminf(as_float(c), last_value), 0.0f};
+    Column c = at(offset);
+    c.index = c.index < last ? c.index : last;
+    return c;
   }
 };
 

@@ -158,6 +158,7 @@ JITGEN_FN void store_rows(const float (&o)[kRowTiles][kOutTiles][4], unsigned ad
                           int row_limit) {
   using Tile = SwizzledTile<kOutTiles * 8>;
   const int lane = threadIdx.x & 31;
+  __syncwarp();   // O leaves through the rows that the warp's Q was read from
   const unsigned mine = address + Tile::offset(lane >> 2, 0) + (lane & 3) * 4;
   const unsigned mine_odd = address + Tile::offset(lane >> 2, 1) + (lane & 3) * 4;
 #pragma unroll
