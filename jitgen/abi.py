@@ -46,6 +46,39 @@ DENSE_ARGS: tuple[ArgField, ...] = (
     *(_int(f"{t}_stride_{axis}", "elements" if axis == "b" else "") for t in "qkvo" for axis in "bhsd"),
 )
 
+SERVING_ARGS: tuple[ArgField, ...] = (
+    _pointer("const void", "q", "[total_q, num_q_heads, head_dim]: the rows of all requests, one after the other"),
+    _pointer("const void", "k", "ragged [total_kv, num_kv_heads, head_dim]; paged [pages, page_size, num_kv_heads, head_dim]"),
+    _pointer("const void", "v", "as k, with head_dim_v"),
+    _pointer("void", "o", "[total_q, num_q_heads, head_dim_v]"),
+    _pointer("float", "lse", "[total_q, num_q_heads], contiguous; null when not wanted"),
+    _pointer("void", "workspace", "partial results of requests that were cut; null when a family needs none"),
+    _pointer("const void", "plan", "what the planner wrote for these lengths"),
+    _pointer("const int", "q_indptr", "[batch + 1] first row of each request in q"),
+    _pointer("const int", "kv_len", "[batch] keys of each request"),
+    _pointer("const int", "kv_start", "[batch] ragged: first row in k; paged: first entry in pages; null: b * page_list_stride"),
+    _pointer("const int", "pages", "page numbers in logical order; null when ragged"),
+    _int("stream", "CUDA stream"),
+    _int("num_threads", "CPU threads; 0: the OpenMP default"),
+    _int("batch"),
+    _int("num_q_heads"),
+    _int("num_kv_heads"),
+    _int("total_q", "rows of q"),
+    _int("page_size", "keys of a page; 0 when ragged"),
+    _int("num_pages", "pages of the cache, or rows of k when ragged: bound of what may be addressed"),
+    _int("page_list_stride", "entries between the page lists of two requests in a block table; 0 with kv_start"),
+    _int("local_rows", "1: q_idx of a request's row i is i; 0: kv_len - q_len + i"),
+    _int("num_ctas", "CTAs the plan was made for"),
+    _int("class_rows", "a request with more than this many q_len * num_q_heads / num_kv_heads rows is left to the prefill kernel"),
+    _int("split", "1: a long request may be cut into pieces; 0: never"),
+    _int("programmatic", "1: the launch may overlap the end of the kernel before it, which must trigger its dependents"),
+    ArgField("double", "scale", "multiplies q . k", "d"),
+    *(_int(f"{t}_stride_{axis}", "elements" if axis == "s" else "") for t in "qo" for axis in "sh"),
+    *(_int(f"{t}_stride_{axis}", "elements; page: 0 when ragged" if axis == "p" else "") for t in "kv" for axis in "psh"),
+)
+
+ARGS_OF_LAYOUT = {"dense": DENSE_ARGS, "ragged": SERVING_ARGS, "paged": SERVING_ARGS}  # by KernelSpec.layout
+
 
 def pack_format(fields: tuple[ArgField, ...]) -> str:
     """Format string for struct.pack: native 8-byte fields in order."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 ERROR_MARKS = ("error:", "error :", "error ", "ptxas fatal", "nvcc fatal", "undefined reference", "cannot find")
 SHOWN_LINES = 6
 SHOWN_COLUMNS = 300
+
+CUDA_RUNTIME = "jitgen/driver_runtime.h"  # what CUDA modules have in place of libcudart
 
 
 def get_module(spec_digest: str, family: str, label: str, make_source: Callable[[], Source], target: CompileTarget) -> Path:
@@ -49,26 +51,41 @@ def build(source: str, *, name: str, target: CompileTarget, includes: Mapping[st
     built before in this process with another source; `label` is what progress and errors call the kernel.
     Errors:  CompileError, with the compiler's complete output in build.log; ToolchainMissing.
     """
-    begun = time.monotonic()
-    for path, text in {f"kernel{target.suffix}": source, **{f"include/{p}": t for p, t in includes.items()}}.items():
+    texts = {f"kernel{target.suffix}": source}
+    if target.kind == "cuda":
+        texts["runtime.cpp"] = f'#include "{CUDA_RUNTIME}"\n'
+    for path, text in {**texts, **{f"include/{p}": t for p, t in includes.items()}}.items():
         file = directory / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    kernel = directory / f"kernel{target.suffix}"
     scratch = directory / "scratch"
-    scratch.mkdir()
-    compile_module = _compiler_for(target)
     with progress_line(f"compiling {label} for {target.isa if target.kind == 'cpu' else target.arch}"):
         try:
-            built, output = compile_module(kernel, directory / "include", target, name.replace("-", "_"), scratch)
+            built, output = _compile([directory / path for path in texts], name.replace("-", "_"), target, scratch)
         except CompilerFailed as failure:
-            raise _compile_error(label, kernel, str(failure)) from None
+            raise _compile_error(label, directory / f"kernel{target.suffix}", str(failure)) from None
     (directory / "build.log").write_text(output)
     module = directory / "module.so"
     os.rename(built, module)
     shutil.rmtree(scratch)
-    logger().info("compiled %s for %s in %.1f s", label, target.arch, time.monotonic() - begun)
     return module
+
+
+def _compile(sources: list[Path], name: str, target: CompileTarget, scratch: Path) -> tuple[Path, str]:
+    """The library and the compiler's output. A CUDA module is small unless it calls what driver_runtime.h does not have."""
+    compile_module = _compiler_for(target)
+    include = sources[0].parent / "include"
+    scratch.mkdir()
+    try:
+        return compile_module(sources, include, target, name, scratch)
+    except CompilerFailed as failure:
+        missing = sorted(set(re.findall(r"undefined reference to `(_*cuda\w+)'", str(failure))))
+        if not missing:
+            raise
+    whole = scratch / "whole"
+    whole.mkdir()
+    built, output = compile_module(sources[:1], include, target, f"{name}_whole", whole, whole_runtime=True)
+    return built, f"linked with libcudart_static: {CUDA_RUNTIME} has no {', '.join(missing)}\n{output}"
 
 
 def _compiler_for(target: CompileTarget) -> Callable[..., tuple[Path, str]]:

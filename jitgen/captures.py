@@ -38,6 +38,7 @@ _FOLLOWED = (
     "jitgen.masks",
     "jitgen.flex",
     "jitgen.bench",
+    "jitgen.compat",
     "jitgen.demo",
 )  # library functions that call the user's: and_masks and the like
 _CONSTANTS = (str, bytes, torch.dtype, torch.device, torch.Size, slice, range, type(Ellipsis), complex, torch.layout)

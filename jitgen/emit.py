@@ -79,9 +79,9 @@ class VariantSection:
     has_output: bool
 
 
-def section_context(section: VariantSection) -> dict[str, object]:
-    """Template context of ``variant.h.jinja``: the fields of the section."""
-    return {f.name: getattr(section, f.name) for f in fields(section)}
+def section_context(section: VariantSection, layout: str = "dense") -> dict[str, object]:
+    """Template context of ``variant.h.jinja``: the fields of the section, and the layout, which says where lengths are."""
+    return {"layout": layout} | {f.name: getattr(section, f.name) for f in fields(section)}
 
 
 def emit_variant(program: Program, *, backend: str, raw_scores: bool = False) -> VariantSection:

@@ -17,6 +17,10 @@ class ShapeMismatch(JitgenError, ValueError):
     """Sizes, strides or head counts of the inputs do not fit together."""
 
 
+class PlanMismatch(JitgenError, ValueError):
+    """A serving call, or the lengths it is given, are not what its plan was made for."""
+
+
 class UnsupportedDtype(JitgenError, TypeError):
     """A tensor has a dtype that no kernel takes."""
 
@@ -42,6 +46,10 @@ class UnsupportedVariant(JitgenError, NotImplementedError):
         super().__init__(message if file is None else f"{file}:{line}: {message}")
 
 
+class UnsupportedOption(JitgenError, NotImplementedError):
+    """An option of another library's interface that jitgen's shim for it does not take; names what to use instead."""
+
+
 class GradNotSupported(JitgenError, NotImplementedError):
     """A gradient was asked for; jitgen is for inference."""
 
@@ -59,7 +67,22 @@ class CacheWarning(UserWarning):
 
 
 class KernelNotPrebuilt(JitgenError, LookupError):
-    """JITGEN_MODE=frozen, and neither a prebuilt layer nor the user store holds the kernel."""
+    """JITGEN_MODE=frozen, and neither a prebuilt layer nor the user store holds the kernel.
+
+    `manifest` is the text that, added to a manifest, makes 'jitgen prebuild' build it; it also ends the message.
+    """
+
+    def __init__(self, message: str, *, manifest: str = "") -> None:
+        self.manifest = manifest
+        super().__init__(f"{message} Add to the manifest:\n\n{manifest}" if manifest else message)
+
+
+class ManifestError(JitgenError, ValueError):
+    """A manifest of kernels to prebuild says something that is not allowed."""
+
+
+class BundleError(JitgenError, ValueError):
+    """A bundle is damaged, unsafe to unpack, or cannot be packed."""
 
 
 class ToolchainMissing(JitgenError, RuntimeError):

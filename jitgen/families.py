@@ -53,9 +53,12 @@ def cuda_spec(
     target: CompileTarget,
     *,
     q_len: int = 1 << 20,
+    layout: str = "dense",
 ) -> KernelSpec:
     """A CUDA spec of a given family; also used for compile-only checks, where there is no device."""
-    if family == "sm90":
+    if family == "decode":
+        tiles = decode_tiles(*head_dims)
+    elif family == "sm90":
         if target.arch not in SM90_ARCHS:
             raise VariantError(
                 f"family='sm90' needs compute capability 9.0 (architecture {SM90_ARCHS[0]}), the target is {target.arch}. "
@@ -64,13 +67,18 @@ def cuda_spec(
         tiles = sm90_tiles(*head_dims, program, q_len=q_len)
     else:
         tiles = sm80_tiles(*head_dims)
-    return KernelSpec(family, program, dtype, *head_dims, tiles, target)
+    return KernelSpec(family, program, dtype, *head_dims, tiles, target, layout)
 
 
 def cpu_tiles(head_dim: int, head_dim_v: int) -> Tiles:
     """Tiles of the CPU kernel: a packed K/V tile and the rows that meet it stay in a 512 kB second-level cache."""
     widest = max(head_dim, head_dim_v)
     return Tiles(tile_q=48, tile_kv=256 if widest <= 128 else 128 if widest <= 256 else 64)
+
+
+def decode_tiles(head_dim: int, head_dim_v: int) -> Tiles:
+    """Tiles of the decode kernel: up to 32 packed rows of one request against 64 keys, as in the probe."""
+    return Tiles(tile_q=32, tile_kv=64, num_warps=4, num_stages=3)
 
 
 def padded_head_dims(head_dim: int, head_dim_v: int) -> tuple[int, int]:

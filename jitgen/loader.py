@@ -20,9 +20,12 @@ from jitgen.toolchain import CompilerFailed, Toolkit
 _lock = threading.Lock()
 
 
-def compile_module(kernel: Path, include: Path, target: CompileTarget, name: str, scratch: Path) -> tuple[Path, str]:
-    """Compile and link a source; return the library and the compiler's output.
+def compile_module(
+    sources: list[Path], include: Path, target: CompileTarget, name: str, scratch: Path, *, whole_runtime: bool = False
+) -> tuple[Path, str]:
+    """Compile and link sources; return the library and the compiler's output.
 
+    `whole_runtime` links a CUDA module with libcudart_static, where the functions among its sources do not suffice.
     NOTE: the loader also opens the library. That is harmless: the file is renamed later, not copied, so the system
     linker knows it for the same one.
     Errors:  CompilerFailed, ToolchainMissing.
@@ -35,17 +38,18 @@ def compile_module(kernel: Path, include: Path, target: CompileTarget, name: str
         # Clang's OpenMP runtime must be named. GCC's is not: its functions are found in the one that torch has loaded,
         # so that both share their threads, and a prebuilt module needs no libgomp of the system's.
         link_flags.append("-fopenmp")
-    if view is not None:
-        link_flags += [f"-L{view / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    if toolkit is not None:
+        link_flags += [f"-L{toolkit.lib}", "-lcudart_static", "-lrt", "-lpthread"] if whole_runtime else []
+        link_flags.append("-ldl")
     with _lock, _loader_environment(), _cuda_home(view):
         from torch.utils import cpp_extension
 
         try:
             module = cpp_extension.load(
                 name=name,
-                sources=[str(kernel)],
-                extra_cflags=[*target.flags, "-fmax-errors=20"] if target.kind == "cpu" else ["-fPIC"],
-                extra_cuda_cflags=list(target.flags),
+                sources=list(map(str, sources)),
+                extra_cflags=[*target.flags, "-fmax-errors=20"] if target.kind == "cpu" else ["-O3", *toolchain.HOST_FLAGS],
+                extra_cuda_cflags=[*target.flags, *(f"-Xcompiler={flag}" for flag in toolchain.HOST_FLAGS)],
                 extra_ldflags=link_flags,
                 extra_include_paths=[str(include)],
                 build_directory=str(scratch),
@@ -86,12 +90,8 @@ def _toolkit_view(toolkit: Toolkit, view: Path, log: Path) -> Path:
     (view / "bin").mkdir(parents=True)
     (view / "lib64").mkdir()
     (view / "include").symlink_to(toolkit.include)
-    # the toolkit from PyPI has no libcudart.so, which the loader asks the linker for
-    for library in sorted(toolkit.lib.glob("libcudart*")):
-        (view / "lib64" / library.name).symlink_to(library)
-    shared = sorted((view / "lib64").glob("libcudart.so*"))
-    if shared and not (view / "lib64" / "libcudart.so").exists():
-        (view / "lib64" / "libcudart.so").symlink_to(shared[0].name)
+    # The loader asks the linker for a libcudart: an empty one, so that a function missing elsewhere is not taken from it.
+    (view / "lib64" / "libcudart.so").write_text("INPUT()\n")
     script = view / "bin" / "nvcc"
     nvcc, kept = shlex.quote(str(toolkit.nvcc)), shlex.quote(str(log))
     script.write_text(f'#!/bin/sh\n{nvcc} "$@" >{kept} 2>&1\nstatus=$?\ncat {kept}\nexit $status\n')

@@ -7,20 +7,25 @@ from pathlib import Path
 
 from jitgen import toolchain
 from jitgen.target import CompileTarget
-from jitgen.toolchain import CompilerFailed
+from jitgen.toolchain import HOST_FLAGS, CompilerFailed
 
 
-def compile_module(kernel: Path, include: Path, target: CompileTarget, name: str, scratch: Path) -> tuple[Path, str]:
-    """Compile and link a CUDA source; return the library and the compiler's output.
+def compile_module(
+    sources: list[Path], include: Path, target: CompileTarget, name: str, scratch: Path, *, whole_runtime: bool = False
+) -> tuple[Path, str]:
+    """Compile and link CUDA sources; return the library and the compiler's output.
 
-    The library holds the CUDA runtime, so that it loads beside any other.
+    The library needs no CUDA library, so that it loads beside any other: what it calls of the runtime is among the
+    sources, or (whole_runtime) linked statically.
     Errors:  CompilerFailed, ToolchainMissing.
     """
     toolkit, cxx = toolchain.require_toolkit(), toolchain.require_cxx()
     module = scratch / f"{name}.so"
     linker = [flag.replace("-Wl,", "-Xlinker=") for flag in target.link_flags]
-    command = [str(toolkit.nvcc), "-ccbin", str(cxx.path), *target.flags, "-Xcompiler=-fPIC", f"-I{include}"]
-    command += ["-shared", "-cudart=static", *linker, f"-L{toolkit.lib}", "-o", str(module), str(kernel)]
+    compiler = [f"-Xcompiler={flag}" for flag in HOST_FLAGS]
+    command = [str(toolkit.nvcc), "-ccbin", str(cxx.path), *target.flags, *compiler, f"-I{include}"]
+    command += ["-shared", f"-cudart={'static' if whole_runtime else 'none'}", *linker, f"-L{toolkit.lib}", "-ldl"]
+    command += ["-o", str(module), *map(str, sources)]
     done = subprocess.run(
         command,
         cwd=scratch,

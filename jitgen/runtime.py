@@ -7,7 +7,7 @@ import struct
 import threading
 from pathlib import Path
 
-from jitgen.abi import DENSE_ARGS, ArgField, pack_format
+from jitgen.abi import ARGS_OF_LAYOUT, ArgField, pack_format
 from jitgen.errors import LaunchError
 from jitgen.program import Program
 from jitgen.spec import KernelSpec
@@ -55,8 +55,13 @@ def get_kernel(spec: KernelSpec) -> CompiledKernel:
         with _lock:
             kernel = _kernels.get(key)
             if kernel is None:
-                kernel = _kernels[key] = CompiledKernel(path, spec, DENSE_ARGS + capture_fields(spec.program))
+                kernel = _kernels[key] = CompiledKernel(path, spec, fields_of(spec))
     return kernel
+
+
+def fields_of(spec: KernelSpec) -> tuple[ArgField, ...]:
+    """The fields of ``struct Args`` in the kernel of ``spec``."""
+    return ARGS_OF_LAYOUT[spec.layout] + capture_fields(spec.program)
 
 
 def module_path(spec: KernelSpec) -> Path:

@@ -29,24 +29,26 @@ class Tiles:
 class KernelSpec:
     """One kernel. Equal specs are one module; lengths, batch sizes, head counts and captured values are not in here."""
 
-    family: str  # 'cpu', 'sm80' or 'sm90'
+    family: str  # 'cpu', 'sm80', 'sm90' or 'decode'
     program: Program
     dtype: str
     head_dim: int
     head_dim_v: int
     tiles: Tiles
     target: CompileTarget
+    layout: str = "dense"  # 'dense', 'ragged' or 'paged': how requests and their keys are addressed
 
     @cached_property
     def digest(self) -> str:
         """Identity of the spec under one generator. The names of captures are left out: renaming one changes the text of
         the source and nothing it does, so the module built before is used."""
         tiles = (self.tiles.tile_q, self.tiles.tile_kv, self.tiles.num_warps, self.tiles.num_stages)
-        shape = (self.family, self.program.id, self.dtype, self.head_dim, self.head_dim_v, tiles)
+        shape = (self.family, self.layout, self.program.id, self.dtype, self.head_dim, self.head_dim_v, tiles)
         return hashlib.sha256(_attr_bytes(shape)).hexdigest()[:32]
 
     @property
     def label(self) -> str:
         """Short description for progress lines and logs."""
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
-        return f"attention {self.family} {self.dtype} hd{dims}"
+        layout = "" if self.layout == "dense" else f" {self.layout}"
+        return f"attention {self.family}{layout} {self.dtype} hd{dims}"

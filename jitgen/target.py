@@ -16,6 +16,8 @@ COMMON_FLAGS = ("-O3", "-std=c++17")
 CPU_FLAGS = ("-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 # --as-needed: the loader names libtorch and others, a generated module needs none of them. -s: no symbol table.
 LINK_FLAGS = ("-Wl,--as-needed", "-Wl,-s")
+# A CUDA module links to no CUDA library. -z defs: a runtime function that driver_runtime.h lacks is found out when linking.
+CUDA_LINK_FLAGS = (*LINK_FLAGS, "-Wl,--gc-sections", "-Wl,-z,defs")
 
 # cpuinfo names of each level, in the order they are tried
 CPU_LEVELS = {
@@ -149,7 +151,7 @@ def cuda_target(arch: str) -> CompileTarget:
         kind="cuda",
         arch=arch,
         flags=(*COMMON_FLAGS, f"-gencode=arch=compute_{sm},code=sm_{sm}", "-Xptxas=-v"),
-        link_flags=LINK_FLAGS,
+        link_flags=CUDA_LINK_FLAGS,
         host=_host(),
         compiler=f"nvcc {toolkit.version}; {cxx.version}" if known else "",
         toolkit=".".join(toolkit.version.split(".")[:2]) if toolkit else "",
@@ -158,3 +160,42 @@ def cuda_target(arch: str) -> CompileTarget:
 
 def _host() -> str:
     return f"{sys.platform}-{os.uname().machine}"
+
+
+# ---- by name, and what runs on what ---------------------------------------------------------------------------------------
+
+
+def target_of(arch: str) -> CompileTarget:
+    """The target that an architecture names; it need not be this machine's.
+
+    Takes a CUDA architecture such as '9.0a', an instruction set as in CompileTarget.arch ('x86_64+avx2+fma'), one of its
+    levels ('avx512', 'avx2', 'portable'), or 'cpu' for this machine.
+    Errors:  EnvError for anything else, and for another machine's kind of CPU.
+    """
+    if re.fullmatch(r"[1-9][0-9]?\.[0-9][af]?", arch):
+        return cuda_target(arch)
+    if arch == "cpu":
+        return detect_cpu()
+    if arch in CPU_LEVELS:
+        return cpu_target(arch)
+    machine, *names = arch.split("+")
+    for level, needed in CPU_LEVELS.items():
+        extras = tuple(names[len(needed) :])
+        if tuple(names[: len(needed)]) == needed and set(extras) <= set(CPU_EXTRAS[level]) and machine == os.uname().machine:
+            return cpu_target(level, extras)
+    levels = ", ".join(CPU_LEVELS)
+    raise EnvError(f"{arch!r} is not an architecture to compile for on {os.uname().machine}. Use one like 9.0a, {levels} or cpu.")
+
+
+# CUDA architectures by major version: what is compiled for one runs on the later ones of its line, unless it has a suffix
+CUDA_LINES = {"8": ("8.0", "8.6", "8.7", "8.9"), "9": ("9.0",), "10": ("10.0", "10.3"), "12": ("12.0", "12.1")}
+
+
+def lesser_targets(target: CompileTarget) -> list[CompileTarget]:
+    """Other targets whose kernels run on this one, best first."""
+    if target.kind == "cpu":
+        levels = list(CPU_LEVELS)
+        found = [cpu_target(level) for level in levels[levels.index(target.isa) :]]
+        return [other for other in found if other.arch != target.arch]
+    line = CUDA_LINES.get(target.arch.partition(".")[0], ())
+    return [cuda_target(arch) for arch in reversed(line[: line.index(target.arch)])] if target.arch in line else []

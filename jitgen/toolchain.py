@@ -19,6 +19,8 @@ from jitgen.memo import remembered
 # C++17 with the AVX-512 flags that target.py passes: GCC 10 is the first to know all of them
 MIN_GCC = 10
 MIN_CLANG = 12
+# How the host compiler treats the host part of a CUDA module: the linker then drops what driver_runtime.h has in vain.
+HOST_FLAGS = ("-fPIC", "-ffunction-sections", "-fdata-sections")
 
 CXX_REMEDY = (
     "Install one: 'apt install g++', 'dnf install gcc-c++' or 'conda install -c conda-forge gxx', or name one in JITGEN_CXX"

@@ -31,7 +31,8 @@ LAYERS = {
     "rendering": ["linemap", "render"],
     "store": ["cache*"],
     "building": ["loader", "nvcc", "build"],
-    "calls": ["checks", "runtime", "api", "reference", "mask_tiles", "flex", "op"],
+    "calls": ["checks", "runtime", "api", "reference", "mask_tiles", "flex", "op", "serving*", "sampling*"],
+    "compat": ["compat*"],
     "tools": ["bench*", "show*", "doctor*", "demo", "cli*", "__main__"],
 }
 # What a layer may import beyond itself, where that is less than everything below it.

@@ -104,12 +104,15 @@ class Case(NamedTuple):
     family: str
     dtype: str = ""
     head_dims: tuple[int, int] = (0, 0)
+    layout: str = "dense"
 
 
 CASES: dict[str, Case] = {
     "plain__cpu__float32": Case(plain, "cpu", "float32", (64, 64)),
     "every_hook__cpu__bfloat16": Case(every_hook, "cpu", "bfloat16", (128, 128)),
     "sigmoid__cpu__float16": Case(sigmoid, "cpu", "float16", (192, 128)),
+    "every_hook__cpu_paged__float32": Case(every_hook, "cpu", "float32", (128, 128), "paged"),
+    "sigmoid__cpu_ragged__bfloat16": Case(sigmoid, "cpu", "bfloat16", (64, 64), "ragged"),
     "plain__sm80__float16": Case(plain, "sm80", "float16", (192, 128)),
     "every_hook__sm80__bfloat16": Case(every_hook, "sm80", "bfloat16", (64, 64)),
     "stick_breaking__sm80__bfloat16": Case(stick_breaking, "sm80", "bfloat16", (128, 128)),
@@ -137,8 +140,8 @@ def case_spec(name: str) -> KernelSpec:
     case, program = CASES[name], case_program(name)
     target = TARGETS[case.family]()
     if case.family == "cpu":
-        return KernelSpec("cpu", program, case.dtype, *case.head_dims, cpu_tiles(*case.head_dims), target)
-    return cuda_spec(program, case.dtype, case.head_dims, case.family, target)
+        return KernelSpec("cpu", program, case.dtype, *case.head_dims, cpu_tiles(*case.head_dims), target, case.layout)
+    return cuda_spec(program, case.dtype, case.head_dims, case.family, target, layout=case.layout)
 
 
 def case_source(name: str) -> Source:

@@ -25,9 +25,11 @@ from jitgen.mask_tiles import mask_tiles_context
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "golden"
 TEMPLATES = sorted(p.relative_to(paths.template_dir()).as_posix() for p in paths.template_dir().rglob("*.jinja"))
-TEMPLATE_OF_FAMILY = {**render.TEMPLATE_OF_FAMILY, mask_tiles.FAMILY: mask_tiles.TEMPLATE}
 VARIANT = "attention/variant.h.jinja"
-PART_OF = {"attention/cpu_hooks.cpp.jinja": "attention/cpu.cpp.jinja"}  # included, so it has the other's context
+PART_OF = {  # included, so they have the context of what includes them
+    "attention/cpu_hooks.cpp.jinja": ("attention/cpu.cpp.jinja", "attention/cpu_serving.cpp.jinja"),
+    "attention/sm80_hooks.cu.jinja": ("attention/sm80.cu.jinja", "attention/sm80_serving.cu.jinja"),
+}
 
 
 def golden_path(name: str) -> Path:
@@ -68,14 +70,19 @@ def context_of(template: str, name: str) -> dict[str, object]:
     backend = "cpu" if family in ("cpu", mask_tiles.FAMILY) else "cuda"
     section = emit_variant(program, backend=backend, raw_scores=family in render.RAW_SCORE_FAMILIES)
     if template == VARIANT:
-        return section_context(section)
+        return section_context(section, CASES[name].layout)
     return vars(render.kernel_context(case_spec(name), section, ""))
 
 
 def cases_of(template: str) -> list[str]:
     """Cases whose rendering uses ``template``."""
-    used = PART_OF.get(template, template)
-    return [name for name, case in CASES.items() if template == VARIANT or TEMPLATE_OF_FAMILY[case.family] == used]
+    users = PART_OF.get(template, (template,))
+    return [name for name in CASES if template == VARIANT or main_template(name) in users]
+
+
+def main_template(name: str) -> str:
+    """Template that the case is rendered from."""
+    return mask_tiles.TEMPLATE if CASES[name].family == mask_tiles.FAMILY else render.template_of(case_spec(name))
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -225,10 +225,8 @@ JITGEN_FN int own_row(int group_row) {
   const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127;
   return group_row + thread / 32 * 16 + thread % 32 / 4;
 }
-// q_idx of a query row. Rows past q_len repeat the last one and are never stored.
-JITGEN_FN int query_index(const Args& args, int row) {
-  return jg::min(row, static_cast<int>(args.q_len) - 1) + static_cast<int>(args.q_offset);
-}
+// q_idx of a query row. Rows before the first (of query tile 0: sm90_schedule.cuh) repeat it and are never stored.
+JITGEN_FN int query_index(const Args& args, int row) { return jg::max(row, 0) + static_cast<int>(args.q_offset); }
 
 // ---- hooks on a tile of logits ----
 // What the values of S must be multiplied by, once score_elem is done with them, to be logits in natural units.
@@ -319,15 +317,15 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   while (query_tile < schedule.num_tiles) {
     const jg::QueryTile work = jg::query_tile_at(query_tile, schedule, static_cast<int>(args.num_q_heads));
     const Head head = make_head(args, work.batch, work.head);
-    const int first_row = work.tile * kTileQ;
-    const auto span_of = [&](int group, int count) {   // rows past q_len repeat the last one, as they do for the consumers
+    const int first_row = work.tile * kTileQ - schedule.absent_rows;
+    const auto span_of = [&](int group, int count) {
       return mask_span(args, head, query_index(args, first_row + 64 * group), query_index(args, first_row + 64 * (group + count) - 1));
     };
     const auto classify = [&](const MaskSpan& span, int first, int last) {   // visiting positions
       const int low = kv_tile(kDescending ? last : first, num_tiles), high = kv_tile(kDescending ? first : last, num_tiles);
       return mask_tile(args, head, span, low * kTileKv, jg::min(high * kTileKv + kTileKv, static_cast<int>(args.kv_len)) - 1);
     };
-    jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, span_of, classify);
+    jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::max(-first_row, 0) / 64, span_of, classify);
     const auto load_key = [&](int step, int next) {
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
@@ -352,7 +350,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     // With O over V, copies into V wait until O of the query tile before has left. An empty tile copies nothing, so the
     // wait comes before the consumers hear of it: they could finish it and take the barrier two phases ahead.
     if (Tile::kOutputOverV && step < 0) jg::barrier_wait(JG_BARRIER(o_done), o_parity);
-    publish(make_int4(work.tile, work.head, work.batch, step < 0 ? jg::kWorkEmpty : jg::kWorkTile));
+    publish(make_int4(first_row, work.head, work.batch, step < 0 ? jg::kWorkEmpty : jg::kWorkTile));
     if (step < 0) {
       take_query_tile();
     } else {
@@ -428,12 +426,25 @@ JITGEN_FN void finish_rows(const Args& args, const Head& head, Softmax& softmax,
     for (int j = 0; j < kHeadDimV / 8; ++j) o[j][2 * kHalf] *= factor, o[j][2 * kHalf + 1] *= factor;
     output_row(args, head, out_row, lse, query_index(args, row));
     lse = lse_value(args, head, lse, query_index(args, row));
-    if (args.lse && row < args.q_len && quad == 0) args.lse[(static_cast<long long>(head.b) * args.num_q_heads + head.h) * args.q_len + row] = lse;
+    if (args.lse && row >= 0 && quad == 0) args.lse[(static_cast<long long>(head.b) * args.num_q_heads + head.h) * args.q_len + row] = lse;
   });
 }
 
-// O leaves through shared memory; the copy engine clips rows past q_len.
-JITGEN_FN void store_output(const Maps& maps, Shared shared, Output& o, int group, int group_row, int h, int b) {
+// Stores a group's O from shared memory without the copy engine, which takes no negative row (an illegal instruction).
+JITGEN_FN void store_present_rows(const Args& args, unsigned address, int thread, int group_row, int h, int b) {
+  constexpr int kChunks = kHeadDimV / 8;
+  char* const o = static_cast<char*>(args.o) + (b * args.o_stride_b + h * args.o_stride_h) * 2;
+#pragma unroll 1
+  for (int i = thread; i < 64 * kChunks; i += 128) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    if (group_row + row < 0) continue;
+    const int4 values = jg::load_shared_int4(address + ValueTile::chunk_offset(row, chunk, 64));
+    *reinterpret_cast<int4*>(o + ((group_row + row) * args.o_stride_s + 8 * chunk) * 2) = values;
+  }
+}
+
+// O leaves through shared memory.
+JITGEN_FN void store_output(const Args& args, const Maps& maps, Shared shared, Output& o, int group, int group_row, int h, int b) {
   // The group is worked out anew: from a shared one the address of O, where it is that of P, would draw P's descriptor out of
   // uniform registers, at a move for each product (3 % of long rows).
   const int here = jg::stay(static_cast<int>(threadIdx.x)), thread = here & 127;
@@ -449,6 +460,14 @@ JITGEN_FN void store_output(const Maps& maps, Shared shared, Output& o, int grou
   jg::store_tile<kHeadDimV>(address, packed, thread >> 5, thread & 31);
   jg::fence_async_proxy();
   jg::named_sync(kGroupBarrier + group, 128);
+  if (group_row < 0) {
+    store_present_rows(args, address, thread, group_row, h, b);
+    if constexpr (Tile::kOutputOverV) {
+      jg::named_sync(kGroupBarrier + group, 128);
+      if (thread == 0) jg::barrier_arrive(JG_BARRIER(o_done));
+    }
+    return;
+  }
   if (thread != 0) return;
   jg::tensor_store(maps.o, address, group_row, h, b);
   jg::bulk_commit();
@@ -477,7 +496,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     const int4 work = jg::load_shared_int4(shared.work(slot.stage));
     const int kind = jg::uniform(work.w);
     if (kind == jg::kWorkStop) break;
-    const int group_row = work.x * kTileQ + group * 64;
+    const int group_row = work.x + group * 64;
     const Head head = make_head(args, work.z, work.y);
     const Rows rows = make_rows(args, head, own_row(group_row));
     Softmax softmax;
@@ -493,7 +512,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       const auto read_step = [&] {
         if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(kv.stage + kv.parity * kNumStages)));
         const int here = position++, last = here == num_tiles - 1 ? jg::kStepLast | 15 << jg::kNextAt : 0;
-        return here << jg::kStepShift | last | (group_row < args.q_len ? kTileFull << 2 * group : 0);
+        return here << jg::kStepShift | last | (group_row > -64 ? kTileFull << 2 * group : 0);
       };
       const auto first_column = [&] { return kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + 2 * (thread & 3); };
       const auto shape = [&](auto at_end) {
@@ -588,9 +607,9 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     __syncwarp();
     if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     slot.advance();
-    const int done_row = done.x * kTileQ + group * 64;
+    const int done_row = done.x + group * 64;
     finish_rows(args, make_head(args, done.z, done.y), softmax, o, done_row);
-    store_output(maps, shared, o, group, done_row, done.y, done.z);
+    store_output(args, maps, shared, o, group, done_row, done.y, done.z);
   }
   if (leader) jg::bulk_wait_read();   // shared memory must outlive the copy
 }
@@ -653,7 +672,8 @@ extern "C" int jitgen_launch(const Args* args) {
 
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args->stream);
   const int section = jg::section_heads(args->kv_len * (kHeadDim + kHeadDimV) * 2, heads, args->num_q_heads / args->num_kv_heads);
-  const jg::Schedule schedule = {static_cast<int>(query_tiles), static_cast<int>(query_tiles * heads), section, jg::counter_of(stream)};
+  const jg::Schedule schedule = {static_cast<int>(query_tiles), static_cast<int>(query_tiles * heads), section,
+                                 static_cast<int>(query_tiles * kTileQ - args->q_len), jg::counter_of(stream)};
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
   attention_kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>({q.operand, k.operand, v.operand, o.operand}, *args, schedule);
   return cudaGetLastError();

@@ -172,9 +172,10 @@ static void attend_item(const Args& args, const jg::Item& item, const Tiles& til
     const Element* v = static_cast<const Element*>(args.v) + item.b * args.v_stride_b + item.kv_h * args.v_stride_h +
                        kv0 * args.v_stride_s;
     if (in_place) {
-      jg::score_rows<kHeadDim, kTileKv>(mem.q, k, args.k_stride_s, rows, begin, end, mem.logits);
+      jg::score_rows<kHeadDim, kTileKv>(mem.q, jg::StridedRows<Element>{k, args.k_stride_s}, rows, begin, end, mem.logits);
       weigh_tile(args, block, static_cast<int>(kv0), columns, mem);
-      jg::value_rows<kHeadDimV, kPaddedDimV, kTileKv>(mem.logits, v, args.v_stride_s, rows, begin, end, mem.out, mem.factor);
+      const jg::StridedRows<Element> v_rows = {v, args.v_stride_s};
+      jg::value_rows<kHeadDimV, kPaddedDimV, kTileKv>(mem.logits, v_rows, rows, begin, end, mem.out, mem.factor);
     } else {
       const jg::PackedTile packed = tiles.get(wave, slot, tile, k, v, keys, mem.tile);
       jg::score_panels<kHeadDim, kTileKv>(mem.q, packed.k, blocks, begin, end, mem.logits);

@@ -65,13 +65,13 @@ JITGEN_FN float sum_lanes(Vec v) {
   return total;
 }
 
-template <int kRows, int kKeys, int kHeadDim, int kTileKv, class T>
-JITGEN_FN void dot_block(const float* q, const T* k, int64_t stride, float* logits) {
+template <int kRows, int kKeys, int kHeadDim, int kTileKv, class Rows>
+JITGEN_FN void dot_block(const float* q, const Rows& k, int first, float* logits) {
   Vec sum[kRows][kKeys] = {};
   for (int d = 0; d < kHeadDim; d += kVec) {
     Vec key[kKeys];
 #pragma GCC unroll 4
-    for (int j = 0; j < kKeys; ++j) key[j] = load_vec(k + j * stride + d);
+    for (int j = 0; j < kKeys; ++j) key[j] = load_vec(k(first + j) + d);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const Vec x = load_vec(q + r * kHeadDim + d);
@@ -85,25 +85,24 @@ JITGEN_FN void dot_block(const float* q, const T* k, int64_t stride, float* logi
     for (int j = 0; j < kKeys; ++j) logits[r * kTileKv + j] = sum_lanes(sum[r][j]);
 }
 
-// Logits of `rows` queries against the keys [begin, end); k points at the first key of the tile.
-template <int kHeadDim, int kTileKv, class T>
-static void score_rows(const float* q, const T* k, int64_t stride, int rows, int begin, int end, float* logits) {
+// Logits of `rows` queries against the keys [begin, end) of a tile.
+template <int kHeadDim, int kTileKv, class Rows>
+static void score_rows(const float* q, Rows k, int rows, int begin, int end, float* logits) {
   int j = begin;
   for (; j + 4 <= end; j += 4) {
     int r = 0;
     for (; r + 2 <= rows; r += 2)
-      dot_block<2, 4, kHeadDim, kTileKv>(q + r * kHeadDim, k + j * stride, stride, logits + r * kTileKv + j);
-    if (r < rows) dot_block<1, 4, kHeadDim, kTileKv>(q + r * kHeadDim, k + j * stride, stride, logits + r * kTileKv + j);
+      dot_block<2, 4, kHeadDim, kTileKv>(q + r * kHeadDim, k, j, logits + r * kTileKv + j);
+    if (r < rows) dot_block<1, 4, kHeadDim, kTileKv>(q + r * kHeadDim, k, j, logits + r * kTileKv + j);
   }
   for (; j < end; ++j)
     for (int r = 0; r < rows; ++r)
-      dot_block<1, 1, kHeadDim, kTileKv>(q + r * kHeadDim, k + j * stride, stride, logits + r * kTileKv + j);
+      dot_block<1, 1, kHeadDim, kTileKv>(q + r * kHeadDim, k, j, logits + r * kTileKv + j);
 }
 
 // O = factor * O + P V over the keys [begin, end); four keys share one pass over an output row.
-template <int kHeadDimV, int kPaddedDimV, int kTileKv, class T>
-static void value_rows(const float* weights, const T* v, int64_t stride, int rows, int begin, int end, float* out,
-                const float* factor) {
+template <int kHeadDimV, int kPaddedDimV, int kTileKv, class Rows>
+static void value_rows(const float* weights, Rows v, int rows, int begin, int end, float* out, const float* factor) {
   for (int r = 0; r < rows; ++r)
     if (factor[r] != 1.0f)
       for (int d = 0; d < kHeadDimV; d += kVec)
@@ -112,18 +111,18 @@ static void value_rows(const float* weights, const T* v, int64_t stride, int row
   for (; j + 4 <= end; j += 4)
     for (int r = 0; r < rows; ++r) {
       const float* w = weights + r * kTileKv + j;
-      const T* row = v + j * stride;
+      const auto *v0 = v(j), *v1 = v(j + 1), *v2 = v(j + 2), *v3 = v(j + 3);
       float* o = out + r * kPaddedDimV;
       const Vec w0 = splat(w[0]), w1 = splat(w[1]), w2 = splat(w[2]), w3 = splat(w[3]);
       for (int d = 0; d < kHeadDimV; d += kVec)
-        store_vec(o + d, load_vec(o + d) + w0 * load_vec(row + d) + w1 * load_vec(row + stride + d) +
-                             w2 * load_vec(row + 2 * stride + d) + w3 * load_vec(row + 3 * stride + d));
+        store_vec(o + d, load_vec(o + d) + w0 * load_vec(v0 + d) + w1 * load_vec(v1 + d) + w2 * load_vec(v2 + d) +
+                             w3 * load_vec(v3 + d));
     }
   for (; j < end; ++j)
     for (int r = 0; r < rows; ++r)
       for (int d = 0; d < kHeadDimV; d += kVec) {
         float* o = out + r * kPaddedDimV + d;
-        store_vec(o, load_vec(o) + splat(weights[r * kTileKv + j]) * load_vec(v + j * stride + d));
+        store_vec(o, load_vec(o) + splat(weights[r * kTileKv + j]) * load_vec(v(j) + d));
       }
 }
 

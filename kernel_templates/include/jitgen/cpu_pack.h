@@ -44,15 +44,14 @@ JITGEN_FN void transpose4(const Vec4 (&in)[4], Vec4 (&out)[4]) {
 }
 
 // keys valid rows of K -> panels [kHeadDim][kPanel], zeros up to the end of the last panel.
-template <int kHeadDim, class T>
-static void pack_keys(const T* k, int64_t stride_s, int64_t stride_d, int keys, float* panels) {
+template <int kHeadDim, class Rows>
+static void pack_keys(Rows k, int64_t stride_d, int keys, float* panels) {
   for (int first = 0; first < keys; first += kPanel, panels += kPanel * kHeadDim)
     for (int j = 0; j < kPanel; j += 4) {
-      const T* row = k + (first + j) * stride_s;
       if (first + j + 4 <= keys && stride_d == 1) {
+        const auto *k0 = k(first + j), *k1 = k(first + j + 1), *k2 = k(first + j + 2), *k3 = k(first + j + 3);
         for (int d = 0; d < kHeadDim; d += 4) {
-          const Vec4 in[4] = {load_vec4(row + d), load_vec4(row + stride_s + d), load_vec4(row + 2 * stride_s + d),
-                              load_vec4(row + 3 * stride_s + d)};
+          const Vec4 in[4] = {load_vec4(k0 + d), load_vec4(k1 + d), load_vec4(k2 + d), load_vec4(k3 + d)};
           Vec4 out[4];
           transpose4(in, out);
           for (int i = 0; i < 4; ++i) *reinterpret_cast<Vec4Unaligned*>(panels + (d + i) * kPanel + j) = out[i];
@@ -61,20 +60,21 @@ static void pack_keys(const T* k, int64_t stride_s, int64_t stride_d, int keys, 
       }
       for (int i = 0; i < 4; ++i)
         for (int d = 0; d < kHeadDim; ++d)
-          panels[d * kPanel + j + i] = first + j + i < keys ? to_float(row[i * stride_s + d * stride_d]) : 0.0f;
+          panels[d * kPanel + j + i] = first + j + i < keys ? to_float(k(first + j + i)[d * stride_d]) : 0.0f;
     }
 }
 
 // keys rows of V -> panels [kTileKv][kPanel] per kPanel value columns, zeros in the columns past kHeadDimV.
-template <int kHeadDimV, int kTileKv, class T>
-static void pack_values(const T* v, int64_t stride_s, int64_t stride_d, int keys, float* panels) {
+template <int kHeadDimV, int kTileKv, class Rows>
+static void pack_values(Rows v, int64_t stride_d, int keys, float* panels) {
   constexpr int kWhole = kHeadDimV / kVec * kVec;
-  for (int j = 0; j < keys; ++j, v += stride_s) {
+  for (int j = 0; j < keys; ++j) {
+    const auto* row = v(j);
     int d = 0;
     if (stride_d == 1)
-      for (; d < kWhole; d += kVec) store_vec(panels + (d / kPanel * kTileKv + j) * kPanel + d % kPanel, load_vec(v + d));
+      for (; d < kWhole; d += kVec) store_vec(panels + (d / kPanel * kTileKv + j) * kPanel + d % kPanel, load_vec(row + d));
     for (; d < round_up(kHeadDimV, kPanel); ++d)
-      panels[(d / kPanel * kTileKv + j) * kPanel + d % kPanel] = d < kHeadDimV ? to_float(v[d * stride_d]) : 0.0f;
+      panels[(d / kPanel * kTileKv + j) * kPanel + d % kPanel] = d < kHeadDimV ? to_float(row[d * stride_d]) : 0.0f;
   }
 }
 

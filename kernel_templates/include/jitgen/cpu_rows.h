@@ -61,6 +61,14 @@ static inline float softmax_sink(float logit, SoftmaxState& state) {
   return factor;
 }
 
+// Adds a row of another part of the keys, not normalised, to one that is seen as the parts before it.
+template <int kPaddedDim> static inline void merge_row(const float* part, SoftmaxState part_state, float* out, SoftmaxState& state) {
+  const float max = part_state.max > state.max ? part_state.max : state.max, base = finite_max(max);
+  const float before = exp_weight(state.max - base), added = exp_weight(part_state.max - base);
+  for (int d = 0; d < kPaddedDim; d += kVec) store_vec(out + d, load_vec(out + d) * splat(before) + load_vec(part + d) * splat(added));
+  state = {max, state.sum * before + part_state.sum * added};
+}
+
 // ln of the sum of exponentials; an empty row gives -inf.
 static inline float softmax_lse(const SoftmaxState& state) {
   return state.max == -INFINITY ? -INFINITY : state.max + log(state.sum);

@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #define JITGEN_FN static inline __attribute__((always_inline))
+#define JITGEN_FN_MEMBER inline __attribute__((always_inline))
 
 #ifndef INFINITY
 #define INFINITY (__builtin_inff())
@@ -109,6 +110,19 @@ JITGEN_FN Vec load_vec(const half16* p) {
 #endif
 JITGEN_FN void store_vec(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
 JITGEN_FN Vec splat(float x) { return x - Vec{}; }
+
+// ---- rows of K or V: row(j) is the address of key j ----
+template <class T> struct StridedRows {
+  const T* base;
+  int64_t stride;
+  JITGEN_FN_MEMBER const T* operator()(int64_t j) const { return base + j * stride; }
+  StridedRows from(int64_t j) const { return {base + j * stride, stride}; }
+};
+template <class T> struct ListedRows {   // keys that lie in pages
+  const T* const* rows;
+  JITGEN_FN_MEMBER const T* operator()(int64_t j) const { return rows[j]; }
+  ListedRows from(int64_t j) const { return {rows + j}; }
+};
 
 JITGEN_FN Vec4 load_vec4(const float* p) { return *reinterpret_cast<const Vec4Unaligned*>(p); }
 template <class T> JITGEN_FN Vec4 load_vec4(const T* p) {

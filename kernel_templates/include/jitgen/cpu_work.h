@@ -105,8 +105,8 @@ template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct TileStore {
 
   PackedTile pack(const T* k, const T* v, int keys, float* tile) const {
     float* v_panels = tile + int64_t{kTileKv} * kHeadDim;
-    pack_keys<kHeadDim>(k, k_stride.s, k_stride.d, keys, tile);
-    pack_values<kHeadDimV, kTileKv>(v, v_stride.s, v_stride.d, keys, v_panels);
+    pack_keys<kHeadDim>(StridedRows<T>{k, k_stride.s}, k_stride.d, keys, tile);
+    pack_values<kHeadDimV, kTileKv>(StridedRows<T>{v, v_stride.s}, v_stride.d, keys, v_panels);
     return {tile, v_panels};
   }
 

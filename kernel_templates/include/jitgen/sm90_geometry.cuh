@@ -29,7 +29,7 @@ template <int kStages> struct ControlBlock {
   unsigned long long q_full, q_empty, o_done;
   unsigned long long k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
   unsigned long long work_full[2], work_empty[2];
-  alignas(16) int4 work[2];   // {query tile, head, batch, kind}
+  alignas(16) int4 work[2];   // {first row, head, batch, kind}
   int step[2 * kStages];      // which KV tile a stage holds, with flags: two laps, as no barrier guards its last reader
 };
 

@@ -1,0 +1,1 @@
+"""FlashInfer's names and semantics, served by jitgen."""

@@ -1,0 +1,143 @@
+"""Writing to a paged KV cache: flashinfer.page.
+
+These are torch operations until jitgen has an append kernel of its own: correct, capturable in a CUDA graph, without a wait
+for the device, but several launches where one would do.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from jitgen.compat.flashinfer._options import LAYOUTS, check_choice, split_cache
+from jitgen.errors import ShapeMismatch
+
+
+def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Number of keys of each request.
+
+    Shapes:  kv_indptr [batch + 1] pages; kv_last_page_len [batch]; returns [batch] in the dtype of kv_last_page_len.
+    Units:   max(pages - 1, 0) * page_size + kv_last_page_len; a request without pages has no key.
+    """
+    pages = kv_indptr.diff()
+    lengths = (pages - 1).clamp(min=0) * page_size + kv_last_page_len
+    return torch.where(pages > 0, lengths, 0).to(kv_last_page_len.dtype)
+
+
+def get_batch_indices_positions(
+    append_indptr: torch.Tensor,
+    seq_lens: torch.Tensor,
+    nnz: int,
+    batch_indices: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Request and position of each new token, for append_paged_kv_cache.
+
+    Token j of request b has position ``j - append_indptr[b + 1] + seq_lens[b]``: the new tokens are the last ones. Rows from
+    append_indptr[-1] on belong to no request: batch index -1, position 0, and append_paged_kv_cache skips them.
+
+    Shapes:  append_indptr [batch + 1]; seq_lens [batch], new tokens included; returns two int32 [nnz], written to the tensors
+             given if any.
+    Cost:    torch operations, no wait.
+    """
+    row = torch.arange(nnz, device=append_indptr.device, dtype=append_indptr.dtype)
+    request = torch.searchsorted(append_indptr, row, right=True) - 1
+    inside = (row < append_indptr[-1]) & (request >= 0)
+    request = torch.where(inside, request, 0)
+    if seq_lens.numel():
+        position = torch.where(inside, row - append_indptr[request + 1] + seq_lens[request], 0)
+    else:
+        position = torch.zeros_like(row)
+    request = torch.where(inside, request, -1)
+    return into(batch_indices, request), into(positions, position)
+
+
+def into(target: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    """``values`` as int32, in ``target`` if there is one."""
+    return values.int() if target is None else target.copy_(values)
+
+
+def append_paged_kv_cache(
+    append_key: torch.Tensor,
+    append_value: torch.Tensor,
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+    paged_kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    kv_indices: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_last_page_len: torch.Tensor,
+    kv_layout: str = "NHD",
+) -> None:
+    """Write the keys and values of new tokens to their places in a paged cache.
+
+    A token with a negative batch index or position is skipped. The page lists must already hold the pages of the new tokens.
+
+    Shapes:  append_key, append_value [nnz, num_kv_heads, head_dim]; batch_indices, positions [nnz]; paged_kv_cache a pair of
+             4-D tensors or one 5-D tensor; kv_indices, kv_indptr, kv_last_page_len as in the wrappers' plan().
+    Errors:  ShapeMismatch, UnsupportedOption.
+    Cost:    torch operations, no wait; capturable.
+    """
+    check_choice("kv_layout", kv_layout, LAYOUTS)
+    k_cache, v_cache = split_cache(paged_kv_cache, kv_layout)
+    for name, new, cache in (("append_key", append_key, k_cache), ("append_value", append_value, v_cache)):
+        check_rows(name, new, cache, positions)
+    scatter_rows((append_key, append_value), (k_cache, v_cache), batch_indices, positions, kv_indices, kv_indptr)
+
+
+def append_paged_mla_kv_cache(
+    append_ckv: torch.Tensor,
+    append_kpe: torch.Tensor,
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_last_page_len: torch.Tensor,
+) -> None:
+    """Write the compressed keys and their RoPE part of new tokens to their places in a paged MLA cache.
+
+    Shapes:  append_ckv [nnz, 512]; append_kpe [nnz, 64]; ckv_cache [pages, page_size, 512]; kpe_cache [pages, page_size, 64];
+             the rest, errors and cost as append_paged_kv_cache.
+    """
+    for name, new, cache in (("append_ckv", append_ckv, ckv_cache), ("append_kpe", append_kpe, kpe_cache)):
+        check_rows(name, new, cache, positions)
+    scatter_rows((append_ckv, append_kpe), (ckv_cache, kpe_cache), batch_indices, positions, kv_indices, kv_indptr)
+
+
+def check_rows(name: str, new: torch.Tensor, cache: torch.Tensor, positions: torch.Tensor) -> None:
+    """Rows of new tokens fit the rows of a cache, and there is one position for each."""
+    if new.shape[1:] != cache.shape[2:]:
+        raise ShapeMismatch(f"{name} has rows {tuple(new.shape[1:])}, the cache has {tuple(cache.shape[2:])}. Both must match.")
+    if positions.shape[0] != new.shape[0]:
+        raise ShapeMismatch(f"{name} has {new.shape[0]} tokens, positions has {positions.shape[0]}. Both must match.")
+
+
+def scatter_rows(
+    rows: tuple[torch.Tensor, ...],
+    caches: tuple[torch.Tensor, ...],
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_indptr: torch.Tensor,
+) -> None:
+    """Write rows [nnz, ...] to caches [pages, page_size, ...].
+
+    A row to be skipped writes what the first row that is not skipped writes, to the same place; if all are skipped, the first
+    place is written with what it holds. Neither needs to know on the host how many there are.
+    """
+    if positions.numel() == 0 or kv_indices.numel() == 0:
+        return
+    page_size = caches[0].shape[1]
+    keep = (batch_indices >= 0) & (positions >= 0)
+    any_kept, first = keep.any(), keep.int().argmax()
+    source = torch.where(keep, torch.arange(keep.shape[0], device=keep.device), first)
+    request = torch.where(any_kept, batch_indices.long()[source], 0)
+    position = torch.where(any_kept, positions.long()[source], 0)
+    entry = kv_indptr.long()[request] + position // page_size
+    page = torch.where(any_kept, kv_indices.long()[entry.clamp(max=kv_indices.numel() - 1)], 0)
+    offset = position % page_size
+    for new, cache in zip(rows, caches, strict=True):
+        values = new[source].to(cache.dtype)
+        if cache.element_size() == 1:  # torch scatters no fp8
+            values, cache = values.view(torch.uint8), cache.view(torch.uint8)
+        cache[page, offset] = torch.where(any_kept, values, cache[:1, 0])

@@ -1,0 +1,142 @@
+"""Validation of serving calls: a message names the plan's value and the call's, and says which to change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from jitgen.checks import dtype_name
+from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.families import CUDA_HEAD_DIMS, padded_head_dims
+from jitgen.serving_pages import KeyPlace
+from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM
+
+if TYPE_CHECKING:
+    from jitgen.serving_plan import Plan
+
+Tensor = torch.Tensor
+
+
+def check_plan_numbers(plan: Plan) -> None:
+    """What a plan is made from is possible."""
+    for name in ("max_batch", "max_tokens", "num_q_heads", "num_kv_heads"):
+        value = getattr(plan, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ShapeMismatch(f"{name} is {value!r}, expected a positive integer.")
+    if plan.num_q_heads % plan.num_kv_heads:
+        raise ShapeMismatch(
+            f"num_q_heads is {plan.num_q_heads}, num_kv_heads {plan.num_kv_heads}. The number of query heads must be a multiple "
+            "of the number of key/value heads."
+        )
+    for name in ("head_dim", "head_dim_v"):
+        value = getattr(plan, name)
+        if not isinstance(value, int) or value % 8 or not 8 <= value <= MAX_CPU_HEAD_DIM:
+            raise ShapeMismatch(f"{name} is {value!r}, expected a multiple of 8 from 8 to {MAX_CPU_HEAD_DIM}.")
+    device = plan.device.type
+    if device not in ("cpu", "cuda"):
+        raise UnsupportedDevice(f"device is {plan.device}, expected cpu or cuda.")
+    allowed = CPU_DTYPES if device == "cpu" else CUDA_DTYPES
+    if dtype_name(plan.dtype) not in allowed:
+        raise UnsupportedDtype(f"dtype is {dtype_name(plan.dtype)}, expected {' or '.join(allowed)} on {device}.")
+    if device == "cuda" and padded_head_dims(plan.head_dim, plan.head_dim_v) != (plan.head_dim, plan.head_dim_v):
+        dims = ", ".join(str(d) for d in CUDA_HEAD_DIMS)
+        raise ShapeMismatch(
+            f"head_dim is {plan.head_dim}, head_dim_v {plan.head_dim_v}; on cuda the cache must be stored with both one of {dims}, "
+            "or 192 and 128. Allocate it with the next larger one, zeros behind the last column."
+        )
+    if plan.layout not in ("paged", "ragged"):
+        raise ShapeMismatch(f"layout={plan.layout!r} is not a layout of a plan. Use 'paged' or 'ragged'.")
+    if plan.split not in ("balanced", "fixed", "none"):
+        raise ShapeMismatch(f"split={plan.split!r} is not a way to split. Use 'balanced', 'fixed' or 'none'.")
+    if (plan.split == "fixed") != (plan.kv_split is not None) or (plan.kv_split is not None and plan.kv_split < 1):
+        raise ShapeMismatch(
+            f"split={plan.split!r} and kv_split={plan.kv_split!r} do not go together. "
+            "split='fixed' needs kv_split=, the keys of a piece, and no other split takes it."
+        )
+
+
+def check_lengths(plan: Plan, q_indptr: Tensor, kv_len: Tensor, reads_q_idx: bool) -> None:
+    """Lengths on the host are ones that the plan was made for."""
+    q_len = q_indptr.diff()
+    if int(q_indptr[0]) != 0 or bool((q_len < 0).any()):
+        raise ShapeMismatch(f"q_indptr is {_shown(q_indptr)}, expected numbers that start with 0 and never fall.")
+    if int(q_indptr[-1]) > plan.max_tokens:
+        raise PlanMismatch(f"q_indptr ends with {int(q_indptr[-1])} rows, the plan was made for max_tokens={plan.max_tokens}.")
+    if plan.max_q_len is not None and bool((q_len > plan.max_q_len).any()):
+        raise PlanMismatch(f"a request has {int(q_len.max())} query rows, the plan was made for max_q_len={plan.max_q_len}.")
+    if bool((kv_len < 0).any()):
+        raise ShapeMismatch(f"kv_len is {_shown(kv_len)}, expected no negative length.")
+    if plan.max_kv_len is not None and bool((kv_len > plan.max_kv_len).any()):
+        raise PlanMismatch(f"a request has {int(kv_len.max())} keys, the plan was made for max_kv_len={plan.max_kv_len}.")
+    if reads_q_idx and plan.q_index == "absolute" and bool(((q_len > kv_len) & (q_len > 0)).any()):
+        b = int((q_len > kv_len).nonzero()[0])
+        raise ShapeMismatch(
+            f"request {b} has q_len {int(q_len[b])} and kv_len {int(kv_len[b])}, and the variant reads q_idx, which counts from "
+            "kv_len - q_len. kv_len includes the new keys: append them first, or make the variant with q_index='local'."
+        )
+
+
+def _shown(t: Tensor) -> str:
+    values = t[:8].tolist()
+    return f"{values}" if t.shape[0] <= 8 else f"{str(values)[:-1]}, ...]"
+
+
+def check_query(plan: Plan, q: object) -> None:
+    """q is what the plan was made for."""
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q is a {type(q).__name__}, expected a torch.Tensor.")
+    if q.dim() != 3:
+        raise ShapeMismatch(f"q has shape {tuple(q.shape)}, expected [total_q, num_q_heads, head_dim]: the rows of all requests.")
+    if q.shape[1:] != (plan.num_q_heads, plan.head_dim):
+        raise PlanMismatch(
+            f"q has {q.shape[1]} heads of head_dim {q.shape[2]}, the plan was made for num_q_heads={plan.num_q_heads} and "
+            f"head_dim={plan.head_dim}. Make a plan for each head layout."
+        )
+    if q.shape[0] > plan.max_tokens:
+        raise PlanMismatch(f"q has {q.shape[0]} rows, the plan was made for max_tokens={plan.max_tokens}.")
+    if q.device != plan.device:
+        raise UnsupportedDevice(f"q is on {q.device}, the plan on {plan.device}. Both must be on one device.")
+    if q.dtype != plan.dtype:
+        raise PlanMismatch(f"q has dtype {dtype_name(q.dtype)}, the plan was made for dtype={dtype_name(plan.dtype)}.")
+
+
+def check_keys(plan: Plan, place: KeyPlace, tensors: tuple[Tensor, ...]) -> None:
+    """k and v, paged or ragged, are what the plan was made for."""
+    found = (place.num_kv_heads, place.head_dim, place.head_dim_v)
+    if found != (plan.num_kv_heads, plan.head_dim, plan.head_dim_v):
+        hint = ' Is kv_layout right ("NHD" or "HND")?' if place.page_size == plan.num_kv_heads else ""
+        raise PlanMismatch(
+            f"k and v have {found[0]} heads of head_dim {found[1]} and {found[2]}, the plan was made for "
+            f"num_kv_heads={plan.num_kv_heads}, head_dim={plan.head_dim} and head_dim_v={plan.head_dim_v}.{hint}"
+        )
+    for t in tensors:
+        if t.device != plan.device:
+            raise UnsupportedDevice(f"k or v is on {t.device}, the plan on {plan.device}. All must be on one device.")
+        if t.dtype != plan.dtype:
+            raise PlanMismatch(f"k or v has dtype {dtype_name(t.dtype)}, the plan was made for dtype={dtype_name(plan.dtype)}.")
+    if plan.device.type == "cuda" and any(s % 8 for s in place.strides):
+        raise ShapeMismatch(
+            f"k and v have strides {place.strides} (page, row, head of k, then of v), expected multiples of 8 elements on cuda."
+        )
+
+
+def check_results(plan: Plan, q: Tensor, out: Tensor | None, lse: Tensor | None) -> None:
+    """``out=`` and ``lse=`` are what the call would have allocated."""
+    shape = (q.shape[0], plan.num_q_heads, plan.head_dim_v)
+    if out is not None:
+        if tuple(out.shape) != shape:
+            raise ShapeMismatch(f"out has shape {tuple(out.shape)}, expected {shape}.")
+        if out.dtype != q.dtype:
+            raise UnsupportedDtype(f"out has dtype {dtype_name(out.dtype)}, q has {dtype_name(q.dtype)}. Both must match.")
+        if out.device != q.device:
+            raise UnsupportedDevice(f"out is on {out.device}, q is on {q.device}. Both must be on one device.")
+        if out.stride(2) != 1 or (q.is_cuda and (out.stride(0) % 8 or out.stride(1) % 8 or out.data_ptr() & 15)):
+            raise ShapeMismatch(f"out has strides {tuple(out.stride())}, expected unit stride along head_dim, rows of 16 bytes.")
+    if lse is not None:
+        if tuple(lse.shape) != shape[:2] or not lse.is_contiguous():
+            raise ShapeMismatch(f"lse has shape {tuple(lse.shape)}, expected {shape[:2]}, contiguous.")
+        if lse.dtype != torch.float32:
+            raise UnsupportedDtype(f"lse has dtype {dtype_name(lse.dtype)}, expected float32.")
+        if lse.device != q.device:
+            raise UnsupportedDevice(f"lse is on {lse.device}, q is on {q.device}. Both must be on one device.")

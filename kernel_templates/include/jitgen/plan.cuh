@@ -1,0 +1,248 @@
+// The planner: lengths of a batch on the device -> what each CTA of a serving kernel works on. One CTA, no host copy.
+//
+// A request with q_len rows has q_len * pack packed rows in each of `groups` head groups; packed row r is query r / pack.
+// They are cut into tiles of tile_rows. A tile in one group is an item; its visible keys [begin, end) are visited in units of
+// unit_keys. All items in the order request, group, tile form a line on which an item takes fixed_cost + units places:
+//
+//     places of an item:   fixed_cost | unit 0 | unit 1 | ... | unit n - 1        n = max(1, units that cover [begin, end))
+//
+// Share c of the line begins at the first unit at or behind place c * length / shares, so a share is a run of units that may
+// begin and end inside items. Where the cuts are taken as they fall (least_piece <= 1), the share of any place is known in
+// closed form (`share_of`), and so are all pieces of an item.
+//
+// Plan buffer, for S shares asked for (any number; a kernel runs one or several in a CTA):
+//
+//     offset 0                       PlanHeader
+//     kPlanShares                    Share[S + 1]     where each share begins; [c + 1] is the end of share c
+//     kPlanShares + 80 (S + 1)       PlanTile[]       all tiles, by request and rows: at most plan_tiles(...) of them
+//
+// Units. Positions on the line are 32 bits: units of a batch times groups must stay below 2^31.
+#pragma once
+
+#ifdef __CUDACC__
+#define JITGEN_PLAN_FN __host__ __device__ __forceinline__
+#else
+#define JITGEN_PLAN_FN inline
+#endif
+
+namespace jg {
+
+// What a kernel asks of its planner. A request belongs to the kernel if least_rows <= q_len * class_pack <= most_rows.
+struct PlanShape {
+  int tile_rows;      // packed rows of a tile
+  int unit_keys;      // keys of a unit
+  int pack;           // packed rows of a query
+  int groups;         // head groups
+  int class_pack;     // num_q_heads / num_kv_heads: classes count rows packed by kv head
+  int least_rows, most_rows;
+  int fixed_cost;     // of an item, in units
+  int least_piece;    // units: a cut that would leave less of an item on one side moves to the nearer end of the item
+  int shares;
+};
+constexpr int kNeverCut = 0x7fffffff;   // as least_piece: items stay whole
+
+struct PlanHeader {
+  int tiles;          // in the table
+  int shares;         // that have a part of the line: min(shares asked for, length); the others are empty
+  unsigned length;    // of the line
+  int reserved[13];
+};
+struct PlanTile {
+  int request, q_start, q_len, kv_len;
+  int index, count;   // of this tile among those of its request: the first is tile number - index
+  int begin, end;     // visible keys; begin == end: none
+  unsigned line;      // places before this tile, in one group
+  int reserved[3];
+};
+struct Share {
+  int tile, group, unit;   // where it begins; past the last share tile is PlanHeader::tiles
+  unsigned line;           // place of that unit
+  PlanTile first;          // copy of the tile
+  unsigned length;         // copies of the header
+  int shares;
+  int reserved[2];
+};
+constexpr int kPlanShares = 64;
+static_assert(sizeof(PlanHeader) == kPlanShares && sizeof(PlanTile) == 48 && sizeof(Share) == 80, "layout of the plan buffer");
+
+struct KeyRange { int begin, end; };
+
+// ---- sizes ----
+JITGEN_PLAN_FN long long plan_tiles(long long max_batch, long long max_tokens, const PlanShape& shape) {
+  return max_batch + max_tokens * shape.pack / shape.tile_rows;
+}
+JITGEN_PLAN_FN long long plan_bytes(long long max_batch, long long max_tokens, const PlanShape& shape) {
+  return kPlanShares + sizeof(Share) * (shape.shares + 1ll) + sizeof(PlanTile) * plan_tiles(max_batch, max_tokens, shape);
+}
+
+// ---- parts of the buffer ----
+JITGEN_PLAN_FN const PlanHeader* plan_header(const void* plan) { return static_cast<const PlanHeader*>(plan); }
+JITGEN_PLAN_FN const Share* plan_shares(const void* plan) {
+  return reinterpret_cast<const Share*>(static_cast<const char*>(plan) + kPlanShares);
+}
+JITGEN_PLAN_FN const PlanTile* plan_tiles_of(const void* plan, int shares) {
+  return reinterpret_cast<const PlanTile*>(plan_shares(plan) + shares + 1);
+}
+
+// ---- the line ----
+JITGEN_PLAN_FN int tiles_of_request(int q_len, const PlanShape& shape) {
+  const long long rows = static_cast<long long>(q_len) * shape.class_pack;
+  if (q_len <= 0 || rows < shape.least_rows || rows > shape.most_rows) return 0;
+  return (q_len * shape.pack + shape.tile_rows - 1) / shape.tile_rows;
+}
+// Units begin at multiples of 16 keys, as boxes of pages do.
+JITGEN_PLAN_FN int first_unit_key(int begin) { return begin & ~15; }
+JITGEN_PLAN_FN int units_of(KeyRange keys, int unit_keys) {
+  const int units = (keys.end - first_unit_key(keys.begin) + unit_keys - 1) / unit_keys;
+  return units > 1 ? units : 1;
+}
+JITGEN_PLAN_FN unsigned cut(unsigned share, unsigned length, unsigned shares) {
+  return static_cast<unsigned>(static_cast<unsigned long long>(share) * length / shares);
+}
+// The share that place x falls in: the inverse of `cut`.
+JITGEN_PLAN_FN unsigned share_of(unsigned x, unsigned length, unsigned shares) {
+  return static_cast<unsigned>(((x + 1ull) * shares - 1) / length);
+}
+// Last i in [0, n) whose value is at most x; values ascend and the first is.
+template <class At> JITGEN_PLAN_FN int last_at_most(int n, unsigned x, At at) {
+  int low = 0, high = n;
+  while (high - low > 1) {
+    const int middle = (low + high) >> 1;
+    (at(middle) <= x ? low : high) = middle;
+  }
+  return low;
+}
+
+// The part of the line before share c. `first_tile` and `first_line` are of requests, [batch + 1].
+struct Line {
+  const int* first_tile;
+  const unsigned* first_line;
+  const PlanTile* tiles;
+  int batch, num_tiles;
+};
+JITGEN_PLAN_FN Share share_start(const Line& at, const PlanShape& shape, unsigned length, int shares, int c) {
+  Share share = {};
+  share.length = length, share.shares = shares;
+  share.tile = at.num_tiles, share.line = length;
+  if (c >= shares) return share;
+  const unsigned groups = static_cast<unsigned>(shape.groups);
+  unsigned x = cut(c, length, shares);
+  const int b = last_at_most(at.batch, x, [&](int i) { return at.first_line[i] * groups; });
+  const unsigned begin = at.first_line[b], places = at.first_line[b + 1] - begin;
+  x -= begin * groups;
+  share.group = static_cast<int>(x / places);
+  x %= places;
+  const int first = at.first_tile[b], count = at.first_tile[b + 1] - first;
+  int tile = first + last_at_most(count, x + begin, [&](int i) { return at.tiles[first + i].line; });
+  x -= at.tiles[tile].line - begin;
+  const int units = units_of({at.tiles[tile].begin, at.tiles[tile].end}, shape.unit_keys), inside = static_cast<int>(x) - shape.fixed_cost;
+  share.unit = inside > 0 ? inside : 0;
+  if (share.unit < shape.least_piece || units - share.unit < shape.least_piece) {
+    const bool next = share.unit * 2 > units;
+    share.unit = 0;
+    if (next) {
+      const bool last_tile = tile + 1 == first + count, last_group = last_tile && share.group + 1 == shape.groups;
+      tile = last_tile && !last_group ? first : tile + 1;
+      share.group = last_group ? 0 : share.group + last_tile;
+      if (tile == at.num_tiles) return share;   // the line ends here: group and unit are 0
+    }
+  }
+  share.tile = tile;
+  share.first = at.tiles[tile];
+  // of the tile's request, which is not b if the cut moved on
+  const int request = share.first.request;
+  const unsigned request_line = at.first_line[request], request_places = at.first_line[request + 1] - request_line;
+  share.line = request_line * groups + share.group * request_places + (share.first.line - request_line) + shape.fixed_cost + share.unit;
+  return share;
+}
+
+// Item of a kernel that walks its share: the one after (tile, group).
+JITGEN_PLAN_FN void next_item(const PlanTile& tile, int groups, int& number, int& group) {
+  const bool last_tile = tile.index + 1 == tile.count, last_group = last_tile && group + 1 == groups;
+  number += last_tile && !last_group ? -tile.index : 1;
+  group = last_group ? 0 : group + last_tile;
+}
+
+// ---- the planner ----
+#ifdef __CUDACC__
+constexpr int kPlanThreads = 1024;
+constexpr int kPlanMaxBatch = 4096;   // requests whose positions fit in 48 KB less what the scans take
+
+// Inclusive sum over the CTA, and the total.
+__device__ __forceinline__ int scan_block(int value, int& total) {
+  __shared__ int of_warp[32];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  int sum = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int before = __shfl_up_sync(0xffffffffu, sum, step);
+    sum += lane >= step ? before : 0;
+  }
+  if (lane == 31) of_warp[warp] = sum;
+  __syncthreads();
+  int warps = of_warp[lane];
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int before = __shfl_up_sync(0xffffffffu, warps, step);
+    warps += lane >= step ? before : 0;
+  }
+  total = __shfl_sync(0xffffffffu, warps, 31);
+  const int earlier = __shfl_sync(0xffffffffu, warps, warp > 0 ? warp - 1 : 0);
+  __syncthreads();   // of_warp may be written again
+  return sum + (warp > 0 ? earlier : 0);
+}
+
+// By one CTA of kPlanThreads. `visible(tile, first query, last query)` gives the keys that these rows of the request see.
+template <class Visible>
+__device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const int* kv_len, int batch, const PlanShape& shape, Visible visible) {
+  __shared__ int first_tile[kPlanMaxBatch + 1];
+  __shared__ unsigned first_line[kPlanMaxBatch + 1];
+  Share* const shares = const_cast<Share*>(plan_shares(plan));
+  PlanTile* const tiles = const_cast<PlanTile*>(plan_tiles_of(plan, shape.shares));
+  const int thread = threadIdx.x;
+
+  int num_tiles = 0, total;
+  for (int first = 0; first < batch; first += kPlanThreads, num_tiles += total) {
+    const int b = first + thread, count = b < batch ? tiles_of_request(q_indptr[b + 1] - q_indptr[b], shape) : 0;
+    const int before = num_tiles + scan_block(count, total) - count;
+    if (b < batch) first_tile[b] = before;
+  }
+  if (thread == 0) first_tile[batch] = num_tiles;
+  __syncthreads();
+
+  int places = 0;
+  for (int first = 0; first < num_tiles; first += kPlanThreads, places += total) {
+    const int number = first + thread;
+    PlanTile tile = {};
+    int cost = 0;
+    if (number < num_tiles) {
+      const int b = last_at_most(batch, number, [&](int i) { return static_cast<unsigned>(first_tile[i]); });
+      tile.request = b, tile.q_start = q_indptr[b], tile.q_len = q_indptr[b + 1] - tile.q_start, tile.kv_len = kv_len[b];
+      tile.index = number - first_tile[b], tile.count = first_tile[b + 1] - first_tile[b];
+      const int first_row = tile.index * shape.tile_rows, rows = tile.q_len * shape.pack;
+      const int end_row = first_row + shape.tile_rows < rows ? first_row + shape.tile_rows : rows;
+      const KeyRange keys = visible(tile, first_row / shape.pack, (end_row - 1) / shape.pack);
+      tile.begin = keys.begin, tile.end = keys.end;
+      cost = shape.fixed_cost + units_of(keys, shape.unit_keys);
+    }
+    tile.line = places + scan_block(cost, total) - cost;
+    if (number < num_tiles) {
+      tiles[number] = tile;
+      if (tile.index == 0) first_line[tile.request] = tile.line;
+    }
+  }
+  __syncthreads();
+  for (int b = thread; b <= batch; b += kPlanThreads)
+    if (first_tile[b] == num_tiles) first_line[b] = places;
+    else if (first_tile[b] == first_tile[b + 1]) first_line[b] = tiles[first_tile[b]].line;
+  __syncthreads();
+
+  const unsigned length = static_cast<unsigned>(places) * shape.groups;
+  const int used = static_cast<unsigned>(shape.shares) < length ? shape.shares : static_cast<int>(length);
+  const Line line = {first_tile, first_line, tiles, batch, num_tiles};
+  for (int c = thread; c <= shape.shares; c += kPlanThreads) shares[c] = share_start(line, shape, length, used, c);
+  if (thread == 0) *static_cast<PlanHeader*>(plan) = {num_tiles, used, length};
+}
+#endif
+
+}  // namespace jg

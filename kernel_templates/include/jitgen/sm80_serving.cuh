@@ -1,0 +1,166 @@
+// Serving kernels on mma.sync: packed query rows, keys that lie in pages, and partial results of items that were cut.
+#pragma once
+#include "jitgen/sm80_softmax.cuh"
+#include "jitgen/sm80_tile.cuh"
+
+namespace jg {
+
+// ---- packed rows ----
+// A tile of queries holds 2^shift heads that share their keys: packed row r is query r >> shift of head r % 2^shift of the
+// group. The rows of a thread are 8 apart, so with up to 8 heads they all belong to one.
+JITGEN_FN int packed_query(int row, int shift) { return row >> shift; }
+JITGEN_FN int packed_head(int row, int shift) { return row & ((1 << shift) - 1); }
+
+// Heads in a packed row, as a power of two: the largest that divides the group and is at most 8.
+inline int packing_shift(long long group_size) {
+  int shift = 0;
+  while (shift < 3 && (group_size >> shift) % 2 == 0) ++shift;
+  return shift;
+}
+
+// Where the packed rows of a request and head group are in a [rows, heads, columns] tensor; strides in bytes.
+struct PackedRows {
+  char* base;
+  long long query_bytes, head_bytes;
+  int shift;
+  JITGEN_FN char* row(int r) const { return base + packed_query(r, shift) * query_bytes + packed_head(r, shift) * head_bytes; }
+};
+
+// Copies packed rows [first, first + kRows) to the tile at `address`; rows from `limit` on become zero.
+template <int kRows, int kCols, int kThreads>
+JITGEN_FN void copy_packed_rows(unsigned address, const PackedRows& rows, int first, int limit, int thread) {
+  using Tile = SwizzledTile<kCols>;
+  constexpr int kRowStep = kThreads / Tile::kSpan;
+  static_assert(kRowStep % 8 == 0 && kRows % kRowStep == 0, "every thread copies the same rows of the swizzle");
+  const int row = thread / Tile::kSpan, chunk = thread % Tile::kSpan;
+#pragma unroll 2
+  for (int r = row; r < kRows; r += kRowStep) {
+    const bool valid = first + r < limit;
+    const char* from = rows.row(valid ? first + r : first) + chunk * 16;
+#pragma unroll
+    for (int span = 0; span < Tile::kSpans; ++span)
+      cp_async_16(address + Tile::offset(r, span * Tile::kSpan + chunk), from + span * Tile::kSpan * 16, valid);
+  }
+}
+
+// Writes the packed rows of a warp, the first of which is `first`, through its part of shared memory.
+template <class Element, int kRowTiles, int kOutTiles>
+JITGEN_FN void store_packed_rows(const float (&o)[kRowTiles][kOutTiles][4], unsigned address, const PackedRows& rows, int first, int limit) {
+  using Tile = SwizzledTile<kOutTiles * 8>;
+  constexpr int kRowsAtOnce = 32 / Tile::kSpan;
+  const int lane = threadIdx.x & 31, row = lane / Tile::kSpan, chunk = lane % Tile::kSpan;
+  stage_rows<Element>(o, address);
+#pragma unroll 2
+  for (int r = row; r < 16 * kRowTiles; r += kRowsAtOnce) {
+    if (first + r >= limit) break;
+    char* to = rows.row(first + r) + chunk * 16;
+#pragma unroll
+    for (int span = 0; span < Tile::kSpans; ++span)
+      *reinterpret_cast<uint4*>(to + span * Tile::kSpan * 16) = load_shared_128(address + Tile::offset(r, span * Tile::kSpan + chunk));
+  }
+}
+
+// ---- pages ----
+// Division by a number that the host knows: exact for dividends below 2^31.
+struct Divisor {
+  unsigned value, magic;
+  int shift;
+  JITGEN_FN int divide(int x) const { return static_cast<int>(static_cast<unsigned long long>(x) * magic >> shift); }
+};
+inline Divisor make_divisor(unsigned value) {
+  int bits = 0;
+  while (bits < 31 && 1u << bits < value) ++bits;
+  return {value, static_cast<unsigned>(((1ull << (31 + bits)) + value - 1) / value), 31 + bits};
+}
+
+// Brings the page number of each of kRows keys from `first` on to shared memory; of keys from `limit` on, page 0.
+template <int kRows> JITGEN_FN void look_up_pages(unsigned address, const int* pages, const Divisor& page_size, int first, int limit, int thread) {
+  if (thread < kRows) {
+    const bool valid = first + thread < limit;
+    const int* from = pages + (valid ? page_size.divide(first + thread) : 0);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address + 4 * thread), "l"(from), "r"(valid ? 4 : 0) : "memory");
+  }
+}
+JITGEN_FN int load_shared_32(unsigned address) {
+  int value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+// TileCopy for keys in pages: `start` takes the shared-memory address of the page numbers of the tile's rows.
+template <int kCols, int kThreads> struct PagedCopy {
+  using Tile = SwizzledTile<kCols>;
+  static constexpr int kRowStep = kThreads / Tile::kSpan;
+  static_assert(kRowStep % 8 == 0, "rows of one thread must share the swizzle");
+
+  const char* src;               // this thread's chunk in row 0 of page 0
+  long long page_bytes, row_bytes;
+  int dst, row;
+
+  JITGEN_FN PagedCopy(const void* base, long long page_stride, long long row_stride, int thread)
+      : page_bytes(page_stride * 2), row_bytes(row_stride * 2), row(thread / Tile::kSpan) {
+    const int chunk = thread % Tile::kSpan;
+    src = static_cast<const char*>(base) + chunk * 16;
+    dst = Tile::offset(row, chunk);
+  }
+  template <int kRows> JITGEN_FN void start(unsigned address, unsigned pages, const Divisor& page_size, int first, int limit) const {
+    static_assert(kRows % kRowStep == 0, "every thread copies the same number of rows");
+    const long long page_pitch = stay(page_bytes), pitch = stay(row_bytes);
+    const unsigned to = address + stay(dst);
+#pragma unroll
+    for (int i = 0; i < kRows / kRowStep; ++i) {
+      const int at = first + row + i * kRowStep, page = load_shared_32(pages + 4 * (row + i * kRowStep));
+      const int inside = at - page_size.divide(at) * static_cast<int>(page_size.value);
+      const char* from = src + page * page_pitch + inside * pitch;
+#pragma unroll
+      for (int span = 0; span < Tile::kSpans; ++span)
+        cp_async_16(to + i * kRowStep * Tile::kPitch + span * Tile::kSpan * 16, from + span * Tile::kSpan * 16, at < limit);
+    }
+  }
+};
+
+// ---- partial results ----
+// O and the softmax of a piece of an item as the threads hold them, 16 bytes at a time: for each 16-row tile the kOutTiles
+// quads of O, then {row_max, row_sum}. A warp of the merge takes one 16-row tile.
+template <int kRowTiles, int kOutTiles, int kThreads> struct Partial {
+  static constexpr long long kQuads = static_cast<long long>(kRowTiles) * (kOutTiles + 1) * kThreads;   // of a slot
+
+  static JITGEN_FN float4* quad(void* workspace, int slot, int i, int j, int thread) {
+    return static_cast<float4*>(workspace) + slot * kQuads + (i * (kOutTiles + 1) + j) * kThreads + thread;
+  }
+  static JITGEN_FN void store(void* workspace, int slot, int thread, const float (&o)[kRowTiles][kOutTiles][4], const OnlineSoftmax<kRowTiles>& softmax) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < kOutTiles; ++j)
+        *quad(workspace, slot, i, j, thread) = make_float4(o[i][j][0], o[i][j][1], o[i][j][2], o[i][j][3]);
+      *quad(workspace, slot, i, kOutTiles, thread) =
+          make_float4(softmax.row_max[i][0], softmax.row_max[i][1], softmax.row_sum[i][0], softmax.row_sum[i][1]);
+    }
+  }
+  // Adds row tile i of a piece to what `o` and `softmax` hold of other keys.
+  static JITGEN_FN void add(void* workspace, int slot, int i, int thread, float (&o)[1][kOutTiles][4], OnlineSoftmax<1>& softmax, float units) {
+    const float4 state = *quad(workspace, slot, i, kOutTiles, thread);
+    const float piece_max[2] = {state.x, state.y}, piece_sum[2] = {state.z, state.w};
+    float old[2], fresh[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float before = softmax.row_max[0][half], now = ::fmaxf(before, piece_max[half]);
+      const float shift = now == -INFINITY ? 0.0f : now * units;   // a row without keys so far: weights 0, not NaN
+      old[half] = exp2(before * units - shift);
+      fresh[half] = exp2(piece_max[half] * units - shift);
+      softmax.row_max[0][half] = now;
+      softmax.row_sum[0][half] = softmax.row_sum[0][half] * old[half] + piece_sum[half] * fresh[half];
+    }
+#pragma unroll
+    for (int j = 0; j < kOutTiles; ++j) {
+      const float4 part = *quad(workspace, slot, i, j, thread);
+      o[0][j][0] = o[0][j][0] * old[0] + part.x * fresh[0];
+      o[0][j][1] = o[0][j][1] * old[0] + part.y * fresh[0];
+      o[0][j][2] = o[0][j][2] * old[1] + part.z * fresh[1];
+      o[0][j][3] = o[0][j][3] * old[1] + part.w * fresh[1];
+    }
+  }
+};
+
+}  // namespace jg
