@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from jitgen.cache import usage
 from jitgen.cache.entry import ENTRY_NAME, MODULE, Corrupt, read_key, read_manifest, verify
 from jitgen.cache.key import explain
 from jitgen.cache.store import Store, discard
@@ -79,6 +80,40 @@ def describe(root: Path, given: str) -> dict[str, object]:
     }
 
 
+class KernelStats(NamedTuple):
+    """What one kernel cost and saved: builds and the seconds they took, loads by processes and the seconds they saved."""
+
+    name: str
+    label: str
+    size: int  # bytes of all files, 0 where it is in none of the stores any more
+    builds: int
+    build_seconds: float
+    loads: int
+    saved_seconds: float
+
+
+def stats(root: Path, layers: Iterable[Path] = ()) -> list[KernelStats]:
+    """Use of every kernel of the user store and of layers, most seconds saved first.
+
+    A load saves what the build took, as the kernel's manifest says.
+    """
+    places = [directory / name for directory in (root, *layers) for name in Store(directory).names()]
+    known = {place.name: place for place in reversed(places)}
+    counts = usage.read(root)
+    found = []
+    for name in sorted({*known, *counts}):
+        count = counts.get(name, usage.Usage())
+        label, size, seconds = "removed", 0, count.build_seconds / max(1, count.builds)
+        if name in known:
+            size = tree_size(known[name])
+            with suppress(Corrupt):
+                manifest = read_manifest(known[name])
+                label, seconds = manifest["label"], float(manifest.get("seconds", 0.0)) or seconds
+        saved = round(seconds * count.loads, 2)
+        found.append(KernelStats(name, label, size, count.builds, count.build_seconds, count.loads, saved))
+    return sorted(found, key=lambda kernel: (-kernel.saved_seconds, kernel.name))
+
+
 def verify_entries(root: Path) -> Iterator[tuple[str, str]]:
     """Every entry with what is wrong with it; an empty text where all files are as its manifest says."""
     for name in Store(root).names():
@@ -111,6 +146,7 @@ def collect_garbage(root: Path, *, older_than: float | None = None) -> list[Path
         removed += [root / info.name for info in list_entries(root) if info.age > older_than]
     for path in removed:
         discard(store, path)
+    usage.compact(root)
     for path in (*_children(root / "index"), *_children(root / "locks")):
         if _is_dangling(root, path):
             path.unlink(missing_ok=True)
@@ -126,6 +162,7 @@ def clear(root: Path) -> int:
         discard(store, root / name)
     for folder in ("corrupt", "failed", "index", "locks", "programs", "tmp"):
         discard(store, root / folder)
+    (root / usage.LOG).unlink(missing_ok=True)
     return len(names)
 
 

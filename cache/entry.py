@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from jitgen.cache.key import digest, encode
@@ -23,9 +23,10 @@ class Corrupt(Exception):
     """An entry is not what its manifest says; the message says what differs."""
 
 
-def seal(directory: Path, name: str, key: Mapping[str, object], label: str) -> None:
+def seal(directory: Path, name: str, key: Mapping[str, object], label: str, seconds: float = 0.0) -> None:
     """Complete an entry: write its key and, last, the manifest over all files; make everything durable.
 
+    `seconds` is what the build took. Files become readable by others: whether they may reach them is the store's mode.
     Errors:  OSError as from writing.
     """
     (directory / KEY).write_text(json.dumps(key, indent=1, sort_keys=True) + "\n")
@@ -36,7 +37,10 @@ def seal(directory: Path, name: str, key: Mapping[str, object], label: str) -> N
             data = path.read_bytes()
             files[path.relative_to(directory).as_posix()] = [len(data), hashlib.sha256(data).hexdigest()]
             sync(path)
-    manifest = {"entry": name, "label": label, "files": files}
+        else:
+            os.chmod(path, 0o755)
+    os.chmod(directory, 0o755)
+    manifest = {"entry": name, "label": label, "seconds": round(seconds, 2), "files": files}
     # the manifest carries its own digest, so that a damaged one is noticed even where it still parses
     manifest["self"] = digest(manifest)
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
@@ -73,16 +77,18 @@ def read_manifest(directory: Path) -> dict:
     return {**manifest, "files": files}
 
 
-def verify(directory: Path) -> Path:
-    """Compare every file of an entry with the manifest and return the module's path.
+def verify(directory: Path, only: Collection[str] | None = None) -> dict:
+    """Compare the files of an entry, or only some of them, with the manifest and return the manifest.
 
     Errors:  Corrupt naming the first file that differs.
-    Cost:    reads the entry once, about 1 ms for a module of 300 kB.
+    Cost:    reads the files once, about 0.1 ms for a module of 100 kB.
     """
-    files = read_manifest(directory)["files"]
+    manifest = read_manifest(directory)
+    files = manifest["files"]
     if MODULE not in files or KEY not in files:
         raise Corrupt(f"{MANIFEST} does not list {MODULE} and {KEY}")
-    for name, (size, sha) in files.items():
+    for name in files if only is None else only:
+        size, sha = files[name]
         try:
             data = (directory / name).read_bytes()
         except OSError as error:
@@ -91,7 +97,7 @@ def verify(directory: Path) -> Path:
             raise Corrupt(f"{name} has {len(data)} bytes, its manifest says {size}")
         if hashlib.sha256(data).hexdigest() != sha:
             raise Corrupt(f"{name} differs from its manifest's SHA-256")
-    return directory / MODULE
+    return manifest
 
 
 def read_key(directory: Path) -> dict:

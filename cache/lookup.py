@@ -1,4 +1,4 @@
-"""get_module: from a kernel's spec to the path of its module, by way of layers, the user store and the builder."""
+"""get_module: from a kernel's spec to the path of its module, by way of layers, the user store, the remote and the builder."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from jitgen import env, paths
+from jitgen.cache import usage
+from jitgen.cache.installed import installed_layers
 from jitgen.cache.key import FORMAT, digest, module_key
 from jitgen.cache.store import Store
-from jitgen.errors import CacheError, CacheWarning, CompileError, KernelNotPrebuilt
+from jitgen.errors import CacheError, CacheWarning, CompileError
+from jitgen.events import Event, emit
+from jitgen.records import record
 
 if TYPE_CHECKING:
     from jitgen.cache.source import Builder, Source, Waiting
@@ -24,19 +30,30 @@ if TYPE_CHECKING:
 # Parts of a target that say who built a module, not what it needs: a prebuilt layer is searched without them.
 BUILDER_PARTS = ("compiler", "toolkit")
 
+Target = Mapping[str, object]
 
-class Request(NamedTuple):
+
+@record
+class Request:
     """A kernel that is wanted.
 
     family names the template and starts the entry's name; label is what a human calls the kernel. spec_digest stands
     for everything that make_source depends on. target maps the names of the target's parts to plain values.
+    as_manifest gives the text that asks for the kernel in a manifest; lesser_targets gives further targets whose kernels
+    run here, asked for where nothing may be compiled.
     """
 
     family: str
     label: str
     spec_digest: str
-    target: Mapping[str, object]
+    target: Target
     make_source: Callable[[], Source]
+    as_manifest: Callable[[], str] | None = None
+    lesser_targets: Callable[[], Iterable[Target]] | None = None
+
+    @property
+    def arch(self) -> str:
+        return str(self.target.get("arch"))
 
     def alias(self, *, portable: bool = False) -> str:
         """Name under which an index holds this kernel: built exactly so, or (portable) by whichever compiler."""
@@ -44,8 +61,16 @@ class Request(NamedTuple):
         return digest([FORMAT, "portable" if portable else "exact", self.family, self.spec_digest, target])
 
 
+@record
+class Found:
+    """A module, and the kind of place it came from: 'layer', 'store', 'temporary', 'remote' or 'built'."""
+
+    module: Path
+    source: str
+
+
 def get_module(request: Request, builder: Builder, waiting: Waiting | None = None) -> Path:
-    """Return the path of a kernel's module: from a prebuilt layer, else the user store, else built now.
+    """Return the path of a kernel's module: from a prebuilt layer, the user store, the remote layer, or built now.
 
     A hit renders nothing and starts no process. Threads and processes that ask for one kernel at the same time share
     one build. Where the user store cannot be written, the module is built in a private temporary directory.
@@ -53,34 +78,74 @@ def get_module(request: Request, builder: Builder, waiting: Waiting | None = Non
              could be written by another user.
     """
     with _thread_lock(request.alias()):
-        found = find_module(request)
-        if found is not None:
-            return found
-        if env.is_frozen():
-            raise KernelNotPrebuilt(
-                f"JITGEN_MODE=frozen and no prebuilt layer holds {request.family} kernel {request.label!r} "
-                f"(spec {request.spec_digest[:12]}) for {request.target.get('arch')}. "
-                f"Searched: {', '.join(str(store.root) for store in stores()) or 'nothing'}. "
-                "Run once with JITGEN_MODE=auto to build it, and ship that store as JITGEN_PREBUILT."
-            )
-        return _build(request, builder, waiting or (lambda message: nullcontext()))
+        begun = time.perf_counter()
+        found = _find(request) or _fetch(request)
+        if found is None and (env.is_frozen() or not request.target.get("compiler")):
+            found = _find_lesser(request)
+        if found is None:
+            if env.is_frozen():
+                from jitgen.cache.frozen import not_prebuilt
+
+                raise not_prebuilt(request, stores())
+            found = Found(_build(request, builder, waiting or (lambda message: nullcontext())), "built")
+            if env.remote() is not None:
+                from jitgen.cache.remote import upload
+
+                upload(request, found.module)
+        _report(request, found, time.perf_counter() - begun)
+        return found.module
 
 
 def find_module(request: Request) -> Path | None:
     """The module of a kernel that is already stored, or None; never builds."""
+    found = _find(request)
+    return None if found is None else found.module
+
+
+def _find(request: Request) -> Found | None:
     has_compiler = bool(request.target.get("compiler"))
     for store in stores():
         # without a compiler nothing could be built anew, so a module by any compiler is the best there is
         alias = request.alias(portable=store.is_layer or not has_compiler)
-        found = store.find_alias(alias)
+        module = store.find_alias(alias)
+        if module is not None:
+            return Found(module, store.kind)
+    return None
+
+
+def _find_lesser(request: Request) -> Found | None:
+    """The kernel for another target that this machine can run, where it may not be compiled for its own."""
+    for target in request.lesser_targets() if request.lesser_targets else ():
+        # as if without a compiler: any will do
+        found = _find(replace(request, target={**target, "compiler": ""}))
         if found is not None:
             return found
     return None
 
 
+def _fetch(request: Request) -> Found | None:
+    """The kernel from the remote layer, which is copied into the user store and found there from then on."""
+    if env.remote() is None:
+        return None
+    from jitgen.cache.remote import fetch
+
+    user = paths.cache_dir()
+    name = None if user is None else fetch(request, _store(user, False))
+    module = None if name is None else _store(user, False).find(name)
+    return None if module is None else Found(module, "remote")
+
+
+def _report(request: Request, found: Found, seconds: float) -> None:
+    name = found.module.parent.name
+    size = os.stat(found.module).st_size
+    emit(Event("load", name, request.label, request.arch, seconds, found.source, size))
+    if found.source not in ("built", "temporary"):
+        usage.note("load", found.module.parent)
+
+
 def stores() -> list[Store]:
     """Stores in look-up order: prebuilt layers, the user store, and this process's temporary one if it has one."""
-    found = [_store(path, True) for path in env.prebuilt_dirs()]
+    found = [_store(path, True) for path in (*env.prebuilt_dirs(), *installed_layers())]
     user = paths.cache_dir()
     if user is not None:
         found.append(_store(user, False))
@@ -92,6 +157,11 @@ def stores() -> list[Store]:
 @lru_cache(maxsize=64)
 def _store(path: Path, is_layer: bool) -> Store:
     return Store(path, is_layer=is_layer)
+
+
+def forget() -> None:
+    """Forget what this process has verified: what is asked for next is checked as if the process had just begun."""
+    _store.cache_clear()
 
 
 def _build(request: Request, builder: Builder, waiting: Waiting) -> Path:
@@ -150,7 +220,7 @@ def _temporary_store(reason: str) -> Store:
         import atexit
 
         root = Path(tempfile.mkdtemp(prefix="jitgen-"))
-        _temporary.append(Store(root))
+        _temporary.append(Store(root, kind="temporary"))
         atexit.register(_remove_temporary, os.getpid(), _temporary[0])
         warnings.warn(
             f"the kernel cache cannot be used: {reason}. Kernels are compiled again in each process (now in {root}). "

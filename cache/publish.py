@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING
 
 from jitgen import paths
 from jitgen.cache import entry as entries
+from jitgen.cache import usage
 from jitgen.cache.store import Store
 from jitgen.errors import CacheError, CompileError
+from jitgen.events import Event, emit
+from jitgen.progress import logger
 
 if TYPE_CHECKING:
     from jitgen.cache.source import Builder, Source, Waiting
@@ -27,16 +30,20 @@ def build_once(
 
     Errors:  CompileError with the failed build kept in the store; OSError when the store cannot be written.
     """
-    with _locked(store, name, waiting):
+    with _locked(store, name, label, _arch(key), waiting):
         found = store.find(name)
         if found is not None:
             return found
         directory = store.private_dir()
+        begun = time.perf_counter()
         try:
             builder(source, name, directory)
-            entries.seal(directory, name, key, label)
-            _publish(store, directory, name)
+            seconds = time.perf_counter() - begun
+            entries.seal(directory, name, key, label, seconds)
+            publish(store, directory, name)
+            _report_build(store.root / name, key, label, seconds)
         except CompileError as error:
+            emit(Event("fail", "", label, _arch(key), time.perf_counter() - begun))
             kept = store.keep_failed(directory, name)
             raise error.moved(directory, kept) from None
         finally:
@@ -47,7 +54,7 @@ def build_once(
     return found
 
 
-def _publish(store: Store, directory: Path, name: str) -> None:
+def publish(store: Store, directory: Path, name: str) -> None:
     """Rename a sealed directory to its entry; where another process was faster, its entry stays."""
     try:
         os.rename(directory, store.root / name)
@@ -58,8 +65,19 @@ def _publish(store: Store, directory: Path, name: str) -> None:
     entries.sync(store.root)
 
 
+def _report_build(entry: Path, key: dict[str, object], label: str, seconds: float) -> None:
+    size = (entry / entries.MODULE).stat().st_size
+    emit(Event("build", entry.name, label, _arch(key), seconds, size=size))
+    usage.note("build", entry, seconds)
+
+
+def _arch(key: dict[str, object]) -> str:
+    target = key["target"]
+    return str(target.get("arch")) if isinstance(target, dict) else ""
+
+
 @contextmanager
-def _locked(store: Store, name: str, waiting: Waiting) -> Iterator[None]:
+def _locked(store: Store, name: str, label: str, arch: str, waiting: Waiting) -> Iterator[None]:
     """Hold the lock of an entry; without one where the file system has none, as the rename keeps that safe too."""
     import filelock
 
@@ -69,13 +87,16 @@ def _locked(store: Store, name: str, waiting: Waiting) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        with waiting(f"waiting for {_owner(path)}"):
+        begun, owner = time.perf_counter(), _owner(path)
+        logger().info("waiting entry=%s for=%r", name, owner)
+        with waiting(f"waiting for {owner}"):
             lock.acquire()
+        emit(Event("wait", name, label, arch, time.perf_counter() - begun, owner))
     except (NotImplementedError, OSError):
         lock = nullcontext()
-    owner = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.time()}
+    mine = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.time()}
     with suppress(OSError):
-        path.with_suffix(".owner").write_text(json.dumps(owner))
+        path.with_suffix(".owner").write_text(json.dumps(mine))
     try:
         yield
     finally:

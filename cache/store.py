@@ -24,9 +24,10 @@ class Store:
     A layer is a store that is only read: nothing in it is mended.
     """
 
-    def __init__(self, root: Path, *, is_layer: bool = False) -> None:
+    def __init__(self, root: Path, *, is_layer: bool = False, kind: str = "") -> None:
         self.root = root
         self.is_layer = is_layer
+        self.kind = kind or ("layer" if is_layer else "store")
         self._verified: dict[str, Path] = {}
         self._is_trusted = False
 
@@ -46,7 +47,8 @@ class Store:
         remedy = "remove it"
         try:
             check_trusted(directory, remedy)
-            module = entries.verify(directory)
+            entries.verify(directory, (entries.MODULE, entries.KEY))  # what is used; sources are 'jitgen cache verify's
+            module = directory / entries.MODULE
             check_trusted(module, remedy)
         except FileNotFoundError:
             return None  # removed by another process while we looked
@@ -71,10 +73,13 @@ class Store:
             raise ValueError(f"{name!r} is not the name of an entry")
         try:
             index = paths.make_private_dir(self.root / "index")
-            handle, temporary = tempfile.mkstemp(dir=index)
-            with os.fdopen(handle, "w") as stream:
-                stream.write(name + "\n")
-            os.replace(temporary, index / alias)
+            handle, temporary = tempfile.mkstemp(prefix=".", dir=index)
+            try:
+                with os.fdopen(handle, "w") as stream:
+                    stream.write(name + "\n")
+                os.replace(temporary, index / alias)
+            except OSError:
+                os.unlink(temporary)
         except OSError:
             return
 

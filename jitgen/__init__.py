@@ -11,13 +11,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from jitgen import reference
+    from jitgen import prebuild, reference, sampling
     from jitgen.api import attention
     from jitgen.errors import JitgenError
+    from jitgen.events import on_event
     from jitgen.flex import flex_attention
     from jitgen.masks import and_masks, or_masks, sorted, static
     from jitgen.norms import OnlineNorm
     from jitgen.rows import row_cumsum, row_max, row_sum
+    from jitgen.sampling import apply_penalties, apply_token_bitmask, mask_logits, process_logits, renorm, sample, softmax
+    from jitgen.sampling_processors import Penalties
+    from jitgen.sampling_speculative import speculative_verify
+    from jitgen.serving import paged_attention, ragged_attention
+    from jitgen.serving_masks import bit_mask, pack_mask, tree_mask
+    from jitgen.serving_merge import merge_state, merge_states
+    from jitgen.serving_pages import PageTable
+    from jitgen.serving_plan import Plan
     from jitgen.variant import Variant
 
 _HOME = {
@@ -25,6 +34,7 @@ _HOME = {
     "flex_attention": "jitgen.flex",
     "JitgenError": "jitgen.errors",
     "and_masks": "jitgen.masks",
+    "on_event": "jitgen.events",
     "or_masks": "jitgen.masks",
     "sorted": "jitgen.masks",
     "static": "jitgen.masks",
@@ -33,24 +43,63 @@ _HOME = {
     "row_max": "jitgen.rows",
     "row_sum": "jitgen.rows",
     "Variant": "jitgen.variant",
+    "bit_mask": "jitgen.serving_masks",
+    "pack_mask": "jitgen.serving_masks",
+    "tree_mask": "jitgen.serving_masks",
+    "merge_state": "jitgen.serving_merge",
+    "merge_states": "jitgen.serving_merge",
+    "PageTable": "jitgen.serving_pages",
+    "Plan": "jitgen.serving_plan",
+    "paged_attention": "jitgen.serving",
+    "ragged_attention": "jitgen.serving",
+    "Penalties": "jitgen.sampling_processors",
+    "apply_penalties": "jitgen.sampling",
+    "apply_token_bitmask": "jitgen.sampling",
+    "mask_logits": "jitgen.sampling",
+    "process_logits": "jitgen.sampling",
+    "renorm": "jitgen.sampling",
+    "sample": "jitgen.sampling",
+    "softmax": "jitgen.sampling",
+    "speculative_verify": "jitgen.sampling_speculative",
 }
-_MODULES = ("reference", "errors")
+_MODULES = ("reference", "errors", "prebuild", "sampling")
 
 __all__ = [
     "JitgenError",
     "OnlineNorm",
+    "PageTable",
+    "Penalties",
+    "Plan",
     "Variant",
     "and_masks",
+    "apply_penalties",
+    "apply_token_bitmask",
     "attention",
+    "bit_mask",
     "errors",
     "flex_attention",
+    "mask_logits",
+    "merge_state",
+    "merge_states",
+    "on_event",
     "or_masks",
+    "pack_mask",
+    "paged_attention",
+    "prebuild",
+    "process_logits",
+    "ragged_attention",
     "reference",
+    "renorm",
     "row_cumsum",
     "row_max",
     "row_sum",
+    "sample",
+    "sampling",
+    "softmax",
     "sorted",
+    "speculative_verify",
     "static",
+    "tree_mask",
 ]
 
 

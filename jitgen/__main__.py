@@ -23,6 +23,8 @@ COMMANDS = {
     "demo": "compile a variant, compare it with the oracle, show times and where the kernel is kept",
     "show": "what becomes of a variant: expressions, captures, tile classes, kernel, key, source",
     "doctor": "what works on this machine, and what to do about what does not",
+    "prebuild": "compile what manifests ask for, without a GPU, into a directory to ship",
+    "bundle": "pack, check and unpack such a directory as one file",
     "cache": "list, check, compare and remove compiled kernels",
     "bench": "measure this machine",
 }

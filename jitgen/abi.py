@@ -6,10 +6,11 @@ list as ``struct Args``, so the two cannot disagree.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from jitgen.records import record
 
 
-@dataclass(frozen=True)
+
+@record
 class ArgField:
     """One field of ``struct Args``. ``format`` is its letter for the struct module: P pointer, q int64, d double."""
 
@@ -70,7 +71,7 @@ SERVING_ARGS: tuple[ArgField, ...] = (
     _int("local_rows", "1: q_idx of a request's row i is i; 0: kv_len - q_len + i"),
     _int("num_ctas", "CTAs the plan was made for"),
     _int("class_rows", "a request with more than this many q_len * num_q_heads / num_kv_heads rows is left to the prefill kernel"),
-    _int("split", "1: a long request may be cut into pieces; 0: never"),
+    _int("split", "1: a long request may be cut into pieces; 0: never; more, on the CPU: keys of a piece"),
     _int("programmatic", "1: the launch may overlap the end of the kernel before it, which must trigger its dependents"),
     ArgField("double", "scale", "multiplies q . k", "d"),
     *(_int(f"{t}_stride_{axis}", "elements" if axis == "s" else "") for t in "qo" for axis in "sh"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +12,7 @@ from jitgen.checks import check_grad, check_tensors, dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.families import choose_spec, padded_head_dims
 from jitgen.program import Program, direct_indices, uses_index
+from jitgen.records import record
 
 if TYPE_CHECKING:
     from jitgen.variant import Variant
@@ -74,7 +74,7 @@ def resolve_hooks(
     return traced.program, traced.values(), variant.q_index
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class PreparedCall:
     """Everything about a call that depends on shapes, strides and dtypes only."""
 

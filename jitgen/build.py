@@ -12,31 +12,122 @@ from typing import TYPE_CHECKING
 
 from jitgen import cache, env
 from jitgen.cache import Request, generator_digest
-from jitgen.errors import CompileError
+from jitgen.cache.entry import read_key
+from jitgen.errors import CompileError, UnsupportedDevice
+from jitgen.paths import template_dir
 from jitgen.progress import logger, progress_line
-from jitgen.target import CompileTarget
+from jitgen.records import record
+from jitgen.target import CompileTarget, lesser_targets
 from jitgen.toolchain import CompilerFailed
 
 if TYPE_CHECKING:
     from jitgen.cache.source import Source
+    from jitgen.portable import Call
 
 # Lines of compiler output that say what is wrong, and how many of them an error message shows.
-ERROR_MARKS = ("error:", "error :", "error ", "ptxas fatal", "nvcc fatal", "undefined reference", "cannot find")
+ERROR_MARKS = ("error:", "error :", "error ", "ptxas fatal", "nvcc fatal", "undefined reference", "cannot find", "/ld:")
 SHOWN_LINES = 6
 SHOWN_COLUMNS = 300
 
 CUDA_RUNTIME = "jitgen/driver_runtime.h"  # what CUDA modules have in place of libcudart
 
 
-def get_module(spec_digest: str, family: str, label: str, make_source: Callable[[], Source], target: CompileTarget) -> Path:
+def get_module(
+    spec_digest: str,
+    family: str,
+    label: str,
+    make_source: Callable[[], Source],
+    target: CompileTarget,
+    *,
+    call: Call | None = None,
+) -> Path:
     """Path of a kernel's shared library: stored, or rendered and compiled now.
 
-    `spec_digest` stands for all that make_source depends on besides the generator's own files.
+    `spec_digest` stands for all that make_source depends on besides the generator's own files. `call` is the caller's own
+    function and its arguments, by which the kernel is recorded and prebuilt: see jitgen.portable.
     Errors:  CompileError, ToolchainMissing, KernelNotPrebuilt, CacheError.
     Cost:    stored: a few milliseconds, no process started, nothing rendered; otherwise seconds.
     """
-    request = Request(family, label, spec_digest + generator_digest(), vars(target), make_source)
-    return cache.get_module(request, partial(_build_entry, target=target, label=label), waiting=progress_line)
+    request = Request(
+        family,
+        label,
+        spec_digest + generator_digest(),
+        vars(target),
+        make_source if target.kind == "cpu" else lambda: WithRuntime(make_source()),
+        None if call is None else partial(_manifest_text, call, label, target.arch),
+        lambda: map(vars, lesser_targets(target)),
+    )
+    path = cache.get_module(request, partial(_build_entry, target=target, label=label), waiting=progress_line)
+    if target.kind == "cuda":
+        _check_driver(path)
+    if env.record() is not None:
+        _record(request)
+    return path
+
+
+def _manifest_text(call: Call, label: str, arch: str) -> str:
+    from jitgen.recording import manifest_text
+
+    return manifest_text(call, label, arch)
+
+
+def _record(request: Request) -> None:
+    from jitgen.recording import record
+
+    path = env.record()
+    if path is None or request.as_manifest is None:
+        logger().warning("%s kernel %r cannot be recorded: its module passes no call", request.family, request.label)
+    else:
+        record(path, request.as_manifest())
+
+
+def _check_driver(module: Path) -> None:
+    """A CUDA module needs a driver of its toolkit's major version; without this it would fail as an invalid image.
+
+    Errors:  UnsupportedDevice.
+    """
+    import torch
+
+    if torch.version.cuda is None or not torch.cuda.is_initialized():
+        return
+    toolkit = read_key(module.parent)["target"]["toolkit"]
+    driver = _driver_major()
+    if toolkit and driver and driver < int(toolkit.split(".")[0]):
+        raise UnsupportedDevice(
+            f"{module} was compiled by CUDA {toolkit}, and this machine's driver is for CUDA {driver}. Update the driver, "
+            f"or build with a toolkit of CUDA {driver} (JITGEN_NVCC names its nvcc)."
+        )
+
+
+def _driver_major() -> int:
+    """The CUDA major version that the driver supports; 0 when it does not say."""
+    import ctypes
+
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value // 1000
+
+
+@record
+class WithRuntime:
+    """A CUDA source and, among its headers, the functions that every CUDA module is linked with."""
+
+    source: Source
+
+    @property
+    def text(self) -> str:
+        return self.source.text
+
+    @property
+    def mapped_text(self) -> str:
+        return self.source.mapped_text
+
+    @property
+    def includes(self) -> Mapping[str, str]:
+        return {**self.source.includes, CUDA_RUNTIME: (template_dir() / "include" / CUDA_RUNTIME).read_text()}
 
 
 def _build_entry(source: Source, name: str, directory: Path, *, target: CompileTarget, label: str) -> None:
@@ -54,6 +145,7 @@ def build(source: str, *, name: str, target: CompileTarget, includes: Mapping[st
     texts = {f"kernel{target.suffix}": source}
     if target.kind == "cuda":
         texts["runtime.cpp"] = f'#include "{CUDA_RUNTIME}"\n'
+        includes = {CUDA_RUNTIME: (template_dir() / "include" / CUDA_RUNTIME).read_text(), **includes}
     for path, text in {**texts, **{f"include/{p}": t for p, t in includes.items()}}.items():
         file = directory / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +171,7 @@ def _compile(sources: list[Path], name: str, target: CompileTarget, scratch: Pat
     try:
         return compile_module(sources, include, target, name, scratch)
     except CompilerFailed as failure:
-        missing = sorted(set(re.findall(r"undefined reference to `(_*cuda\w+)'", str(failure))))
+        missing = sorted(set(re.findall(r"undefined reference to (?:symbol )?[`'](_*cuda\w+)", str(failure))))
         if not missing:
             raise
     whole = scratch / "whole"

@@ -15,7 +15,6 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,10 +35,13 @@ _LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "nump
 _FOLLOWED = (
     "torch.nn.attention",
     "jitgen.masks",
+    "jitgen.serving_masks",
+    "jitgen.sampling_processors",
     "jitgen.flex",
     "jitgen.bench",
     "jitgen.compat",
     "jitgen.demo",
+    "jitgen.prebuild_variants",
 )  # library functions that call the user's: and_masks and the like
 _CONSTANTS = (str, bytes, torch.dtype, torch.device, torch.Size, slice, range, type(Ellipsis), complex, torch.layout)
 
@@ -50,19 +52,24 @@ class SortedTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
-@dataclass
 class Capture:
     """One captured value, in the order in which the trace met it."""
 
-    slot: int
-    path: Path
-    name: str
-    kind: str
-    dtype: str
-    tracer: Tracer = field(repr=False)
-    tensor: Any = field(default=None, repr=False)
-    layout: str = ""
-    is_sorted: bool = False
+    def __init__(
+        self,
+        slot: int,
+        path: Path,
+        name: str,
+        kind: str,
+        dtype: str,
+        tracer: Tracer,
+        *,
+        tensor: Any = None,
+        layout: str = "",
+        is_sorted: bool = False,
+    ) -> None:
+        self.slot, self.path, self.name, self.kind, self.dtype = slot, path, name, kind, dtype
+        self.tracer, self.tensor, self.layout, self.is_sorted = tracer, tensor, layout, is_sorted
 
     def guard_size(self, dim: int) -> int:
         size = int(self.tensor.shape[dim])

@@ -6,6 +6,7 @@
   verify           compare every file with its manifest
   gc               remove what crashes, failures and damage left, and with --older-than old kernels
   clear            remove every kernel
+  stats            how often kernels were built and loaded, and the compile time that this saved
 
 A kernel is given by its name, the beginning of its name or digest, or its path. Removing one costs compiling it again.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from jitgen import env, paths
 from jitgen.cache import admin
-from jitgen.cli_text import counted, duration_text, field, paint, size_text, table
+from jitgen.cli_text import counted, duration_text, field, paint, short_arch, size_text, table
 from jitgen.errors import CacheError
 
 DAY = 24 * 3600  # seconds
@@ -76,21 +77,15 @@ def run_ls(root: Path, args: argparse.Namespace) -> int:
     return 0
 
 
-def short_arch(arch: str) -> str:
-    """A CPU's instruction sets by the name of their level; anything else as it is."""
-    names = arch.split("+")
-    for level in ("avx512f", "avx2"):
-        if level in names:
-            return f"{names[0]} {level.removesuffix('f')}"
-    return arch
-
-
 def run_info(root: Path, args: argparse.Namespace) -> int:
     if args.entry is not None:
         return info_of_entry(root, args)
     places = [("user store" if args.dir is None else "store", root)]
     if args.dir is None:
-        places = [*(("prebuilt layer", layer) for layer in env.prebuilt_dirs()), *places]
+        from jitgen.cache.installed import installed_layers
+
+        installed = [("installed layer", layer) for layer in installed_layers()]
+        places = [*(("prebuilt layer", layer) for layer in env.prebuilt_dirs()), *installed, *places]
     found = [{"kind": kind, **admin.summary(place)} for kind, place in places]
     mode = "frozen" if env.is_frozen() else "auto"
     if args.json:
@@ -184,6 +179,34 @@ def run_clear(root: Path, args: argparse.Namespace) -> int:
     return 0
 
 
+def run_stats(root: Path, args: argparse.Namespace) -> int:
+    """Counts by kernel, and their sums."""
+    from jitgen.cache.installed import installed_layers
+
+    kernels = admin.stats(root, () if args.dir else (*env.prebuilt_dirs(), *installed_layers()))
+    total = {
+        "kernels": len(kernels),
+        "bytes": sum(kernel.size for kernel in kernels),
+        "hits": sum(kernel.loads for kernel in kernels),
+        "misses": sum(kernel.builds for kernel in kernels),
+        "build_seconds": round(sum(kernel.build_seconds for kernel in kernels), 2),
+        "saved_seconds": round(sum(kernel.saved_seconds for kernel in kernels), 2),
+    }
+    if args.json:
+        print_json({**total, "by_kernel": [kernel._asdict() for kernel in kernels]})
+        return 0
+    if kernels:
+        rows = [("kernel", "what", "size", "loads", "saved", "builds", "cost")]
+        for k in kernels:
+            numbers = (str(k.loads), duration_text(k.saved_seconds), str(k.builds), duration_text(k.build_seconds))
+            rows.append((k.name, k.label, size_text(k.size), *numbers))
+        print("\n".join(table(rows, right=(2, 3, 4, 5, 6))) + "\n")
+    print(f"{counted(total['kernels'], 'kernel')}, {size_text(total['bytes'])} in {root}")
+    print(f"{counted(total['misses'], 'build')} took {duration_text(total['build_seconds'])}; "
+          f"{counted(total['hits'], 'load')} by processes saved {duration_text(total['saved_seconds'])}")  # fmt: skip
+    return 0
+
+
 ACTIONS: dict[str, tuple[str, Callable[[Path, argparse.Namespace], int]]] = {
     "ls": ("list kernels", run_ls),
     "info": ("stores, or one kernel", run_info),
@@ -191,4 +214,5 @@ ACTIONS: dict[str, tuple[str, Callable[[Path, argparse.Namespace], int]]] = {
     "verify": ("check all files", run_verify),
     "gc": ("remove leftovers", run_gc),
     "clear": ("remove all kernels", run_clear),
+    "stats": ("what kernels cost and saved", run_stats),
 }

@@ -75,3 +75,12 @@ def duration_text(seconds: float) -> str:
             value = seconds / unit
             return f"{value:.1f} {name}" if value < 10 and unit <= 1 else f"{value:.0f} {name}"
     return f"{seconds / 86400:.0f} days"
+
+
+def short_arch(arch: str) -> str:
+    """A CPU's instruction sets by the name of their level; anything else as it is."""
+    names = arch.split("+")
+    for level in ("avx512f", "avx2"):
+        if level in names:
+            return f"{names[0]} {level.removesuffix('f')}"
+    return arch

@@ -69,6 +69,8 @@ class VariantSection:
     has_score: bool
     has_mask: bool
     mask_scans: bool
+    mask_spans_together: bool
+    mask_reads_head: bool
     has_sink: bool
     custom_norm: bool
     norm_rescales: bool
@@ -120,6 +122,8 @@ def emit_variant(program: Program, *, backend: str, raw_scores: bool = False) ->
         has_score=score is not None,
         has_mask=mask is not None,
         mask_scans=analysis.scans,
+        mask_spans_together=analysis.spans_together,
+        mask_reads_head=mask is not None and not mask.deps.isdisjoint(("h", "kv_h")),
         has_sink=program.sink is not None,
         custom_norm=program.norm is not None,
         norm_rescales=norm.rescales,

@@ -33,6 +33,7 @@ class MaskAnalysisText:
     tile_reads_rows: bool = False
     tile_reads_columns: bool = False
     scans: bool = False  # mask_tile looks through a captured tensor, which takes a while
+    spans_together: bool = False  # mask_span does, by whole warps
 
 
 def emit_mask_analysis(unit: Unit, mask: Expr | None) -> MaskAnalysisText:
@@ -73,6 +74,7 @@ def emit_mask_analysis(unit: Unit, mask: Expr | None) -> MaskAnalysisText:
         tile_reads_rows=("elem", "q_idx") in low.reads,
         tile_reads_columns=("elem", "kv_idx") in low.reads,
         scans=any(n.op == "load" and low.level(n) == "elem" and not unit.slots[n.attr].is_sorted for n in walk(mask)),
+        spans_together=any("jg::scan_together(" in line for line in span.lines),
     )
 
 

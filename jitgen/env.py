@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 from jitgen.errors import EnvError
+from jitgen.records import record
 
 
-class Variable(NamedTuple):
+@record
+class Variable:
     """One environment variable, as documented in the README."""
 
     name: str
@@ -26,6 +27,10 @@ VARIABLES = (
     Variable("JITGEN_CACHE_DIR", "path", "$XDG_CACHE_HOME/jitgen or ~/.cache/jitgen", "the user store"),
     Variable("JITGEN_MODE", "auto, frozen", "auto", "frozen never compiles: a kernel that is not stored is an error"),
     Variable("JITGEN_PREBUILT", "paths joined by ':'", "none", "read-only directories searched before the user store"),
+    Variable("JITGEN_RECORD", "path", "none", "file to which every kernel asked for is added, for 'jitgen prebuild'"),
+    Variable("JITGEN_REMOTE", "URL", "none", "a layer for a fleet, through fsspec: s3://, gs://, file:// and others"),
+    Variable("JITGEN_REMOTE_UPLOAD", "0, 1", "0", "add what is built here to the remote layer"),
+    Variable("JITGEN_REMOTE_TIMEOUT", "seconds", "10", "the longest wait for the remote layer, after which it is left alone"),
     Variable("JITGEN_PROGRESS", "auto, on, off", "auto", "progress line while compiling; auto: only on a terminal"),
     Variable("JITGEN_LOG", "debug, info, warning, off", "off", "print jitgen's log to stderr from this level on"),
     Variable("JITGEN_LINE_MAP", "0, 1", "1", "compiler messages name the template's lines; 0 when profiling"),
@@ -85,6 +90,32 @@ def prebuilt_dirs() -> tuple[Path, ...]:
     """Directories of prebuilt kernels, in look-up order."""
     given = _text("JITGEN_PREBUILT")
     return tuple(Path(part).expanduser() for part in given.split(os.pathsep) if part) if given else ()
+
+
+def record() -> Path | None:
+    """The file that kernels are recorded in."""
+    return _path("JITGEN_RECORD")
+
+
+def remote() -> str | None:
+    """URL of the remote layer, without a slash at its end."""
+    given = _text("JITGEN_REMOTE")
+    if given is not None and not re.match(r"[a-z][a-z0-9+.-]*://.", given):
+        raise EnvError(f"JITGEN_REMOTE={given!r} is not a URL. Use one like s3://bucket/kernels or file:///srv/kernels.")
+    return given.rstrip("/") if given else None
+
+
+def remote_upload() -> bool:
+    """Whether builds go to the remote layer."""
+    return _choice("JITGEN_REMOTE_UPLOAD", ("0", "1"), "0", {"off": "0", "on": "1"}) == "1"
+
+
+def remote_timeout() -> float:
+    """Seconds that one exchange with the remote layer may take."""
+    given = _text("JITGEN_REMOTE_TIMEOUT") or "10"
+    if not re.fullmatch(r"\d+(\.\d+)?", given) or float(given) <= 0:
+        raise EnvError(f"JITGEN_REMOTE_TIMEOUT={given!r} is not a number of seconds. Use one like 10 or 2.5.")
+    return float(given)
 
 
 def progress() -> str:

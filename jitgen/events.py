@@ -7,14 +7,15 @@ A log line is the kind and then name=value pairs, so that it can be searched and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from jitgen.progress import logger
+from jitgen.records import record
 
 KINDS = ("load", "build", "wait", "fail", "fetch", "upload")
 
 
-class Event(NamedTuple):
+@record
+class Event:
     """Something that was done for one kernel.
 
     kind     'load': its module was found; 'build': compiled; 'wait': another process compiled it; 'fail': the compiler

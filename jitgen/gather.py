@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -13,23 +13,26 @@ from jitgen import ir
 from jitgen.ir import Expr
 from jitgen.location import refuse
 from jitgen.program import ELEMENT_TO_IR
+from jitgen.records import record
 from jitgen.symbols import IR_TO_TORCH, MAX_UNROLL, TORCH_TO_IR, Sym, SymVector, Traced, as_operand, state
 
 Index = Expr | tuple[Expr, ...]
 
 
-class TensorCapture(Protocol):
-    """What a view needs to know about the captured tensor behind it."""
+if TYPE_CHECKING:  # a Protocol costs half a millisecond to define
 
-    slot: int
-    name: str
-    tensor: torch.Tensor
+    class TensorCapture(Protocol):
+        """What a view needs to know about the captured tensor behind it."""
 
-    def guard_size(self, dim: int) -> int: ...
-    def mark_sorted(self) -> None: ...
+        slot: int
+        name: str
+        tensor: torch.Tensor
+
+        def guard_size(self, dim: int) -> int: ...
+        def mark_sorted(self) -> None: ...
 
 
-@dataclass(frozen=True)
+@record
 class Axis:
     """One remaining axis of a view: a range of a source axis, or a new axis of length 1 (source None)."""
 

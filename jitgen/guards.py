@@ -7,16 +7,16 @@ on every call of an attention entry point: about 50 ns a guard, where a list of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from jitgen.ir import INT32_MAX, INT32_MIN, Expr
+from jitgen.records import record
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 
-@dataclass(frozen=True)
+@record
 class Path:
     """How to reach a value: a hook by name, then attributes and items. Hashable; equal paths reach the same value."""
 

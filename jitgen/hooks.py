@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
@@ -19,6 +18,7 @@ from jitgen.ir import Expr
 from jitgen.location import definition_of, refuse
 from jitgen.norms import OnlineNorm
 from jitgen.program import NormProgram, Program
+from jitgen.records import record
 from jitgen.symbols import Sym, as_operand
 from jitgen.trace import Tracer, trace_lock
 
@@ -35,7 +35,7 @@ HOOKS = tuple(POSITIONAL)
 Check = Callable[..., "list[object] | None"]
 
 
-@dataclass(frozen=True)
+@record
 class Trace:
     """A program and the function that says whether it still is what the hooks mean, and what they capture now."""
 
@@ -47,7 +47,7 @@ class Trace:
 # ---- signatures ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@record
 class Signature:
     """How a hook may be called."""
 

@@ -13,7 +13,8 @@ import math
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+
+from jitgen.records import record
 
 RANK = {"bool": 0, "i32": 1, "i64": 2, "f32": 3}
 INT_DTYPES = ("i32", "i64")
@@ -61,7 +62,7 @@ class Expr:
         return to_text(self)
 
 
-@dataclass(frozen=True)
+@record
 class Op:
     """One row of the operation table: how many operands, what type comes out, what it means on Python numbers."""
 

@@ -90,8 +90,8 @@ def _toolkit_view(toolkit: Toolkit, view: Path, log: Path) -> Path:
     (view / "bin").mkdir(parents=True)
     (view / "lib64").mkdir()
     (view / "include").symlink_to(toolkit.include)
-    # The loader asks the linker for a libcudart: an empty one, so that a function missing elsewhere is not taken from it.
-    (view / "lib64" / "libcudart.so").write_text("INPUT()\n")
+    # The loader asks the linker for a libcudart: an empty archive, so that a function missing elsewhere is not taken from it.
+    (view / "lib64" / "libcudart.so").write_bytes(b"!<arch>\n")
     script = view / "bin" / "nvcc"
     nvcc, kept = shlex.quote(str(toolkit.nvcc)), shlex.quote(str(log))
     script.write_text(f'#!/bin/sh\n{nvcc} "$@" >{kept} 2>&1\nstatus=$?\ncat {kept}\nexit $status\n')

@@ -11,6 +11,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from jitgen.ir import TRUE
 from jitgen.program import Program, direct_indices
 from jitgen.render import Source
 from jitgen.runtime import capture_fields, capture_words
-from jitgen.target import detect_cpu
+from jitgen.target import CompileTarget, detect_cpu
 
 TILE_NONE, TILE_PARTIAL, TILE_FULL = 0, 1, 2  # kTileNone, kTilePartial, kTileFull
 CLASS_NAMES = ("none", "partial", "full")
@@ -110,14 +111,19 @@ def library(program: Program) -> ctypes.CDLL:
     """The compiled module of a program that has only a mask."""
     found = _libraries.get(program.id)
     if found is None:
-        from jitgen.build import get_module
-
-        digest = hashlib.sha256(f"{FAMILY}:{program.id}".encode()).hexdigest()[:32]
-        path = get_module(digest, FAMILY, "tile classes of a mask", lambda: render_mask_tiles(program), detect_cpu())
-        found = _libraries[program.id] = ctypes.CDLL(str(path))
+        found = _libraries[program.id] = ctypes.CDLL(str(module_path(program, detect_cpu())))
         found.jitgen_mask_tiles.argtypes = [ctypes.c_char_p]
         found.jitgen_mask_tiles.restype = None
     return found
+
+
+def module_path(program: Program, target: CompileTarget) -> Path:
+    """Path of the shared library of a program that has only a mask, which is built when no layer has it."""
+    from jitgen.build import get_module
+
+    digest = hashlib.sha256(f"{FAMILY}:{program.id}".encode()).hexdigest()[:32]
+    label = "tile classes of a mask"
+    return get_module(digest, FAMILY, label, lambda: render_mask_tiles(program), target, call=(module_path, program, target))
 
 
 def mask_tiles_context(program: Program) -> MaskTilesContext:

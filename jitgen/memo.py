@@ -21,7 +21,11 @@ def remembered(question: str, program: Path, ask: Callable[[], str]) -> str:
     An empty answer means that the program did not say, and is not recorded.
     """
     state = program.stat()
-    identity = f"{question}\0{program}\0{state.st_size}\0{state.st_mtime_ns}"
+    return recalled(f"{question}\0{program}\0{state.st_size}\0{state.st_mtime_ns}", ask)
+
+
+def recalled(identity: str, ask: Callable[[], str]) -> str:
+    """Like remembered, for an identity that holds the question and the state of all that the answer depends on."""
     store = paths.cache_dir()
     if store is None:
         return ask()

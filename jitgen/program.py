@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 
 from jitgen.ir import Expr, _attr_bytes, serialize, walk
+from jitgen.records import record
 
 # Element types a captured tensor may have, and the IR type an element is widened to when it is read.
 ELEMENT_TO_IR = {
@@ -15,7 +16,7 @@ ELEMENT_TO_IR = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@record
 class Slot:
     """Signature of one captured value. Values, sizes and addresses are launch arguments and not part of it."""
 
@@ -30,7 +31,7 @@ class Slot:
         return (self.kind, self.dtype, self.rank, self.layout, self.is_sorted)
 
 
-@dataclass(frozen=True)
+@record
 class NormProgram:
     """A softmax replacement (jitgen.OnlineNorm): see variants section of the README.
 
@@ -51,7 +52,7 @@ class NormProgram:
         return (self.weight, self.rescale, *self.next_state, self.finalize, self.lse)
 
 
-@dataclass(frozen=True, eq=False)
+@record(eq=False)
 class Program:
     """The hooks of one variant as expressions. Absent hooks are None. Compared by identity; ``id`` is the content."""
 

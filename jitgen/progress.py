@@ -66,3 +66,31 @@ def _draw(message: str, done: threading.Event) -> None:
             sys.stderr.write("\r\x1b[2K")
             sys.stderr.flush()
             return
+
+
+class Bar:
+    """A progress bar on stderr, where progress is shown; it vanishes at the end."""
+
+    WIDTH = 24  # columns of the bar itself
+
+    def __init__(self, title: str) -> None:
+        self.title, self._is_shown, self._begun = title, _is_shown(), time.monotonic()
+
+    def __enter__(self) -> Bar:
+        self.show(0, 0, "")
+        return self
+
+    def show(self, done: int, total: int, last: str) -> None:
+        """Draw how many of how many are done, and what the last one was."""
+        if not self._is_shown:
+            return
+        filled = self.WIDTH * done // total if total else 0
+        line = f"jitgen: {self.title} [{'#' * filled}{'.' * (self.WIDTH - filled)}] {done}/{total or '?'}"
+        line += f" ({time.monotonic() - self._begun:.0f} s) {last}"
+        sys.stderr.write(f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}")
+        sys.stderr.flush()
+
+    def __exit__(self, *error: object) -> None:
+        if self._is_shown:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()

@@ -6,19 +6,20 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 
 from jitgen.guards import Path
 from jitgen.location import refuse
 
+if TYPE_CHECKING:  # a Protocol costs half a millisecond to define
 
-class Wrapper(Protocol):
-    """The part of captures.Captures that the stand-ins need."""
+    class Wrapper(Protocol):
+        """The part of captures.Captures that the stand-ins need."""
 
-    def wrap(self, value: Any, path: Path, name: str) -> Any: ...
-    def rebuild(self, fn: types.FunctionType, path: Path) -> Callable[..., Any]: ...
+        def wrap(self, value: Any, path: Path, name: str) -> Any: ...
+        def rebuild(self, fn: types.FunctionType, path: Path) -> Callable[..., Any]: ...
 
 
 class FunctionProxy:

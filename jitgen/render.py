@@ -14,6 +14,7 @@ from jitgen.emit import VariantSection, emit_variant, section_context
 from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directives
 from jitgen.paths import template_dir
 from jitgen.spec import KernelSpec
+from jitgen.target import CompileTarget
 
 TEMPLATE_OF_FAMILY = {
     "cpu": "attention/cpu.cpp.jinja",
@@ -21,7 +22,12 @@ TEMPLATE_OF_FAMILY = {
     "sm90": "attention/sm90.cu.jinja",
     "decode": "attention/decode.cu.jinja",
 }
-SERVING_TEMPLATE_OF_FAMILY = {**TEMPLATE_OF_FAMILY, "cpu": "attention/cpu_serving.cpp.jinja"}  # layouts other than dense
+SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
+    **TEMPLATE_OF_FAMILY,
+    "cpu": "attention/cpu_serving.cpp.jinja",
+    "sm80": "attention/sm80_serving.cu.jinja",
+    "sm90": "attention/sm90_serving.cu.jinja",
+}
 RAW_SCORE_FAMILIES = ("sm80", "sm90", "decode")  # whose templates take part of the scaling out of the element loop
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 
@@ -47,6 +53,7 @@ class KernelContext:
     head_dim: int
     head_dim_v: int
     dtype: str
+    cuda_arch: int  # 90 for sm_90a; 0 on the CPU
     tile_q: int
     tile_kv: int
     num_warps: int
@@ -54,6 +61,8 @@ class KernelContext:
     has_score: bool
     has_mask: bool
     mask_scans: bool
+    mask_spans_together: bool
+    mask_reads_head: bool
     has_sink: bool
     custom_norm: bool
     norm_rescales: bool
@@ -133,12 +142,20 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         head_dim=spec.head_dim,
         head_dim_v=spec.head_dim_v,
         dtype=spec.dtype,
+        cuda_arch=_cuda_arch(spec.target),
         tile_q=spec.tiles.tile_q,
         tile_kv=spec.tiles.tile_kv,
         num_warps=spec.tiles.num_warps,
         num_stages=spec.tiles.num_stages,
         **flags,
     )
+
+
+def _cuda_arch(target: CompileTarget) -> int:
+    if target.kind != "cuda":
+        return 0
+    major, minor = target.compute_capability
+    return 10 * major + minor
 
 
 def _header_comment(spec: KernelSpec) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from jitgen.abi import ARGS_OF_LAYOUT, ArgField, pack_format
@@ -29,6 +31,12 @@ class CompiledKernel:
         self.launch.argtypes = [ctypes.c_char_p]
         self.launch.restype = ctypes.c_int
         self.pack = struct.Struct(pack_format(fields)).pack
+
+    def function(self, name: str, result: type = ctypes.c_int) -> Callable[[bytes], int]:
+        """Another entry point of the module that takes packed arguments."""
+        found = getattr(self._library, name)
+        found.argtypes, found.restype = [ctypes.c_char_p], result
+        return found
 
     def raise_error(self, code: int) -> None:
         """Turn a non-zero code of ``launch`` into an exception."""
@@ -64,6 +72,11 @@ def fields_of(spec: KernelSpec) -> tuple[ArgField, ...]:
     return ARGS_OF_LAYOUT[spec.layout] + capture_fields(spec.program)
 
 
+def respecify(spec: KernelSpec, program: Program) -> KernelSpec:
+    """The spec of the same kernel for another program."""
+    return replace(spec, program=program)
+
+
 def module_path(spec: KernelSpec) -> Path:
     """Path of the spec's shared library, which is built when no layer has it."""
     from jitgen.build import get_module
@@ -73,7 +86,7 @@ def module_path(spec: KernelSpec) -> Path:
 
         return render_kernel(spec)
 
-    return get_module(spec.digest, spec.family, spec.label, make_source, spec.target)
+    return get_module(spec.digest, spec.family, spec.label, make_source, spec.target, call=(module_path, spec))
 
 
 def capture_fields(program: Program) -> tuple[ArgField, ...]:

@@ -9,6 +9,7 @@ import torch
 from jitgen.checks import dtype_name
 from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.families import CUDA_HEAD_DIMS, padded_head_dims
+from jitgen.program import Program, direct_indices
 from jitgen.serving_pages import KeyPlace
 from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from jitgen.serving_plan import Plan
 
 Tensor = torch.Tensor
+MAX_CUDA_BATCH = 4096  # kPlanMaxBatch in plan.cuh
 
 
 def check_plan_numbers(plan: Plan) -> None:
@@ -26,14 +28,16 @@ def check_plan_numbers(plan: Plan) -> None:
             raise ShapeMismatch(f"{name} is {value!r}, expected a positive integer.")
     if plan.num_q_heads % plan.num_kv_heads:
         raise ShapeMismatch(
-            f"num_q_heads is {plan.num_q_heads}, num_kv_heads {plan.num_kv_heads}. The number of query heads must be a multiple "
-            "of the number of key/value heads."
+            f"num_q_heads is {plan.num_q_heads}, num_kv_heads {plan.num_kv_heads}. The number of query heads must be a "
+            "multiple of the number of key/value heads."
         )
     for name in ("head_dim", "head_dim_v"):
         value = getattr(plan, name)
         if not isinstance(value, int) or value % 8 or not 8 <= value <= MAX_CPU_HEAD_DIM:
             raise ShapeMismatch(f"{name} is {value!r}, expected a multiple of 8 from 8 to {MAX_CPU_HEAD_DIM}.")
     device = plan.device.type
+    if device == "cuda" and plan.max_batch > MAX_CUDA_BATCH:
+        raise ShapeMismatch(f"max_batch is {plan.max_batch}, expected at most {MAX_CUDA_BATCH} on cuda. Split the batch.")
     if device not in ("cpu", "cuda"):
         raise UnsupportedDevice(f"device is {plan.device}, expected cpu or cuda.")
     allowed = CPU_DTYPES if device == "cpu" else CUDA_DTYPES
@@ -42,8 +46,8 @@ def check_plan_numbers(plan: Plan) -> None:
     if device == "cuda" and padded_head_dims(plan.head_dim, plan.head_dim_v) != (plan.head_dim, plan.head_dim_v):
         dims = ", ".join(str(d) for d in CUDA_HEAD_DIMS)
         raise ShapeMismatch(
-            f"head_dim is {plan.head_dim}, head_dim_v {plan.head_dim_v}; on cuda the cache must be stored with both one of {dims}, "
-            "or 192 and 128. Allocate it with the next larger one, zeros behind the last column."
+            f"head_dim is {plan.head_dim}, head_dim_v {plan.head_dim_v}; on cuda the cache must be stored with both one of "
+            f"{dims}, or 192 and 128. Allocate it with the next larger one, zeros behind the last column."
         )
     if plan.layout not in ("paged", "ragged"):
         raise ShapeMismatch(f"layout={plan.layout!r} is not a layout of a plan. Use 'paged' or 'ragged'.")
@@ -72,8 +76,8 @@ def check_lengths(plan: Plan, q_indptr: Tensor, kv_len: Tensor, reads_q_idx: boo
     if reads_q_idx and plan.q_index == "absolute" and bool(((q_len > kv_len) & (q_len > 0)).any()):
         b = int((q_len > kv_len).nonzero()[0])
         raise ShapeMismatch(
-            f"request {b} has q_len {int(q_len[b])} and kv_len {int(kv_len[b])}, and the variant reads q_idx, which counts from "
-            "kv_len - q_len. kv_len includes the new keys: append them first, or make the variant with q_index='local'."
+            f"request {b} has q_len {int(q_len[b])} and kv_len {int(kv_len[b])}, and the variant reads q_idx, which counts "
+            "from kv_len - q_len. kv_len includes the new keys: append them first, or make the variant with q_index='local'."
         )
 
 
@@ -87,7 +91,9 @@ def check_query(plan: Plan, q: object) -> None:
     if not isinstance(q, Tensor):
         raise TypeError(f"q is a {type(q).__name__}, expected a torch.Tensor.")
     if q.dim() != 3:
-        raise ShapeMismatch(f"q has shape {tuple(q.shape)}, expected [total_q, num_q_heads, head_dim]: the rows of all requests.")
+        raise ShapeMismatch(
+            f"q has shape {tuple(q.shape)}, expected [total_q, num_q_heads, head_dim]: the rows of all requests."
+        )
     if q.shape[1:] != (plan.num_q_heads, plan.head_dim):
         raise PlanMismatch(
             f"q has {q.shape[1]} heads of head_dim {q.shape[2]}, the plan was made for num_q_heads={plan.num_q_heads} and "
@@ -132,7 +138,9 @@ def check_results(plan: Plan, q: Tensor, out: Tensor | None, lse: Tensor | None)
         if out.device != q.device:
             raise UnsupportedDevice(f"out is on {out.device}, q is on {q.device}. Both must be on one device.")
         if out.stride(2) != 1 or (q.is_cuda and (out.stride(0) % 8 or out.stride(1) % 8 or out.data_ptr() & 15)):
-            raise ShapeMismatch(f"out has strides {tuple(out.stride())}, expected unit stride along head_dim, rows of 16 bytes.")
+            raise ShapeMismatch(
+                f"out has strides {tuple(out.stride())}, expected unit stride along head_dim, rows of 16 bytes."
+            )
     if lse is not None:
         if tuple(lse.shape) != shape[:2] or not lse.is_contiguous():
             raise ShapeMismatch(f"lse has shape {tuple(lse.shape)}, expected {shape[:2]}, contiguous.")
@@ -140,3 +148,42 @@ def check_results(plan: Plan, q: Tensor, out: Tensor | None, lse: Tensor | None)
             raise UnsupportedDtype(f"lse has dtype {dtype_name(lse.dtype)}, expected float32.")
         if lse.device != q.device:
             raise UnsupportedDevice(f"lse is on {lse.device}, q is on {q.device}. Both must be on one device.")
+
+
+def check_captures(plan: Plan, program: Program, values: list[object]) -> None:
+    """Captured tensors are on the plan's device and reach as far as they are indexed without a clamp."""
+    if len(values) == len(plan.checked_values) and all(a is b for a, b in zip(values, plan.checked_values, strict=True)):
+        return
+    for slot, value in zip(program.slots, values, strict=True):
+        if slot.kind == "tensor" and value.device != plan.device:  # type: ignore[attr-defined]
+            raise UnsupportedDevice(
+                f"captured tensor '{slot.name}' is on {value.device}, the plan on {plan.device}. "  # type: ignore[attr-defined]
+                f"Move it there before building the variant."
+            )
+    for i, dim, index in direct_indices(program):
+        least = _reach(plan, program.slots[i].name, index)
+        size = values[i].shape[dim]  # type: ignore[attr-defined]
+        if size < least:
+            raise ShapeMismatch(
+                f"captured tensor '{program.slots[i].name}' has size {size} along axis {dim}, which {index} indexes up to "
+                f"{least - 1} in this plan. Give it at least {least} entries there, or clamp the index."
+            )
+    plan.checked_values = list(values)
+
+
+def _reach(plan: Plan, name: str, index: str) -> int:
+    """One more than the largest value of an index under this plan."""
+    known = {"b": plan.batch, "h": plan.num_q_heads, "kv_h": plan.num_kv_heads}
+    if index in known:
+        return known[index]
+    counts_rows = index == "q_idx" and plan.q_index == "local"
+    if plan.device.type == "cpu":
+        return plan.longest_q if counts_rows else plan.longest_kv
+    if counts_rows:
+        return min(plan.max_q_len or plan.max_tokens, plan.max_tokens)
+    if plan.max_kv_len is None:
+        raise PlanMismatch(
+            f"the variant reads '{name}' at {index}, and the plan was made without max_kv_len, so it cannot be checked that "
+            "the tensor is long enough. Make the plan with max_kv_len=, the most keys a request may have."
+        )
+    return plan.max_kv_len

@@ -97,8 +97,8 @@ class PageTable:
         if len(short):
             b = int(short[0])
             raise ShapeMismatch(
-                f"request {b} has kv_len {int(kv_len[b])}, which takes {int(needed[b])} pages of {page_size}, but its page list "
-                f"has {int(has[b])}. Append its new pages to the table before the call."
+                f"request {b} has kv_len {int(kv_len[b])}, which takes {int(needed[b])} pages of {page_size}, but its page "
+                f"list has {int(has[b])}. Append its new pages to the table before the call."
             )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from functools import cached_property
 
 from jitgen.ir import _attr_bytes
 from jitgen.program import Program
+from jitgen.records import record
 from jitgen.target import CompileTarget
 
 CPU_DTYPES = ("float32", "bfloat16", "float16")
@@ -15,7 +15,7 @@ CUDA_DTYPES = ("bfloat16", "float16")
 MAX_CPU_HEAD_DIM = 512
 
 
-@dataclass(frozen=True)
+@record
 class Tiles:
     """Rows of Q and of K/V one step works on, and the warps and pipeline stages behind it (0 where it does not apply)."""
 
@@ -25,7 +25,7 @@ class Tiles:
     num_stages: int = 0
 
 
-@dataclass(frozen=True)
+@record
 class KernelSpec:
     """One kernel. Equal specs are one module; lengths, batch sizes, head counts and captured values are not in here."""
 

@@ -10,7 +10,7 @@ import functools
 import operator
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -31,14 +31,16 @@ METHODS: dict[str, Callable[..., object]] = {}
 FUNCTIONS: dict[str, Callable[..., object]] = {}
 
 
-class TraceState(Protocol):
-    """What the stand-ins need from the trace in progress."""
+if TYPE_CHECKING:  # a Protocol costs half a millisecond to define
 
-    row_axis: str | None
+    class TraceState(Protocol):
+        """What the stand-ins need from the trace in progress."""
 
-    def decide(self, condition: Expr) -> bool: ...
-    def concrete(self, value: Expr) -> bool | int | float | None: ...
-    def count_op(self) -> None: ...
+        row_axis: str | None
+
+        def decide(self, condition: Expr) -> bool: ...
+        def concrete(self, value: Expr) -> bool | int | float | None: ...
+        def count_op(self) -> None: ...
 
 
 class _Active:
@@ -315,14 +317,13 @@ def _to_int(x: Sym, op: str) -> Sym:
     return Sym(ir.cast(ir.make(op, x.expr), "i32"))
 
 
-_MATH_CALL = re.compile(r"\bmath\.(\w+)\s*\(")
 _TORCH_NAME = {"pow": "**", "fabs": "abs", "log2": "torch.log2"}
 
 
 def _refuse_number(expr: Expr, wanted: str) -> None:
     frame = user_frame()
     source = line_of(frame) if frame is not None else ""
-    called = _MATH_CALL.search(source)
+    called = re.search(r"\bmath\.(\w+)\s*\(", source)
     if called is not None and wanted == "float()":
         name = called.group(1)
         refuse(f"math.{name} needs a number but got {describe(expr)}. Use {_TORCH_NAME.get(name, 'torch.' + name)}.")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import sys
-from dataclasses import dataclass
 from functools import lru_cache
 
 from jitgen import env, toolchain
 from jitgen.errors import EnvError, UnsupportedDevice
+from jitgen.records import record
 
 COMMON_FLAGS = ("-O3", "-std=c++17")
 # NaN and infinity must keep their meaning: masked logits are -inf. So no -ffast-math, only what lets loops vectorise.
@@ -29,7 +29,7 @@ CPU_LEVELS = {
 CPU_EXTRAS = {"avx512": ("avx512_bf16",), "avx2": (), "portable": ()}
 
 
-@dataclass(frozen=True)
+@record
 class CompileTarget:
     """What a kernel is compiled for and by.
 
@@ -183,8 +183,7 @@ def target_of(arch: str) -> CompileTarget:
         extras = tuple(names[len(needed) :])
         if tuple(names[: len(needed)]) == needed and set(extras) <= set(CPU_EXTRAS[level]) and machine == os.uname().machine:
             return cpu_target(level, extras)
-    levels = ", ".join(CPU_LEVELS)
-    raise EnvError(f"{arch!r} is not an architecture to compile for on {os.uname().machine}. Use one like 9.0a, {levels} or cpu.")
+    raise EnvError(f"{arch!r} is no architecture for {os.uname().machine}. Use one like 9.0a, {', '.join(CPU_LEVELS)} or cpu.")
 
 
 # CUDA architectures by major version: what is compiled for one runs on the later ones of its line, unless it has a suffix

@@ -20,17 +20,13 @@ TILES = {
     (192, 128): ((128, 128, 2), (128, 128, 2), (128, 112, 2), (128, 64, 2)),
     (256, 256): ((128, 64, 2), (128, 64, 2), (128, 48, 2), (128, 32, 2)),
 }
-# Better for queries below a length, without and with a mask: fewer rows are lost at a causal diagonal and at the end.
-SHORT_TILES = {
-    (64, 64): (2048, 6144, ((256, 64, 4), (256, 64, 4), (192, 96, 2), (128, 64, 2))),
-    (128, 128): (2048, 2048, ((128, 128, 2), (128, 128, 2), (128, 112, 2), (128, 64, 2))),
-}
+# Better for queries below a length: four warp groups of 64 rows hide more of what begins and ends a query tile.
+SHORT_TILES = {(64, 64): (2048, ((256, 64, 4), (256, 64, 4), (192, 96, 2), (128, 64, 2)))}
 
 
 def sm90_tiles(head_dim: int, head_dim_v: int, program: Program | None = None, *, q_len: int = 1 << 20) -> Tiles:
     """Tiles of a kernel for these head dims; ``program`` None: without hooks."""
-    plain_limit, masked_limit, short = SHORT_TILES.get((head_dim, head_dim_v), (0, 0, ()))
-    limit = masked_limit if program is not None and program.mask is not None else plain_limit
+    limit, short = SHORT_TILES.get((head_dim, head_dim_v), (0, ()))
     table = short if q_len < limit else TILES[head_dim, head_dim_v]
     tile_q, tile_kv, num_stages = table[PLAIN if program is None else hook_weight(program)]
     return Tiles(tile_q, tile_kv, num_warps=4 + tile_q // 16, num_stages=num_stages)

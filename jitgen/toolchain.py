@@ -10,11 +10,11 @@ import subprocess
 from collections.abc import Iterable
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 from jitgen import env
 from jitgen.errors import ToolchainMissing
 from jitgen.memo import remembered
+from jitgen.records import record
 
 # C++17 with the AVX-512 flags that target.py passes: GCC 10 is the first to know all of them
 MIN_GCC = 10
@@ -38,7 +38,8 @@ class CompilerFailed(Exception):
     """A compiler ran and refused its input; the text is its complete output."""
 
 
-class Cxx(NamedTuple):
+@record
+class Cxx:
     """A C++ compiler: the path to start it by, and the version line it prints about itself."""
 
     path: Path
@@ -54,7 +55,8 @@ class Cxx(NamedTuple):
         return int(numbers[0]) if numbers else 0
 
 
-class Toolkit(NamedTuple):
+@record
+class Toolkit:
     """A CUDA toolkit that holds all that a build needs."""
 
     root: Path

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Bottom to top. A module may import from its own layer and from those below it. A name ending in * covers a family.
 LAYERS = {
-    "errors": ["errors"],
-    "machine": ["env", "paths", "memo", "progress", "toolchain", "target"],
+    "errors": ["errors", "records"],
+    "machine": ["env", "paths", "memo", "progress", "events", "toolchain", "target"],
     "expressions": ["ir", "arith", "location", "guards", "program", "evaluate"],
     "language": [
         "symbols",
@@ -30,17 +30,19 @@ LAYERS = {
     "generator": ["abi", "emit*", "spec", "tiles*", "families"],
     "rendering": ["linemap", "render"],
     "store": ["cache*"],
+    "requests": ["portable", "manifest", "recording"],
     "building": ["loader", "nvcc", "build"],
     "calls": ["checks", "runtime", "api", "reference", "mask_tiles", "flex", "op", "serving*", "sampling*"],
     "compat": ["compat*"],
-    "tools": ["bench*", "show*", "doctor*", "demo", "cli*", "__main__"],
+    "tools": ["bench*", "show*", "doctor*", "demo", "prebuild*", "cli*", "__main__"],
 }
 # What a layer may import beyond itself, where that is less than everything below it.
 NARROW = {
     "expressions": {"errors"},
     "language": {"errors", "expressions"},
     "store": {"errors", "machine"},
-    "building": {"errors", "machine", "store"},
+    "requests": {"errors", "machine", "expressions"},
+    "building": {"errors", "machine", "store", "requests"},
 }
 DISTRIBUTION_DIRECTORIES = ("cache", "kernel_templates")  # importable from the checkout only; their names are jitgen.*
 

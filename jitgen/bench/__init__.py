@@ -5,8 +5,10 @@
     peers       who is timed                             contest     one group of contenders, start to end
     results     figures and ratios                       tables      throughput and variants as tables
     report      header, text, JSON                       cli         the command
-    dense, variants, cpu, jit                            the suites
+    dense, variants, cpu, jit, decode                    the suites
+    decode_peers                                         batches and contenders of suite decode
     probe, spellings                                     what suite jit runs in fresh processes
+    deploy, deploy_probe, deploy_variants                what suite deploy builds, and runs in fresh processes
 
 Importing this package loads neither torch nor a suite.
 """
@@ -18,5 +20,8 @@ SUITES = {
     "jit": ("jitgen.bench.jit", "first call cold and from disk, host time of a call on a hit, number of modules"),
     "cpu": ("jitgen.bench.cpu", "throughput on the CPU: plain attention and variants"),
     "dense": ("jitgen.bench.dense", "throughput of plain attention, causal and full"),
+    "decode": ("jitgen.bench.decode", "bandwidth of paged decode: batches of equal, uniform and Zipf lengths"),
+    "sampling": ("jitgen.bench.sampling", "tokens and renormalised rows at a vocabulary of 128,256: filters, batches"),
+    "deploy": ("jitgen.bench.deploy", "frozen start of 20 kernels, 32 processes for one kernel, prebuild, bundle size"),
     "variants": ("jitgen.bench.variants", "soft cap, ALiBi, window, documents, sink and biases beside causal"),
 }

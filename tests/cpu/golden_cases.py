@@ -97,6 +97,16 @@ def stick_breaking() -> jitgen.Variant:
     return jitgen.Variant(mask_mod=causal, softmax=StickBreaking)
 
 
+def segments() -> jitgen.Variant:
+    start = torch.zeros(4096, dtype=torch.int32)
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx >= start[q_idx]) & (kv_idx <= q_idx))
+
+
+def alibi_sigmoid() -> jitgen.Variant:
+    slopes = torch.zeros(8)
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + slopes[h] * (kv_idx - q_idx), softmax=Sigmoid)
+
+
 class Case(NamedTuple):
     """A source to generate: a kernel of a family, or with family mask_tiles the module behind jitgen.mask_tiles."""
 
@@ -116,9 +126,14 @@ CASES: dict[str, Case] = {
     "plain__sm80__float16": Case(plain, "sm80", "float16", (192, 128)),
     "every_hook__sm80__bfloat16": Case(every_hook, "sm80", "bfloat16", (64, 64)),
     "stick_breaking__sm80__bfloat16": Case(stick_breaking, "sm80", "bfloat16", (128, 128)),
+    "segments__sm80_paged__bfloat16": Case(segments, "sm80", "bfloat16", (128, 128), "paged"),
+    "alibi_sigmoid__sm80_ragged__float16": Case(alibi_sigmoid, "sm80", "float16", (64, 64), "ragged"),
     "plain__sm90__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128)),
     "every_hook__sm90__bfloat16": Case(every_hook, "sm90", "bfloat16", (64, 64)),
     "alibi_pruned_sigmoid__sm90__float16": Case(alibi_pruned_sigmoid, "sm90", "float16", (128, 128)),
+    "plain__sm90_ragged__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128), "ragged"),
+    "every_hook__sm90_paged__bfloat16": Case(every_hook, "sm90", "bfloat16", (64, 64), "paged"),
+    "alibi_pruned_sigmoid__sm90_ragged__float16": Case(alibi_pruned_sigmoid, "sm90", "float16", (128, 128), "ragged"),
     "window__mask_tiles": Case(window, "mask_tiles"),
 }
 TARGETS = {
@@ -140,7 +155,9 @@ def case_spec(name: str) -> KernelSpec:
     case, program = CASES[name], case_program(name)
     target = TARGETS[case.family]()
     if case.family == "cpu":
-        return KernelSpec("cpu", program, case.dtype, *case.head_dims, cpu_tiles(*case.head_dims), target, case.layout)
+        return KernelSpec(
+            "cpu", program, case.dtype, *case.head_dims, cpu_tiles(*case.head_dims, case.layout), target, case.layout
+        )
     return cuda_spec(program, case.dtype, case.head_dims, case.family, target, layout=case.layout)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_hit_renders_nothing() -> None:
     def fail() -> FakeSource:
         raise AssertionError("rendered on a hit")
 
-    assert get_module(request()._replace(make_source=fail), FakeBuilder()) == path
+    assert get_module(replace(request(), make_source=fail), FakeBuilder()) == path
 
 
 def test_other_spec_with_the_same_source_shares_the_entry() -> None:

@@ -26,9 +26,14 @@ HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "golden"
 TEMPLATES = sorted(p.relative_to(paths.template_dir()).as_posix() for p in paths.template_dir().rglob("*.jinja"))
 VARIANT = "attention/variant.h.jinja"
+PREFILL = ("attention/sm80_serving.cu.jinja", "attention/sm90_serving.cu.jinja")
 PART_OF = {  # included, so they have the context of what includes them
     "attention/cpu_hooks.cpp.jinja": ("attention/cpu.cpp.jinja", "attention/cpu_serving.cpp.jinja"),
     "attention/sm80_hooks.cu.jinja": ("attention/sm80.cu.jinja", "attention/sm80_serving.cu.jinja"),
+    "attention/serving_pieces.cu.jinja": PREFILL,
+    "attention/serving_output.cu.jinja": PREFILL,
+    "attention/serving_launch.cu.jinja": PREFILL,
+    "attention/plan.cu.jinja": PREFILL,
 }
 
 

@@ -39,6 +39,9 @@ struct Args {
   int64_t page_list_stride;   // entries between the page lists of two requests in a block table; 0 with kv_start
   int64_t local_rows;   // 1: q_idx of a request's row i is i; 0: kv_len - q_len + i
   int64_t num_ctas;   // CTAs the plan was made for
+  int64_t class_rows;   // a request with more than this many q_len * num_q_heads / num_kv_heads rows is left to the prefill kernel
+  int64_t split;   // 1: a long request may be cut into pieces; 0: never; more, on the CPU: keys of a piece
+  int64_t programmatic;   // 1: the launch may overlap the end of the kernel before it, which must trigger its dependents
   double scale;   // multiplies q . k
   int64_t q_stride_s;   // elements
   int64_t q_stride_h;
@@ -65,7 +68,7 @@ struct Args {
 using Element = jg::float32;
 constexpr int kHeadDim = 128;
 constexpr int kHeadDimV = 128;
-constexpr int kTileQ = 48;
+constexpr int kTileQ = 96;
 constexpr int kTileKv = 256;
 
 // ---- variant ----
@@ -458,41 +461,64 @@ static void make_items(const Args& args, int group, jg::ServingItem* item) {
   }
 }
 
-// ---- entry points ----
-extern "C" int jitgen_launch(const Args* args_pointer) {
-  const Args& args = *args_pointer;
+// Divides the batch and hands the items to use(items, num_items, num_pieces, threads); returns an error code.
+template <class Use> static int with_items(const Args& args, Use use) {
   const int group = static_cast<int>(args.num_q_heads / args.num_kv_heads);
   const int64_t num_items = count_items(args, group);
   if (num_items == 0) return 0;
-  const jg::Block item_memory(sizeof(jg::ServingItem) * num_items);
-  jg::ServingItem* items = static_cast<jg::ServingItem*>(item_memory.data);
+  const jg::Block memory(sizeof(jg::ServingItem) * num_items);
+  jg::ServingItem* items = static_cast<jg::ServingItem*>(memory.data);
   if (!items) return jg::kErrorNoMemory;
   make_items(args, group, items);
-
-  int threads = args.num_threads > 0 ? static_cast<int>(args.num_threads) : omp_get_max_threads();
-  const int piece_keys = *static_cast<const int*>(args.plan);   // 0: as balance asks for; negative: items stay whole
-  const int64_t target = piece_keys == 0 ? jg::target_cost(items, num_items, threads) : 0;
-  const int fixed = piece_keys > 0 ? static_cast<int>(jg::ceil_div(piece_keys, kTileKv)) : 0;
+  const int threads = args.num_threads > 0 ? static_cast<int>(args.num_threads) : omp_get_max_threads();
+  const int64_t target = args.split == 1 ? jg::target_cost(items, num_items, threads) : 0;
+  const int fixed = args.split > 1 ? static_cast<int>(jg::ceil_div(args.split, kTileKv)) : 0;
   const int64_t num_pieces = jg::cut_items(items, num_items, target, fixed);
-  if (num_pieces < threads) threads = static_cast<int>(num_pieces);
-  const jg::Block piece_memory(sizeof(jg::PieceOfItem) * num_pieces), scratch(sizeof(Scratch) * threads);
-  jg::PieceOfItem* pieces = static_cast<jg::PieceOfItem*>(piece_memory.data);
-  if (!pieces || !scratch.data) return jg::kErrorNoMemory;
-  const int64_t partial_floats = jg::list_pieces(items, num_items, kPartialRowFloats, pieces);
-  const jg::Block partials(sizeof(float) * partial_floats);
-  if (partial_floats > 0 && !partials.data) return jg::kErrorNoMemory;
+  return use(items, num_items, num_pieces, num_pieces < threads ? static_cast<int>(num_pieces) : threads);
+}
 
-  int error = 0;
+// ---- entry points ----
+extern "C" int jitgen_launch(const Args* args_pointer) {
+  const Args& args = *args_pointer;
+  return with_items(args, [&](jg::ServingItem* items, int64_t num_items, int64_t num_pieces, int threads) {
+    const jg::Block piece_memory(sizeof(jg::PieceOfItem) * num_pieces), scratch(sizeof(Scratch) * threads);
+    jg::PieceOfItem* pieces = static_cast<jg::PieceOfItem*>(piece_memory.data);
+    if (!pieces || !scratch.data) return jg::kErrorNoMemory;
+    const int64_t partial_floats = jg::list_pieces(items, num_items, kPartialRowFloats, pieces);
+    const jg::Block partials(sizeof(float) * partial_floats);
+    if (partial_floats > 0 && !partials.data) return jg::kErrorNoMemory;
+
+    int error = 0;
 #pragma omp parallel num_threads(threads)
-  {
-    Scratch& mem = static_cast<Scratch*>(scratch.data)[omp_get_thread_num()];
+    {
+      Scratch& mem = static_cast<Scratch*>(scratch.data)[omp_get_thread_num()];
 #pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t i = 0; i < num_pieces; ++i) {
-      const int code = attend_piece(args, items[pieces[i].item], pieces[i].piece, static_cast<float*>(partials.data), mem);
-      if (code) __atomic_store_n(&error, code, __ATOMIC_RELAXED);
+      for (int64_t i = 0; i < num_pieces; ++i) {
+        const int code = attend_piece(args, items[pieces[i].item], pieces[i].piece, static_cast<float*>(partials.data), mem);
+        if (code) __atomic_store_n(&error, code, __ATOMIC_RELAXED);
+      }
     }
-  }
-  return error;
+    return error;
+  });
+}
+
+// Writes the pieces into args.workspace, as [args.num_ctas][8] of int: request, KV head, first query head, heads, first row,
+// rows, first key, end key. args.num_ctas is left as the number of pieces there are.
+extern "C" int jitgen_pieces(Args* args) {
+  int* out = static_cast<int*>(args->workspace);
+  const int64_t room = args->num_ctas;
+  args->num_ctas = 0;
+  return with_items(*args, [&](jg::ServingItem* items, int64_t num_items, int64_t num_pieces, int) {
+    args->num_ctas = num_pieces;
+    for (int64_t i = 0, n = 0; i < num_items; ++i)
+      for (int p = 0; p < items[i].num_pieces && n < room; ++p, ++n) {
+        const jg::ServingItem& item = items[i];
+        const int piece[8] = {item.b, item.kv_h, item.first_head, item.num_heads, item.first_row, item.num_rows,
+                              item.begin_of(p) * kTileKv, jg::ServingItem::smaller(item.end_of(p) * kTileKv, args->kv_len[item.b])};
+        memcpy(out + n * 8, piece, sizeof(piece));
+      }
+    return 0;
+  });
 }
 
 extern "C" const char* jitgen_error_string(int code) {

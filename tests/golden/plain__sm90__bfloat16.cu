@@ -74,6 +74,7 @@ using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, kHas
 using Control = jg::ControlBlock<kNumStages>;
 using KeyTile = jg::SpanTile<kHeadDim>;
 using ValueTile = jg::SpanTile<kHeadDimV>;
+using OutputTile = jg::SpanTile<Tile::kOutputCols>;
 using WeightTile = jg::SpanTile<Tile::kSharedP ? kTileKv : 64>;   // P in shared memory
 using Logits = float[kTileKv / 8][4];      // accumulators of one consumer thread: sm90_wgmma.cuh has the layout
 using Output = float[kHeadDimV / 8][4];
@@ -91,7 +92,7 @@ struct Shared {
   unsigned base;
   JITGEN_FN unsigned value(int stage) const { return base + stage * Tile::kValueBytes; }
   JITGEN_FN unsigned key(int stage) const { return base + Tile::kKeyAt + stage * Tile::kKeyBytes; }
-  JITGEN_FN unsigned query() const { return base + Tile::kQueryAt; }
+  JITGEN_FN unsigned query(int group) const { return base + Tile::kQueryAt + group * Tile::kGroupQBytes; }
   JITGEN_FN unsigned barrier(unsigned offset, int stage = 0) const { return base + Tile::kControlAt + offset + 8 * stage; }
   JITGEN_FN unsigned step(int slot) const { return base + Tile::kControlAt + __builtin_offsetof(Control, step) + 4 * slot; }
   JITGEN_FN unsigned work(int slot) const { return base + Tile::kControlAt + __builtin_offsetof(Control, work) + 16 * slot; }
@@ -202,10 +203,14 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     } else {
       int next = visible.next();
       load_key(step, next);
-      jg::barrier_wait(JG_BARRIER(q_empty), q_parity);
-      if (leader) {
-        jg::barrier_expect(JG_BARRIER(q_full), Tile::kQueryBytes);
-        jg::tensor_load(shared.query(), maps.q, JG_BARRIER(q_full), first_row, work.head, work.batch, stream);
+      // Each group's rows as soon as it is done with those before: the first group is most of a tile ahead of the last.
+#pragma unroll 1
+      for (int group = 0; group < Tile::kGroups; ++group) {
+        const unsigned full = JG_BARRIER(q_full, group);
+        jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
+        if (!leader) continue;
+        jg::barrier_expect(full, Tile::kGroupQBytes);
+        jg::tensor_load(shared.query(group), maps.q, full, first_row + 64 * group, work.head, work.batch, stream);
       }
       // K runs one tile ahead of V: the product of the next tile can start while this V is on its way.
 #pragma unroll 1
@@ -239,7 +244,7 @@ JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step)
-    jg::Wgmma<kTileKv>::shared<Element, 0>(s, q + KeyTile::step_offset(step, kTileQ), k + KeyTile::step_offset(step, kTileKv), step != 0);
+    jg::Wgmma<kTileKv>::shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), step != 0);
   jg::wgmma_commit();
 }
 // O += P V, with P in registers or in shared memory.
@@ -273,15 +278,16 @@ JITGEN_FN void finish_rows(const Args& args, const Head& head, Softmax& softmax,
   });
 }
 
-// Stores a group's O from shared memory without the copy engine, which takes no negative row (an illegal instruction).
-JITGEN_FN void store_present_rows(const Args& args, unsigned address, int thread, int group_row, int h, int b) {
-  constexpr int kChunks = kHeadDimV / 8;
-  char* const o = static_cast<char*>(args.o) + (b * args.o_stride_b + h * args.o_stride_h) * 2;
+// Stores columns of a group's O from shared memory without the copy engine, which takes no negative row (an illegal
+// instruction).
+JITGEN_FN void store_present_rows(const Args& args, unsigned address, int thread, int group_row, int first_column, int h, int b) {
+  constexpr int kChunks = Tile::kOutputCols / 8;
+  char* const o = static_cast<char*>(args.o) + (b * args.o_stride_b + h * args.o_stride_h + first_column) * 2;
 #pragma unroll 1
   for (int i = thread; i < 64 * kChunks; i += 128) {
     const int row = i / kChunks, chunk = i % kChunks;
     if (group_row + row < 0) continue;
-    const int4 values = jg::load_shared_int4(address + ValueTile::chunk_offset(row, chunk, 64));
+    const int4 values = jg::load_shared_int4(address + OutputTile::chunk_offset(row, chunk, 64));
     *reinterpret_cast<int4*>(o + ((group_row + row) * args.o_stride_s + 8 * chunk) * 2) = values;
   }
 }
@@ -292,31 +298,29 @@ JITGEN_FN void store_output(const Args& args, const Maps& maps, Shared shared, O
   // uniform registers, at a move for each product (3 % of long rows).
   const int here = jg::stay(static_cast<int>(threadIdx.x)), thread = here & 127;
   const unsigned address = shared.base + Tile::kOutputAt + (here / 128 - 1) * Tile::kOutputPitch;
-  if constexpr (!Tile::kOutputOverV) {
-    jg::bulk_wait_read();   // of the O before
-    jg::named_sync(kGroupBarrier + group, 128);
-  } else {
-    jg::named_sync(kAllConsumersBarrier, 128 * Tile::kGroups);   // every group is done with V
-  }
+  if constexpr (Tile::kOutputOverV) jg::named_sync(kAllConsumersBarrier, 128 * Tile::kGroups);   // every group is done with V
   unsigned packed[kHeadDimV / 16][4];
   jg::pack_tile<Element>(packed, o);
-  jg::store_tile<kHeadDimV>(address, packed, thread >> 5, thread & 31);
-  jg::fence_async_proxy();
-  jg::named_sync(kGroupBarrier + group, 128);
-  if (group_row < 0) {
-    store_present_rows(args, address, thread, group_row, h, b);
-    if constexpr (Tile::kOutputOverV) {
+#pragma unroll
+  for (int column = 0; column < kHeadDimV; column += Tile::kOutputCols) {
+    if constexpr (!Tile::kOutputOverV) {
+      jg::bulk_wait_read();   // of what left through this buffer before
       jg::named_sync(kGroupBarrier + group, 128);
-      if (thread == 0) jg::barrier_arrive(JG_BARRIER(o_done));
     }
-    return;
+    jg::store_tile<Tile::kOutputCols>(address, packed + column / 16, thread >> 5, thread & 31);
+    jg::fence_async_proxy();
+    jg::named_sync(kGroupBarrier + group, 128);
+    if (group_row < 0) {
+      store_present_rows(args, address, thread, group_row, column, h, b);
+    } else if (thread == 0) {
+      jg::tensor_store(maps.o, address, group_row, column / OutputTile::kSpan, h, b);
+      jg::bulk_commit();
+    }
   }
-  if (thread != 0) return;
-  jg::tensor_store(maps.o, address, group_row, h, b);
-  jg::bulk_commit();
   if constexpr (Tile::kOutputOverV) {
+    if (group_row < 0) jg::named_sync(kGroupBarrier + group, 128);   // every thread has read its part
     jg::bulk_wait_read();
-    jg::barrier_arrive(JG_BARRIER(o_done));
+    if (thread == 0) jg::barrier_arrive(JG_BARRIER(o_done));
   }
 }
 
@@ -324,7 +328,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, num_tiles = num_kv_tiles(args);
   const bool leader = thread == 0;
   const unsigned p_shared = shared.base + Tile::kPAt + group * Tile::kGroupPBytes;
-  const unsigned long long q_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.query() + group * 64 * KeyTile::kSpanBytes, 16);
+  const unsigned long long q_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.query(group), 16);
   const unsigned long long k_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.key(0), 16);
   const unsigned long long v_operand = jg::matrix_descriptor<ValueTile::kSpanBytes>(shared.value(0), kTileKv * ValueTile::kSpanBytes);
   const unsigned long long p_operand = jg::matrix_descriptor<WeightTile::kSpanBytes>(p_shared, 16);
@@ -363,7 +367,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
-        jg::barrier_arrive_if(leader && (step & jg::kStepLast), JG_BARRIER(q_empty));
+        jg::barrier_arrive_if(leader && (step & jg::kStepLast), JG_BARRIER(q_empty, group));
       };
       const auto take_turn = [&] { jg::named_sync(kTurnBarrier + group, 256); };
       const auto pass_turn = [&] { jg::named_arrive(kTurnBarrier + (group + 1 == Tile::kGroups ? 0 : group + 1), 256); };
@@ -380,7 +384,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           __syncwarp();
         }
       };
-      jg::barrier_wait(JG_BARRIER(q_full), q_parity);
+      jg::barrier_wait(JG_BARRIER(q_full, group), q_parity);
 #pragma unroll 1
       do {
         jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
@@ -468,8 +472,10 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::prefetch_tensor_map(maps.k);
     jg::prefetch_tensor_map(maps.v);
     jg::prefetch_tensor_map(maps.o);
-    jg::barrier_init(JG_BARRIER(q_full), 1);
-    jg::barrier_init(JG_BARRIER(q_empty), Tile::kGroups);
+    for (int group = 0; group < Tile::kGroups; ++group) {
+      jg::barrier_init(JG_BARRIER(q_full, group), 1);
+      jg::barrier_init(JG_BARRIER(q_empty, group), 1);
+    }
     jg::barrier_init(JG_BARRIER(o_done), Tile::kGroups);
     for (int stage = 0; stage < kNumStages; ++stage) {
       jg::barrier_init(JG_BARRIER(k_full, stage), 1);
@@ -507,10 +513,10 @@ extern "C" int jitgen_launch(const Args* args) {
   constexpr bool kIsBf16 = jg::IsBf16<Element>::value;
   const bool no_keys = args->kv_len <= 0;   // K and V may be null then, but a map needs an address; nothing is copied
   const int64_t kv_rows = no_keys ? 1 : args->kv_len;
-  int code = q.update({args->q, args->q_len, args->num_q_heads, args->batch, args->q_stride_s, args->q_stride_h, args->q_stride_b}, kIsBf16, kTileQ);
+  int code = q.update({args->q, args->q_len, args->num_q_heads, args->batch, args->q_stride_s, args->q_stride_h, args->q_stride_b}, kIsBf16, 64);
   if (!code) code = k.update({no_keys ? args->q : args->k, kv_rows, args->num_kv_heads, args->batch, args->k_stride_s, args->k_stride_h, args->k_stride_b}, kIsBf16, kTileKv);
   if (!code) code = v.update({no_keys ? args->q : args->v, kv_rows, args->num_kv_heads, args->batch, args->v_stride_s, args->v_stride_h, args->v_stride_b}, kIsBf16, kTileKv);
-  if (!code) code = o.update({args->o, args->q_len, args->num_q_heads, args->batch, args->o_stride_s, args->o_stride_h, args->o_stride_b}, kIsBf16, 64);
+  if (!code) code = o.update({args->o, args->q_len, args->num_q_heads, args->batch, args->o_stride_s, args->o_stride_h, args->o_stride_b}, kIsBf16, 64, Tile::kOutputCols);
   if (code) return code;
 
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args->stream);

@@ -1,15 +1,40 @@
-"""The requests of a plan, and attention over them: where the wrappers of the shim meet jitgen's own interface."""
+"""The requests of a plan, and attention over them: where the wrappers of the shim meet jitgen's own serving calls."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 
-import jitgen
-from jitgen.compat.flashinfer._hooks import Place
+from jitgen.compat.flashinfer._hooks import Hooks, Place
 from jitgen.compat.flashinfer.rope import cos_sin, positions_of, rotate
+from jitgen.errors import ShapeMismatch
+from jitgen.program import Program
+from jitgen.serving import paged_attention, ragged_attention
+from jitgen.serving_pages import PageTable
+from jitgen.serving_plan import Plan
 from jitgen.variant import Variant
+
+MAX_PLANS = 16  # of one wrapper in eager mode: masks and sizes that it remembers
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Head counts, head dims and dtypes of a plan."""
+
+    num_q: int
+    num_kv: int
+    dim_qk: int
+    dim_vo: int
+    q_dtype: torch.dtype
+    o_dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.num_kv < 1 or self.num_q % self.num_kv:
+            raise ShapeMismatch(
+                f"num_qo_heads is {self.num_q}, num_kv_heads is {self.num_kv}: the first must be a multiple of the second."
+            )
 
 
 @dataclass(frozen=True)
@@ -27,67 +52,121 @@ class Batch:
     page_size: int
     split: str = "balanced"
     kv_split: int | None = None
+    max_q_len: int | None = None  # most rows of a request, where it is known
 
     @property
     def size(self) -> int:
+        """Number of requests."""
         return self.kv_len.shape[0]
 
+    @functools.cached_property
+    def page_table(self) -> PageTable:
+        """The page lists of a paged batch."""
+        return PageTable.csr(self.kv_start, self.pages)  # type: ignore[arg-type]
 
-def attend(
-    batch: Batch,
-    variant: Variant,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """Attention of a batch, one request after the other with the dense kernels, written to ``out`` and ``lse``.
 
-    Shapes:  q [total_q, num_q_heads, head_dim]; k, v [total_kv, num_kv_heads, head_dim(_v)] or, paged, [pages, page_size,
-             num_kv_heads, head_dim(_v)]; out [total_q, num_q_heads, head_dim_v]; lse float32 [total_q, num_q_heads].
+@dataclass
+class Held:
+    """A jitgen plan, and what it was last updated for."""
+
+    plan: Plan
+    program: Program  # keeps its id in the key valid
+    batch: Batch
+    variant: Variant
+    mask_values: tuple[object, ...]
+
+    def update(self) -> None:
+        """Plan for the lengths of the batch and what the variant captures."""
+        kv_indptr = self.batch.kv_start if self.batch.pages is None else None
+        self.plan.variant = self.variant
+        self.plan.update(self.batch.q_indptr, self.batch.kv_len, kv_indptr=kv_indptr)
+
+
+class Plans:
+    """The jitgen plans of a wrapper: one for each mask, head layout and size that was called for.
+
+    Under CUDA graphs every plan is kept and updated with each new batch, since a captured call reads it; else plans are
+    updated when they are next used.
     """
-    q_ends, kv_lens, starts = batch.q_indptr.tolist(), batch.kv_len.tolist(), batch.kv_start.tolist()
-    for b in range(batch.size):
-        rows = slice(q_ends[b], q_ends[b + 1])
-        if rows.start == rows.stop:
-            continue
-        if kv_lens[b] == 0:
-            out[rows] = 0
-            if lse is not None:
-                lse[rows] = -torch.inf
-            continue
-        keys, values = k, v
-        if batch.pages is not None:
-            listed = batch.pages[starts[b] : starts[b + 1]].long()
-            keys, values = (t[listed].flatten(0, 1)[: kv_lens[b]] for t in (k, v))
+
+    def __init__(self, device: torch.device, in_graphs: bool = False) -> None:
+        self.device, self.in_graphs = device, in_graphs
+        self._held: dict[tuple[object, ...], Held] = {}
+        self._last: tuple[Variant, Batch, int, Plan] | None = None  # a model's layers call alike
+
+    def renew(self, batch: Batch, num_rows: int | None) -> None:
+        """Under CUDA graphs: update every plan for new lengths, at the addresses of the old ones.
+
+        Errors:  ShapeMismatch if there are more rows than a call had before, as far as the host knows.
+        """
+        if not self.in_graphs:
+            return
+        for held in self._held.values():
+            if num_rows is not None and num_rows > held.plan.max_tokens:
+                raise ShapeMismatch(
+                    f"the plan has {num_rows} query rows, an earlier run() of this CUDA graph wrapper had "
+                    f"{held.plan.max_tokens}, and a graph may hold it. Capture with the most rows there will be."
+                )
+            held.batch = batch
+            held.update()
+
+    def attend(
+        self,
+        batch: Batch,
+        heads: Heads,
+        hooks: Hooks,
+        variant: Variant,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+    ) -> None:
+        """Attention of a batch, written to ``out`` and ``lse``.
+
+        Shapes:  q [total_q, num_q_heads, head_dim]; k, v [total_kv, num_kv_heads, head_dim(_v)] or, paged, [pages, page_size,
+                 num_kv_heads, head_dim(_v)]; out [total_q, num_q_heads, head_dim_v]; lse float32 [total_q, num_q_heads].
+        """
+        plan = self.plan_for(batch, heads, hooks, variant, q.shape[0])
+        if batch.pages is None:
+            ragged_attention(q, k, v, plan, variant=variant, scale=scale, out=out, lse=lse, return_lse=lse is not None)
         else:
-            keys, values = (t[starts[b] : starts[b] + kv_lens[b]] for t in (k, v))
-        q1, k1, v1 = (t.transpose(0, 1).unsqueeze(0) for t in (q[rows], keys, values))
-        o1, l1 = jitgen.attention(q1, k1, v1, for_request(variant, b), scale=scale, return_lse=True)
-        out[rows] = o1[0].transpose(0, 1)
-        if lse is not None:
-            lse[rows] = l1[0].T
+            paged_attention(
+                q, (k, v), batch.page_table, plan, variant=variant, scale=scale, out=out, lse=lse, return_lse=lse is not None
+            )
+
+    def plan_for(self, batch: Batch, heads: Heads, hooks: Hooks, variant: Variant, rows: int) -> Plan:
+        """The plan of a call, updated for its batch; made first if there is none for its mask and sizes."""
+        last = self._last
+        if last is not None and last[0] is variant and last[1] is batch and last[2] == rows:
+            return last[3]
+        program, mask = variant.trace().program, hooks.mask_values
+        sizes = (batch.size, rows) if self.in_graphs else (power_of_two(batch.size), power_of_two(rows))
+        layout = "ragged" if batch.pages is None else "paged"
+        key = (id(program), *mask[:2], heads, layout, batch.split, batch.kv_split, batch.max_q_len, *sizes)
+        if self.in_graphs:  # a captured call reads what its plan was updated for: no two masks may share one
+            key += tuple(map(id, mask))
+        held = self._held.get(key)
+        if held is None:
+            plan = Plan(
+                *sizes, heads.num_q, heads.num_kv, heads.dim_qk, head_dim_v=heads.dim_vo, dtype=heads.q_dtype, variant=variant,
+                layout=layout, max_q_len=batch.max_q_len, split=batch.split, kv_split=batch.kv_split, device=self.device,
+            )  # fmt: skip
+            if not self.in_graphs and len(self._held) >= MAX_PLANS:
+                del self._held[next(iter(self._held))]
+            held = self._held[key] = Held(plan, program, batch, variant, mask)
+            held.update()
+        elif held.batch is not batch or any(a is not b for a, b in zip(held.mask_values, mask, strict=True)):
+            held.batch, held.variant, held.mask_values = batch, variant, mask
+            held.update()
+        self._last = (variant, batch, rows, held.plan)
+        return held.plan
 
 
-def for_request(variant: Variant, request: int) -> Variant:
-    mask, score = variant.mask_mod, variant.score_mod
-
-    def mask_mod(b, h, q_idx, kv_idx, *, kv_len, ctx_len):
-        return mask(request, h, q_idx, kv_idx, kv_len=kv_len, ctx_len=ctx_len)
-
-    def score_mod(s, b, h, q_idx, kv_idx, *, ctx_len, kv_h):
-        return score(s, request, h, q_idx, kv_idx, ctx_len=ctx_len, kv_h=kv_h)
-
-    return Variant(
-        mask_mod=mask_mod if mask is not None else None,
-        score_mod=score_mod if score is not None else None,
-        sink=variant.sink,
-        output_transform=variant.output_transform,
-        lse_transform=variant.lse_transform,
-        q_index=variant.q_index,
-    )
+def power_of_two(n: int) -> int:
+    """The least power of two that is not less, so that a growing batch needs few plans."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 # ---- rotation before attention --------------------------------------------------------------------------------------------
@@ -110,7 +189,7 @@ def rotated(
     """
     scale, theta = rope
     head_dim = q.shape[-1]
-    rows, base = (row_positions(batch, q.shape[0]), torch.zeros_like(batch.kv_len))
+    rows, base = row_positions(batch, q.shape[0]), torch.zeros_like(batch.kv_len)
     if place is not None:
         rows, base = place.row_position[: q.shape[0]], place.kv_base
     q = rotate(q, *cos_sin(rows, head_dim, scale, theta), interleave=False)
@@ -124,6 +203,4 @@ def rotated(
     positions = first[:, None] + torch.arange(batch.page_size, device=first.device)
     cos, sin = cos_sin(positions.flatten(), head_dim, scale, theta)
     keys = rotate(k[listed].flatten(0, 1), cos, sin, interleave=False).view(-1, *k.shape[1:])
-    pages = torch.arange(listed.shape[0], device=listed.device, dtype=torch.int32)
-    moved = Batch(batch.q_indptr, batch.kv_len, batch.kv_start, pages, batch.page_size, batch.split, batch.kv_split)
-    return moved, q, keys, v[listed]
+    return replace(batch, pages=entry.int()), q, keys, v[listed]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from jitgen.compat.flashinfer._options import POSITIONS, check_choice
 from jitgen.errors import ShapeMismatch
 from jitgen.variant import Variant
 
-LOG2_E = 1.4426950408889634
+READABLE = (torch.float32, torch.float16, torch.bfloat16)  # dtypes of scales that hooks read
 Scale = float | torch.Tensor | None
 
 
@@ -41,6 +42,8 @@ class Options:
     bits: torch.Tensor | None = None  # custom mask, little-endian; it takes the place of `right`
     bits_start: torch.Tensor | None = None  # [batch + 1] first byte of each request
     place: Place | None = None
+    sees_all: torch.Tensor | None = None  # bool [batch]: requests that `right` does not hold for
+    natural_lse: bool = False  # logsumexps of base e
 
     def __post_init__(self) -> None:
         check_choice("pos_encoding_mode", self.pos_encoding_mode, POSITIONS)
@@ -60,7 +63,8 @@ class Hooks:
     """The hooks of FlashInfer's attention; attributes that are None are left out of the kernel.
 
     Logits are ``scale * q . k * q_scale * k_scale``, plus the ALiBi bias, then capped. Window and ALiBi read positions, which
-    are those of the request unless the options place it in a longer context.
+    are those of the request unless the options place it in a longer context. ``row`` counts the query rows of a request from
+    0, so that a request may have more rows than keys.
     """
 
     def __init__(self, options: Options, num_q_heads: int, device: torch.device) -> None:
@@ -75,38 +79,39 @@ class Hooks:
         self.v_scale: float | None = None
         self.v_scales: torch.Tensor | None = None  # [num_kv_heads]
         self.place = options.place
+        self.sees_all = options.sees_all
+        self.natural_lse = options.natural_lse
 
-    def positions(self, b: Any, q_idx: Any, kv_idx: Any, ctx_len: Any) -> tuple[Any, Any]:
-        """Places of a query and a key in the whole context."""
-        if self.place is None:
-            return q_idx, kv_idx
-        return self.place.row_position[self.place.row_start[b] + q_idx - ctx_len], self.place.kv_base[b] + kv_idx
-
-    def mask_mod(self, b: Any, h: Any, q_idx: Any, kv_idx: Any, *, kv_len: Any, ctx_len: Any) -> Any:
+    def mask_mod(self, b: Any, h: Any, row: Any, kv_idx: Any, *, kv_len: Any, ctx_len: Any) -> Any:
         conditions = []
         if self.bits is not None and self.bits_start is not None:
-            bit = (q_idx - ctx_len) * kv_len + kv_idx
+            bit = row * kv_len + kv_idx
             conditions.append(((self.bits[self.bits_start[b] + (bit >> 3)] >> (bit & 7)) & 1) == 1)
-        q_pos, kv_pos = self.positions(b, q_idx, kv_idx, ctx_len)
+        q_pos, kv_pos = row + ctx_len, kv_idx
+        if self.place is not None:
+            q_pos, kv_pos = self.placed(b, row, kv_idx)
         if self.is_causal:
-            conditions.append(kv_pos <= q_pos)
+            conditions.append(kv_pos <= q_pos if self.sees_all is None else (kv_pos <= q_pos) | self.sees_all[b])
         elif self.right is not None:
             conditions.append(kv_pos - q_pos <= self.right)
         if self.window_left is not None:
             conditions.append(q_pos - kv_pos <= self.window_left)
         return functools.reduce(operator.and_, conditions)
 
-    def score_mod(self, score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, *, ctx_len: Any, kv_h: Any) -> Any:
+    def placed(self, b: Any, row: Any, kv_idx: Any) -> tuple[Any, Any]:
+        """Places of a query and a key in the whole context that the request is a piece of."""
+        assert self.place is not None
+        return self.place.row_position[self.place.row_start[b] + row], self.place.kv_base[b] + kv_idx
+
+    def score_mod(self, score: Any, b: Any, h: Any, row: Any, kv_idx: Any, *, kv_h: Any) -> Any:
         if self.q_scale is not None:
             score = score * self.q_scale[h]
         if self.k_scale is not None:
             score = score * self.k_scale[kv_h]
         if self.slopes is not None:
-            # the query counts its rows from 0: FlashInfer's bias lacks the shift by kv_len - q_len
-            row, column = q_idx - ctx_len, kv_idx
-            if self.place is not None:
-                row, column = self.positions(b, q_idx, kv_idx, ctx_len)
-            score = score + self.slopes[h] * (column - row)
+            # FlashInfer's bias lacks the shift of the query by kv_len - q_len
+            q_pos, kv_pos = (row, kv_idx) if self.place is None else self.placed(b, row, kv_idx)
+            score = score + self.slopes[h] * (kv_pos - q_pos)
         if self.cap is not None:
             score = self.cap * torch.tanh(score / self.cap)
         return score
@@ -115,20 +120,25 @@ class Hooks:
         return o * (self.v_scale if self.v_scales is None else self.v_scales[kv_h])
 
     def lse_transform(self, lse: Any, b: Any, h: Any, q_idx: Any) -> Any:
-        return lse * LOG2_E
+        return lse * 1.4426950408889634  # log2(e): FlashInfer's logsumexps have base 2
 
-    def variant(self, sinks: torch.Tensor | None = None) -> Variant:
-        """The variant of these hooks, without those that would do nothing."""
+    @property
+    def mask_values(self) -> tuple[object, ...]:
+        """What the mask reads: lengths are planned for one set of these. First the numbers, then the tensors."""
+        return (self.right, self.window_left, self.bits, self.bits_start, self.place, self.sees_all)
+
+    def variant(self, sinks: torch.Tensor | None = None, mask_mod: Callable[..., Any] | None = None) -> Variant:
+        """The variant of these hooks, without those that would do nothing; ``mask_mod`` takes the place of their mask."""
         masks = (self.right, self.window_left, self.bits)
         scores = (self.q_scale, self.k_scale, self.slopes, self.cap)
         outputs = (self.v_scale, self.v_scales)
         return Variant(
-            mask_mod=self.mask_mod if any(x is not None for x in masks) else None,
+            mask_mod=self.mask_mod if mask_mod is None and any(x is not None for x in masks) else mask_mod,
             score_mod=self.score_mod if any(x is not None for x in scores) else None,
             output_transform=self.output_transform if any(x is not None for x in outputs) else None,
-            lse_transform=self.lse_transform,
+            lse_transform=None if self.natural_lse else self.lse_transform,
             sink=sinks,
-            q_index="absolute",
+            q_index="local",
         )
 
 
@@ -163,7 +173,7 @@ def as_number(scale: Scale) -> float | None:
 def per_head(name: str, scale: Scale, num_heads: int, device: torch.device) -> torch.Tensor | None:
     """A scale that the host does not know, for each head; None if it is a number.
 
-    Shapes:  scale of one element or [num_heads]; returns float32 [num_heads].
+    Shapes:  scale of one element or [num_heads]; returns [num_heads], the same memory where kernels read its dtype.
     """
     if not isinstance(scale, torch.Tensor) or as_number(scale) is not None:
         return None
@@ -171,7 +181,9 @@ def per_head(name: str, scale: Scale, num_heads: int, device: torch.device) -> t
         raise ShapeMismatch(f"{name} has shape {tuple(scale.shape)}, expected one number or [{num_heads}], one for each head.")
     if scale.device != device:
         raise ShapeMismatch(f"{name} is on {scale.device}, q is on {device}. Both must be on one device.")
-    return scale.float().reshape(-1).expand(num_heads)
+    if scale.dtype not in READABLE:
+        scale = scale.float()
+    return scale.reshape(-1).expand(num_heads)
 
 
 def hooks_for(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ def check_no_extras(args: tuple[object, ...]) -> None:
         )
 
 
-def check_fp16_skipping(**options: object) -> None:
+def check_changes(**options: object) -> None:
     """Options that would change the result, and that no kernel of ours implements."""
     for name, value in options.items():
         if value:
@@ -103,7 +102,9 @@ def attention_dtypes(q: Any, kv: Any, out: Any, both: Any = None) -> tuple[torch
     o_dtype = q_dtype if out is None else as_dtype(out, "o_data_type")
     for name, dtype in (("q_data_type", q_dtype), ("kv_data_type", kv_dtype), ("o_data_type", o_dtype)):
         if dtype not in ATTENTION_DTYPES:
-            raise UnsupportedDtype(f"{name} is {dtype}, expected float16, bfloat16 or, on the CPU, float32. Convert with .to().")
+            raise UnsupportedDtype(
+                f"{name} is {dtype}, expected float16, bfloat16 or, on the CPU, float32. Convert with .to()."
+            )
     if kv_dtype != q_dtype:
         raise UnsupportedDtype(f"kv_data_type is {kv_dtype}, q_data_type is {q_dtype}. Both must match: quantised keys need "
                                "kernels that jitgen does not have yet.")  # fmt: skip
@@ -116,9 +117,7 @@ def check_dtype(name: str, t: torch.Tensor, planned: torch.dtype) -> None:
         raise UnsupportedDtype(f"{name} has dtype {t.dtype}, the plan says {planned}. Plan again with its dtype.")
 
 
-def split_cache(
-    cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor], layout: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def split_cache(cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor], layout: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of a paged cache as views [pages, page_size, num_kv_heads, head_dim].
 
     ``cache`` is a pair of 4-D tensors or one 5-D tensor [pages, 2, ...] in the layout NHD or HND, with any strides.
@@ -143,14 +142,11 @@ def rows_first(t: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def named_options(call: str, names: tuple[str, ...], values: tuple[object, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """Options that were given by position, under their names; a DeprecationWarning says so."""
-    if not values:
-        return options
+    """Options of which some were given by position, under their names."""
     if len(values) > len(names):
         raise TypeError(f"{call} takes at most {len(names)} options by position ({', '.join(names)}), got {len(values)}.")
     given = dict(zip(names, values, strict=False))
     twice = given.keys() & options.keys()
     if twice:
         raise TypeError(f"{call} got {', '.join(twice)} by position and by name.")
-    warnings.warn(f"{call}: pass {', '.join(given)} by name.", DeprecationWarning, stacklevel=3)
     return {**given, **options}

@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from jitgen.compat.flashinfer._batch import Batch, attend, rotated
-from jitgen.compat.flashinfer._hooks import Options, Scale, check_sinks, hooks_for, softmax_scale
-from jitgen.compat.flashinfer._options import LAYOUTS, check_backend, check_choice, check_dtype, check_workspace
-from jitgen.compat.flashinfer.quantization import byte_offsets, pack_segments
-from jitgen.errors import ShapeMismatch, UnsupportedDtype, VariantError
+from jitgen.compat.flashinfer._batch import Heads, Plans, rotated
+from jitgen.compat.flashinfer._hooks import Hooks, Options, Scale, as_number, check_sinks, hooks_for, softmax_scale
+from jitgen.compat.flashinfer._inputs import Planned, check_inputs, fill, mask_bits, result
+from jitgen.compat.flashinfer._options import LAYOUTS, check_backend, check_choice, check_workspace
+from jitgen.errors import ShapeMismatch, VariantError
+from jitgen.serving_plan import Plan
 from jitgen.variant import Variant
 
-
-@dataclass(frozen=True)
-class Heads:
-    """Head counts, head dims and dtypes of a plan."""
-
-    num_q: int
-    num_kv: int
-    dim_qk: int
-    dim_vo: int
-    q_dtype: torch.dtype
-    o_dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        if self.num_kv < 1 or self.num_q % self.num_kv:
-            raise ShapeMismatch(
-                f"num_qo_heads is {self.num_q}, num_kv_heads is {self.num_kv}: the first must be a multiple of the second."
-            )
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What a plan() leaves for run()."""
-
-    batch: Batch
-    heads: Heads
-    options: Options
-    num_rows: int | None  # rows of q, where the host knows them
+MAX_READY = 256  # calls that a wrapper remembers between two plans: layers may have their own sinks and scales
 
 
 class Wrapper:
@@ -61,8 +36,16 @@ class Wrapper:
         self._use_cuda_graph = use_cuda_graph
         self._float_workspace_buffer = float_workspace_buffer
         self._planned: Planned | None = None
-        self._variant: tuple[tuple[object, ...], Variant] | None = None
+        self._plans = Plans(self.device, use_cuda_graph)
+        self._ready: dict[tuple[object, ...], Ready] = {}  # calls under the present plan
+        self._overridden: dict[tuple[object, ...], Options] = {}
         self._own: dict[str, torch.Tensor] = {}  # buffers of a CUDA graph that the user did not give
+        self._paged_kv_indptr_buf: torch.Tensor | None = None
+        self._paged_kv_indices_buf: torch.Tensor | None = None
+        self._paged_kv_last_page_len_buf: torch.Tensor | None = None
+        self._qo_indptr_buf: torch.Tensor | None = None
+        self._custom_mask_buf: torch.Tensor | None = None
+        self._mask_indptr_buf: torch.Tensor | None = None
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -74,13 +57,18 @@ class Wrapper:
     ) -> None:
         """Take other workspaces; they are checked and not used."""
         if check_workspace(float_workspace_buffer) != self.device:
-            raise ShapeMismatch(f"float_workspace_buffer is on {float_workspace_buffer.device}, the wrapper is on {self.device}.")
+            raise ShapeMismatch(
+                f"float_workspace_buffer is on {float_workspace_buffer.device}, the wrapper is on {self.device}."
+            )
         if int_workspace_buffer is not None:
             check_workspace(int_workspace_buffer, "int_workspace_buffer")
         self._float_workspace_buffer = float_workspace_buffer
 
     def end_forward(self) -> None:
         """Does nothing; FlashInfer removed it in 0.7."""
+
+    def prewarm_paged_kv_stride_variant(self, variant: str = "independent") -> None:
+        """Does nothing: strides are launch arguments."""
 
     # ---- buffers ----
     def _held(self, name: str, value: torch.Tensor, buffer: torch.Tensor | None = None) -> torch.Tensor:
@@ -98,6 +86,76 @@ class Wrapper:
         fill(name, own, value)
         return own
 
+    def _check_buffers(self, *names: str) -> None:
+        """A wrapper for CUDA graphs was given the buffers that its plans are kept in."""
+        for name in names:
+            buffer = getattr(self, f"_{name}")
+            if not isinstance(buffer, torch.Tensor) or buffer.device != self.device:
+                raise ShapeMismatch(
+                    f"use_cuda_graph=True needs {name} on {self.device}, got "
+                    f"{buffer.device if isinstance(buffer, torch.Tensor) else buffer!r}."
+                )
+
+    def _paged_tables(
+        self, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Page list bounds and page numbers, and the lengths of last pages, kept under FlashInfer's attribute names."""
+        if indptr.dim() != 1 or indptr.shape[0] != last_page_len.shape[0] + 1:
+            raise ShapeMismatch(
+                f"the page indptr has shape {tuple(indptr.shape)}, last_page_len {tuple(last_page_len.shape)}. Expected "
+                "[batch + 1] and [batch]."
+            )
+        bounds = self._held("paged_kv_indptr", indptr, self._paged_kv_indptr_buf)
+        pages = self._held("paged_kv_indices", indices, self._paged_kv_indices_buf)
+        last = self._held("paged_kv_last_page_len", last_page_len, self._paged_kv_last_page_len_buf)
+        if not self._use_cuda_graph:
+            self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = bounds, pages, last
+        return bounds, pages
+
+    def _q_indptr(self, qo_indptr: torch.Tensor) -> torch.Tensor:
+        """First row of each request, kept under FlashInfer's attribute name."""
+        held = self._held("qo_indptr", qo_indptr, self._qo_indptr_buf)
+        if not self._use_cuda_graph:
+            self._qo_indptr_buf = held
+        return held
+
+    def _mask(
+        self,
+        custom_mask: torch.Tensor | None,
+        packed_custom_mask: torch.Tensor | None,
+        qo_indptr: torch.Tensor,
+        kv_len: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Bits of a custom mask and the first byte of each request; each plan has its own mask, or none."""
+        found = mask_bits(custom_mask, packed_custom_mask, qo_indptr.diff(), kv_len, self.device)
+        if found is None or not self._use_cuda_graph:
+            return found or (None, None)
+        if self._custom_mask_buf is None or self._mask_indptr_buf is None:
+            raise ShapeMismatch(
+                "a custom mask under CUDA graphs needs custom_mask_buf and mask_indptr_buf. Give both to the wrapper."
+            )
+        for name, buffer, value in zip(
+            ("custom_mask", "mask_indptr"), (self._custom_mask_buf, self._mask_indptr_buf), found, strict=True
+        ):
+            fill(name, buffer, value)
+        return self._custom_mask_buf, self._mask_indptr_buf
+
+    def _replaced(
+        self,
+        causal: bool,
+        window_left: int,
+        logits_soft_cap: float | None,
+        pos_encoding_mode: str,
+        sm_scale: float | None,
+        rope_scale: float | None,
+        rope_theta: float | None,
+    ) -> Options:
+        """Options of forward(), with the mask of the plan."""
+        return self._override(
+            right=0 if causal else None, window_left=window_left, logits_soft_cap=logits_soft_cap,
+            pos_encoding_mode=pos_encoding_mode, sm_scale=sm_scale, rope_scale=rope_scale, rope_theta=rope_theta,
+        )  # fmt: skip
+
     def _check_batch(self, batch: int, fixed: torch.Tensor | None) -> None:
         """Under CUDA graphs the number of requests is that of the buffers."""
         if self._use_cuda_graph and fixed is not None and batch != fixed.shape[0] - 1:
@@ -105,6 +163,22 @@ class Wrapper:
                 f"the plan has {batch} requests, the buffers of this CUDA graph wrapper are for {fixed.shape[0] - 1}. "
                 "Pad the batch with requests of no key, or make a wrapper for this size."
             )
+
+    def _adopt(self, planned: Planned) -> None:
+        """Make this the plan that run() uses."""
+        self._plans.renew(planned.batch, planned.num_rows)
+        self._planned = planned
+        self._ready.clear()
+        self._overridden.clear()
+
+    def _workspace_bytes(self, batch: int, rows: int, heads: Heads, layout: str) -> tuple[int, int]:
+        """Bytes of partial results and of tables that a jitgen plan of this size allocates."""
+        plan = Plan(
+            max(batch, 1), max(rows, 1), heads.num_q, heads.num_kv, heads.dim_qk, head_dim_v=heads.dim_vo, dtype=heads.q_dtype,
+            layout=layout, device=self.device,
+        )  # fmt: skip
+        parts = [(c.workspace, c.plan) for c in plan.classes if c.workspace is not None and c.plan is not None]
+        return sum(w.nbytes for w, _ in parts), sum(p.nbytes for _, p in parts)
 
     # ---- the call ----
     def _plan_of(self) -> Planned:
@@ -119,9 +193,7 @@ class Wrapper:
         v: torch.Tensor,
         options: Options,
         *,
-        q_scale: Scale = None,
-        k_scale: Scale = None,
-        v_scale: Scale = None,
+        scales: tuple[Scale, Scale, Scale] = (None, None, None),
         sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
@@ -129,119 +201,81 @@ class Wrapper:
     ) -> Any:
         """Check a call against the plan, run it, and return out or (out, lse)."""
         planned = self._plan_of()
-        batch, heads = planned.batch, planned.heads
-        check_inputs(planned, q, k, v)
-        check_sinks(sinks, heads.num_q, q.device)
+        # a number in the host's memory may change between calls; a tensor is read by the kernel
+        given = (options, *(s if as_number(s) is None else as_number(s) for s in scales), sinks)
+        key = (*(x if isinstance(x, int | float | None) else id(x) for x in given), q.shape, k.shape, v.shape, q.dtype)
+        ready = self._ready.get(key)
+        if ready is None:
+            ready = self._prepare(planned, given, q, k, v)
+            if len(self._ready) >= MAX_READY:
+                self._ready.clear()
+            self._ready[key] = ready
+        heads, batch = planned.heads, planned.batch
         out = result(out, (q.shape[0], heads.num_q, heads.dim_vo), heads.o_dtype, q, "out")
         if return_lse or lse is not None:
             lse = result(lse, (q.shape[0], heads.num_q), torch.float32, q, "lse")
-        variant = self._variant_for(options, (q_scale, k_scale, v_scale), sinks)
         if options.rotates:
             batch, q, k, v = rotated(batch, q, k, v, options.rope, options.place)
-        scale = softmax_scale(options, heads.dim_qk, q_scale, k_scale)
         target = out if out.dtype == q.dtype else torch.empty_like(out, dtype=q.dtype)
         if batch.size and q.shape[0]:
-            attend(batch, variant, q, k, v, scale, target, lse)
+            self._plans.attend(batch, heads, ready.hooks, ready.variant, q, k, v, ready.scale, target, lse)
         if target is not out:
             out.copy_(target)
         return (out, lse) if return_lse else out
 
-    def _variant_for(self, options: Options, scales: tuple[Scale, ...], sinks: torch.Tensor | None) -> Variant:
-        """The variant of a call; the last one is kept, as layers of a model call alike."""
-        key = (options, *scales, sinks)
-        if self._variant is not None and all(map(same, self._variant[0], key)):
-            return self._variant[1]
-        heads = self._plan_of().heads
-        variant = hooks_for(options, heads.num_q, heads.num_kv, self.device, *scales).variant(sinks)
-        self._variant = (key, variant)
-        return variant
-
-
-def same(a: object, b: object) -> bool:
-    """One object, or equal numbers."""
-    return a is b or (isinstance(a, (int, float)) and isinstance(b, (int, float)) and a == b)
-
-
-def fill(name: str, buffer: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy to the beginning of a buffer that may be longer; copying a buffer to itself does nothing."""
-    if value.shape[0] > buffer.shape[0]:
-        raise ShapeMismatch(
-            f"{name} has {value.shape[0]} entries, its CUDA graph buffer has {buffer.shape[0]}. Make the buffer as large as the "
-            "largest plan."
+    def _run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        changes: dict[str, Any],
+        scales: tuple[Scale, Scale, Scale],
+        sinks: torch.Tensor | None,
+        results: tuple[torch.Tensor | None, torch.Tensor | None],
+        return_lse: bool,
+        lse_base: str,
+        lse_layout: str,
+    ) -> Any:
+        """As _attend, with changes to the planned options and the logsumexp in the base and layout asked for."""
+        check_choice("lse_base", lse_base, ("log2", "ln"))
+        check_choice("lse_layout", lse_layout, ("NH", "HN"))
+        if lse_base == "ln":
+            changes = {**changes, "natural_lse": True}
+        options = self._override(**changes) if changes else self._plan_of().options
+        out, lse = results
+        transposed = return_lse and lse_layout == "HN"
+        found = self._attend(
+            q, k, v, options, scales=scales, sinks=sinks, out=out, lse=None if transposed else lse, return_lse=return_lse
         )
-    if value is not buffer:
-        buffer[: value.shape[0]].copy_(value, non_blocking=True)
+        if not transposed:
+            return found
+        turned = found[1].T.contiguous()
+        if lse is not None:
+            turned = result(lse, tuple(turned.shape), torch.float32, q, "lse").copy_(turned)
+        return found[0], turned
+
+    def _prepare(self, planned: Planned, given: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Ready:
+        """What a call's options mean, after its inputs were checked."""
+        options, *scales, sinks = given
+        heads = planned.heads
+        check_inputs(planned, q, k, v)
+        check_sinks(sinks, heads.num_q, q.device)
+        hooks = hooks_for(options, heads.num_q, heads.num_kv, self.device, *scales)
+        return Ready(hooks, hooks.variant(sinks), softmax_scale(options, heads.dim_qk, *scales[:2]), given)
+
+    def _override(self, **changes: Any) -> Options:
+        """The planned options with some of them changed; one object for each change, as calls are remembered by it."""
+        key = tuple(changes.items())
+        if key not in self._overridden:
+            self._overridden[key] = replace(self._plan_of().options, **changes)
+        return self._overridden[key]
 
 
-def result(
-    given: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, q: torch.Tensor, name: str
-) -> torch.Tensor:
-    """The tensor given for a result, checked, or a new one; rows that belong to no request are not written."""
-    if given is None:
-        return torch.empty(shape, dtype=dtype, device=q.device)
-    if tuple(given.shape) != shape or given.device != q.device:
-        raise ShapeMismatch(f"{name} has shape {tuple(given.shape)} on {given.device}, expected {shape} on {q.device}.")
-    if given.dtype != dtype:
-        raise UnsupportedDtype(f"{name} has dtype {given.dtype}, expected {dtype}. Plan with o_data_type, or convert it.")
-    return given
+@dataclass(frozen=True)
+class Ready:
+    """What the options of a call were made into; ``given`` keeps the ids in its key valid."""
 
-
-def check_inputs(planned: Planned, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """q, keys and values are what was planned; k and v are [rows, heads, dim] or [pages, page_size, heads, dim]."""
-    heads, batch = planned.heads, planned.batch
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        check_dtype(name, t, heads.q_dtype)
-        if t.device != batch.kv_len.device:
-            raise ShapeMismatch(f"{name} is on {t.device}, the plan is on {batch.kv_len.device}. All must be on one device.")
-    if q.dim() != 3 or q.shape[1:] != (heads.num_q, heads.dim_qk):
-        raise ShapeMismatch(f"q has shape {tuple(q.shape)}, the plan says [rows, {heads.num_q}, {heads.dim_qk}].")
-    if planned.num_rows is not None and q.shape[0] < planned.num_rows:
-        raise ShapeMismatch(f"q has {q.shape[0]} rows, the plan has {planned.num_rows}. Plan again for these rows.")
-    page = () if batch.pages is None else (batch.page_size,)
-    for name, t, dim in (("k", k, heads.dim_qk), ("v", v, heads.dim_vo)):
-        want = (*page, heads.num_kv, dim)
-        if tuple(t.shape[1:]) != want:
-            raise ShapeMismatch(
-                f"{name} has shape {tuple(t.shape)} (as NHD), the plan says [{'pages' if page else 'rows'}, "
-                f"{', '.join(map(str, want))}]."
-            )
-    if k.shape[0] != v.shape[0]:
-        raise ShapeMismatch(f"v has {v.shape[0]} {'pages' if page else 'rows'}, k has {k.shape[0]}. Both must match.")
-
-
-def mask_bits(
-    custom_mask: torch.Tensor | None,
-    packed_custom_mask: torch.Tensor | None,
-    q_len: torch.Tensor,
-    kv_len: torch.Tensor,
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Packed bits of a custom mask and the first byte of each request, or None without a mask.
-
-    Shapes:  custom_mask bool, for each request [q_len, kv_len], flattened and joined; packed_custom_mask uint8, the bits of
-             each request from a whole byte on, little-endian; returns uint8 [bytes] and int32 [batch + 1] on ``device``.
-    Errors:  ShapeMismatch if the size is not that of the batch.
-    Cost:    waits for the device once if the lengths are there.
-    """
-    if custom_mask is None and packed_custom_mask is None:
-        return None
-    counts = q_len.long() * kv_len.to(q_len.device).long()
-    indptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    start = byte_offsets(indptr)
-    num_bits, num_bytes = torch.stack((indptr[-1], start[-1])).tolist()
-    if packed_custom_mask is not None:
-        if packed_custom_mask.numel() != num_bytes or packed_custom_mask.dtype != torch.uint8:
-            raise ShapeMismatch(
-                f"packed_custom_mask has {packed_custom_mask.numel()} elements of {packed_custom_mask.dtype}, expected "
-                f"{num_bytes} of uint8: q_len * kv_len bits for each request, from a whole byte on, as "
-                "segment_packbits(mask, indptr, bitorder='little') packs them."
-            )
-        return packed_custom_mask.to(device), start.to(device, torch.int32)
-    assert custom_mask is not None
-    if custom_mask.numel() != num_bits:
-        raise ShapeMismatch(
-            f"custom_mask has {custom_mask.numel()} elements, expected {num_bits}: q_len * kv_len for each request, flattened "
-            "and joined."
-        )
-    mask, indptr, start = (t.to(device) for t in (custom_mask, indptr, start))
-    return pack_segments(mask, indptr, start, num_bytes, "little"), start.int()
+    hooks: Hooks
+    variant: Variant
+    scale: float
+    given: tuple[object, ...]

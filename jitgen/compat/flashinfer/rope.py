@@ -233,7 +233,7 @@ def rotate_both(
     """Rotated copies of q and k [nnz, heads, head_dim]."""
     if positions.shape != q.shape[:1] or k.shape[0] != q.shape[0]:
         raise ShapeMismatch(
-            f"q has {q.shape[0]} rows, k has {k.shape[0]}, and there are positions for {tuple(positions.shape)}. All must match."
+            f"q has {q.shape[0]} rows, k has {k.shape[0]}, positions have shape {tuple(positions.shape)}. All must match."
         )
     cos, sin = cos_sin(positions, q.shape[-1] if rotary_dim is None else rotary_dim, scale, theta, smooth)
     return rotate(q, cos, sin, interleave), rotate(k, cos, sin, interleave)

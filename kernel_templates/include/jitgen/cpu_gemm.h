@@ -90,6 +90,7 @@ template <int kHeadDim, int kTileKv, class Rows>
 static void score_rows(const float* q, Rows k, int rows, int begin, int end, float* logits) {
   int j = begin;
   for (; j + 4 <= end; j += 4) {
+    prefetch_rows<4, kHeadDim>(k, j + kKeysAhead, end);
     int r = 0;
     for (; r + 2 <= rows; r += 2)
       dot_block<2, 4, kHeadDim, kTileKv>(q + r * kHeadDim, k, j, logits + r * kTileKv + j);
@@ -108,7 +109,8 @@ static void value_rows(const float* weights, Rows v, int rows, int begin, int en
       for (int d = 0; d < kHeadDimV; d += kVec)
         store_vec(out + r * kPaddedDimV + d, load_vec(out + r * kPaddedDimV + d) * splat(factor[r]));
   int j = begin;
-  for (; j + 4 <= end; j += 4)
+  for (; j + 4 <= end; j += 4) {
+    prefetch_rows<4, kHeadDimV>(v, j + kKeysAhead, end);
     for (int r = 0; r < rows; ++r) {
       const float* w = weights + r * kTileKv + j;
       const auto *v0 = v(j), *v1 = v(j + 1), *v2 = v(j + 2), *v3 = v(j + 3);
@@ -118,6 +120,7 @@ static void value_rows(const float* weights, Rows v, int rows, int begin, int en
         store_vec(o + d, load_vec(o + d) + w0 * load_vec(v0 + d) + w1 * load_vec(v1 + d) + w2 * load_vec(v2 + d) +
                              w3 * load_vec(v3 + d));
     }
+  }
   for (; j < end; ++j)
     for (int r = 0; r < rows; ++r)
       for (int d = 0; d < kHeadDimV; d += kVec) {

@@ -48,6 +48,7 @@ template <int kHeadDim, class Rows>
 static void pack_keys(Rows k, int64_t stride_d, int keys, float* panels) {
   for (int first = 0; first < keys; first += kPanel, panels += kPanel * kHeadDim)
     for (int j = 0; j < kPanel; j += 4) {
+      prefetch_rows<4, kHeadDim>(k, first + j + kKeysAhead, keys);
       if (first + j + 4 <= keys && stride_d == 1) {
         const auto *k0 = k(first + j), *k1 = k(first + j + 1), *k2 = k(first + j + 2), *k3 = k(first + j + 3);
         for (int d = 0; d < kHeadDim; d += 4) {
@@ -69,6 +70,7 @@ template <int kHeadDimV, int kTileKv, class Rows>
 static void pack_values(Rows v, int64_t stride_d, int keys, float* panels) {
   constexpr int kWhole = kHeadDimV / kVec * kVec;
   for (int j = 0; j < keys; ++j) {
+    prefetch_rows<1, kHeadDimV>(v, j + kKeysAhead, keys);
     const auto* row = v(j);
     int d = 0;
     if (stride_d == 1)

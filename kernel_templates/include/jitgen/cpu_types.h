@@ -124,6 +124,20 @@ template <class T> struct ListedRows {   // keys that lie in pages
   ListedRows from(int64_t j) const { return {rows + j}; }
 };
 
+// Asks for kKeys rows of K or V that will be read soon. A row is a few cache lines, and rows that lie apart by more than a
+// few kB, or in pages, are no stream to the processor's own prefetcher.
+constexpr int kKeysAhead = 16;
+template <int kKeys, int kDim, class Rows> JITGEN_FN void prefetch_rows(const Rows& rows, int first, int end) {
+  if (first + kKeys > end) return;
+#pragma GCC unroll 4
+  for (int j = 0; j < kKeys; ++j) {
+    const auto* row = rows(first + j);
+    constexpr int kLine = 64 / sizeof(*row);
+#pragma GCC unroll 16
+    for (int d = 0; d < kDim; d += kLine) __builtin_prefetch(row + d);
+  }
+}
+
 JITGEN_FN Vec4 load_vec4(const float* p) { return *reinterpret_cast<const Vec4Unaligned*>(p); }
 template <class T> JITGEN_FN Vec4 load_vec4(const T* p) {
   return Vec4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};

@@ -87,8 +87,9 @@ inline int load_locked(Kernel& kernel) {
   int mode = kCaptureRelaxed;
   int error = cuThreadExchangeStreamCaptureMode(&mode);
   if (error) return error;
-  if (!binary.library) error = cuLibraryLoadData(&binary.library, binary.data, nullptr, nullptr, 0, nullptr, nullptr, 0);
-  void* handle = nullptr;
+  void *library = nullptr, *handle = nullptr;
+  if (!binary.library) error = cuLibraryLoadData(&library, binary.data, nullptr, nullptr, 0, nullptr, nullptr, 0);
+  if (!error && library) binary.library = library;
   if (!error) error = cuLibraryGetKernel(&handle, binary.library, kernel.name);
   if (!error) __atomic_store_n(&kernel.handle, handle, __ATOMIC_RELEASE);
   cuThreadExchangeStreamCaptureMode(&mode);

@@ -41,20 +41,20 @@ struct PlanShape {
 };
 constexpr int kNeverCut = 0x7fffffff;   // as least_piece: items stay whole
 
-struct PlanHeader {
+struct alignas(16) PlanHeader {
   int tiles;          // in the table
   int shares;         // that have a part of the line: min(shares asked for, length); the others are empty
   unsigned length;    // of the line
   int reserved[13];
 };
-struct PlanTile {
+struct alignas(16) PlanTile {
   int request, q_start, q_len, kv_len;
   int index, count;   // of this tile among those of its request: the first is tile number - index
   int begin, end;     // visible keys; begin == end: none
   unsigned line;      // places before this tile, in one group
   int reserved[3];
 };
-struct Share {
+struct alignas(16) Share {
   int tile, group, unit;   // where it begins; past the last share tile is PlanHeader::tiles
   unsigned line;           // place of that unit
   PlanTile first;          // copy of the tile
@@ -192,7 +192,8 @@ __device__ __forceinline__ int scan_block(int value, int& total) {
   return sum + (warp > 0 ? earlier : 0);
 }
 
-// By one CTA of kPlanThreads. `visible(tile, first query, last query)` gives the keys that these rows of the request see.
+// By one CTA of kPlanThreads. `visible(tile, first query, last query)` gives the keys that these rows of the request see;
+// all threads call it, those without a tile with kv_len 0.
 template <class Visible>
 __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const int* kv_len, int batch, const PlanShape& shape, Visible visible) {
   __shared__ int first_tile[kPlanMaxBatch + 1];
@@ -214,14 +215,17 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   for (int first = 0; first < num_tiles; first += kPlanThreads, places += total) {
     const int number = first + thread;
     PlanTile tile = {};
-    int cost = 0;
+    int first_query = 0, last_query = 0, cost = 0;
     if (number < num_tiles) {
       const int b = last_at_most(batch, number, [&](int i) { return static_cast<unsigned>(first_tile[i]); });
       tile.request = b, tile.q_start = q_indptr[b], tile.q_len = q_indptr[b + 1] - tile.q_start, tile.kv_len = kv_len[b];
       tile.index = number - first_tile[b], tile.count = first_tile[b + 1] - first_tile[b];
       const int first_row = tile.index * shape.tile_rows, rows = tile.q_len * shape.pack;
       const int end_row = first_row + shape.tile_rows < rows ? first_row + shape.tile_rows : rows;
-      const KeyRange keys = visible(tile, first_row / shape.pack, (end_row - 1) / shape.pack);
+      first_query = first_row / shape.pack, last_query = (end_row - 1) / shape.pack;
+    }
+    const KeyRange keys = visible(tile, first_query, last_query);   // by whole warps: some masks need all lanes
+    if (number < num_tiles) {
       tile.begin = keys.begin, tile.end = keys.end;
       cost = shape.fixed_cost + units_of(keys, shape.unit_keys);
     }

@@ -12,6 +12,7 @@ constexpr int kRowNan = 1;
 constexpr int kRowInfinite = 2;
 constexpr int kRowEmpty = 3;      // nothing has weight: all masked, or all zero
 constexpr int kRowNegative = 4;   // a probability below zero
+constexpr int kRowNoIndex = 5;    // indices names a row that does not exist
 
 namespace jg {
 

@@ -2,8 +2,8 @@
 //
 // F(t) is the count or the mass of the values >= t. It falls as t rises, also in floating point: a sum in a fixed order
 // cannot grow when one of its terms becomes zero. Wanted is the largest value of the row with F(value) >= target. Each round
-// evaluates F at a few pivots in one pass over the row, and the smallest value at or above each pivot, to which the bracket
-// shrinks: ties end the search as soon as they fill it. No value is moved and nothing is sorted.
+// evaluates F at a few pivots in one pass over the values of the bracket, and the smallest value at or above each, to which the
+// bracket shrinks: ties end the search as soon as they fill it. No value is moved and nothing is sorted.
 #pragma once
 
 namespace jg {
@@ -11,6 +11,8 @@ namespace jg {
 constexpr int kPivots = 4;
 constexpr int kFreeRounds = 14;   // after these every round quarters the bracket's bit patterns: 16 more are always enough
 constexpr int kMaxRounds = kFreeRounds + 18;
+constexpr float kSpread = 0.125f;    // share of the bracket between the pivots of a guess
+constexpr float kWide = 64.0f;        // logits: a bracket this wide is not divided evenly but by proportion
 constexpr float kLowest = -3.402823466e38f;
 
 // Floats in the order of signed integers.
@@ -24,6 +26,7 @@ JITGEN_FN float next_up(float x) { return from_key(to_key(x) + (x == 0.0f && flo
 struct Bracket {
   float lo, hi;       // the threshold lies in [lo, hi)
   float f_lo, f_hi;   // F(lo) >= target > F(hi)
+  bool missed;        // the last round's guess left most of the bracket
 };
 
 JITGEN_FN bool is_open(const Bracket& b) { return next_up(b.lo) < b.hi; }
@@ -37,20 +40,27 @@ JITGEN_FN float expected_share(const Bracket& b, float target) {
   return min(max(share, 0.0f), 1.0f);
 }
 
-// Pivots of a round, ascending; the first is the next float after lo, which tells whether lo is the answer.
-// Probabilities are divided by bit patterns, that is in proportion; logits by value.
+// The float at a share of the bracket: of its values, or of its bit patterns, which divides by proportion.
+JITGEN_FN float at_share(const Bracket& b, float share, bool by_key) {
+  if (!by_key) return b.lo + (b.hi - b.lo) * share;
+  const unsigned lo = (unsigned)to_key(b.lo), width = (unsigned)to_key(b.hi) - lo;
+  return from_key((int)(lo + (unsigned)((float)width * share)));
+}
+
+// Pivots of a round, ascending; the first is the next float after lo, which tells whether lo is the answer. The others are
+// close to where the threshold is expected, or quarter the bracket after a guess that missed. Probabilities go by proportion.
 template <bool kProbs> JITGEN_FN Pivots choose_pivots(const Bracket& b, float target, float top, int round) {
   Pivots p;
   p.at[0] = next_up(b.lo);
-  const long long lo_key = to_key(b.lo), hi_key = to_key(b.hi);
-  const bool by_key = kProbs || round >= kFreeRounds || round % 4 == 0;
-  const bool guessed = round < kFreeRounds && round % 2 == 1;
-  const float centre = guessed ? expected_share(b, target) : 0.5f, spread = guessed ? 0.0625f : 0.25f;
+  const bool guessed = round < kFreeRounds && !b.missed;
+  const bool by_key = kProbs || round >= kFreeRounds || (b.missed && b.hi - b.lo > kWide);
+  const float centre = guessed ? expected_share(b, target) : 0.5f, spread = guessed ? kSpread : 0.25f;
+  const float below = from_key(to_key(b.hi) - 1);
   for (int i = 1; i < kPivots; ++i) {
     const float share = min(max(centre + (float)(i - 2) * spread, 0.0f), 1.0f);
-    float x = by_key ? from_key((int)(lo_key + (long long)((double)(hi_key - lo_key) * share))) : b.lo + (b.hi - b.lo) * share;
-    if (!kProbs && round == 0) x = top - (float)(4 << (kPivots - 1 - i));   // nothing is known yet: 16, 8, 4 below the top
-    x = x < b.hi ? x : from_key((int)hi_key - 1);
+    // at first nothing is known of logits: 16, 8, 4 below the top
+    float x = !kProbs && round == 0 && b.lo == kLowest ? top - (float)(4 << (kPivots - 1 - i)) : at_share(b, share, by_key);
+    x = x < below ? x : below;
     p.at[i] = x > p.at[i - 1] ? x : p.at[i - 1];   // also where x is NaN
   }
   return p;
@@ -68,7 +78,8 @@ JITGEN_FN void narrow_bracket(Bracket& b, float target, const Pivots& p, const f
       f_hi = last ? b.f_hi : f[last ? i : i + 1];
     }
   }
-  b = {lo, hi, f_lo, f_hi};
+  const float before = b.hi - b.lo;
+  b = {lo, hi, f_lo, f_hi, !b.missed && hi - lo > 0.25f * before};
 }
 
 }  // namespace jg

@@ -17,7 +17,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kTeamWarps = kMaxTeam * kWarps;
 constexpr int kSlots = 8;        // numbers that one exchange can carry
 
-struct TeamShared {
+struct alignas(16) TeamShared {
   // Two sets, used in turns: whoever writes a set has passed the barrier after which nobody reads it any more.
   float slots[2][kSlots][kTeamWarps];
   float picked_value[2];
@@ -36,6 +36,16 @@ JITGEN_FN float warp_max(float x) {
   return x;
 }
 JITGEN_FN float warp_min(float x) { return -warp_max(-x); }
+// Four numbers of each lane, each folded over the warp: lanes 8 i to 8 i + 7 return number i. Six shuffles instead of twenty.
+template <class Op> JITGEN_FN float warp_fold(const float (&x)[4], int lane, Op op) {
+  const bool upper = lane & 16, odd = lane & 8;
+  const float a = op(upper ? x[2] : x[0], __shfl_xor_sync(~0u, upper ? x[0] : x[2], 16));
+  const float b = op(upper ? x[3] : x[1], __shfl_xor_sync(~0u, upper ? x[1] : x[3], 16));
+  float y = op(odd ? b : a, __shfl_xor_sync(~0u, odd ? a : b, 8));
+#pragma unroll
+  for (int i = 4; i > 0; i >>= 1) y = op(y, __shfl_xor_sync(~0u, y, i));
+  return y;
+}
 JITGEN_FN double warp_scan(double x, int lane) {   // inclusive
 #pragma unroll
   for (int i = 1; i < 32; i <<= 1) {
@@ -61,21 +71,24 @@ struct Team {
   int rank, size;      // of this CTA
   int lane, warp;
   unsigned parity;
+  bool started;        // all CTAs of the team are known to run, so that their shared memory may be written
 
-  JITGEN_FN Team(TeamShared& shared) : shared(shared), rank(0), size(1), lane(threadIdx.x % 32), warp(threadIdx.x / 32), parity(0) {
+  JITGEN_FN explicit Team(TeamShared& shared)
+      : shared(shared), rank(0), size(1), lane(threadIdx.x % 32), warp(threadIdx.x / 32), parity(0), started(false) {
 #if __CUDA_ARCH__ >= 900
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-    if (size > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");   // waited for before the first store
+    if (size > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");   // wait_started waits for it
 #endif
   }
-  // All CTAs of the team have started: their shared memory may be written.
-  JITGEN_FN void wait_started() const {
+  JITGEN_FN void wait_started() {
 #if __CUDA_ARCH__ >= 900
-    if (size > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    if (size > 1 && !started) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
+    started = true;
   }
   JITGEN_FN void sync() const {
+    __syncwarp();   // the barrier wants whole warps
 #if __CUDA_ARCH__ >= 900
     if (size > 1) {
       asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -103,6 +116,7 @@ struct Team {
   // Hands `count` numbers, the same in all lanes of a warp, to every warp of the team; take() reads them.
   template <int kCount> JITGEN_FN void exchange(const float (&values)[kCount]) {
     static_assert(kCount <= kSlots, "slots");
+    wait_started();
     parity ^= 1;
     if (lane < size)
 #pragma unroll
@@ -113,6 +127,41 @@ struct Team {
   JITGEN_FN float4 take(int slot, float absent) const {
     if (4 * lane >= size * kWarps) return make_float4(absent, absent, absent, absent);
     return *reinterpret_cast<const float4*>(&shared.slots[parity][slot][4 * lane]);
+  }
+
+  // Sums of four numbers and minima of four others over the team, of what each thread has.
+  JITGEN_FN void sum_and_least(float (&sums)[4], float (&least)[4]) {
+    const auto add = [](float a, float b) { return a + b; };
+    const auto smaller = [](float a, float b) { return ::fminf(a, b); };
+    const float sum = warp_fold(sums, lane, add), low = warp_fold(least, lane, smaller);
+    const int number = lane / 8, part = lane % 8;   // each lane now has one of the four numbers
+    wait_started();
+    parity ^= 1;
+    if (part < size) {
+      store(&shared.slots[parity][number][own_warp()], sum, part);
+      store(&shared.slots[parity][4 + number][own_warp()], low, part);
+    }
+    sync();
+    float total = 0.0f, lowest = INFINITY;
+    if (part < size) {   // the warps of one CTA
+#pragma unroll
+      for (int i = 0; i < kWarps; i += 4) {
+        const float4 a = *reinterpret_cast<const float4*>(&shared.slots[parity][number][part * kWarps + i]);
+        const float4 b = *reinterpret_cast<const float4*>(&shared.slots[parity][4 + number][part * kWarps + i]);
+        total += (a.x + a.y) + (a.z + a.w);
+        lowest = ::fminf(lowest, ::fminf(::fminf(b.x, b.y), ::fminf(b.z, b.w)));
+      }
+    }
+#pragma unroll
+    for (int i = 4; i > 0; i >>= 1) {
+      total += __shfl_xor_sync(~0u, total, i);
+      lowest = ::fminf(lowest, __shfl_xor_sync(~0u, lowest, i));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sums[i] = __shfl_sync(~0u, total, 8 * i);
+      least[i] = __shfl_sync(~0u, lowest, 8 * i);
+    }
   }
 
   // Sums over the team of what each thread has.
@@ -130,17 +179,19 @@ struct Team {
   // The warp of the team that holds `point` of the cumulative mass, given the masses of all warps as take() returns them.
   struct Place { int warp; double rest; };
   JITGEN_FN Place find_warp(float4 v, double point) const {
-    const double shares[4] = {v.x, v.y, v.z, v.w};
-    const Share four = find_share((shares[0] + shares[1]) + (shares[2] + shares[3]), point, lane);
+    const float shares[4] = {v.x, v.y, v.z, v.w};
+    const Share four = find_share((static_cast<double>(v.x) + v.y) + (static_cast<double>(v.z) + v.w), point, lane);
     double rest = four.rest;
-    int own = -1, last = 0;
+    int own = 0;
+    bool found = false;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (shares[i] > 0.0) last = i;
-      if (own < 0 && shares[i] > 0.0 && rest < shares[i]) own = i;
-      if (own < 0) rest -= shares[i];
+      if (found || !(shares[i] > 0.0f)) continue;
+      found = rest < shares[i];
+      own = i;   // the last with a share, where rounding put the point past the end
+      rest -= found ? 0.0 : shares[i];
     }
-    if (own < 0) own = last, rest = shares[last];   // rounding: past the end, so its last value
+    if (!found) rest = INFINITY;   // its last value
     return {4 * four.lane + __shfl_sync(~0u, own, four.lane), __shfl_sync(~0u, rest, four.lane)};
   }
 

@@ -43,20 +43,29 @@ JITGEN_FN void copy_packed_rows(unsigned address, const PackedRows& rows, int fi
   }
 }
 
-// Writes the packed rows of a warp, the first of which is `first`, through its part of shared memory.
-template <class Element, int kRowTiles, int kOutTiles>
-JITGEN_FN void store_packed_rows(const float (&o)[kRowTiles][kOutTiles][4], unsigned address, const PackedRows& rows, int first, int limit) {
-  using Tile = SwizzledTile<kOutTiles * 8>;
-  constexpr int kRowsAtOnce = 32 / Tile::kSpan;
-  const int lane = threadIdx.x & 31, row = lane / Tile::kSpan, chunk = lane % Tile::kSpan;
-  stage_rows<Element>(o, address);
-#pragma unroll 2
-  for (int r = row; r < 16 * kRowTiles; r += kRowsAtOnce) {
-    if (first + r >= limit) break;
-    char* to = rows.row(first + r) + chunk * 16;
+// ---- rows of O ----
+// 4 x 4 words among the lanes of a quad: word j of lane q becomes word q of lane j.
+JITGEN_FN void transpose_quad(unsigned (&words)[4], int lane) {
 #pragma unroll
-    for (int span = 0; span < Tile::kSpans; ++span)
-      *reinterpret_cast<uint4*>(to + span * Tile::kSpan * 16) = load_shared_128(address + Tile::offset(r, span * Tile::kSpan + chunk));
+  for (int step = 2; step > 0; step /= 2)
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      const int low = step == 2 ? pair : 2 * pair, high = low + step;
+      const bool upper = lane & step;
+      const unsigned other = __shfl_xor_sync(0xffffffffu, upper ? words[low] : words[high], step);
+      (upper ? words[low] : words[high]) = other;
+    }
+}
+// Writes the row of half kHalf that a quad holds, 16 bytes a lane; all lanes of the warp call together. `lane`: of the quad.
+template <class Element, int kHalf, int kOutTiles> JITGEN_FN void store_row(const float (&o)[kOutTiles][4], char* row, int lane, bool is_row) {
+  static_assert(kOutTiles % 4 == 0, "a lane of a quad takes one column tile of four");
+#pragma unroll
+  for (int j = 0; j < kOutTiles; j += 4) {
+    unsigned words[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) words[k] = Element::pack(o[j + k][2 * kHalf], o[j + k][2 * kHalf + 1]);
+    transpose_quad(words, lane);
+    if (is_row) *reinterpret_cast<uint4*>(row + (j + lane) * 16) = make_uint4(words[0], words[1], words[2], words[3]);
   }
 }
 
@@ -87,7 +96,8 @@ JITGEN_FN int load_shared_32(unsigned address) {
   return value;
 }
 
-// TileCopy for keys in pages: `start` takes the shared-memory address of the page numbers of the tile's rows.
+// TileCopy for keys in pages: `start` takes the shared-memory address of the page numbers of the tile's rows. Keys of a page
+// with a negative number become zero: pages that a mask hides need not exist.
 template <int kCols, int kThreads> struct PagedCopy {
   using Tile = SwizzledTile<kCols>;
   static constexpr int kRowStep = kThreads / Tile::kSpan;
@@ -114,7 +124,7 @@ template <int kCols, int kThreads> struct PagedCopy {
       const char* from = src + page * page_pitch + inside * pitch;
 #pragma unroll
       for (int span = 0; span < Tile::kSpans; ++span)
-        cp_async_16(to + i * kRowStep * Tile::kPitch + span * Tile::kSpan * 16, from + span * Tile::kSpan * 16, at < limit);
+        cp_async_16(to + i * kRowStep * Tile::kPitch + span * Tile::kSpan * 16, from + span * Tile::kSpan * 16, at < limit && page >= 0);
     }
   }
 };

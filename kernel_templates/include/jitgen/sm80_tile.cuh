@@ -151,9 +151,11 @@ JITGEN_FN void multiply_pv(float (&o)[kRowTiles][kOutTiles][4], const float (&p)
   }
 }
 
-// Brings the 16 * kRowTiles rows of a warp to its own part of shared memory, as elements.
+// Writes the 16 * kRowTiles rows of a warp through its own part of shared memory (`address`), 16 bytes per lane and
+// store, so that rows leave in full sectors. Rows from `row_limit` on are dropped.
 template <class Element, int kRowTiles, int kOutTiles>
-JITGEN_FN void stage_rows(const float (&o)[kRowTiles][kOutTiles][4], unsigned address) {
+JITGEN_FN void store_rows(const float (&o)[kRowTiles][kOutTiles][4], unsigned address, void* base, long long row_stride,
+                          int row_limit) {
   using Tile = SwizzledTile<kOutTiles * 8>;
   const int lane = threadIdx.x & 31;
   __syncwarp();   // O leaves through the rows that the warp's Q was read from
@@ -168,16 +170,6 @@ JITGEN_FN void stage_rows(const float (&o)[kRowTiles][kOutTiles][4], unsigned ad
       store_shared_32(at + 8 * Tile::kPitch, Element::pack(o[i][j][2], o[i][j][3]));
     }
   __syncwarp();
-}
-
-// Writes the rows of a warp through its own part of shared memory (`address`), 16 bytes per lane and store, so that rows
-// leave in full sectors. Rows from `row_limit` on are dropped.
-template <class Element, int kRowTiles, int kOutTiles>
-JITGEN_FN void store_rows(const float (&o)[kRowTiles][kOutTiles][4], unsigned address, void* base, long long row_stride,
-                          int row_limit) {
-  using Tile = SwizzledTile<kOutTiles * 8>;
-  const int lane = threadIdx.x & 31;
-  stage_rows<Element>(o, address);
   constexpr int kRowsAtOnce = 32 / Tile::kSpan;
   const int row = lane / Tile::kSpan, chunk = lane % Tile::kSpan;
   char* to = static_cast<char*>(base) + row * row_stride * 2 + chunk * 16;

@@ -42,7 +42,8 @@ template <int kCols> struct OperandMap {
   TensorKey key = {};
   Operand operand = {};
 
-  int update(const TensorKey& wanted, bool is_bf16, unsigned box_rows) {
+  // A copy moves box_rows rows of box_cols columns.
+  int update(const TensorKey& wanted, bool is_bf16, unsigned box_rows, unsigned box_cols = kCols) {
     if (same(wanted)) return 0;
     static const EncodeTiled encode = find_encoder();
     if (!encode) return kErrorNoEncoder;
@@ -54,7 +55,7 @@ template <int kCols> struct OperandMap {
     const auto bytes = [](u64 size, int64_t stride) { return size == 1 ? 16ull : static_cast<u64>(stride * 2); };
     const u64 sizes[5] = {Tile::kSpan, rows, kCols / Tile::kSpan, heads, batch};
     const u64 strides[4] = {bytes(rows, wanted.stride_s), Tile::kSpanBytes, bytes(heads, wanted.stride_h), bytes(batch, wanted.stride_b)};
-    const unsigned box[5] = {Tile::kSpan, box_rows, kCols / Tile::kSpan, 1, 1}, ones[5] = {1, 1, 1, 1, 1};
+    const unsigned box[5] = {Tile::kSpan, box_rows, box_cols / Tile::kSpan, 1, 1}, ones[5] = {1, 1, 1, 1, 1};
     // Driver enums: data type 6 = fp16, 9 = bf16; swizzle 3 = 128 bytes, 2 = 64; L2 promotion 3 = 256 bytes; zero fill.
     key.base = nullptr;
     void* const base = const_cast<void*>(wanted.base);

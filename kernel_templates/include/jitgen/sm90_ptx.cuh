@@ -54,9 +54,9 @@ JITGEN_FN void tensor_load(unsigned dst, const Operand& t, unsigned barrier, int
       ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(row), "r"(head * t.head_step), "r"(batch * t.batch_step), "l"(policy)
       : "memory");
 }
-JITGEN_FN void tensor_store(const Operand& t, unsigned src, int row, int head, int batch) {
-  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %2, %4, %5}], [%1];"
-               ::"l"(&t.map), "r"(src), "r"(0), "r"(row), "r"(head), "r"(batch) : "memory");
+JITGEN_FN void tensor_store(const Operand& t, unsigned src, int row, int span, int head, int batch) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
+               ::"l"(&t.map), "r"(src), "r"(0), "r"(row), "r"(span), "r"(head), "r"(batch) : "memory");
 }
 JITGEN_FN void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 JITGEN_FN void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }

@@ -34,8 +34,6 @@ template <> struct IsBf16<bfloat16> { static constexpr bool value = true; };
 #define JG_TEXT_48 JG_TEXT_30 "," JG_TEN(3) ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define JG_TEXT_56 JG_TEXT_30 "," JG_TEN(3) "," JG_TEN(4) ",%50,%51,%52,%53,%54,%55"
 #define JG_TEXT_64 JG_TEXT_60 ",%60,%61,%62,%63"
-#define JG_TEXT_80 JG_TEXT_60 "," JG_TEN(6) "," JG_TEN(7)
-#define JG_TEXT_88 JG_TEXT_80 ",%80,%81,%82,%83,%84,%85,%86,%87"
 #define JG_TEXT_96 JG_TEXT_90 ",%90,%91,%92,%93,%94,%95"
 #define JG_TEXT_128 JG_TEXT_90 "," JG_TEN(9) "," JG_TEN(10) "," JG_TEN(11) ",%120,%121,%122,%123,%124,%125,%126,%127"
 #define JG_ACC(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
@@ -47,8 +45,6 @@ template <> struct IsBf16<bfloat16> { static constexpr bool value = true; };
 #define JG_ACC_48 JG_ACC_32, JG_FOUR(8)
 #define JG_ACC_56 JG_ACC_48, JG_ACC(12), JG_ACC(13)
 #define JG_ACC_64 JG_ACC_48, JG_FOUR(12)
-#define JG_ACC_80 JG_ACC_64, JG_FOUR(16)
-#define JG_ACC_88 JG_ACC_80, JG_ACC(20), JG_ACC(21)
 #define JG_ACC_96 JG_ACC_64, JG_FOUR(16), JG_FOUR(20)
 #define JG_ACC_128 JG_ACC_96, JG_FOUR(24), JG_FOUR(28)
 #define JG_BEGIN(type, n) \
@@ -89,8 +85,6 @@ JG_DEFINE_WGMMA(80, 40, "40", "41", "42", "43", "44", "45")
 JG_DEFINE_WGMMA(96, 48, "48", "49", "50", "51", "52", "53")
 JG_DEFINE_WGMMA(112, 56, "56", "57", "58", "59", "60", "61")
 JG_DEFINE_WGMMA(128, 64, "64", "65", "66", "67", "68", "69")
-JG_DEFINE_WGMMA(160, 80, "80", "81", "82", "83", "84", "85")
-JG_DEFINE_WGMMA(176, 88, "88", "89", "90", "91", "92", "93")
 JG_DEFINE_WGMMA(192, 96, "96", "97", "98", "99", "100", "101")
 JG_DEFINE_WGMMA(256, 128, "128", "129", "130", "131", "132", "133")
 

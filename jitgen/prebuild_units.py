@@ -1,0 +1,200 @@
+"""From manifests to units of work: every kernel that they ask for, once, for every target."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jitgen import cache, runtime
+from jitgen.abi import ARGS_OF_LAYOUT
+from jitgen.errors import JitgenError, ManifestError
+from jitgen.families import SERVING_FAMILIES, cpu_tiles, cuda_spec, padded_head_dims
+from jitgen.manifest import Manifest
+from jitgen.portable import pack, targets_in, unpack
+from jitgen.prebuild_variants import program_of
+from jitgen.program import Program
+from jitgen.render import TEMPLATE_OF_FAMILY
+from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, KernelSpec
+from jitgen.target import CompileTarget, target_of
+
+# sm90 has other tiles for short queries: all that some length would choose are built unless a manifest says q_len
+Q_LENS = tuple(1 << n for n in range(21))
+
+
+class Unit(NamedTuple):
+    """One kernel to build, for one target."""
+
+    request: dict[str, Any]  # packed
+    what: str
+    arch: str
+
+    @property
+    def key(self) -> str:
+        """Identity, the same on every machine: it decides which shard builds the unit."""
+        return cache.digest(json.dumps(self.request, sort_keys=True))
+
+
+def expand(manifests: Sequence[Manifest], archs: Sequence[str] | None = None) -> list[Unit]:
+    """All kernels that the manifests ask for, in a fixed order.
+
+    archs are targets to build for. A `[[kernel]]` without arch is built for each; a `[[request]]` is built for those of
+    its kind (CUDA or CPU) in place of the one it was recorded on.
+    Errors:  ManifestError, UnsupportedVariant.
+    """
+    units: dict[str, Unit] = {}
+    for manifest in manifests:
+        for number, kernel in enumerate(manifest.kernels, start=1):
+            where = f"{manifest.path}: [[kernel]] {number}"
+            for unit in _located(where, _of_kernel(kernel, manifest.folder, archs)):
+                units.setdefault(unit.key, unit)
+        for number, request in enumerate(manifest.requests, start=1):
+            where = f"{manifest.path}: [[request]] {number}"
+            for unit in _located(where, _of_request(request, archs)):
+                units.setdefault(unit.key, unit)
+    return sorted(units.values(), key=lambda unit: unit.key)
+
+
+def shard_of(units: Sequence[Unit], number: int, count: int) -> list[Unit]:
+    """The units of one shard, 1 <= number <= count; all shards together are all units, and their sizes differ by one."""
+    return list(units[number - 1 :: count])
+
+
+def _located(where: str, units: Iterator[Unit]) -> Iterator[Unit]:
+    """Errors say which table of which file they are about."""
+    try:
+        yield from units
+    except JitgenError as error:
+        raise ManifestError(f"{where}: {error}") from error
+
+
+# ---- written by people ------------------------------------------------------------------------------------------------
+
+
+def _of_kernel(kernel: Mapping[str, Any], folder: Path, archs: Sequence[str] | None) -> Iterator[Unit]:
+    name = kernel["variant"]
+    program = program_of(name, kernel.get("captures", {}), folder)
+    wanted = _listed(kernel, "arch", archs or ())
+    if not wanted:
+        raise ManifestError('no target: write arch = ["9.0a"], or give --arch.')
+    options = [_listed(kernel, "dtype"), _listed(kernel, "head_dim"), _listed(kernel, "head_dim_v", (None,)), wanted]
+    options += [_listed(kernel, "layout", ("dense",)), _listed(kernel, "q_len", Q_LENS), _listed(kernel, "rows", (8,))]
+    for dtype, head_dim, head_dim_v, arch, layout, q_len, rows in itertools.product(*options):
+        head_dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
+        # a plan has two kernels on CUDA: one for decode steps, one for the rest
+        is_plan = layout != "dense" and target_of(arch).kind == "cuda"
+        for family in _listed(kernel, "family", [f for f in SERVING_FAMILIES if f != "cpu"] if is_plan else (None,)):
+            spec = spec_of(program, dtype, head_dims, arch, family=family, layout=layout, q_len=q_len, rows=rows)
+            yield Unit(pack((runtime.module_path, spec)), f"{name}: {spec.label}", spec.target.arch)
+
+
+def _listed(kernel: Mapping[str, Any], name: str, default: Sequence[Any] = ()) -> list[Any]:
+    value = kernel.get(name, list(default))
+    values = value if isinstance(value, list) else [value]
+    kinds = int if name in ("head_dim", "head_dim_v", "q_len", "rows") else str
+    wrong = [v for v in values if v is not None and (not isinstance(v, kinds) or isinstance(v, bool))]
+    if wrong or (name in kernel and not values):
+        expected = "a positive number or a list of them" if kinds is int else "a string or a list of them"
+        raise ManifestError(f"{name} = {value!r}: expected {expected}.")
+    return values
+
+
+def spec_of(
+    program: Program,
+    dtype: str,
+    head_dims: tuple[int, int],
+    arch: str,
+    *,
+    family: str | None = None,
+    layout: str = "dense",
+    q_len: int = Q_LENS[-1],
+    rows: int = 8,
+) -> KernelSpec:
+    """The kernel that a call with these types would choose on a machine of that architecture.
+
+    Errors:  ManifestError for values that no kernel takes; those of families.cuda_spec.
+    """
+    target = target_of(arch)
+    dtypes = CPU_DTYPES if target.kind == "cpu" else CUDA_DTYPES
+    if dtype not in dtypes:
+        raise ManifestError(f"dtype = {dtype!r}: kernels for {arch} take {', '.join(dtypes)}.")
+    if layout not in ARGS_OF_LAYOUT:
+        raise ManifestError(f"layout = {layout!r}: expected one of {', '.join(ARGS_OF_LAYOUT)}.")
+    if any(dim % 8 or not 0 < dim <= 512 for dim in head_dims):
+        raise ManifestError(f"head dims {head_dims[0]} and {head_dims[1]}: expected multiples of 8 up to 512.")
+    if family is not None and family not in TEMPLATE_OF_FAMILY:
+        raise ManifestError(f"family = {family!r}: expected one of {', '.join(TEMPLATE_OF_FAMILY)}.")
+    if target.kind == "cpu":
+        if family not in (None, "cpu"):
+            raise ManifestError(f"family = {family!r} needs a CUDA architecture, arch is {arch!r}.")
+        return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims), target, layout=layout)
+    family, target = _cuda_choice(family, target)
+    return cuda_spec(program, dtype, padded_head_dims(*head_dims), family, target, q_len=q_len, layout=layout, rows=rows)
+
+
+def _cuda_choice(family: str | None, target: CompileTarget) -> tuple[str, CompileTarget]:
+    """Family and target as jitgen.families would: 9.0 means a Hopper device, which takes sm90 with 9.0a."""
+    base = target.arch.rstrip("af")
+    if family is None:
+        family = "sm90" if base == "9.0" else "sm80"
+    is_specific = family != "sm80" and int(base.partition(".")[0]) >= 9
+    return family, target_of(base + "a" if is_specific else base)
+
+
+# ---- recorded -----------------------------------------------------------------------------------------------------------
+
+
+def _of_request(request: Mapping[str, Any], archs: Sequence[str] | None) -> Iterator[Unit]:
+    function, arguments = unpack(request)
+    for target in _wanted_targets(arguments, archs):
+        moved = tuple(_retargeted(argument, target) for argument in arguments)
+        label = next((argument.label for argument in moved if hasattr(argument, "label")), function.__module__)
+        arch = next((found.arch for found in targets_in(moved)), "")
+        yield Unit(pack((function, *moved)), label, arch)
+
+
+def _wanted_targets(arguments: tuple[Any, ...], archs: Sequence[str] | None) -> list[CompileTarget]:
+    recorded = targets_in(arguments)
+    if not recorded:
+        raise ManifestError("the request names no target. Record the kernel again.")
+    if archs is None:
+        return recorded[:1]
+    return [target for target in map(target_of, archs) if target.kind == recorded[0].kind]
+
+
+def _retargeted(value: Any, target: CompileTarget) -> Any:
+    """The same argument for another target; the family and tiles of an attention kernel follow it."""
+    if isinstance(value, CompileTarget):
+        return _like(value, target)
+    if isinstance(value, KernelSpec) and value.layout == "dense" and value.family in ("sm80", "sm90"):
+        return value if value.target == target else _chosen_anew(value, target)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    moved = {name: _like(item, target) for name, item in fields.items() if isinstance(item, CompileTarget)}
+    return dataclasses.replace(value, **moved) if moved else value
+
+
+def _like(recorded: CompileTarget, wanted: CompileTarget) -> CompileTarget:
+    """The wanted target, with architecture-specific instructions (9.0a) only where the recorded kernel has them."""
+    if wanted.kind == "cpu":
+        return wanted
+    base = wanted.arch.rstrip("af")
+    is_specific = recorded.arch[-1].isalpha() and int(base.partition(".")[0]) >= 9
+    return target_of(base + "a" if is_specific else base)
+
+
+def _chosen_anew(spec: KernelSpec, target: CompileTarget) -> KernelSpec:
+    """The kernel that a call would choose for another target; one for short queries remains one for short queries."""
+    family, target = _cuda_choice(None, target)
+    head_dims = (spec.head_dim, spec.head_dim_v)
+
+    def tiles_for(q_len: int, where: KernelSpec) -> KernelSpec:
+        return cuda_spec(spec.program, spec.dtype, head_dims, where.family, where.target, q_len=q_len, layout=spec.layout)
+
+    q_len = next((q_len for q_len in reversed(Q_LENS) if tiles_for(q_len, spec).tiles == spec.tiles), Q_LENS[-1])
+    moved = dataclasses.replace(spec, family=family, target=target)
+    return dataclasses.replace(moved, tiles=tiles_for(q_len, moved).tiles)

@@ -1,0 +1,152 @@
+"""Custom logit processors: Python functions (logit, token, row) -> logit, traced into one expression.
+
+The tracer is that of attention variants: a processor may capture tensors and numbers and use torch operations and plain
+control flow. Captured values are launch arguments, so a new penalty or another mask compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jitgen import ir
+from jitgen.abi import ArgField
+from jitgen.emit import capture_fields
+from jitgen.emit_lower import Block, Lowering, Unit
+from jitgen.emit_split import split_floats
+from jitgen.errors import VariantError
+from jitgen.guards import Path
+from jitgen.hooks import HookTracer, code_of, converted, name_of, signature_of, with_slots
+from jitgen.ir import Expr
+from jitgen.program import Program
+from jitgen.sampling_spec import NO_PROCESSOR
+from jitgen.symbols import Sym
+from jitgen.trace import trace_lock
+
+Processor = Callable[..., Any]
+PARAMETERS = ("logit", "token", "row")
+MAX_TRACES = 64
+# The names these parameters have in the IR, which it shares with attention hooks, and in generated code.
+_LOGIT, _TOKEN, _ROW = "score", "kv_idx", "b"
+_LEVELS = {_LOGIT: "elem", _TOKEN: "elem"}
+
+
+@dataclass(frozen=True)
+class ProcessorTrace:
+    """Processors as a program whose score is the processed logit, and the check that finds it still valid."""
+
+    program: Program
+    check: Callable[..., list[object] | None]
+
+
+@dataclass(frozen=True)
+class ProcessorSection:
+    """What ``processor.h.jinja`` prints. ``value`` is empty where there is no processor."""
+
+    args: tuple[ArgField, ...] = ()
+    fields: tuple[str, ...] = ()
+    head_lines: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
+    value: str = ""
+
+
+_traces: dict[tuple[object, ...], list[ProcessorTrace]] = {}
+
+
+def resolve_processors(processors: Sequence[Processor]) -> tuple[Program, list[object]]:
+    """Program of the processors, applied in order, and the values they capture now.
+
+    Errors:  VariantError, UnsupportedVariant.
+    Cost:    microseconds when nothing has changed, about a millisecond otherwise.
+    """
+    if not processors:
+        return NO_PROCESSOR, []
+    key = tuple(_identity(p) for p in processors)
+    for trace in _traces.get(key, ()):
+        values = trace.check(*processors, {})
+        if values is not None:
+            return trace.program, values
+    trace = trace_processors(processors)
+    values = trace.check(*processors, {})
+    if values is None:
+        raise VariantError("a processor changed a value that it captures while it was traced. Processors must be pure.")
+    with trace_lock:
+        kept = _traces.setdefault(key, [])
+        kept.append(trace)
+        del kept[:-MAX_TRACES]
+    return trace.program, values
+
+
+def _identity(processor: Any) -> object:
+    """What tells sets of traces apart: the code of a function, the type of anything else."""
+    if isinstance(processor, functools.partial):
+        return (functools.partial, _identity(processor.func))
+    if isinstance(processor, types.FunctionType):
+        return processor.__code__
+    return type(processor)
+
+
+def check_processor(processor: Any) -> None:
+    """A processor is a function of three positional parameters."""
+    if not callable(processor):
+        raise VariantError(
+            f"processor is {processor!r} of type {type(processor).__name__}, expected a function ({', '.join(PARAMETERS)})."
+        )
+    found = signature_of(processor)
+    if not found.required <= len(PARAMETERS) <= found.accepted or found.context:
+        raise VariantError(
+            f"processor '{name_of(processor)}' takes {found.required} positional parameters"
+            f"{' and keyword-only ' + found.context[0] if found.context else ''}, expected 3: ({', '.join(PARAMETERS)}). "
+            "Capture what else it needs."
+        )
+
+
+def trace_processors(processors: Sequence[Processor]) -> ProcessorTrace:
+    """Trace processors, each on what the one before it returned."""
+    with trace_lock:
+        tracing = HookTracer({})
+        names = [f"p{i}" for i in range(len(processors))]
+        logit = ir.index(_LOGIT)
+        for name, processor in zip(names, processors, strict=True):
+            check_processor(processor)
+            logit = _trace_one(tracing, processor, Path(None, "root", name), logit)
+        program, used = with_slots(Program(score=logit), tracing.captures.found)
+        check = tracing.tracer.guards.compile((*names, "bound"), [c.path for c in used], tracing.tracer.scalar_paths)
+        return ProcessorTrace(program, check)
+
+
+def _trace_one(tracing: HookTracer, processor: Processor, path: Path, logit: Expr) -> Expr:
+    label, code = f"processor '{name_of(processor)}'", code_of(processor)
+    call = tracing.captures.wrap(processor, path, name_of(processor))
+    arguments = (Sym(logit), Sym(ir.index(_TOKEN)), Sym(ir.index(_ROW)))
+
+    def finish(returned: object) -> tuple[Expr, ...]:
+        return (converted(returned, "f32", label, code),)
+
+    return tracing.tracer.run(label, code, lambda: call(*arguments), finish)[0]
+
+
+def emit_processors(program: Program) -> ProcessorSection:
+    """The functions that a sampling kernel calls for each logit.
+
+    Errors:  UnsupportedVariant when an operation has no meaning for one logit, such as a sum over the row.
+    """
+    unit = Unit(program.slots)
+    if program.score is None:
+        return ProcessorSection()
+    root = split_floats(program.score, lambda n: "elem" if n.deps & set(_LEVELS) else "head")
+    block = Block("elem", taken={"args", "head", *PARAMETERS})
+    low = Lowering(unit, {"row": block, "col": block, "elem": block, "head": unit.head}, _LEVELS, [root])
+    low.leaves.update({_LOGIT: "logit", _TOKEN: "token", _ROW: "head.row"})
+    value = low.term(root, block).text
+    head = unit.head
+    return ProcessorSection(
+        args=capture_fields(unit),
+        fields=tuple(m.text for m in head.members),
+        head_lines=tuple(head.lines),
+        lines=tuple(block.lines),
+        value=value,
+    )

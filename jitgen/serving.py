@@ -1,0 +1,309 @@
+"""Attention over a batch of requests of any lengths, their keys in pages or one after the other: the serving calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.compiler import is_compiling
+
+from jitgen import runtime
+from jitgen.checks import check_grad
+from jitgen.errors import PlanMismatch, UnsupportedDevice
+from jitgen.program import Program, uses_index
+from jitgen.serving_checks import check_captures, check_keys, check_query, check_results
+from jitgen.serving_kernels import kernels_of, split_number
+from jitgen.serving_op import call_paged, call_ragged, check_traced
+from jitgen.serving_pages import KeyPlace, PageTable, cache_place, ragged_place
+from jitgen.serving_plan import Plan, check_lse, default_scale
+
+if TYPE_CHECKING:
+    from jitgen.variant import Variant
+
+Tensor = torch.Tensor
+MAX_PREPARED_CALLS = 256  # of one plan: its layers differ in little but the address of their cache
+
+
+def paged_attention(
+    q: Tensor,
+    kv_cache: Tensor | tuple[Tensor, Tensor],
+    page_table: PageTable | Tensor | tuple[Tensor, Tensor],
+    plan: Plan,
+    *,
+    variant: Variant | Any = None,
+    scale: float | None = None,
+    kv_layout: str = "NHD",
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    **captures: object,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the query rows of many requests over their keys in a paged cache.
+
+    Prefill, decode and speculative rows may be mixed. The lengths are those of the last ``plan.update``: request b has the
+    rows ``q[q_indptr[b] : q_indptr[b + 1]]`` and the first ``kv_len[b]`` keys of its pages, the new ones included, so
+    ``kv_idx <= q_idx`` is causal for all of them. Rows of q past ``q_indptr[batch]`` are padding: they are not read, and
+    their results are not written.
+
+    kv_cache      one tensor, index 0 along axis 1 the keys and index 1 the values, or a pair
+    page_table    a jitgen.PageTable, a block table [batch, max_pages], or a pair (indptr, indices)
+    variant       default the plan's; another must have the plan's mask, as layers may differ in score_mod or sinks
+    captures      values by the names under which the variant captures them, in place of the captured ones; what the mask
+                  reads is given to ``plan.update`` instead
+    out, lse      where to write the results; whole tensors, rows of padding included
+
+    Shapes:  q [total_q, num_q_heads, head_dim]; kv_cache [pages, 2, page_size, num_kv_heads, head_dim] for
+             kv_layout="NHD", [pages, 2, num_kv_heads, page_size, head_dim] for "HND", or a pair without the axis of 2 and
+             with any head_dim_v. Any strides, but for unit stride along head_dim. Returns [total_q, num_q_heads,
+             head_dim_v] in q's dtype and, with return_lse, the logsumexp [total_q, num_q_heads] in float32.
+    Units:   scale multiplies q . k before score_mod, default 1/sqrt(head_dim); logsumexp is a natural logarithm.
+    Errors:  PlanMismatch, ShapeMismatch, UnsupportedDtype, UnsupportedDevice, GradNotSupported; on the CPU also LaunchError
+             for a page number that the cache does not have. On a GPU page numbers and lengths are trusted.
+    Cost:    compiles nothing that the plan has not; one launch for each of the plan's kernels, no wait, no allocation but
+             for the results.
+    """
+    if is_compiling():
+        check_traced(variant, out, lse, captures)
+        return call_paged(q, kv_cache, page_table, plan, scale, kv_layout, return_lse)
+    program, values = _resolve(plan, variant, captures)
+    table = page_table if type(page_table) is PageTable else PageTable.of(page_table)
+    if type(kv_cache) in (tuple, list):
+        k, v = kv_cache
+        of_v = (v.shape, v.stride(), v.dtype, v.device)
+    else:
+        k, v, of_v = kv_cache, kv_cache, None
+    key = (program, q.shape[1:], q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, of_v, kv_layout, scale)
+    call = plan.calls.get(key)
+    if call is None:
+        _check_ready(plan, "paged")
+        place = cache_place(kv_cache, kv_layout)
+        call = _prepare(plan, key, program, q, (k, v), place, scale)
+    if table.batch < plan.batch:
+        raise PlanMismatch(f"the page table has {table.batch} requests, plan.update was given {plan.batch}. Both must match.")
+    if call.on_host:
+        _check_table(plan, table, call.page_size)
+    start = 0 if table.indptr is None else table.indptr.data_ptr()
+    keys = (k.data_ptr(), v.data_ptr() + call.v_offset, start, table.pages.data_ptr(), table.list_stride)
+    return _run(plan, call, values, q, keys, return_lse, out, lse)
+
+
+def ragged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    variant: Variant | Any = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    **captures: object,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the query rows of many requests over keys that lie one request after the other.
+
+    The lengths are those of the last ``plan.update(q_indptr, kv_indptr=kv_indptr)``: request b has the rows
+    ``q[q_indptr[b] : q_indptr[b + 1]]`` and the keys ``k[kv_indptr[b] : kv_indptr[b + 1]]``, or the first ``kv_len[b]`` of
+    these. For the rest see ``paged_attention``.
+
+    Shapes:  q [total_q, num_q_heads, head_dim]; k [total_kv, num_kv_heads, head_dim]; v [total_kv, num_kv_heads,
+             head_dim_v]; returns [total_q, num_q_heads, head_dim_v] and, with return_lse, [total_q, num_q_heads].
+    Units:   as paged_attention.
+    Errors:  as paged_attention; on the CPU LaunchError for lengths that reach past the rows of k and v.
+    Cost:    as paged_attention.
+    """
+    if is_compiling():
+        check_traced(variant, out, lse, captures)
+        return call_ragged(q, k, v, plan, scale, return_lse)
+    program, values = _resolve(plan, variant, captures)
+    key = (program, q.shape[1:], q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(),
+           v.dtype, v.device, scale)  # fmt: skip
+    call = plan.calls.get(key)
+    if call is None:
+        _check_ready(plan, "ragged")
+        call = _prepare(plan, key, program, q, (k, v), ragged_place(k, v), scale)
+    keys = (k.data_ptr(), v.data_ptr(), plan.kv_start.data_ptr(), 0, 0)  # type: ignore[union-attr]
+    return _run(plan, call, values, q, keys, return_lse, out, lse)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedCall:
+    """Everything about a call that depends on shapes, strides and dtypes only."""
+
+    program: Program
+    kernels: tuple[runtime.CompiledKernel, ...]
+    page_size: int
+    v_offset: int  # bytes
+    heads: tuple[int, int]  # fields num_q_heads and num_kv_heads
+    pages: tuple[int, int]  # fields page_size and num_pages
+    head: tuple[float | int, ...]  # fields split to q_stride_h
+    o_stride: tuple[int, int]  # of an output that the call allocates
+    kv_stride: tuple[int, ...]
+    local_rows: bool
+    mask_slots: tuple[tuple[int, int], ...]  # of the plan's program and of this one: what the mask reads
+    q_factor: float  # of what the kernel gets as q; 1.0 but for scales that are not positive
+    on_host: bool
+    has_tensors: bool
+    out_like_q: bool  # the output is laid out as torch.empty_like(q) would be
+
+
+KeyAddresses = tuple[int, int, int, int, int]  # k, v, kv_start, pages; and the field page_list_stride
+
+
+def _resolve(plan: Plan, variant: object, captures: dict[str, object]) -> tuple[Program, list[object]]:
+    """Program and captured values of a call."""
+    if type(plan) is not Plan:
+        raise TypeError(f"plan is a {type(plan).__name__}, expected a jitgen.Plan.")
+    return plan.trace_other(variant, captures) if captures or variant is not None else plan.trace()
+
+
+def _check_ready(plan: Plan, layout: str) -> None:
+    """The plan is one for this call, and knows lengths."""
+    if plan.layout != layout:
+        raise PlanMismatch(f"the plan was made for layout={plan.layout!r}, this is the call for {layout!r} keys.")
+    if plan.version == 0:
+        raise PlanMismatch("the plan has no lengths yet. Call plan.update(q_indptr, kv_len) first.")
+
+
+def _prepare(
+    plan: Plan,
+    key: tuple[object, ...],
+    program: Program,
+    q: Tensor,
+    keys: tuple[Tensor, Tensor],
+    place: KeyPlace,
+    scale: float | None,
+) -> PreparedCall:
+    """Check what shapes, strides and dtypes can be wrong about, and load the kernels."""
+    mask_slots = plan.match_mask(program)
+    check_query(plan, q)
+    check_keys(plan, place, keys)
+    scale = default_scale(plan) if scale is None else float(scale)
+    on_host = plan.device.type == "cpu"
+    q_factor = 1.0
+    if not on_host and scale <= 0 and not uses_index(program, "scale"):
+        # CUDA kernels take the maximum of q . k before they scale it
+        q_factor, scale = (-1.0, -scale) if scale < 0 else (0.0, 1.0)
+    out_shape = (plan.num_q_heads, plan.head_dim_v)
+    o_stride = (plan.num_q_heads * plan.head_dim_v, plan.head_dim_v)
+    call = PreparedCall(
+        program=program,
+        kernels=kernels_of(plan, program),
+        page_size=place.page_size,
+        v_offset=place.v_offset,
+        heads=(plan.num_q_heads, plan.num_kv_heads),
+        pages=(place.page_size, place.num_pages),
+        head=(split_number(plan), 0, scale, *q.stride()[:2]),
+        o_stride=o_stride,
+        kv_stride=place.strides,
+        local_rows=plan.q_index == "local",
+        mask_slots=mask_slots,
+        q_factor=q_factor,
+        on_host=on_host,
+        has_tensors=any(slot.kind == "tensor" for slot in program.slots),
+        out_like_q=tuple(q.shape[1:]) == out_shape and q.stride() == (*o_stride, 1),
+    )
+    if len(plan.calls) >= MAX_PREPARED_CALLS:
+        plan.calls.clear()
+    plan.calls[key] = call
+    return call
+
+
+def _check_table(plan: Plan, table: PageTable, page_size: int) -> None:
+    """On the CPU: page lists are long enough; looked at again only when lengths or lists have changed."""
+    start = table.indptr
+    changes = 0 if start is None else -1 if start.is_inference() else start._version  # inference tensors count no changes
+    state = (plan.version, page_size, table.pages.shape, changes)
+    known, seen = plan.checked_table
+    if changes < 0 or known is not start or seen != state:
+        table.check_extent(plan.kv_len, page_size)  # type: ignore[arg-type]
+        plan.checked_table = start, state  # holding the tensor keeps its memory from becoming another's
+
+
+def _run(
+    plan: Plan,
+    call: PreparedCall,
+    values: list[object],
+    q: Tensor,
+    keys: KeyAddresses,
+    want_lse: bool,
+    out: Tensor | None,
+    lse: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Check what the plan knows of the batch, allocate the results, and start the kernels on the current stream."""
+    total_q = q.shape[0]
+    if total_q > plan.max_tokens or total_q < plan.rows:
+        check_query(plan, q)
+        raise PlanMismatch(f"q has {total_q} rows, plan.update was given {plan.rows}. Both must match, but for padding.")
+    if q.requires_grad:
+        check_grad(q, q, q)
+    o_stride = call.o_stride
+    if out is not None or lse is not None:
+        check_results(plan, q, out, lse)
+    if out is not None:
+        o_stride = out.stride()[:2]
+    elif call.out_like_q:
+        out = torch.empty_like(q)
+    else:
+        out = q.new_empty((total_q, plan.num_q_heads, plan.head_dim_v))
+    if want_lse or lse is not None:
+        check_lse(call.program)
+        lse = q.new_empty((total_q, plan.num_q_heads), dtype=torch.float32) if lse is None else lse
+    if plan.batch and total_q:
+        if call.mask_slots:
+            plan.check_values(call.mask_slots, call.program, values)
+        if call.has_tensors:
+            check_captures(plan, call.program, values)
+            values = runtime.capture_words(call.program, values)
+        if call.q_factor != 1.0:
+            q = _copy(q).mul_(call.q_factor)
+        if not call.on_host and (q.data_ptr() | keys[0] | keys[1]) & 15:
+            q = _aligned(q, keys)
+        pointers = (q.data_ptr(), keys[0], keys[1], out.data_ptr(), 0 if lse is None else lse.data_ptr())
+        numbers = (plan.batch, *call.heads, total_q, *call.pages, keys[4], call.local_rows)
+        rest = (*call.head, *o_stride, *call.kv_stride, *values)
+        _launch(plan, call, pointers, (*plan.lengths, keys[2], keys[3]), numbers, rest)
+    return (out, lse) if want_lse else out  # type: ignore[return-value]
+
+
+def _aligned(q: Tensor, keys: KeyAddresses) -> Tensor:
+    """A copy of q that starts at a multiple of 16 bytes; a cache is too large to be copied."""
+    if (keys[0] | keys[1]) & 15:
+        raise UnsupportedDevice(
+            "the memory of k or v does not start at a multiple of 16 bytes, which the cuda kernels need. "
+            "Allocate the cache as a tensor of its own, or slice it at such a place."
+        )
+    return _copy(q)
+
+
+def _copy(t: Tensor) -> Tensor:
+    """A copy with the same strides: what was prepared for a call holds for it."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def _launch(
+    plan: Plan,
+    call: PreparedCall,
+    pointers: tuple[int, ...],
+    lengths: tuple[int, ...],
+    numbers: tuple[int, ...],
+    rest: tuple[object, ...],
+) -> None:
+    """Start every kernel of the plan, in order, on the current stream. The tuples are runs of fields of SERVING_ARGS."""
+    if call.on_host:
+        kernel = call.kernels[0]
+        code = kernel.launch(kernel.pack(*pointers, 0, 0, *lengths, 0, torch.get_num_threads(), *numbers, 0, 0, *rest))
+        if code:
+            kernel.raise_error(code)
+        return
+    index = plan.device.index
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return _launch(plan, call, pointers, lengths, numbers, rest)
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    for kernel, c in zip(call.kernels, plan.classes, strict=True):
+        packed = kernel.pack(*pointers, *c.addresses, *lengths, stream, 0, *numbers, c.num_ctas, c.class_rows, *rest)
+        code = kernel.launch(packed)
+        if code:
+            kernel.raise_error(code)

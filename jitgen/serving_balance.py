@@ -1,0 +1,175 @@
+"""The planner's arithmetic on the host: the same integers as kernel_templates/include/jitgen/plan.cuh, and its buffer.
+
+It is the oracle that the planner kernel is tested against, and what ``Plan.explain`` reads a plan with.
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+NEVER_CUT = 0x7FFFFFFF  # as least_piece: items stay whole
+_HEADER = struct.Struct("@iiI13i")
+_TILE = struct.Struct("@8iI3i")
+_SHARE = struct.Struct("@iiiI8iI3iIi2i")
+SHARES_AT = _HEADER.size
+
+
+@dataclass(frozen=True)
+class PlanShape:
+    """What a kernel asks of its planner; see PlanShape in plan.cuh."""
+
+    tile_rows: int
+    unit_keys: int
+    pack: int
+    groups: int
+    class_pack: int
+    least_rows: int
+    most_rows: int
+    fixed_cost: int
+    least_piece: int
+    shares: int
+
+
+@dataclass(frozen=True)
+class PlanTile:
+    """Some packed rows of one request, in every head group, and the keys [begin, end) that they see."""
+
+    request: int
+    q_start: int
+    q_len: int
+    kv_len: int
+    index: int
+    count: int
+    begin: int
+    end: int
+    line: int
+
+    def units(self, unit_keys: int) -> int:
+        """Units its keys are visited in; they begin at a multiple of 16 keys."""
+        return max(1, -(-(self.end - (self.begin & ~15)) // unit_keys))
+
+
+@dataclass(frozen=True)
+class Share:
+    """Where the part of the line of one CTA begins; past the last one, ``tile`` is the number of tiles."""
+
+    tile: int
+    group: int
+    unit: int
+    line: int
+
+
+@dataclass(frozen=True)
+class PlanRecord:
+    """A plan: its tiles, and where each share begins (one more entry than shares asked for)."""
+
+    tiles: tuple[PlanTile, ...]
+    shares: tuple[Share, ...]
+    used: int  # shares that have a part of the line
+    length: int
+
+    def segments(self, shape: PlanShape, c: int) -> list[tuple[int, int, int, int]]:
+        """What share c works on: (tile, group, first unit, end unit), in order."""
+        at, end = self.shares[c], self.shares[c + 1]
+        tile, group, unit, found = at.tile, at.group, at.unit, []
+        while tile < len(self.tiles) and (tile, group) != (end.tile, end.group):
+            found.append((tile, group, unit, self.tiles[tile].units(shape.unit_keys)))
+            tile, group = self.next_item(tile, group, shape.groups)
+            unit = 0
+        if tile < len(self.tiles) and end.unit > unit:
+            found.append((tile, group, unit, end.unit))
+        return found
+
+    def next_item(self, tile: int, group: int, groups: int) -> tuple[int, int]:
+        """The item after (tile, group) on the line: tiles inside groups inside requests."""
+        at = self.tiles[tile]
+        if at.index + 1 < at.count:
+            return tile + 1, group
+        return (tile + 1, 0) if group + 1 == groups else (tile - at.index, group + 1)
+
+
+Visible = Callable[[int, int, int], tuple[int, int]]  # request, first query, last query -> keys [begin, end)
+
+
+def balance(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, visible: Visible | None = None) -> PlanRecord:
+    """The plan for these lengths. Without ``visible`` every row sees every key.
+
+    Cost:    Python: microseconds per tile and per share.
+    """
+    tiles = _make_tiles(q_len, kv_len, shape, visible or (lambda b, first, last: (0, kv_len[b])))
+    places = tiles[-1].line + _cost(tiles[-1], shape) if tiles else 0
+    length = places * shape.groups
+    used = min(shape.shares, length)
+    requests = [t.request for t in tiles if t.index == 0]
+    first_tile = {tiles[i].request: i for i in range(len(tiles)) if tiles[i].index == 0}
+    starts = [tiles[first_tile[b]].line for b in requests] + [places]
+    line = _Line(tiles, requests, first_tile, starts)
+    shares = tuple(_share_start(line, shape, length, used, c) for c in range(shape.shares + 1))
+    return PlanRecord(tuple(tiles), shares, used, length)
+
+
+def _cost(tile: PlanTile, shape: PlanShape) -> int:
+    return shape.fixed_cost + tile.units(shape.unit_keys)
+
+
+def _make_tiles(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, visible: Visible) -> list[PlanTile]:
+    tiles: list[PlanTile] = []
+    line = q_start = 0
+    for b, rows in enumerate(q_len):
+        in_class = rows > 0 and shape.least_rows <= rows * shape.class_pack <= shape.most_rows
+        count = -(-rows * shape.pack // shape.tile_rows) if in_class else 0
+        for index in range(count):
+            last_row = min((index + 1) * shape.tile_rows, rows * shape.pack) - 1
+            begin, end = visible(b, index * shape.tile_rows // shape.pack, last_row // shape.pack)
+            tiles.append(PlanTile(b, q_start, rows, kv_len[b], index, count, begin, end, line))
+            line += _cost(tiles[-1], shape)
+        q_start += rows
+    return tiles
+
+
+@dataclass(frozen=True)
+class _Line:
+    tiles: list[PlanTile]
+    requests: list[int]  # that have tiles
+    first_tile: dict[int, int]
+    starts: list[int]  # places before each of them, in one group; then all places
+
+
+def _share_start(line: _Line, shape: PlanShape, length: int, used: int, c: int) -> Share:
+    end = Share(len(line.tiles), 0, 0, length)
+    if c >= used:
+        return end
+    x = c * length // used
+    i = bisect_right(line.starts, x // shape.groups, hi=len(line.requests)) - 1
+    b = line.requests[i]
+    places = line.starts[i + 1] - line.starts[i]
+    group, x = divmod(x - line.starts[i] * shape.groups, places)
+    first, count = line.first_tile[b], line.tiles[line.first_tile[b]].count
+    tile = first
+    while tile + 1 < first + count and line.tiles[tile + 1].line - line.starts[i] <= x:
+        tile += 1
+    x -= line.tiles[tile].line - line.starts[i]
+    unit, units = max(0, x - shape.fixed_cost), line.tiles[tile].units(shape.unit_keys)
+    if unit < shape.least_piece or units - unit < shape.least_piece:
+        if unit * 2 > units:
+            tile, group = PlanRecord(tuple(line.tiles), (), used, length).next_item(tile, group, shape.groups)
+            if tile == len(line.tiles):
+                return end
+        unit = 0
+    at = line.tiles[tile]
+    k = line.requests.index(at.request)
+    start, places = line.starts[k], line.starts[k + 1] - line.starts[k]
+    place = start * shape.groups + group * places + (at.line - start) + shape.fixed_cost + unit
+    return Share(tile, group, unit, place)
+
+
+def read_plan(buffer: bytes, shares: int) -> PlanRecord:
+    """A plan buffer, copied from the device, made for this many shares."""
+    num_tiles, used, length, *_ = _HEADER.unpack_from(buffer, 0)
+    tiles_at = SHARES_AT + _SHARE.size * (shares + 1)
+    tiles = tuple(PlanTile(*_TILE.unpack_from(buffer, tiles_at + i * _TILE.size)[:9]) for i in range(num_tiles))
+    starts = tuple(Share(*_SHARE.unpack_from(buffer, SHARES_AT + c * _SHARE.size)[:4]) for c in range(shares + 1))
+    return PlanRecord(tiles, starts, used, length)

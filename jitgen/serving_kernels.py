@@ -1,0 +1,140 @@
+"""The kernels behind a plan: one on the CPU; on CUDA one for requests with few query rows and one for all others."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from jitgen import runtime
+from jitgen.checks import dtype_name
+from jitgen.errors import VariantError
+from jitgen.families import serving_spec
+from jitgen.program import Program
+
+if TYPE_CHECKING:
+    from jitgen.serving_plan import Plan
+
+Tensor = torch.Tensor
+DECODE_ROWS = 32  # most rows (query rows * query heads of a KV head) of a request that the decode kernel takes
+ALL_ROWS = 1 << 30
+NUM_STRIDES = 10  # at the end of SERVING_ARGS
+
+
+@dataclass(frozen=True, slots=True)
+class KernelClass:
+    """One kernel of a plan, what its planner writes, and its scratch memory."""
+
+    kernel: runtime.CompiledKernel
+    class_rows: int
+    num_ctas: int
+    plan: Tensor | None  # None on the CPU, which divides the work when it is called
+    workspace: Tensor | None
+    addresses: tuple[int, int] = (0, 0)  # the fields workspace and plan
+
+    @property
+    def name(self) -> str:
+        return self.kernel.spec.family
+
+    def launch_planner(self, plan: Plan, values: list[object]) -> None:
+        """Start the planner for the lengths that ``plan`` holds, on the current stream."""
+        if self.plan is None or plan.batch == 0:
+            return
+        call(self.kernel, "jitgen_plan", self.pack(plan, values, plan.batch, plan.max_tokens), plan.device)
+
+    def pack(self, plan: Plan, values: list[object], batch: int, total_q: int, *, room: Tensor | None = None) -> bytes:
+        """Arguments without q, k, v and the rest of what only a launch reads.
+
+        ``room`` stands for the workspace and its rows for the CTAs, as jitgen_pieces of the CPU kernel wants them.
+        """
+        kernel = self.kernel
+        workspace, num_ctas = (self.workspace, self.num_ctas) if room is None else (room, room.shape[0])
+        lengths = (_address(plan.q_indptr), _address(plan.kv_len), _address(plan.kv_start), 0)
+        numbers = (batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, 0, 0, plan.q_index == "local", num_ctas,
+                   self.class_rows, split_number(plan), 0, 1.0, *([0] * NUM_STRIDES))  # fmt: skip
+        return kernel.pack(
+            0, 0, 0, 0, 0, _address(workspace), _address(self.plan), *lengths, stream_of(plan.device),
+            torch.get_num_threads() if plan.device.type == "cpu" else 0, *numbers,
+            *runtime.capture_words(kernel.spec.program, values),
+        )  # fmt: skip
+
+
+def split_number(plan: Plan) -> int:
+    """The field ``split``: CUDA kernels do not cut at fixed keys, and a request that is never cut depends on no other."""
+    if plan.split == "fixed":
+        return max(int(plan.kv_split or 0), 2) if plan.device.type == "cpu" else 0
+    return int(plan.split == "balanced")
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a CUDA device, 0 for the CPU."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def call(kernel: runtime.CompiledKernel, name: str, packed: bytes, device: torch.device, result: type = ctypes.c_int) -> int:
+    """Call an entry point on ``device``; a non-zero code of one that returns a code is raised."""
+    function = kernel.function(name, result)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            value = function(packed)
+    else:
+        value = function(packed)
+    if value and name == "jitgen_plan":
+        kernel.raise_error(value)
+    return int(value)
+
+
+def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[KernelClass, ...]:
+    """The kernels that serve a plan, with their memory."""
+    if plan.device.type == "cpu":
+        if plan.family not in (None, "cpu"):
+            raise VariantError(f"family={plan.family!r} needs a plan on cuda, this one is on cpu. Leave family out.")
+        return (KernelClass(_kernel(plan, program, "cpu", 0), ALL_ROWS, 0, None, None),)
+    group = plan.num_q_heads // plan.num_kv_heads
+    most_rows = group * plan.max_q_len if plan.max_q_len else None
+    rows = min(most_rows or group, DECODE_ROWS)
+    if plan.family == "decode" or (plan.family is None and most_rows is not None and most_rows <= DECODE_ROWS):
+        return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS),)
+    if plan.family is None:
+        return (
+            _cuda_class(plan, program, values, "decode", rows, DECODE_ROWS),
+            _cuda_class(plan, program, values, None, rows, DECODE_ROWS),
+        )
+    return (_cuda_class(plan, program, values, plan.family, rows, 0),)
+
+
+def kernels_of(plan: Plan, program: Program) -> tuple[runtime.CompiledKernel, ...]:
+    """The kernels of the plan's classes for another program, whose mask is the plan's."""
+    return tuple(runtime.get_kernel(runtime.respecify(c.kernel.spec, program)) for c in plan.classes)
+
+
+def _kernel(plan: Plan, program: Program, family: str | None, rows: int) -> runtime.CompiledKernel:
+    dims = (plan.head_dim, plan.head_dim_v)
+    spec = serving_spec(program, dtype_name(plan.dtype), dims, plan.device, plan.layout, family=family, rows=rows)
+    return runtime.get_kernel(spec)
+
+
+def _cuda_class(
+    plan: Plan, program: Program, values: list[object], family: str | None, rows: int, class_rows: int
+) -> KernelClass:
+    kernel = _kernel(plan, program, family, rows)
+    sizes = KernelClass(kernel, class_rows, 0, None, None)
+    device = plan.device
+    num_ctas = call(kernel, "jitgen_num_ctas", sizes.pack(plan, values, plan.max_batch, plan.max_tokens), device)
+    if num_ctas < 0:
+        kernel.raise_error(-num_ctas)
+    sizes = KernelClass(kernel, class_rows, num_ctas, None, None)
+    packed = sizes.pack(plan, values, plan.max_batch, plan.max_tokens)
+    bytes_of = {n: call(kernel, f"jitgen_{n}_bytes", packed, device, ctypes.c_longlong) for n in ("plan", "workspace")}
+    # all ones in the workspace mean that a partial result has not arrived
+    memory = [
+        torch.full((-(-bytes_of[n] // 16) * 4,), fill, dtype=torch.int32, device=device)
+        for n, fill in (("plan", 0), ("workspace", -1))
+    ]
+    return KernelClass(kernel, class_rows, num_ctas, *memory, addresses=(memory[1].data_ptr(), memory[0].data_ptr()))

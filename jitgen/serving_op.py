@@ -1,0 +1,129 @@
+"""The operators that torch.compile sees in place of the serving calls.
+
+A graph holds the tensors and the handle of the plan. Lengths, captured values and the kernels come from the plan when the
+operator runs, so a graph compiled once serves every step: ``plan.update`` stays outside of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+
+from jitgen.errors import VariantError
+
+if TYPE_CHECKING:
+    from jitgen.serving_pages import PageTable
+    from jitgen.serving_plan import Plan
+
+Tensor = torch.Tensor
+_plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def register_plan(plan: Plan) -> int:
+    """Handle of a plan for as long as it lives."""
+    handle = next(_numbers)
+    _plans[handle] = plan
+    return handle
+
+
+@torch.library.custom_op("jitgen::paged_attention", mutates_args=())
+def paged_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    pages: Tensor,
+    indptr: Tensor | None,
+    handle: int,
+    head_dim_v: int,
+    scale: float | None,
+    kv_layout: str,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """A paged call. v is None where k is the whole cache; the second result is empty unless want_lse."""
+    from jitgen.serving import paged_attention
+
+    table = pages if indptr is None else (indptr, pages)
+    cache = k if v is None else (k, v)
+    found = paged_attention(q, cache, table, _plans[handle], scale=scale, kv_layout=kv_layout, return_lse=want_lse)
+    return found if want_lse else (found, q.new_empty(0, dtype=torch.float32))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("jitgen::ragged_attention", mutates_args=())
+def ragged_op(
+    q: Tensor, k: Tensor, v: Tensor, handle: int, head_dim_v: int, scale: float | None, want_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """A ragged call. The second result is empty unless want_lse."""
+    from jitgen.serving import ragged_attention
+
+    found = ragged_attention(q, k, v, _plans[handle], scale=scale, return_lse=want_lse)
+    return found if want_lse else (found, q.new_empty(0, dtype=torch.float32))  # type: ignore[return-value]
+
+
+def _fake_results(q: Tensor, head_dim_v: int, want_lse: bool) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:2] if want_lse else (0,), dtype=torch.float32)
+    return q.new_empty((q.shape[0], q.shape[1], head_dim_v)), lse
+
+
+@paged_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    pages: Tensor,
+    indptr: Tensor | None,
+    handle: int,
+    head_dim_v: int,
+    scale: float | None,
+    kv_layout: str,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    return _fake_results(q, head_dim_v, want_lse)
+
+
+@ragged_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, handle: int, head_dim_v: int, scale: float | None, want_lse: bool
+) -> tuple[Tensor, Tensor]:
+    return _fake_results(q, head_dim_v, want_lse)
+
+
+def call_paged(
+    q: Tensor,
+    kv_cache: Tensor | tuple[Tensor, Tensor],
+    page_table: PageTable | Tensor | tuple[Tensor, Tensor],
+    plan: Plan,
+    scale: float | None,
+    kv_layout: str,
+    want_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The operator as traced code calls it."""
+    k, v = (kv_cache, None) if isinstance(kv_cache, Tensor) else kv_cache
+    if isinstance(page_table, Tensor):
+        pages, indptr = page_table, None
+    elif isinstance(page_table, tuple):
+        indptr, pages = page_table
+    else:
+        pages, indptr = page_table.pages, page_table.indptr
+    out, lse = paged_op(q, k, v, pages, indptr, plan.handle, plan.head_dim_v, scale, kv_layout, want_lse)
+    return (out, lse) if want_lse else out
+
+
+def call_ragged(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None, want_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The operator as traced code calls it."""
+    out, lse = ragged_op(q, k, v, plan.handle, plan.head_dim_v, scale, want_lse)
+    return (out, lse) if want_lse else out
+
+
+def check_traced(variant: object, out: object, lse: object, captures: dict[str, object]) -> None:
+    """What a graph cannot carry."""
+    if variant is not None or captures or out is not None or lse is not None:
+        raise VariantError(
+            "inside torch.compile a serving call uses the variant of its plan and allocates its results: variant=, out=, lse= "
+            "and captures by name are not taken there. Give captures to plan.update, and make a plan for each variant."
+        )

@@ -1,0 +1,269 @@
+"""Plan: how a batch of requests is divided among the CTAs of a GPU, or the threads of a CPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from jitgen.api import resolve_hooks
+from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, VariantError
+from jitgen.ir import TRUE, to_text, walk
+from jitgen.program import Program, uses_index
+from jitgen.serving_checks import check_captures, check_lengths, check_plan_numbers
+from jitgen.serving_kernels import KernelClass, make_classes
+from jitgen.serving_op import register_plan
+from jitgen.serving_pages import as_int32, check_indices
+from jitgen.variant import Tracker, Variant
+
+Tensor = torch.Tensor
+
+
+class Plan:
+    """The division of a batch of requests of any lengths into equal shares of work, for one head layout and one mask.
+
+    Make one plan for all layers that have the same heads and the same mask, once, for the largest batch there will be. Give
+    it the lengths of every step with ``update``; then any number of calls use it. On a GPU the lengths stay on the device:
+    ``update`` launches a kernel or two, waits for nothing, allocates nothing, and may be captured in a CUDA graph, as may
+    the calls; a replay then plans for the lengths that the tensors hold at that time.
+
+    max_batch     most requests of a step
+    max_tokens    most query rows of a step, over all requests
+    max_q_len     most query rows of one request, if that is known. With 1 (pure decode), or few, only the decode kernel is
+                  compiled and launched
+    max_kv_len    most keys of a request; needed on a GPU where a hook reads a tensor at exactly q_idx or kv_idx, because
+                  kernels do not check that such a tensor is long enough
+    layout        'paged' or 'ragged': which call will use the plan
+    split         'balanced': long requests are cut along their keys so that all CTAs are busy equally long. 'fixed': cut at
+                  multiples of ``kv_split`` keys, so a request's result does not depend on what else is in the batch, bit by
+                  bit (on a GPU such a request is not cut at all). 'none': never cut
+    family        forces one kernel family: 'decode' or 'sm80' on a GPU
+
+    Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, VariantError; CompileError, ToolchainMissing.
+    Cost:    compiles the kernels of the variant if no cache has them; allocates ``workspace_bytes``.
+    """
+
+    def __init__(
+        self,
+        max_batch: int,
+        max_tokens: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        head_dim_v: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        variant: Variant | Any = None,
+        layout: str = "paged",
+        max_q_len: int | None = None,
+        max_kv_len: int | None = None,
+        split: str = "balanced",
+        kv_split: int | None = None,
+        device: torch.device | str | None = None,
+        family: str | None = None,
+    ) -> None:
+        self.max_batch, self.max_tokens = max_batch, max_tokens
+        self.num_q_heads, self.num_kv_heads = num_q_heads, num_kv_heads
+        self.head_dim, self.head_dim_v = head_dim, head_dim if head_dim_v is None else head_dim_v
+        self.dtype, self.layout, self.family = dtype, layout, family
+        self.max_q_len, self.max_kv_len = max_q_len, max_kv_len
+        self.split, self.kv_split = split, kv_split
+        self.device = _complete(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        check_plan_numbers(self)
+        self.variant = Variant() if variant is None else Variant.of(variant)
+        self._tracker = Tracker(self.variant)
+        self.q_index = self.variant.q_index or "absolute"
+        self.handle = register_plan(self)  # what graphs of torch.compile hold
+        self.version = 0  # counts updates
+        self.calls: dict[tuple[object, ...], Any] = {}  # prepared calls, by shapes and strides
+        self.checked_table: tuple[Tensor | None, object] = (None, None)
+        self.checked_values: list[object] = []
+        self.lengths = (0, 0)  # addresses of q_indptr and kv_len
+        self.longest_q = self.longest_kv = 0  # of the last update, on the CPU
+        self.batch = self.rows = 0  # of the last update; rows: -1 where only the device knows
+        self.q_indptr: Tensor | None = None
+        self.kv_len: Tensor | None = None
+        self.kv_start: Tensor | None = None
+        self._program, self._values = self.trace()
+        self.classes: tuple[KernelClass, ...] = make_classes(self, self._program, self._values)
+
+    def __repr__(self) -> str:
+        heads = f"{self.num_q_heads}/{self.num_kv_heads} heads of {self.head_dim}"
+        limits = f"max_batch={self.max_batch}, max_tokens={self.max_tokens}"
+        return f"Plan({limits}, {heads}, {self.layout}, {self.split}, {self.device})"
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory of the device that the plan holds: what the planner writes, and partial results. Lengths do not change it."""
+        return sum(c.plan.nbytes + c.workspace.nbytes for c in self.classes if c.plan is not None)
+
+    def trace(self) -> tuple[Program, list[object]]:
+        """Program of the plan's variant, and the captured values as they are now."""
+        values = self._tracker.values()
+        return self._tracker.trace.program, values
+
+    def trace_other(self, variant: object, captures: dict[str, object]) -> tuple[Program, list[object]]:
+        """As ``trace``, of a call's own variant and with captured values replaced by name."""
+        variant = self.variant if variant is None else Variant.of(variant)
+        if (variant.q_index or "absolute") != self.q_index:
+            raise PlanMismatch(
+                f"the variant has q_index={variant.q_index or 'absolute'!r}, the plan's has {self.q_index!r}. Both must match."
+            )
+        program, values, _ = resolve_hooks(variant.bind(**captures) if captures else variant, None, None, None)
+        return program, values
+
+    def update(
+        self,
+        q_indptr: Tensor,
+        kv_len: Tensor | None = None,
+        *,
+        kv_indptr: Tensor | None = None,
+        check: bool | None = None,
+        **captures: object,
+    ) -> Plan:
+        """Plan for these lengths; returns the plan itself.
+
+        Ragged plans take ``kv_indptr``, the first row in k of every request, and ``kv_len`` only if requests do not fill
+        their part of k. Keyword arguments that the variant captures are used from here on in place of the captured values;
+        values that the mask reads are fixed here until the next update.
+
+        Shapes:  q_indptr [batch + 1], kv_indptr [batch + 1], kv_len [batch]; int32 or int64, on the plan's device. A
+                 request may have no query rows, no keys, or both.
+        Errors:  PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype. Lengths are checked on the CPU; on a GPU
+                 only with check=True, which waits for the device.
+        Cost:    GPU: one small kernel for each of the plan's kernels, 2 to 5 us each; with int64 lengths one copy more.
+        """
+        kv_start, kv_len = self._key_lengths(kv_len, kv_indptr)
+        check_indices("q_indptr", q_indptr, 1)
+        batch = q_indptr.shape[0] - 1
+        if batch != kv_len.shape[0]:
+            raise ShapeMismatch(f"q_indptr has {batch + 1} entries, kv_len {kv_len.shape[0]}. Expected batch + 1 and batch.")
+        if batch > self.max_batch:
+            raise PlanMismatch(f"the lengths are those of {batch} requests, the plan was made for max_batch={self.max_batch}.")
+        for name, t in (("q_indptr", q_indptr), ("kv_len", kv_len)):
+            if t.device != self.device:
+                raise UnsupportedDevice(f"{name} is on {t.device}, the plan on {self.device}. Move it there.")
+        if captures:
+            self.variant = self.variant.bind(**captures)
+            self._tracker = Tracker(self.variant)
+        program, values = self.trace()
+        on_host = self.device.type == "cpu"
+        if on_host or check:
+            lengths = (q_indptr.cpu(), kv_len.cpu())
+            check_lengths(self, *lengths, uses_index(program, "q_idx"))
+        self.rows = int(q_indptr[-1]) if on_host else -1
+        self.q_indptr, self.kv_len, self.kv_start = as_int32(q_indptr), as_int32(kv_len), kv_start
+        if on_host:  # the caller may reuse its tensors for the next step
+            self.q_indptr, self.kv_len = self.q_indptr.clone(), self.kv_len.clone()
+            self.longest_q = int(q_indptr.diff().max()) if batch else 0
+            self.longest_kv = int(kv_len.max()) if batch else 0
+        self.lengths = (self.q_indptr.data_ptr(), self.kv_len.data_ptr())
+        self.batch, self.version, self.checked_values = batch, self.version + 1, []
+        if program is not self._program:
+            self.classes = make_classes(self, program, values)
+            self.calls.clear()
+        self._program, self._values = program, values
+        check_captures(self, program, values)
+        for c in self.classes:
+            c.launch_planner(self, values)
+        return self
+
+    def _key_lengths(self, kv_len: Tensor | None, kv_indptr: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """First row of each request in k (ragged only), and its number of keys."""
+        if (self.layout == "ragged") != (kv_indptr is not None):
+            needed = "kv_indptr" if self.layout == "ragged" else "kv_len, and no kv_indptr: the page table says where keys lie"
+            raise PlanMismatch(f"the plan was made for layout={self.layout!r}, whose update takes {needed}.")
+        if kv_indptr is not None:
+            check_indices("kv_indptr", kv_indptr, 1)
+            kv_indptr = as_int32(kv_indptr)
+        if kv_len is None:
+            if kv_indptr is None:
+                raise PlanMismatch("update was given no kv_len, the number of keys of each request.")
+            kv_len = kv_indptr.diff()
+        check_indices("kv_len", kv_len, 1)
+        if kv_indptr is not None and kv_indptr.shape[0] != kv_len.shape[0] + 1:
+            raise ShapeMismatch(f"kv_indptr has {kv_indptr.shape[0]} entries, kv_len {kv_len.shape[0]}, expected one more.")
+        return kv_indptr, kv_len
+
+    def match_mask(self, program: Program) -> tuple[tuple[int, int], ...]:
+        """Pairs of slots, the plan's and ``program``'s, that hold what the mask reads.
+
+        Errors:  PlanMismatch if the masks are not the same expression, or only one of the two replaces softmax.
+        """
+        if (program.norm is None) != (self._program.norm is None):
+            kinds = ("softmax", "a softmax replacement")
+            has, planned = kinds if program.norm is None else kinds[::-1]
+            raise PlanMismatch(
+                f"the variant has {has}, the plan was made for one that has {planned}: requests are cut for softmax only. "
+                "Make a plan with variant= for each."
+            )
+        (own, own_slots), (other, other_slots) = mask_signature(self._program), mask_signature(program)
+        if own != other:
+            raise PlanMismatch(
+                "the variant's mask is not the one the plan was made for: the plan has looked for visible keys with its own "
+                f"({own or 'no mask'}, the call has {other or 'no mask'}). Make a plan with variant= for every mask."
+            )
+        return tuple(zip(own_slots, other_slots, strict=True))
+
+    def check_values(self, pairs: tuple[tuple[int, int], ...], program: Program, values: list[object]) -> None:
+        """What the mask of a call reads is what ``update`` saw: the planner has looked for visible keys with it."""
+        for own, i in pairs:
+            before, now = self._values[own], values[i]
+            if before is now:
+                continue
+            same = before.data_ptr() == now.data_ptr() if isinstance(now, Tensor) else before == now  # type: ignore[attr-defined]
+            if not same:
+                name = program.slots[i].name
+                shown = "another tensor" if isinstance(now, Tensor) else f"{now!r}"
+                was = "" if isinstance(before, Tensor) else f" ({before!r})"
+                raise PlanMismatch(
+                    f"the mask reads '{name}', which is {shown} now and was planned with its former value{was}. "
+                    "Call plan.update again after changing it."
+                )
+
+    def explain(self, rows: int = 16) -> str:
+        """The plan of the last update as a table: how the work is divided, and how evenly.
+
+        ``rows`` bounds the CTAs that are listed, those with the most work first.
+
+        Errors:  PlanMismatch before the first update.
+        Cost:    copies the plan from the device, waiting for it.
+        """
+        from jitgen.serving_explain import explain
+
+        if self.q_indptr is None:
+            raise PlanMismatch("explain needs lengths. Call plan.update first.")
+        return explain(self, self._program, self._values, rows)
+
+
+def mask_signature(program: Program) -> tuple[str, tuple[int, ...]]:
+    """A mask as text in which captures go by their order and type, and their slots in that order."""
+    mask = program.mask
+    if mask is None or mask is TRUE:
+        return "", ()
+    slots = tuple(dict.fromkeys(int(str(n.attr)) for n in walk(mask) if n.op in ("scalar", "load")))
+    names = [""] * len(program.slots)
+    for i, slot in enumerate(slots):
+        _, dtype, rank, layout, is_sorted = program.slots[slot].signature()
+        shape = f" {'sorted ' if is_sorted else ''}{layout}" if rank else ""
+        names[slot] = f"<{i}: {dtype}{shape}>"
+    return to_text(mask, names), slots
+
+
+def _complete(device: torch.device) -> torch.device:
+    """The device with its number, as tensors have it."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def default_scale(plan: Plan) -> float:
+    """What multiplies q . k unless the call says otherwise."""
+    return 1.0 / math.sqrt(plan.head_dim)
+
+
+def check_lse(program: Program) -> None:
+    """A norm without logsumexp cannot return one."""
+    if program.norm is not None and program.norm.lse is None:
+        raise VariantError("the logsumexp was asked for, but the variant's OnlineNorm has none. Give it a method lse(state).")

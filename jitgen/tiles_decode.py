@@ -1,0 +1,39 @@
+"""Tiles of the decode kernels: packed query rows, warps, and the units of 16 keys that each has under way."""
+
+from __future__ import annotations
+
+from jitgen.program import Program
+from jitgen.spec import Tiles
+from jitgen.target import CompileTarget
+
+UNIT_KEYS = 16
+# Shared memory of one CTA in KiB, by compute capability; the least of them for one that is not listed.
+SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
+MAX_OUTPUT_REGISTERS = 128  # of O^T in a thread: head_dim_v * columns / 32
+# (warps, stages) in order of preference: 128 KiB under way fill the memory of an H100, 96 KiB are not felt elsewhere.
+SHAPES = ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (4, 1), (2, 2), (2, 1))
+MAX_RING_BYTES = 144 * 1024
+MERGE_COLUMNS = 8
+CONTROL_BYTES = 320  # of a warp: softmax of the columns, or a norm's state of up to six values; barriers
+
+
+def decode_tiles(head_dim: int, head_dim_v: int, program: Program, target: CompileTarget, rows: int = 8) -> Tiles:
+    """Tiles for requests of ``rows`` packed rows (q_len times query heads of a key head); more take several passes over K
+    and V."""
+    columns = decode_columns(head_dim_v, rows)
+    shared = SHARED_KIB.get(target.compute_capability, min(SHARED_KIB.values())) * 1024
+    for warps, stages in SHAPES:
+        ring = warps * stages * UNIT_KEYS * (head_dim + head_dim_v) * 2
+        heads = warps // 2 if program.norm is None else warps  # of a CTA: see kMaxHeads
+        rest = heads * columns * head_dim * 2 + warps * MERGE_COLUMNS * (head_dim_v + 4) * 4 + warps * CONTROL_BYTES
+        if ring <= MAX_RING_BYTES and ring + rest <= shared:
+            return Tiles(columns, UNIT_KEYS, warps, stages)
+    raise AssertionError(f"no tile for head_dim {head_dim} in {shared} bytes")
+
+
+def decode_columns(head_dim_v: int, rows: int) -> int:
+    """Columns of the transposed product that hold ``rows``: 8, 16 or 32, as far as O^T fits the registers."""
+    wanted = 8 if rows <= 8 else 16 if rows <= 16 else 32
+    while wanted > 8 and wanted * head_dim_v // 32 > MAX_OUTPUT_REGISTERS:
+        wanted //= 2
+    return wanted

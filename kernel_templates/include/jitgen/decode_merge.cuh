@@ -1,0 +1,121 @@
+// Merging what warps and CTAs found of the same rows, inside the launch.
+//
+// A thread merges four dims of one column: first over the warps of the CTA through shared memory, then, for an item that was
+// cut, over the CTAs that hold its pieces. Each piece but the first is published in words that only one thread of the CTA
+// with the first piece reads. The words are their own flags: they are all ones, a NaN that no instruction produces, until
+// they are written, and the reader puts the ones back. No fence, counter or reset, and always the same order of additions.
+//
+// The reader waits for CTAs with a higher index. A CTA publishes before it waits, and its share begins with its only piece
+// that is not a first one, so no two wait for each other as long as CTAs are started in order.
+#pragma once
+#include "jitgen/decode_tile.cuh"
+
+namespace jg {
+
+// O and softmax of four dims of a column, in exponents of two.
+struct PartialSum {
+  float4 o;
+  float top, sum;
+
+  JITGEN_FN void scale(float factor) { o.x *= factor, o.y *= factor, o.z *= factor, o.w *= factor, sum *= factor; }
+  JITGEN_FN void add(const float4& other, float2 state) {
+    const float now = ::fmaxf(top, state.x), shift = shift_of(now), factor = exp2(state.x - shift);
+    scale(exp2(top - shift));
+    top = now;
+    sum += factor * state.y;
+    o.x += factor * other.x, o.y += factor * other.y, o.z += factor * other.z, o.w += factor * other.w;
+  }
+};
+
+// The partial results of all CTAs: a float4 and {maximum, denominator} for each thread that merges one.
+struct Mailboxes {
+  float4* values;
+  float2* states;
+  long long per_cta;
+
+  JITGEN_FN Mailboxes(void* workspace, long long per_cta, int num_ctas, long long own)
+      : values(static_cast<float4*>(workspace) + own),
+        states(reinterpret_cast<float2*>(static_cast<float4*>(workspace) + per_cta * num_ctas) + own),
+        per_cta(per_cta) {}
+  JITGEN_FN void publish(int cta, const PartialSum& part) const {
+    send(values + cta * per_cta, part.o);
+    send(states + cta * per_cta, make_float2(part.top, part.sum));
+  }
+  static JITGEN_FN bool blank(float x) { return __float_as_uint(x) == 0xffffffffu; }
+  static JITGEN_FN bool blank(const float4& v) { return blank(v.x) | blank(v.y) | blank(v.z) | blank(v.w); }
+
+  // Adds the pieces of CTAs [first, last], in order; called by whole warps, of which the active lanes have a mailbox.
+  // kInFlight pieces are asked for at a time: the reads of more would be wasted while pieces are on their way.
+  template <int kInFlight> JITGEN_FN void collect(PartialSum& into, int first, int last, bool active) const {
+    const float ones = __uint_as_float(0xffffffffu);
+#pragma unroll 1
+    for (int cta = first; cta <= last; cta += kInFlight) {
+      float4 value[kInFlight];
+      float2 state[kInFlight];
+      bool missing;
+      do {
+        missing = false;
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i)
+          if (active && cta + i <= last) {
+            value[i] = look_at(values + (cta + i) * per_cta);
+            state[i] = look_at(states + (cta + i) * per_cta);
+          }
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i)
+          if (active && cta + i <= last) missing |= blank(value[i]) | blank(state[i].x) | blank(state[i].y);
+      } while (__any_sync(0xffffffffu, missing));
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i)
+        if (active && cta + i <= last) {
+          send(values + (cta + i) * per_cta, make_float4(ones, ones, ones, ones));
+          send(states + (cta + i) * per_cta, make_float2(ones, ones));
+          into.add(value[i], state[i]);
+        }
+    }
+  }
+};
+
+// Where the warps of a head put the O of one column tile: [warp][8 columns][kPitch] floats, and the softmax of the columns.
+// The pitch spreads the eight groups and four quads of a fragment over all banks.
+template <int kHeadDimV> struct MergeBuffer {
+  static constexpr int kPitch = kHeadDimV + 4;
+  static constexpr unsigned kBytes = 8 * kPitch * 4;   // of a warp
+
+  // Columns from `columns` on hold nothing.
+  template <int kSlices, int kTiles> static JITGEN_FN void put(unsigned address, const float (&o)[kSlices][kTiles][4], int tile, int columns, int lane) {
+    const int group = lane / 4, quad = lane % 4;
+    if (2 * quad >= columns) return;
+    const unsigned to = address + (2 * quad * kPitch + group) * 4;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+      if (n == tile) {
+#pragma unroll
+        for (int slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) store_shared_float(to + (slice * 16 + e % 2 * kPitch + e / 2 * 8) * 4, o[slice][n][e]);
+      }
+  }
+  // Sum over the warps of a head. `values` and `states`: this thread's dims and column in those of the first warp.
+  template <int kMaxWarps> static JITGEN_FN PartialSum sum(unsigned values, unsigned states, unsigned state_pitch, int warps) {
+    float2 state[kMaxWarps];
+    PartialSum all = {make_float4(0.0f, 0.0f, 0.0f, 0.0f), -INFINITY, 0.0f};
+#pragma unroll
+    for (int w = 0; w < kMaxWarps; ++w) {
+      state[w] = w < warps ? load_shared_float2(states + w * state_pitch) : make_float2(-INFINITY, 0.0f);
+      all.top = ::fmaxf(all.top, state[w].x);
+    }
+    const float shift = shift_of(all.top);
+#pragma unroll
+    for (int w = 0; w < kMaxWarps; ++w)
+      if (w < warps) {
+        const float factor = exp2(state[w].x - shift);
+        const float4 part = load_shared_float4(values + w * kBytes);
+        all.sum += factor * state[w].y;
+        all.o.x += factor * part.x, all.o.y += factor * part.y, all.o.z += factor * part.z, all.o.w += factor * part.w;
+      }
+    return all;
+  }
+};
+
+}  // namespace jg

@@ -1,0 +1,144 @@
+"""Modules of the decode family compiled without a GPU: registers, spills, and the instructions they are written for."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from disassembly import disassemble
+
+import jitgen
+from jitgen import toolchain
+from jitgen.families import cuda_spec
+from jitgen.render import render_kernel
+from jitgen.target import COMMON_FLAGS, cuda_target
+from jitgen.tiles_decode import SHARED_KIB, decode_tiles
+
+# Bytes a thread may spill: O^T of 128 registers leaves the merge, which runs once per request, short of a few.
+FULL_OUTPUT, SPILL = 128, 64
+SASS = {"HMMA": "mma.sync", "LDSM": "ldmatrix", "LDGSTS": "cp.async", "MOVM": "movmatrix"}
+TENSOR_SASS = {"UTMALDG": "cp.async.bulk.tensor", "SYNCS": "mbarrier"}
+
+needs_compiler = pytest.mark.skipif(
+    toolchain.find_toolkit() is None or toolchain.find_cxx() is None,
+    reason="no complete CUDA toolkit (see 'jitgen doctor')",
+)
+
+
+def causal(b, h, q_idx, kv_idx):
+    return kv_idx <= q_idx
+
+
+def plain() -> jitgen.Variant:
+    return jitgen.Variant()
+
+
+def alibi_window() -> jitgen.Variant:
+    slopes, width = torch.zeros(32), 1024
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: s + slopes[h] * (kv_idx - q_idx),
+        mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (q_idx - kv_idx < width),
+    )
+
+
+def every_hook() -> jitgen.Variant:
+    document, gate = torch.zeros(8192, dtype=torch.int32), torch.zeros(32)
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: 50.0 * torch.tanh(s / 50.0),
+        mask_mod=lambda b, h, q_idx, kv_idx: (document[q_idx] == document[kv_idx]) & (kv_idx <= q_idx),
+        sink=torch.zeros(32),
+        output_transform=lambda o, lse, b, h, q_idx: o * torch.sigmoid(gate[h]),
+        lse_transform=lambda lse, b, h, q_idx: lse * 1.4426950408889634,
+    )
+
+
+class StickBreaking(jitgen.OnlineNorm):
+    state = {"carry": 0.0}  # noqa: RUF012
+    order = "reverse"
+
+    def update(self, s, st):
+        left = -torch.nn.functional.softplus(s)
+        after = jitgen.row_cumsum(left) - left
+        weight = torch.exp(torch.nn.functional.logsigmoid(s) + st["carry"] + after)
+        return weight, 1.0, {"carry": st["carry"] + jitgen.row_sum(left)}
+
+
+def stick_breaking() -> jitgen.Variant:
+    return jitgen.Variant(mask_mod=causal, softmax=StickBreaking)
+
+
+# variant, dtype, head dims, packed rows, layout, architecture
+MODULES = [
+    (plain, "bfloat16", (128, 128), 8, "paged", "9.0a"),
+    (plain, "bfloat16", (128, 128), 32, "paged", "9.0a"),
+    (plain, "float16", (128, 128), 8, "ragged", "8.0"),
+    (every_hook, "bfloat16", (128, 128), 8, "paged", "9.0a"),
+    (every_hook, "float16", (256, 256), 16, "paged", "8.0"),
+    (alibi_window, "bfloat16", (256, 256), 8, "paged", "9.0a"),
+    (alibi_window, "bfloat16", (64, 64), 32, "paged", "8.9"),
+    (stick_breaking, "bfloat16", (64, 64), 8, "paged", "9.0a"),
+    (plain, "bfloat16", (192, 128), 16, "paged", "9.0a"),
+    (plain, "bfloat16", (96, 96), 8, "ragged", "9.0a"),
+]
+
+
+def name_of(case) -> str:
+    make, dtype, dims, rows, layout, arch = case
+    return f"{make.__name__}-{dtype}-hd{dims[0]}_{dims[1]}-{rows}-{layout}-sm{arch.replace('.', '')}"
+
+
+def compile_case(case, directory: Path) -> tuple[object, Path, str]:
+    """One module: spec, cubin, what ptxas says."""
+    make, dtype, dims, rows, layout, arch = case
+    target = cuda_target(arch)
+    spec = cuda_spec(make().trace().program, dtype, dims, "decode", target, layout=layout, rows=rows)
+    source = render_kernel(spec)
+    for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
+        file = directory / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    code = arch.replace(".", "")
+    command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *COMMON_FLAGS]
+    command += [f"-gencode=arch=compute_{code},code=sm_{code}", "-Xptxas=-v", f"-I{directory / 'include'}", "-cubin"]
+    command += ["-o", str(directory / "kernel.cubin"), str(directory / "kernel.cu")]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=toolchain.clean_environment()
+    )
+    assert done.returncode == 0, done.stdout
+    return spec, directory / "kernel.cubin", done.stdout
+
+
+@pytest.fixture(scope="module", params=MODULES, ids=name_of)
+def module(request, tmp_path_factory):
+    return compile_case(request.param, tmp_path_factory.mktemp("module"))
+
+
+@needs_compiler
+def test_module_spills_only_where_the_output_fills_the_registers(module):
+    spec, _, output = module
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", output)]
+    assert len(spills) == 2, output  # of the kernel and of the planner
+    full = spec.tiles.tile_q * spec.head_dim_v // 32 >= FULL_OUTPUT
+    assert max(spills) <= (SPILL if full else 0), output
+
+
+@needs_compiler
+def test_module_uses_the_instructions_it_is_written_for(module):
+    spec, cubin, _ = module
+    sass = disassemble(cubin)
+    expected = SASS | (TENSOR_SASS if spec.target.compute_capability >= (9, 0) else {})
+    missing = [f"{name} ({ptx})" for name, ptx in expected.items() if not re.search(rf"\b{name}\b", sass)]
+    assert not missing, f"no {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("arch", ["8.0", "8.6", "9.0a", "10.0", "12.0", "13.0"])
+@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)], ids=str)
+@pytest.mark.parametrize("make", [plain, stick_breaking])
+def test_every_architecture_has_a_tile(arch, dims, make):
+    for rows in (1, 8, 9, 17, 32, 100):
+        tiles = decode_tiles(*dims, make().trace().program, cuda_target(arch), rows)
+        assert tiles.num_warps * tiles.num_stages * 16 * sum(dims) * 2 < max(SHARED_KIB.values()) * 1024
+        assert tiles.tile_q * dims[1] // 32 <= FULL_OUTPUT

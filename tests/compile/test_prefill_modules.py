@@ -1,0 +1,185 @@
+"""Prefill modules of ragged and paged layouts compiled without a GPU: registers, local memory, tensor-core instructions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from disassembly import disassemble
+
+import jitgen
+from jitgen import toolchain
+from jitgen.families import cuda_spec
+from jitgen.render import render_kernel
+from jitgen.target import COMMON_FLAGS, cuda_target
+
+ARCHS = {"sm80": ("80", "90"), "sm90": ("90a",)}
+# Bytes that a thread of an sm80 module may spill: at head_dim 128 its tile fills the registers, as that of the dense kernel
+# does; at the others what the epilogue needs may displace what is used once for a piece.
+SPILL = {128: 128, 96: 48, 192: 48}
+LOCAL_SHARE = 0.04  # of the instructions may touch local memory where spilling is allowed
+SASS = {
+    "sm80": {"HMMA": "mma.sync", "LDSM": "ldmatrix", "LDGSTS": "cp.async"},
+    "sm90": {"HGMMA": "wgmma", "UTMALDG": "bulk tensor copies", "USETMAXREG": "setmaxnreg"},
+}
+
+pytestmark = pytest.mark.skipif(
+    toolchain.find_toolkit() is None or toolchain.find_cxx() is None,
+    reason="no complete CUDA toolkit (see 'jitgen doctor')",
+)
+
+
+def causal(b, h, q_idx, kv_idx):
+    return kv_idx <= q_idx
+
+
+def plain() -> jitgen.Variant:
+    return jitgen.Variant()
+
+
+def causal_only() -> jitgen.Variant:
+    return jitgen.Variant(mask_mod=causal)
+
+
+def segments() -> jitgen.Variant:
+    """A mask whose rows are looked up: the planner asks for them by whole warps."""
+    start = torch.zeros(8192, dtype=torch.int32)
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx >= start[q_idx]) & (kv_idx <= q_idx))
+
+
+def window_per_head() -> jitgen.Variant:
+    widths = torch.zeros(32, dtype=torch.int32)
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (q_idx - kv_idx < widths[h]))
+
+
+def every_hook() -> jitgen.Variant:
+    doc, slopes, gate = torch.zeros(8192, dtype=torch.int32), torch.zeros(32), torch.zeros(32)
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: s + slopes[h] * (kv_idx - q_idx),
+        mask_mod=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx),
+        sink=torch.zeros(32),
+        output_transform=lambda o, lse, b, h, q_idx: o * torch.sigmoid(gate[h]),
+        lse_transform=lambda lse, b, h, q_idx: lse * 1.4426950408889634,
+    )
+
+
+class Sigmoid(jitgen.OnlineNorm):
+    state = {}  # noqa: RUF012
+    order = "any"
+
+    def update(self, s, st):
+        return torch.sigmoid(s), 1.0, st
+
+    def finalize(self, o, st):
+        return o
+
+
+def sigmoid() -> jitgen.Variant:
+    return jitgen.Variant(mask_mod=causal, softmax=Sigmoid)
+
+
+MODULES = [
+    ("sm80", "paged", causal_only, "bfloat16", 64, 64),
+    ("sm80", "paged", causal_only, "bfloat16", 128, 128),
+    ("sm80", "ragged", causal_only, "bfloat16", 128, 128),
+    ("sm80", "ragged", plain, "float16", 96, 96),
+    ("sm80", "paged", causal_only, "bfloat16", 192, 128),
+    ("sm80", "paged", causal_only, "float16", 192, 192),
+    ("sm80", "paged", causal_only, "bfloat16", 256, 256),
+    ("sm80", "paged", every_hook, "bfloat16", 128, 128),
+    ("sm80", "ragged", segments, "bfloat16", 64, 64),
+    ("sm80", "paged", window_per_head, "bfloat16", 128, 128),
+    ("sm80", "paged", sigmoid, "bfloat16", 128, 128),
+    ("sm90", "paged", causal_only, "bfloat16", 64, 64),
+    ("sm90", "paged", causal_only, "bfloat16", 128, 128),
+    ("sm90", "ragged", causal_only, "bfloat16", 128, 128),
+    ("sm90", "ragged", plain, "float16", 96, 96),
+    ("sm90", "paged", causal_only, "bfloat16", 192, 128),
+    ("sm90", "paged", causal_only, "float16", 192, 192),
+    ("sm90", "paged", causal_only, "bfloat16", 256, 256),
+    ("sm90", "paged", every_hook, "bfloat16", 128, 128),
+    ("sm90", "ragged", every_hook, "float16", 256, 256),
+    ("sm90", "ragged", segments, "bfloat16", 64, 64),
+    ("sm90", "paged", sigmoid, "bfloat16", 128, 128),
+]
+
+
+def name_of(case) -> str:
+    family, layout, make, dtype, head_dim, head_dim_v = case
+    dims = f"hd{head_dim}" + (f"_{head_dim_v}" if head_dim_v != head_dim else "")
+    return "-".join([family, layout, make.__name__, dtype, dims])
+
+
+class Module:
+    """A compiled module: its spec, what the compiler printed, and the instructions of its attention kernel."""
+
+    def __init__(self, case, directory: Path) -> None:
+        family, layout, make, dtype, head_dim, head_dim_v = case
+        self.archs = ARCHS[family]
+        target = cuda_target("9.0a" if family == "sm90" else "8.0")
+        self.spec = cuda_spec(make().trace().program, dtype, (head_dim, head_dim_v), family, target, layout=layout)
+        source = render_kernel(self.spec)
+        for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
+            file = directory / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        self.binary = directory / "kernel.fatbin"
+        command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *COMMON_FLAGS]
+        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
+        command += ["--threads=2", "-Xptxas=-v", f"-I{directory / 'include'}", "-fatbin", "-o", str(self.binary)]
+        done = subprocess.run(
+            [*command, str(directory / "kernel.cu")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=toolchain.clean_environment(),
+        )
+        assert done.returncode == 0, done.stdout
+        self.output = done.stdout
+
+    def spills(self, kernel: str) -> list[tuple[int, ...]]:
+        """Stack frame, spill stores and spill loads of a kernel, for each architecture."""
+        pattern = rf"Compiling entry function '\w*{kernel}\w*'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill"
+        return [tuple(map(int, found)) for found in re.findall(pattern, self.output, re.DOTALL)]
+
+    def sass(self, arch: str) -> str:
+        text = disassemble(self.binary, "-arch", f"sm_{arch}")
+        parts = re.split(r"^\s*Function : ", text, flags=re.MULTILINE)
+        return next(part for part in parts if "attention_kernel" in part.splitlines()[0])
+
+
+@pytest.fixture(scope="module", params=MODULES, ids=name_of)
+def module(request, tmp_path_factory):
+    return Module(request.param, tmp_path_factory.mktemp("module"))
+
+
+def test_attention_spills_no_more_than_its_head_dim_allows(module):
+    found = module.spills("attention_kernel")
+    assert len(found) == len(module.archs), module.output
+    allowed = SPILL.get(module.spec.head_dim, 48) if module.spec.family == "sm80" else 0
+    assert max(map(max, found)) <= allowed, module.output
+
+
+def test_planner_and_merge_spill_nothing(module):
+    kernels = ["plan_kernel"] + ([] if module.spec.program.norm else ["merge_kernel"])
+    for kernel in kernels:
+        found = module.spills(kernel)
+        assert len(found) == len(module.archs), module.output
+        assert max(map(max, found)) == 0, module.output
+
+
+def test_products_are_not_serialised(module):
+    assert not re.findall(r".*C75\d\d.*", module.output)
+
+
+def test_attention_uses_the_instructions_it_is_written_for(module):
+    for arch in module.archs:
+        sass = module.sass(arch)
+        missing = [f"{name} ({ptx})" for name, ptx in SASS[module.spec.family].items() if name not in sass]
+        assert not missing, f"sm_{arch} has no {', '.join(missing)}"
+        local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+        all_of_it = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE))
+        assert local <= (LOCAL_SHARE * all_of_it if module.spec.family == "sm80" else 0), f"{local} of {all_of_it} are local"

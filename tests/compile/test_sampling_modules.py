@@ -1,0 +1,105 @@
+"""Sampling kernels compiled without a GPU: no spill, registers for two CTAs a multiprocessor, wide loads, no float atomics."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from disassembly import disassemble
+
+from jitgen import toolchain
+from jitgen.sampling_hooks import resolve_processors
+from jitgen.sampling_processors import Penalties, bitmask_processor
+from jitgen.sampling_spec import SamplingSpec, render_sampling
+from jitgen.target import COMMON_FLAGS, cuda_target
+
+ARCHS = ("80", "90")
+REGISTERS = {"verify": 128}  # of a thread; 512 threads: one CTA a multiprocessor, else two
+TWO_CTAS = 64
+
+pytestmark = pytest.mark.skipif(
+    toolchain.find_toolkit() is None or toolchain.find_cxx() is None,
+    reason="no complete CUDA toolkit (see 'jitgen doctor')",
+)
+
+
+def fused_processors() -> tuple:
+    """Penalties, a function of the user's and a bitmask, all at once."""
+    counts, bits = torch.zeros(4, 1000, dtype=torch.int32), torch.zeros(4, 32, dtype=torch.int32)
+    penalties = Penalties(counts, counts > 0, torch.ones(4), torch.zeros(4), 0.5)
+    return penalties.processor(), lambda logit, token, row: 30.0 * torch.tanh(logit / 30.0), bitmask_processor(bits, 1000)
+
+
+MODULES = {
+    "sample": {"op": "sample", "dtype": "float32"},
+    "sample_bf16_k_then_p": {"op": "sample", "dtype": "bfloat16", "has_top_k": True, "has_top_p": True, "top_k_first": True},
+    "sample_probs_all": {
+        "op": "sample", "dtype": "float32", "from_probs": True, "has_top_k": True, "has_top_p": True, "has_min_p": True,
+    },
+    "sample_processed": {"op": "sample", "dtype": "float16", "has_top_p": True, "program": fused_processors},
+    "softmax": {"op": "probs", "dtype": "bfloat16", "out_dtype": "float32"},
+    "renorm": {"op": "probs", "dtype": "float32", "out_dtype": "float32", "from_probs": True, "has_top_p": True},
+    "mask": {"op": "mask", "dtype": "float16", "out_dtype": "float16", "has_top_k": True},
+    "process": {"op": "process", "dtype": "bfloat16", "out_dtype": "bfloat16", "program": fused_processors},
+    "verify": {"op": "verify", "dtype": "float32", "from_probs": True},
+    "verify_bf16": {"op": "verify", "dtype": "bfloat16", "from_probs": True},
+}  # fmt: skip
+
+
+def compile_both(options: dict, directory: Path) -> tuple[SamplingSpec, str, Path, str]:
+    """Compile one module for both architectures: spec, source, fat binary, what ptxas says."""
+    given = dict(options)
+    if "program" in given:
+        given["program"] = resolve_processors(given["program"]())[0]
+    spec = SamplingSpec(target=cuda_target("8.0"), **given)
+    source = render_sampling(spec)
+    for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
+        file = directory / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *COMMON_FLAGS, *targets]
+    command += ["--threads=2", "-Xptxas=-v", f"-I{directory / 'include'}", "-fatbin"]
+    command += ["-o", str(directory / "kernel.fatbin"), str(directory / "kernel.cu")]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=toolchain.clean_environment()
+    )
+    assert done.returncode == 0, done.stdout
+    return spec, source.text, directory / "kernel.fatbin", done.stdout
+
+
+@pytest.fixture(scope="module", params=MODULES.values(), ids=MODULES)
+def module(request, tmp_path_factory):
+    return compile_both(request.param, tmp_path_factory.mktemp("module"))
+
+
+def test_module_spills_nothing_and_fits_the_register_file(module):
+    spec, _, _, output = module
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output)
+    assert len(spills) == len(ARCHS) and {n for found in spills for n in found} == {"0"}, output
+    used = [int(n) for n in re.findall(r"Used (\d+) registers", output)]
+    assert max(used) <= REGISTERS.get(spec.op, TWO_CTAS), output
+
+
+def test_module_loads_sixteen_bytes_at_a_time_and_adds_no_floats_atomically(module):
+    spec, _, binary, _ = module
+    for arch in ARCHS:
+        sass = disassemble(binary, "-arch", f"sm_{arch}")
+        assert re.search(r"\bLDG\.E\.128\b", sass), f"sm_{arch} has no 16-byte load"
+        assert not re.search(r"\b(?:ATOM|ATOMG|ATOMS|RED)\b", sass), f"sm_{arch} has an atomic"
+        assert not re.search(r"\b(?:LDL|STL)\b", sass), f"sm_{arch} uses local memory"
+        if arch == "90" and spec.op != "process":
+            assert re.search(r"\bUCGABAR_ARV\b", sass), "no cluster barrier"
+
+
+def test_generated_source_reads_well(module):
+    _, text, _, _ = module
+    assert text.startswith("// generated by jitgen ")
+    lines = text.split("\n")
+    assert not [line for line in lines if line != line.rstrip() or "\t" in line]
+    assert "\n\n\n" not in text
+    assert not re.search(r"\b(?:None|True|False)\b", text)
+    assert text.count("{") == text.count("}")

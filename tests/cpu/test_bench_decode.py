@@ -1,0 +1,94 @@
+"""Suite decode: its batches, and that wrong or missing contenders are named and never timed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bench_fakes import FakeTimer
+
+from jitgen.bench import decode, decode_peers
+from jitgen.bench.config import BenchConfig
+from jitgen.bench.decode_peers import DecodeCalls, DecodeCell, expected, key_counts, make_problem
+
+TINY = DecodeCell(3, 40, "zipf", 4, 2, 16, 16, "float32")
+
+
+class Config(BenchConfig):
+    def timer(self):
+        return FakeTimer()
+
+
+def config(**options):
+    return Config("cpu", **{"rounds": 2, "say": [].append, **options})
+
+
+@pytest.fixture
+def one_cell(monkeypatch):
+    monkeypatch.setattr(decode, "cells", lambda config: [TINY])
+
+
+def right(problem):
+    return DecodeCalls(lambda: None, lambda: expected(problem).float())
+
+
+def wrong(problem):
+    return DecodeCalls(lambda: None, lambda: expected(problem).float().roll(1, 0))
+
+
+def missing(problem):
+    raise ImportError("no such package")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_labels_are_distinct(device, quick):
+    found = decode.labels(BenchConfig(device, quick=quick))
+    assert found and len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("lengths", decode_peers.LENGTHS)
+def test_batches_have_the_total_of_their_mean(lengths):
+    counts = key_counts(DecodeCell(128, 1024, lengths))
+    assert len(counts) == 128 and min(counts) >= 1
+    assert 0.99 * 128 * 1024 <= sum(counts) <= 128 * 1024 + 128
+    if lengths == "zipf":
+        assert 30 * 1024 <= max(counts) <= 40 * 1024
+
+
+def test_bytes_are_those_of_keys_and_values():
+    assert DecodeCell(2, 100, "const", 8, 2, 64, 16, "bfloat16").bytes == 2 * 200 * 2 * 64 * 2
+
+
+def test_keys_of_a_request_are_those_in_its_pages():
+    problem = make_problem(TINY, "cpu")
+    k, v = problem.keys_of(1)
+    assert k.shape == v.shape == (key_counts(TINY)[1], 2, 16)
+    page = problem.indices[problem.indptr[1]]
+    assert torch.equal(k[0], problem.cache[page, 0, 0]) and torch.equal(v[0], problem.cache[page, 1, 0])
+
+
+def test_ours_is_right_and_timed(one_cell, monkeypatch):
+    monkeypatch.setattr(decode, "PEERS", {"sdpa": (decode_peers.prepare_sdpa, ("cpu",))})
+    (report,) = decode.run(config())
+    results = {r["contender"]: r for r in report.data["results"]}
+    assert not report.faults and set(results) == {"sdpa", "jitgen"}
+    assert all(r["ms"]["samples"] == 2 and r["error"] < 1e-5 and r["gb_per_s"] > 0 for r in results.values())
+    text = report.to_text()
+    assert "decode: GB/s" in text and "speed of ours over the best" in text and TINY.label in text
+
+
+def test_wrong_and_missing_peers_are_named_and_not_timed(one_cell, monkeypatch):
+    monkeypatch.setattr(decode, "PEERS", {n: (f, ("cpu",)) for n, f in (("bad", wrong), ("gone", missing), ("good", right))})
+    (report,) = decode.run(config())
+    results = {r["contender"]: r for r in report.data["results"]}
+    assert results["bad"]["ms"] is None and results["bad"]["status"] == "wrong"
+    assert results["good"]["ms"] is not None and "gone" not in results
+    notes = "\n".join(report.notes)
+    assert "gone: not installed (ImportError: no such package)" in notes and "bad: a row is" in notes
+
+
+def test_a_wrong_output_of_ours_is_a_fault(one_cell, monkeypatch):
+    monkeypatch.setattr(decode, "PEERS", {})
+    monkeypatch.setattr(decode, "prepare_jitgen", wrong)
+    (report,) = decode.run(config())
+    assert report.faults and report.faults[0].startswith(f"jitgen, {TINY.label}: wrong: a row is")

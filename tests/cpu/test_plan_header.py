@@ -1,0 +1,101 @@
+"""plan.cuh is plain C++ but for the planner's threads: compiled for the host, it gives the integers of the Python planner."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from dataclasses import astuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jitgen import paths, toolchain
+from jitgen.serving_balance import NEVER_CUT, PlanShape, Share, balance
+
+SOURCE = r"""
+#include <cstddef>
+#include <vector>
+#include "jitgen/plan.cuh"
+
+// What make_plan does, one tile after the other; every row sees every key. Returns the number of tiles.
+extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const jg::PlanShape* shape, int* starts) {
+  std::vector<jg::PlanTile> tiles;
+  std::vector<int> first_tile;
+  std::vector<unsigned> first_line;
+  unsigned places = 0;
+  for (int b = 0; b <= batch; ++b) {
+    first_tile.push_back(static_cast<int>(tiles.size()));
+    first_line.push_back(places);
+    const int count = b < batch ? jg::tiles_of_request(q_len[b], *shape) : 0;
+    for (int index = 0; index < count; ++index) {
+      jg::PlanTile tile = {b, 0, q_len[b], kv_len[b], index, count, 0, kv_len[b], places};
+      places += shape->fixed_cost + jg::units_of({tile.begin, tile.end}, shape->unit_keys);
+      tiles.push_back(tile);
+    }
+  }
+  const unsigned length = places * shape->groups;
+  const int used = length < static_cast<unsigned>(shape->shares) ? static_cast<int>(length) : shape->shares;
+  const jg::Line line = {first_tile.data(), first_line.data(), tiles.data(), batch, static_cast<int>(tiles.size())};
+  for (int c = 0; c <= shape->shares; ++c) {
+    const jg::Share share = jg::share_start(line, *shape, length, used, c);
+    const int words[4] = {share.tile, share.group, share.unit, static_cast<int>(share.line)};
+    for (int i = 0; i < 4; ++i) starts[4 * c + i] = words[i];
+  }
+  return static_cast<int>(tiles.size());
+}
+// Whether the share of every place is the one whose part of the line it is in.
+extern "C" int closed_form_holds(unsigned length, unsigned shares) {
+  for (unsigned c = 0; c < shares; ++c)
+    for (unsigned x = jg::cut(c, length, shares); x < jg::cut(c + 1, length, shares); ++x)
+      if (jg::share_of(x, length, shares) != c) return 0;
+  return 1;
+}
+"""
+pytestmark = pytest.mark.skipif(toolchain.find_cxx() is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("plan")
+    (directory / "plan.cpp").write_text(SOURCE)
+    command = [str(toolchain.require_cxx().path), "-std=c++17", "-O1", "-Wall", "-Werror", "-shared", "-fPIC"]
+    command += [f"-I{paths.template_dir() / 'include'}", "-o", str(directory / "plan.so"), str(directory / "plan.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(directory / "plan.so"))
+
+
+shapes = st.builds(
+    PlanShape,
+    tile_rows=st.sampled_from([8, 32, 128]),
+    unit_keys=st.sampled_from([16, 64, 128]),
+    pack=st.sampled_from([1, 4, 8]),
+    groups=st.integers(1, 8),
+    class_pack=st.sampled_from([1, 8]),
+    least_rows=st.sampled_from([1, 33]),
+    most_rows=st.sampled_from([32, NEVER_CUT]),
+    fixed_cost=st.integers(0, 2),
+    least_piece=st.sampled_from([0, 1, 3, NEVER_CUT]),
+    shares=st.sampled_from([1, 2, 7, 132]),
+)
+lengths = st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 200)), st.integers(0, 3000)), max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(lengths, shapes)
+def test_header_cuts_the_line_as_the_python_planner_does(header, lengths, shape):
+    q_len, kv_len = ([n[i] for n in lengths] for i in (0, 1))
+    starts = (ctypes.c_int * (4 * (shape.shares + 1)))()
+    numbers = (ctypes.c_int * 10)(*astuple(shape))
+    batch = len(lengths)
+    tiles = header.make_shares((ctypes.c_int * batch)(*q_len), (ctypes.c_int * batch)(*kv_len), batch, numbers, starts)
+    plan = balance(q_len, kv_len, shape)
+    assert tiles == len(plan.tiles)
+    assert [Share(*starts[4 * c : 4 * c + 4]) for c in range(shape.shares + 1)] == list(plan.shares)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 300))
+def test_share_of_a_place_is_the_one_it_lies_in(header, length, shares):
+    assert header.closed_form_holds(length, min(shares, length))

@@ -1,0 +1,169 @@
+"""The planner's arithmetic: every unit of every item in one share, shares equal, cuts few; and the pieces of the CPU kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving_batch import Batch
+
+import jitgen
+from jitgen.serving_balance import NEVER_CUT, PlanShape, balance
+from jitgen.serving_explain import host_pieces, share_loads
+
+shapes = st.builds(
+    PlanShape,
+    tile_rows=st.sampled_from([8, 32, 64, 128]),
+    unit_keys=st.sampled_from([16, 32, 64, 128]),
+    pack=st.sampled_from([1, 2, 4, 8]),
+    groups=st.integers(1, 8),
+    class_pack=st.sampled_from([1, 4, 8]),
+    least_rows=st.sampled_from([1, 33]),
+    most_rows=st.sampled_from([32, NEVER_CUT]),
+    fixed_cost=st.integers(0, 3),
+    least_piece=st.sampled_from([0, 1, 2, 4]),
+    shares=st.sampled_from([1, 2, 7, 132, 300]),
+)
+batches = st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 400)), st.integers(0, 3000)), max_size=12)
+
+
+def windowed(lengths):
+    """Keys that a causal window of 500 leaves visible to some rows."""
+
+    def visible(b, first, last):
+        q_len, kv_len = lengths[b]
+        offset = kv_len - q_len
+        begin, end = max(0, offset + first - 499), min(kv_len, offset + last + 1)
+        return (begin, end) if begin < end else (0, 0)
+
+    return visible
+
+
+def made(lengths, shape, visible=None):
+    return balance([q for q, _ in lengths], [k for _, k in lengths], shape, visible)
+
+
+@settings(max_examples=200, deadline=None)
+@given(batches, shapes, st.booleans())
+def test_every_unit_of_every_item_is_in_one_share(lengths, shape, is_windowed):
+    record = made(lengths, shape, windowed(lengths) if is_windowed else None)
+    wanted = {(t, g): tile.units(shape.unit_keys) for t, tile in enumerate(record.tiles) for g in range(shape.groups)}
+    done: dict[tuple[int, int], int] = {}
+    for c in range(shape.shares):
+        for tile, group, first, end in record.segments(shape, c):
+            assert done.get((tile, group), 0) == first < end, "units in order, each once, no piece empty"
+            done[tile, group] = end
+    assert done == wanted
+
+
+@settings(max_examples=200, deadline=None)
+@given(batches, shapes)
+def test_tiles_cover_the_rows_of_the_requests_of_the_class(lengths, shape):
+    record, start = made(lengths, shape), 0
+    for b, (q_len, kv_len) in enumerate(lengths):
+        tiles = [t for t in record.tiles if t.request == b]
+        in_class = q_len > 0 and shape.least_rows <= q_len * shape.class_pack <= shape.most_rows
+        assert bool(tiles) == in_class
+        assert [t.index for t in tiles] == list(range(len(tiles)))
+        assert all((t.count, t.q_start, t.q_len, t.kv_len) == (len(tiles), start, q_len, kv_len) for t in tiles)
+        if tiles:
+            assert (len(tiles) - 1) * shape.tile_rows < q_len * shape.pack <= len(tiles) * shape.tile_rows
+        start += q_len
+
+
+@settings(max_examples=200, deadline=None)
+@given(batches, shapes)
+def test_shares_are_equal_but_for_a_unit_and_the_snapping_of_cuts(lengths, shape):
+    record = made(lengths, shape)
+    if not record.tiles:
+        return
+    assert record.length == sum(shape.fixed_cost + t.units(shape.unit_keys) for t in record.tiles) * shape.groups
+    mean = record.length / record.used
+    slack = 1 + shape.fixed_cost + max(shape.least_piece, 1)  # at each end: a cut moves by that much
+    assert all(load <= mean + 2 * slack for load in share_loads(record))
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches, shapes)
+def test_items_stay_whole_when_told_so(lengths, shape):
+    whole = PlanShape(**{**vars(shape), "least_piece": NEVER_CUT})
+    record = made(lengths, whole)
+    for c in range(whole.shares):
+        for tile, _, first, end in record.segments(whole, c):
+            assert first == 0 and end == record.tiles[tile].units(whole.unit_keys)
+
+
+def test_skewed_batches_are_balanced():
+    lengths = [(1, 60000)] + [(1, 200)] * 63
+    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 1, 1, 132)
+    loads = share_loads(made(lengths, shape))
+    assert max(loads) <= 1.02 * sum(loads) / len(loads) + 1
+
+
+# ---- the CPU ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def causal(b, h, q_idx, kv_idx):
+    return kv_idx <= q_idx
+
+
+LENGTHS = [(1, 20000), (1, 3), (300, 900), (0, 50), (4, 0), (2, 700)]
+
+
+def pieces_of(batch, plan):
+    return host_pieces(plan, plan.classes[0], plan._values)
+
+
+@pytest.mark.parametrize(
+    "split", [{}, {"split": "fixed", "kv_split": 1000}, {"split": "none"}], ids=["balanced", "fixed", "none"]
+)
+def test_pieces_of_the_cpu_cover_every_row_and_key_once(four_threads, split):
+    batch = Batch(LENGTHS, 8, 2)
+    pieces = pieces_of(batch, batch.plan(**split))
+    for b, (rows, keys) in enumerate(LENGTHS):
+        seen = torch.zeros(8, rows, max(keys, 1), dtype=torch.int32)
+        for request, kv_h, head, heads, row, count, first, end in pieces.tolist():
+            if request == b:
+                assert kv_h * 4 <= head and head + heads <= kv_h * 4 + 4
+                seen[head : head + heads, row : row + count, first : max(end, first)] += 1
+        assert (seen[:, :, :keys] == 1).all()
+    if split:
+        assert all(p[7] - p[6] <= 1024 for p in pieces.tolist()) == (split["split"] == "fixed")
+
+
+def test_one_long_decode_keeps_all_threads_of_the_cpu_busy(four_threads):
+    batch = Batch([(1, 20000)], 4, 1)
+    pieces = pieces_of(batch, batch.plan())
+    keys = pieces[:, 7] - pieces[:, 6]
+    assert len(pieces) >= 4 and keys.max() <= 20000 / 4
+
+
+def test_hidden_keys_cost_the_cpu_nothing():
+    def window(b, h, q_idx, kv_idx):
+        return (kv_idx <= q_idx) & (q_idx - kv_idx < 100)
+
+    batch = Batch([(1, 20000)])
+    pieces = pieces_of(batch, batch.plan(window))
+    assert pieces[:, 6].min() >= 20000 - 100 - 256 and (pieces[:, 7] - pieces[:, 6]).sum() <= 2 * (100 + 2 * 256)
+
+
+def test_explain_says_how_the_work_is_divided(four_threads):
+    batch = Batch([(1, 20000), (300, 900)], 8, 2)
+    text = batch.plan(causal).explain(rows=3)
+    assert "2 requests, 301 query rows, 20900 keys; 8 query heads on 2 KV heads; split balanced; cpu" in text
+    assert "for 4 threads" in text and "a thread's part 25.0%" in text
+    assert len(text.splitlines()) == 7  # the batch, the kernel, titles, three pieces, how many more
+
+
+def test_explain_needs_lengths():
+    with pytest.raises(jitgen.errors.PlanMismatch, match=r"Call plan.update first"):
+        jitgen.Plan(1, 1, 4, 2, 16, dtype=torch.float32, device="cpu").explain()
