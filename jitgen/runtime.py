@@ -35,7 +35,8 @@ class CompiledKernel:
     def function(self, name: str, result: type = ctypes.c_int) -> Callable[[bytes], int]:
         """Another entry point of the module that takes packed arguments."""
         found = getattr(self._library, name)
-        found.argtypes, found.restype = [ctypes.c_char_p], result
+        if found.argtypes is None:
+            found.argtypes, found.restype = [ctypes.c_char_p], result
         return found
 
     def raise_error(self, code: int) -> None:

@@ -114,7 +114,7 @@ def check_indices(name: str, t: object, rank: int) -> None:
 
 def as_int32(t: Tensor) -> Tensor:
     """The tensor itself if it is contiguous int32, otherwise a copy."""
-    return t.to(torch.int32).contiguous()
+    return t if t.dtype is torch.int32 and t.is_contiguous() else t.to(torch.int32).contiguous()
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,9 @@ class DeploySuite:
             self.faults.append(f"{label}: {failure}")
         self.config.say(f"[{label}] {self.found.get(label, 'failed')}")
 
-    def prebuild(self, out: Path, jobs: int | None = None, dims: tuple[int, ...] = FEW_DIMS, **options: object) -> dict[str, Any]:
+    def prebuild(
+        self, out: Path, jobs: int | None = None, dims: tuple[int, ...] = FEW_DIMS, **options: object
+    ) -> dict[str, Any]:
         """Build a manifest of all variants into a directory."""
         dims = dims[:1] if self.config.quick else dims
         options = {"dtype": list(DTYPES), "head_dim": list(dims), "arch": self.arch, "q_len": 1 << 20, **options}

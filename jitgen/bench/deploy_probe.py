@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import os
 import sys
@@ -36,7 +38,7 @@ def frozen_start(device: str, head_dims: list[int], dtypes: list[str]) -> dict[s
     total = time.perf_counter() - begun
     from jitgen.runtime import loaded_kernels
 
-    each = sorted(after - before for before, after in zip(marks[1:], marks[2:], strict=False))
+    each = sorted(after - before for before, after in itertools.pairwise(marks[1:]))
     return {"kernels": len(loaded_kernels()), "ms": 1e3 * total, "later_ms": 1e3 * each[len(each) // 2]}
 
 
@@ -45,11 +47,9 @@ def race(arch: str, num_processes: int, head_dim: int) -> dict[str, Any]:
 
     They are forked from this one, which has imported torch and the builder but started no thread.
     """
-    import torch.utils.cpp_extension  # noqa: F401
-
-    import jitgen.cache.publish
-    import jitgen.render
-    from jitgen import build, runtime  # noqa: F401
+    for module in ("torch.utils.cpp_extension", "jitgen.cache.publish", "jitgen.render", "jitgen.loader", "filelock"):
+        importlib.import_module(module)
+    from jitgen import runtime
     from jitgen.bench.deploy_variants import causal
     from jitgen.events import Event, on_event
     from jitgen.prebuild_units import spec_of
@@ -80,7 +80,8 @@ def race(arch: str, num_processes: int, head_dim: int) -> dict[str, Any]:
     with os.fdopen(results[0]) as stream:
         answers = [json.loads(line) for line in stream]
     builds = [seconds for answer in answers for seconds in answer["built"]]
-    return {"processes": len(answers), "builds": len(builds), "build_s": max(builds), "last_s": max(a["seconds"] for a in answers)}
+    last = max(answer["seconds"] for answer in answers)
+    return {"processes": len(answers), "builds": len(builds), "build_s": max(builds), "last_s": last}
 
 
 TASKS = {"frozen_start": frozen_start, "race": race}

@@ -303,7 +303,8 @@ def test_positional_order_differs_between_the_two_wrappers():
     want = batch.expected(causal=True, window_left=3, cap=2.0, scale=0.5)[0]
     assert_near(wrapper.run(batch.q, k, v), want)
     paged = flashinfer.BatchPrefillWithPagedKVCacheWrapper(WORKSPACE)
-    paged.plan(batch.qo_indptr, *batch.tables, 4, 2, 16, 4, *by_position, 0.5, 3, 2.0, q_data_type=torch.float32)
+    hints = {"max_sequence_kv": 40, "seq_lens": torch.tensor([9, 40]), "uniform_q_len": 5}
+    paged.plan(batch.qo_indptr, *batch.tables, 4, 2, 16, 4, *by_position, 0.5, 3, 2.0, q_data_type=torch.float32, **hints)
     assert_near(paged.run(batch.q, batch.cache), want)
 
 

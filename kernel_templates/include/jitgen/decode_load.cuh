@@ -11,15 +11,20 @@
 
 namespace jg {
 
-// What the host decides for a launch.
+// What the host decides for a launch. First, and together, what is read before the first copy: each line of 64 bytes of the
+// parameters costs the start of the kernel a miss.
 struct DecodeSetup {
-  Operand keys, values;       // tensor maps, for the copy engine
+  const void* plan;
+  const int* pages;           // as in Args
+  const int* kv_start;
+  int page_list_stride, batch;
   PlanShape shape;
-  Divisor group_size;         // query heads of a key head
   Divisor page_size;          // keys; 1 when ragged
+  Divisor group_size;         // query heads of a key head
   int heads, kv_warps;        // key heads of a CTA, and warps that share the keys of each
   int tensor_copies;          // 1: by the copy engine
   int evict_first;            // 1: K and V are more than L2 holds
+  Operand keys, values;       // tensor maps, for the copy engine
 };
 
 // The units of a share, one after the other.
@@ -81,15 +86,15 @@ template <int kHeadDim, int kHeadDimV, int kStages, bool kTensorCopies> struct U
   static JITGEN_FN bool by_engine(const DecodeSetup& setup) { return kTensorCopies && setup.tensor_copies; }
 
   // Reads the page number, which is waited for where the place is used: a unit later.
-  template <class Args> JITGEN_FN KeyPlace find(const Args& args, const DecodeSetup& setup, const PlanTile& tile, int first, int kv_first, int head) const {
+  JITGEN_FN KeyPlace find(const DecodeSetup& setup, const PlanTile& tile, int first, int kv_first, int head) const {
     const bool whole = by_engine(setup);
     const int key = whole ? first : first + (lane & 15);
     const bool valid = key < tile.end && (whole || key >= tile.begin);
     KeyPlace place = {-1, 0, head};
-    if (args.pages) {
+    if (setup.pages) {
       const int index = setup.page_size.divide(key);
       place.row = key - index * static_cast<int>(setup.page_size.value);
-      if (valid) place.page = __ldg(args.pages + kv_first + index);
+      if (valid) place.page = __ldg(setup.pages + kv_first + index);
     } else {
       place.row = kv_first + key;
       if (valid) place.page = 0;
@@ -112,7 +117,7 @@ template <int kHeadDim, int kHeadDimV, int kStages, bool kTensorCopies> struct U
     }
     // A number outside of the cache is not followed: the key reads as zeros.
     const int bound = static_cast<int>(args.num_pages);
-    const bool valid = place.page >= 0 && (args.pages ? place.page : place.row) < bound;
+    const bool valid = place.page >= 0 && (setup.pages ? place.page : place.row) < bound;
     const long long k_at = valid ? place.page * (args.k_stride_p * 2) + place.row * (args.k_stride_s * 2) : -1;
     const long long v_at = valid ? place.page * (args.v_stride_p * 2) + place.row * (args.v_stride_s * 2) : -1;
     copy_rows<kHeadDim>(to, static_cast<const char*>(args.k) + place.head * (args.k_stride_h * 2), k_at);

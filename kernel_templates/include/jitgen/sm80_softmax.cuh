@@ -17,20 +17,23 @@ template <int kRowTiles> struct OnlineSoftmax {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) row_max[i][0] = row_max[i][1] = -INFINITY, row_sum[i][0] = row_sum[i][1] = 0.0f;
   }
-  // Turns logits into weights and brings O to the new maximum. A row that has seen nothing keeps maximum -inf and is
-  // shifted by 0 instead, so its weights are exp2(-inf) = 0 and never NaN.
+  // Turns logits into weights and brings O to the new maximum. The old maximum is kept until the new one exceeds it by more
+  // than kSlack (in exponents of two): most tiles leave O alone then, and weights may reach 2^kSlack. A row that has seen
+  // nothing keeps maximum -inf and is shifted by 0 instead, so its weights are exp2(-inf) = 0 and never NaN.
   template <int kColTiles, int kOutTiles>
   JITGEN_FN void update(float (&s)[kRowTiles][kColTiles][4], float (&o)[kRowTiles][kOutTiles][4], float units) {
+    constexpr float kSlack = 8.0f;
     float factor[kRowTiles][2];
     bool moved = false;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float tile_max = ::fmaxf(s[i][0][2 * half], s[i][0][2 * half + 1]);
+        float top = ::fmaxf(s[i][0][2 * half], s[i][0][2 * half + 1]);
 #pragma unroll
-        for (int j = 1; j < kColTiles; ++j) tile_max = ::fmaxf(tile_max, ::fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
-        const float before = row_max[i][half], now = ::fmaxf(before, quad_max(tile_max));
+        for (int j = 1; j < kColTiles; ++j) top = ::fmaxf(top, ::fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
+        top = quad_max(top);
+        const float before = row_max[i][half], now = top * units <= before * units + kSlack ? before : top;
         const float shift = now == -INFINITY ? 0.0f : now * units;
         factor[i][half] = exp2(before * units - shift);
         moved |= now != before;
@@ -45,7 +48,6 @@ template <int kRowTiles> struct OnlineSoftmax {
           }
         row_sum[i][half] = row_sum[i][half] * factor[i][half] + tile_sum;
       }
-    // Once the maximum has settled most tiles leave it alone: skip the multiplications of O then.
     if (__any_sync(0xffffffffu, moved)) {
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i)
@@ -58,11 +60,11 @@ template <int kRowTiles> struct OnlineSoftmax {
   // Denominator over the whole row; returns the natural-log LSE. `factor` is what the O row must be multiplied by.
   // `sink` is an extra logit without a value, in natural units (-inf: none).
   JITGEN_FN float finish(int i, int half, float units, float sink, float& factor) {
-    const float shift = row_max[i][half] * (units * kLn2);   // back to natural units
+    const float largest = row_max[i][half] * (units * kLn2);   // back to natural units
     const float total = quad_sum(row_sum[i][half]);
-    const float top = ::fmaxf(shift, sink);
+    const float top = ::fmaxf(largest, sink);
     if (top == -INFINITY) { factor = 0.0f; return -INFINITY; }
-    const float old = exp(shift - top), denominator = total * old + exp(sink - top);
+    const float old = exp(largest - top), denominator = total * old + exp(sink - top);
     factor = old * reciprocal(denominator);
     return top + log(denominator);
   }
