@@ -210,8 +210,10 @@ def _is_abandoned(build: Path) -> bool:
 
 
 def _is_dangling(root: Path, path: Path) -> bool:
-    """Whether an alias or a lock belongs to no entry."""
+    """Whether an alias belongs to no entry, or a lock was not used for so long that nobody holds it."""
     with suppress(OSError, UnicodeDecodeError):
-        name = path.stem if path.parent.name == "locks" else path.read_text("ascii").strip()
+        if path.parent.name == "locks":
+            return time.time() - path.stat().st_mtime > ABANDONED_AFTER
+        name = path.read_text("ascii").strip()
         return ENTRY_NAME.fullmatch(name) is None or not (root / name / MODULE).is_file()
     return False

@@ -32,12 +32,13 @@ ALIAS = re.compile(r"index/[0-9a-f]{32}")
 
 
 class Contents(NamedTuple):
-    """What a bundle holds."""
+    """What a bundle holds, and the oldest C library that its modules load with, such as '2.34' ('' where they do not say)."""
 
     path: Path
     kernels: tuple[str, ...]
     archs: tuple[str, ...]
     size: int  # bytes of the bundle itself; of all files where it is a directory
+    glibc: str
 
 
 # ---- packing ------------------------------------------------------------------------------------------------------------
@@ -222,4 +223,6 @@ def _contents(path: Path, members: list[Member]) -> Contents:
     archs = sorted({str(key["target"]["arch"]) for key in keys})
     kernels = sorted(member.name.split("/")[0] for member in members if member.name.endswith(f"/{entries.KEY}"))
     size = sum(len(member.data) for member in members) if path.is_dir() else path.stat().st_size
-    return Contents(path, tuple(kernels), tuple(archs), size)
+    versions = {v for member in members if member.is_program for v in re.findall(rb"GLIBC_(\d+)\.(\d+)", member.data)}
+    newest = max(((int(major), int(minor)) for major, minor in versions), default=())
+    return Contents(path, tuple(kernels), tuple(archs), size, ".".join(map(str, newest)))

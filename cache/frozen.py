@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from jitgen.cache.admin import list_entries
+from jitgen.cache.entry import Corrupt, verify
 from jitgen.cache.generator import generator_digest
 from jitgen.cache.layer import read_stamp
 from jitgen.errors import KernelNotPrebuilt
@@ -20,12 +23,27 @@ def not_prebuilt(request: Request, stores: list[Store]) -> KernelNotPrebuilt:
         f"JITGEN_MODE=frozen and no prebuilt layer holds {request.family} kernel {request.label!r} for {request.arch}. "
         f"Searched: {searched}."
     )
-    reasons = [reason for store in stores for reason in _reasons(store)]
+    reasons = [reason for store in stores for reason in (*_reasons(store), *_damage(store, request))]
     if reasons:
         return KernelNotPrebuilt(f"{message} {' '.join(reasons)}")
+    held = sorted({str(info.arch) for store in stores if store.is_layer for info in list_entries(store.root)})
+    if held and request.arch not in held:
+        message += f" Layers hold kernels for {', '.join(held)}."
     if request.as_manifest is None:
         return KernelNotPrebuilt(f"{message} Run once with JITGEN_MODE=auto to build it, and ship that store.")
     return KernelNotPrebuilt(message, manifest=request.as_manifest())
+
+
+def _damage(store: Store, request: Request) -> list[str]:
+    """What is wrong with the kernel in a store that holds it, damaged."""
+    for portable in (True, False):
+        with suppress(OSError, UnicodeDecodeError):
+            name = (store.root / "index" / request.alias(portable=portable)).read_text("ascii").strip()
+            try:
+                verify(store.root / name)
+            except Corrupt as error:
+                return [f"{store.root} holds it as {name}, damaged: {error}. Replace that store."]
+    return []
 
 
 def _reasons(store: Store) -> list[str]:

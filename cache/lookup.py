@@ -87,8 +87,8 @@ def get_module(request: Request, builder: Builder, waiting: Waiting | None = Non
                 from jitgen.cache.frozen import not_prebuilt
 
                 raise not_prebuilt(request, stores())
-            found = Found(_build(request, builder, waiting or (lambda message: nullcontext())), "built")
-            if env.remote() is not None:
+            found = _build(request, builder, waiting or (lambda message: nullcontext()))
+            if env.remote() is not None and found.source == "built":
                 from jitgen.cache.remote import upload
 
                 upload(request, found.module)
@@ -164,13 +164,12 @@ def forget() -> None:
     _store.cache_clear()
 
 
-def _build(request: Request, builder: Builder, waiting: Waiting) -> Path:
-    source = request.make_source()
+def _build(request: Request, builder: Builder, waiting: Waiting) -> Found:
     user = paths.cache_dir()
     if user is None:
-        return _build_in(_temporary_store("there is no home directory"), source, request, builder, waiting)
+        return _build_in(_temporary_store("there is no home directory"), request, builder, waiting)
     try:
-        return _build_in(_store(user, False), source, request, builder, waiting)
+        return _build_in(_store(user, False), request, builder, waiting)
     except CacheError:
         raise
     except CompileError as error:
@@ -179,20 +178,31 @@ def _build(request: Request, builder: Builder, waiting: Waiting) -> Path:
         reason = f"{user} is full"
     except OSError as error:
         reason = f"{error.strerror or error} ({error.filename or user})"
-    return _build_in(_temporary_store(reason), source, request, builder, waiting)
+    return _build_in(_temporary_store(reason), request, builder, waiting)
 
 
-def _build_in(store: Store, source: Source, request: Request, builder: Builder, waiting: Waiting) -> Path:
-    key = module_key(source.text, source.includes, request.target)
-    name = f"{request.family}-{digest(key)}"
-    module = store.find(name)
-    if module is None:
-        from jitgen.cache.publish import build_once
+def _build_in(store: Store, request: Request, builder: Builder, waiting: Waiting) -> Found:
+    """The module, rendered and built by one process: the others wait, and find it without rendering anything."""
+    from jitgen.cache.publish import build_entry, one_builder
 
-        module = build_once(store, name, source, key=key, label=request.label, builder=builder, waiting=waiting)
-    for portable in (False, True):
-        store.remember_alias(request.alias(portable=portable), name)
-    return module
+    alias = request.alias()
+    kernel = f"{request.family}-{alias}"
+
+    def is_there() -> bool:
+        return store.find_alias(alias) is not None
+
+    with one_builder(store, kernel, request.label, request.arch, waiting, is_there):
+        module = store.find_alias(alias)
+        if module is not None:
+            return Found(module, store.kind)
+        source = request.make_source()
+        key = module_key(source.text, source.includes, request.target)
+        name = f"{request.family}-{digest(key)}"
+        # another kernel may have the same source
+        module = store.find(name) or build_entry(store, name, source, key, request.label, builder)
+        for portable in (False, True):
+            store.remember_alias(request.alias(portable=portable), name)
+        return Found(module, "built")
 
 
 def _is_full(error: CompileError) -> bool:

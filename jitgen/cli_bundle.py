@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     archs = ", ".join(dict.fromkeys(map(short_arch, contents.archs)))
     print(f"{said}: {counted(len(contents.kernels), 'kernel')} for {archs}, {size_text(contents.size)}")
+    if contents.glibc:
+        print(f"needs glibc {contents.glibc} or later")
     return 0
 
 

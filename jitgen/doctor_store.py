@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jitgen import env
 from jitgen.cache.admin import list_entries
+from jitgen.cache.installed import installed_layers
 from jitgen.cache.store import Store
 from jitgen.cache.trust import check_trusted
 from jitgen.cli_text import counted, size_text
@@ -19,8 +20,11 @@ LEAST_FREE = 100 << 20  # bytes: a build needs a few MB; below this a user shoul
 
 def check_store() -> Iterator[Finding]:
     """The user store, then each prebuilt layer."""
-    for path in env.prebuilt_dirs():
+    for path in (*env.prebuilt_dirs(), *installed_layers()):
         yield check_layer(path)
+    if env.remote() is not None:
+        uploads = "built kernels are sent there" if env.remote_upload() else "nothing is sent there"
+        yield Finding(STORE, "remote", OK, f"{env.remote()}: asked before compiling, for {env.remote_timeout():g} s; {uploads}")
     root = env.cache_dir()
     if root is None:
         yield Finding(

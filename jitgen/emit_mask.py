@@ -59,10 +59,12 @@ def emit_mask_analysis(unit: Unit, mask: Expr | None) -> MaskAnalysisText:
         if term.prec != ATOM or not name.replace(".", "").isidentifier() or term.ctype == "bool":
             name = f"part{i}"
             tile.lines.append(f"const jg::Truth {name} = {term.text};  // {unit.comment(part)}")
-        terms.append(name)
         if i + 1 < len(parts):
             stop = f"{name}.must) return kTileFull;" if absorbing else f"!{name}.may) return kTileNone;"
             tile.lines.append(f"if ({stop}")
+            # what the test has shown is said again: ptxas 13.0 takes it for its opposite where it has to work it out
+            name = f"jg::{'unproven' if absorbing else 'possible'}({name})"
+        terms.append(name)
     else:
         value = f"jg::tile_kind({(' | ' if absorbing else ' & ').join(terms)})"
     return MaskAnalysisText(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from jitgen import cache, runtime
 from jitgen.abi import ARGS_OF_LAYOUT
 from jitgen.errors import JitgenError, ManifestError
-from jitgen.families import SERVING_FAMILIES, cpu_tiles, cuda_spec, padded_head_dims
+from jitgen.families import choose_spec, padded_head_dims, serving_spec
 from jitgen.manifest import Manifest
 from jitgen.portable import pack, targets_in, unpack
 from jitgen.prebuild_variants import program_of
@@ -23,6 +27,7 @@ from jitgen.target import CompileTarget, target_of
 
 # sm90 has other tiles for short queries: all that some length would choose are built unless a manifest says q_len
 Q_LENS = tuple(1 << n for n in range(21))
+PLAN_FAMILIES = ("decode", None)  # a serving plan has two kernels on CUDA: one for decode steps, one for the rest
 
 
 class Unit(NamedTuple):
@@ -84,9 +89,8 @@ def _of_kernel(kernel: Mapping[str, Any], folder: Path, archs: Sequence[str] | N
     options += [_listed(kernel, "layout", ("dense",)), _listed(kernel, "q_len", Q_LENS), _listed(kernel, "rows", (8,))]
     for dtype, head_dim, head_dim_v, arch, layout, q_len, rows in itertools.product(*options):
         head_dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
-        # a plan has two kernels on CUDA: one for decode steps, one for the rest
         is_plan = layout != "dense" and target_of(arch).kind == "cuda"
-        for family in _listed(kernel, "family", [f for f in SERVING_FAMILIES if f != "cpu"] if is_plan else (None,)):
+        for family in _listed(kernel, "family", PLAN_FAMILIES if is_plan else (None,)):
             spec = spec_of(program, dtype, head_dims, arch, family=family, layout=layout, q_len=q_len, rows=rows)
             yield Unit(pack((runtime.module_path, spec)), f"{name}: {spec.label}", spec.target.arch)
 
@@ -130,18 +134,40 @@ def spec_of(
     if target.kind == "cpu":
         if family not in (None, "cpu"):
             raise ManifestError(f"family = {family!r} needs a CUDA architecture, arch is {arch!r}.")
-        return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims), target, layout=layout)
-    family, target = _cuda_choice(family, target)
-    return cuda_spec(program, dtype, padded_head_dims(*head_dims), family, target, q_len=q_len, layout=layout, rows=rows)
+        spec = _choose(program, dtype, head_dims, torch.device("cpu"), layout, family, q_len, rows)
+        return dataclasses.replace(spec, target=target)
+    with _as_on_device(arch.rstrip("af")):  # 9.0 and 9.0a both mean a Hopper device; the family decides which it becomes
+        return _choose(program, dtype, padded_head_dims(*head_dims), torch.device("cuda", 0), layout, family, q_len, rows)
 
 
-def _cuda_choice(family: str | None, target: CompileTarget) -> tuple[str, CompileTarget]:
-    """Family and target as jitgen.families would: 9.0 means a Hopper device, which takes sm90 with 9.0a."""
-    base = target.arch.rstrip("af")
-    if family is None:
-        family = "sm90" if base == "9.0" else "sm80"
-    is_specific = family != "sm80" and int(base.partition(".")[0]) >= 9
-    return family, target_of(base + "a" if is_specific else base)
+def _choose(
+    program: Program,
+    dtype: str,
+    head_dims: tuple[int, int],
+    device: torch.device,
+    layout: str,
+    family: str | None,
+    q_len: int,
+    rows: int,
+) -> KernelSpec:
+    """What a call, or a plan, chooses."""
+    if layout == "dense":
+        return choose_spec(program, dtype, head_dims, device, q_len=q_len, family=family)
+    return serving_spec(program, dtype, head_dims, device, layout, family=family, rows=rows)
+
+
+@contextmanager
+def _as_on_device(arch: str) -> Iterator[None]:
+    """Let what is chosen meanwhile be chosen for a device of this architecture, though there may be none."""
+    kept = os.environ.get("JITGEN_CUDA_ARCH")
+    os.environ["JITGEN_CUDA_ARCH"] = arch
+    try:
+        yield
+    finally:
+        if kept is None:
+            del os.environ["JITGEN_CUDA_ARCH"]
+        else:
+            os.environ["JITGEN_CUDA_ARCH"] = kept
 
 
 # ---- recorded -----------------------------------------------------------------------------------------------------------
@@ -189,12 +215,10 @@ def _like(recorded: CompileTarget, wanted: CompileTarget) -> CompileTarget:
 
 def _chosen_anew(spec: KernelSpec, target: CompileTarget) -> KernelSpec:
     """The kernel that a call would choose for another target; one for short queries remains one for short queries."""
-    family, target = _cuda_choice(None, target)
-    head_dims = (spec.head_dim, spec.head_dim_v)
 
-    def tiles_for(q_len: int, where: KernelSpec) -> KernelSpec:
-        return cuda_spec(spec.program, spec.dtype, head_dims, where.family, where.target, q_len=q_len, layout=spec.layout)
+    def chosen(arch: str, family: str | None, q_len: int) -> KernelSpec:
+        return spec_of(spec.program, spec.dtype, (spec.head_dim, spec.head_dim_v), arch, family=family, q_len=q_len)
 
-    q_len = next((q_len for q_len in reversed(Q_LENS) if tiles_for(q_len, spec).tiles == spec.tiles), Q_LENS[-1])
-    moved = dataclasses.replace(spec, family=family, target=target)
-    return dataclasses.replace(moved, tiles=tiles_for(q_len, moved).tiles)
+    lengths = (q_len for q_len in reversed(Q_LENS) if chosen(spec.target.arch, spec.family, q_len).tiles == spec.tiles)
+    new = chosen(target.arch, None, next(lengths, Q_LENS[-1]))
+    return dataclasses.replace(spec, family=new.family, tiles=new.tiles, target=new.target)

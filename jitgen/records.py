@@ -26,7 +26,7 @@ def _init(self: Any, *args: Any, **given: Any) -> None:
     if len(args) > len(names):
         raise TypeError(f"{type(self).__name__} takes {len(names)} values, got {len(args)}")
     values = {**self._defaults, **dict(zip(names, args, strict=False)), **given}
-    if len(values) != len(names) or (given and len(set(names[: len(args)]).intersection(given))):
+    if len(values) != len(names) or not self._names.issuperset(given) or not given.keys().isdisjoint(names[: len(args)]):
         _explain(type(self).__name__, names, args, given, values)
     self.__dict__.update(values)
 
@@ -70,6 +70,7 @@ def _record(cls: type | None = None, *, eq: bool = True) -> Any:
         return lambda decorated: _record(decorated, eq=eq)
     made: Any = cls
     made.__match_args__ = names = tuple(cls.__annotations__)
+    made._names = frozenset(names)
     made._specified = {name: cls.__dict__[name] for name in names if name in cls.__dict__}
     made._defaults, compared = {}, []
     for name in names:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jitgen.abi import ARGS_OF_LAYOUT, ArgField, pack_format
-from jitgen.errors import LaunchError
+from jitgen.errors import CacheError, LaunchError
 from jitgen.program import Program
 from jitgen.spec import KernelSpec
 
@@ -26,7 +26,11 @@ class CompiledKernel:
 
     def __init__(self, path: Path, spec: KernelSpec, fields: tuple[ArgField, ...]) -> None:
         self.path, self.spec = path, spec
-        self._library = ctypes.CDLL(str(path))
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            remedy = "Built on a newer system, it must be prebuilt on one as old as this; else remove it."
+            raise CacheError(f"{path} does not load: {error}. {remedy}") from error
         self.launch = self._library.jitgen_launch
         self.launch.argtypes = [ctypes.c_char_p]
         self.launch.restype = ctypes.c_int

@@ -198,12 +198,10 @@ def run(
     batch, vocab, device = out.shape[0], x.shape[1], x.device
     if processors and from_probs:
         raise VariantError("processors change logits, and from_logits is False. Pass logits.")
-    pairs = (
-        row_parameter("temperature", temperature, 1.0, (0.0, _UP), batch, device),
-        row_parameter("top_k", top_k, 0, (-_MOST, _MOST), batch, device),
-        row_parameter("top_p", top_p, 1.0, (0.0, 1.0), batch, device),
-        row_parameter("min_p", min_p, 0.0, (0.0, 1.0), batch, device),
-    )
+    temperatures, temperature = row_parameter("temperature", temperature, 1.0, (0.0, _UP), batch, device)
+    top_ks, k = row_parameter("top_k", top_k, 0, (-_MOST, _MOST), batch, device)
+    top_ps, p = row_parameter("top_p", top_p, 1.0, (0.0, 1.0), batch, device)
+    min_ps, least = row_parameter("min_p", min_p, 0.0, (0.0, 1.0), batch, device)
     if status is not None:
         check_output("status", status, (batch,), (torch.uint8,), device)
     program, values = resolve_processors(processors)
@@ -217,7 +215,7 @@ def run(
     )  # fmt: skip
     launch(kernel, device, (
         x.data_ptr(), out.data_ptr(), address(status), address(valid), address(indices),
-        *(word for tensor, number in pairs for word in (address(tensor), number)),
+        address(temperatures), temperature, address(top_ks), k, address(top_ps), p, address(min_ps), least,
         address(streams.seed), streams.seed_value, address(streams.offset), streams.offset_value, streams.advance, bad_token,
         out.dtype == torch.int64, current_stream(device), torch.get_num_threads(), team_of(vocab, device), batch, x.shape[0],
         vocab, x.stride(0), out.stride(0) if out.dim() == 2 else 1, *words,

@@ -17,6 +17,7 @@ from jitgen.target import CompileTarget, detect_cpu, detect_cuda
 _kernels: dict[tuple[str, CompileTarget], runtime.CompiledKernel] = {}
 _specs: dict[tuple[object, ...], tuple[SamplingSpec, runtime.CompiledKernel]] = {}
 _targets: dict[torch.device, CompileTarget] = {}
+_teams: dict[tuple[int, torch.device], int] = {}
 _lock = threading.Lock()
 
 
@@ -34,11 +35,10 @@ def get_kernel(op: str, dtype: str, device: torch.device, program: Program, **fl
     Errors:  CompileError, ToolchainMissing, KernelNotPrebuilt, CacheError, UnsupportedDevice.
     Cost:    memory: two dictionary look-ups; compiling: about a second on a GPU machine's host, once per combination.
     """
-    target = target_of(device)
-    key = (op, dtype, target, id(program), *flags.values())
+    key = (op, dtype, device, id(program), *flags.values())
     found = _specs.get(key)
     if found is None:
-        spec = SamplingSpec(op=op, dtype=dtype, target=target, program=program, **flags)  # type: ignore[arg-type]
+        spec = SamplingSpec(op=op, dtype=dtype, target=target_of(device), program=program, **flags)  # type: ignore[arg-type]
         found = _specs[key] = (spec, _load(spec))  # keeps the program, so its id stays its own
     return found[1]
 
@@ -66,8 +66,11 @@ def address(t: torch.Tensor | None) -> int:
 
 
 def team_of(vocab: int, device: torch.device) -> int:
-    """CTAs that share a row of this length."""
-    return team_size(vocab, target_of(device))
+    """Slices of a row of this length."""
+    team = _teams.get((vocab, device))
+    if team is None:
+        team = _teams[vocab, device] = team_size(vocab, target_of(device))
+    return team
 
 
 def current_stream(device: torch.device) -> int:
@@ -95,6 +98,8 @@ def capture_words(program: Program, values: list[object], batch: int, vocab: int
 
     Errors:  ShapeMismatch, UnsupportedDevice.
     """
+    if not values:
+        return values
     for slot, value in zip(program.slots, values, strict=True):
         if slot.kind == "tensor" and value.device != device:  # type: ignore[attr-defined]
             raise UnsupportedDevice(

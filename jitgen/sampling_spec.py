@@ -58,7 +58,7 @@ ROW_ARGS: tuple[ArgField, ...] = (
     ArgField("int64_t", "out_is_wide", "1: tokens are int64, 0: int32"),
     ArgField("int64_t", "stream", "CUDA stream"),
     ArgField("int64_t", "num_threads", "CPU threads; 0: the OpenMP default"),
-    ArgField("int64_t", "team", "CTAs that share a row"),
+    ArgField("int64_t", "team", "slices of a row: how many CTAs may share it"),
     ArgField("int64_t", "batch"),
     ArgField("int64_t", "x_rows", "rows of x"),
     ArgField("int64_t", "vocab"),
@@ -81,7 +81,7 @@ VERIFY_ARGS: tuple[ArgField, ...] = (
     ArgField("int64_t", "advance", "1: add kDrawsPerCall to the offsets"),
     ArgField("int64_t", "stream", "CUDA stream"),
     ArgField("int64_t", "num_threads", "CPU threads; 0: the OpenMP default"),
-    ArgField("int64_t", "team", "CTAs that share a row"),
+    ArgField("int64_t", "team", "slices of a row: how many CTAs may share it"),
     ArgField("int64_t", "batch"),
     ArgField("int64_t", "vocab"),
     ArgField("int64_t", "num_draft"),
@@ -167,6 +167,7 @@ class RowContext:
     has_min_p: bool
     top_k_first: bool
     revisits: bool
+    streams: bool
     blocks_per_processor: int
     groups_ahead: int
 
@@ -187,6 +188,13 @@ def render_sampling(spec: SamplingSpec) -> Source:
         includes=reached_headers(rendered.text),
         suffix=spec.target.suffix,
     )
+
+
+def _blocks_per_processor(spec: SamplingSpec, revisits: bool) -> int:
+    """CTAs that shall fit a multiprocessor, which decides how many registers they may use. Without clusters a CTA that holds
+    its row takes all of the shared memory, so it may have all of the registers too."""
+    has_clusters = spec.target.kind == "cuda" and spec.target.compute_capability >= CLUSTER_CAPABILITY
+    return 1 if spec.op == "verify" or (revisits and not has_clusters) else 2
 
 
 def _groups_ahead(spec: SamplingSpec) -> int:
@@ -214,7 +222,8 @@ def row_context(spec: SamplingSpec, captures: tuple[ArgField, ...], processors: 
         processor_section=processors,
         has_processor=spec.program.score is not None,
         revisits=revisits,
-        blocks_per_processor=1 if spec.op == "verify" else 2,
+        streams=spec.op == "sample" and not revisits,
+        blocks_per_processor=_blocks_per_processor(spec, revisits),
         groups_ahead=_groups_ahead(spec),
         **{name: getattr(spec, name) for name in _COPIED},
     )

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.compiler import is_compiling
 
-from jitgen import runtime
-from jitgen.checks import check_grad
 from jitgen.errors import PlanMismatch, UnsupportedDevice
 from jitgen.program import Program, uses_index
-from jitgen.serving_checks import check_captures, check_keys, check_query, check_results
+from jitgen.serving_checks import check_keys, check_query
 from jitgen.serving_kernels import kernels_of, split_number
+from jitgen.serving_launch import PreparedCall, run
 from jitgen.serving_op import call_paged, call_ragged, check_traced
 from jitgen.serving_pages import KeyPlace, PageTable, cache_place, ragged_place
-from jitgen.serving_plan import Plan, check_lse, default_scale
+from jitgen.serving_plan import Plan, default_scale
 
 if TYPE_CHECKING:
     from jitgen.variant import Variant
@@ -61,7 +59,7 @@ def paged_attention(
     Errors:  PlanMismatch, ShapeMismatch, UnsupportedDtype, UnsupportedDevice, GradNotSupported; on the CPU also LaunchError
              for a page number that the cache does not have. On a GPU page numbers and lengths are trusted.
     Cost:    compiles nothing that the plan has not; one launch for each of the plan's kernels, no wait, no allocation but
-             for the results.
+             for the results. Inside torch.compile the call is one operator, without variant=, out=, lse= and captures.
     """
     if is_compiling():
         check_traced(variant, out, lse, captures)
@@ -73,10 +71,13 @@ def paged_attention(
         of_v = (v.shape, v.stride(), v.dtype, v.device)
     else:
         k, v, of_v = kv_cache, kv_cache, None
-    key = (program, q.shape[1:], q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, of_v, kv_layout, scale)
+    key = (program, q.shape[1:], q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, of_v, kv_layout, scale,
+           table.device)  # fmt: skip
     call = plan.calls.get(key)
     if call is None:
         _check_ready(plan, "paged")
+        if table.device != plan.device:
+            raise UnsupportedDevice(f"the page table is on {table.device}, the plan on {plan.device}. Move it there.")
         place = cache_place(kv_cache, kv_layout)
         call = _prepare(plan, key, program, q, (k, v), place, scale)
     if table.batch < plan.batch:
@@ -85,7 +86,7 @@ def paged_attention(
         _check_table(plan, table, call.page_size)
     start = 0 if table.indptr is None else table.indptr.data_ptr()
     keys = (k.data_ptr(), v.data_ptr() + call.v_offset, start, table.pages.data_ptr(), table.list_stride)
-    return _run(plan, call, values, q, keys, return_lse, out, lse)
+    return run(plan, call, values, q, keys, return_lse, out, lse)
 
 
 def ragged_attention(
@@ -124,31 +125,7 @@ def ragged_attention(
         _check_ready(plan, "ragged")
         call = _prepare(plan, key, program, q, (k, v), ragged_place(k, v), scale)
     keys = (k.data_ptr(), v.data_ptr(), plan.kv_start.data_ptr(), 0, 0)  # type: ignore[union-attr]
-    return _run(plan, call, values, q, keys, return_lse, out, lse)
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedCall:
-    """Everything about a call that depends on shapes, strides and dtypes only."""
-
-    program: Program
-    kernels: tuple[runtime.CompiledKernel, ...]
-    page_size: int
-    v_offset: int  # bytes
-    heads: tuple[int, int]  # fields num_q_heads and num_kv_heads
-    pages: tuple[int, int]  # fields page_size and num_pages
-    head: tuple[float | int, ...]  # fields split to q_stride_h
-    o_stride: tuple[int, int]  # of an output that the call allocates
-    kv_stride: tuple[int, ...]
-    local_rows: bool
-    mask_slots: tuple[tuple[int, int], ...]  # of the plan's program and of this one: what the mask reads
-    q_factor: float  # of what the kernel gets as q; 1.0 but for scales that are not positive
-    on_host: bool
-    has_tensors: bool
-    out_like_q: bool  # the output is laid out as torch.empty_like(q) would be
-
-
-KeyAddresses = tuple[int, int, int, int, int]  # k, v, kv_start, pages; and the field page_list_stride
+    return run(plan, call, values, q, keys, return_lse, out, lse)
 
 
 def _resolve(plan: Plan, variant: object, captures: dict[str, object]) -> tuple[Program, list[object]]:
@@ -219,91 +196,3 @@ def _check_table(plan: Plan, table: PageTable, page_size: int) -> None:
     if changes < 0 or known is not start or seen != state:
         table.check_extent(plan.kv_len, page_size)  # type: ignore[arg-type]
         plan.checked_table = start, state  # holding the tensor keeps its memory from becoming another's
-
-
-def _run(
-    plan: Plan,
-    call: PreparedCall,
-    values: list[object],
-    q: Tensor,
-    keys: KeyAddresses,
-    want_lse: bool,
-    out: Tensor | None,
-    lse: Tensor | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Check what the plan knows of the batch, allocate the results, and start the kernels on the current stream."""
-    total_q = q.shape[0]
-    if total_q > plan.max_tokens or total_q < plan.rows:
-        check_query(plan, q)
-        raise PlanMismatch(f"q has {total_q} rows, plan.update was given {plan.rows}. Both must match, but for padding.")
-    if q.requires_grad:
-        check_grad(q, q, q)
-    o_stride = call.o_stride
-    if out is not None or lse is not None:
-        check_results(plan, q, out, lse)
-    if out is not None:
-        o_stride = out.stride()[:2]
-    elif call.out_like_q:
-        out = torch.empty_like(q)
-    else:
-        out = q.new_empty((total_q, plan.num_q_heads, plan.head_dim_v))
-    if want_lse or lse is not None:
-        check_lse(call.program)
-        lse = q.new_empty((total_q, plan.num_q_heads), dtype=torch.float32) if lse is None else lse
-    if plan.batch and total_q:
-        if call.mask_slots:
-            plan.check_values(call.mask_slots, call.program, values)
-        if call.has_tensors:
-            check_captures(plan, call.program, values)
-            values = runtime.capture_words(call.program, values)
-        if call.q_factor != 1.0:
-            q = _copy(q).mul_(call.q_factor)
-        if not call.on_host and (q.data_ptr() | keys[0] | keys[1]) & 15:
-            q = _aligned(q, keys)
-        pointers = (q.data_ptr(), keys[0], keys[1], out.data_ptr(), 0 if lse is None else lse.data_ptr())
-        numbers = (plan.batch, *call.heads, total_q, *call.pages, keys[4], call.local_rows)
-        rest = (*call.head, *o_stride, *call.kv_stride, *values)
-        _launch(plan, call, pointers, (*plan.lengths, keys[2], keys[3]), numbers, rest)
-    return (out, lse) if want_lse else out  # type: ignore[return-value]
-
-
-def _aligned(q: Tensor, keys: KeyAddresses) -> Tensor:
-    """A copy of q that starts at a multiple of 16 bytes; a cache is too large to be copied."""
-    if (keys[0] | keys[1]) & 15:
-        raise UnsupportedDevice(
-            "the memory of k or v does not start at a multiple of 16 bytes, which the cuda kernels need. "
-            "Allocate the cache as a tensor of its own, or slice it at such a place."
-        )
-    return _copy(q)
-
-
-def _copy(t: Tensor) -> Tensor:
-    """A copy with the same strides: what was prepared for a call holds for it."""
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
-
-
-def _launch(
-    plan: Plan,
-    call: PreparedCall,
-    pointers: tuple[int, ...],
-    lengths: tuple[int, ...],
-    numbers: tuple[int, ...],
-    rest: tuple[object, ...],
-) -> None:
-    """Start every kernel of the plan, in order, on the current stream. The tuples are runs of fields of SERVING_ARGS."""
-    if call.on_host:
-        kernel = call.kernels[0]
-        code = kernel.launch(kernel.pack(*pointers, 0, 0, *lengths, 0, torch.get_num_threads(), *numbers, 0, 0, *rest))
-        if code:
-            kernel.raise_error(code)
-        return
-    index = plan.device.index
-    if index != torch._C._cuda_getDevice():
-        with torch.cuda.device(index):
-            return _launch(plan, call, pointers, lengths, numbers, rest)
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    for kernel, c in zip(call.kernels, plan.classes, strict=True):
-        packed = kernel.pack(*pointers, *c.addresses, *lengths, stream, 0, *numbers, c.num_ctas, c.class_rows, *rest)
-        code = kernel.launch(packed)
-        if code:
-            kernel.raise_error(code)

@@ -28,10 +28,11 @@ class PageTable:
     graph for instance, are seen. int64 tensors are copied to int32 here and now.
     """
 
-    __slots__ = ("batch", "indptr", "list_stride", "pages")
+    __slots__ = ("batch", "device", "indptr", "list_stride", "pages")
 
     def __init__(self, batch: int, pages: Tensor, indptr: Tensor | None, list_stride: int) -> None:
         self.batch, self.pages, self.indptr, self.list_stride = batch, pages, indptr, list_stride
+        self.device = pages.device
 
     @classmethod
     def csr(cls, indptr: Tensor, indices: Tensor) -> PageTable:
@@ -142,6 +143,8 @@ def cache_place(cache: object, kv_layout: str) -> KeyPlace:
     for axis, what in ((0, "pages"), (rows, "page_size"), (heads, "num_kv_heads")):
         if k.shape[axis] != v.shape[axis]:
             raise ShapeMismatch(f"the k cache has {what} {k.shape[axis]}, the v cache {v.shape[axis]}. Both must match.")
+    if k.shape[rows] == 0:
+        raise ShapeMismatch(f"the kv cache has pages of 0 keys (shape {tuple(k.shape)}), expected {CACHE_FORMS}.")
     check_rows(k, v)
     return KeyPlace(
         num_pages=k.shape[0],

@@ -79,6 +79,7 @@ class Plan:
         self.calls: dict[tuple[object, ...], Any] = {}  # prepared calls, by shapes and strides
         self.checked_table: tuple[Tensor | None, object] = (None, None)
         self.checked_values: list[object] = []
+        self.checked_results: object = None
         self.lengths = (0, 0)  # addresses of q_indptr and kv_len
         self.longest_q = self.longest_kv = 0  # of the last update, on the CPU
         self.batch = self.rows = 0  # of the last update; rows: -1 where only the device knows

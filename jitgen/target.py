@@ -88,7 +88,7 @@ def cpu_target(isa: str, extras: tuple[str, ...] = ()) -> CompileTarget:
     flags = [f"-m{name.replace('_', '')}" for name in names]
     if isa == "avx512":
         flags.append("-mprefer-vector-width=512")
-    cxx = toolchain.find_cxx()
+    cxx = toolchain.find_cxx() if _may_compile() else None
     return CompileTarget(
         kind="cpu",
         arch="+".join((os.uname().machine, *names)),
@@ -144,8 +144,7 @@ def _device_arch(device: object) -> str:
 def cuda_target(arch: str) -> CompileTarget:
     """The target of a CUDA architecture such as '8.0' or '9.0a'; needs no device."""
     sm = arch.replace(".", "")
-    cxx = toolchain.find_cxx()
-    toolkit = toolchain.find_toolkit()
+    cxx, toolkit = (toolchain.find_cxx(), toolchain.find_toolkit()) if _may_compile() else (None, None)
     known = toolkit is not None and cxx is not None
     return CompileTarget(
         kind="cuda",
@@ -156,6 +155,14 @@ def cuda_target(arch: str) -> CompileTarget:
         compiler=f"nvcc {toolkit.version}; {cxx.version}" if known else "",
         toolkit=".".join(toolkit.version.split(".")[:2]) if toolkit else "",
     )
+
+
+def _may_compile() -> bool:
+    """False in a frozen process: it looks for no compiler, and takes the kernels of any."""
+    try:
+        return not env.is_frozen()
+    except EnvError:
+        return True  # an error where the mode is asked for
 
 
 def _host() -> str:

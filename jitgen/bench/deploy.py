@@ -125,11 +125,14 @@ class DeploySuite:
         return {"kernels": answers[0]["kernels"], **middle}
 
     def race(self) -> dict[str, Any]:
-        """Forked processes, an empty store."""
-        count = 8 if self.config.quick else 32
-        arguments = ["race", json.dumps({"arch": self.arch, "num_processes": count, "head_dim": 64})]
-        found = json.loads(call_process("jitgen.bench.deploy_probe", arguments, JITGEN_CACHE_DIR=str(self.scratch / "race")))
-        return {**found, "ratio": found["last_s"] / found["build_s"]}
+        """One process alone, then many at once; an empty store each."""
+        found = {}
+        for count in (1, 8 if self.config.quick else 32):
+            arguments = ["race", json.dumps({"arch": self.arch, "num_processes": count, "head_dim": 64})]
+            store = str(self.scratch / f"race{count}")
+            found[count] = json.loads(call_process("jitgen.bench.deploy_probe", arguments, JITGEN_CACHE_DIR=store))
+        alone_s = found[1]["last_s"]
+        return {**found[count], "alone_s": alone_s, "ratio": found[count]["last_s"] / alone_s}
 
     def bundle_size(self) -> dict[str, Any]:
         """Many kernels as .tar.xz and as .tar.zst where there is zstandard."""
@@ -168,7 +171,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     ],
     "race": lambda f: [
         (f"{f['processes']} processes, one kernel: builds", str(f["builds"]), "1"),
-        ("  last one has it / one build", f"{f['ratio']:.2f}", "<= 1.2"),
+        ("  last one has it / one process alone", f"{f['ratio']:.2f}", "<= 1.2"),
     ],
     "bundle": lambda f: [
         (f"bundle of {f['kernels']} kernels, .tar.{form}", f"{f[form] / 1e6:.1f} MB", "<= 15 MB for 100")

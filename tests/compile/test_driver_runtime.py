@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import jitgen
 from jitgen import build, runtime, toolchain
 from jitgen.errors import CompileError
 from jitgen.families import cuda_spec
+from jitgen.render import render_kernel
 from jitgen.target import cuda_target
 
 HERE = Path(__file__).parent
@@ -92,6 +94,13 @@ def test_module_shows_nothing_of_its_runtime_to_others(family: str, modules: dic
     assert "cuda" not in listed.lower()
 
 
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def test_module_loads_with_an_old_c_library(family: str, modules: dict[str, Path]) -> None:
+    """manylinux_2_28 is what torch asks for."""
+    versions = re.findall(rb"GLIBC_(\d+)\.(\d+)", modules[family].read_bytes())
+    assert max((int(major), int(minor)) for major, minor in versions) <= (2, 28)
+
+
 def test_loading_a_module_touches_no_device(driver: Path, modules: dict[str, Path]) -> None:
     assert launch(driver, "sm80", modules["sm80"], times=0) == []
 
@@ -132,6 +141,27 @@ def test_function_that_the_small_runtime_lacks_brings_the_whole_one(tmp_path: Pa
     assert "has no cudaFree, cudaMalloc" in (tmp_path / "build.log").read_text()
     assert module.stat().st_size > MAX_BYTES
     assert hasattr(ctypes.CDLL(str(module)), "jitgen_launch")
+
+
+@pytest.fixture
+def torch_with_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Let torch's loader believe that torch was built with CUDA; returns what links against the libraries it names then."""
+    monkeypatch.setattr("torch.version.cuda", toolchain.require_toolkit().version.rpartition(".")[0])
+    for name in ("c10_cuda", "torch_cuda"):
+        (tmp_path / f"lib{name}.a").write_text("!<arch>\n")
+    return (f"-L{tmp_path}",)
+
+
+def test_torch_with_cuda_builds_the_same_small_module(torch_with_cuda: tuple[str, ...], tmp_path: Path, driver: Path) -> None:
+    spec = spec_of("sm80")
+    target = replace(spec.target, link_flags=(*torch_with_cuda, *spec.target.link_flags))
+    source = render_kernel(spec)
+    out = tmp_path / "out"
+    out.mkdir()
+    module = build.build(source.text, name="sm80_torch", target=target, includes=source.includes, label="a test", directory=out)
+    assert module.stat().st_size <= MAX_BYTES
+    assert launch(driver, "sm80", module)[-1] == "code 0 no error"
+    assert "ptxas info" in (out / "build.log").read_text()
 
 
 def test_undefined_function_of_another_kind_is_a_compile_error(tmp_path: Path) -> None:

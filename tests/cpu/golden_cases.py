@@ -107,6 +107,11 @@ def alibi_sigmoid() -> jitgen.Variant:
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + slopes[h] * (kv_idx - q_idx), softmax=Sigmoid)
 
 
+def soft_cap() -> jitgen.Variant:
+    cap = 50.0
+    return jitgen.Variant(score_mod=lambda score, b, h, q_idx, kv_idx: cap * torch.tanh(score / cap))
+
+
 class Case(NamedTuple):
     """A source to generate: a kernel of a family, or with family mask_tiles the module behind jitgen.mask_tiles."""
 
@@ -134,12 +139,18 @@ CASES: dict[str, Case] = {
     "plain__sm90_ragged__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128), "ragged"),
     "every_hook__sm90_paged__bfloat16": Case(every_hook, "sm90", "bfloat16", (64, 64), "paged"),
     "alibi_pruned_sigmoid__sm90_ragged__float16": Case(alibi_pruned_sigmoid, "sm90", "float16", (128, 128), "ragged"),
+    "plain__decode__bfloat16": Case(plain, "decode", "bfloat16", (128, 128), "paged"),
+    "window__decode__float16": Case(window, "decode", "float16", (64, 64), "ragged"),
+    "soft_cap__decode__float16": Case(soft_cap, "decode", "float16", (96, 96), "paged"),
+    "every_hook__decode__bfloat16": Case(every_hook, "decode", "bfloat16", (256, 256), "paged"),
+    "alibi_pruned_sigmoid__decode__bfloat16": Case(alibi_pruned_sigmoid, "decode", "bfloat16", (128, 128), "paged"),
     "window__mask_tiles": Case(window, "mask_tiles"),
 }
 TARGETS = {
     "cpu": partial(cpu_target, "portable"),
     "sm80": partial(cuda_target, "8.0"),
     "sm90": partial(cuda_target, "9.0a"),
+    "decode": partial(cuda_target, "9.0a"),
 }
 
 

@@ -16,7 +16,7 @@ from fake_builder import FakeBuilder, FakeSource, request
 
 from jitgen.cache import get_module, lookup
 from jitgen.cache.admin import collect_garbage
-from jitgen.errors import CacheWarning
+from jitgen.errors import CacheWarning, KernelNotPrebuilt
 
 HERE = Path(__file__).parent
 
@@ -90,6 +90,19 @@ def test_damaged_entry_of_a_layer_is_left_alone(store: Path, tmp_path: Path, mon
     with pytest.warns(CacheWarning, match="replace this prebuilt layer"):
         rebuilt = get_module(request(), FakeBuilder())
     assert rebuilt.is_relative_to(tmp_path / "other") and module.is_file()
+
+
+def test_frozen_process_says_that_its_kernel_is_damaged(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = get_module(request(), FakeBuilder())
+    flip_bit(module)
+    monkeypatch.setenv("JITGEN_PREBUILT", str(store))
+    monkeypatch.setenv("JITGEN_CACHE_DIR", str(tmp_path / "other"))
+    monkeypatch.setenv("JITGEN_MODE", "frozen")
+    with (
+        pytest.warns(CacheWarning, match="is damaged"),
+        pytest.raises(KernelNotPrebuilt, match=f"holds it as {module.parent.name}, damaged: module.so differs.*Replace"),
+    ):
+        get_module(request(), FakeBuilder())
 
 
 @pytest.mark.parametrize("content", [b"", b"cpu-00000000000000000000000000000000\n", b"../../etc\n", b"\xff\xfe"])

@@ -119,6 +119,23 @@ def test_scales_of_inputs_as_numbers_and_tensors():
     assert_near(decode(batch, run=per_head)[0], want)
 
 
+def test_what_changes_between_calls_and_plans_is_seen():
+    batch = paged_batch([1, 1], [5, 9])
+    want, wrapper = batch.expected()[0], flashinfer.BatchDecodeWithPagedKVCacheWrapper(WORKSPACE)
+    number, by_head = torch.tensor(2.0), torch.ones(2)
+    for factor in (2.0, 3.0):
+        wrapper.plan(*batch.tables, 4, 2, 16, 4, q_data_type=torch.float32)
+        number.fill_(factor)
+        by_head.fill_(factor)
+        for v_scale in (factor, number, by_head):
+            assert_near(wrapper.run(batch.q, batch.cache, v_scale=v_scale), want * factor)
+        assert_near(wrapper.run(batch.q, batch.cache), want)
+    for sinks in (torch.zeros(4), torch.ones(4)):
+        assert_near(wrapper.run(batch.q, batch.cache, sinks=sinks), batch.expected(sinks=sinks)[0])
+    wrapper.plan(*batch.tables, 4, 2, 16, 4, q_data_type=torch.float32, sm_scale=0.7)
+    assert_near(wrapper.run(batch.q, batch.cache), batch.expected(scale=0.7)[0])
+
+
 def test_sinks_are_used():
     batch = paged_batch([1, 1, 1], [5, 9, 0])
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])

@@ -306,6 +306,8 @@ def test_positional_order_differs_between_the_two_wrappers():
     hints = {"max_sequence_kv": 40, "seq_lens": torch.tensor([9, 40]), "uniform_q_len": 5}
     paged.plan(batch.qo_indptr, *batch.tables, 4, 2, 16, 4, *by_position, 0.5, 3, 2.0, q_data_type=torch.float32, **hints)
     assert_near(paged.run(batch.q, batch.cache), want)
+    kept = (paged._causal, paged._window_left, paged._logits_soft_cap, paged._sm_scale)
+    assert kept == (True, 3, 2.0, 0.5)  # vLLM reads them
 
 
 @pytest.mark.parametrize("name", ["prefix_len_ptr", "token_pos_in_items_ptr", "max_item_len_ptr"])

@@ -33,7 +33,7 @@ PART_OF = {  # included, so they have the context of what includes them
     "attention/serving_pieces.cu.jinja": PREFILL,
     "attention/serving_output.cu.jinja": PREFILL,
     "attention/serving_launch.cu.jinja": PREFILL,
-    "attention/plan.cu.jinja": PREFILL,
+    "attention/plan.cu.jinja": (*PREFILL, "attention/decode.cu.jinja"),
 }
 
 

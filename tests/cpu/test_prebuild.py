@@ -18,6 +18,7 @@ from jitgen.__main__ import main
 from jitgen.cache.layer import STAMP
 from jitgen.cache.store import Store
 from jitgen.errors import CacheError, KernelNotPrebuilt, ManifestError
+from jitgen.families import PREFILL_FAMILY
 from jitgen.manifest import parse_manifest
 from jitgen.portable import unpack
 from jitgen.tiles_sm90 import sm90_tiles
@@ -81,7 +82,7 @@ def test_hopper_gets_the_tiles_of_all_lengths_and_its_own_instructions(folder: P
 
 def test_serving_layout_gets_the_kernels_of_a_plan(folder: Path) -> None:
     found = specs(folder, kernel(layout="paged", head_dim=128, arch="9.0"))
-    assert {(s.family, s.layout) for s in found} == {("decode", "paged"), ("sm80", "paged")}
+    assert {(s.family, s.layout) for s in found} == {("decode", "paged"), (PREFILL_FAMILY, "paged")}
     assert [s.family for s in specs(folder, kernel(layout="ragged", arch="portable"))] == ["cpu"]
 
 
@@ -308,3 +309,17 @@ def test_list_builds_nothing(folder: Path, capsys) -> None:
     assert "causal: attention sm80 bfloat16 hd64" in (text := capsys.readouterr().out) and "2 kernels" in text
     assert main(["prebuild", str(folder / "m.toml"), "--list", "--json", "--shard", "1/2"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 1
+
+
+def test_progress_bar_is_one_line_that_vanishes(monkeypatch, capsys) -> None:
+    from jitgen.progress import Bar
+
+    monkeypatch.setenv("JITGEN_PROGRESS", "on")
+    monkeypatch.setenv("COLUMNS", "60")
+    with Bar("prebuilding") as bar:
+        for done in range(1, 5):
+            bar.show(done, 4, "a kernel with a name that is longer than the terminal is wide")
+    shown = capsys.readouterr().err
+    assert "\n" not in shown and shown.endswith("\r\x1b[2K")
+    lines = shown.split("\r\x1b[2K")
+    assert max(map(len, lines)) < 60 and "[############............] 2/4" in lines[3]

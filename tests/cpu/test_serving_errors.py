@@ -167,6 +167,8 @@ def test_call_names_the_form_of_a_cache(batch, plan, paged):
         jitgen.paged_attention(batch.q, (torch.zeros(4, PAGE, 2, 16), torch.zeros(4, PAGE, 32)), table, plan)
     with pytest.raises(ShapeMismatch, match="kv_layout='NDH' is not a layout"):
         jitgen.paged_attention(batch.q, torch.zeros(4, 2, PAGE, 2, 16), table, plan, kv_layout="NDH")
+    with pytest.raises(ShapeMismatch, match="the kv cache has pages of 0 keys"):
+        jitgen.paged_attention(batch.q, torch.zeros(4, 2, 0, 2, 16), table, plan)
     with pytest.raises(ShapeMismatch, match=r"expected unit stride along head_dim"):
         jitgen.paged_attention(batch.q, torch.zeros(4, 2, PAGE, 16, 2).mT, table, plan)
 
@@ -179,6 +181,8 @@ def test_call_names_the_form_of_a_table(batch, plan, paged):
         jitgen.paged_attention(batch.q, cache, torch.zeros(2, 3), plan)
     with pytest.raises(PlanMismatch, match=r"the page table has 1 requests, plan.update was given 2"):
         jitgen.paged_attention(batch.q, cache, torch.zeros(1, 3, dtype=torch.int32), plan)
+    with pytest.raises(UnsupportedDevice, match="the page table is on meta, the plan on cpu"):
+        jitgen.paged_attention(batch.q, cache, torch.zeros(2, 3, dtype=torch.int32, device="meta"), plan)
 
 
 def test_page_lists_must_be_long_enough(batch, plan, paged):

@@ -166,7 +166,7 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
   const jg::Truth part0 = kv_idx <= q_idx;  // kv_idx <= q_idx
   if (!part0.may) return kTileNone;
   const jg::Truth part1 = span.a1_doc_q == jg::scan(args.a1_doc, jg::axis(kv_idx, args.a1_doc_size0, 1));  // a1_doc[q_idx] == a1_doc[kv_idx]
-  return jg::tile_kind(part0 & part1);
+  return jg::tile_kind(jg::possible(part0) & part1);
 }
 
 // ---- sink: a logit that has weight and no value ----

@@ -132,6 +132,7 @@ constexpr int kTurnBarrier = 1;   // named barrier: + group
 // What a launch adds to Args.
 struct Launch {
   jg::PlanShape shape;
+  int num_ctas;
   int packing;            // log2 of shape.pack
   int key_step;           // a power of two: pieces begin at multiples of it
 };
@@ -162,13 +163,32 @@ JITGEN_FN Piece make_piece(const Args& args, const Launch& launch, const jg::Pla
   return piece;
 }
 
+// Two ways to divide the work. Where items are many, or must not be cut, they are given out whole: a CTA takes the next one
+// as it finishes another, the tiles of a head group one after the other, the longest of each request first. Where they are
+// few, each CTA has an equal share of the line, which cuts them.
+constexpr int kManyItems = 8;   // for each CTA: the last ones then end nearly together
+JITGEN_FN bool takes_items(const Args& args, const Launch& launch) {
+  const long long items = static_cast<long long>(jg::plan_header(args.plan)->tiles) * launch.shape.groups;
+  return launch.shape.least_piece == jg::kNeverCut || items >= kManyItems * launch.num_ctas;
+}
+JITGEN_FN Piece take_item(const Args& args, const Launch& launch) {
+  jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
+  const unsigned tiles = header->tiles, number = atomicAdd(&header->taken, 1);
+  if (number < tiles * launch.shape.groups) {
+    const jg::PlanTile& tile = jg::plan_tiles_of(args.plan, launch.shape.shares)[tiles - 1 - number % tiles];
+    return make_piece(args, launch, tile, static_cast<int>(number / tiles), 0, -1);
+  }
+  if (atomicAdd(&header->done, 1) == static_cast<int>(gridDim.x) - 1) header->taken = header->done = 0;   // ready for the next launch
+  Piece none;
+  none.first_row = -1;
+  return none;
+}
+
 JITGEN_FN Cursor share_begin(const Args& args, const Launch& launch, int share) {
   const jg::Share& start = jg::plan_shares(args.plan)[share < launch.shape.shares ? share : launch.shape.shares];
   return {share, start.tile, start.group, start.unit};
 }
-// The next piece of this CTA, which takes every gridDim.x-th share: shares at work at the same time are neighbours on the
-// line, and meet in L2.
-JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
+JITGEN_FN Piece take_of_share(const Args& args, const Launch& launch, Cursor& at) {
   const auto share_end = [&] { return share_begin(args, launch, at.share + 1); };
   const auto is_done = [&](const Cursor& end) { return at.tile == end.tile && at.group == end.group && at.unit >= end.unit; };
   const int used = jg::plan_header(args.plan)->shares;
@@ -184,6 +204,11 @@ JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
   at.unit = is_cut ? end.unit : 0;
   if (!is_cut) jg::next_item(tile, launch.shape.groups, at.tile, at.group);
   return piece;
+}
+
+// The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
+JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
+  return takes_items(args, launch) ? take_item(args, launch) : take_of_share(args, launch, at);
 }
 
 // ---- packed rows ----
@@ -268,6 +293,7 @@ using Partial = jg::Partial<kRowTiles, kOutTiles, kRowThreads>;
 // Joins the pieces of one item that was cut: the one that share blockIdx.x + 1 begins inside of, if no earlier share does. A
 // warp takes 16 rows; pieces are added in the order of their keys.
 __global__ void __launch_bounds__(kRowThreads) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
+  if (takes_items(args, launch)) return;
   const int first = blockIdx.x + 1, thread = threadIdx.x, row_tile = blockIdx.y;
   const Cursor cut = share_begin(args, launch, first);
   const auto is_inside = [&](int share) {
@@ -307,8 +333,8 @@ JITGEN_FN Rows make_rows(const Args& args, const Head& head, const Piece& piece,
 
 // Scores and masks one KV tile; `first_kv` is the column of element 0. kAtEnd: the tile may reach past kv_len.
 template <bool kAtEnd>
-JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows, Logits& s, int first_kv, bool partial) {
-  const int kv_len = head.kv_len;
+JITGEN_FN void shape_logits(const Args& args, const Head& head, const Piece& piece, const Rows& rows, Logits& s, int first_kv, bool partial) {
+  const int kv_len = piece.request.kv_len;   // read again: no register is free
   if constexpr (kAtEnd)
     if (first_kv + kTileKv > kv_len) jg::mask_tail(s, first_kv, kv_len);
 }
@@ -324,17 +350,18 @@ JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
 #pragma unroll 1
   while (is_piece) {
     jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity);
-    const Piece piece = take_piece(args, launch, at);
-    is_piece = piece.first_row >= 0;
     if ((threadIdx.x & 31) == 0) {
+      const Piece piece = take_piece(args, launch, at);
+      is_piece = piece.first_row >= 0;
       shared.control->piece[slot.stage] = piece;
       jg::barrier_arrive(JG_BARRIER(piece_full, slot.stage));
     }
+    is_piece = jg::uniform(is_piece);
     slot.advance();
   }
 }
 
-// Another one classifies the KV tiles of a piece and issues every copy. A tile comes in boxes of launch.box_keys keys, a box a lane.
+// Another one classifies the KV tiles of a piece and issues every copy. A tile comes in boxes of box_keys keys, a box a lane.
 JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
   const int lane = threadIdx.x & 31;
   const bool leader = lane == 0;
@@ -491,7 +518,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
       const auto read_step = [&] { return jg::uniform(jg::load_shared(shared.step(kv.stage + kv.parity * kNumStages))); };
       const auto first_column = [&] { return key_of(step) + 2 * (thread & 3); };
       const auto shape = [&](auto at_end) {
-        shape_logits<decltype(at_end)::value>(args, head, rows, s, first_column(), jg::kind_of(step, group) == kTilePartial);
+        shape_logits<decltype(at_end)::value>(args, head, piece, rows, s, first_column(), jg::kind_of(step, group) == kTilePartial);
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
@@ -630,7 +657,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
 static int box_keys_of(const Args& args) { return kTileKv; }
 static int key_step(const Args& args) { return 16; }
 
-static int start_attention(const Args& args, const Launch& launch, int num_ctas) {
+static int start_attention(const Args& args, const Launch& launch) {
   static thread_local jg::QueryMap<kHeadDim> q;
   static thread_local jg::OperandMap<kHeadDim> k;
   static thread_local jg::OperandMap<kHeadDimV> v;
@@ -643,18 +670,17 @@ static int start_attention(const Args& args, const Launch& launch, int num_ctas)
   if (!code) code = k.update({no_keys ? args.q : args.k, rows, args.num_kv_heads, pages, args.k_stride_s, args.k_stride_h, args.k_stride_p}, kIsBf16, keys, KeyTile::kSpan);
   if (!code) code = v.update({no_keys ? args.q : args.v, rows, args.num_kv_heads, pages, args.v_stride_s, args.v_stride_h, args.v_stride_p}, kIsBf16, keys, ValueTile::kSpan);
   if (code) return code;
-  attention_kernel<<<num_ctas, kThreads, kSharedBytes, reinterpret_cast<cudaStream_t>(args.stream)>>>({q.operand, k.operand, v.operand}, args, launch, keys);
+  attention_kernel<<<launch.num_ctas, kThreads, kSharedBytes, reinterpret_cast<cudaStream_t>(args.stream)>>>({q.operand, k.operand, v.operand}, args, launch, keys);
   return cudaGetLastError();
 }
 
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 constexpr int kLeastPiece = 8;       // KV tiles: a cut costs the partial results of both sides
-constexpr int kItemsPerShare = 4;    // fewer make the last shares uneven
-constexpr int kMostRounds = 4;       // shares of a CTA
 
-static Launch make_launch(const Args& args) {
+static Launch make_launch(const Args& args, int num_ctas = 0) {
   Launch launch = {};
+  launch.num_ctas = num_ctas;
   const int group_size = static_cast<int>(args.num_q_heads / args.num_kv_heads);
   launch.packing = jg::packing_shift(group_size);
   jg::PlanShape& shape = launch.shape;
@@ -689,8 +715,8 @@ extern "C" int jitgen_launch(const Args* args) {
   int num_ctas = 0;
   const cudaError_t error = count_ctas(num_ctas);
   if (error != cudaSuccess) return error;
-  const Launch launch = make_launch(*args);
-  const int code = start_attention(*args, launch, num_ctas < launch.shape.shares ? num_ctas : launch.shape.shares);
+  const Launch launch = make_launch(*args, num_ctas);
+  const int code = start_attention(*args, launch);
   if (code) return code;
   if (args->split && launch.shape.shares > 1)
     merge_kernel<<<dim3(launch.shape.shares - 1, kRowTiles), kRowThreads, 0, reinterpret_cast<cudaStream_t>(args->stream)>>>(*args, launch);
@@ -699,13 +725,9 @@ extern "C" int jitgen_launch(const Args* args) {
 extern "C" int jitgen_plan(const Args* args) { return launch_planner(*args, make_launch(*args).shape); }
 extern "C" long long jitgen_plan_bytes(const Args* args) { return jg::plan_bytes(args->batch, args->total_q, make_launch(*args).shape); }
 extern "C" long long jitgen_workspace_bytes(const Args* args) { return args->split ? 2 * args->num_ctas * Partial::kQuads * 16 : 0; }
-// Shares of the line: several for each CTA where requests may have many tiles.
-extern "C" int jitgen_num_ctas(const Args* args) {
+extern "C" int jitgen_num_ctas(const Args*) {
   int num_ctas = 0;
   const cudaError_t error = count_ctas(num_ctas);
-  if (error != cudaSuccess) return -static_cast<int>(error);
-  const Launch launch = make_launch(*args);
-  const int64_t items = jg::plan_tiles(args->batch, args->total_q, launch.shape) * launch.shape.groups, rounds = items / num_ctas / kItemsPerShare;
-  return num_ctas * static_cast<int>(rounds < 1 ? 1 : rounds < kMostRounds ? rounds : kMostRounds);
+  return error == cudaSuccess ? num_ctas : -static_cast<int>(error);
 }
 extern "C" const char* jitgen_error_string(int code) { return jg::serving_error_string(code); }

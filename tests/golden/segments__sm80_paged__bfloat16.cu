@@ -141,7 +141,7 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
   const jg::Truth part0 = kv_idx <= q_idx;  // kv_idx <= q_idx
   if (!part0.may) return kTileNone;
   const jg::Truth part1 = span.a0_start_q <= kv_idx;  // a0_start[q_idx] <= kv_idx
-  return jg::tile_kind(part0 & part1);
+  return jg::tile_kind(jg::possible(part0) & part1);
 }
 
 // ---- planner ----
@@ -216,9 +216,11 @@ constexpr bool kDescending = true;             // the partial tiles of a causal 
 constexpr unsigned kQueryBytes = kTileQ * kHeadDim * 2;
 constexpr unsigned kKeyBytes = kTileKv * kHeadDim * 2;
 constexpr unsigned kStageBytes = kKeyBytes + kTileKv * kHeadDimV * 2;
-constexpr unsigned kPagesAt = kQueryBytes + kNumStages * kStageBytes;
-constexpr unsigned kPageSlots = 4;                  // of page numbers: for the tiles multiplied, copied and looked up next
-constexpr unsigned kSharedBytes = kPagesAt + kPageSlots * kTileKv * 4;
+constexpr unsigned kPlacesAt = kQueryBytes + kNumStages * kStageBytes;
+constexpr unsigned kPlaceBytes = kTileKv * sizeof(jg::KeyPlace);   // of the keys of a tile
+constexpr unsigned kPlaceSlots = 4;            // for the tiles multiplied, copied and looked up next
+constexpr unsigned kSharedBytes = kPlacesAt + kPlaceSlots * kPlaceBytes;
+static_assert(kTileKv <= kThreads, "a thread looks up one key");
 
 using Logits = float[kRowTiles][kColTiles][4];
 using Output = float[kRowTiles][kOutTiles][4];
@@ -227,6 +229,7 @@ using Output = float[kRowTiles][kOutTiles][4];
 // What a launch adds to Args.
 struct Launch {
   jg::PlanShape shape;
+  int num_ctas;
   int packing;            // log2 of shape.pack
   int key_step;           // a power of two: pieces begin at multiples of it
   jg::Divisor page_size;
@@ -258,13 +261,32 @@ JITGEN_FN Piece make_piece(const Args& args, const Launch& launch, const jg::Pla
   return piece;
 }
 
+// Two ways to divide the work. Where items are many, or must not be cut, they are given out whole: a CTA takes the next one
+// as it finishes another, the tiles of a head group one after the other, the longest of each request first. Where they are
+// few, each CTA has an equal share of the line, which cuts them.
+constexpr int kManyItems = 8;   // for each CTA: the last ones then end nearly together
+JITGEN_FN bool takes_items(const Args& args, const Launch& launch) {
+  const long long items = static_cast<long long>(jg::plan_header(args.plan)->tiles) * launch.shape.groups;
+  return launch.shape.least_piece == jg::kNeverCut || items >= kManyItems * launch.num_ctas;
+}
+JITGEN_FN Piece take_item(const Args& args, const Launch& launch) {
+  jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
+  const unsigned tiles = header->tiles, number = atomicAdd(&header->taken, 1);
+  if (number < tiles * launch.shape.groups) {
+    const jg::PlanTile& tile = jg::plan_tiles_of(args.plan, launch.shape.shares)[tiles - 1 - number % tiles];
+    return make_piece(args, launch, tile, static_cast<int>(number / tiles), 0, -1);
+  }
+  if (atomicAdd(&header->done, 1) == static_cast<int>(gridDim.x) - 1) header->taken = header->done = 0;   // ready for the next launch
+  Piece none;
+  none.first_row = -1;
+  return none;
+}
+
 JITGEN_FN Cursor share_begin(const Args& args, const Launch& launch, int share) {
   const jg::Share& start = jg::plan_shares(args.plan)[share < launch.shape.shares ? share : launch.shape.shares];
   return {share, start.tile, start.group, start.unit};
 }
-// The next piece of this CTA, which takes every gridDim.x-th share: shares at work at the same time are neighbours on the
-// line, and meet in L2.
-JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
+JITGEN_FN Piece take_of_share(const Args& args, const Launch& launch, Cursor& at) {
   const auto share_end = [&] { return share_begin(args, launch, at.share + 1); };
   const auto is_done = [&](const Cursor& end) { return at.tile == end.tile && at.group == end.group && at.unit >= end.unit; };
   const int used = jg::plan_header(args.plan)->shares;
@@ -280,6 +302,11 @@ JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
   at.unit = is_cut ? end.unit : 0;
   if (!is_cut) jg::next_item(tile, launch.shape.groups, at.tile, at.group);
   return piece;
+}
+
+// The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
+JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
+  return takes_items(args, launch) ? take_item(args, launch) : take_of_share(args, launch, at);
 }
 
 // ---- packed rows ----
@@ -390,6 +417,7 @@ using Partial = jg::Partial<kRowTiles, kOutTiles, kRowThreads>;
 // Joins the pieces of one item that was cut: the one that share blockIdx.x + 1 begins inside of, if no earlier share does. A
 // warp takes 16 rows; pieces are added in the order of their keys.
 __global__ void __launch_bounds__(kRowThreads) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
+  if (takes_items(args, launch)) return;
   const int first = blockIdx.x + 1, thread = threadIdx.x, row_tile = blockIdx.y;
   const Cursor cut = share_begin(args, launch, first);
   const auto is_inside = [&](int share) {
@@ -415,28 +443,37 @@ __global__ void __launch_bounds__(kRowThreads) merge_kernel(const __grid_constan
 JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared) {
   const Piece& piece = current_piece();
   const int thread = jg::thread_index(), warp = __shfl_sync(0xffffffffu, thread >> 5, 0), lane = thread & 31;
-  const int tile_row = piece.first_row, kv_len = piece.request.kv_len;
+  const int tile_row = piece.first_row;
   const int num_rows = piece.request.q_len << piece.packing;
   const Head head = own_head(args, piece);
   const unsigned kv_shared = q_shared + kQueryBytes;
   const unsigned k_fragment = kv_shared + jg::b_fragment_offset<kHeadDim>(lane);
   const unsigned v_fragment = kv_shared + kKeyBytes + jg::a_fragment_offset<kHeadDimV>(lane);
 
-  // Copies of the tile of a visit; `place` counts visits and says which buffers it has.
-  const auto first_key = [&](int visit) { return piece.first_key + (visit >> 2) * kTileKv; };
-  const auto stage_of = [&](unsigned place) { return kv_shared + (kNumStages == 2 ? place & 1 : 0) * kStageBytes; };
-  const jg::PagedCopy<kHeadDim, kThreads> keys(at(args.k, head.kv_h * args.k_stride_h), args.k_stride_p, args.k_stride_s, thread);
-  const jg::PagedCopy<kHeadDimV, kThreads> values(at(args.v, head.kv_h * args.v_stride_h), args.v_stride_p, args.v_stride_s, thread);
-  const auto pages_of = [&](unsigned place) { return q_shared + kPagesAt + place % kPageSlots * (kTileKv * 4); };
-  const auto look_up = [&](int visit, unsigned place) {
-    if (visit >= 0) jg::look_up_pages<kTileKv>(pages_of(place), args.pages + piece.kv_start, launch.page_size, first_key(visit), kv_len, thread);
+  // Copies of the tile of a visit to the buffers at `stage`. Keys are counted from the first one of the piece.
+  const int num_keys = piece.request.kv_len - piece.first_key;
+  const auto first_key = [&](int visit) { return (visit >> 2) * kTileKv; };
+  const jg::PagedCopy<kHeadDim, kThreads> keys(at(args.k, head.kv_h * args.k_stride_h), thread);
+  const jg::PagedCopy<kHeadDimV, kThreads> values(at(args.v, head.kv_h * args.v_stride_h), thread);
+  const auto load_keys = [&](int visit, unsigned stage, unsigned slot) {
+    if (visit >= 0) keys.template start<kTileKv>(kv_shared + stage, q_shared + kPlacesAt + slot);
   };
-  const auto load_keys = [&](int visit, unsigned place) {
-    if (visit >= 0) keys.template start<kTileKv>(stage_of(place), pages_of(place), launch.page_size, first_key(visit), kv_len);
+  const auto load_values = [&](int visit, unsigned stage, unsigned slot) {
+    if (visit >= 0) values.template start<kTileKv>(kv_shared + stage + kKeyBytes, q_shared + kPlacesAt + slot + 8);
   };
-  const auto load_values = [&](int visit, unsigned place) {
-    if (visit >= 0) values.template start<kTileKv>(stage_of(place) + kKeyBytes, pages_of(place), launch.page_size, first_key(visit), kv_len);
+  // A thread finds the place of one key: the page number is asked for a tile before the place is written, and that is a tile
+  // before the copy.
+  const auto look_up = [&](int visit) {
+    const int key = piece.first_key + first_key(visit) + jg::thread_index();
+    return visit >= 0 && jg::thread_index() < kTileKv ? jg::look_up_page(args.pages + piece.kv_start, launch.page_size, key, piece.request.kv_len) : jg::kNoPage;
   };
+  const auto note_place = [&](int visit, int page, unsigned slot) {
+    const int own = jg::thread_index();
+    if (visit < 0 || own >= kTileKv) return;
+    const jg::PageStrides strides = {args.k_stride_p, args.k_stride_s, args.v_stride_p, args.v_stride_s};
+    jg::store_place(q_shared + kPlacesAt + slot + own * sizeof(jg::KeyPlace), jg::place_key(page, launch.page_size, piece.first_key + first_key(visit) + own, strides));
+  };
+  const auto slot_after = [&](unsigned slot) { return (slot + kPlaceBytes) % (kPlaceSlots * kPlaceBytes); };
 
   // Tiles to visit, and the values of the hooks that depend on the row only.
   const auto span_of = [&](int row, int num_rows) {
@@ -446,7 +483,7 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
   const auto warp_span = [&] { return span_of(tile_row + jg::thread_index() / 32 * kWarpRows, kWarpRows); };
   const auto kind_of = [&](const MaskSpan& span, int tile) {
     const int first = piece.first_key + tile * kTileKv;
-    return mask_tile(args, head, span, first, jg::min(first + kTileKv, kv_len) - 1);
+    return mask_tile(args, head, span, first, jg::min(first + kTileKv, piece.request.kv_len) - 1);
   };
   jg::MaskedTiles<kDescending, decltype(cta_span), decltype(warp_span), decltype(kind_of)> tiles(
       piece.num_tiles, tile_row + warp * kWarpRows < num_rows, cta_span, warp_span, kind_of);
@@ -467,16 +504,16 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
 
   // ---- loop over the visited KV tiles: the copy of the next one runs under the products of this one ----
   int visit = tiles.next(), next = tiles.next();
-  unsigned place = 0;
+  unsigned stage = 0;
+  unsigned slot = 0;
   if (visit >= 0) {
-    look_up(visit, 0);
-    look_up(next, 1);
-    jg::cp_async_commit();
-    jg::cp_async_wait_all();
+    const int page = look_up(visit), next_page = look_up(next);
+    note_place(visit, page, slot);
+    note_place(next, next_page, slot_after(slot));
     __syncthreads();
     jg::copy_packed_rows<kTileQ, kHeadDim, kThreads>(q_shared, query_rows(args, piece), tile_row, num_rows, thread);
-    load_keys(visit, 0);
-    if constexpr (kNumStages == 2) load_values(visit, 0);
+    load_keys(visit, 0, slot);
+    if constexpr (kNumStages == 2) load_values(visit, 0, slot);
     jg::cp_async_commit();
   }
   if (thread == 0) next_piece() = take_piece(args, launch, own_cursor());
@@ -489,33 +526,34 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
   }
 #pragma unroll 1
   while (visit >= 0) {
-    const int after = tiles.next(), kind = visit & 3, kv_start = first_key(visit);
+    const int after = tiles.next(), kind = visit & 3;
     jg::cp_async_wait_all();
     __syncthreads();   // the tile is visible, and every warp has left the buffers filled below
-    if constexpr (kNumStages == 1) load_values(visit, place);
-    if constexpr (kNumStages == 2) load_keys(next, place + 1);
-    if constexpr (kNumStages == 2) load_values(next, place + 1);
-    look_up(after, place + 2);   // the page numbers of a tile arrive one tile before its keys are asked for
+    if constexpr (kNumStages == 1) load_values(visit, 0, slot);
+    if constexpr (kNumStages == 2) load_keys(next, stage ^ kStageBytes, slot_after(slot));
+    if constexpr (kNumStages == 2) load_values(next, stage ^ kStageBytes, slot_after(slot));
+    const int page = look_up(after);
     jg::cp_async_commit();
     Logits s;
-    const unsigned stage = kNumStages == 2 ? (place & 1) * kStageBytes : 0;
     if (kind != kTileNone) jg::multiply_qk<Element>(s, query, k_fragment + stage);
     if constexpr (kNumStages == 1) {
       jg::cp_async_wait_all();
       __syncthreads();   // V is visible, and every warp has left K
-      load_keys(next, place + 1);
+      load_keys(next, 0, slot_after(slot));
       jg::cp_async_commit();
     }
     if (kind != kTileNone) {
       if (scale_first()) scale_all(s, factor);
-      if (kind == kTilePartial) apply_mask(args, head, mask_rows, s, tile_row, kv_start);
-      if (kv_start + kTileKv > kv_len) mask_tail(s, kv_start, kv_len);
+      if (kind == kTilePartial) apply_mask(args, head, mask_rows, s, tile_row, piece.first_key + first_key(visit));
+      if (first_key(visit) + kTileKv > num_keys) mask_tail(s, first_key(visit), num_keys);
       softmax.update(s, o, units());
       jg::multiply_pv<Element>(o, s, v_fragment + stage);
     }
+    note_place(after, page, slot_after(slot_after(slot)));
+    slot = slot_after(slot);
     visit = next;
     next = after;
-    ++place;
+    if constexpr (kNumStages == 2) stage ^= kStageBytes;
   }
 
   const int warp_row = piece.first_row + warp * kWarpRows;
@@ -542,19 +580,18 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
 
 // Pieces begin where those of the planner do.
 static int key_step(const Args&) { return 16; }
-static int start_attention(const Args& args, const Launch& launch, int num_ctas) {
-  attention_kernel<<<num_ctas, kThreads, kSharedBytes, reinterpret_cast<cudaStream_t>(args.stream)>>>(args, launch);
+static int start_attention(const Args& args, const Launch& launch) {
+  attention_kernel<<<launch.num_ctas, kThreads, kSharedBytes, reinterpret_cast<cudaStream_t>(args.stream)>>>(args, launch);
   return cudaGetLastError();
 }
 
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 constexpr int kLeastPiece = 8;       // KV tiles: a cut costs the partial results of both sides
-constexpr int kItemsPerShare = 4;    // fewer make the last shares uneven
-constexpr int kMostRounds = 4;       // shares of a CTA
 
-static Launch make_launch(const Args& args) {
+static Launch make_launch(const Args& args, int num_ctas = 0) {
   Launch launch = {};
+  launch.num_ctas = num_ctas;
   const int group_size = static_cast<int>(args.num_q_heads / args.num_kv_heads);
   launch.packing = jg::packing_shift(group_size);
   jg::PlanShape& shape = launch.shape;
@@ -590,8 +627,8 @@ extern "C" int jitgen_launch(const Args* args) {
   int num_ctas = 0;
   const cudaError_t error = count_ctas(num_ctas);
   if (error != cudaSuccess) return error;
-  const Launch launch = make_launch(*args);
-  const int code = start_attention(*args, launch, num_ctas < launch.shape.shares ? num_ctas : launch.shape.shares);
+  const Launch launch = make_launch(*args, num_ctas);
+  const int code = start_attention(*args, launch);
   if (code) return code;
   if (args->split && launch.shape.shares > 1)
     merge_kernel<<<dim3(launch.shape.shares - 1, kRowTiles), kRowThreads, 0, reinterpret_cast<cudaStream_t>(args->stream)>>>(*args, launch);
@@ -600,13 +637,9 @@ extern "C" int jitgen_launch(const Args* args) {
 extern "C" int jitgen_plan(const Args* args) { return launch_planner(*args, make_launch(*args).shape); }
 extern "C" long long jitgen_plan_bytes(const Args* args) { return jg::plan_bytes(args->batch, args->total_q, make_launch(*args).shape); }
 extern "C" long long jitgen_workspace_bytes(const Args* args) { return args->split ? 2 * args->num_ctas * Partial::kQuads * 16 : 0; }
-// Shares of the line: several for each CTA where requests may have many tiles.
-extern "C" int jitgen_num_ctas(const Args* args) {
+extern "C" int jitgen_num_ctas(const Args*) {
   int num_ctas = 0;
   const cudaError_t error = count_ctas(num_ctas);
-  if (error != cudaSuccess) return -static_cast<int>(error);
-  const Launch launch = make_launch(*args);
-  const int64_t items = jg::plan_tiles(args->batch, args->total_q, launch.shape) * launch.shape.groups, rounds = items / num_ctas / kItemsPerShare;
-  return num_ctas * static_cast<int>(rounds < 1 ? 1 : rounds < kMostRounds ? rounds : kMostRounds);
+  return error == cudaSuccess ? num_ctas : -static_cast<int>(error);
 }
 extern "C" const char* jitgen_error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -81,7 +81,7 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
   const jg::Truth part0 = kv_idx <= q_idx;  // kv_idx <= q_idx
   if (!part0.may) return kTileNone;
   const jg::Truth part1 = q_idx - kv_idx < head.a0_width;  // (q_idx - kv_idx) < a0_width
-  return jg::tile_kind(part0 & part1);
+  return jg::tile_kind(jg::possible(part0) & part1);
 }
 
 // ---- entry point ----

@@ -15,7 +15,7 @@ from sampling_cases import (
 )
 
 import jitgen
-from jitgen import sampling, sampling_launch
+from jitgen import sampling, sampling_launch, sampling_speculative
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FILTERS = {
@@ -33,7 +33,9 @@ FILTERS = {
 def team(request, monkeypatch):
     """Rows shared by a cluster of CTAs, and rows of one CTA, as on devices without clusters."""
     if request.param == "alone":
-        monkeypatch.setattr(sampling_launch, "team_size", lambda vocab, target: 1)
+        monkeypatch.setattr(sampling_launch, "team_of", lambda vocab, device: 1)
+        monkeypatch.setattr(sampling, "team_of", lambda vocab, device: 1)
+        monkeypatch.setattr(sampling_speculative, "team_of", lambda vocab, device: 1)
 
 
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)

@@ -86,6 +86,22 @@ def test_long_requests_are_cut_and_merged(lengths, split):
     assert torch.equal(got[0], again[0]) and torch.equal(got[1], again[1])
 
 
+@pytest.mark.parametrize(
+    "lengths", [[(1, 3000), (1, 40), (1, 700)] * 7, [(60, 300), (1, 2000), (5, 64)]], ids=["decode", "mixed"]
+)
+def test_fixed_splits_do_not_depend_on_the_rest_of_the_batch(lengths):
+    batch = make(lengths)
+    plan = batch.plan(causal, split="fixed", kv_split=512)
+    k, v, lists = batch.pages(16)
+    together = jitgen.paged_attention(batch.q, (k, v), batch.csr(lists), plan)
+    at = 0
+    for b, (rows, keys) in enumerate(lengths):
+        plan.update(batch.ints([0, rows]), batch.ints([keys]))
+        alone = jitgen.paged_attention(batch.q[at : at + rows], (k, v), batch.csr([lists[b]]), plan)
+        assert torch.equal(alone, together[at : at + rows])
+        at += rows
+
+
 def test_cache_is_read_in_every_form():
     batch = make(MIXED)
     plan, want = batch.plan(), batch.expected()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -71,15 +72,18 @@ class Held:
 
     plan: Plan
     program: Program  # keeps its id in the key valid
+    variant: Variant | None  # what the plan was made with, as it was given
     batch: Batch
-    variant: Variant
-    mask_values: tuple[object, ...]
+    mask_tensors: dict[str, torch.Tensor]
 
     def update(self) -> None:
-        """Plan for the lengths of the batch and what the variant captures."""
+        """Plan for the lengths of the batch and the tensors that the mask reads."""
         kv_indptr = self.batch.kv_start if self.batch.pages is None else None
-        self.plan.variant = self.variant
-        self.plan.update(self.batch.q_indptr, self.batch.kv_len, kv_indptr=kv_indptr)
+        self.plan.update(self.batch.q_indptr, self.batch.kv_len, kv_indptr=kv_indptr, **self.mask_tensors)
+
+    def holds_for(self, batch: Batch, mask_tensors: dict[str, torch.Tensor]) -> bool:
+        """Whether it was last updated for these."""
+        return self.batch is batch and all(t is mask_tensors[name] for name, t in self.mask_tensors.items())
 
 
 class Plans:
@@ -92,7 +96,7 @@ class Plans:
     def __init__(self, device: torch.device, in_graphs: bool = False) -> None:
         self.device, self.in_graphs = device, in_graphs
         self._held: dict[tuple[object, ...], Held] = {}
-        self._last: tuple[Variant, Batch, int, Plan] | None = None  # a model's layers call alike
+        self._last: tuple[Variant, Batch, int, tuple[Plan, Variant | None]] | None = None  # a model's layers call alike
 
     def renew(self, batch: Batch, num_rows: int | None) -> None:
         """Under CUDA graphs: update every plan for new lengths, at the addresses of the old ones.
@@ -117,51 +121,55 @@ class Plans:
         hooks: Hooks,
         variant: Variant,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        kv: Any,
+        layout: str,
         scale: float,
-        out: torch.Tensor,
+        out: torch.Tensor | None,
         lse: torch.Tensor | None,
-    ) -> None:
-        """Attention of a batch, written to ``out`` and ``lse``.
+        return_lse: bool,
+    ) -> Any:
+        """Attention of a batch: out or (out, lse), in the tensors given for them if any.
 
-        Shapes:  q [total_q, num_q_heads, head_dim]; k, v [total_kv, num_kv_heads, head_dim(_v)] or, paged, [pages, page_size,
-                 num_kv_heads, head_dim(_v)]; out [total_q, num_q_heads, head_dim_v]; lse float32 [total_q, num_q_heads].
+        Shapes:  q [total_q, num_q_heads, head_dim]; kv a paged cache in ``layout`` or ragged k and v; returns [total_q,
+                 num_q_heads, head_dim_v] and float32 [total_q, num_q_heads].
         """
-        plan = self.plan_for(batch, heads, hooks, variant, q.shape[0])
+        plan, variant = self.plan_for(batch, heads, hooks, variant, q.shape[0])
+        results = {"out": out, "lse": lse, "return_lse": return_lse}
         if batch.pages is None:
-            ragged_attention(q, k, v, plan, variant=variant, scale=scale, out=out, lse=lse, return_lse=lse is not None)
-        else:
-            paged_attention(
-                q, (k, v), batch.page_table, plan, variant=variant, scale=scale, out=out, lse=lse, return_lse=lse is not None
-            )
+            return ragged_attention(q, *kv, plan, variant=variant, scale=scale, **results)
+        return paged_attention(q, kv, batch.page_table, plan, variant=variant, scale=scale, kv_layout=layout, **results)
 
-    def plan_for(self, batch: Batch, heads: Heads, hooks: Hooks, variant: Variant, rows: int) -> Plan:
-        """The plan of a call, updated for its batch; made first if there is none for its mask and sizes."""
+    def plan_for(self, batch: Batch, heads: Heads, hooks: Hooks, variant: Variant, rows: int) -> tuple[Plan, Variant | None]:
+        """The plan of a call, updated for its batch, and the variant unless it is the plan's own.
+
+        The plan is made first if there is none for the mask and the sizes.
+        """
         last = self._last
         if last is not None and last[0] is variant and last[1] is batch and last[2] == rows:
             return last[3]
-        program, mask = variant.trace().program, hooks.mask_values
-        sizes = (batch.size, rows) if self.in_graphs else (power_of_two(batch.size), power_of_two(rows))
+        program, tensors = variant.trace().program, hooks.mask_tensors
+        sizes = (batch.size, max(rows, 1)) if self.in_graphs else (power_of_two(batch.size), power_of_two(rows))
         layout = "ragged" if batch.pages is None else "paged"
-        key = (id(program), *mask[:2], heads, layout, batch.split, batch.kv_split, batch.max_q_len, *sizes)
+        key = (id(program), hooks.mask_numbers, heads, layout, batch.split, batch.kv_split, batch.max_q_len, sizes)
         if self.in_graphs:  # a captured call reads what its plan was updated for: no two masks may share one
-            key += tuple(map(id, mask))
+            key += tuple(map(id, tensors.values()))
         held = self._held.get(key)
         if held is None:
             plan = Plan(
-                *sizes, heads.num_q, heads.num_kv, heads.dim_qk, head_dim_v=heads.dim_vo, dtype=heads.q_dtype, variant=variant,
-                layout=layout, max_q_len=batch.max_q_len, split=batch.split, kv_split=batch.kv_split, device=self.device,
+                *sizes, heads.num_q, heads.num_kv, heads.dim_qk, head_dim_v=heads.dim_vo, dtype=heads.q_dtype,
+                variant=variant.bind(**tensors) if tensors else variant, layout=layout, max_q_len=batch.max_q_len,
+                split=batch.split, kv_split=batch.kv_split, device=self.device,
             )  # fmt: skip
             if not self.in_graphs and len(self._held) >= MAX_PLANS:
                 del self._held[next(iter(self._held))]
-            held = self._held[key] = Held(plan, program, batch, variant, mask)
+            held = self._held[key] = Held(plan, program, None if tensors else variant, batch, tensors)
             held.update()
-        elif held.batch is not batch or any(a is not b for a, b in zip(held.mask_values, mask, strict=True)):
-            held.batch, held.variant, held.mask_values = batch, variant, mask
+        elif not held.holds_for(batch, tensors):
+            held.batch, held.mask_tensors = batch, tensors
             held.update()
-        self._last = (variant, batch, rows, held.plan)
-        return held.plan
+        found = (held.plan, None if held.variant is variant else variant)
+        self._last = (variant, batch, rows, found)
+        return found
 
 
 def power_of_two(n: int) -> int:

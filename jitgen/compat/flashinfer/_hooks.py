@@ -123,9 +123,17 @@ class Hooks:
         return lse * 1.4426950408889634  # log2(e): FlashInfer's logsumexps have base 2
 
     @property
-    def mask_values(self) -> tuple[object, ...]:
-        """What the mask reads: lengths are planned for one set of these. First the numbers, then the tensors."""
-        return (self.right, self.window_left, self.bits, self.bits_start, self.place, self.sees_all)
+    def mask_numbers(self) -> tuple[int | None, int | None]:
+        """Numbers that the mask reads: a plan is made for one pair of these."""
+        return (self.right, self.window_left)
+
+    @property
+    def mask_tensors(self) -> dict[str, torch.Tensor]:
+        """Tensors that the mask reads, by the names under which it captures them: lengths are planned with these."""
+        found = {"bits": self.bits, "bits_start": self.bits_start, "sees_all": self.sees_all}
+        if self.place is not None and (self.right is not None or self.window_left is not None):
+            found |= vars(self.place)
+        return {name: t for name, t in found.items() if t is not None}
 
     def variant(self, sinks: torch.Tensor | None = None, mask_mod: Callable[..., Any] | None = None) -> Variant:
         """The variant of these hooks, without those that would do nothing; ``mask_mod`` takes the place of their mask."""

@@ -63,8 +63,6 @@ def check_inputs(planned: Planned, q: torch.Tensor, k: torch.Tensor, v: torch.Te
             raise ShapeMismatch(f"{name} is on {t.device}, the plan is on {batch.kv_len.device}. All must be on one device.")
     if q.dim() != 3 or q.shape[1:] != (heads.num_q, heads.dim_qk):
         raise ShapeMismatch(f"q has shape {tuple(q.shape)}, the plan says [rows, {heads.num_q}, {heads.dim_qk}].")
-    if planned.num_rows is not None and q.shape[0] < planned.num_rows:
-        raise ShapeMismatch(f"q has {q.shape[0]} rows, the plan has {planned.num_rows}. Plan again for these rows.")
     page = () if batch.pages is None else (batch.page_size,)
     for name, t, dim in (("k", k, heads.dim_qk), ("v", v, heads.dim_vo)):
         want = (*page, heads.num_kv, dim)

@@ -18,7 +18,6 @@ from jitgen.compat.flashinfer._options import (
     check_no_extras,
     check_scale_factors,
     named_options,
-    split_cache,
 )
 from jitgen.compat.flashinfer._wrapper import Wrapper
 from jitgen.compat.flashinfer.page import get_seq_lens
@@ -163,7 +162,7 @@ class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
 
         Shapes:  q [total_q, num_q_heads, head_dim_qk]; paged_kv_cache a pair of 4-D tensors or one 5-D tensor; returns
                  [total_q, num_q_heads, head_dim_vo] and, with return_lse, float32 [total_q, num_q_heads]. Rows of q beyond the
-                 last request are not written.
+                 last request are not written, unless o_data_type is not q_data_type.
         Units:   lse is a logarithm of base 2, with lse_base="ln" a natural one; lse_layout="HN" transposes it. sinks are
                  natural logits, float32 [num_q_heads].
         Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedOption, VariantError before plan().
@@ -175,16 +174,16 @@ class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
             uses_spcompress=uses_spcompress,
         )  # fmt: skip
         changes = {} if window_left is None else {"window_left": window_left}
-        k, v = split_cache(paged_kv_cache, self._kv_layout)
-        return self._run(q, k, v, changes, (q_scale, k_scale, v_scale), sinks, (out, lse), return_lse, lse_base, lse_layout)
+        return self._run(
+            q, paged_kv_cache, changes, (q_scale, k_scale, v_scale), sinks, (out, lse), return_lse, lse_base, lse_layout
+        )
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
 
     def run_placed(self, q: torch.Tensor, paged_kv_cache: Cache, place: Place | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and logsumexp when the requests are pieces of longer contexts."""
-        k, v = split_cache(paged_kv_cache, self._kv_layout)
         options = self._plan_of().options if place is None else self._override(place=place)
-        out, lse = self._attend(q, k, v, options, return_lse=True)
+        out, lse = self._attend(q, paged_kv_cache, options, return_lse=True)
         return out, lse
 
     def replan(self) -> None:
@@ -211,8 +210,7 @@ class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
     ) -> Any:
         """As run(), with options in place of the planned ones; a custom mask stays."""
         options = self._replaced(causal, window_left, logits_soft_cap, pos_encoding_mode, sm_scale, rope_scale, rope_theta)
-        k, v = split_cache(paged_kv_cache, self._kv_layout)
-        return self._attend(q, k, v, options, scales=(None, k_scale, v_scale), return_lse=return_lse)
+        return self._attend(q, paged_kv_cache, options, scales=(None, k_scale, v_scale), return_lse=return_lse)
 
     forward_return_lse = functools.partialmethod(forward, return_lse=True)
 

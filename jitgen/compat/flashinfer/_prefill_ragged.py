@@ -160,7 +160,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         if o_scale is not None:
             v_scale = (1.0 if v_scale is None else v_scale) / o_scale
         k, v = rows_first(k, self._kv_layout), rows_first(v, self._kv_layout)
-        return self._run(q, k, v, {}, (q_scale, k_scale, v_scale), sinks, (out, lse), return_lse, lse_base, lse_layout)
+        return self._run(q, (k, v), {}, (q_scale, k_scale, v_scale), sinks, (out, lse), return_lse, lse_base, lse_layout)
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
 
@@ -183,7 +183,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         """As run(), with options in place of the planned ones; a custom mask stays."""
         options = self._replaced(causal, window_left, logits_soft_cap, pos_encoding_mode, sm_scale, rope_scale, rope_theta)
         k, v = rows_first(k, self._kv_layout), rows_first(v, self._kv_layout)
-        return self._attend(q, k, v, options, return_lse=return_lse)
+        return self._attend(q, (k, v), options, return_lse=return_lse)
 
     forward_return_lse = functools.partialmethod(forward, return_lse=True)
 

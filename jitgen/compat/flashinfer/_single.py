@@ -142,11 +142,9 @@ def single_request(
         batch, q, k, v = rotated(batch, q, k, v, options.rope)
     scale = softmax_scale(options, heads.dim_qk, *scales[:2])
     if q.is_cuda and 0 < q.shape[0] * (heads.num_q // heads.num_kv) <= FEW_ROWS:
-        out = torch.empty(q.shape[0], heads.num_q, heads.dim_vo, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[0], heads.num_q, dtype=torch.float32, device=q.device)
         key = (q.device, torch._C._cuda_getCurrentRawStream(q.device.index))
         plans = _plans.setdefault(key, Plans(q.device))
-        plans.attend(batch, heads, hooks, variant, q, k, v, scale, out, lse)
+        out, lse = plans.attend(batch, heads, hooks, variant, q, (k, v), "NHD", scale, None, None, True)
         return out, lse
     q4, k4, v4 = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     out, lse = attention(q4, k4, v4, variant, scale=scale, return_lse=True)

@@ -11,7 +11,7 @@ import torch
 from jitgen.compat.flashinfer._batch import Batch, Heads
 from jitgen.compat.flashinfer._hooks import Options, Scale
 from jitgen.compat.flashinfer._inputs import Planned, check_indptr, rows_known
-from jitgen.compat.flashinfer._options import attention_dtypes, check_backend, check_scale_factors, split_cache
+from jitgen.compat.flashinfer._options import attention_dtypes, check_backend, check_scale_factors
 from jitgen.compat.flashinfer._prefill_paged import BatchPrefillWithPagedKVCacheWrapper
 from jitgen.compat.flashinfer._wrapper import Wrapper
 from jitgen.compat.flashinfer.jit import gen_batch_attention_module  # noqa: F401
@@ -88,8 +88,7 @@ class BatchAttention(Wrapper):
         check_profiler(profiler_buffer is not None)
         check_scale_factors(kv_cache_sf)
         options = self._override(logits_soft_cap=logits_soft_cap) if logits_soft_cap else self._plan_of().options
-        k, v = split_cache(kv_cache, self._kv_layout)
-        return self._attend(q, k, v, options, scales=(None, k_scale, v_scale), out=out, lse=lse, return_lse=True)  # type: ignore[no-any-return]
+        return self._attend(q, kv_cache, options, scales=(None, k_scale, v_scale), out=out, lse=lse, return_lse=True)  # type: ignore[no-any-return]
 
 
 class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper):

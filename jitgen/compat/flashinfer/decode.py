@@ -17,7 +17,6 @@ from jitgen.compat.flashinfer._options import (
     check_no_extras,
     check_scale_factors,
     named_options,
-    split_cache,
 )
 from jitgen.compat.flashinfer._single import single_decode_with_kv_cache  # noqa: F401
 from jitgen.compat.flashinfer._wrapper import Wrapper
@@ -58,6 +57,8 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
     ) -> None:
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args)
         self._use_tensor_cores = use_tensor_cores
+        self._rows: torch.Tensor | None = None  # first row of each request; the same for every batch of one size
+        self._rows_each = 1
         self._paged_kv_indptr_buf = paged_kv_indptr_buffer
         self._paged_kv_indices_buf = paged_kv_indices_buffer
         self._paged_kv_last_page_len_buf = paged_kv_last_page_len_buffer
@@ -136,10 +137,12 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         batch_size = last_page_len.shape[0]
         self._check_batch(batch_size, self._paged_kv_indptr_buf)
         pages = self._paged_tables(indptr, indices, last_page_len)
-        q_indptr = torch.arange(batch_size + 1, dtype=torch.int32, device=self.device) * q_len_per_req
+        if self._rows is None or self._rows.shape[0] != batch_size + 1 or self._rows_each != q_len_per_req:
+            self._rows_each = q_len_per_req
+            self._rows = torch.arange(batch_size + 1, dtype=torch.int32, device=self.device) * q_len_per_req
         kv_len = get_seq_lens(pages[0], self._paged_kv_last_page_len_buf, page_size)
         batch = Batch(
-            self._held("qo_indptr", q_indptr), self._held("kv_len", kv_len), *pages, page_size,
+            self._held("qo_indptr", self._rows), self._held("kv_len", kv_len), *pages, page_size,
             *split_of(fixed_split_size, disable_split_kv, page_size), q_len_per_req,
         )  # fmt: skip
         rows = batch_size * q_len_per_req
@@ -178,9 +181,8 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             raise ShapeMismatch(f"run() got q_len_per_req={q_len_per_req}, the plan has {planned.num_rows} rows for "
                                 f"{planned.batch.size} requests. Plan with it.")  # fmt: skip
         options = planned.options if window_left is None else self._override(window_left=window_left)
-        k, v = split_cache(paged_kv_cache, self._kv_layout)
         return self._attend(
-            q, k, v, options, scales=(q_scale, k_scale, v_scale), sinks=sinks, out=out, lse=lse, return_lse=return_lse
+            q, paged_kv_cache, options, scales=(q_scale, k_scale, v_scale), sinks=sinks, out=out, lse=lse, return_lse=return_lse
         )
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
@@ -206,8 +208,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             window_left=window_left, logits_soft_cap=logits_soft_cap, pos_encoding_mode=pos_encoding_mode, sm_scale=sm_scale,
             rope_scale=rope_scale, rope_theta=rope_theta,
         )  # fmt: skip
-        k, v = split_cache(paged_kv_cache, self._kv_layout)
-        return self._attend(q, k, v, options, scales=(q_scale, k_scale, v_scale), return_lse=return_lse)
+        return self._attend(q, paged_kv_cache, options, scales=(q_scale, k_scale, v_scale), return_lse=return_lse)
 
     forward_return_lse = functools.partialmethod(forward, return_lse=True)
 

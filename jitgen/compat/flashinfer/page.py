@@ -18,9 +18,9 @@ def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_s
     Shapes:  kv_indptr [batch + 1] pages; kv_last_page_len [batch]; returns [batch] in the dtype of kv_last_page_len.
     Units:   max(pages - 1, 0) * page_size + kv_last_page_len; a request without pages has no key.
     """
-    pages = kv_indptr.diff()
-    lengths = (pages - 1).clamp(min=0) * page_size + kv_last_page_len
-    return torch.where(pages > 0, lengths, 0).to(kv_last_page_len.dtype)
+    # without pages this is not above 0, as no last page holds more than page_size keys
+    lengths = torch.add(kv_last_page_len - page_size, kv_indptr.diff(), alpha=page_size)
+    return lengths.clamp_(min=0).to(kv_last_page_len.dtype)
 
 
 def get_batch_indices_positions(

@@ -9,7 +9,7 @@ import torch
 
 from jitgen.compat.flashinfer._hooks import Scale
 from jitgen.compat.flashinfer._inputs import Planned
-from jitgen.compat.flashinfer._options import check_no_extras, split_cache
+from jitgen.compat.flashinfer._options import check_no_extras
 from jitgen.compat.flashinfer._prefill_paged import BatchPrefillWithPagedKVCacheWrapper
 from jitgen.compat.flashinfer._single import single_prefill_with_kv_cache
 from jitgen.compat.flashinfer._wrapper import Wrapper
@@ -256,9 +256,8 @@ class BatchPODWithPagedKVCacheWrapper:
         if self._mixed_for != (causal, rows):
             self._mixed._adopt(self._mixed_plan(causal, rows, q_d.shape[0]))
             self._mixed_for = (causal, rows)
-        k, v = split_cache(cache, self._mixed._kv_layout)
         planned = self._mixed._plan_of()
-        found = self._mixed._attend(torch.cat((q_p, q_d)), k, v, planned.options, scales=scales, return_lse=return_lse)
+        found = self._mixed._attend(torch.cat((q_p, q_d)), cache, planned.options, scales=scales, return_lse=return_lse)
         if return_lse:
             return tuple(t[:rows] for t in found), tuple(t[rows:] for t in found)
         return found[:rows], found[rows:]

@@ -10,6 +10,12 @@
 #include <pthread.h>
 #include <stddef.h>
 
+// glibc 2.34 gave these two a new version and kept the old: with the old one a module loads on older systems too.
+#if defined(__x86_64__) && defined(__GLIBC__)
+__asm__(".symver dlopen, dlopen@GLIBC_2.2.5");
+__asm__(".symver dlsym, dlsym@GLIBC_2.2.5");
+#endif
+
 #pragma GCC visibility push(hidden)
 namespace jg_runtime {
 

@@ -45,7 +45,8 @@ struct alignas(16) PlanHeader {
   int tiles;          // in the table
   int shares;         // that have a part of the line: min(shares asked for, length); the others are empty
   unsigned length;    // of the line
-  int reserved[13];
+  int taken, done;    // for a kernel that gives out items as CTAs ask for them: 0 between launches
+  int reserved[11];
 };
 struct alignas(16) PlanTile {
   int request, q_start, q_len, kv_len;

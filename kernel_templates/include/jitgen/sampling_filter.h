@@ -1,7 +1,8 @@
 // Filters of a row and the order in which they are tried: top-k, top-p, min-p and their combinations, on CPU and GPU.
 //
 // Row: kProbs; measure results Measure {top, total}, Mass {total}, Pick {token, value};
-// evaluate<kCount>(pivots, hi, f, least), mass_from(threshold), rank_of(x, count, mass), draw(mass, threshold, u), announce(pick).
+// evaluate<kCount>(pivots, hi, f, least), mass_from(threshold), rank_of(x, count, mass), whole_mass(measure),
+// draw(mass, threshold, u), announce(pick).
 #pragma once
 
 #include "jitgen/sampling_search.h"

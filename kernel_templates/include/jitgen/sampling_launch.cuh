@@ -9,35 +9,49 @@ namespace {
 
 constexpr int kMaxDevices = 64;
 constexpr int kSliceUnit = 64;   // values; keeps groups of the widest load whole
+constexpr int kCtasPerProcessor = 2;
 
-// Dynamic shared memory a CTA of the kernel may have on this device, found out and asked for once per device.
-template <class Kernel> cudaError_t shared_limit(Kernel kernel, int& limit) {
-  static int known[kMaxDevices];   // two threads may both set it, to the same value
+// Dynamic shared memory a CTA of the kernel may have, and multiprocessors: found out, and asked for, once per device.
+struct Limits { int shared_bytes, processors; };
+template <class Kernel> cudaError_t find_limits(Kernel kernel, Limits& limits) {
+  static Limits known[kMaxDevices];   // two threads may both set it, to the same values
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  limit = device < kMaxDevices ? __atomic_load_n(&known[device], __ATOMIC_ACQUIRE) : 0;
-  if (limit > 0) return cudaSuccess;
-  error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const bool kept = device < kMaxDevices;
+  if (kept && __atomic_load_n(&known[device].shared_bytes, __ATOMIC_ACQUIRE) > 0) {
+    limits = known[device];
+    return cudaSuccess;
+  }
+  error = cudaDeviceGetAttribute(&limits.processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  limit -= static_cast<int>(sizeof(TeamShared)) + 1024;   // 1024: what else a kernel may have
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
-  if (error == cudaSuccess && device < kMaxDevices) __atomic_store_n(&known[device], limit, __ATOMIC_RELEASE);
-  return error;
+  error = cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  limits.shared_bytes -= static_cast<int>(sizeof(TeamShared)) + 1024;   // 1024: what else a kernel may have
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes);
+  if (error != cudaSuccess || !kept) return error;
+  known[device].processors = limits.processors;
+  __atomic_store_n(&known[device].shared_bytes, limits.shared_bytes, __ATOMIC_RELEASE);
+  return cudaSuccess;
 }
 
-// One team of `team` CTAs for each row. With `hold` every CTA keeps as much of its slice as fits.
+enum class Use { kHold, kStream, kOnce };   // of a row: kept on chip, streamed by as few CTAs as fill the device, visited once
+
+// A team for each row, which is cut into `slices`.
 template <class Args>
-cudaError_t launch_teams(void (*kernel)(Args, int, int), const Args& args, int team, bool hold, int64_t rows, int64_t vocab,
+cudaError_t launch_teams(void (*kernel)(Args, int, int), const Args& args, int slices, Use use, int64_t rows, int64_t vocab,
                          int64_t stream) {
   if (rows <= 0 || vocab <= 0) return cudaSuccess;
-  if (rows * team > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  int limit = 0;
-  const cudaError_t error = shared_limit(kernel, limit);
+  Limits limits;
+  const cudaError_t error = find_limits(kernel, limits);
   if (error != cudaSuccess) return error;
-  const int64_t unit = int64_t{team} * kSliceUnit;
+  int team = slices;
+  while (use == Use::kStream && team > 1 && rows * team > kCtasPerProcessor * limits.processors) team /= 2;
+  if (rows * team > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  const int64_t unit = int64_t{slices} * kSliceUnit;
   int slice = static_cast<int>((vocab + unit - 1) / unit * kSliceUnit);
-  int held = !hold ? 0 : slice * 4 <= limit ? slice : limit / (4 * kSliceUnit) * kSliceUnit;
+  const int most = limits.shared_bytes / (4 * kSliceUnit) * kSliceUnit;
+  int held = use != Use::kHold ? 0 : slice < most ? slice : most;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = static_cast<unsigned>(team);

@@ -1,8 +1,8 @@
 // One row of logits or probabilities, shared out over a team: passes over it, thresholds, and draws from what is left.
 //
 // The row is read from memory once. Filters need further passes, so each CTA keeps its slice in shared memory as float32; what
-// does not fit is read again. A thread owns every kThreads-th group of kGroup values of its CTA's slice, and the cumulative
-// distribution runs over CTAs, threads and their values in that order, whatever the batch.
+// does not fit is read again. Without filters the row streams through. A thread owns every kThreads-th group of kGroup values
+// of a slice, and the cumulative distribution runs over slices, threads and their values in that order, whatever the batch.
 #pragma once
 
 #include "jitgen/sampling_team.cuh"
@@ -79,7 +79,7 @@ constexpr float kLeastTop = -2.3e38f;   // a row of which no logit reaches this 
 
 // Source: kGroup values are a group, kAhead groups are in flight; fetch(first) -> Raw; decode(Raw, first, float (&)[kGroup])
 // with kAbsent for what lies past the row; one(token).
-template <class Source, bool kProbs_> struct Row {
+template <class Source, bool kProbs_, bool kStreamed> struct Row {
   static constexpr bool kProbs = kProbs_;
   static constexpr int kGroup = Source::kGroup;
   static constexpr float kAbsent = kProbs ? 0.0f : -INFINITY;
@@ -92,13 +92,32 @@ template <class Source, bool kProbs_> struct Row {
   const Source& source;
   Team& team;
   float* held;          // the first held_length values of the slice
-  int held_length, begin, length;
+  int held_length;
+  const int vocab, slice_length;
+  int begin, length;    // of the slice at hand
   float base;           // log2(e) x top: what a logit's weight is relative to
 
-  JITGEN_FN Row(const Source& source, Team& team, float* held, int held_length, int vocab, int slice)
-      : source(source), team(team), held(held), held_length(held_length), begin(team.rank * slice), base(0.0f) {
+  JITGEN_FN Row(const Source& source, Team& team, float* held, int held_length, int vocab, int slice_length)
+      : source(source), team(team), held(held), held_length(held_length), vocab(vocab), slice_length(slice_length), base(0.0f) {
+    select(team.rank);
+  }
+
+  JITGEN_FN void select(int slice) {
+    begin = slice * slice_length;
     const int left = vocab - begin;
-    length = left < 0 ? 0 : left < slice ? left : slice;
+    length = left < 0 ? 0 : left < slice_length ? left : slice_length;
+  }
+  // f(slice) for each slice of this CTA, with that slice at hand.
+  template <class F> JITGEN_FN void each_slice(F f) {
+    if (!kStreamed) {
+      f(team.rank);
+    } else {
+#pragma unroll 1
+      for (int slice = team.rank; slice < team.slices; slice += team.size) {
+        select(slice);
+        f(slice);
+      }
+    }
   }
 
   JITGEN_FN float weight(float x) const { return kProbs ? x : exp2(::fmaf(x, kLog2E, -base)); }
@@ -155,21 +174,27 @@ template <class Source, bool kProbs_> struct Row {
 
   // The sum of weights is kept relative to the maximum so far (Milakov & Gimelshein 2018). NaN and +inf reach it as NaN.
   template <bool kHold> JITGEN_FN Measure measure_logits() {
-    float top = -INFINITY, scaled = 0.0f, sum = 0.0f;   // scaled: log2(e) x top, 0 while there is none
-    read<kHold>([&](const float (&x)[kGroup], int) {
-      const float peak = largest(x);
-      if (peak > top) {
-        const float next = peak * kLog2E;
-        sum *= exp2(top == -INFINITY ? -INFINITY : scaled - next);
-        top = peak, scaled = next;
-      }
+    float sum, warp_top;
+    team.open();
+    each_slice([&](int slice) {
+      float top = -INFINITY, scaled = 0.0f;   // scaled: log2(e) x top, 0 while there is none
+      sum = 0.0f;
+      read<kHold>([&](const float (&x)[kGroup], int) {
+        const float peak = largest(x);
+        if (peak > top) {
+          const float next = peak * kLog2E;
+          sum *= exp2(top == -INFINITY ? -INFINITY : scaled - next);
+          top = peak, scaled = next;
+        }
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) sum += exp2(::fmaf(x[i], kLog2E, -scaled));
+        for (int i = 0; i < kGroup; ++i) sum += exp2(::fmaf(x[i], kLog2E, -scaled));
+      });
+      warp_top = warp_max(top);
+      if (top > -INFINITY) sum *= exp2(scaled - warp_top * kLog2E);
+      const float warps[2] = {warp_top, warp_sum(sum)};
+      team.put(slice, warps);
     });
-    const float warp_top = warp_max(top), warp_scaled = warp_top * kLog2E;
-    if (top > -INFINITY) sum *= exp2(scaled - warp_scaled);
-    const float warps[2] = {warp_top, warp_sum(sum)};
-    team.exchange(warps);
+    team.sync();
     Measure m;
     const float4 tops = team.take(0, -INFINITY), sums = team.take(1, 0.0f);
     m.top = team.max_of(tops);
@@ -182,17 +207,23 @@ template <class Source, bool kProbs_> struct Row {
     return m;
   }
   template <bool kHold> JITGEN_FN Measure measure_probs() {
-    float top = -INFINITY, least = INFINITY, sum = 0.0f;
-    read<kHold>([&](const float (&x)[kGroup], int) {
+    float sum;
+    team.open();
+    each_slice([&](int slice) {
+      float top = -INFINITY, least = INFINITY;
+      sum = 0.0f;
+      read<kHold>([&](const float (&x)[kGroup], int) {
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        sum += x[i];
-        top = ::fmaxf(top, x[i]);
-        least = ::fminf(least, x[i]);
-      }
+        for (int i = 0; i < kGroup; ++i) {
+          sum += x[i];
+          top = ::fmaxf(top, x[i]);
+          least = ::fminf(least, x[i]);
+        }
+      });
+      const float warps[3] = {warp_sum(sum), warp_max(top), warp_min(least)};
+      team.put(slice, warps);
     });
-    const float warps[3] = {warp_sum(sum), warp_max(top), warp_min(least)};
-    team.exchange(warps);
+    team.sync();
     Measure m;
     m.parts = team.take(0, 0.0f);
     m.total = team.sum_of(m.parts);
@@ -205,17 +236,31 @@ template <class Source, bool kProbs_> struct Row {
   }
 
   // ---- thresholds ----
-  // Mass of the values >= threshold.
-  JITGEN_FN Mass mass_from(float threshold) const {
+  // Mass of the values >= threshold that this thread has in the slice at hand.
+  JITGEN_FN float own_mass(float threshold) const {
     float own = 0.0f;
-    revisit([&](const float (&x)[kGroup], int) {
+    const auto add = [&](const float (&x)[kGroup], int) {
       if (largest(x) >= threshold) {
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) own += x[i] >= threshold ? weight(x[i]) : 0.0f;
       }
+    };
+    if (kStreamed)
+      read<false>(add);   // from memory: several loads at a time
+    else
+      revisit(add);
+    return own;
+  }
+  // Mass of the values >= threshold.
+  JITGEN_FN Mass mass_from(float threshold) {
+    float own;
+    team.open();
+    each_slice([&](int slice) {
+      own = own_mass(threshold);
+      const float warps[1] = {warp_sum(own)};
+      team.put(slice, warps);
     });
-    const float warps[1] = {warp_sum(own)};
-    team.exchange(warps);
+    team.sync();
     const float4 parts = team.take(0, 0.0f);
     return {team.sum_of(parts), own, parts};
   }
@@ -264,11 +309,14 @@ template <class Source, bool kProbs_> struct Row {
   JITGEN_FN void announce(Pick& pick) const { team.announce(pick.known, pick.token, pick.value); }
 
   // The value at `point` of the cumulative mass of the values >= threshold. Called by all; one warp comes to know it.
-  JITGEN_FN Pick draw(const Mass& mass, float threshold, double u) const {
+  JITGEN_FN Pick draw(const Mass& mass, float threshold, double u) {
     const Team::Place place = team.find_warp(mass.parts, u * static_cast<double>(mass.total));
-    Pick pick = {place.warp == team.own_warp(), 0, 0.0f};
+    const int slice = place.warp / kWarps;
+    Pick pick = {slice % team.size == team.rank && place.warp % kWarps == team.warp, 0, 0.0f};
     if (!pick.known) return pick;
-    const Share thread = find_share(mass.own, place.rest, team.lane);
+    if (kStreamed) select(slice);
+    // where rows stream through, a thread's mass was not kept for each of its slices: also where it has one, for equal results
+    const Share thread = find_share(kStreamed ? own_mass(threshold) : mass.own, place.rest, team.lane);
     double rest = thread.rest;
     const int owner = team.warp * 32 + thread.lane;
     for (int step = 0; (owner + step / kGroup * kThreads) * kGroup < length; step += 32) {

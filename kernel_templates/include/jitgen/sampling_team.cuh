@@ -1,5 +1,7 @@
 // A team: the CTAs that work on one row, a cluster where the device has clusters, else a single CTA.
 //
+// A row is cut into slices by its length alone. Mostly each CTA has one; rows that are only streamed through leave several to a
+// CTA where there are many rows. Partial results are kept by slice and warp, so the cut into CTAs does not show in them.
 // Sums and maxima over the row are trees of a fixed shape: within a warp by shuffles, then every warp hands its result to all
 // CTAs of the team, whose warps all add up the same numbers in the same order. One barrier is the whole price.
 #pragma once
@@ -11,7 +13,7 @@ namespace jg {
 JITGEN_FN int float_bits(float x) { return __float_as_int(x); }
 JITGEN_FN float bits_float(int bits) { return __int_as_float(bits); }
 
-constexpr int kMaxTeam = 8;      // CTAs; larger clusters need an opt-in and leave multiprocessors idle
+constexpr int kMaxTeam = 8;      // CTAs and slices; larger clusters need an opt-in and leave multiprocessors idle
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTeamWarps = kMaxTeam * kWarps;
@@ -68,13 +70,15 @@ JITGEN_FN Share find_share(double share, double point, int lane) {
 // ---- the team ----
 struct Team {
   TeamShared& shared;
-  int rank, size;      // of this CTA
+  int rank, size;      // of this CTA; CTAs
+  int slices;          // of the row; slice s is the work of CTA s modulo size
   int lane, warp;
   unsigned parity;
   bool started;        // all CTAs of the team are known to run, so that their shared memory may be written
 
-  JITGEN_FN explicit Team(TeamShared& shared)
-      : shared(shared), rank(0), size(1), lane(threadIdx.x % 32), warp(threadIdx.x / 32), parity(0), started(false) {
+  JITGEN_FN Team(TeamShared& shared, int slices)
+      : shared(shared), rank(0), size(1), slices(slices), lane(threadIdx.x % 32), warp(threadIdx.x / 32), parity(0),
+        started(false) {
 #if __CUDA_ARCH__ >= 900
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
@@ -111,35 +115,32 @@ struct Team {
     *place = value;
   }
 
-  JITGEN_FN int own_warp() const { return rank * kWarps + warp; }
-
-  // Hands `count` numbers, the same in all lanes of a warp, to every warp of the team; take() reads them.
-  template <int kCount> JITGEN_FN void exchange(const float (&values)[kCount]) {
+  // An exchange: open(), then put() of numbers that are the same in all lanes of a warp, for each slice; after sync() every
+  // warp of the team may take() them.
+  JITGEN_FN void open() { parity ^= 1; }
+  template <int kCount> JITGEN_FN void put(int slice, const float (&values)[kCount]) {
     static_assert(kCount <= kSlots, "slots");
     wait_started();
-    parity ^= 1;
     if (lane < size)
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) store(&shared.slots[parity][i][own_warp()], values[i], lane);
-    sync();
+      for (int i = 0; i < kCount; ++i) store(&shared.slots[parity][i][slice * kWarps + warp], values[i], lane);
   }
-  // Numbers of four warps of the team: lane i has those of the warps 4 i to 4 i + 3, and `absent` past the last warp.
+  // Numbers of four warps: lane i has those of the warps 4 i to 4 i + 3, counted over slices, and `absent` past the last.
   JITGEN_FN float4 take(int slot, float absent) const {
-    if (4 * lane >= size * kWarps) return make_float4(absent, absent, absent, absent);
+    if (4 * lane >= slices * kWarps) return make_float4(absent, absent, absent, absent);
     return *reinterpret_cast<const float4*>(&shared.slots[parity][slot][4 * lane]);
   }
 
-  // Sums of four numbers and minima of four others over the team, of what each thread has.
+  // Sums of four numbers and minima of four others over the team, of what each thread has, one slice to a CTA.
   JITGEN_FN void sum_and_least(float (&sums)[4], float (&least)[4]) {
     const auto add = [](float a, float b) { return a + b; };
     const auto smaller = [](float a, float b) { return ::fminf(a, b); };
     const float sum = warp_fold(sums, lane, add), low = warp_fold(least, lane, smaller);
     const int number = lane / 8, part = lane % 8;   // each lane now has one of the four numbers
-    wait_started();
-    parity ^= 1;
+    open();
     if (part < size) {
-      store(&shared.slots[parity][number][own_warp()], sum, part);
-      store(&shared.slots[parity][4 + number][own_warp()], low, part);
+      store(&shared.slots[parity][number][rank * kWarps + warp], sum, part);
+      store(&shared.slots[parity][4 + number][rank * kWarps + warp], low, part);
     }
     sync();
     float total = 0.0f, lowest = INFINITY;
@@ -164,11 +165,13 @@ struct Team {
     }
   }
 
-  // Sums over the team of what each thread has.
+  // Sums over the team of what each thread has, one slice to a CTA.
   template <int kCount> JITGEN_FN void sum(float (&values)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] = warp_sum(values[i]);
-    exchange(values);
+    open();
+    put(rank, values);
+    sync();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] = sum_of(take(i, 0.0f));
   }
@@ -176,7 +179,7 @@ struct Team {
   JITGEN_FN float max_of(float4 v) const { return warp_max(::fmaxf(::fmaxf(v.x, v.y), ::fmaxf(v.z, v.w))); }
   JITGEN_FN float min_of(float4 v) const { return warp_min(::fminf(::fminf(v.x, v.y), ::fminf(v.z, v.w))); }
 
-  // The warp of the team that holds `point` of the cumulative mass, given the masses of all warps as take() returns them.
+  // The warp, counted over slices, that holds `point` of the cumulative mass; v: the masses of all warps, as take() has them.
   struct Place { int warp; double rest; };
   JITGEN_FN Place find_warp(float4 v, double point) const {
     const float shares[4] = {v.x, v.y, v.z, v.w};

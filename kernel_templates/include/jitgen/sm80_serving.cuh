@@ -82,49 +82,56 @@ inline Divisor make_divisor(unsigned value) {
   return {value, static_cast<unsigned>(((1ull << (31 + bits)) + value - 1) / value), 31 + bits};
 }
 
-// Brings the page number of each of kRows keys from `first` on to shared memory; of keys from `limit` on, page 0.
-template <int kRows> JITGEN_FN void look_up_pages(unsigned address, const int* pages, const Divisor& page_size, int first, int limit, int thread) {
-  if (thread < kRows) {
-    const bool valid = first + thread < limit;
-    const int* from = pages + (valid ? page_size.divide(first + thread) : 0);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address + 4 * thread), "l"(from), "r"(valid ? 4 : 0) : "memory");
-  }
+// Where K and V of a key are, in bytes from row 0 of page 0; negative: nowhere.
+struct alignas(16) KeyPlace { long long k, v; };
+constexpr int kNoPage = -1;
+
+// Page of a key, kNoPage behind the last one. A list may have negative numbers itself, for pages that a mask hides.
+JITGEN_FN int look_up_page(const int* pages, const Divisor& page_size, int key, int kv_len) {
+  return key < kv_len ? __ldg(pages + page_size.divide(key)) : kNoPage;
 }
-JITGEN_FN int load_shared_32(unsigned address) {
-  int value;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+// Strides in elements.
+struct PageStrides { long long k_page, k_row, v_page, v_row; };
+JITGEN_FN KeyPlace place_key(int page, const Divisor& page_size, int key, const PageStrides& strides) {
+  if (page < 0) return {-1, -1};
+  const int inside = key - page_size.divide(key) * static_cast<int>(page_size.value);
+  return {(page * strides.k_page + inside * strides.k_row) * 2, (page * strides.v_page + inside * strides.v_row) * 2};
+}
+
+JITGEN_FN void store_place(unsigned address, const KeyPlace& place) {
+  asm volatile("st.shared.v2.b64 [%0], {%1, %2};" ::"r"(address), "l"(place.k), "l"(place.v) : "memory");
+}
+JITGEN_FN long long load_shared_64(unsigned address) {
+  long long value;
+  asm volatile("ld.shared.b64 %0, [%1];" : "=l"(value) : "r"(address) : "memory");
   return value;
 }
 
-// TileCopy for keys in pages: `start` takes the shared-memory address of the page numbers of the tile's rows. Keys of a page
-// with a negative number become zero: pages that a mask hides need not exist.
+// TileCopy for keys in pages: `places` is the shared-memory address of the first row's place in K, or in V. Rows that are
+// nowhere become zero.
 template <int kCols, int kThreads> struct PagedCopy {
   using Tile = SwizzledTile<kCols>;
   static constexpr int kRowStep = kThreads / Tile::kSpan;
   static_assert(kRowStep % 8 == 0, "rows of one thread must share the swizzle");
 
-  const char* src;               // this thread's chunk in row 0 of page 0
-  long long page_bytes, row_bytes;
+  const char* src;   // this thread's chunk in row 0 of page 0
   int dst, row;
 
-  JITGEN_FN PagedCopy(const void* base, long long page_stride, long long row_stride, int thread)
-      : page_bytes(page_stride * 2), row_bytes(row_stride * 2), row(thread / Tile::kSpan) {
+  JITGEN_FN PagedCopy(const void* base, int thread) : row(thread / Tile::kSpan) {
     const int chunk = thread % Tile::kSpan;
     src = static_cast<const char*>(base) + chunk * 16;
     dst = Tile::offset(row, chunk);
   }
-  template <int kRows> JITGEN_FN void start(unsigned address, unsigned pages, const Divisor& page_size, int first, int limit) const {
+  template <int kRows> JITGEN_FN void start(unsigned address, unsigned places) const {
     static_assert(kRows % kRowStep == 0, "every thread copies the same number of rows");
-    const long long page_pitch = stay(page_bytes), pitch = stay(row_bytes);
-    const unsigned to = address + stay(dst);
+    const unsigned to = address + stay(dst), mine = places + stay(row) * static_cast<int>(sizeof(KeyPlace));
 #pragma unroll
     for (int i = 0; i < kRows / kRowStep; ++i) {
-      const int at = first + row + i * kRowStep, page = load_shared_32(pages + 4 * (row + i * kRowStep));
-      const int inside = at - page_size.divide(at) * static_cast<int>(page_size.value);
-      const char* from = src + page * page_pitch + inside * pitch;
+      const long long offset = load_shared_64(mine + i * kRowStep * sizeof(KeyPlace));
+      const char* from = src + offset;
 #pragma unroll
       for (int span = 0; span < Tile::kSpans; ++span)
-        cp_async_16(to + i * kRowStep * Tile::kPitch + span * Tile::kSpan * 16, from + span * Tile::kSpan * 16, at < limit && page >= 0);
+        cp_async_16(to + i * kRowStep * Tile::kPitch + span * Tile::kSpan * 16, from + span * Tile::kSpan * 16, offset >= 0);
     }
   }
 };

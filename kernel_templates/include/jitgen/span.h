@@ -44,6 +44,9 @@ struct Truth {
   JITGEN_MEMBER Truth(int may, int must) : may(may), must(must) {}
 };
 JITGEN_FN Truth unsure() { return {true, false}; }
+// Behind a test that has returned where !may, or where must.
+JITGEN_FN Truth possible(Truth t) { return {1, t.must}; }
+JITGEN_FN Truth unproven(Truth t) { return {t.may, 0}; }
 JITGEN_FN int tile_kind(Truth t) { return t.must ? kTileFull : t.may ? kTilePartial : kTileNone; }
 
 JITGEN_FN Truth operator&(Truth a, Truth b) { return {a.may & b.may, a.must & b.must}; }
