@@ -76,7 +76,9 @@ class Server:
         self.free = list(range(NUM_PAGES))
         self.running: list[Request] = []
         # one plan for all layers and all steps: they share heads and mask
-        self.plan = jitgen.Plan(MAX_BATCH, MAX_TOKENS, HEADS, KV_HEADS, HEAD_DIM, dtype=dtype, variant=variant, device=device)
+        self.plan = jitgen.Plan(
+            MAX_BATCH, MAX_TOKENS, HEADS, KV_HEADS, HEAD_DIM, dtype=dtype, variant=variant, page_size=PAGE, device=device
+        )
 
     def admit(self, waiting: list[Request]) -> None:
         """Take requests in while there are pages for all they will ever need, and rows for their prompts."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from jitgen.records import record
 
 
-
 @record
 class ArgField:
     """One field of ``struct Args``. ``format`` is its letter for the struct module: P pointer, q int64, d double."""

@@ -18,8 +18,9 @@ from jitgen.tiles_sm90 import sm90_tiles
 
 FAMILIES = ("cpu", "sm80", "sm90")
 SERVING_FAMILIES = ("cpu", "decode", "sm80", "sm90")
-PREFILL_FAMILY = "sm80"  # of serving plans on cuda
 SM90_ARCHS = ("9.0a",)  # wgmma and setmaxnreg exist in this architecture only
+PAGE_BOX = 8  # keys: pages of the sm90 prefill kernel are a multiple of it
+MAX_SM90_KEYS = 1 << 22  # of a request in the sm90 prefill kernel
 CUDA_HEAD_DIMS = (64, 96, 128, 192, 256)
 
 
@@ -58,14 +59,21 @@ def serving_spec(
     family: str | None = None,
     rows: int = 8,
 ) -> KernelSpec:
-    """A kernel of a plan; ``family`` None is the prefill kernel, ``rows`` how many rows share a KV head in a decode step."""
+    """A kernel of a plan. ``family`` None is the best prefill kernel; ``rows`` share a KV head in a decode step."""
     if family is not None and family not in SERVING_FAMILIES:
         raise VariantError(f"family={family!r} is not a family of serving kernels. Use one of {', '.join(SERVING_FAMILIES)}.")
     if device.type == "cpu":
         return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims, layout), detect_cpu(), layout)
-    family = family or PREFILL_FAMILY
+    family = family or prefill_family(device, layout, PAGE_BOX, None)
     target = detect_cuda(device.index, accelerated=family != "sm80")
     return cuda_spec(program, dtype, head_dims, family, target, layout=layout, rows=rows)
+
+
+def prefill_family(device: torch.device, layout: str, page_size: int | None, max_kv_len: int | None) -> str:
+    """The prefill kernel of a plan. That of Hopper copies pages in boxes of at least 8 keys, so it must know their size."""
+    boxes = layout == "ragged" or (page_size is not None and page_size % PAGE_BOX == 0)
+    is_hopper = detect_cuda(device.index, accelerated=True).arch in SM90_ARCHS
+    return "sm90" if is_hopper and boxes and (max_kv_len or 0) < MAX_SM90_KEYS else "sm80"
 
 
 def cuda_spec(

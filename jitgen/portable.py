@@ -125,7 +125,8 @@ def unpack(request: Mapping[str, Any]) -> tuple[Callable[..., Path], tuple[Any, 
     except ManifestError:
         raise
     except (ImportError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise ManifestError(f"a request for {name} cannot be read ({type(error).__name__}: {error}). Record it again.") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ManifestError(f"a request for {name} cannot be read ({reason}). Record it again.") from error
     return function, arguments
 
 

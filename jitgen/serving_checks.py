@@ -49,6 +49,10 @@ def check_plan_numbers(plan: Plan) -> None:
             f"head_dim is {plan.head_dim}, head_dim_v {plan.head_dim_v}; on cuda the cache must be stored with both one of "
             f"{dims}, or 192 and 128. Allocate it with the next larger one, zeros behind the last column."
         )
+    if plan.page_size is not None and (plan.layout != "paged" or plan.page_size < 1):
+        raise ShapeMismatch(
+            f"page_size is {plan.page_size!r} and layout {plan.layout!r}: only paged plans take a positive page_size."
+        )
     if plan.layout not in ("paged", "ragged"):
         raise ShapeMismatch(f"layout={plan.layout!r} is not a layout of a plan. Use 'paged' or 'ragged'.")
     if plan.split not in ("balanced", "fixed", "none"):
@@ -121,6 +125,10 @@ def check_keys(plan: Plan, place: KeyPlace, tensors: tuple[Tensor, ...]) -> None
             raise UnsupportedDevice(f"k or v is on {t.device}, the plan on {plan.device}. All must be on one device.")
         if t.dtype != plan.dtype:
             raise PlanMismatch(f"k or v has dtype {dtype_name(t.dtype)}, the plan was made for dtype={dtype_name(plan.dtype)}.")
+    if plan.page_size is not None and place.page_size != plan.page_size:
+        raise PlanMismatch(
+            f"the kv cache has pages of {place.page_size} keys, the plan was made for page_size={plan.page_size}."
+        )
     if plan.device.type == "cuda" and any(s % 8 for s in place.strides):
         raise ShapeMismatch(
             f"k and v have strides {place.strides} (page, row, head of k, then of v), expected multiples of 8 elements on cuda."

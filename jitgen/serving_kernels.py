@@ -11,7 +11,7 @@ import torch
 from jitgen import runtime
 from jitgen.checks import dtype_name
 from jitgen.errors import VariantError
-from jitgen.families import serving_spec
+from jitgen.families import prefill_family, serving_spec
 from jitgen.program import Program
 
 if TYPE_CHECKING:
@@ -102,9 +102,10 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
     if plan.family == "decode" or (plan.family is None and most_rows is not None and most_rows <= DECODE_ROWS):
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS),)
     if plan.family is None:
+        where = (plan.device, plan.layout, plan.page_size, plan.max_kv_len)
         return (
             _cuda_class(plan, program, values, "decode", rows, DECODE_ROWS),
-            _cuda_class(plan, program, values, None, rows, DECODE_ROWS),
+            _cuda_class(plan, program, values, prefill_family(*where), rows, DECODE_ROWS),
         )
     return (_cuda_class(plan, program, values, plan.family, rows, 0),)
 
@@ -114,15 +115,13 @@ def kernels_of(plan: Plan, program: Program) -> tuple[runtime.CompiledKernel, ..
     return tuple(runtime.get_kernel(runtime.respecify(c.kernel.spec, program)) for c in plan.classes)
 
 
-def _kernel(plan: Plan, program: Program, family: str | None, rows: int) -> runtime.CompiledKernel:
+def _kernel(plan: Plan, program: Program, family: str, rows: int) -> runtime.CompiledKernel:
     dims = (plan.head_dim, plan.head_dim_v)
     spec = serving_spec(program, dtype_name(plan.dtype), dims, plan.device, plan.layout, family=family, rows=rows)
     return runtime.get_kernel(spec)
 
 
-def _cuda_class(
-    plan: Plan, program: Program, values: list[object], family: str | None, rows: int, class_rows: int
-) -> KernelClass:
+def _cuda_class(plan: Plan, program: Program, values: list[object], family: str, rows: int, class_rows: int) -> KernelClass:
     kernel = _kernel(plan, program, family, rows)
     sizes = KernelClass(kernel, class_rows, 0, None, None)
     device = plan.device

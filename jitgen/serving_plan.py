@@ -35,10 +35,12 @@ class Plan:
     max_kv_len    most keys of a request; needed on a GPU where a hook reads a tensor at exactly q_idx or kv_idx, because
                   kernels do not check that such a tensor is long enough
     layout        'paged' or 'ragged': which call will use the plan
+    page_size     keys of a page, if known: the prefill kernel of Hopper needs it, and pages of a multiple of 8; without it
+                  that of Ampere is used, at about half the speed
     split         'balanced': long requests are cut along their keys so that all CTAs are busy equally long. 'fixed': cut at
                   multiples of ``kv_split`` keys, so a request's result does not depend on what else is in the batch, bit by
                   bit (on a GPU such a request is not cut at all). 'none': never cut
-    family        forces one kernel family: 'decode' or 'sm80' on a GPU
+    family        forces one kernel family: 'decode', 'sm80' or 'sm90' on a GPU
 
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, VariantError; CompileError, ToolchainMissing.
     Cost:    compiles the kernels of the variant if no cache has them; allocates ``workspace_bytes``.
@@ -58,6 +60,7 @@ class Plan:
         layout: str = "paged",
         max_q_len: int | None = None,
         max_kv_len: int | None = None,
+        page_size: int | None = None,
         split: str = "balanced",
         kv_split: int | None = None,
         device: torch.device | str | None = None,
@@ -67,7 +70,7 @@ class Plan:
         self.num_q_heads, self.num_kv_heads = num_q_heads, num_kv_heads
         self.head_dim, self.head_dim_v = head_dim, head_dim if head_dim_v is None else head_dim_v
         self.dtype, self.layout, self.family = dtype, layout, family
-        self.max_q_len, self.max_kv_len = max_q_len, max_kv_len
+        self.max_q_len, self.max_kv_len, self.page_size = max_q_len, max_kv_len, page_size
         self.split, self.kv_split = split, kv_split
         self.device = _complete(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         check_plan_numbers(self)

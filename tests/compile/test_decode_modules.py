@@ -78,6 +78,7 @@ MODULES = [
     (every_hook, "bfloat16", (128, 128), 8, "paged", "9.0a"),
     (every_hook, "float16", (256, 256), 16, "paged", "8.0"),
     (alibi_window, "bfloat16", (256, 256), 8, "paged", "9.0a"),
+    (plain, "bfloat16", (256, 256), 8, "ragged", "9.0a"),
     (alibi_window, "bfloat16", (64, 64), 32, "paged", "8.9"),
     (stick_breaking, "bfloat16", (64, 64), 8, "paged", "9.0a"),
     (plain, "bfloat16", (192, 128), 16, "paged", "9.0a"),
@@ -132,6 +133,12 @@ def test_module_uses_the_instructions_it_is_written_for(module):
     expected = SASS | (TENSOR_SASS if spec.target.compute_capability >= (9, 0) else {})
     missing = [f"{name} ({ptx})" for name, ptx in expected.items() if not re.search(rf"\b{name}\b", sass)]
     assert not missing, f"no {', '.join(missing)}"
+
+
+@needs_compiler
+def test_module_has_no_copy_to_a_sum_with_a_uniform_register(module):
+    """ptxas 13.0 encodes LDGSTS [R + UR] with registers it never wrote: an illegal instruction when it runs."""
+    assert not re.findall(r"LDGSTS[^;]*\[R\d+\+UR[^;]*;", disassemble(module[1]))
 
 
 @pytest.mark.parametrize("arch", ["8.0", "8.6", "9.0a", "10.0", "12.0", "13.0"])

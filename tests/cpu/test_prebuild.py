@@ -18,7 +18,6 @@ from jitgen.__main__ import main
 from jitgen.cache.layer import STAMP
 from jitgen.cache.store import Store
 from jitgen.errors import CacheError, KernelNotPrebuilt, ManifestError
-from jitgen.families import PREFILL_FAMILY
 from jitgen.manifest import parse_manifest
 from jitgen.portable import unpack
 from jitgen.tiles_sm90 import sm90_tiles
@@ -82,7 +81,7 @@ def test_hopper_gets_the_tiles_of_all_lengths_and_its_own_instructions(folder: P
 
 def test_serving_layout_gets_the_kernels_of_a_plan(folder: Path) -> None:
     found = specs(folder, kernel(layout="paged", head_dim=128, arch="9.0"))
-    assert {(s.family, s.layout) for s in found} == {("decode", "paged"), (PREFILL_FAMILY, "paged")}
+    assert {(s.family, s.layout) for s in found} == {("decode", "paged"), ("sm90", "paged")}
     assert [s.family for s in specs(folder, kernel(layout="ragged", arch="portable"))] == ["cpu"]
 
 

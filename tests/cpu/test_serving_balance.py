@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from serving_batch import Batch
 
 import jitgen
+from jitgen.families import prefill_family
 from jitgen.serving_balance import NEVER_CUT, PlanShape, balance
 from jitgen.serving_explain import host_pieces, share_loads
 
@@ -99,6 +100,22 @@ def test_skewed_batches_are_balanced():
     shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 1, 1, 132)
     loads = share_loads(made(lengths, shape))
     assert max(loads) <= 1.02 * sum(loads) / len(loads) + 1
+
+
+@pytest.mark.parametrize(
+    "arch, layout, page_size, max_kv_len, family",
+    [
+        ("9.0", "ragged", None, None, "sm90"),
+        ("9.0", "paged", 16, None, "sm90"),
+        ("9.0", "paged", 12, None, "sm80"),
+        ("9.0", "paged", None, None, "sm80"),
+        ("9.0", "ragged", None, 1 << 22, "sm80"),
+        ("8.9", "ragged", None, None, "sm80"),
+    ],
+)
+def test_prefill_kernel_of_hopper_is_chosen_where_it_can_be_used(monkeypatch, arch, layout, page_size, max_kv_len, family):
+    monkeypatch.setenv("JITGEN_CUDA_ARCH", arch)
+    assert prefill_family(torch.device("cuda", 0), layout, page_size, max_kv_len) == family
 
 
 # ---- the CPU ---------------------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ PLANS = [
     (dict(head_dim=20), ShapeMismatch, "head_dim is 20, expected a multiple of 8 from 8 to 512"),
     (dict(dtype=torch.float64), UnsupportedDtype, "dtype is float64, expected float32 or bfloat16 or float16 on cpu"),
     (dict(layout="dense"), ShapeMismatch, "layout='dense' is not a layout of a plan. Use 'paged' or 'ragged'"),
+    (dict(page_size=0), ShapeMismatch, "page_size is 0 and layout 'paged': only paged plans take a positive page_size"),
     (dict(split="even"), ShapeMismatch, "split='even' is not a way to split"),
     (dict(split="fixed"), ShapeMismatch, "split='fixed' and kv_split=None do not go together"),
     (dict(kv_split=64), ShapeMismatch, "split='balanced' and kv_split=64 do not go together"),
@@ -143,6 +144,12 @@ def test_call_names_heads_of_the_plan_and_its_own(batch, plan, paged):
         jitgen.paged_attention(batch.q.bfloat16(), (k, v), table, plan)
     with pytest.raises(PlanMismatch, match="k or v has dtype float16"):
         jitgen.paged_attention(batch.q, (k.half(), v.half()), table, plan)
+
+
+def test_call_names_the_page_size_of_the_plan_and_its_own(batch, paged):
+    with pytest.raises(PlanMismatch, match="the kv cache has pages of 16 keys, the plan was made for page_size=32"):
+        jitgen.paged_attention(batch.q, *paged, batch.plan(page_size=32))
+    jitgen.paged_attention(batch.q, *paged, batch.plan(page_size=16))
 
 
 def test_call_suggests_the_other_kv_layout(batch):

@@ -265,6 +265,7 @@ constexpr bool kRescales = kNormRescales;
 constexpr bool kRescaleEarly = kHeadDimV > 128;
 constexpr int kTurnBarrier = 1;   // named barrier: + group
 
+constexpr int kManyItems = 8;   // shares of the line were not tried in its place
 // ---- pieces ----
 // What a launch adds to Args.
 struct Launch {
@@ -300,13 +301,12 @@ JITGEN_FN Piece make_piece(const Args& args, const Launch& launch, const jg::Pla
   return piece;
 }
 
-// Two ways to divide the work. Where items are many, or must not be cut, they are given out whole: a CTA takes the next one
-// as it finishes another, the tiles of a head group one after the other, the longest of each request first. Where they are
-// few, each CTA has an equal share of the line, which cuts them.
-constexpr int kManyItems = 8;   // for each CTA: the last ones then end nearly together
+// Two ways to divide the work. Each CTA has an equal share of the line, which cuts items. Or items are given out whole: a CTA
+// takes the next one as it finishes another, the tiles of a head group one after the other, the longest of each request first.
+// That is for items that must not be cut, and where each CTA has kManyItems or more, so that they end nearly together.
 JITGEN_FN bool takes_items(const Args& args, const Launch& launch) {
   const long long items = static_cast<long long>(jg::plan_header(args.plan)->tiles) * launch.shape.groups;
-  return launch.shape.least_piece == jg::kNeverCut || items >= kManyItems * launch.num_ctas;
+  return launch.shape.least_piece == jg::kNeverCut || (kManyItems > 0 && items >= kManyItems * launch.num_ctas);
 }
 JITGEN_FN Piece take_item(const Args& args, const Launch& launch) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
@@ -401,7 +401,8 @@ JITGEN_FN float logit_factor(const Args& args, const Head& head) { return score_
 
 // Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp.
 template <int kTiles>
-JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][kOutTiles][4], const NormState (&state)[kTiles][2], int warp_row) {
+JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][kOutTiles][4],
+                            const NormState (&state)[kTiles][2], int warp_row) {
   const Head head = own_head(args, piece);
   const int lane = jg::stay(static_cast<int>(threadIdx.x)) % 32, first_column = 2 * (lane % 4);   // anew: registers are short in the KV loop
   const int num_rows = piece.request.q_len << piece.packing;
@@ -813,12 +814,17 @@ static int start_attention(const Args& args, const Launch& launch) {
   if (keys == 0) return jg::kErrorPageSize;
   constexpr bool kIsBf16 = jg::IsBf16<Element>::value;
   const bool no_keys = args.num_pages <= 0;   // K and V may be null then, but a map needs an address; nothing is copied
-  const int64_t rows = no_keys ? 1 : args.num_pages, pages = 1;
-  int code = q.update({args.q, args.total_q, args.num_q_heads, 1, args.q_stride_s, args.q_stride_h, 0}, kIsBf16, launch.packing, 64);
-  if (!code) code = k.update({no_keys ? args.q : args.k, rows, args.num_kv_heads, pages, args.k_stride_s, args.k_stride_h, args.k_stride_p}, kIsBf16, keys, KeyTile::kSpan);
-  if (!code) code = v.update({no_keys ? args.q : args.v, rows, args.num_kv_heads, pages, args.v_stride_s, args.v_stride_h, args.v_stride_p}, kIsBf16, keys, ValueTile::kSpan);
+  const int64_t rows = no_keys ? 1 : args.num_pages;
+  const int64_t pages = 1, heads = args.num_kv_heads;
+  const jg::TensorKey q_key = {args.q, args.total_q, args.num_q_heads, 1, args.q_stride_s, args.q_stride_h, 0};
+  const jg::TensorKey k_key = {no_keys ? args.q : args.k, rows, heads, pages, args.k_stride_s, args.k_stride_h, args.k_stride_p};
+  const jg::TensorKey v_key = {no_keys ? args.q : args.v, rows, heads, pages, args.v_stride_s, args.v_stride_h, args.v_stride_p};
+  int code = q.update(q_key, kIsBf16, launch.packing, 64);
+  if (!code) code = k.update(k_key, kIsBf16, keys, KeyTile::kSpan);
+  if (!code) code = v.update(v_key, kIsBf16, keys, ValueTile::kSpan);
   if (code) return code;
-  attention_kernel<<<launch.num_ctas, kThreads, kSharedBytes, reinterpret_cast<cudaStream_t>(args.stream)>>>({q.operand, k.operand, v.operand}, args, launch, keys);
+  const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args.stream);
+  attention_kernel<<<launch.num_ctas, kThreads, kSharedBytes, stream>>>({q.operand, k.operand, v.operand}, args, launch, keys);
   return cudaGetLastError();
 }
 

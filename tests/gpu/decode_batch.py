@@ -15,6 +15,10 @@ Tensor = torch.Tensor
 NAN = math.nan
 
 
+def _starts(counts: list[int]) -> list[int]:
+    return [0, *torch.tensor(counts).cumsum(0).tolist()]
+
+
 @dataclass(frozen=True)
 class Shape:
     """What all requests of a batch share."""
@@ -76,15 +80,15 @@ class Batch:
     ) -> None:
         """``hole``: that many first keys of each request lie in pages that were given back: their numbers are out of range."""
         self.module, self.q_lens, self.kv_lens, self.shape, self.values = module, q_lens, kv_lens, shape, list(values)
-        generator = torch.Generator().manual_seed(seed)
         self.hole = hole
+        generator = torch.Generator(shape.device).manual_seed(seed)
 
-        def normal(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator).to(shape.dtype)
+        def normal(rows: int, heads: int, d: int) -> Tensor:
+            return torch.randn(rows, heads, d, generator=generator, device=shape.device).to(shape.dtype)
 
         self.q = normal(sum(q_lens), shape.num_q_heads, shape.head_dim)
-        self.k = [normal(n, shape.num_kv_heads, shape.head_dim) for n in kv_lens]
-        self.v = [normal(n, shape.num_kv_heads, shape.head_dim_v) for n in kv_lens]
+        self.k = normal(sum(kv_lens), shape.num_kv_heads, shape.head_dim)
+        self.v = normal(sum(kv_lens), shape.num_kv_heads, shape.head_dim_v)
         self._store(generator)
         self._allocate(num_ctas, split, class_rows)
 
@@ -94,44 +98,37 @@ class Batch:
 
     def _store(self, generator: torch.Generator) -> None:
         s = self.shape
-        self.q_device = self.q.to(s.device)
-        self.q_indptr = self._ints([0, *torch.tensor(self.q_lens).cumsum(0).tolist()])
+        self.q_indptr = self._ints(_starts(self.q_lens))
         self.kv_len = self._ints(self.kv_lens)
         if s.page_size == 0:
-            starts = [0, *torch.tensor(self.kv_lens).cumsum(0).tolist()]
-            self.cache_k, self.cache_v = (
-                torch.cat([*t, torch.full((1, *t[0].shape[1:]), NAN, dtype=s.dtype)]).to(s.device) for t in (self.k, self.v)
-            )
+            starts = _starts(self.kv_lens)
+            nothing = torch.full((1, 1, 1), NAN, dtype=s.dtype, device=s.device)
+            self.cache_k, self.cache_v = (torch.cat([t, nothing.expand(1, *t.shape[1:])]) for t in (self.k, self.v))
             self.kv_start, self.pages, self.num_pages, self.stride = self._ints(starts[:-1]), None, self.cache_k.shape[0], 0
             return
         counts = [-(-n // s.page_size) for n in self.kv_lens]
         self.num_pages = sum(counts) + 3
-        numbers = torch.randperm(self.num_pages, generator=generator)[: sum(counts)]
-        inside = (s.page_size, s.num_kv_heads) if s.order == "NHD" else (s.num_kv_heads, s.page_size)
-
-        def empty(d: int) -> Tensor:
-            return torch.full((self.num_pages, *inside, d), NAN, dtype=s.dtype)
-
-        caches = empty(s.head_dim), empty(s.head_dim_v)
-        first = 0
-        for count, *tensors in zip(counts, self.k, self.v, strict=True):
-            for cache, rows in zip(caches, tensors, strict=True):
-                paged = cache[numbers[first : first + count]]
-                by_key = paged if s.order == "NHD" else paged.transpose(1, 2)
-                flat = by_key.reshape(-1, s.num_kv_heads, rows.shape[-1]).clone()
-                flat[: rows.shape[0]] = rows
-                by_key = flat.view(count, s.page_size, s.num_kv_heads, rows.shape[-1])
-                cache[numbers[first : first + count]] = by_key if s.order == "NHD" else by_key.transpose(1, 2)
-            first += count
+        numbers = torch.randperm(self.num_pages, generator=generator, device=s.device)[: sum(counts)].cpu()
+        slots = numbers.repeat_interleave(s.page_size) * s.page_size + torch.arange(s.page_size).repeat(sum(counts))
+        used = [torch.arange(n) + start * s.page_size for n, start in zip(self.kv_lens, _starts(counts), strict=False)]
+        slots = slots[torch.cat(used)].to(s.device)  # of every key, in pages as if they were one after the other
+        caches = [self._cache(slots, rows) for rows in (self.k, self.v)]
         if s.joined:
-            both = torch.stack(caches, 1).to(s.device)
-            self.cache_k, self.cache_v = both[:, 0], both[:, 1]
-        else:
-            self.cache_k, self.cache_v = (c.to(s.device) for c in caches)
+            both = torch.stack(caches, 1)
+            caches = [both[:, 0], both[:, 1]]
+        self.cache_k, self.cache_v = caches
         self._store_table(numbers, counts)
 
+    def _cache(self, slots: Tensor, rows: Tensor) -> Tensor:
+        """Pages in the order of the shape that hold ``rows`` in ``slots``, and NaN elsewhere."""
+        s = self.shape
+        flat = torch.full((self.num_pages * s.page_size, *rows.shape[1:]), NAN, dtype=s.dtype, device=s.device)
+        flat[slots] = rows
+        pages = flat.view(self.num_pages, s.page_size, *rows.shape[1:])
+        return pages if s.order == "NHD" else pages.transpose(1, 2).contiguous()
+
     def _store_table(self, numbers: Tensor, counts: list[int]) -> None:
-        s, starts = self.shape, [0, *torch.tensor(counts).cumsum(0).tolist()]
+        s, starts = self.shape, _starts(counts)
         numbers = numbers.clone()
         for start, count in zip(starts, counts, strict=False):
             numbers[start : start + min(count, self.hole // s.page_size)] = -7
@@ -151,7 +148,7 @@ class Batch:
         self.lse = torch.empty(sum(self.q_lens), s.num_q_heads, device=s.device)
         words = dict(
             zip((f.name for f in self.module.fields), [0] * len(self.module.fields), strict=True),
-            q=self.q_device.data_ptr(), k=self.cache_k.data_ptr(), v=self.cache_v.data_ptr(), o=self.out.data_ptr(),
+            q=self.q.data_ptr(), k=self.cache_k.data_ptr(), v=self.cache_v.data_ptr(), o=self.out.data_ptr(),
             lse=self.lse.data_ptr(), q_indptr=self.q_indptr.data_ptr(), kv_len=self.kv_len.data_ptr(),
             kv_start=self.kv_start.data_ptr() if self.kv_start is not None else 0,
             pages=self.pages.data_ptr() if self.pages is not None else 0,
@@ -159,7 +156,7 @@ class Batch:
             page_size=s.page_size, num_pages=self.num_pages, page_list_stride=self.stride, class_rows=class_rows,
             split=int(split), scale=s.head_dim**-0.5,
         )  # fmt: skip
-        for t, tensor in (("q", self.q_device), ("o", self.out)):
+        for t, tensor in (("q", self.q), ("o", self.out)):
             words |= {f"{t}_stride_s": tensor.stride(0), f"{t}_stride_h": tensor.stride(1)}
         head, row = (1, 2) if s.order == "HND" else (2, 1)
         for t, cache in (("k", self.cache_k), ("v", self.cache_v)):
@@ -199,16 +196,14 @@ class Batch:
     # ---- checking ----
     def expected(self) -> tuple[Tensor, Tensor | None]:
         outs, lses = [], []
-        program, first, device = self.module.spec.program, 0, self.shape.device
-        for q_len, kv_len, k, v in zip(self.q_lens, self.kv_lens, self.k, self.v, strict=True):
-            q = self.q[first : first + q_len].transpose(0, 1)[None]
-            first += q_len
+        first = first_key = 0
+        for q_len, kv_len in zip(self.q_lens, self.kv_lens, strict=True):
+            rows, keys = slice(first, first + q_len), slice(first_key, first_key + kv_len)
+            first, first_key = first + q_len, first_key + kv_len
             if q_len == 0:
                 continue
-            out, lse = run_program(
-                program, self.values, q.to(device), k.transpose(0, 1)[None].to(device), v.transpose(0, 1)[None].to(device),
-                q_offset=kv_len - q_len,
-            )  # fmt: skip
+            q, k, v = (t.transpose(0, 1)[None] for t in (self.q[rows], self.k[keys], self.v[keys]))
+            out, lse = run_program(self.module.spec.program, self.values, q, k, v, q_offset=kv_len - q_len)
             outs.append(out[0].transpose(0, 1).cpu())
             lses.append(None if lse is None else lse[0].transpose(0, 1).cpu())
         return torch.cat(outs), None if any(x is None for x in lses) else torch.cat(lses)

@@ -149,8 +149,8 @@ class Plans:
             return last[3]
         program, tensors = variant.trace().program, hooks.mask_tensors
         sizes = (batch.size, max(rows, 1)) if self.in_graphs else (power_of_two(batch.size), power_of_two(rows))
-        layout = "ragged" if batch.pages is None else "paged"
-        key = (id(program), hooks.mask_numbers, heads, layout, batch.split, batch.kv_split, batch.max_q_len, sizes)
+        layout, page_size = ("ragged", None) if batch.pages is None else ("paged", batch.page_size)
+        key = (id(program), hooks.mask_numbers, heads, layout, page_size, batch.split, batch.kv_split, batch.max_q_len, sizes)
         if self.in_graphs:  # a captured call reads what its plan was updated for: no two masks may share one
             key += tuple(map(id, tensors.values()))
         held = self._held.get(key)
@@ -158,7 +158,7 @@ class Plans:
             plan = Plan(
                 *sizes, heads.num_q, heads.num_kv, heads.dim_qk, head_dim_v=heads.dim_vo, dtype=heads.q_dtype,
                 variant=variant.bind(**tensors) if tensors else variant, layout=layout, max_q_len=batch.max_q_len,
-                split=batch.split, kv_split=batch.kv_split, device=self.device,
+                page_size=page_size, split=batch.split, kv_split=batch.kv_split, device=self.device,
             )  # fmt: skip
             if not self.in_graphs and len(self._held) >= MAX_PLANS:
                 del self._held[next(iter(self._held))]

@@ -129,7 +129,9 @@ template <int kHeadDim, int kHeadDimV, int kStages, bool kTensorCopies> struct U
     using Tile = SpanTile<kCols>;
     constexpr int kChunks = kCols / 8, kRows = 32 / kChunks;   // rows that the warp copies at a time
     if constexpr (32 % kChunks == 0) {
-      const unsigned own = to + Tile::chunk_offset(lane / kChunks, lane % kChunks, kUnitKeys);
+      // Through a shuffle, so that it is one register: of a sum of a register and a uniform one ptxas 13.0 makes a copy that
+      // is an illegal instruction (LDGSTS [R + UR], seen for head_dim 256).
+      const unsigned own = __shfl_sync(0xffffffffu, to + Tile::chunk_offset(lane / kChunks, lane % kChunks, kUnitKeys), lane);
       const char* const chunk = base + lane % kChunks * 16;
 #pragma unroll
       for (int row = 0; row < kUnitKeys; row += kRows) {   // whose swizzle differs from that of the first rows by constant bits

@@ -25,6 +25,17 @@ struct RowFilters {
   bool greedy;         // only the largest value
 };
 
+// The filters of a row, from a kernel's arguments.
+template <class Args> JITGEN_FN RowFilters row_filters(const Args& args, int row, float temperature) {
+  RowFilters f;
+  f.top_k = args.top_k ? args.top_k[row] : static_cast<int>(args.top_k_value);
+  if (f.top_k <= 0) f.top_k = static_cast<int>(args.vocab);
+  f.top_p = args.top_p ? args.top_p[row] : static_cast<float>(args.top_p_value);
+  f.min_p = args.min_p ? args.min_p[row] : static_cast<float>(args.min_p_value);
+  f.greedy = !(temperature > 0.0f);
+  return f;
+}
+
 // Which filters a kernel has, and whether top-p counts from what top-k left.
 template <bool kTopK_, bool kTopP_, bool kMinP_, bool kTopKFirst_> struct FilterSet {
   static constexpr bool kTopK = kTopK_, kTopP = kTopP_, kMinP = kMinP_, kTopKFirst = kTopKFirst_;

@@ -18,6 +18,12 @@ namespace jg {
 
 struct Stream { unsigned long long seed, position, subsequence; };
 
+// The stream of a row, from a kernel's arguments.
+template <class Args> JITGEN_FN Stream row_stream(const Args& args, int row) {
+  return {(unsigned long long)(args.seed ? args.seed[row] : args.seed_value),
+          (unsigned long long)(args.offset ? args.offset[row] : args.offset_value), (unsigned long long)(args.seed ? 0 : row)};
+}
+
 // Uniform in (0, 1), 53 bits, neither end included.
 JITGEN_FN double uniform(Stream stream, unsigned int draw) {
   unsigned long long position = stream.position + draw;
