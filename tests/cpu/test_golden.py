@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from golden_cases import CASES, case_program, case_source, case_spec
-from jinja2 import meta, nodes
+from jinja2 import meta
+from template_checks import assert_both_ways, assert_tidy, parsed, record_branches, template_names
 
 from jitgen import build, errors, mask_tiles, paths, render, toolchain
 from jitgen.emit import emit_variant, section_context
@@ -24,7 +24,7 @@ from jitgen.mask_tiles import mask_tiles_context
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "golden"
-TEMPLATES = sorted(p.relative_to(paths.template_dir()).as_posix() for p in paths.template_dir().rglob("*.jinja"))
+TEMPLATES = template_names("attention")
 VARIANT = "attention/variant.h.jinja"
 PREFILL = ("attention/sm80_serving.cu.jinja", "attention/sm90_serving.cu.jinja")
 PART_OF = {  # included, so they have the context of what includes them
@@ -57,14 +57,10 @@ def test_generated_source_equals_golden_file(name):
 
 
 def test_golden_directory_holds_no_stale_file():
-    assert {p.name for p in GOLDEN.iterdir()} == {golden_path(name).name for name in CASES}
+    assert {p.name for p in GOLDEN.iterdir() if p.is_file()} == {golden_path(name).name for name in CASES}
 
 
 # ---- templates -------------------------------------------------------------------------------------------------------
-
-
-def parsed(template: str) -> nodes.Template:
-    return render.environment().parse((paths.template_dir() / template).read_text())
 
 
 def context_of(template: str, name: str) -> dict[str, object]:
@@ -99,38 +95,12 @@ def test_template_names_only_what_its_context_has(template):
 
 @pytest.fixture(scope="module")
 def branches():
-    """Every condition of the templates, by template, line and number on that line, and its values in the cases."""
-    found: dict[tuple[str, int, int], set[bool]] = {}
-
-    def went(point, value):
-        found[point].add(bool(value))
-        return value
-
-    def with_recorder(tree, name, *rest, **options):
-        for node in tree.find_all((nodes.If, nodes.CondExpr)):
-            point = (name, node.lineno, sum(known[:2] == (name, node.lineno) for known in found))
-            found[point] = set()
-            call = nodes.Call(nodes.Name("went", "load"), [nodes.Const(point), node.test], [], None, None)
-            node.test = call.set_lineno(node.lineno).set_environment(environment)
-        return generate(tree, name, *rest, **options)
-
-    render.environment.cache_clear()
-    environment = render.environment()
-    generate = environment._generate
-    environment.globals["went"] = went
-    environment._generate = with_recorder  # the hook that jinja2 provides for this
-    for name in CASES:
-        case_source(name)
-    render.environment.cache_clear()
-    return found
+    return record_branches(lambda: [case_source(name) for name in CASES])
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_golden_cases_take_every_branch_both_ways(template, branches):
-    assert any(name == template for name, *_ in branches), f"no golden case renders {template}"
-    lines = (paths.template_dir() / template).read_text().splitlines()
-    one_way = {line for (name, line, _), ways in branches.items() if name == template and ways != {True, False}}
-    assert not one_way, "always the same way:\n" + "\n".join(f"{template}:{n}: {lines[n - 1]}" for n in sorted(one_way))
+    assert_both_ways(template, branches)
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -138,16 +108,7 @@ def test_golden_cases_take_every_branch_both_ways(template, branches):
 
 @pytest.mark.parametrize("name", CASES)
 def test_generated_source_is_tidy(name):
-    text = case_source(name).text
-    code = re.sub(r"//[^\n]*", "", text)
-    assert "\t" not in text
-    assert not re.findall(r"[ \t]+$", text, re.MULTILINE)
-    assert "\n\n\n" not in text
-    assert not re.findall(r"\b(?:None|True|False|Undefined|nan|inf)\b", code)
-    assert "{{" not in code.replace("{{}}", "") and "{%" not in text and "\ue000" not in text
-    for opening, closing in ("{}", "()", "[]"):
-        assert code.count(opening) == code.count(closing)
-    assert text.endswith("}\n") or text.endswith(";\n")
+    assert_tidy(case_source(name).text)
 
 
 def digests() -> dict[str, str]:

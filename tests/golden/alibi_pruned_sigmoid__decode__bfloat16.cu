@@ -20,7 +20,7 @@ struct Args {
   const void* plan;   // what the planner wrote for these lengths
   const int* q_indptr;   // [batch + 1] first row of each request in q
   const int* kv_len;   // [batch] keys of each request
-  const int* kv_start;   // [batch] ragged: first row in k; paged: first entry in pages; null: b * page_list_stride
+  const int* kv_start;   // [batch] ragged: first row in k; paged: first of its pages; null: b * page_list_stride
   const int* pages;   // page numbers in logical order; null when ragged
   int64_t stream;   // CUDA stream
   int64_t num_threads;   // CPU threads; 0: the OpenMP default
@@ -33,7 +33,7 @@ struct Args {
   int64_t page_list_stride;   // entries between the page lists of two requests in a block table; 0 with kv_start
   int64_t local_rows;   // 1: q_idx of a request's row i is i; 0: kv_len - q_len + i
   int64_t num_ctas;   // CTAs the plan was made for
-  int64_t class_rows;   // a request with more than this many q_len * num_q_heads / num_kv_heads rows is left to the prefill kernel
+  int64_t class_rows;   // requests of more rows (q_len * num_q_heads / num_kv_heads) are left to the prefill kernel
   int64_t split;   // 1: a long request may be cut into pieces; 0: never; more, on the CPU: keys of a piece
   int64_t programmatic;   // 1: the launch may overlap the end of the kernel before it, which must trigger its dependents
   double scale;   // multiplies q . k
@@ -259,7 +259,8 @@ constexpr bool kReverse = kNormReverse;
 constexpr float kUnits = 1.0f;                 // norms take logits in natural units
 constexpr int kMaxHeads = kSplits ? kNumWarps / 2 : kNumWarps;   // key heads of a CTA
 constexpr int kMaxKeyWarps = kSplits ? kNumWarps : 1;            // warps that share the keys of one
-constexpr int kPiecesInFlight = kSlices * kTiles < 16 ? 8 : kSlices * kTiles == 16 ? 4 : 2;    // in the merge, where the registers of O are still taken
+// In the merge, where the registers of O are still taken.
+constexpr int kPiecesInFlight = kSlices * kTiles < 16 ? 8 : kSlices * kTiles == 16 ? 4 : 2;
 
 using Loader = jg::UnitLoader<kHeadDim, kHeadDimV, kNumStages, kTensorCopies>;
 using Buffer = jg::MergeBuffer<kHeadDimV>;
@@ -300,7 +301,8 @@ JITGEN_FN int rows_of(const jg::DecodeSetup& setup, const jg::PlanTile& tile) {
 }
 
 // Q of an item to shared memory, by the warps of its key head; columns without a row become zero.
-JITGEN_FN void load_query(const Args& args, const jg::DecodeSetup& setup, const Place& place, const jg::PlanTile& tile, int kv_h) {
+JITGEN_FN void load_query(const Args& args, const jg::DecodeSetup& setup, const Place& place, const jg::PlanTile& tile,
+                          int kv_h) {
   constexpr int kChunks = kHeadDim / 8;
   const int rows = rows_of(setup, tile);
 #pragma unroll 2
@@ -319,7 +321,8 @@ JITGEN_FN void load_query(const Args& args, const jg::DecodeSetup& setup, const 
 
 // ---- hooks on the logits of a unit ----
 // From q . k to logits, times kUnits; keys that are not visible become -inf.
-JITGEN_FN void apply_hooks(const Args& args, const jg::DecodeSetup& setup, const jg::PlanTile& tile, int kv_h, int lane, float (&s)[kTiles][4], int first) {
+JITGEN_FN void apply_hooks(const Args& args, const jg::DecodeSetup& setup, const jg::PlanTile& tile, int kv_h, int lane,
+                           float (&s)[kTiles][4], int first) {
   const int own_key = first + lane / 4;
   const Request request = request_of(args, tile);
   const jg::ColumnCounter columns(own_key, tile.kv_len);
@@ -351,7 +354,9 @@ JITGEN_FN void apply_hooks(const Args& args, const jg::DecodeSetup& setup, const
 }
 
 // Weights of one column by the variant's own norm, and O brought to the new state.
-template <int kOdd> JITGEN_FN void update_norm(const Args& args, const Head& head, float (&s)[kTiles][4], Output& o, int n, NormState& state, int first) {
+template <int kOdd>
+JITGEN_FN void update_norm(const Args& args, const Head& head, float (&s)[kTiles][4], Output& o, int n, NormState& state,
+                           int first) {
   jg::ColumnView<kOdd, kNormReverse> column(s[n], first);
   const float factor = norm_update(args, head, column, state);
   if constexpr (kNormRescales) {
@@ -361,7 +366,8 @@ template <int kOdd> JITGEN_FN void update_norm(const Args& args, const Head& hea
 }
 
 // ---- epilogue ----
-JITGEN_FN void reset(const Args& args, const jg::DecodeSetup& setup, const jg::PlanTile& tile, int kv_h, int lane, State& state, Output& o) {
+JITGEN_FN void reset(const Args& args, const jg::DecodeSetup& setup, const jg::PlanTile& tile, int kv_h, int lane, State& state,
+                     Output& o) {
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
     const PackedRow at = packed_row(setup, tile, kv_h, 8 * (i / 2) + 2 * (lane % 4) + i % 2);
@@ -380,7 +386,7 @@ JITGEN_FN void put_states(const Place& place, const State& state, int tile) {
     if (n == tile) {
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd)
-        if constexpr (kSplits) jg::store_shared(to + odd * kStateBytes, make_float2(0.0f, 0.0f));   // sums of weights, as they are
+        if constexpr (kSplits) jg::store_shared(to + odd * kStateBytes, make_float2(0.0f, 0.0f));   // plain sums of weights
         else *static_cast<NormState*>(__cvta_shared_to_generic(to + odd * kStateBytes)) = state[n][odd];
     }
 }
@@ -393,7 +399,8 @@ JITGEN_FN char* output_at(const Args& args, const jg::PlanTile& tile, const Pack
 }
 
 // Rows of one column tile by whole warps, once their sums lie in the merge buffer of the first warp of the key head.
-JITGEN_FN void finish_rows(const Args& args, const jg::DecodeSetup& setup, const Place& place, const jg::PlanTile& tile, int kv_h, int first_row, int rows) {
+JITGEN_FN void finish_rows(const Args& args, const jg::DecodeSetup& setup, const Place& place, const jg::PlanTile& tile,
+                           int kv_h, int first_row, int rows) {
   const int first_warp = place.slot * setup.kv_warps;
 #pragma unroll 1
   for (int column = place.slice; column < rows; column += setup.kv_warps) {
@@ -402,23 +409,26 @@ JITGEN_FN void finish_rows(const Args& args, const jg::DecodeSetup& setup, const
     const Head head = make_head(args, request, at.h);
     float x[kHeadDimV / 32];
 #pragma unroll
-    for (int i = 0; i < kHeadDimV / 32; ++i) x[i] = jg::load_shared_float(place.merge(first_warp) + (column * Buffer::kPitch + place.lane + 32 * i) * 4);
+    for (int i = 0; i < kHeadDimV / 32; ++i)
+      x[i] = jg::load_shared_float(place.merge(first_warp) + (column * Buffer::kPitch + place.lane + 32 * i) * 4);
     jg::OutputView<kHeadDimV> row(x);
     NormState state = norm_init(args, head);
-    if constexpr (!kSplits) state = *static_cast<const NormState*>(__cvta_shared_to_generic(place.states(first_warp) + column * kStateBytes));
+    if constexpr (!kSplits)
+      state = *static_cast<const NormState*>(__cvta_shared_to_generic(place.states(first_warp) + column * kStateBytes));
     norm_finalize(args, head, row, state);
     const float lse = norm_lse(args, head, state);
     if (place.lane == 0) store_lse(args, tile, at, head, lse);
 #pragma unroll
     for (int i = 0; i < kHeadDimV / 32; ++i)
-      *reinterpret_cast<unsigned short*>(output_at(args, tile, at, place.lane + 32 * i)) = static_cast<unsigned short>(Element::pack(x[i], 0.0f));
+      *reinterpret_cast<unsigned short*>(output_at(args, tile, at, place.lane + 32 * i)) =
+          static_cast<unsigned short>(Element::pack(x[i], 0.0f));
   }
 }
 
 // Merges what the warps and CTAs have of an item, one column tile after the other, and writes O and LSE; or leaves it for the
 // CTA that has the first piece. `first` and `last`: the CTAs with pieces.
-JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, const Place& place, const jg::PlanTile& tile, int kv_h, int first, int last,
-                            const Output& o, const State& state) {
+JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, const Place& place, const jg::PlanTile& tile,
+                            int kv_h, int first, int last, const Output& o, const State& state) {
   constexpr int kQuads = kHeadDimV / 4;
   const int rows = rows_of(setup, tile), cta = blockIdx.x, first_warp = place.slot * setup.kv_warps;
 #pragma unroll 1
@@ -435,7 +445,8 @@ JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, cons
       if constexpr (!kSplits) break;   // the warp's own sums are all
       const unsigned own = place.merge(first_warp) + (column * Buffer::kPitch + dim) * 4;
       jg::PartialSum all = {};
-      if (active) all = Buffer::sum<kMaxKeyWarps>(own, place.states(first_warp) + column * kStateBytes, 8 * kStateBytes, setup.kv_warps);
+      const unsigned own_state = place.states(first_warp) + column * kStateBytes;
+      if (active) all = Buffer::sum<kMaxKeyWarps>(own, own_state, 8 * kStateBytes, setup.kv_warps);
       if (first != last) {
         const long long per_cta = setup.heads * kTiles * 8 * kQuads;
         const jg::Mailboxes boxes(args.workspace, per_cta, setup.shape.shares, (place.slot * kTiles + n) * 8 * kQuads + i);
@@ -457,7 +468,8 @@ JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, cons
 
 // ---- kernel ----
 // A CTA works on its share of the plan for setup.heads key heads at a time; setup.kv_warps warps share the keys of each.
-__global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kThreads, 1)
+decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_constant__ Args args) {
   extern __shared__ __align__(1024) char shared[];
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, cta = blockIdx.x;
   if (warp >= setup.heads * setup.kv_warps) return;
@@ -488,7 +500,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
     jg::KeyPlace& next = places[kNumStages - 1];
     next.head = -1;
     if (!more) return;
-    next = loader.find(setup, ahead.tile, ahead.first_key<kReverse>(setup.shape, place.slice), ahead_start, kv_head(ahead.group));
+    const int first = ahead.first_key<kReverse>(setup.shape, place.slice);
+    next = loader.find(setup, ahead.tile, first, ahead_start, kv_head(ahead.group));
     more = !ahead.ends_share(setup.shape, end);
     if (!more) return;
     const int before = ahead.tile.request;
@@ -498,46 +511,57 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
 #pragma unroll 1
   for (int i = 0; i < kNumStages; ++i) find_next();
 
-  // ---- units: ask for one, wait for the one that was asked for kNumStages - 1 before, multiply ----
+  // ---- units: multiply one, and ask for the one that takes its stage; the first kNumStages are only asked for ----
   Output o;
   State state;
   const unsigned query = place.query() + jg::query_fragment<kHeadDim, kColumns>(lane);
   const unsigned key_at = loader.ring + jg::key_fragment<kHeadDim>(lane);
   const unsigned value_at = loader.ring + Loader::kKeyBytes + jg::value_fragment<kHeadDimV>(lane);
-  int asked = 0, free_stage = 0, stage = 0;
+  int stage = 0;
   unsigned parity = 0;
+  bool filled = false;                                 // the ring, for the first time
   bool new_item = true, from_start = here.unit == 0;   // from_start: with the first unit of the item
 #pragma unroll 1
   while (true) {
-    if (places[0].head >= 0) loader.start(args, setup, free_stage, places[0]);
-    find_next();
-    if (++free_stage == kNumStages) free_stage = 0;
-    if (++asked < kNumStages) continue;
-    if (new_item) {
-      load_query(args, setup, place, here.tile, kv_head(here.group));
-      reset(args, setup, here.tile, kv_head(here.group), lane, state, o);
-      new_item = false;
-    }
     const unsigned offset = stage * Loader::kStageBytes;
     const int first = here.first_key<kReverse>(setup.shape, place.slice);
-    loader.wait(stage, parity);
-    if (first < here.tile.end) {
+    if (filled) {
+      if (new_item) {
+        load_query(args, setup, place, here.tile, kv_head(here.group));
+        reset(args, setup, here.tile, kv_head(here.group), lane, state, o);
+        new_item = false;
+      }
+      loader.wait(stage, parity);
+    }
+    if (filled && first < here.tile.end) {
       if (Loader::by_engine(setup) && (first < here.tile.begin || first + jg::kUnitKeys > here.tile.end))
-        jg::zero_rows<kHeadDimV>(loader.ring + offset + Loader::kKeyBytes, here.tile.begin - first, here.tile.end - first, lane);
+        jg::zero_rows<kHeadDimV>(loader.ring + offset + Loader::kKeyBytes, here.tile.begin - first, here.tile.end - first,
+                                 lane);
       float s[kTiles][4];
       jg::multiply_keys<Element, kHeadDim>(s, key_at + offset, query);
       apply_hooks(args, setup, here.tile, kv_head(here.group), lane, s, first);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         const Request request = request_of(args, here.tile);
+        const auto head_of = [&](int row) {
+          return make_head(args, request, packed_row(setup, here.tile, kv_head(here.group), row).h);
+        };
         const int row = 8 * n + 2 * (lane % 4);
-        update_norm<0>(args, make_head(args, request, packed_row(setup, here.tile, kv_head(here.group), row).h), s, o, n, state[n][0], first + lane / 4);
-        update_norm<1>(args, make_head(args, request, packed_row(setup, here.tile, kv_head(here.group), row + 1).h), s, o, n, state[n][1], first + lane / 4);
+        update_norm<0>(args, head_of(row), s, o, n, state[n][0], first + lane / 4);
+        update_norm<1>(args, head_of(row + 1), s, o, n, state[n][1], first + lane / 4);
       }
       jg::multiply_values<Element>(o, s, value_at + offset);
     }
     __syncwarp();
-    if (++stage == kNumStages) stage = 0, parity ^= 1;
+    if (places[0].head >= 0) loader.start(args, setup, stage, places[0]);
+    find_next();
+    const bool multiplied = filled;
+    if (++stage == kNumStages) {
+      parity ^= filled;
+      filled = true;
+      stage = 0;
+    }
+    if (!multiplied) continue;
 
     const bool share_ends = here.ends_share(setup.shape, end);
     if (here.ends_item() || share_ends) {
@@ -581,8 +605,11 @@ static jg::PlanShape plan_shape(const Args& args) {
 // Boxes need whole units inside a page, and addresses that are multiples of 16 bytes.
 static bool copies_by_engine(const Args& args) {
   if (!kTensorCopies || args.num_pages <= 0 || (args.pages && args.page_size % jg::kUnitKeys)) return false;
-  const auto aligned = [](const void* base, int64_t p, int64_t s, int64_t h) { return !((reinterpret_cast<int64_t>(base) | p * 2 | s * 2 | h * 2) & 15) && s; };
-  return aligned(args.k, args.k_stride_p, args.k_stride_s, args.k_stride_h) && aligned(args.v, args.v_stride_p, args.v_stride_s, args.v_stride_h);
+  const auto aligned = [](const void* base, int64_t p, int64_t s, int64_t h) {
+    return !((reinterpret_cast<int64_t>(base) | p * 2 | s * 2 | h * 2) & 15) && s;
+  };
+  return aligned(args.k, args.k_stride_p, args.k_stride_s, args.k_stride_h) &&
+         aligned(args.v, args.v_stride_p, args.v_stride_s, args.v_stride_h);
 }
 
 extern "C" int jitgen_launch(const Args* args) {
@@ -606,8 +633,11 @@ extern "C" int jitgen_launch(const Args* args) {
   if (setup.tensor_copies) {
     constexpr bool kIsBf16 = true;
     const int64_t rows = args->pages ? args->page_size : args->num_pages, pages = args->pages ? args->num_pages : 1;
-    int code = keys.update({args->k, rows, args->num_kv_heads, pages, args->k_stride_s, args->k_stride_h, args->k_stride_p}, kIsBf16, jg::kUnitKeys);
-    if (!code) code = values.update({args->v, rows, args->num_kv_heads, pages, args->v_stride_s, args->v_stride_h, args->v_stride_p}, kIsBf16, jg::kUnitKeys);
+    const int64_t heads = args->num_kv_heads;
+    const jg::TensorKey k = {args->k, rows, heads, pages, args->k_stride_s, args->k_stride_h, args->k_stride_p};
+    const jg::TensorKey v = {args->v, rows, heads, pages, args->v_stride_s, args->v_stride_h, args->v_stride_p};
+    int code = keys.update(k, kIsBf16, jg::kUnitKeys);
+    if (!code) code = values.update(v, kIsBf16, jg::kUnitKeys);
     if (code) return code;
     setup.keys = keys.operand, setup.values = values.operand;
   }
@@ -622,9 +652,12 @@ extern "C" int jitgen_launch(const Args* args) {
   return cudaLaunchKernelEx(&launch, decode_kernel, setup, *args);
 }
 extern "C" int jitgen_plan(const Args* args) { return launch_planner(*args, plan_shape(*args)); }
-extern "C" long long jitgen_plan_bytes(const Args* args) { return jg::plan_bytes(args->batch, args->total_q, plan_shape(*args)); }
+extern "C" long long jitgen_plan_bytes(const Args* args) {
+  return jg::plan_bytes(args->batch, args->total_q, plan_shape(*args));
+}
 extern "C" long long jitgen_workspace_bytes(const Args* args) {
-  return args->num_ctas * heads_per_cta(*args) * kColumns * (kHeadDimV / 4) * static_cast<long long>(sizeof(float4) + sizeof(float2));
+  constexpr long long kThreadBytes = sizeof(float4) + sizeof(float2);   // of four dims of a column
+  return args->num_ctas * heads_per_cta(*args) * kColumns * (kHeadDimV / 4) * kThreadBytes;
 }
 // CTAs that fill the current device; negative: an error.
 extern "C" int jitgen_num_ctas(const Args*) {

@@ -150,7 +150,7 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
 
 // ---- norm: weights in place of softmax; excluded logits are -inf and get weight 0 ----
 constexpr bool kNormReverse = false;
-constexpr bool kNormNeedsCumsum = false;
+[[maybe_unused]] constexpr bool kNormNeedsCumsum = false;
 constexpr bool kNormRescales = false;
 
 struct NormState {
@@ -185,7 +185,6 @@ using WeightTile = jg::SpanTile<Tile::kSharedP ? kTileKv : 64>;   // P in shared
 using Logits = float[kTileKv / 8][4];      // accumulators of one consumer thread: sm90_wgmma.cuh has the layout
 using Output = float[kHeadDimV / 8][4];
 constexpr bool kDescending = kNormReverse;
-constexpr bool kRescales = kNormRescales;
 // O of a wide head is rescaled while Q K^T runs: the multiplications are too many to hide after P V (hd256: +1 to 5 %).
 constexpr bool kRescaleEarly = kHeadDimV > 128;
 constexpr int kTurnBarrier = 1, kAllConsumersBarrier = 5, kGroupBarrier = 6;   // named barriers: + group
@@ -410,7 +409,7 @@ JITGEN_FN bool weigh_tile(const Args& args, const Head& head, Softmax& softmax, 
     jg::FragmentRow<kTileKv / 8, kHalf, kNormReverse> row(s, first_kv);
     factor[kHalf] = norm_update(args, head, row, softmax.half[kHalf]);
   });
-  return kRescales && __any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f);
+  return kNormRescales && __any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f);
 }
 
 // Normalises O, applies the output hooks, and writes LSE.

@@ -166,7 +166,7 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
   const jg::Truth part0 = kv_idx <= q_idx;  // kv_idx <= q_idx
   if (!part0.may) return kTileNone;
   const jg::Truth part1 = span.a1_doc_q == jg::scan(args.a1_doc, jg::axis(kv_idx, args.a1_doc_size0, 1));  // a1_doc[q_idx] == a1_doc[kv_idx]
-  return jg::tile_kind(part0 & part1);
+  return jg::tile_kind(jg::possible(part0) & part1);
 }
 
 // ---- sink: a logit that has weight and no value ----
@@ -196,7 +196,6 @@ using WeightTile = jg::SpanTile<Tile::kSharedP ? kTileKv : 64>;   // P in shared
 using Logits = float[kTileKv / 8][4];      // accumulators of one consumer thread: sm90_wgmma.cuh has the layout
 using Output = float[kHeadDimV / 8][4];
 constexpr bool kDescending = true;         // the partial tiles of a causal row, and the end of kv, come first
-constexpr bool kRescales = true;
 // O of a wide head is rescaled while Q K^T runs: the multiplications are too many to hide after P V (hd256: +1 to 5 %).
 constexpr bool kRescaleEarly = kHeadDimV > 128;
 // Growth of the maximum (exponents of two) below which O is left alone.

@@ -182,8 +182,8 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
   softmax.init();
   const float factor = head.scale;   // of what S holds once score_elem is done
   // A factor that is not positive would turn the running maximum into a minimum: it is applied to the logits then.
-  const auto scale_first = [first = !(factor > 0.0f)] { return first; };
-  const auto units = [value = factor > 0.0f ? factor * jg::kLog2E : jg::kLog2E] { return value; };
+  const auto scale_first = [&] { return !(jg::stay(factor) > 0.0f); };   // computed anew: registers are short
+  const auto units = [&] { return (scale_first() ? 1.0f : factor) * jg::kLog2E; };
 
   // ---- loop over the visited KV tiles: the copy of the next one runs under the products of this one ----
   int visit = tiles.next(), stage = 0;

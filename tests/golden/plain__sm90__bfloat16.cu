@@ -79,7 +79,6 @@ using WeightTile = jg::SpanTile<Tile::kSharedP ? kTileKv : 64>;   // P in shared
 using Logits = float[kTileKv / 8][4];      // accumulators of one consumer thread: sm90_wgmma.cuh has the layout
 using Output = float[kHeadDimV / 8][4];
 constexpr bool kDescending = true;         // the partial tiles of a causal row, and the end of kv, come first
-constexpr bool kRescales = true;
 // O of a wide head is rescaled while Q K^T runs: the multiplications are too many to hide after P V (hd256: +1 to 5 %).
 constexpr bool kRescaleEarly = kHeadDimV > 128;
 // Growth of the maximum (exponents of two) below which O is left alone.

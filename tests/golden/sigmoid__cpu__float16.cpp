@@ -71,7 +71,7 @@ JITGEN_FN Head make_head(const Args& args, int b, int h) {
 
 // ---- norm: weights in place of softmax; excluded logits are -inf and get weight 0 ----
 constexpr bool kNormReverse = false;
-constexpr bool kNormNeedsCumsum = false;
+[[maybe_unused]] constexpr bool kNormNeedsCumsum = false;
 constexpr bool kNormRescales = false;
 
 struct NormState {

@@ -21,7 +21,7 @@ struct Args {
   const void* plan;   // what the planner wrote for these lengths
   const int* q_indptr;   // [batch + 1] first row of each request in q
   const int* kv_len;   // [batch] keys of each request
-  const int* kv_start;   // [batch] ragged: first row in k; paged: first entry in pages; null: b * page_list_stride
+  const int* kv_start;   // [batch] ragged: first row in k; paged: first of its pages; null: b * page_list_stride
   const int* pages;   // page numbers in logical order; null when ragged
   int64_t stream;   // CUDA stream
   int64_t num_threads;   // CPU threads; 0: the OpenMP default
@@ -34,7 +34,7 @@ struct Args {
   int64_t page_list_stride;   // entries between the page lists of two requests in a block table; 0 with kv_start
   int64_t local_rows;   // 1: q_idx of a request's row i is i; 0: kv_len - q_len + i
   int64_t num_ctas;   // CTAs the plan was made for
-  int64_t class_rows;   // a request with more than this many q_len * num_q_heads / num_kv_heads rows is left to the prefill kernel
+  int64_t class_rows;   // requests of more rows (q_len * num_q_heads / num_kv_heads) are left to the prefill kernel
   int64_t split;   // 1: a long request may be cut into pieces; 0: never; more, on the CPU: keys of a piece
   int64_t programmatic;   // 1: the launch may overlap the end of the kernel before it, which must trigger its dependents
   double scale;   // multiplies q . k
@@ -93,7 +93,7 @@ JITGEN_FN Head make_head(const Args& args, const Request& request, int h) {
 
 // ---- norm: weights in place of softmax; excluded logits are -inf and get weight 0 ----
 constexpr bool kNormReverse = false;
-constexpr bool kNormNeedsCumsum = false;
+[[maybe_unused]] constexpr bool kNormNeedsCumsum = false;
 constexpr bool kNormRescales = false;
 
 struct NormState {

@@ -113,7 +113,7 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
 
 // ---- norm: weights in place of softmax; excluded logits are -inf and get weight 0 ----
 constexpr bool kNormReverse = true;
-constexpr bool kNormNeedsCumsum = true;
+[[maybe_unused]] constexpr bool kNormNeedsCumsum = true;
 constexpr bool kNormRescales = false;
 
 struct NormState {

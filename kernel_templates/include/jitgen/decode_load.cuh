@@ -39,7 +39,9 @@ struct UnitCursor {
   }
   JITGEN_FN bool ends_item() const { return unit + 1 == units; }
   // Whether the unit after this one is of another share.
-  JITGEN_FN bool ends_share(const PlanShape& shape, unsigned end) const { return line + 1 + (ends_item() ? shape.fixed_cost : 0) >= end; }
+  JITGEN_FN bool ends_share(const PlanShape& shape, unsigned end) const {
+    return line + 1 + (ends_item() ? shape.fixed_cost : 0) >= end;
+  }
   // To the next unit; not past the end of the share.
   JITGEN_FN void advance(const void* plan, const PlanShape& shape) {
     const bool item_ends = ends_item();
@@ -70,7 +72,8 @@ template <int kHeadDim, int kHeadDimV, int kStages, bool kTensorCopies> struct U
   int lane;
   unsigned long long policy;
 
-  JITGEN_FN UnitLoader(unsigned ring, unsigned barriers, int lane, const DecodeSetup& setup) : ring(ring), barriers(barriers), lane(lane) {
+  JITGEN_FN UnitLoader(unsigned ring, unsigned barriers, int lane, const DecodeSetup& setup)
+      : ring(ring), barriers(barriers), lane(lane) {
     policy = setup.evict_first ? policy_evict_first() : policy_evict_normal();
     if (lane == 0) {
 #pragma unroll
@@ -101,7 +104,8 @@ template <int kHeadDim, int kHeadDimV, int kStages, bool kTensorCopies> struct U
     }
     return place;
   }
-  template <class Args> JITGEN_FN void start(const Args& args, const DecodeSetup& setup, int stage, const KeyPlace& place) const {
+  template <class Args>
+  JITGEN_FN void start(const Args& args, const DecodeSetup& setup, int stage, const KeyPlace& place) const {
     const unsigned to = ring + stage * kStageBytes, barrier = barriers + 8 * stage;
     if constexpr (kTensorCopies) {
       if (setup.tensor_copies) {
@@ -142,7 +146,8 @@ template <int kHeadDim, int kHeadDimV, int kStages, bool kTensorCopies> struct U
 #pragma unroll
       for (int i = lane; i < kUnitKeys * kChunks; i += 32) {
         const long long row_at = __shfl_sync(0xffffffffu, at, i / kChunks);
-        cp_async_16(to + Tile::chunk_offset(i / kChunks, i % kChunks, kUnitKeys), base + (row_at >= 0 ? row_at : 0) + i % kChunks * 16, row_at >= 0, policy);
+        const char* const from = base + (row_at >= 0 ? row_at : 0) + i % kChunks * 16;
+        cp_async_16(to + Tile::chunk_offset(i / kChunks, i % kChunks, kUnitKeys), from, row_at >= 0, policy);
       }
     }
   }

@@ -83,7 +83,8 @@ template <int kHeadDimV> struct MergeBuffer {
   static constexpr unsigned kBytes = 8 * kPitch * 4;   // of a warp
 
   // Columns from `columns` on hold nothing.
-  template <int kSlices, int kTiles> static JITGEN_FN void put(unsigned address, const float (&o)[kSlices][kTiles][4], int tile, int columns, int lane) {
+  template <int kSlices, int kTiles>
+  static JITGEN_FN void put(unsigned address, const float (&o)[kSlices][kTiles][4], int tile, int columns, int lane) {
     const int group = lane / 4, quad = lane % 4;
     if (2 * quad >= columns) return;
     const unsigned to = address + (2 * quad * kPitch + group) * 4;

@@ -12,15 +12,17 @@ namespace jg {
 
 constexpr int kUnitKeys = 16;   // keys of a warp's load and of its two products
 
-// Address of the 16-byte chunk `chunks` further along the rows of a span tile. `address` is that of a chunk below `kGranule`,
-// which `chunks` is a multiple of, so the swizzled bits change by one xor.
+// Address of the chunk (16 bytes) `chunks` further along the rows of a span tile. `chunks` is a multiple of a power of two
+// above the chunk at `address`, so the swizzled bits change by one xor.
 template <int kCols, int kRows> JITGEN_FN unsigned along(unsigned address, int chunks) {
   constexpr int kChunks = SpanTile<kCols>::kSpan / 8;
   return (address ^ (chunks % kChunks * 16)) + chunks / kChunks * (kRows * SpanTile<kCols>::kSpanBytes);
 }
 
 // ---- lane addresses of the fragments ----
-template <int kHeadDim> JITGEN_FN unsigned key_fragment(int lane) { return SpanTile<kHeadDim>::chunk_offset(lane & 15, lane >> 4, kUnitKeys); }
+template <int kHeadDim> JITGEN_FN unsigned key_fragment(int lane) {
+  return SpanTile<kHeadDim>::chunk_offset(lane & 15, lane >> 4, kUnitKeys);
+}
 template <int kHeadDimV> JITGEN_FN unsigned value_fragment(int lane) {
   return SpanTile<kHeadDimV>::chunk_offset((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1, kUnitKeys);
 }
@@ -73,7 +75,8 @@ template <int kHeadDimV> JITGEN_FN void zero_rows(unsigned values, int low, int 
   constexpr int kChunks = kHeadDimV / 8;
   for (int i = lane; i < kUnitKeys * kChunks; i += 32) {
     const int row = i / kChunks;
-    if (row < low || row >= high) store_shared(values + SpanTile<kHeadDimV>::chunk_offset(row, i % kChunks, kUnitKeys), uint4{0, 0, 0, 0});
+    const unsigned at = values + SpanTile<kHeadDimV>::chunk_offset(row, i % kChunks, kUnitKeys);
+    if (row < low || row >= high) store_shared(at, uint4{0, 0, 0, 0});
   }
   fence_async_proxy();   // the copy engine writes here next
   __syncwarp();
@@ -82,7 +85,11 @@ template <int kHeadDimV> JITGEN_FN void zero_rows(unsigned values, int low, int 
 // ---- softmax over keys, which are spread over the groups of lanes ----
 JITGEN_FN float group_xor(float x, int groups) { return __shfl_xor_sync(0xffffffffu, x, 4 * groups); }
 JITGEN_FN float group_sum(float x) { x += group_xor(x, 1); x += group_xor(x, 2); return x + group_xor(x, 4); }
-JITGEN_FN float group_max(float x) { x = ::fmaxf(x, group_xor(x, 1)); x = ::fmaxf(x, group_xor(x, 2)); return ::fmaxf(x, group_xor(x, 4)); }
+JITGEN_FN float group_max(float x) {
+  x = ::fmaxf(x, group_xor(x, 1));
+  x = ::fmaxf(x, group_xor(x, 2));
+  return ::fmaxf(x, group_xor(x, 4));
+}
 
 // What a maximum is subtracted as: that of a column without keys so far is -inf, and would make NaN.
 JITGEN_FN float shift_of(float top) { return top == -INFINITY ? 0.0f : top; }
@@ -166,7 +173,9 @@ template <int kOdd, bool kReverse> struct ColumnView {
       float sum = own;
 #pragma unroll
       for (int step = 1; step < 8; step *= 2) {
-        const float earlier = kReverse ? __shfl_down_sync(0xffffffffu, sum, 4 * step) : __shfl_up_sync(0xffffffffu, sum, 4 * step);
+        float earlier;   // sum of the lanes visited before
+        if constexpr (kReverse) earlier = __shfl_down_sync(0xffffffffu, sum, 4 * step);
+        else earlier = __shfl_up_sync(0xffffffffu, sum, 4 * step);
         sum += group >= step ? earlier : 0.0f;
       }
       inclusive[half] = before + sum;

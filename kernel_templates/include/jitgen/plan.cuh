@@ -136,7 +136,8 @@ JITGEN_PLAN_FN Share share_start(const Line& at, const PlanShape& shape, unsigne
   const int first = at.first_tile[b], count = at.first_tile[b + 1] - first;
   int tile = first + last_at_most(count, x + begin, [&](int i) { return at.tiles[first + i].line; });
   x -= at.tiles[tile].line - begin;
-  const int units = units_of({at.tiles[tile].begin, at.tiles[tile].end}, shape.unit_keys), inside = static_cast<int>(x) - shape.fixed_cost;
+  const int units = units_of({at.tiles[tile].begin, at.tiles[tile].end}, shape.unit_keys);
+  const int inside = static_cast<int>(x) - shape.fixed_cost;
   share.unit = inside > 0 ? inside : 0;
   if (share.unit < shape.least_piece || units - share.unit < shape.least_piece) {
     const bool next = share.unit * 2 > units;
@@ -153,7 +154,8 @@ JITGEN_PLAN_FN Share share_start(const Line& at, const PlanShape& shape, unsigne
   // of the tile's request, which is not b if the cut moved on
   const int request = share.first.request;
   const unsigned request_line = at.first_line[request], request_places = at.first_line[request + 1] - request_line;
-  share.line = request_line * groups + share.group * request_places + (share.first.line - request_line) + shape.fixed_cost + share.unit;
+  const unsigned item_line = request_line * groups + share.group * request_places + (share.first.line - request_line);
+  share.line = item_line + shape.fixed_cost + share.unit;
   return share;
 }
 
@@ -196,7 +198,8 @@ __device__ __forceinline__ int scan_block(int value, int& total) {
 // By one CTA of kPlanThreads. `visible(tile, first query, last query)` gives the keys that these rows of the request see;
 // all threads call it, those without a tile with kv_len 0.
 template <class Visible>
-__device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const int* kv_len, int batch, const PlanShape& shape, Visible visible) {
+__device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const int* kv_len, int batch,
+                                          const PlanShape& shape, Visible visible) {
   __shared__ int first_tile[kPlanMaxBatch + 1];
   __shared__ unsigned first_line[kPlanMaxBatch + 1];
   Share* const shares = const_cast<Share*>(plan_shares(plan));
