@@ -18,7 +18,7 @@ from jitgen.paths import template_dir
 from jitgen.progress import logger, progress_line
 from jitgen.records import record
 from jitgen.target import CompileTarget, lesser_targets
-from jitgen.toolchain import CompilerFailed
+from jitgen.toolchain import CompilerFailed, driver_version
 
 if TYPE_CHECKING:
     from jitgen.cache.source import Source
@@ -91,24 +91,12 @@ def _check_driver(module: Path) -> None:
     if torch.version.cuda is None or not torch.cuda.is_initialized():
         return
     toolkit = read_key(module.parent)["target"]["toolkit"]
-    driver = _driver_major()
+    driver, _ = driver_version() or (0, 0)
     if toolkit and driver and driver < int(toolkit.split(".")[0]):
         raise UnsupportedDevice(
             f"{module} was compiled by CUDA {toolkit}, and this machine's driver is for CUDA {driver}. Update the driver, "
             f"or build with a toolkit of CUDA {driver} (JITGEN_NVCC names its nvcc)."
         )
-
-
-def _driver_major() -> int:
-    """The CUDA major version that the driver supports; 0 when it does not say."""
-    import ctypes
-
-    version = ctypes.c_int(0)
-    try:
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return 0
-    return version.value // 1000
 
 
 @record

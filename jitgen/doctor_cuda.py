@@ -5,7 +5,6 @@ On a machine without a GPU nothing here is wrong: what is absent is a note, not 
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from jitgen import doctor_probe, env, toolchain
 from jitgen.doctor import CUDA, ERROR, MISSING, NOTE, OK, Finding
 from jitgen.errors import ToolchainMissing
 from jitgen.target import cuda_target
+from jitgen.toolchain import driver_version
 
 LEAST_CAPABILITY = (8, 0)
 PROBE_ARCH = "8.0"  # compiled for where there is no GPU: every supported toolkit knows it
@@ -87,18 +87,6 @@ def check_driver(gpus: list[Gpu], version: tuple[int, int] | None) -> Finding:
     if not gpus:
         return Finding(CUDA, "driver", NOTE, f"{text}; it lists no GPU", "If there is one, see what nvidia-smi says.")
     return Finding(CUDA, "driver", OK, text)
-
-
-def driver_version() -> tuple[int, int] | None:
-    """Newest CUDA version that the driver runs; None without a driver. Needs no GPU and makes no context."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-        number = ctypes.c_int(0)
-        if driver.cuDriverGetVersion(ctypes.byref(number)) != 0:
-            return None
-    except (OSError, AttributeError):
-        return None
-    return number.value // 1000, number.value % 1000 // 10
 
 
 def find_gpus() -> list[Gpu]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -248,3 +249,15 @@ def run_text(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.decode(errors="replace")
+
+
+def driver_version() -> tuple[int, int] | None:
+    """Newest CUDA version that the driver runs; None without a driver. Needs no GPU and makes no context."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        number = ctypes.c_int(0)
+        if driver.cuDriverGetVersion(ctypes.byref(number)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return number.value // 1000, number.value % 1000 // 10

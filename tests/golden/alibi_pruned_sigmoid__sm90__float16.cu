@@ -388,7 +388,7 @@ JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
 }
 // O += P V, with P in registers or in shared memory.
 using Weights = unsigned[kTileKv / 16][4];
-JITGEN_FN void start_pv(Output& o, const Weights& p, unsigned long long p_shared, unsigned long long v) {
+JITGEN_FN void start_pv(float (&o)[kHeadDimV / 8][4], const Weights& p, unsigned long long p_shared, unsigned long long v) {
   constexpr int kStepRows = 16 * ValueTile::kSpanBytes >> 4;
   jg::wgmma_fence();
 #pragma unroll
@@ -400,17 +400,17 @@ JITGEN_FN void start_pv(Output& o, const Weights& p, unsigned long long p_shared
   jg::wgmma_commit();
 }
 
-struct Softmax { NormState half[2]; };
-
 // Logits to weights by the variant's own norm. Returns whether O must be multiplied by `factor`.
-JITGEN_FN bool weigh_tile(const Args& args, const Head& head, Softmax& softmax, Logits& s, int first_kv, float (&factor)[2]) {
+JITGEN_FN bool weigh_tile(const Args& args, const Head& head, NormState (&state)[2], Logits& s, int first_kv, float (&factor)[2]) {
   jg::for_each_half([&](auto half_constant) {
     constexpr int kHalf = decltype(half_constant)::value;
     jg::FragmentRow<kTileKv / 8, kHalf, kNormReverse> row(s, first_kv);
-    factor[kHalf] = norm_update(args, head, row, softmax.half[kHalf]);
+    factor[kHalf] = norm_update(args, head, row, state[kHalf]);
   });
   return kNormRescales && __any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f);
 }
+
+struct Softmax { NormState half[2]; };
 
 // Normalises O, applies the output hooks, and writes LSE.
 JITGEN_FN void finish_rows(const Args& args, const Head& head, Softmax& softmax, Output& o, int group_row) {
@@ -552,7 +552,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
         shape(jg::Constant<1>());
-        bool moved = weigh_tile(args, head, softmax, s, first_column(), factor);
+        bool moved = weigh_tile(args, head, softmax.half, s, first_column(), factor);
         if constexpr (Tile::kOutputOverP) await_store();
         keep_weights();
         if (moved) jg::rescale_output(o, factor);
@@ -574,7 +574,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<!kDescending>());
-          moved = weigh_tile(args, head, softmax, s, first_column(), factor);
+          moved = weigh_tile(args, head, softmax.half, s, first_column(), factor);
           // Waited for before the exponentials, not after: packing and storing P then runs under them, and the other groups
           // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch in update_maximum keeps ptxas from moving
           // the wait up to the top of the softmax.)

@@ -255,12 +255,11 @@ using KeyTile = jg::SpanTile<kHeadDim>;
 using ValueTile = jg::SpanTile<kHeadDimV>;
 using WeightTile = jg::SpanTile<Tile::kSharedP ? kTileKv : 64>;   // P in shared memory
 constexpr int kThreads = Tile::kThreads, kRowThreads = 128 * Tile::kGroups;
-constexpr int kWarpRows = 16, kRowTiles = 1;
+[[maybe_unused]] constexpr int kWarpRows = 16, kRowTiles = 1;
 constexpr int kOutTiles = kHeadDimV / 8;
 using Logits = float[kTileKv / 8][4];      // accumulators of one consumer thread: sm90_wgmma.cuh has the layout
 using Output = float[1][kOutTiles][4];
 constexpr bool kDescending = kNormReverse;
-constexpr bool kRescales = kNormRescales;
 // O of a wide head is rescaled while Q K^T runs: the multiplications are too many to hide after P V (hd256: +1 to 5 %).
 constexpr bool kRescaleEarly = kHeadDimV > 128;
 constexpr int kTurnBarrier = 1;   // named barrier: + group
@@ -617,7 +616,7 @@ JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
 }
 // O += P V, with P in registers or in shared memory.
 using Weights = unsigned[kTileKv / 16][4];
-JITGEN_FN void start_pv(float (&o)[kOutTiles][4], const Weights& p, unsigned long long p_shared, unsigned long long v) {
+JITGEN_FN void start_pv(float (&o)[kHeadDimV / 8][4], const Weights& p, unsigned long long p_shared, unsigned long long v) {
   constexpr int kStepRows = 16 * ValueTile::kSpanBytes >> 4;
   jg::wgmma_fence();
 #pragma unroll
@@ -629,17 +628,17 @@ JITGEN_FN void start_pv(float (&o)[kOutTiles][4], const Weights& p, unsigned lon
   jg::wgmma_commit();
 }
 
-struct Softmax { NormState rows[1][2]; };
-
 // Logits to weights by the variant's own norm. Returns whether O must be multiplied by `factor`.
-JITGEN_FN bool weigh_tile(const Args& args, const Head& head, Softmax& softmax, Logits& s, int first_kv, float (&factor)[2]) {
+JITGEN_FN bool weigh_tile(const Args& args, const Head& head, NormState (&state)[2], Logits& s, int first_kv, float (&factor)[2]) {
   jg::for_each_half([&](auto half_constant) {
     constexpr int kHalf = decltype(half_constant)::value;
     jg::FragmentRow<kTileKv / 8, kHalf, kNormReverse> row(s, first_kv);
-    factor[kHalf] = norm_update(args, head, row, softmax.rows[0][kHalf]);
+    factor[kHalf] = norm_update(args, head, row, state[kHalf]);
   });
-  return kRescales && __any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f);
+  return kNormRescales && __any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f);
 }
+
+struct Softmax { NormState rows[1][2]; };
 
 JITGEN_FN void consume(const Args& args, Shared shared, int group) {
   const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5;
@@ -711,7 +710,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
         shape(jg::Constant<1>());
-        bool moved = weigh_tile(args, head, softmax, s, first_column(), factor);
+        bool moved = weigh_tile(args, head, softmax.rows[0], s, first_column(), factor);
         keep_weights();
         if (moved) jg::rescale_output(o[0], factor);
         moved = false;
@@ -732,7 +731,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<!kDescending>());
-          moved = weigh_tile(args, head, softmax, s, first_column(), factor);
+          moved = weigh_tile(args, head, softmax.rows[0], s, first_column(), factor);
           // Waited for before the exponentials, not after: packing and storing P then runs under them, and the other groups
           // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch in update_maximum keeps ptxas from moving
           // the wait up to the top of the softmax.)

@@ -233,7 +233,7 @@ using KeyTile = jg::SpanTile<kHeadDim>;
 using ValueTile = jg::SpanTile<kHeadDimV>;
 using WeightTile = jg::SpanTile<Tile::kSharedP ? kTileKv : 64>;   // P in shared memory
 constexpr int kThreads = Tile::kThreads, kRowThreads = 128 * Tile::kGroups;
-constexpr int kWarpRows = 16, kRowTiles = 1;
+[[maybe_unused]] constexpr int kWarpRows = 16, kRowTiles = 1;
 constexpr int kOutTiles = kHeadDimV / 8;
 using Logits = float[kTileKv / 8][4];      // accumulators of one consumer thread: sm90_wgmma.cuh has the layout
 using Output = float[1][kOutTiles][4];
@@ -641,7 +641,7 @@ JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
 }
 // O += P V, with P in registers or in shared memory.
 using Weights = unsigned[kTileKv / 16][4];
-JITGEN_FN void start_pv(float (&o)[kOutTiles][4], const Weights& p, unsigned long long p_shared, unsigned long long v) {
+JITGEN_FN void start_pv(float (&o)[kHeadDimV / 8][4], const Weights& p, unsigned long long p_shared, unsigned long long v) {
   constexpr int kStepRows = 16 * ValueTile::kSpanBytes >> 4;
   jg::wgmma_fence();
 #pragma unroll

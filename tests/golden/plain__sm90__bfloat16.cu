@@ -248,7 +248,7 @@ JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
 }
 // O += P V, with P in registers or in shared memory.
 using Weights = unsigned[kTileKv / 16][4];
-JITGEN_FN void start_pv(Output& o, const Weights& p, unsigned long long p_shared, unsigned long long v) {
+JITGEN_FN void start_pv(float (&o)[kHeadDimV / 8][4], const Weights& p, unsigned long long p_shared, unsigned long long v) {
   constexpr int kStepRows = 16 * ValueTile::kSpanBytes >> 4;
   jg::wgmma_fence();
 #pragma unroll

@@ -1,5 +1,6 @@
 // Serving kernels on mma.sync: packed query rows, keys that lie in pages, and partial results of items that were cut.
 #pragma once
+#include "jitgen/divisor.cuh"
 #include "jitgen/sm80_softmax.cuh"
 #include "jitgen/sm80_tile.cuh"
 
@@ -70,18 +71,6 @@ template <class Element, int kHalf, int kOutTiles> JITGEN_FN void store_row(cons
 }
 
 // ---- pages ----
-// Division by a number that the host knows: exact for dividends below 2^31.
-struct Divisor {
-  unsigned value, magic;
-  int shift;
-  JITGEN_FN int divide(int x) const { return static_cast<int>(static_cast<unsigned long long>(x) * magic >> shift); }
-};
-inline Divisor make_divisor(unsigned value) {
-  int bits = 0;
-  while (bits < 31 && 1u << bits < value) ++bits;
-  return {value, static_cast<unsigned>(((1ull << (31 + bits)) + value - 1) / value), 31 + bits};
-}
-
 // Where K and V of a key are, in bytes from row 0 of page 0; negative: nowhere.
 struct alignas(16) KeyPlace { long long k, v; };
 constexpr int kNoPage = -1;

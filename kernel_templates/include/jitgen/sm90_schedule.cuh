@@ -8,7 +8,7 @@ namespace jg {
 // Heads are taken in sections whose K and V stay in L2; inside a section all heads of the last query tile come first, as it
 // is the longest under a causal mask. CTAs take tiles as they finish others: 2 to 12 % faster than a fixed assignment.
 // Tiles end with the last row, so the one with rows missing is the first: it is the shortest under a causal mask, the last
-// one would be the longest (4 % of hd128 causal 4k, where 4096 rows are 21 tiles of 192 and a third).
+// one would be the longest (7 % of hd128 causal 4k, where 4096 rows are 21 tiles of 192 and a third).
 struct Schedule {
   int num_query_tiles, num_tiles, section;
   int absent_rows;   // of tile 0, before the first row
