@@ -1,7 +1,7 @@
 // Host side of the sampling kernels: size of the teams, shared memory, the launch.
 #pragma once
 
-#include "jitgen/sampling_team.cuh"
+#include "jitgen/sampling_ranked.cuh"
 
 // Unnamed, because statics of inline functions are otherwise one object for all modules that a process has loaded.
 namespace jg {
@@ -27,7 +27,7 @@ template <class Kernel> cudaError_t find_limits(Kernel kernel, Limits& limits) {
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  limits.shared_bytes -= static_cast<int>(sizeof(TeamShared)) + 1024;   // 1024: what else a kernel may have
+  limits.shared_bytes -= static_cast<int>(sizeof(TeamShared) + sizeof(RankedShared)) + 1024;   // 1024: what else a kernel may have
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes);
   if (error != cudaSuccess || !kept) return error;
   known[device].processors = limits.processors;

@@ -4,6 +4,7 @@
 // CTA where there are many rows. Partial results are kept by slice and warp, so the cut into CTAs does not show in them.
 // Sums and maxima over the row are trees of a fixed shape: within a warp by shuffles, then every warp hands its result to all
 // CTAs of the team, whose warps all add up the same numbers in the same order. One barrier is the whole price.
+// The kernel that includes this says before how many threads its CTAs have: jg::kThreads.
 #pragma once
 
 #include "jitgen/cuda_math.cuh"
@@ -14,7 +15,6 @@ JITGEN_FN int float_bits(float x) { return __float_as_int(x); }
 JITGEN_FN float bits_float(int bits) { return __int_as_float(bits); }
 
 constexpr int kMaxTeam = 8;      // CTAs and slices; larger clusters need an opt-in and leave multiprocessors idle
-constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTeamWarps = kMaxTeam * kWarps;
 constexpr int kSlots = 8;        // numbers that one exchange can carry
