@@ -15,7 +15,7 @@ constexpr int kParts = 128;         // of a row, whatever its team
 constexpr int kMostRanked = 100;    // the largest k: 1.5 values are then expected from each part
 constexpr int kCandidates = 512;    // of a row
 constexpr int kSharers = kThreads / kParts;   // threads that compare one maximum with the others
-static_assert(kSharers == 2 || kSharers == 4, "bound_of");
+static_assert(kThreads % kParts == 0 && (kSharers & (kSharers - 1)) == 0, "bound_of");
 
 struct Candidate { float value; int token; };
 

@@ -37,12 +37,13 @@ template <class Source, bool kProbs_, bool kStreamed, bool kRanks_ = false> stru
   int begin, length;    // of the slice at hand
   float base;           // log2(e) x top: what a logit's weight is relative to
   float own_top;        // the largest value of this thread, once measured; unknown where rows stream through
+  float* own_masses;    // where rows stream through: the mass of each thread in each slice
   Ranked* ranked;
 
   JITGEN_FN Row(const Source& source, Team& team, float* held, int held_length, int vocab, int slice_length,
-                Ranked* ranked = nullptr)
+                float* own_masses = nullptr, Ranked* ranked = nullptr)
       : source(source), team(team), held(held), held_length(held_length), vocab(vocab), slice_length(slice_length), base(0.0f),
-        own_top(INFINITY), ranked(ranked) {
+        own_top(INFINITY), own_masses(own_masses), ranked(ranked) {
     select(team.rank);
   }
 
@@ -64,6 +65,7 @@ template <class Source, bool kProbs_, bool kStreamed, bool kRanks_ = false> stru
     }
   }
 
+  JITGEN_FN float& own_mass_in(int slice) { return own_masses[slice * kThreads + threadIdx.x]; }
   JITGEN_FN float weight(float x) const { return kProbs ? x : exp2(::fmaf(x, kLog2E, -base)); }
 
   // ---- passes ----
@@ -137,7 +139,7 @@ template <class Source, bool kProbs_, bool kStreamed, bool kRanks_ = false> stru
       if (top > -INFINITY) sum *= exp2(scaled - warp_top * kLog2E);
       const float warps[2] = {warp_top, warp_sum(sum)};
       team.put(slice, warps);
-      know_top(top);
+      keep_own(slice, top, sum);
     });
     team.sync();
     Measure m;
@@ -148,6 +150,9 @@ template <class Source, bool kProbs_, bool kStreamed, bool kRanks_ = false> stru
     m.parts = {rescaled(sums.x, tops.x), rescaled(sums.y, tops.y), rescaled(sums.z, tops.z), rescaled(sums.w, tops.w)};
     m.total = team.sum_of(m.parts);
     m.own = rescaled(sum, warp_top);
+    if (kStreamed)
+      for (int slice = team.rank; slice < team.slices; slice += team.size)
+        own_mass_in(slice) = rescaled(own_mass_in(slice), team.of_warp(0, slice));
     m.status = base == INFINITY ? kRowInfinite : m.total != m.total ? kRowNan : m.top < kLeastTop ? kRowEmpty : kRowOk;
     return m;
   }
@@ -167,7 +172,7 @@ template <class Source, bool kProbs_, bool kStreamed, bool kRanks_ = false> stru
       });
       const float warps[3] = {warp_sum(sum), warp_max(top), warp_min(least)};
       team.put(slice, warps);
-      know_top(top);
+      keep_own(slice, top, sum);
     });
     team.sync();
     Measure m;
@@ -181,8 +186,11 @@ template <class Source, bool kProbs_, bool kStreamed, bool kRanks_ = false> stru
     return m;
   }
 
-  JITGEN_FN void know_top(float top) {
-    if (!kStreamed) own_top = top;
+  JITGEN_FN void keep_own(int slice, float top, float mass) {
+    if (kStreamed)
+      own_mass_in(slice) = mass;
+    else
+      own_top = top;
     if (kRanks) ranked->put_tops(top);
   }
 
@@ -209,6 +217,7 @@ template <class Source, bool kProbs_, bool kStreamed, bool kRanks_ = false> stru
     team.open();
     each_slice([&](int slice) {
       own = own_mass(threshold);
+      if (kStreamed) own_mass_in(slice) = own;
       const float warps[1] = {warp_sum(own)};
       team.put(slice, warps);
     });
@@ -287,8 +296,7 @@ template <class Source, bool kProbs_, bool kStreamed, bool kRanks_ = false> stru
     Pick pick = {slice % team.size == team.rank && place.warp % kWarps == team.warp, 0, 0.0f};
     if (!pick.known) return pick;
     if (kStreamed) select(slice);
-    // where rows stream through, a thread's mass was not kept for each of its slices: also where it has one, for equal results
-    const Share thread = find_share(kStreamed ? own_mass(threshold) : mass.own, place.rest, team.lane);
+    const Share thread = find_share(kStreamed ? own_mass_in(slice) : mass.own, place.rest, team.lane);
     double rest = thread.rest;
     const int owner = team.warp * 32 + thread.lane;
     for (int step = 0; (owner + step / kGroup * kThreads) * kGroup < length; step += 32) {

@@ -131,6 +131,9 @@ struct Team {
     return *reinterpret_cast<const float4*>(&shared.slots[parity][slot][4 * lane]);
   }
 
+  // The number that this warp put for a slice.
+  JITGEN_FN float of_warp(int slot, int slice) const { return shared.slots[parity][slot][slice * kWarps + warp]; }
+
   // Sums of four numbers and minima of four others over the team, of what each thread has, one slice to a CTA.
   JITGEN_FN void sum_and_least(float (&sums)[4], float (&least)[4]) {
     const auto add = [](float a, float b) { return a + b; };

@@ -109,7 +109,7 @@ row_kernel(const __grid_constant__ Args args, int slice, int held_length) {
                          temperature > 0.0f ? 1.0f / temperature : 1.0f};
   __shared__ jg::RankedShared largest;
   jg::Ranked ranked(largest, team);
-  Values values(source, team, held, held_length, vocab, slice, &ranked);
+  Values values(source, team, held, held_length, vocab, slice, nullptr, &ranked);
   const jg::RowFilters filters = jg::row_filters(args, row, temperature);
   __shared__ double uniforms[jg::kTries + 1];   // read after the first exchange
   if (threadIdx.x <= jg::kTries) uniforms[threadIdx.x] = jg::uniform(jg::row_stream(args, row), threadIdx.x);

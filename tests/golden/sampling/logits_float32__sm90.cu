@@ -97,7 +97,8 @@ row_kernel(const __grid_constant__ Args args, int slice, int held_length) {
   const float temperature = args.temperature ? args.temperature[row] : static_cast<float>(args.temperature_value);
   const Source source = {args, make_head(args, row), {static_cast<const Element*>(args.x) + x_row * args.x_stride, vocab},
                          temperature > 0.0f ? 1.0f / temperature : 1.0f};
-  Values values(source, team, held, held_length, vocab, slice);
+  __shared__ float own_masses[jg::kMaxTeam * jg::kThreads];
+  Values values(source, team, held, held_length, vocab, slice, own_masses);
   const jg::RowFilters filters = jg::row_filters(args, row, temperature);
   __shared__ double uniforms[jg::kTries + 1];   // read after the first exchange
   if (threadIdx.x <= jg::kTries) uniforms[threadIdx.x] = jg::uniform(jg::row_stream(args, row), threadIdx.x);

@@ -99,7 +99,7 @@ row_kernel(const __grid_constant__ Args args, int slice, int held_length) {
                          temperature > 0.0f ? 1.0f / temperature : 1.0f};
   __shared__ jg::RankedShared largest;
   jg::Ranked ranked(largest, team);
-  Values values(source, team, held, held_length, vocab, slice, &ranked);
+  Values values(source, team, held, held_length, vocab, slice, nullptr, &ranked);
   const jg::RowFilters filters = jg::row_filters(args, row, temperature);
   Values::Measure measure = values.measure<kHold>();
   if (!exists) measure.status = kRowNoIndex;
