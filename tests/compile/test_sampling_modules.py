@@ -19,7 +19,7 @@ from jitgen.target import cuda_target
 ARCHS = ("8.0", "9.0")
 REGISTER_FILE = 65_536  # of a multiprocessor; a thread gets a multiple of 8
 # Bytes a thread may spill: a stream of float32 rows spills in the draw at its end, see _is_thin_stream in sampling_spec.py.
-SPILL = {"sample": 112, "sample_probs": 112}
+SPILL = {"sample": 24}
 
 pytestmark = pytest.mark.skipif(
     toolchain.find_toolkit() is None or toolchain.find_cxx() is None,

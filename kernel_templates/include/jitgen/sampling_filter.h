@@ -115,7 +115,7 @@ template <class Set, class Row> struct Filtering {
     if (has_top_p()) least = max(least, row.ranked->reach(max(static_cast<float>(filters.top_p * total), kLeastTarget)));
     const int count = row.ranked->count_from(min(least, measure.top));
     const auto found = row.ranked->at(uniform * row.ranked->through[count - 1], count);
-    pick.token = found.token, pick.value = found.value;
+    pick.token = found.token(), pick.value = found.value();
     return pick;
   }
 

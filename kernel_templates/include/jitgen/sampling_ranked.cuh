@@ -17,7 +17,17 @@ constexpr int kCandidates = 512;    // of a row
 constexpr int kSharers = kThreads / kParts;   // threads that compare one maximum with the others
 static_assert(kThreads % kParts == 0 && (kSharers & (kSharers - 1)) == 0, "bound_of");
 
-struct Candidate { float value; int token; };
+// A value and its token as one number: the order of numbers is that of values, and of equal values the first token is largest.
+struct Candidate {
+  unsigned long long bits;
+
+  static JITGEN_FN Candidate of(float value, int token) {
+    const unsigned key = static_cast<unsigned>(to_key(value)) ^ 0x80000000u;
+    return {static_cast<unsigned long long>(key) << 32 | ~static_cast<unsigned>(token)};
+  }
+  JITGEN_FN float value() const { return from_key(static_cast<int>(static_cast<unsigned>(bits >> 32) ^ 0x80000000u)); }
+  JITGEN_FN int token() const { return static_cast<int>(~static_cast<unsigned>(bits)); }
+};
 
 struct alignas(16) RankedShared {
   float tops[kParts];
@@ -27,6 +37,8 @@ struct alignas(16) RankedShared {
 };
 
 struct Ranked {
+  static constexpr int kOwn = kCandidates / kThreads;   // places of the list that are a thread's
+
   RankedShared& shared;
   Team& team;
   int length;        // of the list
@@ -75,12 +87,9 @@ struct Ranked {
     each([&](float value, int token) {
       const int place = atomicAdd(&shared.count, 1);
       if (place >= capacity) return;
-      Candidate* const to = &shared.found[team.rank * capacity + place];
 #pragma unroll 1
-      for (int cta = 0; cta < (kAll ? team.size : 1); ++cta) {
-        team.store(&to->value, value, cta);
-        team.store(&to->token, token, cta);
-      }
+      for (int cta = 0; cta < (kAll ? team.size : 1); ++cta)
+        team.store(&shared.found[team.rank * capacity + place], Candidate::of(value, token), cta);
     });
     __syncthreads();
     if (threadIdx.x < team.size) team.store(&shared.counts[team.rank], shared.count, threadIdx.x);
@@ -91,31 +100,46 @@ struct Ranked {
       length += shared.counts[cta];
     }
     if (most > capacity) return false;
-    if (kAll || team.rank == 0) rank(capacity);
+    if (kAll || team.rank == 0) {
+      close_gaps(capacity);
+      rank();
+    }
     return true;
   }
 
-  JITGEN_FN void rank(int capacity) {
-    constexpr int kOwn = kCandidates / kThreads;
+  // Moves the shares of the CTAs together.
+  JITGEN_FN void close_gaps(int capacity) {
     Candidate own[kOwn];
     int place[kOwn];   // -1: nobody has left a candidate there
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const int at = threadIdx.x + i * kThreads, cta = at / capacity;
+      const int at = threadIdx.x + i * kThreads, from = at / capacity, number = at - from * capacity;
       own[i] = shared.found[at];
-      place[i] = at - cta * capacity < shared.counts[cta] ? 0 : -1;
+      place[i] = number < shared.counts[from] ? number : -1;
+      if (place[i] >= 0)
+        for (int cta = 0; cta < from; ++cta) place[i] += shared.counts[cta];
     }
-#pragma unroll 1
-    for (int cta = 0; cta < team.size; ++cta) {
-#pragma unroll 1
-      for (int j = 0; j < shared.counts[cta]; ++j) {
-        const Candidate other = shared.found[cta * capacity + j];
+    write(own, place);
+  }
+  // Sorts by comparing each with each: the lists are short.
+  JITGEN_FN void rank() {
+    Candidate own[kOwn];
+    int place[kOwn];
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i)
-          if (place[i] >= 0) place[i] += other.value > own[i].value || (other.value == own[i].value && other.token < own[i].token);
-      }
+    for (int i = 0; i < kOwn; ++i) {
+      const int at = threadIdx.x + i * kThreads;
+      place[i] = -1;
+      if (at >= length) continue;
+      own[i] = shared.found[at];
+      int above = 0;
+#pragma unroll 8
+      for (int j = 0; j < length; ++j) above += shared.found[j].bits > own[i].bits;
+      place[i] = above;
     }
-    __syncthreads();
+    write(own, place);
+  }
+  JITGEN_FN void write(const Candidate (&own)[kOwn], const int (&place)[kOwn]) {
+    __syncthreads();   // everybody has read
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
       if (place[i] >= 0) shared.found[place[i]] = own[i];
@@ -123,7 +147,7 @@ struct Ranked {
   }
 
   // ---- the list ----
-  JITGEN_FN float value(int place) const { return shared.found[place].value; }
+  JITGEN_FN float value(int place) const { return shared.found[place].value(); }
 
   // The rest is called by one warp. Adds up weight(value).
   template <class Weight> JITGEN_FN void add_up(Weight weight) {
@@ -131,7 +155,7 @@ struct Ranked {
 #pragma unroll 1
     for (int first = 0; first < length; first += 32) {
       const int i = first + team.lane;
-      const double sum = before + warp_scan(i < length ? weight(shared.found[i].value) : 0.0f, team.lane);
+      const double sum = before + warp_scan(i < length ? weight(shared.found[i].value()) : 0.0f, team.lane);
       if (i < length) through[i] = sum;
       before = __shfl_sync(~0u, sum, 31);
     }
@@ -151,12 +175,12 @@ struct Ranked {
   }
   JITGEN_FN double mass_from(float threshold) const { return through[count_from(threshold) - 1]; }
   JITGEN_FN int count_from(float threshold) const {
-    return count_while([&](int i) { return shared.found[i].value >= threshold; });
+    return count_while([&](int i) { return shared.found[i].value() >= threshold; });
   }
   // The largest value with at least this mass at and above it; the least of the list where its mass is smaller.
   JITGEN_FN float reach(double mass) const {
     const int place = count_while([&](int i) { return through[i] < mass; });
-    return shared.found[place < length ? place : length - 1].value;
+    return value(place < length ? place : length - 1);
   }
   // The value at a point of the cumulative mass of the first `count`; rounding may put the point past their end.
   JITGEN_FN Candidate at(double point, int count) const {

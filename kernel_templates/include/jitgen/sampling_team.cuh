@@ -103,12 +103,16 @@ struct Team {
   }
   // Store into the same place of the shared memory of CTA `to`.
   template <class T> JITGEN_FN void store(T* place, T value, int to) const {
-    static_assert(sizeof(T) == 4, "one register");
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8, "one store");
 #if __CUDA_ARCH__ >= 900
     if (size > 1) {
       unsigned own = static_cast<unsigned>(__cvta_generic_to_shared(place)), remote;
       asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(own), "r"(to));
-      asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(remote), "r"(__builtin_bit_cast(unsigned, value)) : "memory");
+      if constexpr (sizeof(T) == 4)
+        asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(remote), "r"(__builtin_bit_cast(unsigned, value)) : "memory");
+      else
+        asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(remote), "l"(__builtin_bit_cast(unsigned long long, value))
+                     : "memory");
       return;
     }
 #endif

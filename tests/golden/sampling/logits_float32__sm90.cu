@@ -60,7 +60,7 @@ JITGEN_FN Head make_head(const Args& args, int row) {
 // ---- source: elements of a row, processed and divided by the temperature ----
 struct Source {
   static constexpr int kGroup = jg::Group<Element>::kSize;
-  static constexpr int kAhead = 2;   // groups a thread has in flight while it reads the row
+  static constexpr int kAhead = 1;   // groups a thread has in flight while it reads the row
   using Raw = jg::Packet<Element>;
   const Args& args;
   const Head head;
