@@ -80,6 +80,8 @@ class Plan:
         self.handle = register_plan(self)  # what graphs of torch.compile hold
         self.version = 0  # counts updates
         self.calls: dict[tuple[object, ...], Any] = {}  # prepared calls, by shapes and strides
+        self.recent: Any = None  # the last of them
+        self.device_index = self.device.index
         self.checked_table: tuple[Tensor | None, object] = (None, None)
         self.checked_values: list[object] = []
         self.checked_results: object = None
@@ -167,6 +169,7 @@ class Plan:
         if program is not self._program:
             self.classes = make_classes(self, program, values)
             self.calls.clear()
+            self.recent = None
         self._program, self._values = program, values
         check_captures(self, program, values)
         for c in self.classes:
