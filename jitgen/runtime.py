@@ -7,6 +7,7 @@ import struct
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from jitgen.abi import ARGS_OF_LAYOUT, ArgField, pack_format
@@ -105,6 +106,12 @@ def capture_fields(program: Program) -> tuple[ArgField, ...]:
             fields += [ArgField("int64_t", f"a{i}_size{d}") for d in range(slot.rank)]
             fields += [ArgField("int64_t", f"a{i}_stride{d}") for d in range(slot.rank)]
     return tuple(fields)
+
+
+@cache
+def capture_packer(program: Program) -> Callable[..., bytes]:
+    """Packs what ``capture_words`` gives."""
+    return struct.Struct(pack_format(capture_fields(program))).pack
 
 
 def capture_words(program: Program, values: list[object]) -> list[object]:

@@ -9,9 +9,10 @@ from torch.compiler import is_compiling
 
 from jitgen.errors import PlanMismatch, UnsupportedDevice
 from jitgen.program import Program, uses_index
+from jitgen.runtime import capture_packer
 from jitgen.serving_checks import check_keys, check_query
-from jitgen.serving_kernels import kernels_of, split_number
-from jitgen.serving_launch import PreparedCall, RecentCall, capture_packer, launches_of, run
+from jitgen.serving_kernels import kernels_of
+from jitgen.serving_launch import PreparedCall, RecentCall, launches_of, run
 from jitgen.serving_op import call_paged, call_ragged, check_traced
 from jitgen.serving_pages import KeyPlace, PageTable, cache_place, ragged_place
 from jitgen.serving_plan import Plan, default_scale
@@ -195,7 +196,7 @@ def _prepare(
         q_factor, scale = (-1.0, -scale) if scale < 0 else (0.0, 1.0)
     out_shape = (plan.num_q_heads, plan.head_dim_v)
     o_stride = (plan.num_q_heads * plan.head_dim_v, plan.head_dim_v)
-    head = (split_number(plan), 0, scale, *q.stride()[:2])
+    q_stride = q.stride()[:2]
     kernels = kernels_of(plan, program)
     call = PreparedCall(
         program=program,
@@ -203,10 +204,11 @@ def _prepare(
         page_size=place.page_size,
         v_offset=place.v_offset,
         numbers=(plan.num_q_heads, plan.num_kv_heads, place.page_size, place.num_pages),
-        head=head,
+        scale=scale,
+        q_stride=q_stride,
         o_stride=o_stride,
         kv_stride=place.strides,
-        launches=launches_of(plan, kernels, head, o_stride, place.strides),
+        launches=launches_of(plan, kernels, scale, q_stride, o_stride, place.strides),
         mask_slots=mask_slots,
         pack_captures=capture_packer(program),
         q_factor=q_factor,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from jitgen import runtime
+from jitgen.abi import SERVING_ARGS, pack_format
 from jitgen.checks import dtype_name
 from jitgen.errors import VariantError
 from jitgen.families import prefill_family, serving_spec
@@ -21,6 +24,10 @@ Tensor = torch.Tensor
 DECODE_ROWS = 32  # most rows (query rows * query heads of a KV head) of a request that the decode kernel takes
 ALL_ROWS = 1 << 30
 NUM_STRIDES = 10  # at the end of SERVING_ARGS
+# The fields of a launch in three runs: what may differ from call to call, what a plan and shapes fix, and the captures.
+_FIRST_FIXED = [f.name for f in SERVING_ARGS].index("local_rows")
+pack_own = struct.Struct(pack_format(SERVING_ARGS[:_FIRST_FIXED])).pack
+pack_fixed = struct.Struct(pack_format(SERVING_ARGS[_FIRST_FIXED:])).pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +40,7 @@ class KernelClass:
     plan: Tensor | None  # None on the CPU, which divides the work when it is called
     workspace: Tensor | None
     addresses: tuple[int, int] = (0, 0)  # the fields workspace and plan
+    start_planner: Callable[[bytes], int] | None = None
 
     @property
     def name(self) -> str:
@@ -40,9 +48,23 @@ class KernelClass:
 
     def launch_planner(self, plan: Plan, values: list[object]) -> None:
         """Start the planner for the lengths that ``plan`` holds, on the current stream."""
-        if self.plan is None or plan.batch == 0:
+        if self.start_planner is None or plan.batch == 0:
             return
-        call(self.kernel, "jitgen_plan", self.pack(plan, values, plan.batch, plan.max_tokens), plan.device)
+        index = plan.device.index
+        if index != torch._C._cuda_getDevice():
+            with torch.cuda.device(index):
+                return self.launch_planner(plan, values)
+        program = self.kernel.spec.program
+        captures = runtime.capture_packer(program)(*runtime.capture_words(program, values)) if values else b""
+        own = pack_own(0, 0, 0, 0, 0, *self.addresses, *plan.lengths, _address(plan.kv_start), 0, stream_of(plan.device), 0,
+                       plan.batch, plan.num_q_heads, plan.num_kv_heads, plan.max_tokens, 0, 0, 0)  # fmt: skip
+        code = self.start_planner(own + self.fixed(plan) + captures)
+        if code:
+            self.kernel.raise_error(code)
+
+    def fixed(self, plan: Plan, scale: float = 1.0, strides: tuple[int, ...] = (0,) * NUM_STRIDES) -> bytes:
+        """The fields from local_rows on, but for captures."""
+        return pack_fixed(plan.q_index == "local", self.num_ctas, self.class_rows, split_number(plan), 0, scale, *strides)
 
     def pack(self, plan: Plan, values: list[object], batch: int, total_q: int, *, room: Tensor | None = None) -> bytes:
         """Arguments without q, k, v and the rest of what only a launch reads.
@@ -78,16 +100,12 @@ def _address(t: Tensor | None) -> int:
 
 
 def call(kernel: runtime.CompiledKernel, name: str, packed: bytes, device: torch.device, result: type = ctypes.c_int) -> int:
-    """Call an entry point on ``device``; a non-zero code of one that returns a code is raised."""
+    """Call an entry point on ``device``."""
     function = kernel.function(name, result)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            value = function(packed)
-    else:
-        value = function(packed)
-    if value and name == "jitgen_plan":
-        kernel.raise_error(value)
-    return int(value)
+            return int(function(packed))
+    return int(function(packed))
 
 
 def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[KernelClass, ...]:
@@ -136,4 +154,5 @@ def _cuda_class(plan: Plan, program: Program, values: list[object], family: str,
         torch.full((-(-bytes_of[n] // 16) * 4,), fill, dtype=torch.int32, device=device)
         for n, fill in (("plan", 0), ("workspace", -1))
     ]
-    return KernelClass(kernel, class_rows, num_ctas, *memory, addresses=(memory[1].data_ptr(), memory[0].data_ptr()))
+    addresses = memory[1].data_ptr(), memory[0].data_ptr()
+    return KernelClass(kernel, class_rows, num_ctas, *memory, addresses, kernel.function("jitgen_plan"))

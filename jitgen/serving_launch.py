@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from jitgen import runtime
-from jitgen.abi import SERVING_ARGS, pack_format
 from jitgen.checks import check_grad
 from jitgen.errors import PlanMismatch, UnsupportedDevice
 from jitgen.program import Program
 from jitgen.serving_checks import check_captures, check_query, check_results
+from jitgen.serving_kernels import pack_own
 from jitgen.serving_plan import Plan, check_lse
 
 try:
@@ -24,11 +23,6 @@ except ImportError:  # a torch without it, or with another of its kind
 Tensor = torch.Tensor
 current_device = getattr(torch._C, "_cuda_getDevice", None)  # absent from a torch for CPUs
 current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-# The fields of a launch in three runs: what may differ from call to call, what a prepared call fixes, and the captures.
-_FIRST_FIXED = [f.name for f in SERVING_ARGS].index("local_rows")
-_pack_own = struct.Struct(pack_format(SERVING_ARGS[:_FIRST_FIXED])).pack
-_pack_fixed = struct.Struct(pack_format(SERVING_ARGS[_FIRST_FIXED:])).pack
-
 
 # Of one kernel: the kernel, the fields workspace and plan, and the packed fields from local_rows on but for captures.
 Launches = tuple[tuple[runtime.CompiledKernel, int, int, bytes], ...]
@@ -43,7 +37,8 @@ class PreparedCall:
     page_size: int
     v_offset: int  # bytes
     numbers: tuple[int, int, int, int]  # fields num_q_heads, num_kv_heads; page_size, num_pages
-    head: tuple[float | int, ...]  # fields split to q_stride_h
+    scale: float
+    q_stride: tuple[int, ...]
     o_stride: tuple[int, ...]  # of an output that the call allocates
     kv_stride: tuple[int, ...]
     launches: Launches  # for such an output
@@ -80,21 +75,16 @@ KeyAddresses = tuple[int, int, int, int, int]  # k, v, kv_start, pages; and the 
 def launches_of(
     plan: Plan,
     kernels: tuple[runtime.CompiledKernel, ...],
-    head: tuple[float | int, ...],
+    scale: float,
+    q_stride: tuple[int, ...],
     o_stride: tuple[int, ...],
     kv_stride: tuple[int, ...],
 ) -> Launches:
     """What the plan and the shapes of a call fix about its launches."""
-    local_rows = plan.q_index == "local"
     return tuple(
-        (kernel, *c.addresses, _pack_fixed(local_rows, c.num_ctas, c.class_rows, *head, *o_stride, *kv_stride))
+        (kernel, *c.addresses, c.fixed(plan, scale, (*q_stride, *o_stride, *kv_stride)))
         for kernel, c in zip(kernels, plan.classes, strict=True)
     )
-
-
-def capture_packer(program: Program) -> Callable[..., bytes]:
-    """Packs what ``capture_words`` gives."""
-    return struct.Struct(pack_format(runtime.capture_fields(program))).pack
 
 
 def run(
@@ -141,7 +131,7 @@ def _check_results(plan: Plan, call: PreparedCall, q: Tensor, out: Tensor | None
         plan.checked_results = given
     if out is None or out.stride()[:2] == call.o_stride:
         return call.launches
-    return launches_of(plan, call.kernels, call.head, out.stride()[:2], call.kv_stride)
+    return launches_of(plan, call.kernels, call.scale, call.q_stride, out.stride()[:2], call.kv_stride)
 
 
 def _aligned(q: Tensor, keys: KeyAddresses, out: Tensor) -> Tensor:
@@ -191,8 +181,8 @@ def _launch(
     q_indptr, kv_len = plan.lengths
     num_q_heads, num_kv_heads, page_size, num_pages = call.numbers
     for kernel, workspace, planned, fixed in launches:
-        own = _pack_own(q_at, k, v, out_at, lse_at, workspace, planned, q_indptr, kv_len, kv_start, pages, stream, threads,
-                        plan.batch, num_q_heads, num_kv_heads, total_q, page_size, num_pages, list_stride)  # fmt: skip
+        own = pack_own(q_at, k, v, out_at, lse_at, workspace, planned, q_indptr, kv_len, kv_start, pages, stream, threads,
+                       plan.batch, num_q_heads, num_kv_heads, total_q, page_size, num_pages, list_stride)  # fmt: skip
         code = kernel.launch(own + fixed + captures)
         if code:
             kernel.raise_error(code)
