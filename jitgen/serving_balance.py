@@ -102,7 +102,8 @@ def balance(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, visib
     tiles = _make_tiles(q_len, kv_len, shape, visible or (lambda b, first, last: (0, kv_len[b])))
     places = tiles[-1].line + _cost(tiles[-1], shape) if tiles else 0
     length = places * shape.groups
-    used = min(shape.shares, length)
+    largest = -(-length // shape.shares)
+    used = -(-length // largest) if length else 0  # as few as leave the largest share as it is
     requests = [t.request for t in tiles if t.index == 0]
     first_tile = {tiles[i].request: i for i in range(len(tiles)) if tiles[i].index == 0}
     starts = [tiles[first_tile[b]].line for b in requests] + [places]

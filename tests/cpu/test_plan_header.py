@@ -35,7 +35,7 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
     }
   }
   const unsigned length = places * shape->groups;
-  const int used = length < static_cast<unsigned>(shape->shares) ? static_cast<int>(length) : shape->shares;
+  const int used = jg::used_shares(length, shape->shares);
   const jg::Line line = {first_tile.data(), first_line.data(), tiles.data(), batch, static_cast<int>(tiles.size())};
   for (int c = 0; c <= shape->shares; ++c) {
     const jg::Share share = jg::share_start(line, *shape, length, used, c);

@@ -43,7 +43,7 @@ constexpr int kNeverCut = 0x7fffffff;   // as least_piece: items stay whole
 
 struct alignas(16) PlanHeader {
   int tiles;          // in the table
-  int shares;         // that have a part of the line: min(shares asked for, length); the others are empty
+  int shares;         // that have a part of the line, used_shares(...); the others are empty
   unsigned length;    // of the line
   int taken, done;    // for a kernel that gives out items as CTAs ask for them: 0 between launches
   int reserved[11];
@@ -103,6 +103,11 @@ JITGEN_PLAN_FN unsigned cut(unsigned share, unsigned length, unsigned shares) {
 // The share that place x falls in: the inverse of `cut`.
 JITGEN_PLAN_FN unsigned share_of(unsigned x, unsigned length, unsigned shares) {
   return static_cast<unsigned>(((x + 1ull) * shares - 1) / length);
+}
+// Shares of the line: as few as leave the largest one as it is, so that cuts of equal items fall on their ends.
+JITGEN_PLAN_FN int used_shares(unsigned length, int asked) {
+  const unsigned largest = (length + asked - 1) / asked;
+  return length ? static_cast<int>((length + largest - 1) / largest) : 0;
 }
 // Last i in [0, n) whose value is at most x; values ascend and the first is.
 template <class At> JITGEN_PLAN_FN int last_at_most(int n, unsigned x, At at) {
@@ -246,7 +251,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   __syncthreads();
 
   const unsigned length = static_cast<unsigned>(places) * shape.groups;
-  const int used = static_cast<unsigned>(shape.shares) < length ? shape.shares : static_cast<int>(length);
+  const int used = used_shares(length, shape.shares);
   const Line line = {first_tile, first_line, tiles, batch, num_tiles};
   for (int c = thread; c <= shape.shares; c += kPlanThreads) shares[c] = share_start(line, shape, length, used, c);
   if (thread == 0) *static_cast<PlanHeader*>(plan) = {num_tiles, used, length};
