@@ -9,8 +9,9 @@ from torch.compiler import is_compiling
 
 from jitgen.errors import PlanMismatch, UnsupportedDevice
 from jitgen.program import Program, uses_index
+from jitgen.serving_cascade import Cascade
 from jitgen.serving_checks import check_keys, check_query
-from jitgen.serving_kernels import kernels_of, split_number
+from jitgen.serving_kernels import kernels_of, merge_kernel, split_number
 from jitgen.serving_launch import PreparedCall, run
 from jitgen.serving_op import call_paged, call_ragged, check_traced
 from jitgen.serving_pages import KeyPlace, PageTable, cache_place, ragged_place
@@ -26,7 +27,7 @@ MAX_PREPARED_CALLS = 256  # of one plan: its layers differ in little but the add
 def paged_attention(
     q: Tensor,
     kv_cache: Tensor | tuple[Tensor, Tensor],
-    page_table: PageTable | Tensor | tuple[Tensor, Tensor],
+    page_table: PageTable | Cascade | Tensor | tuple[Tensor, Tensor],
     plan: Plan,
     *,
     variant: Variant | Any = None,
@@ -45,7 +46,8 @@ def paged_attention(
     their results are not written.
 
     kv_cache      one tensor, index 0 along axis 1 the keys and index 1 the values, or a pair
-    page_table    a jitgen.PageTable, a block table [batch, max_pages], or a pair (indptr, indices)
+    page_table    a jitgen.PageTable, a block table [batch, max_pages], or a pair (indptr, indices); the jitgen.Cascade of the
+                  last update for a plan with levels
     variant       default the plan's; another must have the plan's mask, as layers may differ in score_mod or sinks
     captures      values by the names under which the variant captures them, in place of the captured ones; what the mask
                   reads is given to ``plan.update`` instead
@@ -65,7 +67,7 @@ def paged_attention(
         check_traced(variant, out, lse, captures)
         return call_paged(q, kv_cache, page_table, plan, scale, kv_layout, return_lse)
     program, values = _resolve(plan, variant, captures)
-    table = page_table if type(page_table) is PageTable else PageTable.of(page_table)
+    table = page_table if type(page_table) in (PageTable, Cascade) else PageTable.of(page_table)
     if type(kv_cache) in (tuple, list):
         k, v = kv_cache
         of_v = (v.shape, v.stride(), v.dtype, v.device)
@@ -80,12 +82,13 @@ def paged_attention(
             raise UnsupportedDevice(f"the page table is on {table.device}, the plan on {plan.device}. Move it there.")
         place = cache_place(kv_cache, kv_layout)
         call = _prepare(plan, key, program, q, (k, v), place, scale)
-    if table.batch < plan.batch:
-        raise PlanMismatch(f"the page table has {table.batch} requests, plan.update was given {plan.batch}. Both must match.")
-    if call.on_host:
-        _check_table(plan, table, call.page_size)
-    start = 0 if table.indptr is None else table.indptr.data_ptr()
-    keys = (k.data_ptr(), v.data_ptr() + call.v_offset, start, table.pages.data_ptr(), table.list_stride)
+    if table.batch < plan.num_requests or plan.segments is not None:
+        lists = _segment_lists(plan, table, call.page_size)
+    else:
+        if call.on_host:
+            _check_table(plan, table, call.page_size)
+        lists = (0 if table.indptr is None else table.indptr.data_ptr(), table.pages.data_ptr(), table.list_stride)
+    keys = (k.data_ptr(), v.data_ptr() + call.v_offset, *lists)
     return run(plan, call, values, q, keys, return_lse, out, lse)
 
 
@@ -167,6 +170,7 @@ def _prepare(
     call = PreparedCall(
         program=program,
         kernels=kernels_of(plan, program),
+        merge=merge_kernel(plan, program),
         page_size=place.page_size,
         v_offset=place.v_offset,
         heads=(plan.num_q_heads, plan.num_kv_heads),
@@ -174,7 +178,7 @@ def _prepare(
         head=(split_number(plan), 0, scale, *q.stride()[:2]),
         o_stride=o_stride,
         kv_stride=place.strides,
-        local_rows=plan.q_index == "local",
+        local_rows=plan.q_index == "local" or plan.segments is not None,
         mask_slots=mask_slots,
         q_factor=q_factor,
         on_host=on_host,
@@ -185,6 +189,27 @@ def _prepare(
         plan.calls.clear()
     plan.calls[key] = call
     return call
+
+
+def _segment_lists(plan: Plan, table: PageTable | Cascade, page_size: int) -> tuple[int, int, int]:
+    """Addresses of kv_start and pages, and the stride of lists, where entries are parts of requests."""
+    if plan.cascade is not None or isinstance(table, Cascade):
+        if table is not plan.cascade:
+            given = "another Cascade than" if isinstance(table, Cascade) else f"a {type(table).__name__}, not the Cascade that"
+            raise PlanMismatch(f"the page table is {given} plan.update was given. Give both the same.")
+        if plan.device.type == "cpu":
+            for level in table.levels:
+                level.page_table.check_extent(level.kv_len, page_size)
+        return table.kv_start.data_ptr(), table.pages.data_ptr(), 0
+    if table.batch < plan.num_requests:
+        raise PlanMismatch(
+            f"the page table has {table.batch} requests, plan.update was given {plan.num_requests}. Both must match."
+        )
+    piece = int(plan.kv_split or 0)
+    if piece % page_size:
+        raise PlanMismatch(f"kv_split is {piece}, and pages have {page_size} keys. Pieces must be whole pages: use a multiple.")
+    plan.segments.list_starts(table, plan.num_requests, piece // page_size)  # type: ignore[union-attr]
+    return plan.segments.kv_start.data_ptr(), table.pages.data_ptr(), 0  # type: ignore[union-attr]
 
 
 def _check_table(plan: Plan, table: PageTable, page_size: int) -> None:

@@ -28,6 +28,7 @@ class PlanShape:
     class_pack: int
     least_rows: int
     most_rows: int
+    least_keys: int
     fixed_cost: int
     least_piece: int
     shares: int
@@ -119,7 +120,7 @@ def _make_tiles(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, v
     tiles: list[PlanTile] = []
     line = q_start = 0
     for b, rows in enumerate(q_len):
-        in_class = rows > 0 and shape.least_rows <= rows * shape.class_pack <= shape.most_rows
+        in_class = rows > 0 and shape.least_rows <= rows * shape.class_pack <= shape.most_rows and kv_len[b] >= shape.least_keys
         count = -(-rows * shape.pack // shape.tile_rows) if in_class else 0
         for index in range(count):
             last_row = min((index + 1) * shape.tile_rows, rows * shape.pack) - 1

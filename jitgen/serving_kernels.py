@@ -11,8 +11,9 @@ import torch
 from jitgen import runtime
 from jitgen.checks import dtype_name
 from jitgen.errors import VariantError
-from jitgen.families import prefill_family, serving_spec
+from jitgen.families import merge_spec, prefill_family, serving_spec
 from jitgen.program import Program
+from jitgen.serving_place import finishing, place
 
 if TYPE_CHECKING:
     from jitgen.serving_plan import Plan
@@ -42,7 +43,7 @@ class KernelClass:
         """Start the planner for the lengths that ``plan`` holds, on the current stream."""
         if self.plan is None or plan.batch == 0:
             return
-        call(self.kernel, "jitgen_plan", self.pack(plan, values, plan.batch, plan.max_tokens), plan.device)
+        call(self.kernel, "jitgen_plan", self.pack(plan, values, plan.batch, plan.room[1]), plan.device)
 
     def pack(self, plan: Plan, values: list[object], batch: int, total_q: int, *, room: Tensor | None = None) -> bytes:
         """Arguments without q, k, v and the rest of what only a launch reads.
@@ -52,13 +53,22 @@ class KernelClass:
         kernel = self.kernel
         workspace, num_ctas = (self.workspace, self.num_ctas) if room is None else (room, room.shape[0])
         lengths = (_address(plan.q_indptr), _address(plan.kv_len), _address(plan.kv_start), 0)
-        numbers = (batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, 0, 0, plan.q_index == "local", num_ctas,
+        is_local = plan.q_index == "local" or plan.segments is not None
+        numbers = (batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, 0, 0, is_local, num_ctas,
                    self.class_rows, split_number(plan), 0, 1.0, *([0] * NUM_STRIDES))  # fmt: skip
         return kernel.pack(
             0, 0, 0, 0, 0, _address(workspace), _address(self.plan), *lengths, stream_of(plan.device),
             torch.get_num_threads() if plan.device.type == "cpu" else 0, *numbers,
-            *runtime.capture_words(kernel.spec.program, values),
+            *kernel_words(plan, values),
         )  # fmt: skip
+
+
+def kernel_words(plan: Plan, values: list[object]) -> list[object]:
+    """The fields behind the strides, for the plan's own program: those of the segments, and the captures."""
+    program, _ = plan.trace()
+    if plan.segments is None:
+        return runtime.capture_words(program, values)
+    return plan.segments.fields(program, values)
 
 
 def split_number(plan: Plan) -> int:
@@ -112,24 +122,34 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
 
 def kernels_of(plan: Plan, program: Program) -> tuple[runtime.CompiledKernel, ...]:
     """The kernels of the plan's classes for another program, whose mask is the plan's."""
+    program = program if plan.segments is None else place(program)[0]
     return tuple(runtime.get_kernel(runtime.respecify(c.kernel.spec, program)) for c in plan.classes)
 
 
 def _kernel(plan: Plan, program: Program, family: str, rows: int) -> runtime.CompiledKernel:
     dims = (plan.head_dim, plan.head_dim_v)
-    spec = serving_spec(program, dtype_name(plan.dtype), dims, plan.device, plan.layout, family=family, rows=rows)
+    layout = plan.layout if plan.segments is None else f"{plan.layout}_states"
+    program = program if plan.segments is None else place(program)[0]
+    spec = serving_spec(program, dtype_name(plan.dtype), dims, plan.device, layout, family=family, rows=rows)
     return runtime.get_kernel(spec)
+
+
+def merge_kernel(plan: Plan, program: Program) -> runtime.CompiledKernel | None:
+    """The kernel that joins the segments of each row; None where requests are taken whole."""
+    if plan.segments is None:
+        return None
+    return runtime.get_kernel(merge_spec(finishing(program), dtype_name(plan.dtype), plan.head_dim_v, plan.device))
 
 
 def _cuda_class(plan: Plan, program: Program, values: list[object], family: str, rows: int, class_rows: int) -> KernelClass:
     kernel = _kernel(plan, program, family, rows)
     sizes = KernelClass(kernel, class_rows, 0, None, None)
     device = plan.device
-    num_ctas = call(kernel, "jitgen_num_ctas", sizes.pack(plan, values, plan.max_batch, plan.max_tokens), device)
+    num_ctas = call(kernel, "jitgen_num_ctas", sizes.pack(plan, values, *plan.room), device)
     if num_ctas < 0:
         kernel.raise_error(-num_ctas)
     sizes = KernelClass(kernel, class_rows, num_ctas, None, None)
-    packed = sizes.pack(plan, values, plan.max_batch, plan.max_tokens)
+    packed = sizes.pack(plan, values, *plan.room)
     bytes_of = {n: call(kernel, f"jitgen_{n}_bytes", packed, device, ctypes.c_longlong) for n in ("plan", "workspace")}
     # all ones in the workspace mean that a partial result has not arrived
     memory = [

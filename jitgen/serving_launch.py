@@ -11,6 +11,7 @@ from jitgen.checks import check_grad
 from jitgen.errors import PlanMismatch, UnsupportedDevice
 from jitgen.program import Program
 from jitgen.serving_checks import check_captures, check_query, check_results
+from jitgen.serving_kernels import stream_of
 from jitgen.serving_plan import Plan, check_lse
 
 Tensor = torch.Tensor
@@ -22,6 +23,7 @@ class PreparedCall:
 
     program: Program
     kernels: tuple[runtime.CompiledKernel, ...]
+    merge: runtime.CompiledKernel | None  # joins what the kernels have left of each row, where they take requests in parts
     page_size: int
     v_offset: int  # bytes
     heads: tuple[int, int]  # fields num_q_heads and num_kv_heads
@@ -75,6 +77,7 @@ def run(
     if plan.batch and total_q:
         if call.mask_slots:
             plan.check_values(call.mask_slots, call.program, values)
+        given_values = values
         if call.has_tensors:
             check_captures(plan, call.program, values)
             values = runtime.capture_words(call.program, values)
@@ -84,8 +87,14 @@ def run(
             q = _aligned(q, keys, out)
         pointers = (q.data_ptr(), keys[0], keys[1], out.data_ptr(), 0 if lse is None else lse.data_ptr())
         numbers = (plan.batch, *call.heads, total_q, *call.pages, keys[4], call.local_rows)
-        rest = (*call.head, *o_stride, *call.kv_stride, *values)
-        _launch(plan, call, pointers, (*plan.lengths, keys[2], keys[3]), numbers, rest)
+        lengths = (*plan.lengths, keys[2], keys[3])
+        if call.merge is None:
+            _launch(plan, call, pointers, lengths, numbers, (*call.head, *o_stride, *call.kv_stride, *values))
+        else:
+            states = plan.segments
+            rest = (*call.head, *call.o_stride, *call.kv_stride, *states.fields(call.program, given_values))  # type: ignore[union-attr]
+            _launch(plan, call, (*pointers[:3], *states.addresses), lengths, numbers, rest)  # type: ignore[union-attr]
+            _merge(plan, call, pointers[3:], total_q, (*o_stride, *values))
     return (out, lse) if want_lse else out  # type: ignore[return-value]
 
 
@@ -104,6 +113,23 @@ def _aligned(q: Tensor, keys: KeyAddresses, out: Tensor) -> Tensor:
 def _copy(t: Tensor) -> Tensor:
     """A copy with the same strides: what was prepared for a call holds for it."""
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def _merge(plan: Plan, call: PreparedCall, results: tuple[int, ...], total_q: int, rest: tuple[object, ...]) -> None:
+    """Join the states that the kernels have left of each row, on the current stream. ``rest``: fields from o_stride_s on."""
+    kernel, segments = call.merge, plan.segments
+    assert kernel is not None and segments is not None
+    stream, threads = (0, torch.get_num_threads()) if call.on_host else (stream_of(plan.device), 0)
+    numbers = (stream, threads, plan.num_requests, *call.heads, total_q, segments.levels, segments.max_tokens,
+               plan.q_index == "local", call.head[2])  # fmt: skip
+    packed = kernel.pack(*segments.addresses, *results, *segments.row_addresses, *numbers, *rest)
+    if call.on_host or plan.device.index == torch._C._cuda_getDevice():
+        code = kernel.launch(packed)
+    else:
+        with torch.cuda.device(plan.device.index):
+            code = kernel.launch(packed)
+    if code:
+        kernel.raise_error(code)
 
 
 def _launch(

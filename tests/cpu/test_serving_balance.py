@@ -22,6 +22,7 @@ shapes = st.builds(
     class_pack=st.sampled_from([1, 4, 8]),
     least_rows=st.sampled_from([1, 33]),
     most_rows=st.sampled_from([32, NEVER_CUT]),
+    least_keys=st.integers(0, 1),
     fixed_cost=st.integers(0, 3),
     least_piece=st.sampled_from([0, 1, 2, 4]),
     shares=st.sampled_from([1, 2, 7, 132, 300]),
@@ -65,7 +66,7 @@ def test_tiles_cover_the_rows_of_the_requests_of_the_class(lengths, shape):
     for b, (q_len, kv_len) in enumerate(lengths):
         tiles = [t for t in record.tiles if t.request == b]
         in_class = q_len > 0 and shape.least_rows <= q_len * shape.class_pack <= shape.most_rows
-        assert bool(tiles) == in_class
+        assert bool(tiles) == (in_class and kv_len >= shape.least_keys)
         assert [t.index for t in tiles] == list(range(len(tiles)))
         assert all((t.count, t.q_start, t.q_len, t.kv_len) == (len(tiles), start, q_len, kv_len) for t in tiles)
         if tiles:
@@ -97,7 +98,7 @@ def test_items_stay_whole_when_told_so(lengths, shape):
 
 def test_skewed_batches_are_balanced():
     lengths = [(1, 60000)] + [(1, 200)] * 63
-    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 1, 1, 132)
+    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 0, 1, 1, 132)
     loads = share_loads(made(lengths, shape))
     assert max(loads) <= 1.02 * sum(loads) / len(loads) + 1
 

@@ -35,6 +35,7 @@ struct PlanShape {
   int groups;         // head groups
   int class_pack;     // num_q_heads / num_kv_heads: classes count rows packed by kv head
   int least_rows, most_rows;
+  int least_keys;     // 1: a request without keys has no tile, as nobody reads its results; 0: its rows are written
   int fixed_cost;     // of an item, in units
   int least_piece;    // units: a cut that would leave less of an item on one side moves to the nearer end of the item
   int shares;
@@ -86,9 +87,9 @@ JITGEN_PLAN_FN const PlanTile* plan_tiles_of(const void* plan, int shares) {
 }
 
 // ---- the line ----
-JITGEN_PLAN_FN int tiles_of_request(int q_len, const PlanShape& shape) {
+JITGEN_PLAN_FN int tiles_of_request(int q_len, int kv_len, const PlanShape& shape) {
   const long long rows = static_cast<long long>(q_len) * shape.class_pack;
-  if (q_len <= 0 || rows < shape.least_rows || rows > shape.most_rows) return 0;
+  if (q_len <= 0 || kv_len < shape.least_keys || rows < shape.least_rows || rows > shape.most_rows) return 0;
   return (q_len * shape.pack + shape.tile_rows - 1) / shape.tile_rows;
 }
 // Units begin at multiples of 16 keys, as boxes of pages do.
@@ -208,7 +209,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
 
   int num_tiles = 0, total;
   for (int first = 0; first < batch; first += kPlanThreads, num_tiles += total) {
-    const int b = first + thread, count = b < batch ? tiles_of_request(q_indptr[b + 1] - q_indptr[b], shape) : 0;
+    const int b = first + thread, count = b < batch ? tiles_of_request(q_indptr[b + 1] - q_indptr[b], kv_len[b], shape) : 0;
     const int before = num_tiles + scan_block(count, total) - count;
     if (b < batch) first_tile[b] = before;
   }
