@@ -185,3 +185,15 @@ def test_explain_says_how_the_work_is_divided(four_threads):
 def test_explain_needs_lengths():
     with pytest.raises(jitgen.errors.PlanMismatch, match=r"Call plan.update first"):
         jitgen.Plan(1, 1, 4, 2, 16, dtype=torch.float32, device="cpu").explain()
+
+
+def test_tiles_of_a_shared_prefix_are_cut_at_the_same_keys():
+    shape = PlanShape(128, 128, 4, 8, 4, 33, NEVER_CUT, 1, 2, 8, 132)
+    record = made([(64, 32768)], shape)  # 256 packed rows in two tiles for each of 8 heads
+    assert record.used == 128
+    cuts = {(t, g): set() for t in range(2) for g in range(8)}
+    for c in range(record.used):
+        for tile, group, first, _ in record.segments(shape, c):
+            cuts[tile, group].add(first)
+    assert all(len(found) == 8 for found in cuts.values())
+    assert all(abs(a - b) <= 1 for g in range(8) for a, b in zip(sorted(cuts[0, g]), sorted(cuts[1, g]), strict=True))

@@ -44,7 +44,7 @@ constexpr int kNeverCut = 0x7fffffff;   // as least_piece: items stay whole
 
 struct alignas(16) PlanHeader {
   int tiles;          // in the table
-  int shares;         // that have a part of the line: min(shares asked for, length); the others are empty
+  int shares;         // that have a part of the line; the others are empty
   unsigned length;    // of the line
   int taken, done;    // for a kernel that gives out items as CTAs ask for them: 0 between launches
   int reserved[11];
@@ -100,6 +100,13 @@ JITGEN_PLAN_FN int units_of(KeyRange keys, int unit_keys) {
 }
 JITGEN_PLAN_FN unsigned cut(unsigned share, unsigned length, unsigned shares) {
   return static_cast<unsigned>(static_cast<unsigned long long>(share) * length / shares);
+}
+// Shares that have a part of the line. Where every item is cut alike, the tiles of a request visit the same keys at the same
+// time, and all but one find them in L2: worth up to one CTA in sixteen, where items are equally long.
+JITGEN_PLAN_FN int shares_in_use(int shares, unsigned length, int items, bool is_even) {
+  const int of_each = items > 0 ? shares / items * items : 0;
+  if (is_even && 16 * of_each >= 15 * shares) shares = of_each;
+  return static_cast<unsigned>(shares) < length ? shares : static_cast<int>(length);
 }
 // The share that place x falls in: the inverse of `cut`.
 JITGEN_PLAN_FN unsigned share_of(unsigned x, unsigned length, unsigned shares) {
@@ -216,7 +223,8 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   if (thread == 0) first_tile[batch] = num_tiles;
   __syncthreads();
 
-  int places = 0;
+  int places = 0, own_cost = 0;
+  bool is_even = true;   // of this thread's tiles: requests have several, all of one cost
   for (int first = 0; first < num_tiles; first += kPlanThreads, places += total) {
     const int number = first + thread;
     PlanTile tile = {};
@@ -233,6 +241,8 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
     if (number < num_tiles) {
       tile.begin = keys.begin, tile.end = keys.end;
       cost = shape.fixed_cost + units_of(keys, shape.unit_keys);
+      is_even &= tile.count > 1 && (own_cost == 0 || cost == own_cost);
+      own_cost = cost;
     }
     tile.line = places + scan_block(cost, total) - cost;
     if (number < num_tiles) {
@@ -240,14 +250,14 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
       if (tile.index == 0) first_line[tile.request] = tile.line;
     }
   }
-  __syncthreads();
+  is_even = __syncthreads_and(is_even && (own_cost == 0 || static_cast<long long>(own_cost) * num_tiles == places));
   for (int b = thread; b <= batch; b += kPlanThreads)
     if (first_tile[b] == num_tiles) first_line[b] = places;
     else if (first_tile[b] == first_tile[b + 1]) first_line[b] = tiles[first_tile[b]].line;
   __syncthreads();
 
   const unsigned length = static_cast<unsigned>(places) * shape.groups;
-  const int used = static_cast<unsigned>(shape.shares) < length ? shape.shares : static_cast<int>(length);
+  const int used = shares_in_use(shape.shares, length, num_tiles * shape.groups, is_even);
   const Line line = {first_tile, first_line, tiles, batch, num_tiles};
   for (int c = thread; c <= shape.shares; c += kPlanThreads) shares[c] = share_start(line, shape, length, used, c);
   if (thread == 0) *static_cast<PlanHeader*>(plan) = {num_tiles, used, length};
