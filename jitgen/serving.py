@@ -9,9 +9,9 @@ from torch.compiler import is_compiling
 
 from jitgen.errors import PlanMismatch, UnsupportedDevice
 from jitgen.program import Program, uses_index
-from jitgen.runtime import capture_packer
+from jitgen.serving_cascade import Cascade
 from jitgen.serving_checks import check_keys, check_query
-from jitgen.serving_kernels import kernels_of
+from jitgen.serving_kernels import kernels_of, merge_kernel
 from jitgen.serving_launch import PreparedCall, RecentCall, launches_of, run
 from jitgen.serving_op import call_paged, call_ragged, check_traced
 from jitgen.serving_pages import KeyPlace, PageTable, cache_place, ragged_place
@@ -27,7 +27,7 @@ MAX_PREPARED_CALLS = 256  # of one plan: its layers differ in little but the add
 def paged_attention(
     q: Tensor,
     kv_cache: Tensor | tuple[Tensor, Tensor],
-    page_table: PageTable | Tensor | tuple[Tensor, Tensor],
+    page_table: PageTable | Cascade | Tensor | tuple[Tensor, Tensor],
     plan: Plan,
     *,
     variant: Variant | Any = None,
@@ -46,7 +46,8 @@ def paged_attention(
     their results are not written.
 
     kv_cache      one tensor, index 0 along axis 1 the keys and index 1 the values, or a pair
-    page_table    a jitgen.PageTable, a block table [batch, max_pages], or a pair (indptr, indices)
+    page_table    a jitgen.PageTable, a block table [batch, max_pages], or a pair (indptr, indices); the jitgen.Cascade of the
+                  last update for a plan with levels
     variant       default the plan's; another must have the plan's mask, as layers may differ in score_mod or sinks
     captures      values by the names under which the variant captures them, in place of the captured ones; what the mask
                   reads is given to ``plan.update`` instead
@@ -66,7 +67,7 @@ def paged_attention(
         check_traced(variant, out, lse, captures)
         return call_paged(q, kv_cache, page_table, plan, scale, kv_layout, return_lse)
     program, values = _resolve(plan, variant, captures)
-    table = page_table if type(page_table) is PageTable else PageTable.of(page_table)
+    table = page_table if type(page_table) in (PageTable, Cascade) else PageTable.of(page_table)
     pair = type(kv_cache) is tuple or type(kv_cache) is list
     tensors = (q, *kv_cache) if pair else (q, kv_cache)
     options = (program, kv_layout, scale, pair, table.device)
@@ -75,12 +76,14 @@ def paged_attention(
         call = recent.call
     else:
         call = _prepared_paged(plan, kv_cache, tensors, options)
-    if table.batch < plan.batch:
-        raise PlanMismatch(f"the page table has {table.batch} requests, plan.update was given {plan.batch}. Both must match.")
-    if call.on_host:
-        _check_table(plan, table, call.page_size)
-    start = 0 if table.indptr is None else table.indptr.data_ptr()
-    keys = (tensors[1].data_ptr(), tensors[-1].data_ptr() + call.v_offset, start, table.pages.data_ptr(), table.list_stride)
+    if table.batch < plan.num_requests or plan.segments is not None:
+        start, pages, list_stride = _segment_lists(plan, table, call.page_size)
+    else:
+        if call.on_host:
+            _check_table(plan, table, call.page_size)
+        start = 0 if table.indptr is None else table.indptr.data_ptr()
+        pages, list_stride = table.pages.data_ptr(), table.list_stride
+    keys = (tensors[1].data_ptr(), tensors[-1].data_ptr() + call.v_offset, start, pages, list_stride)
     return run(plan, call, values, q, keys, return_lse, out, lse)
 
 
@@ -201,6 +204,7 @@ def _prepare(
     call = PreparedCall(
         program=program,
         kernels=kernels,
+        merge=merge_kernel(plan, program),
         page_size=place.page_size,
         v_offset=place.v_offset,
         numbers=(plan.num_q_heads, plan.num_kv_heads, place.page_size, place.num_pages),
@@ -210,7 +214,6 @@ def _prepare(
         kv_stride=place.strides,
         launches=launches_of(plan, kernels, scale, q_stride, o_stride, place.strides),
         mask_slots=mask_slots,
-        pack_captures=capture_packer(program),
         q_factor=q_factor,
         on_host=on_host,
         has_tensors=any(slot.kind == "tensor" for slot in program.slots),
@@ -220,6 +223,27 @@ def _prepare(
         plan.calls.clear()
     plan.calls[key] = call
     return call
+
+
+def _segment_lists(plan: Plan, table: PageTable | Cascade, page_size: int) -> tuple[int, int, int]:
+    """Addresses of kv_start and pages, and the stride of lists, where entries are parts of requests."""
+    if plan.cascade is not None or isinstance(table, Cascade):
+        if table is not plan.cascade:
+            given = "another Cascade than" if isinstance(table, Cascade) else f"a {type(table).__name__}, not the Cascade that"
+            raise PlanMismatch(f"the page table is {given} plan.update was given. Give both the same.")
+        if plan.device.type == "cpu":
+            for level in table.levels:
+                level.page_table.check_extent(level.kv_len, page_size)
+        return table.kv_start.data_ptr(), table.pages.data_ptr(), 0
+    if table.batch < plan.num_requests:
+        raise PlanMismatch(
+            f"the page table has {table.batch} requests, plan.update was given {plan.num_requests}. Both must match."
+        )
+    piece = int(plan.kv_split or 0)
+    if piece % page_size:
+        raise PlanMismatch(f"kv_split is {piece}, and pages have {page_size} keys. Pieces must be whole pages: use a multiple.")
+    plan.segments.list_starts(table, plan.num_requests, piece // page_size)  # type: ignore[union-attr]
+    return plan.segments.kv_start.data_ptr(), table.pages.data_ptr(), 0  # type: ignore[union-attr]
 
 
 def _check_table(plan: Plan, table: PageTable, page_size: int) -> None:

@@ -14,8 +14,9 @@ from jitgen import runtime
 from jitgen.abi import SERVING_ARGS, pack_format
 from jitgen.checks import dtype_name
 from jitgen.errors import VariantError
-from jitgen.families import prefill_family, serving_spec
+from jitgen.families import merge_spec, prefill_family, serving_spec
 from jitgen.program import Program
+from jitgen.serving_place import finishing, place
 
 if TYPE_CHECKING:
     from jitgen.serving_plan import Plan
@@ -24,7 +25,7 @@ Tensor = torch.Tensor
 DECODE_ROWS = 32  # most rows (query rows * query heads of a KV head) of a request that the decode kernel takes
 ALL_ROWS = 1 << 30
 NUM_STRIDES = 10  # at the end of SERVING_ARGS
-# The fields of a launch in three runs: what may differ from call to call, what a plan and shapes fix, and the captures.
+# The fields of a launch in three runs: what may differ from call to call, what a plan and shapes fix, and the tail: all others.
 _FIRST_FIXED = [f.name for f in SERVING_ARGS].index("local_rows")
 pack_own = struct.Struct(pack_format(SERVING_ARGS[:_FIRST_FIXED])).pack
 pack_fixed = struct.Struct(pack_format(SERVING_ARGS[_FIRST_FIXED:])).pack
@@ -54,17 +55,16 @@ class KernelClass:
         if index != torch._C._cuda_getDevice():
             with torch.cuda.device(index):
                 return self.launch_planner(plan, values)
-        program = self.kernel.spec.program
-        captures = runtime.capture_packer(program)(*runtime.capture_words(program, values)) if values else b""
         own = pack_own(0, 0, 0, 0, 0, *self.addresses, *plan.lengths, _address(plan.kv_start), 0, stream_of(plan.device), 0,
-                       plan.batch, plan.num_q_heads, plan.num_kv_heads, plan.max_tokens, 0, 0, 0)  # fmt: skip
-        code = self.start_planner(own + self.fixed(plan) + captures)
+                       plan.batch, plan.num_q_heads, plan.num_kv_heads, plan.room[1], 0, 0, 0)  # fmt: skip
+        code = self.start_planner(own + self.fixed(plan) + self.kernel.pack_tail(kernel_words(plan, values)))
         if code:
             self.kernel.raise_error(code)
 
     def fixed(self, plan: Plan, scale: float = 1.0, strides: tuple[int, ...] = (0,) * NUM_STRIDES) -> bytes:
-        """The fields from local_rows on, but for captures."""
-        return pack_fixed(plan.q_index == "local", self.num_ctas, self.class_rows, split_number(plan), 0, scale, *strides)
+        """The fields from local_rows to the strides."""
+        is_local = plan.q_index == "local" or plan.segments is not None
+        return pack_fixed(is_local, self.num_ctas, self.class_rows, split_number(plan), 0, scale, *strides)
 
     def pack(self, plan: Plan, values: list[object], batch: int, total_q: int, *, room: Tensor | None = None) -> bytes:
         """Arguments without q, k, v and the rest of what only a launch reads.
@@ -74,13 +74,22 @@ class KernelClass:
         kernel = self.kernel
         workspace, num_ctas = (self.workspace, self.num_ctas) if room is None else (room, room.shape[0])
         lengths = (_address(plan.q_indptr), _address(plan.kv_len), _address(plan.kv_start), 0)
-        numbers = (batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, 0, 0, plan.q_index == "local", num_ctas,
+        is_local = plan.q_index == "local" or plan.segments is not None
+        numbers = (batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, 0, 0, is_local, num_ctas,
                    self.class_rows, split_number(plan), 0, 1.0, *([0] * NUM_STRIDES))  # fmt: skip
         return kernel.pack(
             0, 0, 0, 0, 0, _address(workspace), _address(self.plan), *lengths, stream_of(plan.device),
             torch.get_num_threads() if plan.device.type == "cpu" else 0, *numbers,
-            *runtime.capture_words(kernel.spec.program, values),
+            *kernel_words(plan, values),
         )  # fmt: skip
+
+
+def kernel_words(plan: Plan, values: list[object]) -> list[object]:
+    """The fields behind the strides, for the plan's own program: those of the segments, and the captures."""
+    program, _ = plan.trace()
+    if plan.segments is None:
+        return runtime.capture_words(program, values)
+    return plan.segments.fields(program, values)
 
 
 def split_number(plan: Plan) -> int:
@@ -130,24 +139,34 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
 
 def kernels_of(plan: Plan, program: Program) -> tuple[runtime.CompiledKernel, ...]:
     """The kernels of the plan's classes for another program, whose mask is the plan's."""
+    program = program if plan.segments is None else place(program)[0]
     return tuple(runtime.get_kernel(runtime.respecify(c.kernel.spec, program)) for c in plan.classes)
 
 
 def _kernel(plan: Plan, program: Program, family: str, rows: int) -> runtime.CompiledKernel:
     dims = (plan.head_dim, plan.head_dim_v)
-    spec = serving_spec(program, dtype_name(plan.dtype), dims, plan.device, plan.layout, family=family, rows=rows)
+    layout = plan.layout if plan.segments is None else f"{plan.layout}_states"
+    program = program if plan.segments is None else place(program)[0]
+    spec = serving_spec(program, dtype_name(plan.dtype), dims, plan.device, layout, family=family, rows=rows)
     return runtime.get_kernel(spec)
+
+
+def merge_kernel(plan: Plan, program: Program) -> runtime.CompiledKernel | None:
+    """The kernel that joins the segments of each row; None where requests are taken whole."""
+    if plan.segments is None:
+        return None
+    return runtime.get_kernel(merge_spec(finishing(program), dtype_name(plan.dtype), plan.head_dim_v, plan.device))
 
 
 def _cuda_class(plan: Plan, program: Program, values: list[object], family: str, rows: int, class_rows: int) -> KernelClass:
     kernel = _kernel(plan, program, family, rows)
     sizes = KernelClass(kernel, class_rows, 0, None, None)
     device = plan.device
-    num_ctas = call(kernel, "jitgen_num_ctas", sizes.pack(plan, values, plan.max_batch, plan.max_tokens), device)
+    num_ctas = call(kernel, "jitgen_num_ctas", sizes.pack(plan, values, *plan.room), device)
     if num_ctas < 0:
         kernel.raise_error(-num_ctas)
     sizes = KernelClass(kernel, class_rows, num_ctas, None, None)
-    packed = sizes.pack(plan, values, plan.max_batch, plan.max_tokens)
+    packed = sizes.pack(plan, values, *plan.room)
     bytes_of = {n: call(kernel, f"jitgen_{n}_bytes", packed, device, ctypes.c_longlong) for n in ("plan", "workspace")}
     # all ones in the workspace mean that a partial result has not arrived
     memory = [

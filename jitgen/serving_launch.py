@@ -12,7 +12,7 @@ from jitgen.checks import check_grad
 from jitgen.errors import PlanMismatch, UnsupportedDevice
 from jitgen.program import Program
 from jitgen.serving_checks import check_captures, check_query, check_results
-from jitgen.serving_kernels import pack_own
+from jitgen.serving_kernels import pack_own, stream_of
 from jitgen.serving_plan import Plan, check_lse
 
 try:
@@ -34,6 +34,7 @@ class PreparedCall:
 
     program: Program
     kernels: tuple[runtime.CompiledKernel, ...]
+    merge: runtime.CompiledKernel | None  # joins what the kernels have left of each row, where they take requests in parts
     page_size: int
     v_offset: int  # bytes
     numbers: tuple[int, int, int, int]  # fields num_q_heads, num_kv_heads; page_size, num_pages
@@ -43,7 +44,6 @@ class PreparedCall:
     kv_stride: tuple[int, ...]
     launches: Launches  # for such an output
     mask_slots: tuple[tuple[int, int], ...]  # of the plan's program and of this one: what the mask reads
-    pack_captures: Callable[..., bytes]  # the last fields
     q_factor: float  # of what the kernel gets as q; 1.0 but for scales that are not positive
     on_host: bool
     has_tensors: bool  # among the captures
@@ -119,7 +119,16 @@ def run(
             check_captures(plan, call.program, values)
         if call.q_factor != 1.0:
             q = _copy(q).mul_(call.q_factor)
-        _launch(plan, call, total_q, q, keys, out, lse, launches, values)
+        lse_at = 0 if lse is None else lse.data_ptr()
+        if call.merge is None:
+            results, tail = (out.data_ptr(), lse_at), runtime.capture_words(call.program, values) if values else values
+        else:
+            launches, segments = call.launches, plan.segments
+            results, tail = segments.addresses, segments.fields(call.program, values)  # type: ignore[union-attr]
+        _launch(plan, call, total_q, q, keys, results, launches, tail)
+        if call.merge is not None:
+            o_stride = out.stride()[:2]
+            _merge(plan, call, (out.data_ptr(), lse_at), total_q, (*o_stride, *runtime.capture_words(call.program, values)))
     return (out, lse) if want_lse else out  # type: ignore[return-value]
 
 
@@ -134,11 +143,11 @@ def _check_results(plan: Plan, call: PreparedCall, q: Tensor, out: Tensor | None
     return launches_of(plan, call.kernels, call.scale, call.q_stride, out.stride()[:2], call.kv_stride)
 
 
-def _aligned(q: Tensor, keys: KeyAddresses, out: Tensor) -> Tensor:
+def _aligned(q: Tensor, keys: int, out: int) -> Tensor:
     """A copy of q that starts at a multiple of 16 bytes; a cache is too large to be copied."""
-    if out.data_ptr() & 15:
+    if out & 15:
         raise UnsupportedDevice("the memory of out does not start at a multiple of 16 bytes, which the cuda kernels need.")
-    if (keys[0] | keys[1]) & 15:
+    if keys & 15:
         raise UnsupportedDevice(
             "the memory of k or v does not start at a multiple of 16 bytes, which the cuda kernels need. "
             "Allocate the cache as a tensor of its own, or slice it at such a place."
@@ -151,38 +160,54 @@ def _copy(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
 
+def _merge(plan: Plan, call: PreparedCall, results: tuple[int, ...], total_q: int, rest: tuple[object, ...]) -> None:
+    """Join the states that the kernels have left of each row, on the current stream. ``rest``: fields from o_stride_s on."""
+    kernel, segments = call.merge, plan.segments
+    assert kernel is not None and segments is not None
+    stream, threads = (0, torch.get_num_threads()) if call.on_host else (stream_of(plan.device), 0)
+    numbers = (stream, threads, plan.num_requests, *call.numbers[:2], total_q, segments.levels, segments.max_tokens,
+               plan.q_index == "local", call.scale)  # fmt: skip
+    packed = kernel.pack(*segments.addresses, *results, *segments.row_addresses, *numbers, *rest)
+    if call.on_host or plan.device.index == torch._C._cuda_getDevice():
+        code = kernel.launch(packed)
+    else:
+        with torch.cuda.device(plan.device.index):
+            code = kernel.launch(packed)
+    if code:
+        kernel.raise_error(code)
+
+
 def _launch(
     plan: Plan,
     call: PreparedCall,
     total_q: int,
     q: Tensor,
     keys: KeyAddresses,
-    out: Tensor,
-    lse: Tensor | None,
+    results: tuple[int, int],
     launches: Launches,
-    values: list[object],
+    tail: list[object],
 ) -> None:
-    """Start every kernel of the plan, in order, on the current stream."""
+    """Start every kernel of the plan, in order, on the current stream. ``results``: fields o and lse; ``tail``: the last."""
     k, v, kv_start, pages, list_stride = keys
-    q_at, out_at, stream, threads = q.data_ptr(), out.data_ptr(), 0, 0
+    out, lse = results
+    q_at, stream, threads = q.data_ptr(), 0, 0
     if call.on_host:
         threads = torch.get_num_threads()
     else:
         index = plan.device_index
         if index != current_device():
             with torch.cuda.device(index):
-                return _launch(plan, call, total_q, q, keys, out, lse, launches, values)
-        if (q_at | k | v | out_at) & 15:
-            q = _aligned(q, keys, out)
+                return _launch(plan, call, total_q, q, keys, results, launches, tail)
+        if (q_at | k | v | out) & 15:
+            q = _aligned(q, k | v, out)
             q_at = q.data_ptr()
         stream = current_stream(index)
-    lse_at = 0 if lse is None else lse.data_ptr()
-    captures = call.pack_captures(*runtime.capture_words(call.program, values)) if values else b""
+    last = launches[0][0].pack_tail(tail)
     q_indptr, kv_len = plan.lengths
     num_q_heads, num_kv_heads, page_size, num_pages = call.numbers
     for kernel, workspace, planned, fixed in launches:
-        own = pack_own(q_at, k, v, out_at, lse_at, workspace, planned, q_indptr, kv_len, kv_start, pages, stream, threads,
+        own = pack_own(q_at, k, v, out, lse, workspace, planned, q_indptr, kv_len, kv_start, pages, stream, threads,
                        plan.batch, num_q_heads, num_kv_heads, total_q, page_size, num_pages, list_stride)  # fmt: skip
-        code = kernel.launch(own + fixed + captures)
+        code = kernel.launch(own + fixed + last)
         if code:
             kernel.raise_error(code)
