@@ -28,6 +28,7 @@ class PlanShape:
     class_pack: int
     least_rows: int
     most_rows: int
+    least_keys: int
     fixed_cost: int
     least_piece: int
     shares: int
@@ -102,13 +103,26 @@ def balance(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, visib
     tiles = _make_tiles(q_len, kv_len, shape, visible or (lambda b, first, last: (0, kv_len[b])))
     places = tiles[-1].line + _cost(tiles[-1], shape) if tiles else 0
     length = places * shape.groups
-    used = min(shape.shares, length)
+    used = shares_in_use(shape, length, tiles)
     requests = [t.request for t in tiles if t.index == 0]
     first_tile = {tiles[i].request: i for i in range(len(tiles)) if tiles[i].index == 0}
     starts = [tiles[first_tile[b]].line for b in requests] + [places]
     line = _Line(tiles, requests, first_tile, starts)
     shares = tuple(_share_start(line, shape, length, used, c) for c in range(shape.shares + 1))
     return PlanRecord(tuple(tiles), shares, used, length)
+
+
+def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile]) -> int:
+    """Shares that have a part of the line: fewer than asked for where every item can be cut alike so, or none gets longer."""
+    if length == 0:
+        return 0
+    items = len(tiles) * shape.groups
+    of_each = shape.shares // items * items if items else 0
+    is_even = all(tile.count > 1 and _cost(tile, shape) == _cost(tiles[0], shape) for tile in tiles)
+    if is_even and 16 * of_each >= 15 * shape.shares:
+        return min(of_each, length)
+    largest = -(-length // shape.shares)
+    return -(-length // largest)
 
 
 def _cost(tile: PlanTile, shape: PlanShape) -> int:
@@ -119,7 +133,7 @@ def _make_tiles(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, v
     tiles: list[PlanTile] = []
     line = q_start = 0
     for b, rows in enumerate(q_len):
-        in_class = rows > 0 and shape.least_rows <= rows * shape.class_pack <= shape.most_rows
+        in_class = rows > 0 and shape.least_rows <= rows * shape.class_pack <= shape.most_rows and kv_len[b] >= shape.least_keys
         count = -(-rows * shape.pack // shape.tile_rows) if in_class else 0
         for index in range(count):
             last_row = min((index + 1) * shape.tile_rows, rows * shape.pack) - 1

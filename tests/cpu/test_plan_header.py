@@ -27,7 +27,7 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
   for (int b = 0; b <= batch; ++b) {
     first_tile.push_back(static_cast<int>(tiles.size()));
     first_line.push_back(places);
-    const int count = b < batch ? jg::tiles_of_request(q_len[b], *shape) : 0;
+    const int count = b < batch ? jg::tiles_of_request(q_len[b], kv_len[b], *shape) : 0;
     for (int index = 0; index < count; ++index) {
       jg::PlanTile tile = {b, 0, q_len[b], kv_len[b], index, count, 0, kv_len[b], places};
       places += shape->fixed_cost + jg::units_of({tile.begin, tile.end}, shape->unit_keys);
@@ -35,7 +35,10 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
     }
   }
   const unsigned length = places * shape->groups;
-  const int used = length < static_cast<unsigned>(shape->shares) ? static_cast<int>(length) : shape->shares;
+  bool is_even = true;
+  const auto cost = [&](const jg::PlanTile& tile) { return jg::units_of({tile.begin, tile.end}, shape->unit_keys); };
+  for (const jg::PlanTile& tile : tiles) is_even &= tile.count > 1 && cost(tile) == cost(tiles[0]);
+  const int used = jg::shares_in_use(shape->shares, length, static_cast<int>(tiles.size()) * shape->groups, is_even);
   const jg::Line line = {first_tile.data(), first_line.data(), tiles.data(), batch, static_cast<int>(tiles.size())};
   for (int c = 0; c <= shape->shares; ++c) {
     const jg::Share share = jg::share_start(line, *shape, length, used, c);
@@ -75,6 +78,7 @@ shapes = st.builds(
     class_pack=st.sampled_from([1, 8]),
     least_rows=st.sampled_from([1, 33]),
     most_rows=st.sampled_from([32, NEVER_CUT]),
+    least_keys=st.integers(0, 1),
     fixed_cost=st.integers(0, 2),
     least_piece=st.sampled_from([0, 1, 3, NEVER_CUT]),
     shares=st.sampled_from([1, 2, 7, 132]),
@@ -87,7 +91,7 @@ lengths = st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 200)), 
 def test_header_cuts_the_line_as_the_python_planner_does(header, lengths, shape):
     q_len, kv_len = ([n[i] for n in lengths] for i in (0, 1))
     starts = (ctypes.c_int * (4 * (shape.shares + 1)))()
-    numbers = (ctypes.c_int * 10)(*astuple(shape))
+    numbers = (ctypes.c_int * 11)(*astuple(shape))
     batch = len(lengths)
     tiles = header.make_shares((ctypes.c_int * batch)(*q_len), (ctypes.c_int * batch)(*kv_len), batch, numbers, starts)
     plan = balance(q_len, kv_len, shape)

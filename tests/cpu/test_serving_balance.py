@@ -22,6 +22,7 @@ shapes = st.builds(
     class_pack=st.sampled_from([1, 4, 8]),
     least_rows=st.sampled_from([1, 33]),
     most_rows=st.sampled_from([32, NEVER_CUT]),
+    least_keys=st.integers(0, 1),
     fixed_cost=st.integers(0, 3),
     least_piece=st.sampled_from([0, 1, 2, 4]),
     shares=st.sampled_from([1, 2, 7, 132, 300]),
@@ -65,7 +66,7 @@ def test_tiles_cover_the_rows_of_the_requests_of_the_class(lengths, shape):
     for b, (q_len, kv_len) in enumerate(lengths):
         tiles = [t for t in record.tiles if t.request == b]
         in_class = q_len > 0 and shape.least_rows <= q_len * shape.class_pack <= shape.most_rows
-        assert bool(tiles) == in_class
+        assert bool(tiles) == (in_class and kv_len >= shape.least_keys)
         assert [t.index for t in tiles] == list(range(len(tiles)))
         assert all((t.count, t.q_start, t.q_len, t.kv_len) == (len(tiles), start, q_len, kv_len) for t in tiles)
         if tiles:
@@ -97,9 +98,19 @@ def test_items_stay_whole_when_told_so(lengths, shape):
 
 def test_skewed_batches_are_balanced():
     lengths = [(1, 60000)] + [(1, 200)] * 63
-    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 1, 1, 132)
+    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 0, 1, 1, 132)
     loads = share_loads(made(lengths, shape))
     assert max(loads) <= 1.02 * sum(loads) / len(loads) + 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "keys", "unit", "used", "load"), [(8, 1024, 64, 128, 4), (1, 4096, 128, 128, 2), (1, 1024, 128, 64, 1)]
+)
+def test_cuts_of_equal_items_fall_on_their_ends(batch, keys, unit, used, load):
+    shape = PlanShape(8, unit, 4, 4 if batch > 1 else 8, 4, 1, 32, 0, 1, 132)
+    record = made([(1, keys)] * batch, shape)
+    assert record.used == used
+    assert all(len(record.segments(shape, c)) == 1 and share_loads(record)[c] == load for c in range(used))
 
 
 @pytest.mark.parametrize(
@@ -184,3 +195,15 @@ def test_explain_says_how_the_work_is_divided(four_threads):
 def test_explain_needs_lengths():
     with pytest.raises(jitgen.errors.PlanMismatch, match=r"Call plan.update first"):
         jitgen.Plan(1, 1, 4, 2, 16, dtype=torch.float32, device="cpu").explain()
+
+
+def test_tiles_of_a_shared_prefix_are_cut_at_the_same_keys():
+    shape = PlanShape(128, 128, 4, 8, 4, 33, NEVER_CUT, 1, 2, 8, 132)
+    record = made([(64, 32768)], shape)  # 256 packed rows in two tiles for each of 8 heads
+    assert record.used == 128
+    cuts = {(t, g): set() for t in range(2) for g in range(8)}
+    for c in range(record.used):
+        for tile, group, first, _ in record.segments(shape, c):
+            cuts[tile, group].add(first)
+    assert all(len(found) == 8 for found in cuts.values())
+    assert all(abs(a - b) <= 1 for g in range(8) for a, b in zip(sorted(cuts[0, g]), sorted(cuts[1, g]), strict=True))

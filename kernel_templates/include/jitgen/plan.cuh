@@ -35,6 +35,7 @@ struct PlanShape {
   int groups;         // head groups
   int class_pack;     // num_q_heads / num_kv_heads: classes count rows packed by kv head
   int least_rows, most_rows;
+  int least_keys;     // 1: a request without keys has no tile, as nobody reads its results; 0: its rows are written
   int fixed_cost;     // of an item, in units
   int least_piece;    // units: a cut that would leave less of an item on one side moves to the nearer end of the item
   int shares;
@@ -43,7 +44,7 @@ constexpr int kNeverCut = 0x7fffffff;   // as least_piece: items stay whole
 
 struct alignas(16) PlanHeader {
   int tiles;          // in the table
-  int shares;         // that have a part of the line: min(shares asked for, length); the others are empty
+  int shares;         // that have a part of the line; the others are empty
   unsigned length;    // of the line
   int taken, done;    // for a kernel that gives out items as CTAs ask for them: 0 between launches
   int reserved[11];
@@ -86,9 +87,9 @@ JITGEN_PLAN_FN const PlanTile* plan_tiles_of(const void* plan, int shares) {
 }
 
 // ---- the line ----
-JITGEN_PLAN_FN int tiles_of_request(int q_len, const PlanShape& shape) {
+JITGEN_PLAN_FN int tiles_of_request(int q_len, int kv_len, const PlanShape& shape) {
   const long long rows = static_cast<long long>(q_len) * shape.class_pack;
-  if (q_len <= 0 || rows < shape.least_rows || rows > shape.most_rows) return 0;
+  if (q_len <= 0 || kv_len < shape.least_keys || rows < shape.least_rows || rows > shape.most_rows) return 0;
   return (q_len * shape.pack + shape.tile_rows - 1) / shape.tile_rows;
 }
 // Units begin at multiples of 16 keys, as boxes of pages do.
@@ -99,6 +100,16 @@ JITGEN_PLAN_FN int units_of(KeyRange keys, int unit_keys) {
 }
 JITGEN_PLAN_FN unsigned cut(unsigned share, unsigned length, unsigned shares) {
   return static_cast<unsigned>(static_cast<unsigned long long>(share) * length / shares);
+}
+// Shares that have a part of the line. Where every item is cut alike, the tiles of a request visit the same keys at the same
+// time, and all but one find them in L2: worth up to one CTA in sixteen, where items are equally long. Otherwise as few as
+// leave the largest share as it is, so that cuts of equal items fall on their ends.
+JITGEN_PLAN_FN int shares_in_use(int shares, unsigned length, int items, bool is_even) {
+  if (length == 0) return 0;
+  const int of_each = items > 0 ? shares / items * items : 0;
+  if (is_even && 16 * of_each >= 15 * shares) return static_cast<unsigned>(of_each) < length ? of_each : static_cast<int>(length);
+  const unsigned largest = (length + shares - 1) / shares;
+  return static_cast<int>((length + largest - 1) / largest);
 }
 // The share that place x falls in: the inverse of `cut`.
 JITGEN_PLAN_FN unsigned share_of(unsigned x, unsigned length, unsigned shares) {
@@ -208,14 +219,15 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
 
   int num_tiles = 0, total;
   for (int first = 0; first < batch; first += kPlanThreads, num_tiles += total) {
-    const int b = first + thread, count = b < batch ? tiles_of_request(q_indptr[b + 1] - q_indptr[b], shape) : 0;
+    const int b = first + thread, count = b < batch ? tiles_of_request(q_indptr[b + 1] - q_indptr[b], kv_len[b], shape) : 0;
     const int before = num_tiles + scan_block(count, total) - count;
     if (b < batch) first_tile[b] = before;
   }
   if (thread == 0) first_tile[batch] = num_tiles;
   __syncthreads();
 
-  int places = 0;
+  int places = 0, own_cost = 0;
+  bool is_even = true;   // of this thread's tiles: requests have several, all of one cost
   for (int first = 0; first < num_tiles; first += kPlanThreads, places += total) {
     const int number = first + thread;
     PlanTile tile = {};
@@ -232,6 +244,8 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
     if (number < num_tiles) {
       tile.begin = keys.begin, tile.end = keys.end;
       cost = shape.fixed_cost + units_of(keys, shape.unit_keys);
+      is_even &= tile.count > 1 && (own_cost == 0 || cost == own_cost);
+      own_cost = cost;
     }
     tile.line = places + scan_block(cost, total) - cost;
     if (number < num_tiles) {
@@ -239,14 +253,14 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
       if (tile.index == 0) first_line[tile.request] = tile.line;
     }
   }
-  __syncthreads();
+  is_even = __syncthreads_and(is_even && (own_cost == 0 || static_cast<long long>(own_cost) * num_tiles == places));
   for (int b = thread; b <= batch; b += kPlanThreads)
     if (first_tile[b] == num_tiles) first_line[b] = places;
     else if (first_tile[b] == first_tile[b + 1]) first_line[b] = tiles[first_tile[b]].line;
   __syncthreads();
 
   const unsigned length = static_cast<unsigned>(places) * shape.groups;
-  const int used = static_cast<unsigned>(shape.shares) < length ? shape.shares : static_cast<int>(length);
+  const int used = shares_in_use(shape.shares, length, num_tiles * shape.groups, is_even);
   const Line line = {first_tile, first_line, tiles, batch, num_tiles};
   for (int c = thread; c <= shape.shares; c += kPlanThreads) shares[c] = share_start(line, shape, length, used, c);
   if (thread == 0) *static_cast<PlanHeader*>(plan) = {num_tiles, used, length};
