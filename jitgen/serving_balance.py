@@ -8,10 +8,11 @@ from __future__ import annotations
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NEVER_CUT = 0x7FFFFFFF  # as least_piece: items stay whole
-_HEADER = struct.Struct("@iiI13i")
+TAIL_PIECES = 4  # of an item that is given out in pieces, at most
+_HEADER = struct.Struct("@iiI6i7i")
 _TILE = struct.Struct("@8iI3i")
 _SHARE = struct.Struct("@iiiI8iI3iIi2i")
 SHARES_AT = _HEADER.size
@@ -31,6 +32,7 @@ class PlanShape:
     least_keys: int
     fixed_cost: int
     least_piece: int
+    many_items: int
     shares: int
 
 
@@ -47,6 +49,7 @@ class PlanTile:
     begin: int
     end: int
     line: int
+    pieces: int = 0
 
     def units(self, unit_keys: int) -> int:
         """Units its keys are visited in; they begin at a multiple of 16 keys."""
@@ -64,13 +67,35 @@ class Share:
 
 
 @dataclass(frozen=True)
+class GivenOut:
+    """Items that a kernel gives out: how many whole, and the pieces of the others; see PlanHeader in plan.cuh."""
+
+    whole: int
+    piece_units: int = 0
+    pieces: int = 0
+    first_pieces: int = 0
+
+
+@dataclass(frozen=True)
 class PlanRecord:
-    """A plan: its tiles, and where each share begins (one more entry than shares asked for)."""
+    """A plan: its tiles, where each share begins (one more entry than shares asked for), or which items are given out."""
 
     tiles: tuple[PlanTile, ...]
     shares: tuple[Share, ...]
     used: int  # shares that have a part of the line
     length: int
+    given_out: GivenOut = GivenOut(0)
+
+    def cut_items(self, shape: PlanShape) -> list[tuple[int, int, int, int]]:
+        """Items given out in several pieces, in order: (tile, group, pieces, slot of the first)."""
+        found, at, num_tiles = [], self.given_out, len(self.tiles)
+        for number in range(at.whole, num_tiles * shape.groups if at.piece_units else 0):
+            group, tile = number // num_tiles, num_tiles - 1 - number % num_tiles
+            pieces = pieces_of(self.tiles[tile].units(shape.unit_keys), at.piece_units)
+            later = group - at.whole // num_tiles
+            slot = self.tiles[tile].pieces + (at.first_pieces + (later - 1) * at.pieces if later else 0)
+            found += [(tile, group, pieces, slot)] if pieces > 1 else []
+        return found
 
     def segments(self, shape: PlanShape, c: int) -> list[tuple[int, int, int, int]]:
         """What share c works on: (tile, group, first unit, end unit), in order."""
@@ -109,7 +134,32 @@ def balance(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, visib
     starts = [tiles[first_tile[b]].line for b in requests] + [places]
     line = _Line(tiles, requests, first_tile, starts)
     shares = tuple(_share_start(line, shape, length, used, c) for c in range(shape.shares + 1))
-    return PlanRecord(tuple(tiles), shares, used, length)
+    given_out = _give_out(tiles, places, shape)
+    return PlanRecord(tuple(tiles), shares, used, length, given_out)
+
+
+def pieces_of(units: int, piece_units: int) -> int:
+    """Pieces of an item that may be given out in several."""
+    return max(1, units // piece_units)
+
+
+def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
+    """Fills in ``pieces`` of the tiles where items are given out."""
+    items = len(tiles) * shape.groups
+    if not (shape.many_items and shape.least_piece != NEVER_CUT and 0 < items >= shape.many_items * shape.shares):
+        return GivenOut(items)
+    most = max(tile.units(shape.unit_keys) for tile in tiles)
+    piece_units = max(-(-most // TAIL_PIECES), shape.least_piece)
+    pieces = 0
+    for i in range(len(tiles)):
+        count = pieces_of(tiles[i].units(shape.unit_keys), piece_units)
+        tiles[i] = replace(tiles[i], pieces=pieces)
+        pieces += count if count > 1 else 0
+    x = max(places * shape.groups - shape.shares * (shape.fixed_cost + most), 0)
+    tile = bisect_right([t.line for t in tiles], places - 1 - x % places) - 1
+    count = pieces_of(tiles[tile].units(shape.unit_keys), piece_units)
+    whole = x // places * len(tiles) + len(tiles) - 1 - tile
+    return GivenOut(whole, piece_units, pieces, tiles[tile].pieces + (count if count > 1 else 0))
 
 
 def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile]) -> int:
@@ -182,8 +232,8 @@ def _share_start(line: _Line, shape: PlanShape, length: int, used: int, c: int) 
 
 def read_plan(buffer: bytes, shares: int) -> PlanRecord:
     """A plan buffer, copied from the device, made for this many shares."""
-    num_tiles, used, length, *_ = _HEADER.unpack_from(buffer, 0)
+    num_tiles, used, length, _, _, *given_out = _HEADER.unpack_from(buffer, 0)[:9]
     tiles_at = SHARES_AT + _SHARE.size * (shares + 1)
-    tiles = tuple(PlanTile(*_TILE.unpack_from(buffer, tiles_at + i * _TILE.size)[:9]) for i in range(num_tiles))
+    tiles = tuple(PlanTile(*_TILE.unpack_from(buffer, tiles_at + i * _TILE.size)[:10]) for i in range(num_tiles))
     starts = tuple(Share(*_SHARE.unpack_from(buffer, SHARES_AT + c * _SHARE.size)[:4]) for c in range(shares + 1))
-    return PlanRecord(tiles, starts, used, length)
+    return PlanRecord(tiles, starts, used, length, GivenOut(*given_out))

@@ -10,7 +10,7 @@ import torch
 
 from jitgen.program import Program
 from jitgen.runtime import fields_of
-from jitgen.serving_balance import PlanRecord, read_plan
+from jitgen.serving_balance import TAIL_PIECES, PlanRecord, read_plan
 
 if TYPE_CHECKING:
     from jitgen.serving_kernels import KernelClass
@@ -38,7 +38,17 @@ def _explain_device(c: KernelClass, rows: int) -> list[str]:
     record = read_plan(c.plan.cpu().numpy().tobytes(), c.num_ctas)  # type: ignore[union-attr]
     if not record.tiles:
         return [f"{c.name}: no request"]
+    if record.given_out.piece_units:
+        return [f"{c.name}: {_given_out(record, c.num_ctas)}"]
     return [f"{c.name}: {_summary(record)}", *_shares_table(record, rows)]
+
+
+def _given_out(record: PlanRecord, num_ctas: int) -> str:
+    at = record.given_out
+    return (
+        f"{len(record.tiles)} tiles in every group of heads, {record.length} units for {num_ctas} CTAs that take work as they come "
+        f"free: {at.whole} items whole, then the last ones in up to {TAIL_PIECES} pieces of at least {at.piece_units} units"
+    )
 
 
 def _summary(record: PlanRecord) -> str:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jitgen import paths, toolchain
-from jitgen.serving_balance import NEVER_CUT, PlanShape, Share, balance
+from jitgen.serving_balance import NEVER_CUT, GivenOut, PlanShape, Share, balance
 
 SOURCE = r"""
 #include <cstddef>
@@ -19,7 +19,8 @@ SOURCE = r"""
 #include "jitgen/plan.cuh"
 
 // What make_plan does, one tile after the other; every row sees every key. Returns the number of tiles.
-extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const jg::PlanShape* shape, int* starts) {
+extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const jg::PlanShape* shape, int* starts, int* given_out,
+                           int* slots) {
   std::vector<jg::PlanTile> tiles;
   std::vector<int> first_tile;
   std::vector<unsigned> first_line;
@@ -45,7 +46,22 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
     const int words[4] = {share.tile, share.group, share.unit, static_cast<int>(share.line)};
     for (int i = 0; i < 4; ++i) starts[4 * c + i] = words[i];
   }
-  return static_cast<int>(tiles.size());
+  const int num_tiles = static_cast<int>(tiles.size()), items = num_tiles * shape->groups;
+  jg::PlanHeader header = {num_tiles, used, length, 0, 0, items};
+  if (jg::gives_out(items, *shape)) {
+    int most = 0, pieces = 0;
+    for (const jg::PlanTile& tile : tiles) most = cost(tile) > most ? cost(tile) : most;
+    for (jg::PlanTile& tile : tiles) {
+      tile.pieces = pieces;
+      pieces += jg::pieces_counted(cost(tile), jg::piece_units_of(most, *shape));
+    }
+    jg::give_out(header, tiles.data(), places, most, pieces, *shape);
+    for (int number = header.whole; number < items; ++number)
+      slots[number] = jg::tail_slot(header, tiles[num_tiles - 1 - number % num_tiles], number / num_tiles);
+  }
+  const int words[4] = {header.whole, header.piece_units, header.pieces, header.first_pieces};
+  for (int i = 0; i < 4; ++i) given_out[i] = words[i];
+  return num_tiles;
 }
 // Whether the share of every place is the one whose part of the line it is in.
 extern "C" int closed_form_holds(unsigned length, unsigned shares) {
@@ -81,6 +97,7 @@ shapes = st.builds(
     least_keys=st.integers(0, 1),
     fixed_cost=st.integers(0, 2),
     least_piece=st.sampled_from([0, 1, 3, NEVER_CUT]),
+    many_items=st.sampled_from([0, 1, 2]),
     shares=st.sampled_from([1, 2, 7, 132]),
 )
 lengths = st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 200)), st.integers(0, 3000)), max_size=12)
@@ -91,12 +108,17 @@ lengths = st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 200)), 
 def test_header_cuts_the_line_as_the_python_planner_does(header, lengths, shape):
     q_len, kv_len = ([n[i] for n in lengths] for i in (0, 1))
     starts = (ctypes.c_int * (4 * (shape.shares + 1)))()
-    numbers = (ctypes.c_int * 11)(*astuple(shape))
+    numbers = (ctypes.c_int * 12)(*astuple(shape))
     batch = len(lengths)
-    tiles = header.make_shares((ctypes.c_int * batch)(*q_len), (ctypes.c_int * batch)(*kv_len), batch, numbers, starts)
     plan = balance(q_len, kv_len, shape)
+    given_out, slots = (ctypes.c_int * 4)(), (ctypes.c_int * (len(plan.tiles) * shape.groups))()
+    lens = (ctypes.c_int * batch)(*q_len), (ctypes.c_int * batch)(*kv_len)
+    tiles = header.make_shares(*lens, batch, numbers, starts, given_out, slots)
     assert tiles == len(plan.tiles)
     assert [Share(*starts[4 * c : 4 * c + 4]) for c in range(shape.shares + 1)] == list(plan.shares)
+    assert GivenOut(*given_out) == plan.given_out
+    for tile, group, _, slot in plan.cut_items(shape):
+        assert slots[group * tiles + tiles - 1 - tile] == slot
 
 
 @settings(max_examples=100, deadline=None)

@@ -10,7 +10,7 @@ from serving_batch import Batch
 
 import jitgen
 from jitgen.families import prefill_family
-from jitgen.serving_balance import NEVER_CUT, PlanShape, balance
+from jitgen.serving_balance import NEVER_CUT, TAIL_PIECES, PlanShape, balance
 from jitgen.serving_explain import host_pieces, share_loads
 
 shapes = st.builds(
@@ -25,6 +25,7 @@ shapes = st.builds(
     least_keys=st.integers(0, 1),
     fixed_cost=st.integers(0, 3),
     least_piece=st.sampled_from([0, 1, 2, 4]),
+    many_items=st.sampled_from([0, 1, 2]),
     shares=st.sampled_from([1, 2, 7, 132, 300]),
 )
 batches = st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 400)), st.integers(0, 3000)), max_size=12)
@@ -96,9 +97,30 @@ def test_items_stay_whole_when_told_so(lengths, shape):
             assert first == 0 and end == record.tiles[tile].units(whole.unit_keys)
 
 
+@settings(max_examples=200, deadline=None)
+@given(batches, shapes, st.booleans())
+def test_items_given_out_end_nearly_together(lengths, shape, is_windowed):
+    """Pieces of the last items are short, their results lie one after the other, and the workspace has room for them."""
+    record = made(lengths, shape, windowed(lengths) if is_windowed else None)
+    at, num_tiles = record.given_out, len(record.tiles)
+    items = num_tiles * shape.groups
+    if not at.piece_units:
+        assert at.whole == items and (not shape.many_items or items < shape.many_items * shape.shares or items == 0)
+        return
+    units = [record.tiles[num_tiles - 1 - n % num_tiles].units(shape.unit_keys) for n in range(items)]
+    most = max(units)
+    assert sum(u + shape.fixed_cost for u in units[at.whole :]) >= min(shape.shares * (most + shape.fixed_cost), record.length)
+    cut = record.cut_items(shape)
+    assert len(cut) == sum(u >= 2 * at.piece_units for u in units[at.whole :])
+    used = sorted(slot + i for _, _, pieces, slot in cut for i in range(pieces))
+    assert used == list(range(len(used))) and len(used) <= TAIL_PIECES * (shape.shares + 1)
+    assert all(2 <= pieces <= TAIL_PIECES for _, _, pieces, _ in cut)
+    assert all(-(-record.tiles[tile].units(shape.unit_keys) // pieces) < 2 * at.piece_units for tile, _, pieces, _ in cut)
+
+
 def test_skewed_batches_are_balanced():
     lengths = [(1, 60000)] + [(1, 200)] * 63
-    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 0, 1, 1, 132)
+    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 0, 1, 1, 0, 132)
     loads = share_loads(made(lengths, shape))
     assert max(loads) <= 1.02 * sum(loads) / len(loads) + 1
 
@@ -107,7 +129,7 @@ def test_skewed_batches_are_balanced():
     ("batch", "keys", "unit", "used", "load"), [(8, 1024, 64, 128, 4), (1, 4096, 128, 128, 2), (1, 1024, 128, 64, 1)]
 )
 def test_cuts_of_equal_items_fall_on_their_ends(batch, keys, unit, used, load):
-    shape = PlanShape(8, unit, 4, 4 if batch > 1 else 8, 4, 1, 32, 0, 1, 132)
+    shape = PlanShape(8, unit, 4, 4 if batch > 1 else 8, 4, 1, 32, 0, 0, 1, 0, 132)
     record = made([(1, keys)] * batch, shape)
     assert record.used == used
     assert all(len(record.segments(shape, c)) == 1 and share_loads(record)[c] == load for c in range(used))
@@ -198,7 +220,7 @@ def test_explain_needs_lengths():
 
 
 def test_tiles_of_a_shared_prefix_are_cut_at_the_same_keys():
-    shape = PlanShape(128, 128, 4, 8, 4, 33, NEVER_CUT, 1, 2, 8, 132)
+    shape = PlanShape(128, 128, 4, 8, 4, 33, NEVER_CUT, 1, 2, 8, 2, 132)
     record = made([(64, 32768)], shape)  # 256 packed rows in two tiles for each of 8 heads
     assert record.used == 128
     cuts = {(t, g): set() for t in range(2) for g in range(8)}

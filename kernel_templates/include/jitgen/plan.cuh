@@ -10,6 +10,10 @@
 // begin and end inside items. Where the cuts are taken as they fall (least_piece <= 1), the share of any place is known in
 // closed form (`share_of`), and so are all pieces of an item.
 //
+// A kernel may give its items out instead, to CTAs as they ask: groups one after the other, tiles of a group from the last to
+// the first, so that CTAs of a moment read the same keys. The items of the line's end, as many as are worth the longest one
+// for each share, are then given out in up to kTailPieces pieces, so that all CTAs end nearly together.
+//
 // Plan buffer, for S shares asked for (any number; a kernel runs one or several in a CTA):
 //
 //     offset 0                       PlanHeader
@@ -38,23 +42,31 @@ struct PlanShape {
   int least_keys;     // 1: a request without keys has no tile, as nobody reads its results; 0: its rows are written
   int fixed_cost;     // of an item, in units
   int least_piece;    // units: a cut that would leave less of an item on one side moves to the nearer end of the item
+  int many_items;     // from so many items a share on, the kernel gives them out; 0: never
   int shares;
 };
+constexpr int kTailPieces = 4;
 constexpr int kNeverCut = 0x7fffffff;   // as least_piece: items stay whole
 
 struct alignas(16) PlanHeader {
   int tiles;          // in the table
   int shares;         // that have a part of the line; the others are empty
   unsigned length;    // of the line
-  int taken, done;    // for a kernel that gives out items as CTAs ask for them: 0 between launches
-  int reserved[11];
+  // of a kernel that gives out items
+  int taken, done;    // 0 between launches
+  int whole;          // items given out whole, the first ones: all of them if none is cut
+  int piece_units;    // an item behind them has units / piece_units pieces; 0: the kernel does not give out
+  int pieces;         // of a group, without items in one piece
+  int first_pieces;   // likewise, behind the whole items of the group that the last of these is in
+  int reserved[7];
 };
 struct alignas(16) PlanTile {
   int request, q_start, q_len, kv_len;
   int index, count;   // of this tile among those of its request: the first is tile number - index
   int begin, end;     // visible keys; begin == end: none
   unsigned line;      // places before this tile, in one group
-  int reserved[3];
+  int pieces;         // likewise, without tiles in one piece
+  int reserved[2];
 };
 struct alignas(16) Share {
   int tile, group, unit;   // where it begins; past the last share tile is PlanHeader::tiles
@@ -177,6 +189,35 @@ JITGEN_PLAN_FN void next_item(const PlanTile& tile, int groups, int& number, int
   group = last_group ? 0 : group + last_tile;
 }
 
+// ---- items that are given out ----
+JITGEN_PLAN_FN bool gives_out(long long items, const PlanShape& shape) {
+  return shape.many_items > 0 && shape.least_piece != kNeverCut && items > 0 && items >= static_cast<long long>(shape.many_items) * shape.shares;
+}
+JITGEN_PLAN_FN int pieces_of(int units, int piece_units) { return units < 2 * piece_units ? 1 : units / piece_units; }
+JITGEN_PLAN_FN int pieces_counted(int units, int piece_units) { return units < 2 * piece_units ? 0 : units / piece_units; }
+JITGEN_PLAN_FN int piece_units_of(int most_units, const PlanShape& shape) {
+  const int units = (most_units + kTailPieces - 1) / kTailPieces;
+  return units > shape.least_piece ? units : shape.least_piece;
+}
+// Results of pieces that wait to be joined, at most: `tail` places hold no more than this many pieces.
+JITGEN_PLAN_FN long long tail_slots(int shares) { return kTailPieces * (shares + 1ll); }
+// Fills in the header: `places` of a group, the longest item, and how many pieces a group has.
+JITGEN_PLAN_FN void give_out(PlanHeader& header, const PlanTile* tiles, unsigned places, int most_units, int pieces, const PlanShape& shape) {
+  header.piece_units = piece_units_of(most_units, shape);
+  header.pieces = pieces;
+  const unsigned long long tail = static_cast<unsigned long long>(shape.shares) * (shape.fixed_cost + most_units);
+  const unsigned x = tail < header.length ? static_cast<unsigned>(header.length - tail) : 0;
+  const int tile = last_at_most(header.tiles, places - 1 - x % places, [&](int i) { return tiles[i].line; });
+  header.whole = static_cast<int>(x / places) * header.tiles + header.tiles - 1 - tile;
+  header.first_pieces =
+      tiles[tile].pieces + pieces_counted(units_of({tiles[tile].begin, tiles[tile].end}, shape.unit_keys), header.piece_units);
+}
+// Where the results of the pieces of an item behind the whole ones are.
+JITGEN_PLAN_FN int tail_slot(const PlanHeader& header, const PlanTile& tile, int group) {
+  const int later = group - header.whole / header.tiles;
+  return tile.pieces + (later > 0 ? header.first_pieces + (later - 1) * header.pieces : 0);
+}
+
 // ---- the planner ----
 #ifdef __CUDACC__
 constexpr int kPlanThreads = 1024;
@@ -226,7 +267,9 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   if (thread == 0) first_tile[batch] = num_tiles;
   __syncthreads();
 
-  int places = 0, own_cost = 0;
+  __shared__ int most_units;
+  if (thread == 0) most_units = 0;
+  int places = 0, own_cost = 0, own_most = 0;
   bool is_even = true;   // of this thread's tiles: requests have several, all of one cost
   for (int first = 0; first < num_tiles; first += kPlanThreads, places += total) {
     const int number = first + thread;
@@ -246,6 +289,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
       cost = shape.fixed_cost + units_of(keys, shape.unit_keys);
       is_even &= tile.count > 1 && (own_cost == 0 || cost == own_cost);
       own_cost = cost;
+      own_most = cost > own_most ? cost : own_most;
     }
     tile.line = places + scan_block(cost, total) - cost;
     if (number < num_tiles) {
@@ -257,13 +301,32 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   for (int b = thread; b <= batch; b += kPlanThreads)
     if (first_tile[b] == num_tiles) first_line[b] = places;
     else if (first_tile[b] == first_tile[b + 1]) first_line[b] = tiles[first_tile[b]].line;
+
+  const int items = num_tiles * shape.groups;
+  const bool is_given_out = gives_out(items, shape);
+  int pieces = 0;
+  if (is_given_out) {
+    atomicMax(&most_units, own_most - shape.fixed_cost);
+    __syncthreads();
+    const int piece_units = piece_units_of(most_units, shape);
+    for (int first = 0; first < num_tiles; first += kPlanThreads, pieces += total) {
+      const int number = first + thread;
+      const KeyRange keys = number < num_tiles ? KeyRange{tiles[number].begin, tiles[number].end} : KeyRange{0, 0};
+      const int count = pieces_counted(units_of(keys, shape.unit_keys), piece_units), before = pieces + scan_block(count, total) - count;
+      if (number < num_tiles) tiles[number].pieces = before;   // written by this thread above
+    }
+  }
   __syncthreads();
 
   const unsigned length = static_cast<unsigned>(places) * shape.groups;
-  const int used = shares_in_use(shape.shares, length, num_tiles * shape.groups, is_even);
+  const int used = shares_in_use(shape.shares, length, items, is_even);
   const Line line = {first_tile, first_line, tiles, batch, num_tiles};
   for (int c = thread; c <= shape.shares; c += kPlanThreads) shares[c] = share_start(line, shape, length, used, c);
-  if (thread == 0) *static_cast<PlanHeader*>(plan) = {num_tiles, used, length};
+  if (thread == 0) {
+    PlanHeader header = {num_tiles, used, length, 0, 0, items};
+    if (is_given_out) give_out(header, tiles, places, most_units, pieces, shape);
+    *static_cast<PlanHeader*>(plan) = header;
+  }
 }
 #endif
 
