@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 NEVER_CUT = 0x7FFFFFFF  # as least_piece: items stay whole
+NOT_FOR_MANY = 0x7FFFFFFF  # as many_items: only items that must not be cut are given out
+PLAN_THREADS = 1024  # more tiles are not sorted
 TAIL_PIECES = 4  # of an item that is given out in pieces, at most
-_HEADER = struct.Struct("@iiI6i7i")
-_TILE = struct.Struct("@8iI3i")
+_HEADER = struct.Struct("@iiI4iI8i")
+_TILE = struct.Struct("@8iIiIi")
 _SHARE = struct.Struct("@iiiI8iI3iIi2i")
 SHARES_AT = _HEADER.size
 
@@ -49,6 +51,9 @@ class PlanTile:
     begin: int
     end: int
     line: int
+    # of the place of the same number in the order of the last groups, where items are given out
+    at: int = 0
+    at_line: int = 0
     pieces: int = 0
 
     def units(self, unit_keys: int) -> int:
@@ -68,12 +73,11 @@ class Share:
 
 @dataclass(frozen=True)
 class GivenOut:
-    """Items that a kernel gives out: how many whole, and the pieces of the others; see PlanHeader in plan.cuh."""
+    """Groups whose items are given out one after the other, and behind them together; see PlanHeader in plan.cuh."""
 
-    whole: int
-    piece_units: int = 0
-    pieces: int = 0
-    first_pieces: int = 0
+    whole_groups: int = 0
+    tail_groups: int = 0
+    places: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,17 +88,18 @@ class PlanRecord:
     shares: tuple[Share, ...]
     used: int  # shares that have a part of the line
     length: int
-    given_out: GivenOut = GivenOut(0)
+    given_out: GivenOut = GivenOut()
 
-    def cut_items(self, shape: PlanShape) -> list[tuple[int, int, int, int]]:
-        """Items given out in several pieces, in order: (tile, group, pieces, slot of the first)."""
-        found, at, num_tiles = [], self.given_out, len(self.tiles)
-        for number in range(at.whole, num_tiles * shape.groups if at.piece_units else 0):
-            group, tile = number // num_tiles, num_tiles - 1 - number % num_tiles
-            pieces = pieces_of(self.tiles[tile].units(shape.unit_keys), at.piece_units)
-            later = group - at.whole // num_tiles
-            slot = self.tiles[tile].pieces + (at.first_pieces + (later - 1) * at.pieces if later else 0)
-            found += [(tile, group, pieces, slot)] if pieces > 1 else []
+    def items(self, shape: PlanShape) -> list[tuple[int, int, int, int]]:
+        """Items in the order they are given out: (tile, group, pieces, slot of the first of several)."""
+        at, count = self.given_out, len(self.tiles)
+        found = [(tile, group, 1, -1) for group in range(at.whole_groups) for tile in reversed(range(count))]
+        for place in self.tiles if at.tail_groups else ():
+            pieces = _pieces_wanted(self.tiles[place.at], place.at_line, at, shape)
+            if (place.pieces + pieces) * at.tail_groups > TAIL_PIECES * shape.shares:
+                pieces = 1
+            first = place.pieces * at.tail_groups
+            found += [(place.at, at.whole_groups + g, pieces, first + g * pieces) for g in range(at.tail_groups)]
         return found
 
     def segments(self, shape: PlanShape, c: int) -> list[tuple[int, int, int, int]]:
@@ -138,28 +143,30 @@ def balance(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, visib
     return PlanRecord(tuple(tiles), shares, used, length, given_out)
 
 
-def pieces_of(units: int, piece_units: int) -> int:
-    """Pieces of an item that may be given out in several."""
-    return max(1, units // piece_units)
-
-
 def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
-    """Fills in ``pieces`` of the tiles where items are given out."""
+    """Fills in the order of the last groups where items are given out."""
     items = len(tiles) * shape.groups
-    if not (shape.many_items and shape.least_piece != NEVER_CUT and 0 < items >= shape.many_items * shape.shares):
-        return GivenOut(items)
-    most = max(tile.units(shape.unit_keys) for tile in tiles)
-    piece_units = max(-(-most // TAIL_PIECES), shape.least_piece)
-    pieces = 0
-    for i in range(len(tiles)):
-        count = pieces_of(tiles[i].units(shape.unit_keys), piece_units)
-        tiles[i] = replace(tiles[i], pieces=pieces)
-        pieces += count if count > 1 else 0
-    x = max(places * shape.groups - shape.shares * (shape.fixed_cost + most), 0)
-    tile = bisect_right([t.line for t in tiles], places - 1 - x % places) - 1
-    count = pieces_of(tiles[tile].units(shape.unit_keys), piece_units)
-    whole = x // places * len(tiles) + len(tiles) - 1 - tile
-    return GivenOut(whole, piece_units, pieces, tiles[tile].pieces + (count if count > 1 else 0))
+    if not (shape.many_items and items and (shape.least_piece == NEVER_CUT or items >= shape.many_items * shape.shares)):
+        return GivenOut()
+    costs = [_cost(tile, shape) for tile in tiles]
+    tail = min(-(-shape.shares * max(costs) // places), shape.groups)
+    found = GivenOut(shape.groups - tail, tail, places)
+    order = list(reversed(range(len(tiles))))
+    if len(tiles) <= PLAN_THREADS:
+        order.sort(key=lambda i: -costs[i])  # stable
+    line = pieces = 0
+    for place, i in enumerate(order):
+        wanted = _pieces_wanted(tiles[i], line, found, shape)
+        tiles[place] = replace(tiles[place], at=i, at_line=line, pieces=pieces)
+        line += costs[i]
+        pieces += wanted if wanted > 1 else 0
+    return found
+
+
+def _pieces_wanted(tile: PlanTile, line: int, given_out: GivenOut, shape: PlanShape) -> int:
+    units = tile.units(shape.unit_keys)
+    wanted = -(-5 * (units + shape.fixed_cost) * shape.shares // (8 * (given_out.places - line) * given_out.tail_groups))
+    return max(min(wanted, TAIL_PIECES, units // max(shape.least_piece, 1)), 1)
 
 
 def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile]) -> int:
@@ -232,8 +239,8 @@ def _share_start(line: _Line, shape: PlanShape, length: int, used: int, c: int) 
 
 def read_plan(buffer: bytes, shares: int) -> PlanRecord:
     """A plan buffer, copied from the device, made for this many shares."""
-    num_tiles, used, length, _, _, *given_out = _HEADER.unpack_from(buffer, 0)[:9]
+    num_tiles, used, length, _, _, *given_out = _HEADER.unpack_from(buffer, 0)[:8]
     tiles_at = SHARES_AT + _SHARE.size * (shares + 1)
-    tiles = tuple(PlanTile(*_TILE.unpack_from(buffer, tiles_at + i * _TILE.size)[:10]) for i in range(num_tiles))
+    tiles = tuple(PlanTile(*_TILE.unpack_from(buffer, tiles_at + i * _TILE.size)) for i in range(num_tiles))
     starts = tuple(Share(*_SHARE.unpack_from(buffer, SHARES_AT + c * _SHARE.size)[:4]) for c in range(shares + 1))
     return PlanRecord(tiles, starts, used, length, GivenOut(*given_out))

@@ -38,16 +38,17 @@ def _explain_device(c: KernelClass, rows: int) -> list[str]:
     record = read_plan(c.plan.cpu().numpy().tobytes(), c.num_ctas)  # type: ignore[union-attr]
     if not record.tiles:
         return [f"{c.name}: no request"]
-    if record.given_out.piece_units:
+    if record.given_out.tail_groups:
         return [f"{c.name}: {_given_out(record, c.num_ctas)}"]
     return [f"{c.name}: {_summary(record)}", *_shares_table(record, rows)]
 
 
 def _given_out(record: PlanRecord, num_ctas: int) -> str:
-    at = record.given_out
+    at, count = record.given_out, len(record.tiles)
     return (
-        f"{len(record.tiles)} tiles in every group of heads, {record.length} units for {num_ctas} CTAs that take work as they come "
-        f"free: {at.whole} items whole, then the last ones in up to {TAIL_PIECES} pieces of at least {at.piece_units} units"
+        f"{count} tiles in each of {at.whole_groups + at.tail_groups} groups of heads, {record.length} units for {num_ctas} CTAs "
+        f"that take work as they come free; the last {at.tail_groups} group{'s' if at.tail_groups > 1 else ''} longest tile first, "
+        f"in up to {TAIL_PIECES} pieces where one is longer than a CTA's part of the rest"
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jitgen import paths, toolchain
-from jitgen.serving_balance import NEVER_CUT, GivenOut, PlanShape, Share, balance
+from jitgen.serving_balance import NEVER_CUT, NOT_FOR_MANY, GivenOut, PlanShape, Share, balance
 
 SOURCE = r"""
 #include <cstddef>
@@ -20,7 +20,7 @@ SOURCE = r"""
 
 // What make_plan does, one tile after the other; every row sees every key. Returns the number of tiles.
 extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const jg::PlanShape* shape, int* starts, int* given_out,
-                           int* slots) {
+                           int* order) {   // in: tiles of the last groups; out: how many pieces they have
   std::vector<jg::PlanTile> tiles;
   std::vector<int> first_tile;
   std::vector<unsigned> first_line;
@@ -47,20 +47,24 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
     for (int i = 0; i < 4; ++i) starts[4 * c + i] = words[i];
   }
   const int num_tiles = static_cast<int>(tiles.size()), items = num_tiles * shape->groups;
-  jg::PlanHeader header = {num_tiles, used, length, 0, 0, items};
+  jg::PlanHeader header = {num_tiles};
   if (jg::gives_out(items, *shape)) {
     int most = 0, pieces = 0;
+    unsigned line = 0;
     for (const jg::PlanTile& tile : tiles) most = cost(tile) > most ? cost(tile) : most;
-    for (jg::PlanTile& tile : tiles) {
-      tile.pieces = pieces;
-      pieces += jg::pieces_counted(cost(tile), jg::piece_units_of(most, *shape));
+    header.places = places;
+    header.tail_groups = jg::tail_groups_of(places, most + shape->fixed_cost, *shape);
+    header.whole_groups = shape->groups - header.tail_groups;
+    for (int place = 0; place < num_tiles; ++place) {
+      const int at = order[place], wanted = jg::pieces_wanted(cost(tiles[at]), (places - line) * header.tail_groups, *shape);
+      tiles[place].at = at, tiles[place].at_line = line, tiles[place].pieces = pieces;
+      line += cost(tiles[at]) + shape->fixed_cost;
+      pieces += wanted > 1 ? wanted : 0;
     }
-    jg::give_out(header, tiles.data(), places, most, pieces, *shape);
-    for (int number = header.whole; number < items; ++number)
-      slots[number] = jg::tail_slot(header, tiles[num_tiles - 1 - number % num_tiles], number / num_tiles);
+    for (int place = 0; place < num_tiles; ++place) order[place] = jg::pieces_at(header, tiles.data(), place, *shape);
   }
-  const int words[4] = {header.whole, header.piece_units, header.pieces, header.first_pieces};
-  for (int i = 0; i < 4; ++i) given_out[i] = words[i];
+  const int words[3] = {header.whole_groups, header.tail_groups, static_cast<int>(header.places)};
+  for (int i = 0; i < 3; ++i) given_out[i] = words[i];
   return num_tiles;
 }
 // Whether the share of every place is the one whose part of the line it is in.
@@ -97,7 +101,7 @@ shapes = st.builds(
     least_keys=st.integers(0, 1),
     fixed_cost=st.integers(0, 2),
     least_piece=st.sampled_from([0, 1, 3, NEVER_CUT]),
-    many_items=st.sampled_from([0, 1, 2]),
+    many_items=st.sampled_from([0, 1, 2, NOT_FOR_MANY]),
     shares=st.sampled_from([1, 2, 7, 132]),
 )
 lengths = st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 200)), st.integers(0, 3000)), max_size=12)
@@ -111,14 +115,14 @@ def test_header_cuts_the_line_as_the_python_planner_does(header, lengths, shape)
     numbers = (ctypes.c_int * 12)(*astuple(shape))
     batch = len(lengths)
     plan = balance(q_len, kv_len, shape)
-    given_out, slots = (ctypes.c_int * 4)(), (ctypes.c_int * (len(plan.tiles) * shape.groups))()
+    given_out, order = (ctypes.c_int * 3)(), (ctypes.c_int * len(plan.tiles))(*(tile.at for tile in plan.tiles))
     lens = (ctypes.c_int * batch)(*q_len), (ctypes.c_int * batch)(*kv_len)
-    tiles = header.make_shares(*lens, batch, numbers, starts, given_out, slots)
+    tiles = header.make_shares(*lens, batch, numbers, starts, given_out, order)
     assert tiles == len(plan.tiles)
     assert [Share(*starts[4 * c : 4 * c + 4]) for c in range(shape.shares + 1)] == list(plan.shares)
     assert GivenOut(*given_out) == plan.given_out
-    for tile, group, _, slot in plan.cut_items(shape):
-        assert slots[group * tiles + tiles - 1 - tile] == slot
+    tail = plan.items(shape)[plan.given_out.whole_groups * tiles :: plan.given_out.tail_groups or 1]
+    assert [pieces for _, _, pieces, _ in tail] == (list(order) if plan.given_out.tail_groups else [])
 
 
 @settings(max_examples=100, deadline=None)

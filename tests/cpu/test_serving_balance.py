@@ -99,23 +99,46 @@ def test_items_stay_whole_when_told_so(lengths, shape):
 
 @settings(max_examples=200, deadline=None)
 @given(batches, shapes, st.booleans())
-def test_items_given_out_end_nearly_together(lengths, shape, is_windowed):
-    """Pieces of the last items are short, their results lie one after the other, and the workspace has room for them."""
+def test_items_given_out_are_all_there_and_their_pieces_have_room(lengths, shape, is_windowed):
     record = made(lengths, shape, windowed(lengths) if is_windowed else None)
-    at, num_tiles = record.given_out, len(record.tiles)
-    items = num_tiles * shape.groups
-    if not at.piece_units:
-        assert at.whole == items and (not shape.many_items or items < shape.many_items * shape.shares or items == 0)
+    at, items = record.given_out, record.items(shape)
+    if not at.tail_groups:
+        assert not shape.many_items or len(record.tiles) * shape.groups < max(shape.many_items * shape.shares, 1)
         return
-    units = [record.tiles[num_tiles - 1 - n % num_tiles].units(shape.unit_keys) for n in range(items)]
-    most = max(units)
-    assert sum(u + shape.fixed_cost for u in units[at.whole :]) >= min(shape.shares * (most + shape.fixed_cost), record.length)
-    cut = record.cut_items(shape)
-    assert len(cut) == sum(u >= 2 * at.piece_units for u in units[at.whole :])
-    used = sorted(slot + i for _, _, pieces, slot in cut for i in range(pieces))
-    assert used == list(range(len(used))) and len(used) <= TAIL_PIECES * (shape.shares + 1)
-    assert all(2 <= pieces <= TAIL_PIECES for _, _, pieces, _ in cut)
-    assert all(-(-record.tiles[tile].units(shape.unit_keys) // pieces) < 2 * at.piece_units for tile, _, pieces, _ in cut)
+    assert sorted((tile, group) for tile, group, _, _ in items) == [
+        (tile, group) for tile in range(len(record.tiles)) for group in range(shape.groups)
+    ]
+    slots = sorted(slot + i for _, _, pieces, slot in items if pieces > 1 for i in range(pieces))
+    assert len(set(slots)) == len(slots) and (not slots or slots[-1] < TAIL_PIECES * shape.shares)
+    assert all(record.tiles[tile].units(shape.unit_keys) >= pieces * shape.least_piece for tile, _, pieces, _ in items if pieces > 1)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most"),
+    [
+        ([(4096, 4096)] * 2, 1.03),
+        ([(2048, 2048)] * 8, 1.02),
+        ([(n, n) for n in (5000, 300, 2500, 1200, 7000)], 1.02),
+        ([(512, 8192)] * 8, 1.06),  # 5.3 items of a length for each CTA: 1.12 if none were cut
+        ([(2048, 32768)], 1.07),  # 2.7 items: 1.15
+    ],
+)
+def test_items_given_out_end_nearly_together(lengths, most):
+    """CTAs that take the next piece as they finish one: the last is done soon after the mean."""
+    shape = PlanShape(192, 128, 4, 8, 4, 1, NEVER_CUT, 0, 2, 8, 2, 132)
+
+    def causal(b, first, last):
+        q_len, kv_len = lengths[b]
+        return 0, kv_len - q_len + last + 1
+
+    record = made(lengths, shape, causal)
+    assert record.given_out.tail_groups
+    free = [0.0] * shape.shares
+    for tile, _, pieces, _ in record.items(shape):
+        for _ in range(pieces):
+            at = free.index(min(free))
+            free[at] += shape.fixed_cost + record.tiles[tile].units(shape.unit_keys) / pieces
+    assert max(free) <= most * sum(free) / len(free)
 
 
 def test_skewed_batches_are_balanced():

@@ -11,8 +11,9 @@
 // closed form (`share_of`), and so are all pieces of an item.
 //
 // A kernel may give its items out instead, to CTAs as they ask: groups one after the other, tiles of a group from the last to
-// the first, so that CTAs of a moment read the same keys. The items of the line's end, as many as are worth the longest one
-// for each share, are then given out in up to kTailPieces pieces, so that all CTAs end nearly together.
+// the first, so that CTAs of a moment read the same keys. The last groups, that are worth the longest item for each CTA, are
+// given out together, the longest tiles first; and of these items those that are much longer than a CTA's part of what is
+// left in up to kTailPieces pieces. So all CTAs end nearly together.
 //
 // Plan buffer, for S shares asked for (any number; a kernel runs one or several in a CTA):
 //
@@ -42,10 +43,11 @@ struct PlanShape {
   int least_keys;     // 1: a request without keys has no tile, as nobody reads its results; 0: its rows are written
   int fixed_cost;     // of an item, in units
   int least_piece;    // units: a cut that would leave less of an item on one side moves to the nearer end of the item
-  int many_items;     // from so many items a share on, the kernel gives them out; 0: never
+  int many_items;     // a kernel gives items out that must not be cut, and others from so many items a share on; 0: none
   int shares;
 };
 constexpr int kTailPieces = 4;
+constexpr int kNotForMany = 0x7fffffff;   // as many_items: only items that must not be cut are given out
 constexpr int kNeverCut = 0x7fffffff;   // as least_piece: items stay whole
 
 struct alignas(16) PlanHeader {
@@ -54,19 +56,20 @@ struct alignas(16) PlanHeader {
   unsigned length;    // of the line
   // of a kernel that gives out items
   int taken, done;    // 0 between launches
-  int whole;          // items given out whole, the first ones: all of them if none is cut
-  int piece_units;    // an item behind them has units / piece_units pieces; 0: the kernel does not give out
-  int pieces;         // of a group, without items in one piece
-  int first_pieces;   // likewise, behind the whole items of the group that the last of these is in
-  int reserved[7];
+  int whole_groups;   // given out one after the other
+  int tail_groups;    // given out together behind them; 0: the kernel has shares
+  unsigned places;    // of a group
+  int reserved[8];
 };
 struct alignas(16) PlanTile {
   int request, q_start, q_len, kv_len;
   int index, count;   // of this tile among those of its request: the first is tile number - index
   int begin, end;     // visible keys; begin == end: none
   unsigned line;      // places before this tile, in one group
-  int pieces;         // likewise, without tiles in one piece
-  int reserved[2];
+  // of a kernel that gives out items, of place i in the order of the last groups, i the number of this tile:
+  int at;             // the tile there
+  unsigned at_line;   // places before it, in one group
+  int pieces;         // pieces before it, in one group, without tiles in one piece
 };
 struct alignas(16) Share {
   int tile, group, unit;   // where it begins; past the last share tile is PlanHeader::tiles
@@ -191,31 +194,29 @@ JITGEN_PLAN_FN void next_item(const PlanTile& tile, int groups, int& number, int
 
 // ---- items that are given out ----
 JITGEN_PLAN_FN bool gives_out(long long items, const PlanShape& shape) {
-  return shape.many_items > 0 && shape.least_piece != kNeverCut && items > 0 && items >= static_cast<long long>(shape.many_items) * shape.shares;
+  if (shape.many_items == 0 || items == 0) return false;
+  return shape.least_piece == kNeverCut || items >= static_cast<long long>(shape.many_items) * shape.shares;
 }
-JITGEN_PLAN_FN int pieces_of(int units, int piece_units) { return units < 2 * piece_units ? 1 : units / piece_units; }
-JITGEN_PLAN_FN int pieces_counted(int units, int piece_units) { return units < 2 * piece_units ? 0 : units / piece_units; }
-JITGEN_PLAN_FN int piece_units_of(int most_units, const PlanShape& shape) {
-  const int units = (most_units + kTailPieces - 1) / kTailPieces;
-  return units > shape.least_piece ? units : shape.least_piece;
+// Groups that are given out together: worth the longest item for each CTA.
+JITGEN_PLAN_FN int tail_groups_of(unsigned places, int most_cost, const PlanShape& shape) {
+  const unsigned long long wanted = (static_cast<unsigned long long>(shape.shares) * most_cost + places - 1) / places;
+  return wanted < static_cast<unsigned>(shape.groups) ? static_cast<int>(wanted) : shape.groups;
 }
-// Results of pieces that wait to be joined, at most: `tail` places hold no more than this many pieces.
-JITGEN_PLAN_FN long long tail_slots(int shares) { return kTailPieces * (shares + 1ll); }
-// Fills in the header: `places` of a group, the longest item, and how many pieces a group has.
-JITGEN_PLAN_FN void give_out(PlanHeader& header, const PlanTile* tiles, unsigned places, int most_units, int pieces, const PlanShape& shape) {
-  header.piece_units = piece_units_of(most_units, shape);
-  header.pieces = pieces;
-  const unsigned long long tail = static_cast<unsigned long long>(shape.shares) * (shape.fixed_cost + most_units);
-  const unsigned x = tail < header.length ? static_cast<unsigned>(header.length - tail) : 0;
-  const int tile = last_at_most(header.tiles, places - 1 - x % places, [&](int i) { return tiles[i].line; });
-  header.whole = static_cast<int>(x / places) * header.tiles + header.tiles - 1 - tile;
-  header.first_pieces =
-      tiles[tile].pieces + pieces_counted(units_of({tiles[tile].begin, tiles[tile].end}, shape.unit_keys), header.piece_units);
+// Results of pieces that wait to be joined, at most.
+JITGEN_PLAN_FN long long tail_slots(int shares) { return kTailPieces * static_cast<long long>(shares); }
+// Pieces of a tile of `units` where `rest` places are left, with it, when it is first given out: several where it is more than
+// 8/5 of a CTA's part of them. A piece costs its partial results, about two units here and one when they are joined.
+JITGEN_PLAN_FN int pieces_wanted(int units, unsigned rest, const PlanShape& shape) {
+  const unsigned long long work = 5ull * (units + shape.fixed_cost) * shape.shares, part = 8ull * rest;
+  const int most = shape.least_piece > 0 ? units / shape.least_piece : units, wanted = static_cast<int>((work + part - 1) / part);
+  const int pieces = wanted < kTailPieces ? wanted : kTailPieces;
+  return pieces < most ? pieces : most > 1 ? most : 1;
 }
-// Where the results of the pieces of an item behind the whole ones are.
-JITGEN_PLAN_FN int tail_slot(const PlanHeader& header, const PlanTile& tile, int group) {
-  const int later = group - header.whole / header.tiles;
-  return tile.pieces + (later > 0 ? header.first_pieces + (later - 1) * header.pieces : 0);
+JITGEN_PLAN_FN int pieces_at(const PlanHeader& header, const PlanTile* tiles, int place, const PlanShape& shape) {
+  const PlanTile& tile = tiles[tiles[place].at];
+  const unsigned rest = (header.places - tiles[place].at_line) * header.tail_groups;
+  const int pieces = pieces_wanted(units_of({tile.begin, tile.end}, shape.unit_keys), rest, shape);
+  return (tiles[place].pieces + static_cast<long long>(pieces)) * header.tail_groups <= tail_slots(shape.shares) ? pieces : 1;
 }
 
 // ---- the planner ----
@@ -247,6 +248,35 @@ __device__ __forceinline__ int scan_block(int value, int& total) {
   return sum + (warp > 0 ? earlier : 0);
 }
 
+// The order of the last groups: the longest tiles first, later ones before earlier ones of the same length. More tiles than
+// threads keep the order of other groups, as so many items for each CTA end nearly together without.
+__device__ __forceinline__ void order_tail(PlanTile* tiles, int num_tiles, const PlanHeader& header, const PlanShape& shape) {
+  __shared__ int costs[kPlanThreads];
+  const int thread = threadIdx.x;
+  const auto units_at = [&](int i) { return units_of({tiles[i].begin, tiles[i].end}, shape.unit_keys); };
+  if (num_tiles <= kPlanThreads) {
+    const int own = thread < num_tiles ? units_at(thread) : 0;   // written by this thread
+    costs[thread] = own;
+    __syncthreads();
+    int place = 0;
+    for (int i = 0; i < num_tiles; ++i) place += costs[i] > own || (costs[i] == own && i > thread);
+    if (thread < num_tiles) tiles[place].at = thread;
+  } else {
+    for (int i = thread; i < num_tiles; i += kPlanThreads) tiles[i].at = num_tiles - 1 - i;
+  }
+  __syncthreads();
+  int places = 0, pieces = 0, total;
+  for (int first = 0; first < num_tiles; first += kPlanThreads) {
+    const int i = first + thread, units = i < num_tiles ? units_at(tiles[i].at) : 0, cost = i < num_tiles ? units + shape.fixed_cost : 0;
+    const unsigned line = places + scan_block(cost, total) - cost;
+    places += total;
+    const int wanted = i < num_tiles ? pieces_wanted(units, (header.places - line) * header.tail_groups, shape) : 0, counted = wanted > 1 ? wanted : 0;
+    const int before = pieces + scan_block(counted, total) - counted;
+    pieces += total;
+    if (i < num_tiles) tiles[i].at_line = line, tiles[i].pieces = before;
+  }
+}
+
 // By one CTA of kPlanThreads. `visible(tile, first query, last query)` gives the keys that these rows of the request see;
 // all threads call it, those without a tile with kv_len 0.
 template <class Visible>
@@ -267,8 +297,8 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   if (thread == 0) first_tile[batch] = num_tiles;
   __syncthreads();
 
-  __shared__ int most_units;
-  if (thread == 0) most_units = 0;
+  __shared__ int most_cost;
+  if (thread == 0) most_cost = 0;
   int places = 0, own_cost = 0, own_most = 0;
   bool is_even = true;   // of this thread's tiles: requests have several, all of one cost
   for (int first = 0; first < num_tiles; first += kPlanThreads, places += total) {
@@ -303,30 +333,23 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
     else if (first_tile[b] == first_tile[b + 1]) first_line[b] = tiles[first_tile[b]].line;
 
   const int items = num_tiles * shape.groups;
-  const bool is_given_out = gives_out(items, shape);
-  int pieces = 0;
-  if (is_given_out) {
-    atomicMax(&most_units, own_most - shape.fixed_cost);
+  PlanHeader header = {num_tiles};
+  if (gives_out(items, shape)) {
+    atomicMax(&most_cost, own_most);
     __syncthreads();
-    const int piece_units = piece_units_of(most_units, shape);
-    for (int first = 0; first < num_tiles; first += kPlanThreads, pieces += total) {
-      const int number = first + thread;
-      const KeyRange keys = number < num_tiles ? KeyRange{tiles[number].begin, tiles[number].end} : KeyRange{0, 0};
-      const int count = pieces_counted(units_of(keys, shape.unit_keys), piece_units), before = pieces + scan_block(count, total) - count;
-      if (number < num_tiles) tiles[number].pieces = before;   // written by this thread above
-    }
+    header.places = places;
+    header.tail_groups = tail_groups_of(places, most_cost, shape);
+    header.whole_groups = shape.groups - header.tail_groups;
+    order_tail(tiles, num_tiles, header, shape);
   }
   __syncthreads();
 
   const unsigned length = static_cast<unsigned>(places) * shape.groups;
   const int used = shares_in_use(shape.shares, length, items, is_even);
+  header.length = length, header.shares = used;
   const Line line = {first_tile, first_line, tiles, batch, num_tiles};
   for (int c = thread; c <= shape.shares; c += kPlanThreads) shares[c] = share_start(line, shape, length, used, c);
-  if (thread == 0) {
-    PlanHeader header = {num_tiles, used, length, 0, 0, items};
-    if (is_given_out) give_out(header, tiles, places, most_units, pieces, shape);
-    *static_cast<PlanHeader*>(plan) = header;
-  }
+  if (thread == 0) *static_cast<PlanHeader*>(plan) = header;
 }
 #endif
 
