@@ -14,7 +14,7 @@ NEVER_CUT = 0x7FFFFFFF  # as least_piece: items stay whole
 NOT_FOR_MANY = 0x7FFFFFFF  # as many_items: only items that must not be cut are given out
 PLAN_THREADS = 1024  # more tiles are not sorted
 TAIL_PIECES = 4  # of an item that is given out in pieces, at most
-_HEADER = struct.Struct("@iiI4iI8i")
+_HEADER = struct.Struct("@iiI4iI2i6i")
 _TILE = struct.Struct("@8iIiIi")
 _SHARE = struct.Struct("@iiiI8iI3iIi2i")
 SHARES_AT = _HEADER.size
@@ -78,6 +78,8 @@ class GivenOut:
     whole_groups: int = 0
     tail_groups: int = 0
     places: int = 0
+    least_units: int = 0
+    pieces: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
         return GivenOut()
     costs = [_cost(tile, shape) for tile in tiles]
     tail = min(-(-shape.shares * max(costs) // places), shape.groups)
-    found = GivenOut(shape.groups - tail, tail, places)
+    least = NEVER_CUT if shape.least_piece == NEVER_CUT else 24 if items >= 4 * shape.shares else 48
+    found = GivenOut(shape.groups - tail, tail, places, least)
     order = list(reversed(range(len(tiles))))
     if len(tiles) <= PLAN_THREADS:
         order.sort(key=lambda i: -costs[i])  # stable
@@ -160,13 +163,13 @@ def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
         tiles[place] = replace(tiles[place], at=i, at_line=line, pieces=pieces)
         line += costs[i]
         pieces += wanted if wanted > 1 else 0
-    return found
+    return replace(found, pieces=pieces)
 
 
 def _pieces_wanted(tile: PlanTile, line: int, given_out: GivenOut, shape: PlanShape) -> int:
     units = tile.units(shape.unit_keys)
     wanted = -(-5 * (units + shape.fixed_cost) * shape.shares // (8 * (given_out.places - line) * given_out.tail_groups))
-    return max(min(wanted, TAIL_PIECES, units // max(shape.least_piece, 1)), 1)
+    return max(min(wanted, TAIL_PIECES, units // given_out.least_units), 1)
 
 
 def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile]) -> int:
@@ -239,7 +242,7 @@ def _share_start(line: _Line, shape: PlanShape, length: int, used: int, c: int) 
 
 def read_plan(buffer: bytes, shares: int) -> PlanRecord:
     """A plan buffer, copied from the device, made for this many shares."""
-    num_tiles, used, length, _, _, *given_out = _HEADER.unpack_from(buffer, 0)[:8]
+    num_tiles, used, length, _, _, *given_out = _HEADER.unpack_from(buffer, 0)[:10]
     tiles_at = SHARES_AT + _SHARE.size * (shares + 1)
     tiles = tuple(PlanTile(*_TILE.unpack_from(buffer, tiles_at + i * _TILE.size)) for i in range(num_tiles))
     starts = tuple(Share(*_SHARE.unpack_from(buffer, SHARES_AT + c * _SHARE.size)[:4]) for c in range(shares + 1))

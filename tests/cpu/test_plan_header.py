@@ -55,16 +55,18 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
     header.places = places;
     header.tail_groups = jg::tail_groups_of(places, most + shape->fixed_cost, *shape);
     header.whole_groups = shape->groups - header.tail_groups;
+    header.least_units = jg::least_units_of(items, *shape);
     for (int place = 0; place < num_tiles; ++place) {
-      const int at = order[place], wanted = jg::pieces_wanted(cost(tiles[at]), (places - line) * header.tail_groups, *shape);
+      const int at = order[place], wanted = jg::pieces_wanted(cost(tiles[at]), (places - line) * header.tail_groups, header.least_units, *shape);
       tiles[place].at = at, tiles[place].at_line = line, tiles[place].pieces = pieces;
       line += cost(tiles[at]) + shape->fixed_cost;
       pieces += wanted > 1 ? wanted : 0;
     }
+    header.pieces = pieces;
     for (int place = 0; place < num_tiles; ++place) order[place] = jg::pieces_at(header, tiles.data(), place, *shape);
   }
-  const int words[3] = {header.whole_groups, header.tail_groups, static_cast<int>(header.places)};
-  for (int i = 0; i < 3; ++i) given_out[i] = words[i];
+  const int words[5] = {header.whole_groups, header.tail_groups, static_cast<int>(header.places), header.least_units, header.pieces};
+  for (int i = 0; i < 5; ++i) given_out[i] = words[i];
   return num_tiles;
 }
 // Whether the share of every place is the one whose part of the line it is in.
@@ -104,7 +106,7 @@ shapes = st.builds(
     many_items=st.sampled_from([0, 1, 2, NOT_FOR_MANY]),
     shares=st.sampled_from([1, 2, 7, 132]),
 )
-lengths = st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 200)), st.integers(0, 3000)), max_size=12)
+lengths = st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 200)), st.integers(0, 9000)), max_size=12)
 
 
 @settings(max_examples=300, deadline=None)
@@ -115,7 +117,7 @@ def test_header_cuts_the_line_as_the_python_planner_does(header, lengths, shape)
     numbers = (ctypes.c_int * 12)(*astuple(shape))
     batch = len(lengths)
     plan = balance(q_len, kv_len, shape)
-    given_out, order = (ctypes.c_int * 3)(), (ctypes.c_int * len(plan.tiles))(*(tile.at for tile in plan.tiles))
+    given_out, order = (ctypes.c_int * 5)(), (ctypes.c_int * len(plan.tiles))(*(tile.at for tile in plan.tiles))
     lens = (ctypes.c_int * batch)(*q_len), (ctypes.c_int * batch)(*kv_len)
     tiles = header.make_shares(*lens, batch, numbers, starts, given_out, order)
     assert tiles == len(plan.tiles)

@@ -144,8 +144,8 @@ def test_gaps_between_requests_are_not_read(family):
 @pytest.mark.parametrize("page_size", [0, 16, 48])
 def test_the_last_of_many_items_are_given_out_in_pieces(family, page_size):
     """Results are those of whole items, the same every time, though CTAs take pieces as they come free."""
-    batch = make_batch([(700, 4200), (333, 2900), (1, 50), (900, 3000)], heads=32, kv_heads=8)
-    plan = batch.plan(causal, layout="paged" if page_size else "ragged", family=family, max_kv_len=8192)
+    batch = make_batch([(1500, 9000), (900, 8500), (1, 50), (900, 9000)], heads=32, kv_heads=8)
+    plan = batch.plan(causal, layout="paged" if page_size else "ragged", family=family, max_kv_len=9216)
     for c in plan.classes:
         record = read_plan(c.plan.cpu().numpy().tobytes(), c.num_ctas)
         assert (record.given_out.tail_groups > 0 and any(tile.pieces for tile in record.tiles)) == (family == "sm90")

@@ -59,7 +59,9 @@ struct alignas(16) PlanHeader {
   int whole_groups;   // given out one after the other
   int tail_groups;    // given out together behind them; 0: the kernel has shares
   unsigned places;    // of a group
-  int reserved[8];
+  int least_units;    // of a piece of an item
+  int pieces;         // of a group, without tiles in one piece; more than there is room for are not cut
+  int reserved[6];
 };
 struct alignas(16) PlanTile {
   int request, q_start, q_len, kv_len;
@@ -204,18 +206,23 @@ JITGEN_PLAN_FN int tail_groups_of(unsigned places, int most_cost, const PlanShap
 }
 // Results of pieces that wait to be joined, at most.
 JITGEN_PLAN_FN long long tail_slots(int shares) { return kTailPieces * static_cast<long long>(shares); }
+// A piece costs about as much as four units more than its own, and the fewer items there are, the more of them are cut.
+JITGEN_PLAN_FN int least_units_of(long long items, const PlanShape& shape) {
+  if (shape.least_piece == kNeverCut) return kNeverCut;
+  return items >= 4ll * shape.shares ? 24 : 48;
+}
 // Pieces of a tile of `units` where `rest` places are left, with it, when it is first given out: several where it is more than
-// 8/5 of a CTA's part of them. A piece costs its partial results, about two units here and one when they are joined.
-JITGEN_PLAN_FN int pieces_wanted(int units, unsigned rest, const PlanShape& shape) {
+// 8/5 of a CTA's part of them.
+JITGEN_PLAN_FN int pieces_wanted(int units, unsigned rest, int least_units, const PlanShape& shape) {
   const unsigned long long work = 5ull * (units + shape.fixed_cost) * shape.shares, part = 8ull * rest;
-  const int most = shape.least_piece > 0 ? units / shape.least_piece : units, wanted = static_cast<int>((work + part - 1) / part);
+  const int most = units / least_units, wanted = static_cast<int>((work + part - 1) / part);
   const int pieces = wanted < kTailPieces ? wanted : kTailPieces;
   return pieces < most ? pieces : most > 1 ? most : 1;
 }
 JITGEN_PLAN_FN int pieces_at(const PlanHeader& header, const PlanTile* tiles, int place, const PlanShape& shape) {
   const PlanTile& tile = tiles[tiles[place].at];
   const unsigned rest = (header.places - tiles[place].at_line) * header.tail_groups;
-  const int pieces = pieces_wanted(units_of({tile.begin, tile.end}, shape.unit_keys), rest, shape);
+  const int pieces = pieces_wanted(units_of({tile.begin, tile.end}, shape.unit_keys), rest, header.least_units, shape);
   return (tiles[place].pieces + static_cast<long long>(pieces)) * header.tail_groups <= tail_slots(shape.shares) ? pieces : 1;
 }
 
@@ -250,7 +257,7 @@ __device__ __forceinline__ int scan_block(int value, int& total) {
 
 // The order of the last groups: the longest tiles first, later ones before earlier ones of the same length. More tiles than
 // threads keep the order of other groups, as so many items for each CTA end nearly together without.
-__device__ __forceinline__ void order_tail(PlanTile* tiles, int num_tiles, const PlanHeader& header, const PlanShape& shape) {
+__device__ __forceinline__ void order_tail(PlanTile* tiles, int num_tiles, PlanHeader& header, const PlanShape& shape) {
   __shared__ int costs[kPlanThreads];
   const int thread = threadIdx.x;
   const auto units_at = [&](int i) { return units_of({tiles[i].begin, tiles[i].end}, shape.unit_keys); };
@@ -270,11 +277,13 @@ __device__ __forceinline__ void order_tail(PlanTile* tiles, int num_tiles, const
     const int i = first + thread, units = i < num_tiles ? units_at(tiles[i].at) : 0, cost = i < num_tiles ? units + shape.fixed_cost : 0;
     const unsigned line = places + scan_block(cost, total) - cost;
     places += total;
-    const int wanted = i < num_tiles ? pieces_wanted(units, (header.places - line) * header.tail_groups, shape) : 0, counted = wanted > 1 ? wanted : 0;
+    const unsigned rest = (header.places - line) * header.tail_groups;
+    const int wanted = i < num_tiles ? pieces_wanted(units, rest, header.least_units, shape) : 0, counted = wanted > 1 ? wanted : 0;
     const int before = pieces + scan_block(counted, total) - counted;
     pieces += total;
     if (i < num_tiles) tiles[i].at_line = line, tiles[i].pieces = before;
   }
+  header.pieces = pieces;
 }
 
 // By one CTA of kPlanThreads. `visible(tile, first query, last query)` gives the keys that these rows of the request see;
@@ -340,6 +349,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
     header.places = places;
     header.tail_groups = tail_groups_of(places, most_cost, shape);
     header.whole_groups = shape.groups - header.tail_groups;
+    header.least_units = least_units_of(items, shape);
     order_tail(tiles, num_tiles, header, shape);
   }
   __syncthreads();
