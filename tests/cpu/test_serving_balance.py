@@ -107,7 +107,7 @@ def test_skewed_batches_are_balanced():
     ("batch", "keys", "unit", "used", "load"), [(8, 1024, 64, 128, 4), (1, 4096, 128, 128, 2), (1, 1024, 128, 64, 1)]
 )
 def test_cuts_of_equal_items_fall_on_their_ends(batch, keys, unit, used, load):
-    shape = PlanShape(8, unit, 4, 4 if batch > 1 else 8, 4, 1, 32, 0, 1, 132)
+    shape = PlanShape(8, unit, 4, 4 if batch > 1 else 8, 4, 1, 32, 0, 0, 1, 132)
     record = made([(1, keys)] * batch, shape)
     assert record.used == used
     assert all(len(record.segments(shape, c)) == 1 and share_loads(record)[c] == load for c in range(used))

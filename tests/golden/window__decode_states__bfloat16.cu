@@ -386,13 +386,9 @@ JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, cons
       if (first != last) {
         const long long per_cta = setup.heads * kTiles * 8 * kQuads;
         const jg::Mailboxes boxes(args.workspace, per_cta, setup.shape.shares, (place.slot * kTiles + n) * 8 * kQuads + i);
-        if (cta != first) {
-          if (active) boxes.publish(cta, all);
-          continue;
-        }
-        boxes.collect<kPiecesInFlight>(all, first + 1, last, active);
+        boxes.join<kPiecesInFlight>(all, cta, first, last, active);
       }
-      if (!active) continue;
+      if (!active || cta != first) continue;
       const PackedRow at = packed_row(setup, tile, kv_h, 8 * n + column);
       const Head head = make_head(args, request_of(args, tile), at.h);
       float factor;

@@ -88,7 +88,8 @@ def test_pages_of_any_size(page_size):
 
 
 def test_a_graph_replays_for_lengths_that_change():
-    first, second = (SharedBatch(*STRUCTURES["groups"], 16, 8, 2, 64, dtype=torch.bfloat16, device=DEVICE, seed=s) for s in (0, 7))
+    options = {"dtype": torch.bfloat16, "device": DEVICE}
+    first, second = (SharedBatch(*STRUCTURES["groups"], 16, 8, 2, 64, seed=s, **options) for s in (0, 7))
     caches, cascade = first.build()
     plan = first.plan(causal, page_size=16).update(cascade)
     q = first.whole.q.clone()
