@@ -16,11 +16,13 @@ from jitgen.serving_launch import PreparedCall, RecentCall, launches_of, run
 from jitgen.serving_op import call_paged, call_ragged, check_traced
 from jitgen.serving_pages import KeyPlace, PageTable, cache_place, ragged_place
 from jitgen.serving_plan import Plan, default_scale
+from jitgen.serving_scales import Scale, scale_words
 
 if TYPE_CHECKING:
     from jitgen.variant import Variant
 
 Tensor = torch.Tensor
+_NO_SCALES: list[object] = []
 MAX_PREPARED_CALLS = 256  # of one plan: its layers differ in little but the address of their cache
 
 
@@ -32,6 +34,8 @@ def paged_attention(
     *,
     variant: Variant | Any = None,
     scale: float | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     kv_layout: str = "NHD",
     return_lse: bool = False,
     out: Tensor | None = None,
@@ -51,12 +55,16 @@ def paged_attention(
     variant       default the plan's; another must have the plan's mask, as layers may differ in score_mod or sinks
     captures      values by the names under which the variant captures them, in place of the captured ones; what the mask
                   reads is given to ``plan.update`` instead
+    k_scale,      of a plan made with kv_dtype: what a stored key or value is multiplied by, default 1. A number or a tensor of
+    v_scale       one element; one for each key head; or one for each slot of the cache and key head, as ``jitgen.append``
+                  writes them. Codes of NaN and infinity in the cache are not looked for
     out, lse      where to write the results; whole tensors, rows of padding included
 
     Shapes:  q [total_q, num_q_heads, head_dim]; kv_cache [pages, 2, page_size, num_kv_heads, head_dim] for
              kv_layout="NHD", [pages, 2, num_kv_heads, page_size, head_dim] for "HND", or a pair without the axis of 2 and
-             with any head_dim_v. Any strides, but for unit stride along head_dim. Returns [total_q, num_q_heads,
-             head_dim_v] in q's dtype and, with return_lse, the logsumexp [total_q, num_q_heads] in float32.
+             with any head_dim_v. Any strides, but for unit stride along head_dim. k_scale and v_scale float32, [], [1],
+             [num_kv_heads], [pages, page_size, num_kv_heads] or [pages * page_size, num_kv_heads]. Returns [total_q,
+             num_q_heads, head_dim_v] in q's dtype and, with return_lse, the logsumexp [total_q, num_q_heads] in float32.
     Units:   scale multiplies q . k before score_mod, default 1/sqrt(head_dim); logsumexp is a natural logarithm.
     Errors:  PlanMismatch, ShapeMismatch, UnsupportedDtype, UnsupportedDevice, GradNotSupported; on the CPU also LaunchError
              for a page number that the cache does not have. On a GPU page numbers and lengths are trusted.
@@ -65,7 +73,7 @@ def paged_attention(
     """
     if is_compiling():
         check_traced(variant, out, lse, captures)
-        return call_paged(q, kv_cache, page_table, plan, scale, kv_layout, return_lse)
+        return call_paged(q, kv_cache, page_table, plan, scale, kv_layout, return_lse, k_scale, v_scale)
     program, values = _resolve(plan, variant, captures)
     table = page_table if type(page_table) in (PageTable, Cascade) else PageTable.of(page_table)
     pair = type(kv_cache) is tuple or type(kv_cache) is list
@@ -84,7 +92,10 @@ def paged_attention(
         start = 0 if table.indptr is None else table.indptr.data_ptr()
         pages, list_stride = table.pages.data_ptr(), table.list_stride
     keys = (tensors[1].data_ptr(), tensors[-1].data_ptr() + call.v_offset, start, pages, list_stride)
-    return run(plan, call, values, q, keys, return_lse, out, lse)
+    scales = _NO_SCALES
+    if plan.kv_dtype is not None or k_scale is not None or v_scale is not None:
+        scales = scale_words(plan, call.numbers[3], call.numbers[2], k_scale, v_scale)
+    return run(plan, call, values, q, keys, scales, return_lse, out, lse)
 
 
 def ragged_attention(
@@ -95,6 +106,8 @@ def ragged_attention(
     *,
     variant: Variant | Any = None,
     scale: float | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     return_lse: bool = False,
     out: Tensor | None = None,
     lse: Tensor | None = None,
@@ -107,14 +120,15 @@ def ragged_attention(
     these. For the rest see ``paged_attention``.
 
     Shapes:  q [total_q, num_q_heads, head_dim]; k [total_kv, num_kv_heads, head_dim]; v [total_kv, num_kv_heads,
-             head_dim_v]; returns [total_q, num_q_heads, head_dim_v] and, with return_lse, [total_q, num_q_heads].
+             head_dim_v]; k_scale and v_scale by slot [total_kv, num_kv_heads]; returns [total_q, num_q_heads, head_dim_v]
+             and, with return_lse, [total_q, num_q_heads].
     Units:   as paged_attention.
     Errors:  as paged_attention; on the CPU LaunchError for lengths that reach past the rows of k and v.
     Cost:    as paged_attention.
     """
     if is_compiling():
         check_traced(variant, out, lse, captures)
-        return call_ragged(q, k, v, plan, scale, return_lse)
+        return call_ragged(q, k, v, plan, scale, return_lse, k_scale, v_scale)
     program, values = _resolve(plan, variant, captures)
     options = (program, scale)
     recent = plan.recent
@@ -123,7 +137,10 @@ def ragged_attention(
     else:
         call = _prepared_ragged(plan, (q, k, v), options)
     keys = (k.data_ptr(), v.data_ptr(), plan.kv_start.data_ptr(), 0, 0)  # type: ignore[union-attr]
-    return run(plan, call, values, q, keys, return_lse, out, lse)
+    scales = _NO_SCALES
+    if plan.kv_dtype is not None or k_scale is not None or v_scale is not None:
+        scales = scale_words(plan, call.numbers[3], call.numbers[2], k_scale, v_scale)
+    return run(plan, call, values, q, keys, scales, return_lse, out, lse)
 
 
 def _resolve(plan: Plan, variant: object, captures: dict[str, object]) -> tuple[Program, list[object]]:

@@ -17,6 +17,7 @@ from jitgen.errors import VariantError
 from jitgen.families import merge_spec, prefill_family, serving_spec
 from jitgen.program import Program
 from jitgen.serving_place import finishing, place
+from jitgen.serving_scales import no_scales, stored_dtype
 
 if TYPE_CHECKING:
     from jitgen.serving_plan import Plan
@@ -87,9 +88,15 @@ class KernelClass:
 def kernel_words(plan: Plan, values: list[object]) -> list[object]:
     """The fields behind the strides, for the plan's own program: those of the segments, and the captures."""
     program, _ = plan.trace()
+    return tail_words(plan, program, values, no_scales(plan))
+
+
+def tail_words(plan: Plan, program: Program, values: list[object], scales: list[object]) -> list[object]:
+    """The fields behind the strides: those of the segments, scales, and captures."""
     if plan.segments is None:
-        return runtime.capture_words(program, values)
-    return plan.segments.fields(program, values)
+        return scales + runtime.capture_words(program, values) if values else scales
+    state_row, *captures = plan.segments.fields(program, values)
+    return [state_row, *scales, *captures]
 
 
 def split_number(plan: Plan) -> int:
@@ -126,6 +133,8 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
     group = plan.num_q_heads // plan.num_kv_heads
     most_rows = group * plan.max_q_len if plan.max_q_len else None
     rows = min(most_rows or group, DECODE_ROWS)
+    if stored_dtype(plan):
+        return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS),)
     if plan.family == "decode" or (plan.family is None and most_rows is not None and most_rows <= DECODE_ROWS):
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS),)
     if plan.family is None:
@@ -147,7 +156,8 @@ def _kernel(plan: Plan, program: Program, family: str, rows: int) -> runtime.Com
     dims = (plan.head_dim, plan.head_dim_v)
     layout = plan.layout if plan.segments is None else f"{plan.layout}_states"
     program = program if plan.segments is None else place(program)[0]
-    spec = serving_spec(program, dtype_name(plan.dtype), dims, plan.device, layout, family=family, rows=rows)
+    stored = stored_dtype(plan)
+    spec = serving_spec(program, dtype_name(plan.dtype), dims, plan.device, layout, family=family, rows=rows, kv_dtype=stored)
     return runtime.get_kernel(spec)
 
 

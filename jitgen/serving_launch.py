@@ -12,7 +12,7 @@ from jitgen.checks import check_grad
 from jitgen.errors import PlanMismatch, UnsupportedDevice
 from jitgen.program import Program
 from jitgen.serving_checks import check_captures, check_query, check_results
-from jitgen.serving_kernels import pack_own, stream_of
+from jitgen.serving_kernels import pack_own, stream_of, tail_words
 from jitgen.serving_plan import Plan, check_lse
 
 try:
@@ -93,6 +93,7 @@ def run(
     values: list[object],
     q: Tensor,
     keys: KeyAddresses,
+    scales: list[object],
     want_lse: bool,
     out: Tensor | None,
     lse: Tensor | None,
@@ -120,11 +121,11 @@ def run(
         if call.q_factor != 1.0:
             q = _copy(q).mul_(call.q_factor)
         lse_at = 0 if lse is None else lse.data_ptr()
-        if call.merge is None:
-            results, tail = (out.data_ptr(), lse_at), runtime.capture_words(call.program, values) if values else values
-        else:
-            launches, segments = call.launches, plan.segments
-            results, tail = segments.addresses, segments.fields(call.program, values)  # type: ignore[union-attr]
+        results, tail = (out.data_ptr(), lse_at), scales
+        if call.merge is not None:
+            launches, results = call.launches, plan.segments.addresses  # type: ignore[union-attr]
+        if values or call.merge is not None:
+            tail = tail_words(plan, call.program, values, scales)
         _launch(plan, call, total_q, q, keys, results, launches, tail)
         if call.merge is not None:
             o_stride = out.stride()[:2]

@@ -53,6 +53,7 @@ struct Args {
 using Element = jg::float16;
 constexpr int kHeadDim = 64;
 constexpr int kHeadDimV = 64;
+constexpr int kStoredBytes = 2;        // of an element of K and V
 constexpr int kColumns = 8;         // packed query rows of an item
 constexpr int kNumWarps = 8;
 constexpr int kNumStages = 4;       // units of 16 keys that a warp has under way
@@ -189,7 +190,8 @@ static int launch_planner(const Args& args, const jg::PlanShape& shape) {
 constexpr int kThreads = 32 * kNumWarps;
 constexpr int kTiles = kColumns / 8;
 constexpr int kSlices = kHeadDimV / 16;        // of O^T
-static_assert(kColumns % 8 == 0 && kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "unsupported tile");
+constexpr int kKeyCols = kHeadDim * kStoredBytes / 2, kValueCols = kHeadDimV * kStoredBytes / 2;   // 16-bit ones, as stored
+static_assert(kColumns % 8 == 0 && kHeadDim % 32 == 0 && kKeyCols % 32 == 0 && kValueCols % 32 == 0, "unsupported tile");
 constexpr bool kSplits = true;
 constexpr bool kReverse = false;
 constexpr float kUnits = jg::kLog2E;           // exponents of two in a logit
@@ -198,7 +200,7 @@ constexpr int kMaxKeyWarps = kSplits ? kNumWarps : 1;            // warps that s
 // In the merge, where the registers of O are still taken.
 constexpr int kPiecesInFlight = kSlices * kTiles < 16 ? 8 : kSlices * kTiles == 16 ? 4 : 2;
 
-using Loader = jg::UnitLoader<kHeadDim, kHeadDimV, kNumStages, kTensorCopies>;
+using Loader = jg::UnitLoader<kKeyCols, kValueCols, kStoredBytes, kNumStages, kTensorCopies>;
 using Buffer = jg::MergeBuffer<kHeadDimV>;
 using Output = float[kSlices][kTiles][4];
 using State = jg::ColumnSoftmax<kTiles>;
@@ -210,6 +212,7 @@ constexpr unsigned kQueryAt = kNumWarps * kRingBytes;
 constexpr unsigned kMergeAt = kQueryAt + kMaxHeads * kQueryBytes;
 constexpr unsigned kStatesAt = kMergeAt + kNumWarps * Buffer::kBytes;
 constexpr unsigned kBarriersAt = kStatesAt + kNumWarps * 8 * kStateBytes;
+constexpr unsigned kScalesAt = 0;              // none
 constexpr unsigned kSharedBytes = kBarriersAt + kNumWarps * kNumStages * 8;
 
 // Place of a warp: `slot` counts the key heads of the CTA, `slice` the warps that share the keys of one.
@@ -238,6 +241,7 @@ JITGEN_FN int rows_of(const jg::DecodeSetup& setup, const jg::PlanTile& tile) {
 // Q of an item to shared memory, by the warps of its key head; columns without a row become zero.
 JITGEN_FN void load_query(const Args& args, const jg::DecodeSetup& setup, const Place& place, const jg::PlanTile& tile,
                           int kv_h) {
+  using Tile = jg::SpanTile<kHeadDim>;
   constexpr int kChunks = kHeadDim / 8;
   const int rows = rows_of(setup, tile);
 #pragma unroll 2
@@ -249,7 +253,7 @@ JITGEN_FN void load_query(const Args& args, const jg::DecodeSetup& setup, const 
       const long long element = (tile.q_start + at.query) * args.q_stride_s + at.h * args.q_stride_h + chunk * 8;
       value = __ldg(reinterpret_cast<const uint4*>(static_cast<const char*>(args.q) + element * 2));
     }
-    jg::store_shared(place.query() + jg::SpanTile<kHeadDim>::chunk_offset(row, chunk, kColumns), value);
+    jg::store_shared(place.query() + Tile::chunk_offset(row, chunk, kColumns), value);
   }
   place.sync(setup);
 }
@@ -335,7 +339,7 @@ JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, cons
   for (int n = 0; n < kTiles; ++n) {
     const int tile_rows = jg::min(8, rows - 8 * n);
     if (tile_rows <= 0) break;
-    Buffer::put(place.merge(place.warp), o, n, tile_rows, place.lane);
+    Buffer::put<kStoredBytes == 1>(place.merge(place.warp), o, n, tile_rows, place.lane);
     put_states(place, state, n);
     place.sync(setup);
 #pragma unroll 1
@@ -372,7 +376,8 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, cta = blockIdx.x;
   if (warp >= setup.heads * setup.kv_warps) return;
   const Place place = {warp, lane, warp / setup.kv_warps, warp % setup.kv_warps, jg::shared_address(shared)};
-  const Loader loader(place.shared + warp * kRingBytes, place.shared + kBarriersAt + warp * kNumStages * 8, lane, setup);
+  const Loader loader(place.shared + warp * kRingBytes, place.shared + kBarriersAt + warp * kNumStages * 8,
+                      place.shared + kScalesAt + warp * kNumStages * jg::kScaleBytes, lane, setup);
   if constexpr (kTensorCopies) jg::wait_for_previous_kernel();
 
   const jg::Share* const shares = jg::plan_shares(setup.plan);
@@ -413,8 +418,8 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
   Output o;
   State state;
   const unsigned query = place.query() + jg::query_fragment<kHeadDim, kColumns>(lane);
-  const unsigned key_at = loader.ring + jg::key_fragment<kHeadDim>(lane);
-  const unsigned value_at = loader.ring + Loader::kKeyBytes + jg::value_fragment<kHeadDimV>(lane);
+  const unsigned key_at = loader.ring + jg::key_fragment<kKeyCols>(lane);
+  const unsigned value_at = loader.ring + Loader::kKeyBytes + jg::value_fragment<kValueCols>(lane);
   int stage = 0;
   unsigned parity = 0;
   bool filled = false;                                 // the ring, for the first time
@@ -433,7 +438,7 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
     }
     if (filled && first < here.tile.end) {
       if (Loader::by_engine(setup) && (first < here.tile.begin || first + jg::kUnitKeys > here.tile.end))
-        jg::zero_rows<kHeadDimV>(loader.ring + offset + Loader::kKeyBytes, here.tile.begin - first, here.tile.end - first,
+        jg::zero_rows<kValueCols>(loader.ring + offset + Loader::kKeyBytes, here.tile.begin - first, here.tile.end - first,
                                  lane);
       float s[kTiles][4];
       jg::multiply_keys<Element, kHeadDim>(s, key_at + offset, query);
@@ -498,15 +503,15 @@ static jg::PlanShape plan_shape(const Args& args) {
 static bool copies_by_engine(const Args& args) {
   if (!kTensorCopies || args.num_pages <= 0 || (args.pages && args.page_size % jg::kUnitKeys)) return false;
   const auto aligned = [](const void* base, int64_t p, int64_t s, int64_t h) {
-    return !((reinterpret_cast<int64_t>(base) | p * 2 | s * 2 | h * 2) & 15) && s;
+    return !((reinterpret_cast<int64_t>(base) | p * kStoredBytes | s * kStoredBytes | h * kStoredBytes) & 15) && s;
   };
   return aligned(args.k, args.k_stride_p, args.k_stride_s, args.k_stride_h) &&
          aligned(args.v, args.v_stride_p, args.v_stride_s, args.v_stride_h);
 }
 
 extern "C" int jitgen_launch(const Args* args) {
-  static thread_local jg::OperandMap<kHeadDim> keys;
-  static thread_local jg::OperandMap<kHeadDimV> values;
+  static thread_local jg::OperandMap<kKeyCols> keys;
+  static thread_local jg::OperandMap<kValueCols> values;
   if (args->batch <= 0 || args->num_q_heads <= 0 || args->total_q <= 0) return 0;
   int num_sms = 0;
   const cudaError_t error = jg::prepare_device(reinterpret_cast<const void*>(decode_kernel), kSharedBytes, num_sms);
