@@ -28,7 +28,8 @@ def decode_tiles(
     for warps, stages in SHAPES:
         ring = warps * stages * UNIT_KEYS * (head_dim + head_dim_v) * stored_bytes
         heads = warps // 2 if program.norm is None else warps  # of a CTA: see kMaxHeads
-        rest = heads * columns * head_dim * 2 + warps * MERGE_COLUMNS * (head_dim_v + 4) * 4 + warps * CONTROL_BYTES
+        queries = stages + 1 if columns == 8 and stored_bytes == 2 and target.compute_capability >= (9, 0) else 1
+        rest = heads * queries * columns * head_dim * 2 + warps * MERGE_COLUMNS * (head_dim_v + 4) * 4 + warps * CONTROL_BYTES
         rest += warps * stages * SCALE_BYTES if stored_bytes == 1 else 0
         if ring <= MAX_RING_BYTES and ring + rest <= shared:
             return Tiles(columns, UNIT_KEYS, warps, stages)

@@ -247,22 +247,28 @@ using Output = float[kSlices][kTiles][4];
 using State = jg::ColumnSoftmax<kTiles>;
 constexpr unsigned kStateBytes = 8;
 
+// Q of the next items is on its way while an item is worked on: of as many as the loads of K and V may be ahead.
+constexpr bool kQueryAhead = kTensorCopies && kColumns == 8 && kStoredBytes == 2;
+constexpr int kQueries = kQueryAhead ? kNumStages + 1 : 1;
+
 constexpr unsigned kRingBytes = kNumStages * Loader::kStageBytes;   // of a warp
-constexpr unsigned kQueryBytes = kColumns * kHeadDim * 2;           // of a key head
+constexpr unsigned kQueryBytes = kColumns * kHeadDim * 2;           // of an item
 constexpr unsigned kQueryAt = kNumWarps * kRingBytes;
-constexpr unsigned kMergeAt = kQueryAt + kMaxHeads * kQueryBytes;
+constexpr unsigned kMergeAt = kQueryAt + kMaxHeads * kQueries * kQueryBytes;
 constexpr unsigned kStatesAt = kMergeAt + kNumWarps * Buffer::kBytes;
 constexpr unsigned kFinalAt = kStatesAt + kNumWarps * 8 * kStateBytes;   // {maximum, denominator} of the columns of a head
 constexpr unsigned kBarriersAt = kFinalAt + kMaxHeads * 8 * 8;
-constexpr unsigned kScalesAt = 0;              // none
-constexpr unsigned kSharedBytes = kBarriersAt + kNumWarps * kNumStages * 8;
+constexpr unsigned kQueryBarriersAt = kBarriersAt + kNumWarps * kNumStages * 8;
+constexpr unsigned kScalesAt = kQueryBarriersAt + kMaxHeads * kQueries * 8;
+constexpr unsigned kSharedBytes = kScalesAt + (kStoredBytes == 1 ? kNumWarps * kNumStages * jg::kScaleBytes : 0);
 
 // Place of a warp: `slot` counts the key heads of the CTA, `slice` the warps that share the keys of one.
 struct Place {
   int warp, lane, slot, slice;
   unsigned shared;
 
-  JITGEN_FN unsigned query() const { return shared + kQueryAt + slot * kQueryBytes; }
+  JITGEN_FN unsigned query(int n) const { return shared + kQueryAt + (slot * kQueries + n) * kQueryBytes; }
+  JITGEN_FN unsigned query_barrier(int n) const { return shared + kQueryBarriersAt + (slot * kQueries + n) * 8; }
   JITGEN_FN unsigned merge(int w) const { return shared + kMergeAt + w * Buffer::kBytes; }
   JITGEN_FN unsigned states(int w) const { return shared + kStatesAt + w * 8 * kStateBytes; }
   // Waits for the other warps of the key head.
@@ -280,6 +286,21 @@ JITGEN_FN int rows_of(const jg::DecodeSetup& setup, const jg::PlanTile& tile) {
   return jg::min(kColumns, tile.q_len * static_cast<int>(setup.group_size.value) - tile.index * kColumns);
 }
 
+// Asks for the own part of Q of an item, which arrives at the barrier; columns without a row become zero.
+JITGEN_FN void ask_for_query(const Args& args, const jg::DecodeSetup& setup, const Place& place, const jg::PlanTile& tile,
+                             int kv_h, int n) {
+  constexpr int kChunks = kHeadDim / 8;
+  const int rows = rows_of(setup, tile);
+#pragma unroll 1
+  for (int i = place.slice * 32 + place.lane; i < kColumns * kChunks; i += 32 * setup.kv_warps) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    const PackedRow at = packed_row(setup, tile, kv_h, row);
+    const long long element = (tile.q_start + at.query) * args.q_stride_s + at.h * args.q_stride_h + chunk * 8;
+    jg::cp_async_16(place.query(n) + jg::SpanTile<kHeadDim>::chunk_offset(row, chunk, kColumns),
+                    static_cast<const char*>(args.q) + element * 2, row < rows);
+  }
+  jg::barrier_arrive_on_copies(place.query_barrier(n));
+}
 // Q of an item to shared memory, by the warps of its key head; columns without a row become zero.
 JITGEN_FN void load_query(const Args& args, const jg::DecodeSetup& setup, const Place& place, const jg::PlanTile& tile,
                           int kv_h) {
@@ -295,7 +316,7 @@ JITGEN_FN void load_query(const Args& args, const jg::DecodeSetup& setup, const 
       const long long element = (tile.q_start + at.query) * args.q_stride_s + at.h * args.q_stride_h + chunk * 8;
       value = __ldg(reinterpret_cast<const uint4*>(static_cast<const char*>(args.q) + element * 2));
     }
-    jg::store_shared(place.query() + Tile::chunk_offset(row, chunk, kColumns), value);
+    jg::store_shared(place.query(0) + Tile::chunk_offset(row, chunk, kColumns), value);
   }
   place.sync(setup);
 }
@@ -462,12 +483,18 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
     return b < 32 ? __shfl_sync(0xffffffffu, early_start, b) : __ldg(setup.kv_start + b);
   };
   const auto kv_head = [&](int group) { return group * setup.heads + place.slot; };
+  if constexpr (kQueryAhead) {
+    if (place.slice == 0 && lane < kQueries) jg::barrier_init(place.query_barrier(lane), 32 * setup.kv_warps);
+    place.sync(setup);
+    ask_for_query(args, setup, place, share.first, kv_head(share.group), 0);
+  }
 
   // ---- places of the next units: kNumStages page numbers are on their way ----
   jg::UnitCursor ahead(share, setup.shape), here(share, setup.shape);
   int ahead_start = kv_first(ahead.tile.request);
   bool more = true;
   jg::KeyPlace places[kNumStages];
+  int ahead_query = 0;
   const auto find_next = [&] {
 #pragma unroll
     for (int i = 0; i + 1 < kNumStages; ++i) places[i] = places[i + 1];
@@ -479,8 +506,13 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
     more = !ahead.ends_share(setup.shape, end);
     if (!more) return;
     const int before = ahead.tile.request;
+    const bool item_ends = ahead.ends_item();
     ahead.advance(setup.plan, setup.shape);
     if (ahead.tile.request != before) ahead_start = kv_first(ahead.tile.request);
+    if (kQueryAhead && item_ends) {
+      ahead_query = ahead_query + 1 == kQueries ? 0 : ahead_query + 1;
+      ask_for_query(args, setup, place, ahead.tile, kv_head(ahead.group), ahead_query);
+    }
   };
 #pragma unroll 1
   for (int i = 0; i < kNumStages; ++i) find_next();
@@ -488,7 +520,9 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
   // ---- units: multiply one, and ask for the one that takes its stage; the first kNumStages are only asked for ----
   Output o;
   State state;
-  const unsigned query = place.query() + jg::query_fragment<kHeadDim, kColumns>(lane);
+  const unsigned first_query = place.query(0) + jg::query_fragment<kHeadDim, kColumns>(lane);
+  unsigned query = first_query, query_parity = 0;
+  int item_query = 0;
   const unsigned key_at = loader.ring + jg::key_fragment<kKeyCols>(lane);
   const unsigned value_at = loader.ring + Loader::kKeyBytes + jg::value_fragment<kValueCols>(lane);
   int stage = 0;
@@ -501,7 +535,13 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
     const int first = here.first_key<kReverse>(setup.shape, place.slice);
     if (filled) {
       if (new_item) {
-        load_query(args, setup, place, here.tile, kv_head(here.group));
+        if constexpr (kQueryAhead) {
+          jg::barrier_wait(place.query_barrier(item_query), query_parity);
+          query = first_query + item_query * kQueryBytes;
+          if (++item_query == kQueries) item_query = 0, query_parity ^= 1;
+        } else {
+          load_query(args, setup, place, here.tile, kv_head(here.group));
+        }
         reset(args, setup, here.tile, kv_head(here.group), lane, state, o);
         new_item = false;
       }

@@ -216,21 +216,27 @@ using Output = float[kSlices][kTiles][4];
 using State = jg::ColumnSoftmax<kTiles>;
 constexpr unsigned kStateBytes = 8;
 
+// Q of the next items is on its way while an item is worked on: of as many as the loads of K and V may be ahead.
+constexpr bool kQueryAhead = kTensorCopies && kColumns == 8 && kStoredBytes == 2;
+constexpr int kQueries = kQueryAhead ? kNumStages + 1 : 1;
+
 constexpr unsigned kRingBytes = kNumStages * Loader::kStageBytes;   // of a warp
-constexpr unsigned kQueryBytes = kColumns * kHeadDim * 2;           // of a key head
+constexpr unsigned kQueryBytes = kColumns * kHeadDim * 2;           // of an item
 constexpr unsigned kQueryAt = kNumWarps * kRingBytes;
-constexpr unsigned kMergeAt = kQueryAt + kMaxHeads * kQueryBytes;
+constexpr unsigned kMergeAt = kQueryAt + kMaxHeads * kQueries * kQueryBytes;
 constexpr unsigned kStatesAt = kMergeAt + kNumWarps * Buffer::kBytes;
 constexpr unsigned kBarriersAt = kStatesAt + kNumWarps * 8 * kStateBytes;
-constexpr unsigned kScalesAt = kBarriersAt + kNumWarps * kNumStages * 8;
-constexpr unsigned kSharedBytes = kScalesAt + kNumWarps * kNumStages * jg::kScaleBytes;
+constexpr unsigned kQueryBarriersAt = kBarriersAt + kNumWarps * kNumStages * 8;
+constexpr unsigned kScalesAt = kQueryBarriersAt + kMaxHeads * kQueries * 8;
+constexpr unsigned kSharedBytes = kScalesAt + (kStoredBytes == 1 ? kNumWarps * kNumStages * jg::kScaleBytes : 0);
 
 // Place of a warp: `slot` counts the key heads of the CTA, `slice` the warps that share the keys of one.
 struct Place {
   int warp, lane, slot, slice;
   unsigned shared;
 
-  JITGEN_FN unsigned query() const { return shared + kQueryAt + slot * kQueryBytes; }
+  JITGEN_FN unsigned query(int n) const { return shared + kQueryAt + (slot * kQueries + n) * kQueryBytes; }
+  JITGEN_FN unsigned query_barrier(int n) const { return shared + kQueryBarriersAt + (slot * kQueries + n) * 8; }
   JITGEN_FN unsigned merge(int w) const { return shared + kMergeAt + w * Buffer::kBytes; }
   JITGEN_FN unsigned states(int w) const { return shared + kStatesAt + w * 8 * kStateBytes; }
   // Waits for the other warps of the key head.
@@ -264,7 +270,7 @@ JITGEN_FN void load_query(const Args& args, const jg::DecodeSetup& setup, const 
       const uint4* const from = reinterpret_cast<const uint4*>(static_cast<const char*>(args.q) + element * 2);
       low = __ldg(from), high = __ldg(from + 1);
     }
-    const unsigned to = place.query();
+    const unsigned to = place.query(0);
     jg::store_query_pair(to + Tile::chunk_offset(row, 2 * chunk, kColumns), to + Tile::chunk_offset(row, 2 * chunk + 1, kColumns),
                          low, high);
   }
@@ -450,6 +456,7 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
     more = !ahead.ends_share(setup.shape, end);
     if (!more) return;
     const int before = ahead.tile.request;
+    const bool item_ends = ahead.ends_item();
     ahead.advance(setup.plan, setup.shape);
     if (ahead.tile.request != before) ahead_start = kv_first(ahead.tile.request);
   };
@@ -459,7 +466,9 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
   // ---- units: multiply one, and ask for the one that takes its stage; the first kNumStages are only asked for ----
   Output o;
   State state;
-  const unsigned query = place.query() + jg::query_fragment<kHeadDim, kColumns>(lane);
+  const unsigned first_query = place.query(0) + jg::query_fragment<kHeadDim, kColumns>(lane);
+  unsigned query = first_query, query_parity = 0;
+  int item_query = 0;
   const unsigned key_at = loader.ring + jg::key_fragment<kKeyCols>(lane);
   const unsigned value_at = loader.ring + Loader::kKeyBytes + jg::value_fragment<kValueCols>(lane);
   int stage = 0;
@@ -473,7 +482,13 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
     const int first = here.first_key<kReverse>(setup.shape, place.slice);
     if (filled) {
       if (new_item) {
-        load_query(args, setup, place, here.tile, kv_head(here.group));
+        if constexpr (kQueryAhead) {
+          jg::barrier_wait(place.query_barrier(item_query), query_parity);
+          query = first_query + item_query * kQueryBytes;
+          if (++item_query == kQueries) item_query = 0, query_parity ^= 1;
+        } else {
+          load_query(args, setup, place, here.tile, kv_head(here.group));
+        }
         reset(args, setup, here.tile, kv_head(here.group), lane, state, o);
         item_key_scale = key_scale(args, setup, kv_head(here.group));
         new_item = false;

@@ -106,8 +106,9 @@ def test_other_norms(norm):
     variant = jitgen.Variant(mask_mod=causal, softmax=norm)
     batch = StoredBatch(LENGTHS, 8, 2, 128, dtype=torch.bfloat16, device=DEVICE, kinds=("slot", "slot"))
     plan = batch.plan(variant, kv_dtype=batch.kv_dtype, max_q_len=1)
-    k, v, lists = batch.pages(16)
-    caches, scales = batch.stored_pages(16, lists, k.shape[0]), batch.call_scales(16, lists, k.shape[0])
+    like, _, lists = batch.pages(16)
+    caches = batch.stored_pages(16, lists, like.shape[0])
+    scales = batch.call_scales(16, lists, like.shape[0])
     out = jitgen.paged_attention(batch.q, caches, batch.csr(lists), plan, **scales)
     want = batch.expected(variant)[0]
     off = (out.double() - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-3)
