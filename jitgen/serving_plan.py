@@ -79,7 +79,8 @@ class Plan:
         self.max_batch, self.max_tokens = max_batch, max_tokens
         self.num_q_heads, self.num_kv_heads = num_q_heads, num_kv_heads
         self.head_dim, self.head_dim_v = head_dim, head_dim if head_dim_v is None else head_dim_v
-        self.dtype, self.kv_dtype, self.layout, self.family = dtype, kv_dtype, layout, family
+        self.dtype, self.kv_dtype = dtype, None if kv_dtype == dtype else kv_dtype
+        self.layout, self.family = layout, family
         self.max_q_len, self.max_kv_len, self.page_size = max_q_len, max_kv_len, page_size
         self.split, self.kv_split, self.levels = split, kv_split, levels
         self.device = _complete(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))

@@ -19,7 +19,7 @@ Scale = float | Tensor | None
 
 def stored_dtype(plan: Plan) -> str:
     """Dtype of K and V where it is one of 8 bits; empty where it is the plan's own."""
-    return "" if plan.kv_dtype in (None, plan.dtype) else dtype_name(plan.kv_dtype)
+    return "" if plan.kv_dtype is None else dtype_name(plan.kv_dtype)
 
 
 def scale_words(plan: Plan, num_pages: int, page_size: int, k_scale: Scale, v_scale: Scale) -> list[object]:
