@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.compiler import is_compiling
 
+from jitgen.checks import check_grad
 from jitgen.errors import PlanMismatch, UnsupportedDevice
 from jitgen.program import Program, uses_index
 from jitgen.serving_cascade import Cascade
@@ -81,9 +82,9 @@ def paged_attention(
     options = (program, kv_layout, scale, pair, table.device)
     recent = plan.recent
     if recent is not None and options == recent.options and recent.looks_same(*tensors):
-        call = recent.call
+        call, total_q = recent.call, recent.total_q
     else:
-        call = _prepared_paged(plan, kv_cache, tensors, options)
+        call, total_q = _prepared_paged(plan, kv_cache, tensors, options), q.shape[0]
     if table.batch < plan.num_requests or plan.segments is not None:
         start, pages, list_stride = _segment_lists(plan, table, call.page_size)
     else:
@@ -95,7 +96,7 @@ def paged_attention(
     scales = _NO_SCALES
     if plan.kv_dtype is not None or k_scale is not None or v_scale is not None:
         scales = scale_words(plan, call.numbers[3], call.numbers[2], k_scale, v_scale)
-    return run(plan, call, values, q, keys, scales, return_lse, out, lse)
+    return run(plan, call, values, q, total_q, keys, scales, return_lse, out, lse)
 
 
 def ragged_attention(
@@ -133,14 +134,14 @@ def ragged_attention(
     options = (program, scale)
     recent = plan.recent
     if recent is not None and options == recent.options and recent.looks_same(q, k, v):
-        call = recent.call
+        call, total_q = recent.call, recent.total_q
     else:
-        call = _prepared_ragged(plan, (q, k, v), options)
+        call, total_q = _prepared_ragged(plan, (q, k, v), options), q.shape[0]
     keys = (k.data_ptr(), v.data_ptr(), plan.kv_start.data_ptr(), 0, 0)  # type: ignore[union-attr]
     scales = _NO_SCALES
     if plan.kv_dtype is not None or k_scale is not None or v_scale is not None:
         scales = scale_words(plan, call.numbers[3], call.numbers[2], k_scale, v_scale)
-    return run(plan, call, values, q, keys, scales, return_lse, out, lse)
+    return run(plan, call, values, q, total_q, keys, scales, return_lse, out, lse)
 
 
 def _resolve(plan: Plan, variant: object, captures: dict[str, object]) -> tuple[Program, list[object]]:
@@ -170,6 +171,7 @@ def _prepared_paged(
         if device != plan.device:
             raise UnsupportedDevice(f"the page table is on {device}, the plan on {plan.device}. Move it there.")
         call = _prepare(plan, key, program, tensors, cache_place(kv_cache, kv_layout), scale)
+    check_grad(*tensors[:2], tensors[-1])
     if not is_compiling():  # Dynamo looks into every function that a call runs outside of a graph
         plan.recent = RecentCall.of(call, options, *tensors)
     return call
@@ -183,6 +185,7 @@ def _prepared_ragged(plan: Plan, tensors: tuple[Tensor, Tensor, Tensor], options
     if call is None:
         _check_ready(plan, "ragged")
         call = _prepare(plan, key, program, tensors, ragged_place(*tensors[1:]), scale)
+    check_grad(*tensors)
     if not is_compiling():
         plan.recent = RecentCall.of(call, options, *tensors)
     return call
