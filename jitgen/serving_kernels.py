@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +43,7 @@ class KernelClass:
     workspace: Tensor | None
     addresses: tuple[int, int] = (0, 0)  # the fields workspace and plan
     start_planner: Callable[[bytes], int] | None = None
+    overlaps: bool = False  # the decode and the prefill kernel of a plan run at the same time
 
     @property
     def name(self) -> str:
@@ -58,14 +59,19 @@ class KernelClass:
                 return self.launch_planner(plan, values)
         own = pack_own(0, 0, 0, 0, 0, *self.addresses, *plan.lengths, _address(plan.kv_start), 0, stream_of(plan.device), 0,
                        plan.batch, plan.num_q_heads, plan.num_kv_heads, plan.room[1], 0, 0, 0)  # fmt: skip
-        code = self.start_planner(own + self.fixed(plan) + self.kernel.pack_tail(kernel_words(plan, values)))
+        code = self.start_planner(own + self.fixed(plan, self.overlaps) + self.kernel.pack_tail(kernel_words(plan, values)))
         if code:
             self.kernel.raise_error(code)
 
-    def fixed(self, plan: Plan, scale: float = 1.0, strides: tuple[int, ...] = (0,) * NUM_STRIDES) -> bytes:
+    def fixed(self, plan: Plan, programmatic: bool, scale: float = 1.0, strides: tuple[int, ...] = (0,) * NUM_STRIDES) -> bytes:
         """The fields from local_rows to the strides."""
         is_local = plan.q_index == "local" or plan.segments is not None
-        return pack_fixed(is_local, self.num_ctas, self.class_rows, split_number(plan), 0, scale, *strides)
+        return pack_fixed(is_local, self.num_ctas, self.class_rows, split_number(plan), programmatic, scale, *strides)
+
+    @property
+    def programmatic(self) -> bool:
+        """Whether a launch may begin before the kernel in front of it ends: both kinds wait for it themselves."""
+        return self.overlaps or self.name == "decode"
 
     def pack(self, plan: Plan, values: list[object], batch: int, total_q: int, *, room: Tensor | None = None) -> bytes:
         """Arguments without q, k, v and the rest of what only a launch reads.
@@ -139,9 +145,10 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS),)
     if plan.family is None:
         where = (plan.device, plan.layout, plan.page_size, plan.max_kv_len)
-        return (
-            _cuda_class(plan, program, values, "decode", rows, DECODE_ROWS),
-            _cuda_class(plan, program, values, prefill_family(*where), rows, DECODE_ROWS),
+        family = prefill_family(*where)
+        return tuple(
+            replace(_cuda_class(plan, program, values, name, rows, DECODE_ROWS), overlaps=family == "sm90")
+            for name in ("decode", family)
         )
     return (_cuda_class(plan, program, values, plan.family, rows, 0),)
 

@@ -92,7 +92,7 @@ def launches_of(
 ) -> Launches:
     """What the plan and the shapes of a call fix about its launches."""
     return tuple(
-        (kernel, *c.addresses, c.fixed(plan, scale, (*q_stride, *o_stride, *kv_stride)))
+        (kernel, *c.addresses, c.fixed(plan, c.programmatic, scale, (*q_stride, *o_stride, *kv_stride)))
         for kernel, c in zip(kernels, plan.classes, strict=True)
     )
 

@@ -240,7 +240,8 @@ JITGEN_FN float key_scale(const Args& args, const jg::DecodeSetup& setup, int kv
   return item_scale(setup, args.k_scale, args.k_scale_stride_h, args.k_factor, kv_h);
 }
 JITGEN_FN float value_scale(const Args& args, const jg::DecodeSetup& setup, int kv_h) {
-  return item_scale(setup, args.v_scale, args.v_scale_stride_h, args.v_factor, kv_h);
+  const float scale = item_scale(setup, args.v_scale, args.v_scale_stride_h, args.v_factor, kv_h);
+  return setup.slot_scales ? scale / Stored::kSlotFactor : scale;
 }
 // Those of this lane's keys, from the stage at `address`; 0 for keys that are not of the tile, whose scales may be anything.
 JITGEN_FN float2 slot_scales(const jg::PlanTile& tile, unsigned address, int lane, int first) {
@@ -496,7 +497,10 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
         update_norm<0>(args, head_of(row), s, o, n, state[n][0], first + lane / 4);
         update_norm<1>(args, head_of(row + 1), s, o, n, state[n][1], first + lane / 4);
       }
-      if (setup.slot_scales) scale_keys(s, slot_scales(here.tile, scales + 64, lane, first));
+      if (setup.slot_scales) {
+        const float2 own = slot_scales(here.tile, scales + 64, lane, first);
+        scale_keys(s, make_float2(own.x * Stored::kSlotFactor, own.y * Stored::kSlotFactor));
+      }
       jg::multiply_stored_values<Element, Stored>(o, s, value_at + offset);
     }
     __syncwarp();
@@ -544,9 +548,10 @@ static jg::PlanShape plan_shape(const Args& args) {
   shape.least_rows = 1;
   shape.most_rows = args.class_rows < 0x7fffffff ? static_cast<int>(args.class_rows) : 0x7fffffff;
   shape.least_keys = 0;
-  shape.fixed_cost = args.batch >= 16;
+  shape.fixed_cost = 0;   // Q is there when an item begins; with a unit, page size 1 was 2 % slower under skew, 16 1 % faster
   shape.least_piece = kSplits && args.split ? 1 : jg::kNeverCut;
   shape.shares = static_cast<int>(args.num_ctas);
+  shape.beside = args.programmatic ? shape.shares * 5 / 12 : 0;   // memory is as busy with fewer CTAs; others are left to a prefill
   return shape;
 }
 

@@ -35,10 +35,6 @@ JITGEN_FN void barrier_poll(unsigned barrier, unsigned parity) {
       "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// ---- programmatic dependent launch: no effect in a launch without the attribute ----
-JITGEN_FN void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-JITGEN_FN void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
 // ---- fragments ----
 // An 8 x 8 block of 16-bit elements, two a lane, transposed.
 JITGEN_FN unsigned transpose_matrix(unsigned x) {
