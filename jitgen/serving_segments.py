@@ -124,7 +124,8 @@ class Segments:
         for table, values in ((self.kv_len, of_piece), (self.state_row, first), (self.kv_base, level * piece)):
             table[:count].zero_().view(self.levels, -1)[:, :-1] = values
         if kv_start is not None:
-            self.kv_start[:count].view(self.levels, -1)[:, :-1] = kv_start[:batch] + level * piece
+            start = torch.where(of_piece > 0, kv_start[:batch] + level * piece, 0)  # one without keys is nowhere
+            self.kv_start[:count].view(self.levels, -1)[:, :-1] = start
         request = self._request_of_row(q_indptr)
         live = (of_piece[:, request] > 0) & (self._row < q_indptr[-1])
         self.row_state.copy_(torch.where(live, first[:, request] + (self._row - q_indptr[request]), -1))
@@ -152,6 +153,11 @@ class Segments:
         self.row_position.copy_(self._row - begin if self.is_local else row_kv_len - end + self._row)
 
 
+def cuts_itself(device: torch.device) -> bool:
+    """Whether kernels of the device cut requests at fixed keys without segments."""
+    return device.type == "cpu"
+
+
 def make_segments(plan: Plan, program: Program) -> Segments | None:
     """The segments of a plan, None for one that takes requests whole."""
     if plan.levels > 1:
@@ -161,7 +167,7 @@ def make_segments(plan: Plan, program: Program) -> Segments | None:
                 "without levels, with page lists that have the shared pages in front."
             )
         return Segments(plan, plan.levels)
-    if plan.split != "fixed" or plan.device.type == "cpu" or plan.max_kv_len is None or program.norm is not None:
+    if plan.split != "fixed" or plan.max_kv_len is None or program.norm is not None or cuts_itself(plan.device):
         return None
     levels = -(-plan.max_kv_len // int(plan.kv_split or 1))
     if levels < 2:

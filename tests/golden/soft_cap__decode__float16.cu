@@ -492,6 +492,7 @@ static jg::PlanShape plan_shape(const Args& args) {
   shape.least_keys = 0;
   shape.fixed_cost = 0;   // Q is there when an item begins; with a unit, page size 1 was 2 % slower under skew, 16 1 % faster
   shape.least_piece = kSplits && args.split ? 1 : jg::kNeverCut;
+  shape.many_items = 0;
   shape.shares = static_cast<int>(args.num_ctas);
   shape.beside = args.programmatic ? shape.shares * 5 / 12 : 0;   // memory is as busy with fewer CTAs; others are left to a prefill
   return shape;

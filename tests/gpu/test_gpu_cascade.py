@@ -88,8 +88,9 @@ def test_pages_of_any_size(page_size):
 
 
 def test_a_graph_replays_for_lengths_that_change():
-    options = {"dtype": torch.bfloat16, "device": DEVICE}
-    first, second = (SharedBatch(*STRUCTURES["groups"], 16, 8, 2, 64, seed=s, **options) for s in (0, 7))
+    first, second = (
+        SharedBatch(*STRUCTURES["groups"], 16, 8, 2, 64, dtype=torch.bfloat16, device=DEVICE, seed=seed) for seed in (0, 7)
+    )
     caches, cascade = first.build()
     plan = first.plan(causal, page_size=16).update(cascade)
     q = first.whole.q.clone()
