@@ -6,6 +6,7 @@ import ctypes
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from jitgen.families import merge_spec, prefill_family, serving_spec
 from jitgen.program import Program
 from jitgen.serving_place import finishing, place
 from jitgen.serving_scales import no_scales, stored_dtype
+from jitgen.toolchain import driver_version
 
 if TYPE_CHECKING:
     from jitgen.serving_plan import Plan
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 DECODE_ROWS = 32  # most rows (query rows * query heads of a KV head) of a request that the decode kernel takes
 ALL_ROWS = 1 << 30
+OVERLAP_DRIVER = (12, 3)  # least CUDA version of a driver whose graphs hold programmatic launches
 NUM_STRIDES = 10  # at the end of SERVING_ARGS
 # The fields of a launch in three runs: what may differ from call to call, what a plan and shapes fix, and the tail: all others.
 _FIRST_FIXED = [f.name for f in SERVING_ARGS].index("local_rows")
@@ -71,7 +74,7 @@ class KernelClass:
     @property
     def programmatic(self) -> bool:
         """Whether a launch may begin before the kernel in front of it ends: both kinds wait for it themselves."""
-        return self.overlaps or self.name == "decode"
+        return self.overlaps or (self.name == "decode" and can_overlap())
 
     def pack(self, plan: Plan, values: list[object], batch: int, total_q: int, *, room: Tensor | None = None) -> bytes:
         """Arguments without q, k, v and the rest of what only a launch reads.
@@ -103,6 +106,12 @@ def tail_words(plan: Plan, program: Program, values: list[object], scales: list[
         return scales + runtime.capture_words(program, values) if values else scales
     state_row, *captures = plan.segments.fields(program, values)
     return [state_row, *scales, *captures]
+
+
+@cache
+def can_overlap() -> bool:
+    """Whether CUDA graphs hold launches that begin before the kernel in front of them ends."""
+    return (driver_version() or (0, 0)) >= OVERLAP_DRIVER
 
 
 def split_number(plan: Plan) -> int:
@@ -147,7 +156,7 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
         where = (plan.device, plan.layout, plan.page_size, plan.max_kv_len)
         family = prefill_family(*where)
         return tuple(
-            replace(_cuda_class(plan, program, values, name, rows, DECODE_ROWS), overlaps=family == "sm90")
+            replace(_cuda_class(plan, program, values, name, rows, DECODE_ROWS), overlaps=family == "sm90" and can_overlap())
             for name in ("decode", family)
         )
     return (_cuda_class(plan, program, values, plan.family, rows, 0),)
