@@ -9,7 +9,7 @@ from functools import cache
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from jitgen.abi import ARGS_OF_LAYOUT, ArgField
+from jitgen.abi import ARGS_OF_LAYOUT, SCALE_ARGS, ArgField
 from jitgen.emit import VariantSection, emit_variant, section_context
 from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directives
 from jitgen.paths import template_dir
@@ -56,6 +56,7 @@ class KernelContext:
     head_dim: int
     head_dim_v: int
     dtype: str
+    kv_dtype: str  # of K and V where they are stored in 8 bits; empty: dtype
     cuda_arch: int  # 90 for sm_90a; 0 on the CPU
     tile_q: int
     tile_kv: int
@@ -139,13 +140,14 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
     flags = {f.name: getattr(section, f.name) for f in fields(KernelContext) if f.type == "bool" and f.name != "has_states"}
     return KernelContext(
         header_comment=_header_comment(spec),
-        args_fields=ARGS_OF_LAYOUT[spec.layout] + section.args,
+        args_fields=ARGS_OF_LAYOUT[spec.layout] + (SCALE_ARGS if spec.kv_dtype else ()) + section.args,
         variant_section=variant_text,
         layout=spec.layout.removesuffix("_states"),
         has_states=spec.layout.endswith("_states"),
         head_dim=spec.head_dim,
         head_dim_v=spec.head_dim_v,
         dtype=spec.dtype,
+        kv_dtype=spec.kv_dtype,
         cuda_arch=_cuda_arch(spec.target),
         tile_q=spec.tiles.tile_q,
         tile_kv=spec.tiles.tile_kv,

@@ -36,6 +36,7 @@ class PlanShape:
     least_piece: int
     many_items: int
     shares: int
+    beside: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def balance(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, visib
     tiles = _make_tiles(q_len, kv_len, shape, visible or (lambda b, first, last: (0, kv_len[b])))
     places = tiles[-1].line + _cost(tiles[-1], shape) if tiles else 0
     length = places * shape.groups
-    used = shares_in_use(shape, length, tiles)
+    used = shares_in_use(shape, length, tiles, _has_company(q_len, kv_len, tiles, shape))
     requests = [t.request for t in tiles if t.index == 0]
     first_tile = {tiles[i].request: i for i in range(len(tiles)) if tiles[i].index == 0}
     starts = [tiles[first_tile[b]].line for b in requests] + [places]
@@ -171,16 +172,24 @@ def _pieces_wanted(tile: PlanTile, line: int, given_out: GivenOut, shape: PlanSh
     return max(min(wanted, TAIL_PIECES, units // given_out.least_units), 1)
 
 
-def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile]) -> int:
+def _has_company(q_len: Sequence[int], kv_len: Sequence[int], tiles: Sequence[PlanTile], shape: PlanShape) -> bool:
+    """Whether the requests of another kernel are work for a tenth of the time of these or more: see has_company in plan.cuh."""
+    own = {t.request for t in tiles}
+    keys = sum(kv_len[b] for b in own)
+    others = sum(q * shape.class_pack * kv_len[b] for b, q in enumerate(q_len) if q > 0 and b not in own)
+    return shape.beside > 0 and others > 0 and others >= 40 * keys
+
+
+def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile], has_company: bool = False) -> int:
     """Shares that have a part of the line: fewer than asked for where every item can be cut alike so, or none gets longer."""
     if length == 0:
         return 0
-    items = len(tiles) * shape.groups
-    of_each = shape.shares // items * items if items else 0
+    items, shares = len(tiles) * shape.groups, shape.beside if has_company else shape.shares
+    of_each = shares // items * items if items else 0
     is_even = all(tile.count > 1 and _cost(tile, shape) == _cost(tiles[0], shape) for tile in tiles)
-    if is_even and 16 * of_each >= 15 * shape.shares:
+    if is_even and 16 * of_each >= 15 * shares:
         return min(of_each, length)
-    largest = -(-length // shape.shares)
+    largest = -(-length // shares)
     return -(-length // largest)
 
 

@@ -121,6 +121,7 @@ class Case(NamedTuple):
     dtype: str = ""
     head_dims: tuple[int, int] = (0, 0)
     layout: str = "dense"
+    kv_dtype: str = ""
 
 
 CASES: dict[str, Case] = {
@@ -152,6 +153,10 @@ CASES: dict[str, Case] = {
     "every_hook__merge__float16": Case(every_hook, "merge", "float16", (64, 64), "states"),
     "plain__merge_cpu__float32": Case(plain, "merge_cpu", "float32", (64, 64), "states"),
     "every_hook__merge_cpu__bfloat16": Case(every_hook, "merge_cpu", "bfloat16", (128, 128), "states"),
+    "soft_cap__cpu_paged_stored__bfloat16": Case(soft_cap, "cpu", "bfloat16", (64, 64), "paged", "float8_e4m3fn"),
+    "plain__cpu_ragged_stored__float32": Case(plain, "cpu", "float32", (64, 64), "ragged", "int8"),
+    "window__decode_stored__float16": Case(window, "decode", "float16", (64, 64), "ragged", "float8_e5m2"),
+    "sigmoid__decode_stored__bfloat16": Case(sigmoid, "decode", "bfloat16", (128, 128), "paged", "int8"),
     "window__mask_tiles": Case(window, "mask_tiles"),
 }
 TARGETS = {
@@ -180,12 +185,11 @@ def case_spec(name: str) -> KernelSpec:
     case, program = CASES[name], case_program(name)
     target = TARGETS[case.family]()
     if case.family == "cpu":
-        return KernelSpec(
-            "cpu", program, case.dtype, *case.head_dims, cpu_tiles(*case.head_dims, case.layout), target, case.layout
-        )
+        tiles = cpu_tiles(*case.head_dims, case.layout)
+        return KernelSpec("cpu", program, case.dtype, *case.head_dims, tiles, target, case.layout, case.kv_dtype)
     if case.family == "merge_cpu":
         return KernelSpec("merge_cpu", program, case.dtype, *case.head_dims, Tiles(0, 0), target, case.layout)
-    return cuda_spec(program, case.dtype, case.head_dims, case.family, target, layout=case.layout)
+    return cuda_spec(program, case.dtype, case.head_dims, case.family, target, layout=case.layout, kv_dtype=case.kv_dtype)
 
 
 def case_source(name: str) -> Source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 from hypothesis import given, settings
@@ -36,10 +36,16 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
     }
   }
   const unsigned length = places * shape->groups;
+  unsigned long long others = 0, own = 0;
+  for (int b = 0; b < batch; ++b) {
+    if (jg::tiles_of_request(q_len[b], kv_len[b], *shape)) own += kv_len[b];
+    else if (q_len[b] > 0) others += static_cast<unsigned long long>(q_len[b]) * shape->class_pack * kv_len[b];
+  }
+  const int asked = shape->beside > 0 && jg::has_company(others, own) ? shape->beside : shape->shares;
   bool is_even = true;
   const auto cost = [&](const jg::PlanTile& tile) { return jg::units_of({tile.begin, tile.end}, shape->unit_keys); };
   for (const jg::PlanTile& tile : tiles) is_even &= tile.count > 1 && cost(tile) == cost(tiles[0]);
-  const int used = jg::shares_in_use(shape->shares, length, static_cast<int>(tiles.size()) * shape->groups, is_even);
+  const int used = jg::shares_in_use(asked, length, static_cast<int>(tiles.size()) * shape->groups, is_even);
   const jg::Line line = {first_tile.data(), first_line.data(), tiles.data(), batch, static_cast<int>(tiles.size())};
   for (int c = 0; c <= shape->shares; ++c) {
     const jg::Share share = jg::share_start(line, *shape, length, used, c);
@@ -109,11 +115,12 @@ lengths = st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 200)), 
 
 
 @settings(max_examples=300, deadline=None)
-@given(lengths, shapes)
-def test_header_cuts_the_line_as_the_python_planner_does(header, lengths, shape):
+@given(lengths, shapes, st.booleans())
+def test_header_cuts_the_line_as_the_python_planner_does(header, lengths, shape, is_beside):
+    shape = replace(shape, beside=shape.shares * 5 // 12 if is_beside else 0)
     q_len, kv_len = ([n[i] for n in lengths] for i in (0, 1))
     starts = (ctypes.c_int * (4 * (shape.shares + 1)))()
-    numbers = (ctypes.c_int * 12)(*astuple(shape))
+    numbers = (ctypes.c_int * 13)(*astuple(shape))
     batch = len(lengths)
     plan = balance(q_len, kv_len, shape)
     given_out, order = (ctypes.c_int * 5)(), (ctypes.c_int * len(plan.tiles))(*(tile.at for tile in plan.tiles))

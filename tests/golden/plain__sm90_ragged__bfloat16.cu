@@ -686,6 +686,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     const int warp = jg::uniform(threadIdx.x >> 5);
     if (warp == 0) produce(args, maps, launch, box_keys, shared);
     if (warp == 1) hand_out(args, launch, shared);
+    if (warp == 2) jg::wait_for_previous_kernel();   // a decode kernel that may still run: it has waited for all before it
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
     consume(args, shared, group - 1);
@@ -714,8 +715,14 @@ static int start_attention(const Args& args, const Launch& launch) {
   if (!code) code = v.update(v_key, kIsBf16, keys, ValueTile::kSpan);
   if (code) return code;
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args.stream);
-  attention_kernel<<<launch.num_ctas, kThreads, kSharedBytes, stream>>>({q.operand, k.operand, v.operand}, args, launch, keys);
-  return cudaGetLastError();
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(launch.num_ctas)), config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kSharedBytes, config.stream = stream;
+  config.attrs = &overlap, config.numAttrs = args.programmatic ? 1 : 0;
+  return cudaLaunchKernelEx(&config, attention_kernel, Maps{q.operand, k.operand, v.operand}, args, launch, keys);
 }
 
 // ---- launcher ----

@@ -45,6 +45,7 @@ struct PlanShape {
   int least_piece;    // units: a cut that would leave less of an item on one side moves to the nearer end of the item
   int many_items;     // a kernel gives items out that must not be cut, and others from so many items a share on; 0: none
   int shares;
+  int beside;         // shares that are enough where the requests of another kernel are worked on at the same time; 0: none is
 };
 constexpr int kTailPieces = 4;
 constexpr int kNotForMany = 0x7fffffff;   // as many_items: only items that must not be cut are given out
@@ -128,6 +129,10 @@ JITGEN_PLAN_FN int shares_in_use(int shares, unsigned length, int items, bool is
   const unsigned largest = (length + shares - 1) / shares;
   return static_cast<int>((length + largest - 1) / largest);
 }
+// Whether the requests of another kernel are work for a tenth of the time of these or more: `rows_keys` is the sum of rows times
+// keys of theirs, rows packed, `keys` that of the keys of these, which are read at the speed of memory. On an H100 a key takes
+// as long as the products of 400 rows with one.
+JITGEN_PLAN_FN bool has_company(unsigned long long rows_keys, unsigned long long keys) { return rows_keys > 0 && rows_keys >= 40 * keys; }
 // The share that place x falls in: the inverse of `cut`.
 JITGEN_PLAN_FN unsigned share_of(unsigned x, unsigned length, unsigned shares) {
   return static_cast<unsigned>(((x + 1ull) * shares - 1) / length);
@@ -295,6 +300,21 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   PlanTile* const tiles = const_cast<PlanTile*>(plan_tiles_of(plan, shape.shares));
   const int thread = threadIdx.x;
 
+  __shared__ unsigned long long others, own;   // see has_company
+  int asked = shape.shares;
+  if (shape.beside > 0) {
+    if (thread == 0) others = own = 0;
+    __syncthreads();
+    for (int b = thread; b < batch; b += kPlanThreads) {
+      const int q_len = q_indptr[b + 1] - q_indptr[b], keys = kv_len[b];
+      const unsigned long long rows = static_cast<unsigned long long>(q_len) * shape.class_pack;
+      if (tiles_of_request(q_len, keys, shape)) atomicAdd(&own, static_cast<unsigned long long>(keys));
+      else if (q_len > 0) atomicAdd(&others, rows * keys);
+    }
+    __syncthreads();
+    if (has_company(others, own)) asked = shape.beside;
+  }
+
   int num_tiles = 0, total;
   for (int first = 0; first < batch; first += kPlanThreads, num_tiles += total) {
     const int b = first + thread, count = b < batch ? tiles_of_request(q_indptr[b + 1] - q_indptr[b], kv_len[b], shape) : 0;
@@ -353,7 +373,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   __syncthreads();
 
   const unsigned length = static_cast<unsigned>(places) * shape.groups;
-  const int used = shares_in_use(shape.shares, length, items, is_even);
+  const int used = shares_in_use(asked, length, items, is_even);
   header.length = length, header.shares = used;
   const Line line = {first_tile, first_line, tiles, batch, num_tiles};
   for (int c = thread; c <= shape.shares; c += kPlanThreads) shares[c] = share_start(line, shape, length, used, c);
