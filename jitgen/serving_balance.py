@@ -15,6 +15,7 @@ _HEADER = struct.Struct("@iiI13i")
 _TILE = struct.Struct("@8iI3i")
 _SHARE = struct.Struct("@iiiI8iI3iIi2i")
 SHARES_AT = _HEADER.size
+SHORT_ITEM = 16  # units: kShortItem
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,11 @@ def balance(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, visib
 
 
 def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile]) -> int:
-    """Shares that have a part of the line: fewer than asked for where every item can be cut alike so."""
+    """Shares that have a part of the line: fewer than asked for where all items are equal, so that they are cut alike."""
     shares, items = shape.shares, len(tiles) * shape.groups
     of_each = shares // items * items if items else 0
-    is_even = all(tile.count > 1 and _cost(tile, shape) == _cost(tiles[0], shape) for tile in tiles)
+    costs = {_cost(tile, shape) for tile in tiles}
+    is_even = len(costs) == 1 and all(tile.count > 1 or max(costs) <= SHORT_ITEM for tile in tiles)
     if is_even and 16 * of_each >= 15 * shares:
         shares = of_each
     return min(shares, length)

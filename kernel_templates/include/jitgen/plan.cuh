@@ -101,8 +101,10 @@ JITGEN_PLAN_FN int units_of(KeyRange keys, int unit_keys) {
 JITGEN_PLAN_FN unsigned cut(unsigned share, unsigned length, unsigned shares) {
   return static_cast<unsigned>(static_cast<unsigned long long>(share) * length / shares);
 }
-// Shares that have a part of the line. Where every item is cut alike, the tiles of a request visit the same keys at the same
-// time, and all but one find them in L2: worth up to one CTA in sixteen, where items are equally long.
+// Shares that have a part of the line: of equal items each gets the same number, at the price of up to one CTA in sixteen.
+// Tiles of a request then visit the same keys at the same time, and all but one find them in L2; and short items stay whole.
+constexpr int kShortItem = 16;   // units: a cut costs about as much
+JITGEN_PLAN_FN bool is_better_even(int tiles_of_request, int cost) { return tiles_of_request > 1 || cost <= kShortItem; }
 JITGEN_PLAN_FN int shares_in_use(int shares, unsigned length, int items, bool is_even) {
   const int of_each = items > 0 ? shares / items * items : 0;
   if (is_even && 16 * of_each >= 15 * shares) shares = of_each;
@@ -224,7 +226,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   __syncthreads();
 
   int places = 0, own_cost = 0;
-  bool is_even = true;   // of this thread's tiles: requests have several, all of one cost
+  bool is_even = true;   // this thread's tiles: all of one cost
   for (int first = 0; first < num_tiles; first += kPlanThreads, places += total) {
     const int number = first + thread;
     PlanTile tile = {};
@@ -241,7 +243,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
     if (number < num_tiles) {
       tile.begin = keys.begin, tile.end = keys.end;
       cost = shape.fixed_cost + units_of(keys, shape.unit_keys);
-      is_even &= tile.count > 1 && (own_cost == 0 || cost == own_cost);
+      is_even &= is_better_even(tile.count, cost) && (own_cost == 0 || cost == own_cost);
       own_cost = cost;
     }
     tile.line = places + scan_block(cost, total) - cost;
