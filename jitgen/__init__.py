@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jitgen import prebuild, reference, sampling
     from jitgen.api import attention
+    from jitgen.block_sparse import BlockSparse, block_sparse_attention
     from jitgen.errors import JitgenError
     from jitgen.events import on_event
     from jitgen.flex import flex_attention
@@ -44,6 +45,8 @@ _HOME = {
     "row_max": "jitgen.rows",
     "row_sum": "jitgen.rows",
     "Variant": "jitgen.variant",
+    "BlockSparse": "jitgen.block_sparse",
+    "block_sparse_attention": "jitgen.block_sparse",
     "Cascade": "jitgen.serving_cascade",
     "CascadeLevel": "jitgen.serving_cascade",
     "bit_mask": "jitgen.serving_masks",
@@ -68,6 +71,7 @@ _HOME = {
 _MODULES = ("reference", "errors", "prebuild", "sampling")
 
 __all__ = [
+    "BlockSparse",
     "Cascade",
     "CascadeLevel",
     "JitgenError",
@@ -81,6 +85,7 @@ __all__ = [
     "apply_token_bitmask",
     "attention",
     "bit_mask",
+    "block_sparse_attention",
     "errors",
     "flex_attention",
     "mask_logits",

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from jitgen.api import attention
+from jitgen.block_sparse import LateCheck
 from jitgen.compat.flashinfer._batch import Heads
 from jitgen.compat.flashinfer._hooks import Options, Scale, hooks_for, softmax_scale
 from jitgen.compat.flashinfer._inputs import result
 from jitgen.compat.flashinfer._options import check_backend, check_dtype, check_workspace
-from jitgen.compat.flashinfer._sparse import LateCheck
 from jitgen.errors import ShapeMismatch, UnsupportedOption, VariantError
 from jitgen.variant import Variant
 
