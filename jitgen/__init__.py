@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jitgen.sampling_speculative import speculative_verify
     from jitgen.serving import paged_attention, ragged_attention
     from jitgen.serving_cascade import Cascade, CascadeLevel
+    from jitgen.serving_heads import HeadCache
     from jitgen.serving_masks import bit_mask, pack_mask, tree_mask
     from jitgen.serving_merge import merge_state, merge_states
     from jitgen.serving_pages import PageTable
@@ -49,6 +50,7 @@ _HOME = {
     "block_sparse_attention": "jitgen.block_sparse",
     "Cascade": "jitgen.serving_cascade",
     "CascadeLevel": "jitgen.serving_cascade",
+    "HeadCache": "jitgen.serving_heads",
     "bit_mask": "jitgen.serving_masks",
     "pack_mask": "jitgen.serving_masks",
     "tree_mask": "jitgen.serving_masks",
@@ -74,6 +76,7 @@ __all__ = [
     "BlockSparse",
     "Cascade",
     "CascadeLevel",
+    "HeadCache",
     "JitgenError",
     "OnlineNorm",
     "PageTable",
