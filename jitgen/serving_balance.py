@@ -33,6 +33,7 @@ class PlanShape:
     fixed_cost: int
     least_piece: int
     shares: int
+    beside: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ def balance(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, visib
     tiles = _make_tiles(q_len, kv_len, shape, visible or (lambda b, first, last: (0, kv_len[b])))
     places = tiles[-1].line + _cost(tiles[-1], shape) if tiles else 0
     length = places * shape.groups
-    used = shares_in_use(shape, length, tiles)
+    in_class = {t.request for t in tiles}
+    beside = sum(kv_len[b] for b, rows in enumerate(q_len) if rows > 0 and b not in in_class) * shape.beside
+    used = shares_in_use(shape, length, tiles, beside)
     requests = [t.request for t in tiles if t.index == 0]
     first_tile = {tiles[i].request: i for i in range(len(tiles)) if tiles[i].index == 0}
     starts = [tiles[first_tile[b]].line for b in requests] + [places]
@@ -113,9 +116,13 @@ def balance(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, visib
     return PlanRecord(tuple(tiles), shares, used, length)
 
 
-def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile]) -> int:
-    """Shares that have a part of the line: fewer than asked for where all items are equal, so that they are cut alike."""
-    shares, items = shape.shares, len(tiles) * shape.groups
+def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile], beside: int = 0) -> int:
+    """Shares that have a part of the line: fewer than asked for where all items are equal, so that they are cut alike.
+
+    ``beside``: work of another kernel at the same time, in 1/1024 of a unit.
+    """
+    shares = shape.shares if beside == 0 else max(shape.shares * length // (length + beside // 1024 + 1), 1)
+    items = len(tiles) * shape.groups
     of_each = shares // items * items if items else 0
     costs = {_cost(tile, shape) for tile in tiles}
     is_even = len(costs) == 1 and all(tile.count > 1 or max(costs) <= SHORT_ITEM for tile in tiles)

@@ -11,7 +11,7 @@ from jitgen.checks import check_grad
 from jitgen.errors import PlanMismatch, UnsupportedDevice
 from jitgen.program import Program
 from jitgen.serving_checks import check_captures, check_query, check_results
-from jitgen.serving_kernels import stream_of
+from jitgen.serving_kernels import KernelClass, stream_of
 from jitgen.serving_plan import Plan, check_lse
 
 Tensor = torch.Tensor
@@ -152,8 +152,17 @@ def _launch(
         with torch.cuda.device(index):
             return _launch(plan, call, pointers, lengths, numbers, rest)
     stream = torch._C._cuda_getCurrentRawStream(index)
-    for kernel, c in zip(call.kernels, plan.classes, strict=True):
-        packed = kernel.pack(*pointers, *c.addresses, *lengths, stream, 0, *numbers, c.num_ctas, c.class_rows, *rest)
+    beside = None if plan.segments is None or len(plan.classes) < 2 else plan.segments.beside
+    for kernel, c in zip(call.kernels, plan.classes, strict=True) if beside is None else _prefill_first(plan, call):
+        on = stream if beside is None or c is not plan.classes[-1] else beside.fork()
+        packed = kernel.pack(*pointers, *c.addresses, *lengths, on, 0, *numbers, c.num_ctas, c.class_rows, *rest)
         code = kernel.launch(packed)
         if code:
             kernel.raise_error(code)
+    if beside is not None:
+        beside.join()
+
+
+def _prefill_first(plan: Plan, call: PreparedCall) -> list[tuple[runtime.CompiledKernel, KernelClass]]:
+    """Kernels and classes in the order in which kernels that run beside each other are launched."""
+    return list(zip(call.kernels, plan.classes, strict=True))[::-1]

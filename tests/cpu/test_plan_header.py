@@ -93,7 +93,7 @@ lengths = st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 200)), 
 def test_header_cuts_the_line_as_the_python_planner_does(header, lengths, shape):
     q_len, kv_len = ([n[i] for n in lengths] for i in (0, 1))
     starts = (ctypes.c_int * (4 * (shape.shares + 1)))()
-    numbers = (ctypes.c_int * 11)(*astuple(shape))
+    numbers = (ctypes.c_int * 12)(*astuple(shape))
     batch = len(lengths)
     tiles = header.make_shares((ctypes.c_int * batch)(*q_len), (ctypes.c_int * batch)(*kv_len), batch, numbers, starts)
     plan = balance(q_len, kv_len, shape)

@@ -403,7 +403,7 @@ static jg::PlanShape plan_shape(const Args& args) {
   shape.least_keys = 0;
   shape.fixed_cost = args.batch >= 16;
   shape.least_piece = kSplits && args.split ? 1 : jg::kNeverCut;
-  shape.shares = static_cast<int>(args.num_ctas);
+  shape.shares = static_cast<int>(args.num_ctas), shape.beside = 0;
   return shape;
 }
 

@@ -39,6 +39,8 @@ struct PlanShape {
   int fixed_cost;     // of an item, in units
   int least_piece;    // units: a cut that would leave less of an item on one side moves to the nearer end of the item
   int shares;
+  int beside;         // what a key of a request outside of the class costs, in 1/1024 of a unit, where another kernel attends
+                      // these at the same time: shares are left to it. 0: none does
 };
 constexpr int kNeverCut = 0x7fffffff;   // as least_piece: items stay whole
 
@@ -103,6 +105,11 @@ JITGEN_PLAN_FN unsigned cut(unsigned share, unsigned length, unsigned shares) {
 }
 // Shares that have a part of the line: of equal items each gets the same number, at the price of up to one CTA in sixteen.
 // Tiles of a request then visit the same keys at the same time, and all but one find them in L2; and short items stay whole.
+// Shares of `shares` for a line beside other work, so that both end together.
+JITGEN_PLAN_FN int shares_beside(int shares, unsigned length, unsigned long long work) {
+  const int own = static_cast<int>(static_cast<unsigned long long>(shares) * length / (length + work / 1024 + 1));
+  return work == 0 ? shares : own > 1 ? own : 1;
+}
 constexpr int kShortItem = 16;   // units: a cut costs about as much
 JITGEN_PLAN_FN bool is_better_even(int tiles_of_request, int cost) { return tiles_of_request > 1 || cost <= kShortItem; }
 JITGEN_PLAN_FN int shares_in_use(int shares, unsigned length, int items, bool is_even) {
@@ -216,9 +223,14 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   PlanTile* const tiles = const_cast<PlanTile*>(plan_tiles_of(plan, shape.shares));
   const int thread = threadIdx.x;
 
+  __shared__ unsigned long long beside;
+  if (thread == 0) beside = 0;
+  __syncthreads();
   int num_tiles = 0, total;
   for (int first = 0; first < batch; first += kPlanThreads, num_tiles += total) {
     const int b = first + thread, count = b < batch ? tiles_of_request(q_indptr[b + 1] - q_indptr[b], kv_len[b], shape) : 0;
+    if (shape.beside && b < batch && count == 0 && q_indptr[b + 1] > q_indptr[b])
+      atomicAdd(&beside, static_cast<unsigned long long>(shape.beside) * kv_len[b]);
     const int before = num_tiles + scan_block(count, total) - count;
     if (b < batch) first_tile[b] = before;
   }
@@ -259,7 +271,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   __syncthreads();
 
   const unsigned length = static_cast<unsigned>(places) * shape.groups;
-  const int used = shares_in_use(shape.shares, length, num_tiles * shape.groups, is_even);
+  const int used = shares_in_use(shares_beside(shape.shares, length, beside), length, num_tiles * shape.groups, is_even);
   const Line line = {first_tile, first_line, tiles, batch, num_tiles};
   for (int c = thread; c <= shape.shares; c += kPlanThreads) shares[c] = share_start(line, shape, length, used, c);
   if (thread == 0) *static_cast<PlanHeader*>(plan) = {num_tiles, used, length};
