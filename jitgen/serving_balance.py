@@ -121,14 +121,15 @@ def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile], besi
 
     ``beside``: work of another kernel at the same time, in 1/1024 of a unit.
     """
-    shares = shape.shares if beside == 0 else max(shape.shares * length // (length + beside // 1024 + 1), 1)
+    wanted = shape.shares if beside == 0 else max(shape.shares * length // (length + beside // 1024 + 1), 1)
     items = len(tiles) * shape.groups
-    of_each = shares // items * items if items else 0
     costs = {_cost(tile, shape) for tile in tiles}
     is_even = len(costs) == 1 and all(tile.count > 1 or max(costs) <= SHORT_ITEM for tile in tiles)
-    if is_even and 16 * of_each >= 15 * shares:
-        shares = of_each
-    return min(shares, length)
+    if is_even:
+        even = (wanted + items // 2) // items * items
+        even -= items if even > shape.shares else 0
+        wanted = even if 16 * even >= 15 * wanted else wanted
+    return min(wanted, length)
 
 
 def _cost(tile: PlanTile, shape: PlanShape) -> int:

@@ -40,7 +40,8 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
     return shape->fixed_cost + jg::units_of({tile.begin, tile.end}, shape->unit_keys);
   };
   for (const jg::PlanTile& tile : tiles) is_even &= jg::is_better_even(tile.count, cost(tile)) && cost(tile) == cost(tiles[0]);
-  const int used = jg::shares_in_use(shape->shares, length, static_cast<int>(tiles.size()) * shape->groups, is_even);
+  const int items = static_cast<int>(tiles.size()) * shape->groups;
+  const int used = jg::shares_in_use(shape->shares, shape->shares, length, items, is_even);
   const jg::Line line = {first_tile.data(), first_line.data(), tiles.data(), batch, static_cast<int>(tiles.size())};
   for (int c = 0; c <= shape->shares; ++c) {
     const jg::Share share = jg::share_start(line, *shape, length, used, c);

@@ -192,6 +192,7 @@ def test_shares_are_left_to_a_kernel_beside():
     record = made([(64, 32768)] + [(1, 256)] * 64, shape)
     assert record.used == 112
     assert made([(64, 32768)], shape).used == 128
+    assert made([(128, 32768)] + [(1, 128)] * 128, shape).used == 128  # 122 are wanted, 32 items are to be cut alike
 
 
 def test_tiles_of_a_shared_prefix_are_cut_at_the_same_keys():

@@ -103,20 +103,24 @@ JITGEN_PLAN_FN int units_of(KeyRange keys, int unit_keys) {
 JITGEN_PLAN_FN unsigned cut(unsigned share, unsigned length, unsigned shares) {
   return static_cast<unsigned>(static_cast<unsigned long long>(share) * length / shares);
 }
-// Shares that have a part of the line: of equal items each gets the same number, at the price of up to one CTA in sixteen.
-// Tiles of a request then visit the same keys at the same time, and all but one find them in L2; and short items stay whole.
-// Shares of `shares` for a line beside other work, so that both end together.
+// Shares, of `shares`, for a line beside other work, so that both end together.
 JITGEN_PLAN_FN int shares_beside(int shares, unsigned length, unsigned long long work) {
   const int own = static_cast<int>(static_cast<unsigned long long>(shares) * length / (length + work / 1024 + 1));
   return work == 0 ? shares : own > 1 ? own : 1;
 }
+// Shares that have a part of the line, about `wanted`: of equal items each gets the same number, at the price of up to one CTA
+// in sixteen. Tiles of a request then visit the same keys at the same time, and all but one find them in L2; and short items
+// stay whole.
+JITGEN_PLAN_FN int shares_in_use(int shares, int wanted, unsigned length, int items, bool is_even) {
+  if (is_even && items > 0) {
+    int even = (wanted + items / 2) / items * items;
+    if (even > shares) even -= items;
+    if (16 * even >= 15 * wanted) wanted = even;
+  }
+  return static_cast<unsigned>(wanted) < length ? wanted : static_cast<int>(length);
+}
 constexpr int kShortItem = 16;   // units: a cut costs about as much
 JITGEN_PLAN_FN bool is_better_even(int tiles_of_request, int cost) { return tiles_of_request > 1 || cost <= kShortItem; }
-JITGEN_PLAN_FN int shares_in_use(int shares, unsigned length, int items, bool is_even) {
-  const int of_each = items > 0 ? shares / items * items : 0;
-  if (is_even && 16 * of_each >= 15 * shares) shares = of_each;
-  return static_cast<unsigned>(shares) < length ? shares : static_cast<int>(length);
-}
 // The share that place x falls in: the inverse of `cut`.
 JITGEN_PLAN_FN unsigned share_of(unsigned x, unsigned length, unsigned shares) {
   return static_cast<unsigned>(((x + 1ull) * shares - 1) / length);
@@ -271,7 +275,8 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   __syncthreads();
 
   const unsigned length = static_cast<unsigned>(places) * shape.groups;
-  const int used = shares_in_use(shares_beside(shape.shares, length, beside), length, num_tiles * shape.groups, is_even);
+  const int wanted = shares_beside(shape.shares, length, beside);
+  const int used = shares_in_use(shape.shares, wanted, length, num_tiles * shape.groups, is_even);
   const Line line = {first_tile, first_line, tiles, batch, num_tiles};
   for (int c = thread; c <= shape.shares; c += kPlanThreads) shares[c] = share_start(line, shape, length, used, c);
   if (thread == 0) *static_cast<PlanHeader*>(plan) = {num_tiles, used, length};
