@@ -70,7 +70,8 @@ class SparseWrapper:
         if self._lists is not None and same:
             plain = self._variant(None, options, scales)
             if self._lists.serve(q, k, v, plain.trace().program):
-                return self._lists.attend(q, k, v, plain, scale, out.unsqueeze(0), True)[1][0]  # type: ignore[index]
+                _, lse = self._lists.attend(q, k, v, plain, scale, out.unsqueeze(0), True)
+                return lse[0]  # type: ignore[index]
         found, lse = attention(
             q, k, v, self._variant(mask_mod, options, scales), scale=scale, return_lse=True, out=out.unsqueeze(0) if same else None
         )
