@@ -72,9 +72,8 @@ class SparseWrapper:
             if self._lists.serve(q, k, v, plain.trace().program):
                 _, lse = self._lists.attend(q, k, v, plain, scale, out.unsqueeze(0), True)
                 return lse[0]  # type: ignore[index]
-        found, lse = attention(
-            q, k, v, self._variant(mask_mod, options, scales), scale=scale, return_lse=True, out=out.unsqueeze(0) if same else None
-        )
+        variant = self._variant(mask_mod, options, scales)
+        found, lse = attention(q, k, v, variant, scale=scale, return_lse=True, out=out.unsqueeze(0) if same else None)
         if not same:
             out.copy_(found[0])
         return lse[0]
