@@ -109,6 +109,8 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
     group = plan.num_q_heads // plan.num_kv_heads
     most_rows = group * plan.max_q_len if plan.max_q_len else None
     rows = min(most_rows or group, DECODE_ROWS)
+    if plan.levels > 1:
+        most_rows = None  # a group has the rows of many requests
     if plan.family == "decode" or (plan.family is None and most_rows is not None and most_rows <= DECODE_ROWS):
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS),)
     if plan.family is None:

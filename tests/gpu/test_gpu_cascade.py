@@ -85,6 +85,12 @@ def test_heads_and_dtypes(heads, head_dim, dtype):
         check(shared_batch(structure, heads, head_dim, dtype), None, page_size=16)
 
 
+def test_a_decode_plan_keeps_the_prefill_kernel_for_its_groups():
+    shared = shared_batch("decode")
+    assert len(shared.plan(max_q_len=1, page_size=16).classes) == 2
+    check(shared, None, max_q_len=1, page_size=16)
+
+
 @pytest.mark.parametrize("page_size", [3, 64])
 def test_pages_of_any_size(page_size):
     check(shared_batch("three", page_size=page_size), jitgen.Variant(mask_mod=causal))
