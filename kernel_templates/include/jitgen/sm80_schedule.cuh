@@ -10,7 +10,10 @@ namespace jg {
 struct CtaWork { int batch, head, query_tile; };
 
 // 16 MiB of K and V per section: within 3 % of the best section on an H100 (50 MB L2) for lengths 1k to 16k.
-constexpr long long kSectionBytes = 16ll << 20;
+#ifndef JG_SECTION
+#define JG_SECTION 16
+#endif
+constexpr long long kSectionBytes = 1ll * JG_SECTION << 20;
 
 // Query heads (counted over the whole batch) per section: a divisor of num_heads, a power of two of KV heads.
 inline int section_heads(long long kv_head_bytes, long long num_heads, long long group_size) {

@@ -5,7 +5,19 @@
 #pragma once
 #include "jitgen/sm80_ptx.cuh"
 
+#ifndef JG_POLY
+#define JG_POLY 0
+#endif
 namespace jg {
+
+template <int kRowTiles, int kTiles> JITGEN_FN void scale_rows(float (&x)[kRowTiles][kTiles][4], const float (&factor)[kRowTiles][2]) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[i][j][e] *= factor[i][e / 2];
+}
 
 // Row maximum and denominator of the rows of one thread. The maximum is agreed by the quad at every tile, the
 // denominator stays a partial sum of the thread's own columns until `finish`.
@@ -17,13 +29,15 @@ template <int kRowTiles> struct OnlineSoftmax {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) row_max[i][0] = row_max[i][1] = -INFINITY, row_sum[i][0] = row_sum[i][1] = 0.0f;
   }
-  // Turns logits into weights and brings O to the new maximum. The old maximum is kept until the new one exceeds it by more
-  // than kSlack (in exponents of two): most tiles leave O alone then, and weights may reach 2^kSlack. A row that has seen
-  // nothing keeps maximum -inf and is shifted by 0 instead, so its weights are exp2(-inf) = 0 and never NaN.
-  template <int kColTiles, int kOutTiles>
-  JITGEN_FN void update(float (&s)[kRowTiles][kColTiles][4], float (&o)[kRowTiles][kOutTiles][4], float units) {
+  // Turns logits into weights; returns whether the maximum of a row of this thread moved, and in `factor` what O must be
+  // multiplied by then. The old maximum is kept until the new one exceeds it by more than kSlack (in exponents of two): most
+  // tiles leave O alone, and weights may reach 2^kSlack. A row that has seen nothing keeps maximum -inf and is shifted by 0
+  // instead, so its weights are exp2(-inf) = 0 and never NaN.
+  template <int kColTiles> JITGEN_FN bool weigh(float (&s)[kRowTiles][kColTiles][4], float (&factor)[kRowTiles][2], float units) {
+    return weigh(s, factor, units, [](float x) { return x; });
+  }
+  template <int kColTiles, class Score> JITGEN_FN bool weigh(float (&s)[kRowTiles][kColTiles][4], float (&factor)[kRowTiles][2], float units, Score score) {
     constexpr float kSlack = 8.0f;
-    float factor[kRowTiles][2];
     bool moved = false;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
@@ -32,7 +46,7 @@ template <int kRowTiles> struct OnlineSoftmax {
         float top = ::fmaxf(s[i][0][2 * half], s[i][0][2 * half + 1]);
 #pragma unroll
         for (int j = 1; j < kColTiles; ++j) top = ::fmaxf(top, ::fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
-        top = quad_max(top);
+        top = score(quad_max(top));
         const float before = row_max[i][half], now = top * units <= before * units + kSlack ? before : top;
         const float shift = now == -INFINITY ? 0.0f : now * units;
         factor[i][half] = exp2(before * units - shift);
@@ -43,19 +57,24 @@ template <int kRowTiles> struct OnlineSoftmax {
         for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            s[i][j][e] = exp2(::fmaf(s[i][j][e], units, -shift));
+            const float exponent = ::fmaf(score(s[i][j][e]), units, -shift);
+            s[i][j][e] = j * JG_POLY % 8 < JG_POLY ? exp2_polynomial(exponent) : exp2(exponent);
             tile_sum += s[i][j][e];
           }
         row_sum[i][half] = row_sum[i][half] * factor[i][half] + tile_sum;
       }
-    if (__any_sync(0xffffffffu, moved)) {
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-        for (int j = 0; j < kOutTiles; ++j)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) o[i][j][e] *= factor[i][e / 2];
-    }
+    return moved;
+  }
+  // The same, and brings O to the new maximum.
+  template <int kColTiles, int kOutTiles>
+  JITGEN_FN void update(float (&s)[kRowTiles][kColTiles][4], float (&o)[kRowTiles][kOutTiles][4], float units) {
+    update(s, o, units, [](float x) { return x; });
+  }
+  template <int kColTiles, int kOutTiles, class Score>
+  JITGEN_FN void update(float (&s)[kRowTiles][kColTiles][4], float (&o)[kRowTiles][kOutTiles][4], float units, Score score) {
+    float factor[kRowTiles][2];
+    const bool moved = weigh(s, factor, units, score);
+    if (__any_sync(0xffffffffu, moved)) scale_rows(o, factor);
   }
   // Denominator over the whole row; returns the natural-log LSE. `factor` is what the O row must be multiplied by.
   // `sink` is an extra logit without a value, in natural units (-inf: none).

@@ -73,6 +73,12 @@ template <int kRowTiles, int kHeadDim, bool kInRegisters> struct QueryFragments 
   unsigned address;
   unsigned held[kInRegisters ? kSteps : 1][kRowTiles][4];
 
+  // The same Q, to be read anew: ptxas would draw products together that read the same fragment.
+  JITGEN_FN QueryFragments again() const {
+    __syncwarp();
+    return *this;
+  }
+
   JITGEN_FN void load(unsigned (&a)[kRowTiles][4], int step) const {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
@@ -94,15 +100,17 @@ template <int kRowTiles, int kHeadDim, bool kInRegisters> struct QueryFragments 
   }
 };
 
-// S = Q K^T. `k_address` is this lane's b-fragment address in the K tile.
-template <class Element, int kRowTiles, int kColTiles, int kHeadDim, bool kInRegisters>
+// Column tiles [kFirst, kLast) of S = Q K^T. `k_address` is this lane's b-fragment address in the K tile; meanwhile(step) is
+// other work, spread over the kHeadDim / 16 steps so that it runs under the tensor core.
+template <class Element, int kFirst, int kLast, int kRowTiles, int kColTiles, int kHeadDim, bool kInRegisters, class Work>
 JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragments<kRowTiles, kHeadDim, kInRegisters>& q,
-                           unsigned k_address) {
+                           unsigned k_address, Work meanwhile) {
   using Tile = SwizzledTile<kHeadDim>;
+  static_assert(kFirst % 2 == 0 && kLast % 2 == 0, "a load brings two column tiles");
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
-    for (int j = 0; j < kColTiles; ++j)
+    for (int j = kFirst; j < kLast; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[i][j][e] = 0.0f;
 #pragma unroll
@@ -111,7 +119,7 @@ JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragm
     q.get(a, step);
     const unsigned address = Tile::advance(k_address, 2 * step);
 #pragma unroll
-    for (int j = 0; j < kColTiles; j += 2) {
+    for (int j = kFirst; j < kLast; j += 2) {
       unsigned b[4];
       load_matrix(b, address + j * 8 * Tile::kPitch);
 #pragma unroll
@@ -120,34 +128,48 @@ JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragm
         Element::mma(s[i][j + 1], a[i], b[2], b[3]);
       }
     }
+    meanwhile(step);
   }
 }
+template <class Element, int kRowTiles, int kColTiles, int kHeadDim, bool kInRegisters>
+JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragments<kRowTiles, kHeadDim, kInRegisters>& q, unsigned k_address) {
+  multiply_qk<Element, 0, kColTiles>(s, q, k_address, [](int) {});
+}
 
-// O += P V. The accumulators of S are already in the order of an A operand, so P needs no shuffle.
-// `v_address` is this lane's a-fragment address in the V tile (the transposing load turns it into a B operand).
-template <class Element, int kRowTiles, int kColTiles, int kOutTiles>
+// P of one step of 16 keys as an A operand: the accumulators of S are already in its order, so it needs no shuffle.
+template <class Element, int kRowTiles, int kColTiles>
+JITGEN_FN void pack_weights(unsigned (&a)[kRowTiles][4], const float (&p)[kRowTiles][kColTiles][4], int step) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+    a[i][0] = Element::pack(p[i][2 * step][0], p[i][2 * step][1]);
+    a[i][1] = Element::pack(p[i][2 * step][2], p[i][2 * step][3]);
+    a[i][2] = Element::pack(p[i][2 * step + 1][0], p[i][2 * step + 1][1]);
+    a[i][3] = Element::pack(p[i][2 * step + 1][2], p[i][2 * step + 1][3]);
+  }
+}
+// O += P V of one step. `v_address` is this lane's a-fragment address in the first of the 16 rows of V, at the first column
+// of O (the transposing load turns it into a B operand).
+template <class Element, int kHeadDimV, int kRowTiles, int kOutTiles>
+JITGEN_FN void multiply_pv_step(float (&o)[kRowTiles][kOutTiles][4], const unsigned (&a)[kRowTiles][4], unsigned v_address) {
+#pragma unroll
+  for (int j = 0; j < kOutTiles; j += 2) {
+    unsigned b[4];
+    load_matrix_transposed(b, SwizzledTile<kHeadDimV>::advance(v_address, j));
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+      Element::mma(o[i][j], a[i], b[0], b[1]);
+      Element::mma(o[i][j + 1], a[i], b[2], b[3]);
+    }
+  }
+}
+// O += P V.
+template <class Element, int kHeadDimV, int kRowTiles, int kColTiles, int kOutTiles>
 JITGEN_FN void multiply_pv(float (&o)[kRowTiles][kOutTiles][4], const float (&p)[kRowTiles][kColTiles][4], unsigned v_address) {
-  using Tile = SwizzledTile<kOutTiles * 8>;
 #pragma unroll
   for (int step = 0; step < kColTiles / 2; ++step) {
     unsigned a[kRowTiles][4];
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-      a[i][0] = Element::pack(p[i][2 * step][0], p[i][2 * step][1]);
-      a[i][1] = Element::pack(p[i][2 * step][2], p[i][2 * step][3]);
-      a[i][2] = Element::pack(p[i][2 * step + 1][0], p[i][2 * step + 1][1]);
-      a[i][3] = Element::pack(p[i][2 * step + 1][2], p[i][2 * step + 1][3]);
-    }
-#pragma unroll
-    for (int j = 0; j < kOutTiles; j += 2) {
-      unsigned b[4];
-      load_matrix_transposed(b, Tile::advance(v_address, j) + step * 16 * Tile::kPitch);
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        Element::mma(o[i][j], a[i], b[0], b[1]);
-        Element::mma(o[i][j + 1], a[i], b[2], b[3]);
-      }
-    }
+    pack_weights<Element>(a, p, step);
+    multiply_pv_step<Element, kHeadDimV>(o, a, v_address + step * 16 * SwizzledTile<kHeadDimV>::kPitch);
   }
 }
 
