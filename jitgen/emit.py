@@ -18,6 +18,8 @@ from jitgen.emit_text import ELEMENT_CTYPE
 from jitgen.ir import Expr
 from jitgen.program import Program
 
+WITHIN_ONE = ("tanh", "tanh_approx", "sigmoid", "erf", "sin", "cos")  # functions whose values stay within [-1, 1]
+
 
 @dataclass(frozen=True)
 class BlockText:
@@ -67,6 +69,7 @@ class VariantSection:
     output: OutputText
     raw_scores: bool
     has_score: bool
+    score_is_bounded: bool
     has_mask: bool
     mask_scans: bool
     mask_spans_together: bool
@@ -120,6 +123,7 @@ def emit_variant(program: Program, *, backend: str, raw_scores: bool = False) ->
         **text,  # type: ignore[arg-type]
         raw_scores=raw_scores,
         has_score=score is not None,
+        score_is_bounded=score is not None and score.op in WITHIN_ONE,
         has_mask=mask is not None,
         mask_scans=analysis.scans,
         mask_spans_together=analysis.spans_together,

@@ -59,6 +59,7 @@ class KernelContext:
     num_warps: int
     num_stages: int
     has_score: bool
+    score_is_bounded: bool
     has_mask: bool
     mask_scans: bool
     mask_spans_together: bool

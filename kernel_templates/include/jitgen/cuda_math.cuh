@@ -83,14 +83,6 @@ JITGEN_FN long long wrap_index(long long i, long long size) { return i < 0 ? i +
 
 // ---- hardware approximations ----
 JITGEN_FN float exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-// 2^x on the FMA pipe, relative error 7.5e-05: where the special function unit is the bound. Below 2^-126 it is 2^-126.
-JITGEN_FN float exp2_polynomial(float x) {
-  x = ::fmaxf(x, -126.0f);
-  const float shifted = x + 12582912.0f;   // 1.5 * 2^23: the nearest integer is in the low bits
-  const float f = x - (shifted - 12582912.0f);
-  const float p = ::fmaf(::fmaf(::fmaf(0.0551716695f, f, 0.242611125f), f, 0.693260986f), f, 0.999928073f);
-  return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
-}
 JITGEN_FN float log2(float x) { float y; asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 JITGEN_FN float tanh_approx(float x) { float y; asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 JITGEN_FN float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }

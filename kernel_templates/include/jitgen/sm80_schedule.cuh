@@ -36,12 +36,12 @@ JITGEN_FN CtaWork cta_work(int num_query_tiles, int num_q_heads, int section) {
 
 // Without a mask: all of them.
 template <bool kDescending> struct AllTiles {
-  int num_tiles, taken;
-  JITGEN_FN explicit AllTiles(int num_tiles) : num_tiles(num_tiles), taken(0) {}
+  int num_tiles, left;
+  JITGEN_FN explicit AllTiles(int num_tiles) : num_tiles(num_tiles), left(num_tiles) {}
   JITGEN_FN int next() {
-    if (taken >= num_tiles) return -1;
-    ++taken;
-    return (kDescending ? num_tiles - taken : taken - 1) * 4 + kTileFull;
+    if (left <= 0) return -1;
+    --left;
+    return (kDescending ? left : num_tiles - 1 - left) * 4 + kTileFull;
   }
 };
 

@@ -5,9 +5,6 @@
 #pragma once
 #include "jitgen/sm80_ptx.cuh"
 
-#ifndef JG_POLY
-#define JG_POLY 0
-#endif
 namespace jg {
 
 template <int kRowTiles, int kTiles> JITGEN_FN void scale_rows(float (&x)[kRowTiles][kTiles][4], const float (&factor)[kRowTiles][2]) {
@@ -25,18 +22,15 @@ template <int kRowTiles> struct OnlineSoftmax {
   float row_max[kRowTiles][2];
   float row_sum[kRowTiles][2];
 
-  JITGEN_FN void init() {
+  // Exponents that are known to be small need no maximum: `reference` is 0 then, and `follow` is not called.
+  JITGEN_FN void init(float reference = -INFINITY) {
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) row_max[i][0] = row_max[i][1] = -INFINITY, row_sum[i][0] = row_sum[i][1] = 0.0f;
+    for (int i = 0; i < kRowTiles; ++i) row_max[i][0] = row_max[i][1] = reference, row_sum[i][0] = row_sum[i][1] = 0.0f;
   }
-  // Turns logits into weights; returns whether the maximum of a row of this thread moved, and in `factor` what O must be
-  // multiplied by then. The old maximum is kept until the new one exceeds it by more than kSlack (in exponents of two): most
-  // tiles leave O alone, and weights may reach 2^kSlack. A row that has seen nothing keeps maximum -inf and is shifted by 0
-  // instead, so its weights are exp2(-inf) = 0 and never NaN.
-  template <int kColTiles> JITGEN_FN bool weigh(float (&s)[kRowTiles][kColTiles][4], float (&factor)[kRowTiles][2], float units) {
-    return weigh(s, factor, units, [](float x) { return x; });
-  }
-  template <int kColTiles, class Score> JITGEN_FN bool weigh(float (&s)[kRowTiles][kColTiles][4], float (&factor)[kRowTiles][2], float units, Score score) {
+  // Brings the maxima to those of a tile; returns whether one of this thread moved, and in `factor` what O must be multiplied
+  // by then. The old maximum is kept until the new one exceeds it by more than kSlack (in exponents of two): most tiles leave
+  // O alone, and weights may reach 2^kSlack.
+  template <int kColTiles> JITGEN_FN bool raise(const float (&s)[kRowTiles][kColTiles][4], float (&factor)[kRowTiles][2], float units) {
     constexpr float kSlack = 8.0f;
     bool moved = false;
 #pragma unroll
@@ -46,41 +40,48 @@ template <int kRowTiles> struct OnlineSoftmax {
         float top = ::fmaxf(s[i][0][2 * half], s[i][0][2 * half + 1]);
 #pragma unroll
         for (int j = 1; j < kColTiles; ++j) top = ::fmaxf(top, ::fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
-        top = score(quad_max(top));
+        top = quad_max(top);
         const float before = row_max[i][half], now = top * units <= before * units + kSlack ? before : top;
-        const float shift = now == -INFINITY ? 0.0f : now * units;
-        factor[i][half] = exp2(before * units - shift);
-        moved |= now != before;
         row_max[i][half] = now;
-        float tile_sum = 0.0f;
-#pragma unroll
-        for (int j = 0; j < kColTiles; ++j)
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            const float exponent = ::fmaf(score(s[i][j][e]), units, -shift);
-            s[i][j][e] = j * JG_POLY % 8 < JG_POLY ? exp2_polynomial(exponent) : exp2(exponent);
-            tile_sum += s[i][j][e];
-          }
-        row_sum[i][half] = row_sum[i][half] * factor[i][half] + tile_sum;
+        factor[i][half] = exp2(before * units - shift(i, half, units));
+        row_sum[i][half] *= factor[i][half];
+        moved |= now != before;
       }
     return moved;
   }
-  // The same, and brings O to the new maximum.
+  // The same, and brings O to the new maxima.
   template <int kColTiles, int kOutTiles>
-  JITGEN_FN void update(float (&s)[kRowTiles][kColTiles][4], float (&o)[kRowTiles][kOutTiles][4], float units) {
-    update(s, o, units, [](float x) { return x; });
-  }
-  template <int kColTiles, int kOutTiles, class Score>
-  JITGEN_FN void update(float (&s)[kRowTiles][kColTiles][4], float (&o)[kRowTiles][kOutTiles][4], float units, Score score) {
+  JITGEN_FN void follow(const float (&s)[kRowTiles][kColTiles][4], float (&o)[kRowTiles][kOutTiles][4], float units) {
     float factor[kRowTiles][2];
-    const bool moved = weigh(s, factor, units, score);
+    const bool moved = raise(s, factor, units);
     if (__any_sync(0xffffffffu, moved)) scale_rows(o, factor);
+  }
+  // What is taken from the exponents of a row. A row that has seen nothing keeps maximum -inf and is shifted by 0 instead, so
+  // its weights are exp2(-inf) = 0 and never NaN.
+  JITGEN_FN float shift(int i, int half, float units) const {
+    return row_max[i][half] == -INFINITY ? 0.0f : row_max[i][half] * units;
+  }
+  // Turns logits into weights.
+  template <int kColTiles> JITGEN_FN void weigh(float (&s)[kRowTiles][kColTiles][4], float units) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float taken = shift(i, half, units);
+#pragma unroll
+        for (int j = 0; j < kColTiles; ++j) {
+          float &left = s[i][j][2 * half], &right = s[i][j][2 * half + 1];
+          left = exp2(::fmaf(left, units, -taken));
+          right = exp2(::fmaf(right, units, -taken));
+          row_sum[i][half] += left + right;
+        }
+      }
   }
   // Denominator over the whole row; returns the natural-log LSE. `factor` is what the O row must be multiplied by.
   // `sink` is an extra logit without a value, in natural units (-inf: none).
   JITGEN_FN float finish(int i, int half, float units, float sink, float& factor) {
-    const float largest = row_max[i][half] * (units * kLn2);   // back to natural units
     const float total = quad_sum(row_sum[i][half]);
+    const float largest = total == 0.0f ? -INFINITY : row_max[i][half] * (units * kLn2);   // back to natural units; -inf: no key
     const float top = ::fmaxf(largest, sink);
     if (top == -INFINITY) { factor = 0.0f; return -INFINITY; }
     const float old = exp(largest - top), denominator = total * old + exp(sink - top);

@@ -67,17 +67,11 @@ template <int kCols> JITGEN_FN unsigned b_fragment_offset(int lane) {
   return SwizzledTile<kCols>::offset((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
 }
 
-// Q fragments of a warp: either held in registers for the whole KV loop, or read again for every KV tile.
-template <int kRowTiles, int kHeadDim, bool kInRegisters> struct QueryFragments {
-  static constexpr int kSteps = kHeadDim / 16;
+// Q fragments of a warp: those of the first kHeld steps stay in registers for the whole KV loop, the others are read again for
+// every KV tile.
+template <int kRowTiles, int kHeadDim, int kHeld> struct QueryFragments {
   unsigned address;
-  unsigned held[kInRegisters ? kSteps : 1][kRowTiles][4];
-
-  // The same Q, to be read anew: ptxas would draw products together that read the same fragment.
-  JITGEN_FN QueryFragments again() const {
-    __syncwarp();
-    return *this;
-  }
+  unsigned held[kHeld ? kHeld : 1][kRowTiles][4];
 
   JITGEN_FN void load(unsigned (&a)[kRowTiles][4], int step) const {
 #pragma unroll
@@ -85,32 +79,25 @@ template <int kRowTiles, int kHeadDim, bool kInRegisters> struct QueryFragments 
       load_matrix(a[i], SwizzledTile<kHeadDim>::advance(address, 2 * step) + i * 16 * SwizzledTile<kHeadDim>::kPitch);
   }
   JITGEN_FN void hold() {   // call once the Q tile has arrived
-    if constexpr (kInRegisters) {
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) load(held[step], step);
-    }
+    for (int step = 0; step < kHeld; ++step) load(held[step], step);
   }
   JITGEN_FN void get(unsigned (&a)[kRowTiles][4], int step) const {
-    if constexpr (kInRegisters) {
+    if (step >= kHeld) return load(a, step);
 #pragma unroll
-      for (int i = 0; i < 4 * kRowTiles; ++i) a[i / 4][i % 4] = held[step][i / 4][i % 4];
-    } else {
-      load(a, step);
-    }
+    for (int i = 0; i < 4 * kRowTiles; ++i) a[i / 4][i % 4] = held[step][i / 4][i % 4];
   }
 };
 
-// Column tiles [kFirst, kLast) of S = Q K^T. `k_address` is this lane's b-fragment address in the K tile; meanwhile(step) is
-// other work, spread over the kHeadDim / 16 steps so that it runs under the tensor core.
-template <class Element, int kFirst, int kLast, int kRowTiles, int kColTiles, int kHeadDim, bool kInRegisters, class Work>
-JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragments<kRowTiles, kHeadDim, kInRegisters>& q,
-                           unsigned k_address, Work meanwhile) {
+// S = Q K^T. `k_address` is this lane's b-fragment address in the K tile.
+template <class Element, int kRowTiles, int kColTiles, int kHeadDim, int kHeld>
+JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragments<kRowTiles, kHeadDim, kHeld>& q,
+                           unsigned k_address) {
   using Tile = SwizzledTile<kHeadDim>;
-  static_assert(kFirst % 2 == 0 && kLast % 2 == 0, "a load brings two column tiles");
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
-    for (int j = kFirst; j < kLast; ++j)
+    for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[i][j][e] = 0.0f;
 #pragma unroll
@@ -119,7 +106,7 @@ JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragm
     q.get(a, step);
     const unsigned address = Tile::advance(k_address, 2 * step);
 #pragma unroll
-    for (int j = kFirst; j < kLast; j += 2) {
+    for (int j = 0; j < kColTiles; j += 2) {
       unsigned b[4];
       load_matrix(b, address + j * 8 * Tile::kPitch);
 #pragma unroll
@@ -128,12 +115,7 @@ JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragm
         Element::mma(s[i][j + 1], a[i], b[2], b[3]);
       }
     }
-    meanwhile(step);
   }
-}
-template <class Element, int kRowTiles, int kColTiles, int kHeadDim, bool kInRegisters>
-JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragments<kRowTiles, kHeadDim, kInRegisters>& q, unsigned k_address) {
-  multiply_qk<Element, 0, kColTiles>(s, q, k_address, [](int) {});
 }
 
 // P of one step of 16 keys as an A operand: the accumulators of S are already in its order, so it needs no shuffle.
