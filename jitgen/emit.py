@@ -74,6 +74,7 @@ class VariantSection:
     mask_scans: bool
     mask_spans_together: bool
     mask_reads_head: bool
+    mask_reads_tensors: bool
     has_sink: bool
     custom_norm: bool
     norm_rescales: bool
@@ -128,6 +129,7 @@ def emit_variant(program: Program, *, backend: str, raw_scores: bool = False) ->
         mask_scans=analysis.scans,
         mask_spans_together=analysis.spans_together,
         mask_reads_head=mask is not None and not mask.deps.isdisjoint(("h", "kv_h")),
+        mask_reads_tensors=mask is not None and any(n.op == "load" for n in ir.walk(mask)),
         has_sink=program.sink is not None,
         custom_norm=program.norm is not None,
         norm_rescales=norm.rescales,
