@@ -39,18 +39,9 @@ template <class Element, int kRowTiles, int kColTiles> struct WarpPair {
   static constexpr unsigned kWeightBytes = kSteps * kRowTiles * 512, kWarpBytes = kWeightBytes + 512;
   static_assert(kRowTiles == 2, "the four rows of a thread are exchanged as 16 bytes");
   unsigned mine, other;   // shared-memory addresses, of this lane
-  int barrier;            // 0 is that of __syncthreads
 
   JITGEN_FN WarpPair(unsigned address, int warp, int lane)
-      : mine(address + warp * kWarpBytes + lane * 16), other(address + (warp ^ 1) * kWarpBytes + lane * 16), barrier(1 + warp / 2) {}
-
-  // Barrier of the two warps; whether the condition holds in any thread.
-  JITGEN_FN bool meet(bool condition) const {
-    int any;
-    asm volatile("{\n  .reg .pred p, q;\n  setp.ne.s32 p, %1, 0;\n  barrier.cta.red.or.pred q, %2, 64, p;\n  selp.s32 %0, 1, 0, q;\n}"
-                 : "=r"(any) : "r"(static_cast<int>(condition)), "r"(barrier) : "memory");
-    return any;
-  }
+      : mine(address + warp * kWarpBytes + lane * 16), other(address + (warp ^ 1) * kWarpBytes + lane * 16) {}
 
   JITGEN_FN void put_weights(const float (&p)[kRowTiles][kColTiles][4]) const {
 #pragma unroll
