@@ -34,6 +34,7 @@ JITGEN_FN void multiply_pv_step(float (&o)[kRowTiles][kOutTiles][4], const unsig
     }
   }
 }
+
 template <class Element, int kRowTiles, int kColTiles> struct WarpPair {
   static constexpr int kSteps = kColTiles / 2;                     // of 16 keys, each warp
   static constexpr unsigned kWeightBytes = kSteps * kRowTiles * 512, kWarpBytes = kWeightBytes + 512;
@@ -83,8 +84,9 @@ template <class Element, int kRowTiles, int kColTiles> struct WarpPair {
     for (int r = 0; r < 2 * kRowTiles; ++r) x[r / 2][r % 2] += theirs[r / 2][r % 2];
   }
 
-  // Where a maximum moved in either warp: both go on with the larger one. Weights and `factor` are brought to it.
-  JITGEN_FN void agree(OnlineSoftmax<kRowTiles>& softmax, float (&p)[kRowTiles][kColTiles][4], float (&factor)[kRowTiles][2], float units) const {
+  // Where a maximum moved in either warp: both go on with the larger one. Weights and `factor`, which is that of the own maxima
+  // if they moved, are brought to it.
+  JITGEN_FN void agree(OnlineSoftmax<kRowTiles>& softmax, float (&p)[kRowTiles][kColTiles][4], float (&factor)[kRowTiles][2], bool moved, float units) const {
     float theirs[kRowTiles][2], change[kRowTiles][2];
     get_rows(theirs);
 #pragma unroll
@@ -96,7 +98,7 @@ template <class Element, int kRowTiles, int kColTiles> struct WarpPair {
         change[i][half] = own == top ? 1.0f : exp2((own - top) * units);   // both may be -inf
         own = top;
         softmax.row_sum[i][half] *= change[i][half];
-        factor[i][half] *= change[i][half];
+        factor[i][half] = (moved ? factor[i][half] : 1.0f) * change[i][half];
       }
     scale_rows(p, change);
   }

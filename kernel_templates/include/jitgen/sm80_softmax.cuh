@@ -63,15 +63,13 @@ template <int kRowTiles> struct OnlineSoftmax {
     row_sum[i][half] += tile_sum;
   }
   // For logits whose exponents are known to stay within +-reach, and weights of the range of fp32: the maxima of the first tile
-  // of a warp are kept for good, where no weight can reach 2^kRoom then. All rows; returns and `factor` as above.
+  // of a warp are kept for good, where no weight can reach 2^kRoom then. All rows; returns as above, and sets `factor` if so.
   template <int kColTiles>
   JITGEN_FN bool raise_within(float reach, const float (&s)[kRowTiles][kColTiles][4], float (&factor)[kRowTiles][2], float units) {
     constexpr float kRoom = 80.0f, kLargestReach = 90.0f;   // exp2(kRoom - 2 * kLargestReach) is a normal number still
-    const bool keeps = reach <= kLargestReach, is_first = row_max[0][0] == -INFINITY;
+    const bool keeps = reach <= kLargestReach;
+    if (keeps && row_max[0][0] != -INFINITY) return false;
     bool moved = false;
-#pragma unroll
-    for (int r = 0; r < 2 * kRowTiles; ++r) factor[r / 2][r % 2] = 1.0f;
-    if (keeps && !is_first) return moved;
 #pragma unroll
     for (int r = 0; r < 2 * kRowTiles; ++r) {
       moved |= raise(r / 2, r % 2, top_of(s, r / 2, r % 2), units, factor[r / 2][r % 2]);
