@@ -50,7 +50,8 @@ template <class Element, int kRowTiles, int kColTiles> struct WarpPair {
       unsigned a[kRowTiles][4];
       pack_weights<Element>(a, p, step);
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) store_shared_128(mine + (step * kRowTiles + i) * 512, make_uint4(a[i][0], a[i][1], a[i][2], a[i][3]));
+      for (int i = 0; i < kRowTiles; ++i)
+        store_shared_128(mine + (step * kRowTiles + i) * 512, make_uint4(a[i][0], a[i][1], a[i][2], a[i][3]));
     }
   }
   JITGEN_FN void get_weights(unsigned (&a)[kRowTiles][4], int step) const {
@@ -70,7 +71,8 @@ template <class Element, int kRowTiles, int kColTiles> struct WarpPair {
     }
   }
   JITGEN_FN void put_rows(const float (&x)[kRowTiles][2]) const {
-    store_shared_128(mine + kWeightBytes, make_uint4(__float_as_uint(x[0][0]), __float_as_uint(x[0][1]), __float_as_uint(x[1][0]), __float_as_uint(x[1][1])));
+    const uint4 rows = {__float_as_uint(x[0][0]), __float_as_uint(x[0][1]), __float_as_uint(x[1][0]), __float_as_uint(x[1][1])};
+    store_shared_128(mine + kWeightBytes, rows);
   }
   JITGEN_FN void get_rows(float (&x)[kRowTiles][2]) const {
     const uint4 v = load_shared_128(other + kWeightBytes);
@@ -86,7 +88,8 @@ template <class Element, int kRowTiles, int kColTiles> struct WarpPair {
 
   // Where a maximum moved in either warp: both go on with the larger one. Weights and `factor`, which is that of the own maxima
   // if they moved, are brought to it.
-  JITGEN_FN void agree(OnlineSoftmax<kRowTiles>& softmax, float (&p)[kRowTiles][kColTiles][4], float (&factor)[kRowTiles][2], bool moved, float units) const {
+  JITGEN_FN void agree(OnlineSoftmax<kRowTiles>& softmax, float (&p)[kRowTiles][kColTiles][4], float (&factor)[kRowTiles][2],
+                       bool moved, float units) const {
     float theirs[kRowTiles][2], change[kRowTiles][2];
     get_rows(theirs);
 #pragma unroll
