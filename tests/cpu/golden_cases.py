@@ -132,6 +132,8 @@ CASES: dict[str, Case] = {
     "sigmoid__cpu_ragged__bfloat16": Case(sigmoid, "cpu", "bfloat16", (64, 64), "ragged"),
     "plain__sm80__float16": Case(plain, "sm80", "float16", (192, 128)),
     "every_hook__sm80__bfloat16": Case(every_hook, "sm80", "bfloat16", (64, 64)),
+    "soft_cap__sm80__bfloat16": Case(soft_cap, "sm80", "bfloat16", (256, 256)),
+    "window__sm80__float16": Case(window, "sm80", "float16", (256, 256)),
     "stick_breaking__sm80__bfloat16": Case(stick_breaking, "sm80", "bfloat16", (128, 128)),
     "segments__sm80_paged__bfloat16": Case(segments, "sm80", "bfloat16", (128, 128), "paged"),
     "alibi_sigmoid__sm80_ragged__float16": Case(alibi_sigmoid, "sm80", "float16", (64, 64), "ragged"),

@@ -180,7 +180,7 @@ constexpr int kColTiles = kTileKv / 8;
 constexpr int kOutTiles = kHeadDimV / 8;
 static_assert(kWarpRows % 16 == 0 && kTileKv % 16 == 0 && kHeadDimV <= kHeadDim, "unsupported tile");
 // Q stays in registers while it fits next to S and O with room to load ahead; beyond that it is read again per KV tile.
-constexpr bool kHoldQuery = kRowTiles * (kHeadDim / 16 + kColTiles + kOutTiles) * 4 <= 176;
+constexpr int kHeldSteps = kRowTiles * (kHeadDim / 16 + kColTiles + kOutTiles) * 4 <= 176 ? kHeadDim / 16 : 0;
 constexpr bool kDescending = kNormReverse;
 constexpr unsigned kQueryBytes = kTileQ * kHeadDim * 2;
 constexpr unsigned kKeyBytes = kTileKv * kHeadDim * 2;
@@ -449,9 +449,9 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
     jg::cp_async_commit();
   }
   if (thread == 0) next_piece() = take_piece(args, launch, own_cursor());
-  jg::QueryFragments<kRowTiles, kHeadDim, kHoldQuery> query;
+  jg::QueryFragments<kRowTiles, kHeadDim, kHeldSteps> query;
   query.address = q_shared + warp * kWarpRows * (kHeadDim * 2) + jg::a_fragment_offset<kHeadDim>(lane);
-  if constexpr (kHoldQuery) {
+  if constexpr (kHeldSteps > 0) {
     jg::cp_async_wait_all();
     __syncthreads();
     query.hold();
@@ -482,7 +482,7 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
         update_norm<0>(args, head, s, o, i, state[i][0], own_column(piece.first_key + first_key(visit)));
         update_norm<1>(args, head, s, o, i, state[i][1], own_column(piece.first_key + first_key(visit)));
       }
-      jg::multiply_pv<Element>(o, s, v_fragment + stage);
+      jg::multiply_pv<Element, kHeadDimV>(o, s, v_fragment + stage);
     }
     visit = next;
     next = after;
