@@ -20,6 +20,7 @@ TEMPLATE_OF_FAMILY = {
     "cpu": "attention/cpu.cpp.jinja",
     "sm80": "attention/sm80.cu.jinja",
     "sm90": "attention/sm90.cu.jinja",
+    "sm90_fp8": "attention/sm90_fp8.cu.jinja",
     "decode": "attention/decode.cu.jinja",
 }
 SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
@@ -28,7 +29,7 @@ SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     "sm80": "attention/sm80_serving.cu.jinja",
     "sm90": "attention/sm90_serving.cu.jinja",
 }
-RAW_SCORE_FAMILIES = ("sm80", "sm90", "decode")  # whose templates take part of the scaling out of the element loop
+RAW_SCORE_FAMILIES = ("sm80", "sm90", "sm90_fp8", "decode")  # whose templates take part of the scaling out of the element loop
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 
 
@@ -53,6 +54,7 @@ class KernelContext:
     head_dim: int
     head_dim_v: int
     dtype: str
+    out_dtype: str
     cuda_arch: int  # 90 for sm_90a; 0 on the CPU
     tile_q: int
     tile_kv: int
@@ -142,6 +144,7 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         head_dim=spec.head_dim,
         head_dim_v=spec.head_dim_v,
         dtype=spec.dtype,
+        out_dtype=spec.out_dtype or spec.dtype,
         cuda_arch=_cuda_arch(spec.target),
         tile_q=spec.tiles.tile_q,
         tile_kv=spec.tiles.tile_kv,
