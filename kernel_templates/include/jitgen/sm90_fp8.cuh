@@ -99,13 +99,14 @@ template <int kHeadDimV, int kTileKv> struct TransposeValues {
 };
 
 // ---- shared memory and registers of a CTA: sm90_geometry.cuh for 8-bit operands ----
-template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kClassifies> struct Fp8Geometry {
+// kSearches: the producer classifies tiles by captured tensors, and spills with 24 registers.
+template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches> struct Fp8Geometry {
   static constexpr int kGroups = kTileQ / 64;   // consumer warp groups, 64 query rows each
   static constexpr int kThreads = 128 * (kGroups + 1);
   static_assert(kTileQ % 64 == 0 && kGroups >= 2 && kGroups <= 3 && kTileKv % 64 == 0, "unsupported tile");
 
-  static constexpr int kProducerRegs = kGroups == 2 ? (kClassifies ? 40 : 24) : 32;
-  static constexpr int kConsumerRegs = kGroups == 2 ? (kClassifies ? 232 : 240) : 160;
+  static constexpr int kProducerRegs = kGroups == 2 ? (kSearches ? 40 : 24) : 32;
+  static constexpr int kConsumerRegs = kGroups == 2 ? (kSearches ? 232 : 240) : 160;
   static constexpr bool kSharedP = kGroups == 3 && kHeadDim >= 128;   // S and O leave no room for P in 160 registers
 
   // V stages, K stages, Q, P, O (16 bits), control
