@@ -136,6 +136,8 @@ CASES: dict[str, Case] = {
     "plain__sm90__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128)),
     "every_hook__sm90__bfloat16": Case(every_hook, "sm90", "bfloat16", (64, 64)),
     "alibi_pruned_sigmoid__sm90__float16": Case(alibi_pruned_sigmoid, "sm90", "float16", (128, 128)),
+    "plain__sm90_fp8__float8_e4m3fn": Case(plain, "sm90_fp8", "float8_e4m3fn", (128, 128)),
+    "every_hook__sm90_fp8__float8_e4m3fn": Case(every_hook, "sm90_fp8", "float8_e4m3fn", (64, 64)),
     "plain__sm90_ragged__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128), "ragged"),
     "every_hook__sm90_paged__bfloat16": Case(every_hook, "sm90", "bfloat16", (64, 64), "paged"),
     "alibi_pruned_sigmoid__sm90_ragged__float16": Case(alibi_pruned_sigmoid, "sm90", "float16", (128, 128), "ragged"),
@@ -150,6 +152,7 @@ TARGETS = {
     "cpu": partial(cpu_target, "portable"),
     "sm80": partial(cuda_target, "8.0"),
     "sm90": partial(cuda_target, "9.0a"),
+    "sm90_fp8": partial(cuda_target, "9.0a"),
     "decode": partial(cuda_target, "9.0a"),
 }
 

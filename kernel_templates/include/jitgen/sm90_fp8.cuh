@@ -59,6 +59,46 @@ template <int kColTiles> JITGEN_FN void pack_fp8_tile(unsigned (&p)[kColTiles / 
     }
 }
 
+// ---- O in fp32 ----
+// The tensor cores add 8-bit products to about 14 bits of the accumulator, and cut off the rest: over 16k keys that loses a
+// fifth of an O whose terms have one sign. Every kHeldTiles tiles the accumulators are therefore added to sums in shared
+// memory, kept with the row maxima they are measured from. A thread has 16 bytes of each 2 KiB, and 8 for the maxima.
+constexpr int kHeldTiles = 8;
+
+JITGEN_FN void store_shared(unsigned address, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(a), "f"(b) : "memory");
+}
+JITGEN_FN float2 load_shared_float2(unsigned address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
+}
+struct Sums { unsigned values, maxima; };   // addresses of one thread
+
+// O += sums
+template <int kOutTiles>
+JITGEN_FN void add_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2], float units) {
+  const float2 before = load_shared_float2(sums.maxima);
+  const float upper = before.x == row_max[0] ? 1.0f : exp2((before.x - row_max[0]) * units);   // equal: both may be -inf
+  const float lower = before.y == row_max[1] ? 1.0f : exp2((before.y - row_max[1]) * units);
+#pragma unroll
+  for (int j = 0; j < kOutTiles; ++j) {
+    const int4 sum = load_shared_int4(sums.values + 2048 * j);
+    o[j][0] = ::fmaf(__int_as_float(sum.x), upper, o[j][0]), o[j][1] = ::fmaf(__int_as_float(sum.y), upper, o[j][1]);
+    o[j][2] = ::fmaf(__int_as_float(sum.z), lower, o[j][2]), o[j][3] = ::fmaf(__int_as_float(sum.w), lower, o[j][3]);
+  }
+}
+// sums = O, and O = 0.
+template <int kOutTiles>
+JITGEN_FN void store_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2]) {
+  store_shared(sums.maxima, row_max[0], row_max[1]);
+#pragma unroll
+  for (int j = 0; j < kOutTiles; ++j) {
+    store_shared(sums.values + 2048 * j, make_int4(__float_as_int(o[j][0]), __float_as_int(o[j][1]), __float_as_int(o[j][2]), __float_as_int(o[j][3])));
+    o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+  }
+}
+
 // ---- V ----
 // Four rows of four bytes become four columns of four.
 JITGEN_FN void transpose_bytes(const unsigned (&rows)[4], unsigned (&columns)[4]) {
@@ -109,11 +149,12 @@ template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches> st
   static constexpr int kConsumerRegs = kGroups == 2 ? (kSearches ? 232 : 240) : 160;
   static constexpr bool kSharedP = kGroups == 3 && kHeadDim >= 128;   // S and O leave no room for P in 160 registers
 
-  // V stages, K stages, Q, P, O (16 bits), control
+  // V stages, K stages, Q, P, then sums of O (fp32) and their maxima, over which O leaves in 16 bits, control
   static constexpr int kGroupQBytes = 64 * kHeadDim;
   static constexpr int kTileBytes = kTileKv * kHeadDim;   // of a stage of K, and of V
   static constexpr int kGroupPBytes = 64 * kTileKv;
-  static constexpr int kGroupOBytes = 64 * kHeadDim * 2;
+  static constexpr int kGroupSumBytes = 64 * kHeadDim * 4;
+  static constexpr int kGroupOBytes = kGroupSumBytes + 1024;
   static constexpr int kKeyAt = kStages * kTileBytes;
   static constexpr int kQueryAt = kKeyAt + kStages * kTileBytes;
   static constexpr int kPAt = kQueryAt + kGroups * kGroupQBytes;
