@@ -91,9 +91,7 @@ def every_hook():
 def test_hooks_see_scaled_scores_and_outputs():
     q, k, v = inputs()
     scales = SCALES["per_request_and_head"]
-    got, lse = jitgen.attention(
-        q, k, v, every_hook(), scale_q=scales[0], scale_k=scales[1], scale_v=scales[2], return_lse=True
-    )
+    got, lse = jitgen.attention(q, k, v, every_hook(), scale_q=scales[0], scale_k=scales[1], scale_v=scales[2], return_lse=True)
     want, want_lse = reference.attention(*map(scaled, (q, k, v), scales), every_hook(), return_lse=True)
     assert relative_error(got, want) < BF16_ERROR
     torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
@@ -194,7 +192,11 @@ def test_workspace_holds_whole_tiles_of_every_head_that_differs():
         ({"scale_k": torch.ones(HEADS)}, errors.ShapeMismatch, ["scale_k has shape (8,)", "(4,)"]),
         ({"scale_v": torch.ones(KV_HEADS, BATCH)}, errors.ShapeMismatch, ["scale_v has shape (4, 2)", "(2, 4)"]),
         ({"scale_v": torch.ones(BATCH, KV_HEADS, 1)}, errors.ShapeMismatch, ["scale_v has shape (2, 4, 1)"]),
-        ({"scale_q": torch.ones(HEADS, dtype=torch.int32)}, errors.UnsupportedDtype, ["scale_q has dtype torch.int32", "float()"]),
+        (
+            {"scale_q": torch.ones(HEADS, dtype=torch.int32)},
+            errors.UnsupportedDtype,
+            ["scale_q has dtype torch.int32", "float()"],
+        ),
         ({"scale_q": "big"}, errors.UnsupportedDtype, ["scale_q is a str", "number or a tensor"]),
         ({"scale_q": torch.ones(HEADS, device="meta")}, errors.UnsupportedDevice, ["scale_q is on meta", "q is on cpu"]),
         ({"out_dtype": torch.float32}, errors.UnsupportedDtype, ["out_dtype is torch.float32", "torch.bfloat16"]),

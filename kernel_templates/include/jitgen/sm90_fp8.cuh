@@ -9,6 +9,7 @@
 //
 // An 8-bit tile is moved and addressed as one of half as many 16-bit columns: SpanTile<columns / 2>.
 #pragma once
+#include "jitgen/decode_ptx.cuh"
 #include "jitgen/sm90_host.cuh"
 #include "jitgen/sm90_softmax.cuh"
 #include "jitgen/sm90_wgmma.cuh"
@@ -65,14 +66,6 @@ template <int kColTiles> JITGEN_FN void pack_fp8_tile(unsigned (&p)[kColTiles / 
 // memory, kept with the row maxima they are measured from. A thread has 16 bytes of each 2 KiB, and 8 for the maxima.
 constexpr int kHeldTiles = 8;
 
-JITGEN_FN void store_shared(unsigned address, float a, float b) {
-  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(a), "f"(b) : "memory");
-}
-JITGEN_FN float2 load_shared_float2(unsigned address) {
-  float2 v;
-  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
-  return v;
-}
 struct Sums { unsigned values, maxima; };   // addresses of one thread
 
 // O += sums
@@ -83,18 +76,18 @@ JITGEN_FN void add_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_m
   const float lower = before.y == row_max[1] ? 1.0f : exp2((before.y - row_max[1]) * units);
 #pragma unroll
   for (int j = 0; j < kOutTiles; ++j) {
-    const int4 sum = load_shared_int4(sums.values + 2048 * j);
-    o[j][0] = ::fmaf(__int_as_float(sum.x), upper, o[j][0]), o[j][1] = ::fmaf(__int_as_float(sum.y), upper, o[j][1]);
-    o[j][2] = ::fmaf(__int_as_float(sum.z), lower, o[j][2]), o[j][3] = ::fmaf(__int_as_float(sum.w), lower, o[j][3]);
+    const float4 sum = load_shared_float4(sums.values + 2048 * j);
+    o[j][0] = ::fmaf(sum.x, upper, o[j][0]), o[j][1] = ::fmaf(sum.y, upper, o[j][1]);
+    o[j][2] = ::fmaf(sum.z, lower, o[j][2]), o[j][3] = ::fmaf(sum.w, lower, o[j][3]);
   }
 }
 // sums = O, and O = 0.
 template <int kOutTiles>
 JITGEN_FN void store_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2]) {
-  store_shared(sums.maxima, row_max[0], row_max[1]);
+  store_shared(sums.maxima, make_float2(row_max[0], row_max[1]));
 #pragma unroll
   for (int j = 0; j < kOutTiles; ++j) {
-    store_shared(sums.values + 2048 * j, make_int4(__float_as_int(o[j][0]), __float_as_int(o[j][1]), __float_as_int(o[j][2]), __float_as_int(o[j][3])));
+    store_shared(sums.values + 2048 * j, make_float4(o[j][0], o[j][1], o[j][2], o[j][3]));
     o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
   }
 }
