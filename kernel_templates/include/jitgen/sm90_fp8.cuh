@@ -60,36 +60,77 @@ template <int kColTiles> JITGEN_FN void pack_fp8_tile(unsigned (&p)[kColTiles / 
     }
 }
 
-// ---- O in fp32 ----
-// The tensor cores add 8-bit products to about 14 bits of the accumulator, and cut off the rest: over 16k keys that loses a
-// fifth of an O whose terms have one sign. Every kHeldTiles tiles the accumulators are therefore added to sums in shared
-// memory, kept with the row maxima they are measured from. A thread has 16 bytes of each 2 KiB, and 8 for the maxima.
-constexpr int kHeldTiles = 8;
-
-struct Sums { unsigned values, maxima; };   // addresses of one thread
-
-// O += sums
-template <int kOutTiles>
-JITGEN_FN void add_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2], float units) {
-  const float2 before = load_shared_float2(sums.maxima);
-  const float upper = before.x == row_max[0] ? 1.0f : exp2((before.x - row_max[0]) * units);   // equal: both may be -inf
-  const float lower = before.y == row_max[1] ? 1.0f : exp2((before.y - row_max[1]) * units);
+// ---- softmax ----
+// Largest logits of the two rows of a thread, agreed by the quad.
+template <int kColTiles> JITGEN_FN void find_tops(const float (&s)[kColTiles][4], float (&top)[2]) {
 #pragma unroll
-  for (int j = 0; j < kOutTiles; ++j) {
-    const float4 sum = load_shared_float4(sums.values + 2048 * j);
-    o[j][0] = ::fmaf(sum.x, upper, o[j][0]), o[j][1] = ::fmaf(sum.y, upper, o[j][1]);
-    o[j][2] = ::fmaf(sum.z, lower, o[j][2]), o[j][3] = ::fmaf(sum.w, lower, o[j][3]);
+  for (int half = 0; half < 2; ++half) {
+    top[half] = ::fmaxf(s[0][2 * half], s[0][2 * half + 1]);
+#pragma unroll
+    for (int j = 1; j < kColTiles; ++j) top[half] = ::fmaxf(top[half], ::fmaxf(s[j][2 * half], s[j][2 * half + 1]));
+    top[half] = quad_max(top[half]);
   }
 }
-// sums = O, and O = 0.
-template <int kOutTiles>
-JITGEN_FN void store_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2]) {
-  store_shared(sums.maxima, make_float2(row_max[0], row_max[1]));
+// Brings the maxima up to those of a tile, and O to the new ones, where these are larger by more than the slack; returns
+// whether they were in any row of the warp.
+template <int kOutTiles> JITGEN_FN bool raise_maxima(RowSoftmax& state, float (&o)[kOutTiles][4], const float (&top)[2], float units) {
+  bool raised[2];
+  float factor[2] = {1.0f, 1.0f};
 #pragma unroll
-  for (int j = 0; j < kOutTiles; ++j) {
-    store_shared(sums.values + 2048 * j, make_float4(o[j][0], o[j][1], o[j][2], o[j][3]));
-    o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+  for (int half = 0; half < 2; ++half) raised[half] = (top[half] - state.row_max[half]) * units > kSlackBits;
+  if (!__any_sync(0xffffffffu, raised[0] || raised[1])) return false;
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    if (raised[half]) {
+      factor[half] = exp2((state.row_max[half] - top[half]) * units);   // 0 for the first tile
+      state.row_sum[half] *= factor[half];
+      state.row_max[half] = top[half];
+    }
+  rescale_output(o, factor);
+  return true;
+}
+// Logits become weights, measured from the maxima of the tiles before: the search for those of this tile runs beside the
+// exponentials, which would otherwise wait for it. Returns false where the maxima had to be raised, which is rare after the
+// first tile: the weights are void then, and the logits must be computed again.
+template <bool kMaybeEmpty, int kColTiles, int kOutTiles>
+JITGEN_FN bool weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], float (&o)[kOutTiles][4], float units) {
+  float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, shift[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float origin = kMaybeEmpty && state.row_max[half] == -INFINITY ? 0.0f : state.row_max[half];
+    shift[half] = ::fmaf(origin, units, -static_cast<float>(kWeightBits));
   }
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      float& x = s[j][e];
+      top[e / 2] = ::fmaxf(top[e / 2], x);
+      x = exp2(::fmaf(x, units, -shift[e / 2]));
+      sum[e / 2] += x;
+    }
+  top[0] = quad_max(top[0]), top[1] = quad_max(top[1]);
+  if (raise_maxima(state, o, top, units)) return false;
+  state.row_sum[0] += sum[0], state.row_sum[1] += sum[1];
+  return true;
+}
+
+// ---- O in fp32 ----
+// The tensor cores add 8-bit products to about 12 bits of the accumulator, and cut off the rest: over 16k keys that loses a
+// fifth of an O whose terms have one sign. The product of each tile is therefore made apart, and added here.
+template <int kOutTiles> JITGEN_FN void add_product(float (*o)[4], const float (&product)[kOutTiles][4]) {
+#pragma unroll
+  for (int j = 0; j < kOutTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) o[j][e] += product[j][e];
+}
+// Accumulators that a product is about to overwrite. Their old values, which an asm statement names as inputs all the same,
+// would hold on to registers.
+template <int kColTiles> JITGEN_FN void forget(float (&d)[kColTiles][4]) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) asm volatile("" : "=f"(d[j][e]));
 }
 
 // ---- V ----
@@ -101,14 +142,20 @@ JITGEN_FN void transpose_bytes(const unsigned (&rows)[4], unsigned (&columns)[4]
   columns[2] = __byte_perm(c, d, 0x5410), columns[3] = __byte_perm(c, d, 0x7632);
 }
 
-// V of one KV head: `rows` is its first row, strides in bytes. A CTA writes one tile; keys past kv_len become zeros, as a
-// weight of 0 would not hide a NaN. A thread takes 32 keys of four columns: a warp reads whole rows and writes whole
-// sectors, and no shared memory is needed.
+// V of one KV head: `rows` is its first row, `stride` in bytes. A CTA writes one tile; keys past kv_len become zeros, as a
+// weight of 0 would not hide a NaN. A thread takes 32 keys of four columns, so that a warp reads whole rows; the tile leaves
+// by way of shared memory, so that it writes whole lines.
 template <int kHeadDimV, int kTileKv> struct TransposeValues {
   static constexpr int kLanes = kHeadDimV / 4, kThreads = kLanes * (kTileKv / 32), kTileBytes = kHeadDimV * kTileKv;
-  static_assert(kTileKv % 32 == 0 && kThreads <= 1024, "unsupported tile");
+  static constexpr int kChunks = kTileKv / 16;   // of 16 bytes, in a row of the tile
+  static_assert(kTileKv % 64 == 0 && kThreads <= 1024, "unsupported tile");
+
+  // Chunks trade places so that neither a warp's writes nor its reads meet in a bank.
+  static JITGEN_FN unsigned chunk_offset(int row, int chunk) { return row * kTileKv + (chunk ^ (row / 4 & (kChunks - 1))) * 16; }
 
   static JITGEN_FN void run(const char* rows, long long stride, int first_key, int kv_len, char* tile) {
+    __shared__ __align__(16) char memory[kTileBytes];
+    const unsigned shared = shared_address(memory);
     const int column = threadIdx.x % kLanes * 4, place = threadIdx.x / kLanes * 32;
     unsigned values[32];
 #pragma unroll
@@ -126,8 +173,12 @@ template <int kHeadDimV, int kTileKv> struct TransposeValues {
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        *reinterpret_cast<uint4*>(tile + (column + i) * kTileKv + place + 16 * half) = make_uint4(out[0][i], out[1][i], out[2][i], out[3][i]);
+        store_shared(shared + chunk_offset(column + i, place / 16 + half), make_uint4(out[0][i], out[1][i], out[2][i], out[3][i]));
     }
+    __syncthreads();
+#pragma unroll
+    for (int i = threadIdx.x; i < kTileBytes / 16; i += kThreads)
+      *reinterpret_cast<uint4*>(tile + i * 16) = load_shared_128(shared + chunk_offset(i / kChunks, i % kChunks));
   }
 };
 
@@ -140,18 +191,14 @@ template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches> st
 
   static constexpr int kProducerRegs = kGroups == 2 ? (kSearches ? 40 : 24) : 32;
   static constexpr int kConsumerRegs = kGroups == 2 ? (kSearches ? 232 : 240) : 160;
-  static constexpr bool kSharedP = kGroups == 3 && kHeadDim >= 128;   // S and O leave no room for P in 160 registers
 
-  // V stages, K stages, Q, P, then sums of O (fp32) and their maxima, over which O leaves in 16 bits, control
+  // V stages, K stages, Q, O (16 bits), control
   static constexpr int kGroupQBytes = 64 * kHeadDim;
   static constexpr int kTileBytes = kTileKv * kHeadDim;   // of a stage of K, and of V
-  static constexpr int kGroupPBytes = 64 * kTileKv;
-  static constexpr int kGroupSumBytes = 64 * kHeadDim * 4;
-  static constexpr int kGroupOBytes = kGroupSumBytes + 1024;
+  static constexpr int kGroupOBytes = 64 * kHeadDim * 2;
   static constexpr int kKeyAt = kStages * kTileBytes;
   static constexpr int kQueryAt = kKeyAt + kStages * kTileBytes;
-  static constexpr int kPAt = kQueryAt + kGroups * kGroupQBytes;
-  static constexpr int kOutputAt = kPAt + (kSharedP ? kGroups * kGroupPBytes : 0);
+  static constexpr int kOutputAt = kQueryAt + kGroups * kGroupQBytes;
   static constexpr int kControlAt = kOutputAt + kGroups * kGroupOBytes;
   static constexpr int kSharedBytes = kControlAt + static_cast<int>(sizeof(ControlBlock<kStages>));
   static_assert(kSharedBytes <= 232448, "tile does not fit in shared memory");   // 227 KiB
