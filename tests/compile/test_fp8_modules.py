@@ -111,7 +111,7 @@ def test_module_keeps_to_its_registers(module):
 def test_module_multiplies_in_8_bits(module):
     text, tiles = module.sass("attention_kernel"), module.spec.tiles
     shapes = set(re.findall(r"GMMA\.(\S+)", text))
-    kinds = {f"64x{n}x32.F32.E4M3.E4M3" for n in (tiles.tile_kv, module.spec.head_dim)}
+    kinds = {f"64x{n}x32.F32.E4M3.E4M3" for n in (tiles.tile_kv, min(module.spec.head_dim, 128))}
     assert shapes == kinds
     for name in ("UTMALDG", "UTMASTG", "SYNCS", "STSM"):
         assert name in text, f"no {name}"
@@ -119,18 +119,17 @@ def test_module_multiplies_in_8_bits(module):
     assert not re.findall(r"\b(?:LDL|STL)\b", text)
 
 
-def test_weights_are_packed_without_shuffles_and_moves(module):
+def test_weights_are_packed_without_shuffles(module):
     """Two conversions make four weights, the second by merging; only maxima and denominators cross lanes."""
-    text, tiles = module.sass("attention_kernel"), module.spec.tiles
-    packed = len(re.findall(r"F2FP\.SATFINITE\.E4M3\.F32\.PACK_AB_MERGE_C", text))
-    assert packed == 2 * tiles.tile_kv // 4  # of two copies: the first tile of a run, and the loop
-    if module.spec.program.mask is None or "load" not in {n.op for n in walk(module.spec.program.mask)}:  # no search
+    text, tiles, mask = module.sass("attention_kernel"), module.spec.tiles, module.spec.program.mask
+    assert len(re.findall(r"F2FP\.SATFINITE\.E4M3\.F32\.PACK_AB_MERGE_C", text)) == tiles.tile_kv // 4
+    if mask is None or "load" not in {n.op for n in walk(mask)}:  # a producer that searches shuffles too
         assert len(re.findall(r"\bSHFL\.BFLY", text)) == 2 * 4 + 4
 
 
 def test_copy_of_v_reads_rows_and_writes_16_bytes(module):
     text, tiles = module.sass("transpose_values"), module.spec.tiles
     assert text.count("LDG.E.CONSTANT") == 32
-    assert text.count("STG.E.128") == 8
-    assert not re.findall(r"\b(?:LDS|STS|LDL|STL)\b", text)
+    assert text.count("STS.128") == text.count("LDS.128") == text.count("STG.E.128") == 8
+    assert not re.findall(r"\b(?:LDL|STL)\b", text)
     assert module.spec.head_dim // 4 * (tiles.tile_kv // 32) <= 1024

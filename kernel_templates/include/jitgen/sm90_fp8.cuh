@@ -177,8 +177,10 @@ template <int kHeadDimV, int kTileKv> struct TransposeValues {
     }
     __syncthreads();
 #pragma unroll
-    for (int i = threadIdx.x; i < kTileBytes / 16; i += kThreads)
+    for (int step = 0; step < kTileBytes / 16 / kThreads; ++step) {
+      const int i = threadIdx.x + step * kThreads;
       *reinterpret_cast<uint4*>(tile + i * 16) = load_shared_128(shared + chunk_offset(i / kChunks, i % kChunks));
+    }
   }
 };
 
