@@ -839,6 +839,7 @@ static Launch make_launch(const Args& args, int num_ctas = 0) {
   shape.tile_rows = kTileQ, shape.unit_keys = kTileKv;
   shape.pack = 1 << launch.packing, shape.groups = static_cast<int>(args.num_q_heads) >> launch.packing;
   shape.class_pack = group_size, shape.least_rows = static_cast<int>(args.class_rows) + 1, shape.most_rows = 0x7fffffff;
+  shape.least_keys = 0;
   shape.fixed_cost = kFixedCost, shape.shares = static_cast<int>(args.num_ctas);
   shape.least_piece = jg::kNeverCut;   // states of a norm cannot be joined
   launch.key_step = key_step(args);
