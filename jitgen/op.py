@@ -57,8 +57,8 @@ def _(
     want_lse: bool,
     family: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from jitgen.api import stride_like
     from jitgen.fp8 import output_dtype
+    from jitgen.layouts import stride_like
 
     shape = (*query.shape[:3], value.shape[3])
     dtype = output_dtype(query.dtype, None)
