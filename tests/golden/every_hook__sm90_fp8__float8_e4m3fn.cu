@@ -190,15 +190,16 @@ static_assert(kHeadDimV == kHeadDim, "the tiles are made for one head dim");
 using Control = jg::ControlBlock<kNumStages>;
 using KeyTile = jg::SpanTile<kHeadDim / 2>;     // an 8-bit tile is addressed as one of half as many 16-bit columns
 using ValueTile = jg::SpanTile<kTileKv / 2>;    // transposed: [kHeadDimV][kTileKv]
+using WeightTile = jg::SpanTile<kTileKv / 2>;   // P in shared memory
 using OutputTile = jg::SpanTile<kHeadDimV>;
 using Transpose = jg::TransposeValues<kHeadDimV, kTileKv>;
 using QueryProduct = jg::Fp8Wgmma<kTileKv>;
-constexpr int kPartCols = kHeadDimV < 128 ? kHeadDimV : 128;   // of O, in one product: O of a wide head leaves no more registers
-using ValueProduct = jg::Fp8Wgmma<kPartCols>;
+using ValueProduct = jg::Fp8Wgmma<kHeadDimV>;
 using Logits = float[kTileKv / 8][4];      // accumulators of one consumer thread: sm90_wgmma.cuh has the layout
 using Output = float[kHeadDimV / 8][4];
-constexpr bool kHasHooks = kHasMask || true;
-constexpr bool kMaybeEmpty = kHasHooks;
+// O of a wide head is rescaled while Q K^T runs: the multiplications are too many to hide after P V.
+constexpr bool kRescaleEarly = kHeadDimV > 128;
+constexpr bool kMaybeEmpty = kHasMask || true;
 constexpr int kTurnBarrier = 1, kGroupBarrier = 5;   // named barriers: + group
 
 // Shared-memory addresses of a CTA.
@@ -324,12 +325,15 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       return mask_tile(args, head, span, low * kTileKv, jg::min(high * kTileKv + kTileKv, static_cast<int>(args.kv_len)) - 1);
     };
     jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::max(-first_row, 0) / 64, span_of, classify);
+    int visited = 0;
     const auto load_key = [&](int step, int next) {
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
       if (!leader) return;
       if (kHasMask) {
-        jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | (next < 0 ? jg::kStepLast : 0));
+        const bool ends_run = ++visited % jg::kHeldTiles == 0;
+        const int flags = (next < 0 ? jg::kStepLast : 0) | (next < 0 || ends_run ? 15 : jg::skipped_groups(next)) << jg::kNextAt;
+        jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags);
       }
       jg::barrier_expect(full, Tile::kTileBytes);   // also publishes the step
       jg::tensor_load(shared.key(kv.stage), maps.k, full, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch, keep);
@@ -338,7 +342,6 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       const unsigned full = JG_BARRIER(v_full, at.stage);
       jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
       if (!leader) return;
-      jg::wait_for_previous_kernel();   // which copied V; returns at once from then on
       jg::barrier_expect(full, Tile::kTileBytes);
       jg::tensor_load(shared.value(at.stage), maps.v, full, kv_tile(step >> jg::kStepShift, num_tiles) * kHeadDimV, head.kv_h, work.batch, keep);
     };
@@ -393,14 +396,16 @@ JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
     QueryProduct::shared(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), step != 0);
   jg::wgmma_commit();
 }
-// Columns [first, first + kPartCols) of P V.
+// O += P V, with P in registers or in shared memory.
 using Weights = unsigned[kTileKv / 32][4];
-using Product = float[kPartCols / 8][4];
-JITGEN_FN void start_pv(Product& product, const Weights& p, unsigned long long v, int first) {
+JITGEN_FN void start_pv(Output& o, const Weights& p, unsigned long long p_shared, unsigned long long v) {
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kTileKv / 32; ++step)
-    ValueProduct::registers(product, p[step], v + (first * ValueTile::kSpanBytes >> 4) + ValueTile::step_offset(step, kHeadDimV), step != 0);
+    if constexpr (Tile::kSharedP)
+      ValueProduct::shared(o, p_shared + WeightTile::step_offset(step, 64), v + ValueTile::step_offset(step, kHeadDimV), 1);
+    else
+      ValueProduct::registers(o, p[step], v + ValueTile::step_offset(step, kHeadDimV), 1);
   jg::wgmma_commit();
 }
 
@@ -456,13 +461,21 @@ JITGEN_FN void store_output(const Args& args, const Maps& maps, Shared shared, O
   }
 }
 
+// Where this thread keeps its part of O. Computed where it is used: no register is free through the KV loop.
+JITGEN_FN jg::Sums own_sums(Shared shared) {
+  const unsigned here = jg::stay(static_cast<int>(threadIdx.x)), thread = here & 127;
+  const unsigned group = shared.base + Tile::kOutputAt + (here / 128 - 1) * Tile::kGroupOBytes;
+  return {group + thread * 16, group + Tile::kGroupSumBytes + thread * 8};
+}
+
 JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int group) {
-  const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127;   // else read again and again, and spilled for that
-  const int lane = thread & 31, num_tiles = num_kv_tiles(args);
+  const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, num_tiles = num_kv_tiles(args);
   const bool leader = thread == 0;
+  const unsigned p_shared = shared.base + Tile::kPAt + group * Tile::kGroupPBytes;
   const unsigned long long q_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.query(group), 16);
   const unsigned long long k_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.key(0), 16);
   const unsigned long long v_operand = jg::matrix_descriptor<ValueTile::kSpanBytes>(shared.value(0), 16);
+  const unsigned long long p_operand = jg::matrix_descriptor<WeightTile::kSpanBytes>(p_shared, 16);
   jg::RingPosition<kNumStages> kv(0);
   unsigned q_parity = 0, works = 0;   // works: messages taken
   // The groups issue their products in turn, so that the softmax of one runs under the products of another.
@@ -480,33 +493,55 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     Output o;
 #pragma unroll
     for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+    bool has_sums = false;   // whether part of O is in shared memory
     if (kind == jg::kWorkTile) {
       Logits s;
+      Weights p;
+      float factor[2];
       int step, position = 0;
       // What the stage holds; without a mask the consumers count for themselves.
       const auto read_step = [&] {
         if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(kv.stage + kv.parity * kNumStages)));
-        const int here = position++;
-        return here << jg::kStepShift | (here == num_tiles - 1 ? jg::kStepLast : 0) | (group_row > -64 ? kTileFull << 2 * group : 0);
+        const int here = position++, last = here == num_tiles - 1 ? jg::kStepLast : 0;
+        return here << jg::kStepShift | last | (last || here % jg::kHeldTiles == jg::kHeldTiles - 1 ? 15 << jg::kNextAt : 0) | (group_row > -64 ? kTileFull << 2 * group : 0);
       };
+      const auto first_column = [&] { return kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + 2 * (thread & 3); };
       const auto shape = [&](auto at_end) {
-        // stay: what hooks make of the columns must not be kept for the case that the weights are void
-        const int first_kv = jg::stay(kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv) + 2 * (thread & 3);
-        shape_logits<decltype(at_end)::value>(args, head, rows, s, first_kv, jg::kind_of(step, group) == kTilePartial);
-      };
-      const auto take_turn = [&] { jg::named_sync(kTurnBarrier + group, 256); };
-      const auto pass_turn = [&] { jg::named_arrive(kTurnBarrier + (group + 1 == Tile::kGroups ? 0 : group + 1), 256); };
-      const auto make_logits = [&] {
-        jg::forget(s);
-        start_qk(s, q_operand, k_operand + (kv.stage * Tile::kTileBytes >> 4));
+        shape_logits<decltype(at_end)::value>(args, head, rows, s, first_column(), jg::kind_of(step, group) == kTilePartial);
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
         jg::barrier_arrive_if(leader && (step & jg::kStepLast), JG_BARRIER(q_empty, group));
       };
+      const auto take_turn = [&] { jg::named_sync(kTurnBarrier + group, 256); };
+      const auto pass_turn = [&] { jg::named_arrive(kTurnBarrier + (group + 1 == Tile::kGroups ? 0 : group + 1), 256); };
+      const auto find_maximum = [&](float units, float (&shift)[2]) {
+        const bool moved = jg::update_maximum<kMaybeEmpty, jg::kSlackBits>(softmax, s, units, shift, factor);
+        shift[0] -= jg::kWeightBits, shift[1] -= jg::kWeightBits;
+        return moved;
+      };
+      const auto keep_sums = [&] {
+        const jg::Sums sums = own_sums(shared);
+        if (has_sums) {
+          jg::add_sums(o, sums, softmax.row_max, jg::exponent_units(rows.factor));
+        } else {   // until O of the query tile before has left
+          jg::bulk_wait_read();
+          jg::named_sync(kGroupBarrier + group, 128);
+        }
+        jg::store_sums(o, sums, softmax.row_max);
+        has_sums = true;
+      };
+      const auto keep_weights = [&] {
+        jg::pack_fp8_tile(p, s);
+        if constexpr (Tile::kSharedP) {   // a warp reads back its own 16 rows only: no wider barrier
+          jg::store_tile<kTileKv / 2>(p_shared, p, warp, lane);
+          jg::fence_async_proxy();
+          __syncwarp();
+        }
+      };
       jg::barrier_wait(JG_BARRIER(q_full, group), q_parity);
 #pragma unroll 1
-      do {
+      for (;;) {
         jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
         step = read_step();
         take_turn();
@@ -514,42 +549,61 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           pass_turn();
           release_key();
           jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
-        } else {
-          make_logits();
-          pass_turn();
-          const float units = jg::exponent_units(rows.factor);
-#pragma unroll 1
-          for (;;) {
-            jg::Wgmma<kTileKv>::wait<0>(s);
-            if (kHasHooks && step >> jg::kStepShift) shape(jg::Constant<0>());
-            else shape(jg::Constant<1>());   // the first tile visited is that at the end of the keys
-            if (__any_sync(0xffffffffu, softmax.row_max[0] == -INFINITY || softmax.row_max[1] == -INFINITY)) {
-              float top[2];
-              jg::find_tops(s, top);
-              jg::raise_maxima(softmax, o, top, units);
-            }
-            if (jg::weigh_columns<kMaybeEmpty>(softmax, s, o, units)) break;
-            make_logits();
-          }
-          release_key();
-          Weights p;
-          jg::pack_fp8_tile(p, s);
-          jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
-#pragma unroll
-          for (int first = 0; first < kHeadDimV; first += kPartCols) {
-            Product product;
-            jg::forget(product);
-            start_pv(product, p, v_operand + (kv.stage * Tile::kTileBytes >> 4), first);
-            jg::Wgmma<kPartCols>::wait<0>(product);
-            jg::add_product(o + first / 8, product);
-          }
+          if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
+          kv.advance();
+          if (step & jg::kStepLast) break;
+          continue;
         }
+        // A run of visible tiles: the products of a tile overlap with those of the next.
+        start_qk(s, q_operand, k_operand + (kv.stage * Tile::kTileBytes >> 4));
+        pass_turn();
+        jg::Wgmma<kTileKv>::wait<0>(s);
+        release_key();
+        shape(jg::Constant<1>());
+        const float units = jg::exponent_units(rows.factor);
+        float shift[2];
+        bool moved = find_maximum(units, shift);
+        jg::weigh_columns(softmax, s, units, shift);
+        keep_weights();
+        if (moved) jg::rescale_output(o, factor);
+        moved = false;
+#pragma unroll 1
+        while (!jg::is_next_skipped(step, group)) {
+          jg::RingPosition<kNumStages> next = kv;
+          next.advance();
+          jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
+          take_turn();
+          start_qk(s, q_operand, k_operand + (next.stage * Tile::kTileBytes >> 4));
+          if (kRescaleEarly && moved) jg::rescale_output(o, factor);
+          jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
+          start_pv(o, p, p_operand, v_operand + (kv.stage * Tile::kTileBytes >> 4));
+          pass_turn();
+          const int value_stage = kv.stage;
+          kv = next;
+          step = read_step();
+          jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
+          release_key();
+          shape(jg::Constant<0>());
+          moved = find_maximum(units, shift);
+          jg::Wgmma<kHeadDimV>::wait<0>(o);   // before the exponentials, as in sm90.cu.jinja
+          if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
+          if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
+          jg::weigh_columns(softmax, s, units, shift);
+          keep_weights();
+        }
+        if (kRescaleEarly && moved) jg::rescale_output(o, factor);
+        jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
+        start_pv(o, p, p_operand, v_operand + (kv.stage * Tile::kTileBytes >> 4));
+        jg::Wgmma<kHeadDimV>::wait<0>(o);
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
-      } while (!(step & jg::kStepLast));
+        if (step & jg::kStepLast) break;
+        keep_sums();
+      }
       q_parity ^= 1;
     }
 
+    if (has_sums) jg::add_sums(o, own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor));
     // The message is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
     const int4 done = jg::load_shared_int4(shared.work(works & 1));
     __syncwarp();
@@ -566,7 +620,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
 // The copy of V that the products read: one CTA for each KV tile of each head. `heads`: of a request.
 __global__ void __launch_bounds__(Transpose::kThreads)
 transpose_values(const __grid_constant__ Args args, int num_tiles, int heads) {
-  jg::start_next_kernel();   // its CTAs take the SMs that this one leaves
   const unsigned tile = blockIdx.x % num_tiles, head = blockIdx.x / num_tiles;
   const char* const rows = static_cast<const char*>(args.v) + head / heads * args.v_stride_b + head % heads * args.v_stride_h;
   char* const copy = static_cast<char*>(args.workspace) + static_cast<long long>(blockIdx.x) * Transpose::kTileBytes;
@@ -644,13 +697,7 @@ extern "C" int jitgen_launch(const Args* args) {
   const jg::Schedule schedule = {static_cast<int>(query_tiles), static_cast<int>(query_tiles * heads), section,
                                  static_cast<int>(query_tiles * kTileQ - args->q_len), jg::counter_of(stream)};
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(static_cast<unsigned>(grid)), launch.blockDim = dim3(Tile::kThreads);
-  launch.dynamicSmemBytes = Tile::kSharedBytes, launch.stream = stream;
-  launch.attrs = &overlap, launch.numAttrs = no_keys ? 0 : 1;
-  return cudaLaunchKernelEx(&launch, attention_kernel, Maps{q.operand, k.operand, v.operand, o.operand}, *args, schedule);
+  attention_kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>({q.operand, k.operand, v.operand, o.operand}, *args, schedule);
+  return cudaGetLastError();
 }
 extern "C" const char* jitgen_error_string(int code) { return jg::launch_error_string(code); }

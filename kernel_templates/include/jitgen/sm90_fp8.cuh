@@ -60,77 +60,36 @@ template <int kColTiles> JITGEN_FN void pack_fp8_tile(unsigned (&p)[kColTiles / 
     }
 }
 
-// ---- softmax ----
-// Largest logits of the two rows of a thread, agreed by the quad.
-template <int kColTiles> JITGEN_FN void find_tops(const float (&s)[kColTiles][4], float (&top)[2]) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    top[half] = ::fmaxf(s[0][2 * half], s[0][2 * half + 1]);
-#pragma unroll
-    for (int j = 1; j < kColTiles; ++j) top[half] = ::fmaxf(top[half], ::fmaxf(s[j][2 * half], s[j][2 * half + 1]));
-    top[half] = quad_max(top[half]);
-  }
-}
-// Brings the maxima up to those of a tile, and O to the new ones, where these are larger by more than the slack; returns
-// whether they were in any row of the warp.
-template <int kOutTiles> JITGEN_FN bool raise_maxima(RowSoftmax& state, float (&o)[kOutTiles][4], const float (&top)[2], float units) {
-  bool raised[2];
-  float factor[2] = {1.0f, 1.0f};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) raised[half] = (top[half] - state.row_max[half]) * units > kSlackBits;
-  if (!__any_sync(0xffffffffu, raised[0] || raised[1])) return false;
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-    if (raised[half]) {
-      factor[half] = exp2((state.row_max[half] - top[half]) * units);   // 0 for the first tile
-      state.row_sum[half] *= factor[half];
-      state.row_max[half] = top[half];
-    }
-  rescale_output(o, factor);
-  return true;
-}
-// Logits become weights, measured from the maxima of the tiles before: the search for those of this tile runs beside the
-// exponentials, which would otherwise wait for it. Returns false where the maxima had to be raised, which is rare after the
-// first tile: the weights are void then, and the logits must be computed again.
-template <bool kMaybeEmpty, int kColTiles, int kOutTiles>
-JITGEN_FN bool weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], float (&o)[kOutTiles][4], float units) {
-  float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, shift[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float origin = kMaybeEmpty && state.row_max[half] == -INFINITY ? 0.0f : state.row_max[half];
-    shift[half] = ::fmaf(origin, units, -static_cast<float>(kWeightBits));
-  }
-#pragma unroll
-  for (int j = 0; j < kColTiles; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      float& x = s[j][e];
-      top[e / 2] = ::fmaxf(top[e / 2], x);
-      x = exp2(::fmaf(x, units, -shift[e / 2]));
-      sum[e / 2] += x;
-    }
-  top[0] = quad_max(top[0]), top[1] = quad_max(top[1]);
-  if (raise_maxima(state, o, top, units)) return false;
-  state.row_sum[0] += sum[0], state.row_sum[1] += sum[1];
-  return true;
-}
-
 // ---- O in fp32 ----
-// The tensor cores add 8-bit products to about 12 bits of the accumulator, and cut off the rest: over 16k keys that loses a
-// fifth of an O whose terms have one sign. The product of each tile is therefore made apart, and added here.
-template <int kOutTiles> JITGEN_FN void add_product(float (*o)[4], const float (&product)[kOutTiles][4]) {
+// The tensor cores add 8-bit products to about 14 bits of the accumulator, and cut off the rest: over 16k keys that loses a
+// fifth of an O whose terms have one sign. Every kHeldTiles tiles the accumulators are therefore added to sums in shared
+// memory, kept with the row maxima they are measured from. A thread has 16 bytes of each 2 KiB, and 8 for the maxima.
+constexpr int kHeldTiles = 8;
+
+struct Sums { unsigned values, maxima; };   // addresses of one thread
+
+// O += sums
+template <int kOutTiles>
+JITGEN_FN void add_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2], float units) {
+  const float2 before = load_shared_float2(sums.maxima);
+  const float upper = before.x == row_max[0] ? 1.0f : exp2((before.x - row_max[0]) * units);   // equal: both may be -inf
+  const float lower = before.y == row_max[1] ? 1.0f : exp2((before.y - row_max[1]) * units);
 #pragma unroll
-  for (int j = 0; j < kOutTiles; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) o[j][e] += product[j][e];
+  for (int j = 0; j < kOutTiles; ++j) {
+    const float4 sum = load_shared_float4(sums.values + 2048 * j);
+    o[j][0] = ::fmaf(sum.x, upper, o[j][0]), o[j][1] = ::fmaf(sum.y, upper, o[j][1]);
+    o[j][2] = ::fmaf(sum.z, lower, o[j][2]), o[j][3] = ::fmaf(sum.w, lower, o[j][3]);
+  }
 }
-// Accumulators that a product is about to overwrite. Their old values, which an asm statement names as inputs all the same,
-// would hold on to registers.
-template <int kColTiles> JITGEN_FN void forget(float (&d)[kColTiles][4]) {
+// sums = O, and O = 0.
+template <int kOutTiles>
+JITGEN_FN void store_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2]) {
+  store_shared(sums.maxima, make_float2(row_max[0], row_max[1]));
 #pragma unroll
-  for (int j = 0; j < kColTiles; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) asm volatile("" : "=f"(d[j][e]));
+  for (int j = 0; j < kOutTiles; ++j) {
+    store_shared(sums.values + 2048 * j, make_float4(o[j][0], o[j][1], o[j][2], o[j][3]));
+    o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+  }
 }
 
 // ---- V ----
@@ -193,14 +152,18 @@ template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches> st
 
   static constexpr int kProducerRegs = kGroups == 2 ? (kSearches ? 40 : 24) : 32;
   static constexpr int kConsumerRegs = kGroups == 2 ? (kSearches ? 232 : 240) : 160;
+  static constexpr bool kSharedP = kGroups == 3 && kHeadDim >= 128;   // S and O leave no room for P in 160 registers
 
-  // V stages, K stages, Q, O (16 bits), control
+  // V stages, K stages, Q, P, then sums of O (fp32) and their maxima, over which O leaves in 16 bits, control
   static constexpr int kGroupQBytes = 64 * kHeadDim;
   static constexpr int kTileBytes = kTileKv * kHeadDim;   // of a stage of K, and of V
-  static constexpr int kGroupOBytes = 64 * kHeadDim * 2;
+  static constexpr int kGroupPBytes = 64 * kTileKv;
+  static constexpr int kGroupSumBytes = 64 * kHeadDim * 4;
+  static constexpr int kGroupOBytes = kGroupSumBytes + 1024;
   static constexpr int kKeyAt = kStages * kTileBytes;
   static constexpr int kQueryAt = kKeyAt + kStages * kTileBytes;
-  static constexpr int kOutputAt = kQueryAt + kGroups * kGroupQBytes;
+  static constexpr int kPAt = kQueryAt + kGroups * kGroupQBytes;
+  static constexpr int kOutputAt = kPAt + (kSharedP ? kGroups * kGroupPBytes : 0);
   static constexpr int kControlAt = kOutputAt + kGroups * kGroupOBytes;
   static constexpr int kSharedBytes = kControlAt + static_cast<int>(sizeof(ControlBlock<kStages>));
   static_assert(kSharedBytes <= 232448, "tile does not fit in shared memory");   // 227 KiB
