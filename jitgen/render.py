@@ -20,6 +20,7 @@ TEMPLATE_OF_FAMILY = {
     "cpu": "attention/cpu.cpp.jinja",
     "sm80": "attention/sm80.cu.jinja",
     "sm90": "attention/sm90.cu.jinja",
+    "sm90_fp8": "attention/sm90_fp8.cu.jinja",
     "decode": "attention/decode.cu.jinja",
 }
 SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
@@ -30,7 +31,7 @@ SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     "merge": "attention/merge.cu.jinja",
     "merge_cpu": "attention/merge.cpp.jinja",
 }
-RAW_SCORE_FAMILIES = ("sm80", "sm90", "decode")  # whose templates take part of the scaling out of the element loop
+RAW_SCORE_FAMILIES = ("sm80", "sm90", "sm90_fp8", "decode")  # whose templates take part of the scaling out of the element loop
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 
 
@@ -57,6 +58,7 @@ class KernelContext:
     head_dim_v: int
     dtype: str
     kv_dtype: str  # of K and V where they are stored in 8 bits; empty: dtype
+    out_dtype: str
     cuda_arch: int  # 90 for sm_90a; 0 on the CPU
     tile_q: int
     tile_kv: int
@@ -150,6 +152,7 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         head_dim_v=spec.head_dim_v,
         dtype=spec.dtype,
         kv_dtype=spec.kv_dtype,
+        out_dtype=spec.out_dtype or spec.dtype,
         cuda_arch=_cuda_arch(spec.target),
         tile_q=spec.tiles.tile_q,
         tile_kv=spec.tiles.tile_kv,
