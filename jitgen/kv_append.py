@@ -1,0 +1,248 @@
+"""Appending the keys and values of new tokens to a paged cache: transformed, rotated, quantised and written by one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from jitgen.checks import dtype_name
+from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
+from jitgen.kv_hooks import RowProgram, Transform, TransformTrace, resolve_transform
+from jitgen.kv_launch import Stream, Tokens, launch_rows, new_rows, token_indices
+from jitgen.kv_spec import BYTES, FLOATS
+from jitgen.program import Slot
+from jitgen.ir import walk
+from jitgen.serving_pages import KV_LAYOUTS, PageTable
+
+Tensor = torch.Tensor
+Scales = float | Tensor
+CACHE_FORMS = (
+    "a pair of [pages, page_size, num_kv_heads, head_dim], one [pages, 2, page_size, num_kv_heads, head_dim], or without the "
+    "axis of heads a pair of [pages, page_size, head_dim]"
+)
+
+
+def append(
+    kv: Tensor | tuple[Tensor, Tensor],
+    k: Tensor,
+    v: Tensor,
+    page_table: PageTable | Tensor | tuple[Tensor, Tensor] | None = None,
+    positions: Tensor | None = None,
+    batch_indices: Tensor | None = None,
+    *,
+    q_indptr: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
+    transform: Transform | None = None,
+    scales: tuple[Scales, Scales] | None = None,
+    kv_layout: str = "NHD",
+) -> None:
+    """Write the keys and values of new tokens to their places in a paged cache, in one kernel.
+
+    The place of a token is given in one of three ways; a negative index skips it. Pages must have been allocated.
+      page_table, positions, batch_indices   position and request of each token
+      page_table, q_indptr, kv_len           as in Plan.update: the tokens ``q_indptr[b]`` to ``q_indptr[b + 1]`` are the last
+                                             of the ``kv_len[b]`` of request b
+      slot_mapping                           ``page * page_size + offset`` of each token
+
+    transform   a function ``(k, v, b, kv_h, pos) -> (k, v)`` of rows, traced and fused: bias, qk-norm, a jitgen.Rope. Captured
+                rows run along the head dim, ``.sum()``, ``.mean()`` and ``.rms()`` are over it; captured values are launch
+                arguments. With slot_mapping, ``b`` and ``pos`` are what batch_indices and positions say
+    scales      for k and v, of a cache of 8-bit elements: what is written is the row divided by the scale, saturated. A number
+                or a tensor of one element; one for each head [num_kv_heads]; or [pages, page_size, num_kv_heads] or [slots,
+                num_kv_heads], into which the kernel writes the scale of each row, its largest magnitude over that of the type
+
+    Shapes:  k, v [num_tokens, num_kv_heads, head_dim], float32, bfloat16 or float16; kv a pair of [pages, page_size,
+             num_kv_heads, head_dim] or one [pages, 2, page_size, num_kv_heads, head_dim], "HND" with page_size and
+             num_kv_heads the other way round; or without the axis of heads: k [num_tokens, 512], v [num_tokens, 64] and a
+             pair of [pages, page_size, 512] and [pages, page_size, 64] for MLA, which may be slices of one tensor of 576.
+             Elements of the cache: float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, int8. Any strides but unit stride
+             along the head dim; indices int32 or int64; scales float32.
+    Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, VariantError, UnsupportedVariant, CompileError. A place that is
+             not there is a LaunchError on the CPU; on a GPU such a token is skipped.
+    Cost:    compiles once for each transform and combination of dtypes; reads the rows and writes the cache once.
+    """
+    trace, values = resolve_transform(transform)
+    rows = new_rows("k", k), new_rows("v", v)
+    caches = _caches(kv, kv_layout)
+    device = k.device
+    for name, x, cache in zip("kv", rows, caches, strict=True):
+        _check_cache(name, x, cache, rows[0])
+    num_pages, page_size = caches[0].shape[:2]
+    tokens = _tokens(rows[0].shape[0], page_table, positions, batch_indices, q_indptr, kv_len, slot_mapping, device)
+    tokens.num_pages, tokens.page_size = num_pages, page_size
+    _check_reads(trace, tokens)
+    _check_captures(trace, values, rows)
+    streams = []
+    for i, (name, x, cache) in enumerate(zip("kv", rows, caches, strict=True)):
+        program = (trace.k, trace.v)[i]
+        s = Stream(name, x, cache, cache.data_ptr(), cache.stride()[:3], program.rope, program)
+        _set_scale(s, None if scales is None else scales[i], num_pages * page_size)
+        streams.append(s)
+    launch_rows(streams, "pages" if slot_mapping is None else "slots", tokens, device, trace, values)
+
+
+def _caches(kv: object, kv_layout: str) -> tuple[Tensor, Tensor]:
+    """K and V of a cache as [pages, page_size, num_kv_heads, head_dim]."""
+    if kv_layout not in KV_LAYOUTS:
+        raise ShapeMismatch(f"kv_layout={kv_layout!r} is not a layout. Use 'NHD' or 'HND'.")
+    if isinstance(kv, Tensor):
+        if kv.dim() != 5 or kv.shape[1] != 2:
+            raise ShapeMismatch(f"the kv cache has shape {tuple(kv.shape)}, expected {CACHE_FORMS}.")
+        pair: Sequence[Tensor] = kv.unbind(1)
+    elif isinstance(kv, tuple | list) and len(kv) == 2 and all(isinstance(t, Tensor) for t in kv):
+        pair = kv
+    else:
+        raise TypeError(f"the kv cache is a {type(kv).__name__}, expected {CACHE_FORMS}.")
+    found = []
+    for name, t in zip("kv", pair, strict=True):
+        if t.dim() not in (3, 4):
+            raise ShapeMismatch(f"the {name} cache has shape {tuple(t.shape)}, expected {CACHE_FORMS}.")
+        found.append(t.unsqueeze(2) if t.dim() == 3 else t.transpose(1, 2) if kv_layout == "HND" else t)
+    return found[0], found[1]
+
+
+def _check_cache(name: str, x: Tensor, cache: Tensor, k: Tensor) -> None:
+    """Rows fit the cache; ``k``: the rows of k, of which those of v must be as many."""
+    if x.shape[0] != k.shape[0]:
+        raise ShapeMismatch(f"v has {x.shape[0]} tokens, k has {k.shape[0]} (axis 0). Both must match.")
+    if tuple(x.shape[1:]) != tuple(cache.shape[2:]):
+        raise ShapeMismatch(
+            f"{name} has {x.shape[1]} heads of {x.shape[2]}, the {name} cache has {cache.shape[2]} of {cache.shape[3]}. Both must "
+            "match; see kv_layout."
+        )
+    if dtype_name(cache.dtype) not in (*FLOATS, *BYTES):
+        allowed = ", ".join((*FLOATS, *BYTES))
+        raise UnsupportedDtype(f"the {name} cache has dtype {dtype_name(cache.dtype)}, expected one of {allowed}.")
+    for what, t in ((name, x), (f"the {name} cache", cache)):
+        if t.device != k.device:
+            raise UnsupportedDevice(f"{what} is on {t.device}, k is on {k.device}. All must be on one device.")
+    if cache.stride(3) != 1 and cache.shape[3] > 1:
+        raise ShapeMismatch(f"the {name} cache has strides {cache.stride()}, expected unit stride along the head dim.")
+
+
+def _tokens(
+    count: int,
+    page_table: PageTable | Tensor | tuple[Tensor, Tensor] | None,
+    positions: Tensor | None,
+    batch_indices: Tensor | None,
+    q_indptr: Tensor | None,
+    kv_len: Tensor | None,
+    slot_mapping: Tensor | None,
+    device: torch.device,
+) -> Tokens:
+    """The indices of a call, checked."""
+    tokens = Tokens(count)
+    if (q_indptr is None) != (kv_len is None):
+        raise ShapeMismatch("q_indptr and kv_len belong together, one was given without the other.")
+    if q_indptr is not None and (positions is not None or batch_indices is not None):
+        raise ShapeMismatch("q_indptr and kv_len say positions and requests, and positions or batch_indices were given too.")
+    if q_indptr is not None:
+        tokens.of_requests("kv_len", q_indptr, kv_len, True, device)  # type: ignore[arg-type]
+    for name in ("positions", "batch_indices", "slot_mapping"):
+        t = {"positions": positions, "batch_indices": batch_indices, "slot_mapping": slot_mapping}[name]
+        if t is not None:
+            setattr(tokens, name, token_indices(name, t, count, device))
+    if slot_mapping is not None:
+        if page_table is not None:
+            raise ShapeMismatch("page_table and slot_mapping were both given; each says where tokens go. Leave one out.")
+        return tokens
+    if page_table is None or (q_indptr is None and (positions is None or batch_indices is None)):
+        raise ShapeMismatch(
+            "nothing says where the tokens go. Give slot_mapping, or page_table with positions and batch_indices, or page_table "
+            "with q_indptr and kv_len."
+        )
+    table = PageTable.of(page_table)
+    if table.device != device:
+        raise UnsupportedDevice(f"the page table is on {table.device}, k is on {device}. Move it there.")
+    if q_indptr is not None and tokens.batch > table.batch:
+        raise ShapeMismatch(f"kv_len has {tokens.batch} requests, the page table {table.batch}. Both must match.")
+    tokens.batch = tokens.batch if q_indptr is not None else table.batch
+    tokens.list_start, tokens.pages, tokens.list_stride = table.indptr, table.pages, table.list_stride
+    return tokens
+
+
+def _check_reads(trace: TransformTrace, tokens: Tokens) -> None:
+    """What the transform reads of tokens is known."""
+    turns = trace.k.rope is not None or trace.v.rope is not None
+    if (trace.reads_position or turns) and tokens.positions is None and tokens.q_indptr is None:
+        raise VariantError("the transform uses pos, and with slot_mapping positions are not known. Give positions=.")
+    if trace.reads_request and tokens.batch_indices is None and tokens.q_indptr is None:
+        raise VariantError("the transform uses b, and with slot_mapping requests are not known. Give batch_indices=.")
+
+
+def _check_captures(trace: TransformTrace, values: Sequence[object], rows: tuple[Tensor, Tensor]) -> None:
+    """Captured tensors are on the device of the rows and reach as far as heads and elements are indexed."""
+    for slot, value in zip(trace.slots, values, strict=True):
+        if slot.kind == "tensor" and value.device != rows[0].device:  # type: ignore[attr-defined]
+            raise UnsupportedDevice(
+                f"captured tensor '{slot.name}' is on {value.device}, the rows are on {rows[0].device}. "  # type: ignore[attr-defined]
+                f"Move it with {slot.name}.to({str(rows[0].device)!r})."
+            )
+    for program, x in zip((trace.k, trace.v), rows, strict=True):
+        least = {"kv_h": x.shape[1], "d": x.shape[2]}
+        for i, dim, index in _direct_indices(program):
+            _check_reach(trace.slots[i], values[i], dim, index, least[index])  # type: ignore[arg-type]
+
+
+def _direct_indices(program: RowProgram) -> set[tuple[int, int, str]]:
+    """(slot, dimension, index) of the dimensions that generated code reads at exactly kv_h or d, without a clamp."""
+    return {
+        (int(str(n.attr)), dim, str(index.attr))
+        for n in walk(program.before, program.position, program.after)
+        if n.op == "load"
+        for dim, index in enumerate(n.args)
+        if index.op == "index" and index.attr in ("kv_h", "d")
+    }
+
+
+def _check_reach(slot: Slot, value: Tensor, dim: int, index: str, least: int) -> None:
+    if value.shape[dim] < least:
+        what = "the heads" if index == "kv_h" else "a row"
+        raise ShapeMismatch(
+            f"captured tensor '{slot.name}' has size {value.shape[dim]} along axis {dim}, which runs over {what}, of which there "
+            f"are {least}. Give it {least} entries."
+            if index == "kv_h"
+            else f"captured tensor '{slot.name}' has size {value.shape[dim]} along axis {dim}, which runs along {what} of {least} "
+            f"elements. Give it {least} entries."
+        )
+
+
+def _set_scale(s: Stream, scale: Scales | None, num_slots: int) -> None:
+    """How the rows of a stream are scaled."""
+    is_bytes = dtype_name(s.written.dtype) in BYTES
+    if scale is None:
+        if s.written.dtype == torch.int8:
+            raise VariantError(f"the {s.name} cache is int8 and there is no scale for it. Give scales=(k_scale, v_scale).")
+        return
+    if not is_bytes:
+        raise VariantError(
+            f"scales were given, and the {s.name} cache is {dtype_name(s.written.dtype)}, which is not scaled. Leave them out, or "
+            f"make the cache one of {', '.join(BYTES)}."
+        )
+    s.scale = "given"
+    if not isinstance(scale, Tensor):
+        s.scale_value = float(scale)
+        if not s.scale_value > 0.0:
+            raise VariantError(f"the scale of {s.name} is {scale!r}, expected a number above 0.")
+        return
+    heads = s.x.shape[1]
+    forms = {(): (0, 0), (1,): (0, 0), (heads,): (0, 1)}
+    stored = {(num_slots, heads), (s.written.shape[0], s.written.shape[1], heads)}
+    if scale.dtype != torch.float32:
+        raise UnsupportedDtype(f"the scale of {s.name} has dtype {dtype_name(scale.dtype)}, expected float32.")
+    if scale.device != s.x.device:
+        raise UnsupportedDevice(f"the scale of {s.name} is on {scale.device}, k is on {s.x.device}. Move it there.")
+    shape = tuple(scale.shape)
+    if shape not in forms and shape not in stored:
+        raise ShapeMismatch(
+            f"the scale of {s.name} has shape {shape}, expected [], [{heads}] for each head, or [{num_slots}, {heads}] or "
+            f"{[*s.written.shape[:2], heads]} for each slot and head."
+        )
+    if not scale.is_contiguous():
+        raise ShapeMismatch(f"the scale of {s.name} has strides {scale.stride()}, expected a contiguous tensor.")
+    s.scale_address = scale.data_ptr()
+    s.scale_strides = forms.get(shape, (heads, 1))
+    if shape not in forms:
+        s.scale = "stored"

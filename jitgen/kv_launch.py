@@ -1,0 +1,277 @@
+"""From rows to a started kernel: what jitgen.rope and jitgen.append share."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from jitgen import runtime
+from jitgen.checks import dtype_name
+from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.kv_hooks import NO_TRANSFORM, RowProgram, TransformTrace
+from jitgen.kv_spec import FLOATS, MAX_HEAD_DIM, MAX_PAIRS, SIZE_OF, Rotation, RowsSpec, StreamSpec, render_rows, widest_access
+from jitgen.rotary import Rope
+from jitgen.serving_pages import as_int32, check_indices
+from jitgen.target import CompileTarget, detect_cpu, detect_cuda
+
+Tensor = torch.Tensor
+_NO_PROGRAM = RowProgram()
+# Heads that a team of lanes goes through, so that angles are computed once for all of them; fewer where a launch has few
+# tokens, so that all multiprocessors have work.
+MOST_HEADS, BUSY_LANES = 8, 132 * 1024
+
+
+@dataclass(slots=True)
+class Stream:
+    """Rows to read and where to write them."""
+
+    name: str
+    x: Tensor  # [num_tokens, heads, head_dim]
+    written: Tensor
+    out_address: int
+    out_strides: tuple[int, int, int]  # page, slot, head
+    rope: Rope | None = None
+    program: RowProgram = _NO_PROGRAM
+    scale: str = ""  # as in StreamSpec
+    scale_address: int = 0
+    scale_value: float = 1.0
+    scale_strides: tuple[int, int] = (0, 0)  # slot, head
+
+    @classmethod
+    def in_rows(cls, name: str, x: Tensor, written: Tensor, rope: Rope) -> Stream:
+        """Rows that are written as they are numbered."""
+        return cls(name, x, written, written.data_ptr(), (0, *written.stride()[:2]), rope)
+
+
+@dataclass(slots=True)
+class Tokens:
+    """Which positions, requests and slots tokens have; addresses of index tensors, which are kept alive here."""
+
+    count: int
+    positions: Tensor | None = None
+    batch_indices: Tensor | None = None
+    slot_mapping: Tensor | None = None
+    q_indptr: Tensor | None = None
+    lengths: Tensor | None = None
+    from_end: bool = False
+    batch: int = 0
+    list_start: Tensor | None = None
+    pages: Tensor | None = None
+    page_size: int = 1
+    num_pages: int = 0
+    list_stride: int = 0
+
+    @classmethod
+    def at(cls, positions: Tensor | tuple[Tensor, Tensor], count: int, device: torch.device) -> Tokens:
+        """Tokens at given positions, or at those of requests."""
+        if isinstance(positions, tuple | list):
+            indptr, first = positions
+            return cls(count).of_requests("positions", indptr, first, False, device)
+        return cls(count, positions=token_indices("positions", positions, count, device))
+
+    def of_requests(self, name: str, indptr: Tensor, lengths: Tensor, from_end: bool, device: torch.device) -> Tokens:
+        """Positions from the bounds of requests."""
+        for what, t in (("q_indptr", indptr), (name, lengths)):
+            check_indices(what, t, 1)
+            if t.device != device:
+                raise UnsupportedDevice(f"{what} is on {t.device}, the rows are on {device}. Move it with .to({str(device)!r}).")
+        if indptr.shape[0] != lengths.shape[0] + 1:
+            raise ShapeMismatch(f"q_indptr has {indptr.shape[0]} entries, expected {lengths.shape[0] + 1}: one more than {name}.")
+        self.q_indptr, self.lengths, self.from_end = as_int32(indptr), as_int32(lengths), from_end
+        self.batch = lengths.shape[0]
+        return self
+
+    def words(self, stream: int, threads: int) -> tuple[int, ...]:
+        """Values of TOKEN_ARGS."""
+        indices = (self.positions, self.batch_indices, self.slot_mapping)
+        wide = sum(1 << i for i, t in enumerate(indices) if t is not None and t.dtype == torch.int64)
+        tensors = (*indices, self.q_indptr, self.lengths, self.list_start, self.pages)
+        length = 0 if self.pages is None else self.pages.shape[-1]
+        return (
+            *[0 if t is None else t.data_ptr() for t in tensors], wide, self.from_end, self.count, self.batch, self.page_size,
+            self.num_pages, self.list_stride, length, stream, threads,
+        )  # fmt: skip
+
+
+def token_indices(name: str, t: Tensor, count: int, device: torch.device) -> Tensor:
+    """One index for each token: int32 or int64, contiguous."""
+    check_indices(name, t, 1)
+    if t.shape[0] != count:
+        raise ShapeMismatch(f"{name} has {t.shape[0]} entries, expected {count}: one for each token.")
+    if t.device != device:
+        raise UnsupportedDevice(f"{name} is on {t.device}, the rows are on {device}. Move it with .to({str(device)!r}).")
+    return t if t.is_contiguous() else t.contiguous()
+
+
+def new_rows(name: str, x: Tensor) -> Tensor:
+    """Rows of new tokens as [num_tokens, heads, head_dim]; without the axis of heads there is one.
+
+    Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, GradNotSupported.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}, expected a torch.Tensor.")
+    if x.dim() not in (2, 3):
+        raise ShapeMismatch(f"{name} has shape {tuple(x.shape)}, expected [num_tokens, heads, head_dim].")
+    if dtype_name(x.dtype) not in FLOATS:
+        raise UnsupportedDtype(f"{name} has dtype {dtype_name(x.dtype)}, expected {', '.join(FLOATS)}.")
+    if x.device.type not in ("cpu", "cuda"):
+        raise UnsupportedDevice(f"{name} is on {x.device}, expected a cpu or cuda tensor.")
+    if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+        raise ShapeMismatch(f"{name} has head_dim {x.shape[-1]}, expected 1 to {MAX_HEAD_DIM}.")
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ShapeMismatch(f"{name} has strides {x.stride()}, expected unit stride along the head dim, the last axis.")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise GradNotSupported(f"{name} requires grad, and this has no gradient. Detach it, or call under torch.no_grad().")
+    return x.unsqueeze(1) if x.dim() == 2 else x
+
+
+# ---- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Table:
+    """Kernels by what calls differ in."""
+
+    found: dict[tuple[object, ...], tuple[runtime.CompiledKernel, TransformTrace]] = field(default_factory=dict)
+    loaded: dict[tuple[str, CompileTarget], runtime.CompiledKernel] = field(default_factory=dict)
+    targets: dict[torch.device, CompileTarget] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+_table = _Table()
+
+
+def module_path(spec: RowsSpec) -> Path:
+    """Path of the spec's shared library, which is built when no layer has it."""
+    from jitgen.build import get_module
+
+    call = (module_path, spec)
+    return get_module(spec.digest, spec.family, spec.label, lambda: render_rows(spec), spec.target, call=call)
+
+
+def _target_of(device: torch.device) -> CompileTarget:
+    target = _table.targets.get(device)
+    if target is None:
+        target = _table.targets[device] = detect_cpu() if device.type == "cpu" else detect_cuda(device.index)
+    return target
+
+
+def _load(spec: RowsSpec) -> runtime.CompiledKernel:
+    with _table.lock:
+        kernel = _table.loaded.get((spec.digest, spec.target))
+        if kernel is None:
+            kernel = runtime.CompiledKernel(module_path(spec), spec, spec.args)  # type: ignore[arg-type]
+            _table.loaded[spec.digest, spec.target] = kernel
+    return kernel
+
+
+Turn = tuple[Rope, int]  # a rotation and the elements of a row that it rotates
+
+
+def _get_kernel(
+    streams: Sequence[Stream], turns: list[Turn], places: str, trace: TransformTrace, device: torch.device
+) -> runtime.CompiledKernel:
+    """The kernel for these rows; each of ``turns`` is a rotation of the launch, by its number."""
+    shapes = [
+        (s.name, s.x.dtype, s.written.dtype, s.x.shape[2], _alignment(s), s.scale, id(s.program), _number(s, turns))
+        for s in streams
+    ]
+    kinds = [(dim, r.interleave, r.cos_sin is not None and r.cos_sin.dtype) for r, dim in turns]
+    key = (places, device, id(trace), *shapes, *kinds)
+    found = _table.found.get(key)
+    if found is None:
+        specs = tuple(_stream_spec(s, turns) for s in streams)
+        spec = RowsSpec(specs, places, _target_of(device), trace.slots)
+        if sum(r.rotary_dim for r in spec.rotations if not r.table) > 2 * MAX_PAIRS:
+            raise ShapeMismatch(f"rotations of more than {2 * MAX_PAIRS} elements in one call. Use a cos_sin table.")
+        found = _table.found[key] = (_load(spec), trace)  # keeps the trace, so its id stays its own
+    return found[0]
+
+
+def _turns_of(streams: Sequence[Stream]) -> list[Turn]:
+    """The different rotations of a launch."""
+    found = {(id(s.rope), s.x.shape[2]): s for s in streams if s.rope is not None}
+    turns = [(s.rope, s.rope.dim_of(s.x.shape[2])) for s in found.values()]  # type: ignore[union-attr]
+    return list({(id(r), dim): (r, dim) for r, dim in turns}.values())  # type: ignore[misc]
+
+
+def _number(s: Stream, turns: list[Turn]) -> int:
+    """Which of the launch's rotations a stream has; -1 for none."""
+    if s.rope is None:
+        return -1
+    return next(i for i, (r, dim) in enumerate(turns) if r is s.rope and dim == s.rope.dim_of(s.x.shape[2]))
+
+
+def _alignment(s: Stream) -> int:
+    """Elements by whose multiples all rows lie apart, and from address 0; at most what one access needs."""
+    x_size, out_size = s.x.element_size(), s.written.element_size()
+    return math.gcd(16, s.x.data_ptr() // x_size, s.out_address // out_size, *s.out_strides, *_strides(s.x))
+
+
+def _strides(x: Tensor) -> tuple[int, int]:
+    """Strides of tokens and heads; 0 where there is one, whose stride means nothing."""
+    return (x.stride(0) if x.shape[0] > 1 else 0), (x.stride(1) if x.shape[1] > 1 else 0)
+
+
+def _stream_spec(s: Stream, turns: list[Turn]) -> StreamSpec:
+    head_dim, number, rotation = s.x.shape[2], _number(s, turns), None
+    if number >= 0:
+        turn, dim = turns[number]
+        table = "" if turn.cos_sin is None else dtype_name(turn.cos_sin.dtype)
+        rotation = Rotation(dim, turn.interleave, table, number)
+    dtypes = dtype_name(s.x.dtype), dtype_name(s.written.dtype)
+    vec = widest_access(head_dim, rotation, (SIZE_OF[dtypes[0]], SIZE_OF[dtypes[1]]), _alignment(s))
+    p = s.program
+    return StreamSpec(s.name, *dtypes, head_dim, vec, s.scale, rotation, p.before, p.after, p.position)
+
+
+def _heads_per_unit(x: Tensor) -> int:
+    heads = min(MOST_HEADS, x.shape[1])
+    lanes = x.shape[0] * max(x.shape[2] // 16, 1)
+    while heads > 1 and lanes * -(-x.shape[1] // heads) < BUSY_LANES:
+        heads = (heads + 1) // 2
+    return heads
+
+
+def launch_rows(
+    streams: Sequence[Stream],
+    places: str,
+    tokens: Tokens,
+    device: torch.device,
+    trace: TransformTrace = NO_TRANSFORM,
+    values: Sequence[object] = (),
+) -> None:
+    """Start the kernel that moves the rows of all streams.
+
+    Errors:  CompileError, ToolchainMissing, UnsupportedDevice; LaunchError on the CPU for places that are not there.
+    """
+    turns = _turns_of(streams)
+    for turn, _ in turns:
+        if turn.cos_sin is not None and turn.cos_sin.device != device:
+            raise UnsupportedDevice(f"cos_sin is on {turn.cos_sin.device}, the rows are on {device}. Move it there.")
+    if tokens.count == 0:
+        return
+    kernel = _get_kernel(streams, turns, places, trace, device)
+    on_host = device.type == "cpu"
+    stream = 0 if on_host else torch._C._cuda_getCurrentRawStream(device.index)
+    words: list[object] = [*tokens.words(stream, torch.get_num_threads() if on_host else 0)]
+    for s in streams:
+        heads = s.x.shape[1]
+        words += (s.x.data_ptr(), s.out_address, s.scale_address, s.scale_value, heads, _heads_per_unit(s.x), 0,
+                  s.x.stride(0), s.x.stride(1), *s.out_strides, *s.scale_strides)  # fmt: skip
+    for turn, dim in turns:
+        table = turn.cos_sin
+        words += turn.speeds(dim) if table is None else (table.data_ptr(), table.shape[0], table.stride(0))
+    packed = kernel.pack(*words, *runtime.capture_words(trace, list(values)))  # type: ignore[arg-type]
+    if on_host or device.index == torch._C._cuda_getDevice():
+        code = kernel.launch(packed)
+    else:
+        with torch.cuda.device(device):
+            code = kernel.launch(packed)
+    if code:
+        kernel.raise_error(code)
