@@ -8,11 +8,11 @@ import torch
 
 from jitgen.checks import dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
+from jitgen.ir import walk
 from jitgen.kv_hooks import RowProgram, Transform, TransformTrace, resolve_transform
 from jitgen.kv_launch import Stream, Tokens, launch_rows, new_rows, token_indices
 from jitgen.kv_spec import BYTES, FLOATS
 from jitgen.program import Slot
-from jitgen.ir import walk
 from jitgen.serving_pages import KV_LAYOUTS, PageTable
 
 Tensor = torch.Tensor
@@ -109,8 +109,8 @@ def _check_cache(name: str, x: Tensor, cache: Tensor, k: Tensor) -> None:
         raise ShapeMismatch(f"v has {x.shape[0]} tokens, k has {k.shape[0]} (axis 0). Both must match.")
     if tuple(x.shape[1:]) != tuple(cache.shape[2:]):
         raise ShapeMismatch(
-            f"{name} has {x.shape[1]} heads of {x.shape[2]}, the {name} cache has {cache.shape[2]} of {cache.shape[3]}. Both must "
-            "match; see kv_layout."
+            f"{name} has {x.shape[1]} heads of {x.shape[2]}, the {name} cache has {cache.shape[2]} of {cache.shape[3]}. "
+            "Both must match; see kv_layout."
         )
     if dtype_name(cache.dtype) not in (*FLOATS, *BYTES):
         allowed = ", ".join((*FLOATS, *BYTES))
@@ -150,8 +150,8 @@ def _tokens(
         return tokens
     if page_table is None or (q_indptr is None and (positions is None or batch_indices is None)):
         raise ShapeMismatch(
-            "nothing says where the tokens go. Give slot_mapping, or page_table with positions and batch_indices, or page_table "
-            "with q_indptr and kv_len."
+            "nothing says where the tokens go. Give slot_mapping, or page_table with positions and batch_indices, or "
+            "page_table with q_indptr and kv_len."
         )
     table = PageTable.of(page_table)
     if table.device != device:
@@ -199,13 +199,10 @@ def _direct_indices(program: RowProgram) -> set[tuple[int, int, str]]:
 
 def _check_reach(slot: Slot, value: Tensor, dim: int, index: str, least: int) -> None:
     if value.shape[dim] < least:
-        what = "the heads" if index == "kv_h" else "a row"
+        over = f"over {least} heads" if index == "kv_h" else f"along a row of {least} elements"
         raise ShapeMismatch(
-            f"captured tensor '{slot.name}' has size {value.shape[dim]} along axis {dim}, which runs over {what}, of which there "
-            f"are {least}. Give it {least} entries."
-            if index == "kv_h"
-            else f"captured tensor '{slot.name}' has size {value.shape[dim]} along axis {dim}, which runs along {what} of {least} "
-            f"elements. Give it {least} entries."
+            f"captured tensor '{slot.name}' has size {value.shape[dim]} along axis {dim}, which runs {over}. Give it {least} "
+            "entries."
         )
 
 
@@ -218,8 +215,8 @@ def _set_scale(s: Stream, scale: Scales | None, num_slots: int) -> None:
         return
     if not is_bytes:
         raise VariantError(
-            f"scales were given, and the {s.name} cache is {dtype_name(s.written.dtype)}, which is not scaled. Leave them out, or "
-            f"make the cache one of {', '.join(BYTES)}."
+            f"scales were given, and the {s.name} cache is {dtype_name(s.written.dtype)}, which is not scaled. Leave them out, "
+            f"or make the cache one of {', '.join(BYTES)}."
         )
     s.scale = "given"
     if not isinstance(scale, Tensor):

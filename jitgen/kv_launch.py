@@ -79,9 +79,13 @@ class Tokens:
         for what, t in (("q_indptr", indptr), (name, lengths)):
             check_indices(what, t, 1)
             if t.device != device:
-                raise UnsupportedDevice(f"{what} is on {t.device}, the rows are on {device}. Move it with .to({str(device)!r}).")
+                raise UnsupportedDevice(
+                    f"{what} is on {t.device}, the rows are on {device}. Move it with .to({str(device)!r})."
+                )
         if indptr.shape[0] != lengths.shape[0] + 1:
-            raise ShapeMismatch(f"q_indptr has {indptr.shape[0]} entries, expected {lengths.shape[0] + 1}: one more than {name}.")
+            raise ShapeMismatch(
+                f"q_indptr has {indptr.shape[0]} entries, expected {lengths.shape[0] + 1}: one more than {name}."
+            )
         self.q_indptr, self.lengths, self.from_end = as_int32(indptr), as_int32(lengths), from_end
         self.batch = lengths.shape[0]
         return self

@@ -174,7 +174,9 @@ def rope(
             raise TypeError("out has a tensor for k, which is None.")
     for s in streams[1:]:
         if s.x.shape[0] != q.shape[0] or s.x.device != q.device:
-            raise ShapeMismatch(f"k has {s.x.shape[0]} rows on {s.x.device}, q has {q.shape[0]} on {q.device}. Both must match.")
+            raise ShapeMismatch(
+                f"k has {s.x.shape[0]} rows on {s.x.device}, q has {q.shape[0]} on {q.device}. Both must match."
+            )
     launch_rows(streams, "rows", Tokens.at(positions, q.shape[0], q.device), q.device)
     results = [s.written for s in streams]
     return results[0], results[1] if k is not None else None

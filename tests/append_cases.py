@@ -126,7 +126,9 @@ def make_cache(
     return Cache(k, v, kv, layout, page_size, table.to(device), indptr.to(device), order[:start].to(device))
 
 
-def check_rope(device: str, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, index_dtype: torch.dtype, **given) -> None:
+def check_rope(
+    device: str, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, index_dtype: torch.dtype, **given
+) -> None:
     """Out of place and in place, at odd numbers of rows, near and far positions."""
     n = 37
     q, k = (random_rows(i, n, h, head_dim, dtype=dtype, device=device) for i, h in enumerate(heads))

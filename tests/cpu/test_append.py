@@ -64,7 +64,11 @@ def test_zero_rows_get_a_scale_that_divides():
 @pytest.mark.parametrize("joined", [False, True])
 def test_mla_cache_takes_both_parts(joined):
     storage = poisoned((5, 16, 576), torch.bfloat16, "cpu")
-    kv = (storage[..., :512], storage[..., 512:]) if joined else tuple(poisoned((5, 16, d), torch.bfloat16, "cpu") for d in (512, 64))
+    kv = (
+        (storage[..., :512], storage[..., 512:])
+        if joined
+        else tuple(poisoned((5, 16, d), torch.bfloat16, "cpu") for d in (512, 64))
+    )
     ckv, kpe = (random_rows(i, 11, d, dtype=torch.bfloat16, device="cpu") for i, d in enumerate((512, 64)))
     weight, rope, positions = torch.randn(512), jitgen.Rope(interleave=True), torch.arange(11) + 20
 

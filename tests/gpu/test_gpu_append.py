@@ -104,11 +104,15 @@ def test_a_place_that_is_not_there_is_skipped():
 
 
 def test_a_graph_appends_what_the_tensors_hold_at_its_replay():
-    cache, k = make_cache([64], 16, 2, (64, 64), torch.bfloat16, "cuda"), torch.zeros(3, 2, 64, dtype=torch.bfloat16, device="cuda")
-    slots, positions, rope = torch.zeros(3, dtype=torch.int64, device="cuda"), torch.zeros(3, dtype=torch.int32, device="cuda"), jitgen.Rope()
+    cache, rope = make_cache([64], 16, 2, (64, 64), torch.bfloat16, "cuda"), jitgen.Rope()
+    k = torch.zeros(3, 2, 64, dtype=torch.bfloat16, device="cuda")
+    slots, positions = (torch.zeros(3, dtype=dtype, device="cuda") for dtype in (torch.int64, torch.int32))
+
+    def rotate(k, v, b, kv_h, pos):
+        return rope(k, pos), v
 
     def step():
-        jitgen.append(cache.kv, k, k, slot_mapping=slots, positions=positions, transform=lambda k, v, b, h, pos: (rope(k, pos), v))
+        jitgen.append(cache.kv, k, k, slot_mapping=slots, positions=positions, transform=rotate)
 
     step()
     graph = torch.cuda.CUDAGraph()
