@@ -215,7 +215,7 @@ def test_rope_refuses_what_does_not_fit():
     q, k = torch.randn(3, 2, 16), torch.randn(3, 1, 16)
     with pytest.raises(ShapeMismatch, match="q has 3 rows, k has 3"):
         flashinfer.apply_rope_pos_ids(q, k, torch.arange(4))
-    with pytest.raises(ShapeMismatch, match="rotary_dim is 32, the heads have 16"):
+    with pytest.raises(ShapeMismatch, match="rotary_dim is 32, the rows have 16"):
         flashinfer.apply_rope_pos_ids(q, k, torch.arange(3), rotary_dim=32)
 
 
