@@ -21,6 +21,7 @@ TEMPLATE_OF_FAMILY = {
     "sm80": "attention/sm80.cu.jinja",
     "sm90": "attention/sm90.cu.jinja",
     "decode": "attention/decode.cu.jinja",
+    "mla": "attention/mla.cu.jinja",
 }
 SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     **TEMPLATE_OF_FAMILY,
@@ -28,7 +29,7 @@ SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     "sm80": "attention/sm80_serving.cu.jinja",
     "sm90": "attention/sm90_serving.cu.jinja",
 }
-RAW_SCORE_FAMILIES = ("sm80", "sm90", "decode")  # whose templates take part of the scaling out of the element loop
+RAW_SCORE_FAMILIES = ("sm80", "sm90", "decode", "mla")  # whose templates take part of the scaling out of the element loop
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 
 
@@ -58,6 +59,7 @@ class KernelContext:
     tile_kv: int
     num_warps: int
     num_stages: int
+    packing: str  # log2 of the heads that share a row of a query tile, as an expression of group_size
     has_score: bool
     has_mask: bool
     mask_scans: bool
@@ -147,6 +149,7 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         tile_kv=spec.tiles.tile_kv,
         num_warps=spec.tiles.num_warps,
         num_stages=spec.tiles.num_stages,
+        packing=f"jg::packing_shift(group_size{', 6' if spec.family == 'mla' else ''})",
         **flags,
     )
 
