@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.compiler import is_compiling
 
-from jitgen.errors import PlanMismatch, UnsupportedDevice
+from jitgen.errors import PlanMismatch, UnsupportedDevice, VariantError
 from jitgen.program import Program, uses_index
 from jitgen.serving_checks import check_keys, check_query
 from jitgen.serving_kernels import kernels_of, split_number
 from jitgen.serving_launch import PreparedCall, run
 from jitgen.serving_op import call_paged, call_ragged, check_traced
-from jitgen.serving_pages import KeyPlace, PageTable, cache_place, ragged_place
+from jitgen.serving_pages import KeyPlace, PageTable, cache_place, join_latent, latent_parts, latent_place, ragged_place
 from jitgen.serving_plan import Plan, default_scale
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def paged_attention(
     ``kv_idx <= q_idx`` is causal for all of them. Rows of q past ``q_indptr[batch]`` are padding: they are not read, and
     their results are not written.
 
-    kv_cache      one tensor, index 0 along axis 1 the keys and index 1 the values, or a pair
+    kv_cache      one tensor, index 0 along axis 1 the keys and index 1 the values, or a pair. With a plan of head_dim 576 and
+                  head_dim_v 512, absorbed latent attention (MLA): one tensor [pages, page_size, 576] whose first 512 elements
+                  are the values too, or a pair of [pages, page_size, 512] and [pages, page_size, 64], which the CPU copies
     page_table    a jitgen.PageTable, a block table [batch, max_pages], or a pair (indptr, indices)
     variant       default the plan's; another must have the plan's mask, as layers may differ in score_mod or sinks
     captures      values by the names under which the variant captures them, in place of the captured ones; what the mask
@@ -65,6 +67,8 @@ def paged_attention(
         check_traced(variant, out, lse, captures)
         return call_paged(q, kv_cache, page_table, plan, scale, kv_layout, return_lse)
     program, values = _resolve(plan, variant, captures)
+    if plan.is_latent and plan.device.type == "cpu":
+        kv_cache = join_latent(kv_cache)
     table = page_table if type(page_table) is PageTable else PageTable.of(page_table)
     if type(kv_cache) in (tuple, list):
         k, v = kv_cache
@@ -78,7 +82,11 @@ def paged_attention(
         _check_ready(plan, "paged")
         if table.device != plan.device:
             raise UnsupportedDevice(f"the page table is on {table.device}, the plan on {plan.device}. Move it there.")
-        place = cache_place(kv_cache, kv_layout)
+        parts = latent_parts(kv_cache) if plan.is_latent else None
+        if parts is None:
+            place = cache_place(kv_cache, kv_layout)
+        else:
+            place = latent_place(parts, of_v is None, plan.device.type == "cpu")
         call = _prepare(plan, key, program, q, (k, v), place, scale)
     if table.batch < plan.batch:
         raise PlanMismatch(f"the page table has {table.batch} requests, plan.update was given {plan.batch}. Both must match.")
@@ -156,6 +164,11 @@ def _prepare(
     mask_slots = plan.match_mask(program)
     check_query(plan, q)
     check_keys(plan, place, keys)
+    if scale is None and plan.is_latent:
+        raise VariantError(
+            "scale has no default for latent attention: it is 1/sqrt of the head dim before absorption, 192 for DeepSeek. Give "
+            "scale=."
+        )
     scale = default_scale(plan) if scale is None else float(scale)
     on_host = plan.device.type == "cpu"
     q_factor = 1.0

@@ -8,10 +8,10 @@ import torch
 
 from jitgen.checks import dtype_name
 from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
-from jitgen.families import CUDA_HEAD_DIMS, padded_head_dims
+from jitgen.families import CUDA_HEAD_DIMS, PAGE_BOX, padded_head_dims
 from jitgen.program import Program, direct_indices
 from jitgen.serving_pages import KeyPlace
-from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM
+from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM, MLA_DIMS
 
 if TYPE_CHECKING:
     from jitgen.serving_plan import Plan
@@ -33,7 +33,8 @@ def check_plan_numbers(plan: Plan) -> None:
         )
     for name in ("head_dim", "head_dim_v"):
         value = getattr(plan, name)
-        if not isinstance(value, int) or value % 8 or not 8 <= value <= MAX_CPU_HEAD_DIM:
+        is_latent = (plan.head_dim, plan.head_dim_v) == MLA_DIMS
+        if not isinstance(value, int) or value % 8 or not (8 <= value <= MAX_CPU_HEAD_DIM or is_latent):
             raise ShapeMismatch(f"{name} is {value!r}, expected a multiple of 8 from 8 to {MAX_CPU_HEAD_DIM}.")
     device = plan.device.type
     if device == "cuda" and plan.max_batch > MAX_CUDA_BATCH:
@@ -43,7 +44,9 @@ def check_plan_numbers(plan: Plan) -> None:
     allowed = CPU_DTYPES if device == "cpu" else CUDA_DTYPES
     if dtype_name(plan.dtype) not in allowed:
         raise UnsupportedDtype(f"dtype is {dtype_name(plan.dtype)}, expected {' or '.join(allowed)} on {device}.")
-    if device == "cuda" and padded_head_dims(plan.head_dim, plan.head_dim_v) != (plan.head_dim, plan.head_dim_v):
+    if (plan.head_dim, plan.head_dim_v) == MLA_DIMS:
+        check_latent_plan(plan)
+    elif device == "cuda" and padded_head_dims(plan.head_dim, plan.head_dim_v) != (plan.head_dim, plan.head_dim_v):
         dims = ", ".join(str(d) for d in CUDA_HEAD_DIMS)
         raise ShapeMismatch(
             f"head_dim is {plan.head_dim}, head_dim_v {plan.head_dim_v}; on cuda the cache must be stored with both one of "
@@ -61,6 +64,19 @@ def check_plan_numbers(plan: Plan) -> None:
         raise ShapeMismatch(
             f"split={plan.split!r} and kv_split={plan.kv_split!r} do not go together. "
             "split='fixed' needs kv_split=, the keys of a piece, and no other split takes it."
+        )
+
+
+def check_latent_plan(plan: Plan) -> None:
+    """Latent attention has one key head, in pages; a GPU copies them in boxes of 8 keys or more."""
+    if plan.num_kv_heads != 1 or plan.layout != "paged":
+        raise ShapeMismatch(
+            f"num_kv_heads is {plan.num_kv_heads} and layout {plan.layout!r}, head dims {MLA_DIMS} are those of absorbed "
+            "latent attention: one key head, layout 'paged'."
+        )
+    if plan.device.type == "cuda" and plan.page_size is not None and plan.page_size % PAGE_BOX:
+        raise ShapeMismatch(
+            f"page_size is {plan.page_size}, on cuda pages of head dims {MLA_DIMS} must be a multiple of {PAGE_BOX} keys."
         )
 
 

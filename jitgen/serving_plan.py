@@ -15,6 +15,7 @@ from jitgen.serving_checks import check_captures, check_lengths, check_plan_numb
 from jitgen.serving_kernels import KernelClass, make_classes
 from jitgen.serving_op import register_plan
 from jitgen.serving_pages import as_int32, check_indices
+from jitgen.spec import MLA_DIMS
 from jitgen.variant import Tracker, Variant
 
 Tensor = torch.Tensor
@@ -74,6 +75,7 @@ class Plan:
         self.split, self.kv_split = split, kv_split
         self.device = _complete(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         check_plan_numbers(self)
+        self.is_latent = (self.head_dim, self.head_dim_v) == MLA_DIMS  # absorbed MLA: the values are in the rows of keys
         self.variant = Variant() if variant is None else Variant.of(variant)
         self._tracker = Tracker(self.variant)
         self.q_index = self.variant.q_index or "absolute"

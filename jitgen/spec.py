@@ -13,6 +13,7 @@ from jitgen.target import CompileTarget
 CPU_DTYPES = ("float32", "bfloat16", "float16")
 CUDA_DTYPES = ("bfloat16", "float16")
 MAX_CPU_HEAD_DIM = 512
+MLA_DIMS = (576, 512)  # head dims of absorbed multi-head latent attention: a row holds its value and 64 rotated elements
 
 
 @record
@@ -29,7 +30,7 @@ class Tiles:
 class KernelSpec:
     """One kernel. Equal specs are one module; lengths, batch sizes, head counts and captured values are not in here."""
 
-    family: str  # 'cpu', 'sm80', 'sm90' or 'decode'
+    family: str  # 'cpu', 'sm80', 'sm90', 'decode' or 'mla'
     program: Program
     dtype: str
     head_dim: int
