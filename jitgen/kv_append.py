@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -10,7 +11,7 @@ from jitgen.checks import dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.ir import walk
 from jitgen.kv_hooks import RowProgram, Transform, TransformTrace, resolve_transform
-from jitgen.kv_launch import Stream, Tokens, launch_rows, new_rows, token_indices
+from jitgen.kv_launch import RowsCall, Stream, Tokens, form_of, low_bits, new_rows, prepare_rows, token_indices
 from jitgen.kv_spec import BYTES, FLOATS
 from jitgen.program import Slot
 from jitgen.serving_pages import KV_LAYOUTS, PageTable
@@ -64,23 +65,83 @@ def append(
     Cost:    compiles once for each transform and combination of dtypes; reads the rows and writes the cache once.
     """
     trace, values = resolve_transform(transform)
+    caches = kv if isinstance(kv, tuple | list) else (kv,)
+    table = page_table if isinstance(page_table, PageTable | None) else PageTable.of(page_table)
+    lists = (None, None) if table is None else (table.indptr, table.pages)
+    indices = (positions, batch_indices, slot_mapping, q_indptr, kv_len)
+    by_slot = [s if isinstance(s, Tensor) else None for s in scales or ()]
+    captured = [value for value in values if isinstance(value, Tensor)]
+    key = (id(trace), kv_layout, scales is None, low_bits(k, v, *caches),
+           *[form_of(t) for t in (k, v, *indices, *lists, *by_slot, *captured, *caches)])  # fmt: skip
+    found = _calls.get(key)
+    if found is None or isinstance(kv, Tensor) != found.is_joined:
+        if len(_calls) >= MAX_CALLS:
+            _calls.clear()
+        found = _prepare(kv, k, v, table, indices, trace, values, scales, kv_layout)
+        _calls[key] = found
+    if found.call is None:
+        return
+    if not found.as_given:  # copies, for the time of the launch
+        tokens = _tokens(k.shape[0], table, *indices, k.device)
+        addresses = tokens.addresses()
+    else:
+        addresses = tuple([0 if t is None else t.data_ptr() for t in (*indices, *lists)])
+    k_out = caches[0].data_ptr()
+    places = (k_out, k_out + found.v_offset if found.is_joined else caches[1].data_ptr())
+    rows = []
+    for i, x in enumerate((k, v)):
+        scale = None if scales is None else scales[i]
+        where, number = (scale.data_ptr(), 1.0) if isinstance(scale, Tensor) else (0, _number("kv"[i], scale))
+        rows.append((x.data_ptr(), places[i], where, number))
+    found.call.run(addresses, rows, values)
+
+
+MAX_CALLS = 1024  # prepared, by everything but addresses and values
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedAppend:
+    """A checked call."""
+
+    call: RowsCall | None  # None without tokens
+    as_given: bool  # indices are used where they are
+    is_joined: bool  # the cache is one tensor
+    v_offset: int  # bytes from the memory of k to that of v, then
+
+
+_calls: dict[tuple[object, ...], PreparedAppend] = {}
+
+
+def _prepare(
+    kv: object,
+    k: Tensor,
+    v: Tensor,
+    table: PageTable | None,
+    indices: tuple[Tensor | None, ...],
+    trace: TransformTrace,
+    values: list[object],
+    scales: tuple[Scales, Scales] | None,
+    kv_layout: str,
+) -> PreparedAppend:
+    """Check what shapes, strides, dtypes and devices can be wrong about, and load the kernel."""
     rows = new_rows("k", k), new_rows("v", v)
     caches = _caches(kv, kv_layout)
-    device = k.device
     for name, x, cache in zip("kv", rows, caches, strict=True):
         _check_cache(name, x, cache, rows[0])
-    num_pages, page_size = caches[0].shape[:2]
-    tokens = _tokens(rows[0].shape[0], page_table, positions, batch_indices, q_indptr, kv_len, slot_mapping, device)
-    tokens.num_pages, tokens.page_size = num_pages, page_size
+    tokens = _tokens(k.shape[0], table, *indices, k.device)
+    tokens.num_pages, tokens.page_size = caches[0].shape[:2]
     _check_reads(trace, tokens)
     _check_captures(trace, values, rows)
     streams = []
     for i, (name, x, cache) in enumerate(zip("kv", rows, caches, strict=True)):
         program = (trace.k, trace.v)[i]
         s = Stream(name, x, cache, cache.data_ptr(), cache.stride()[:3], program.rope, program)
-        _set_scale(s, None if scales is None else scales[i], num_pages * page_size)
+        _set_scale(s, None if scales is None else scales[i], tokens.num_pages * tokens.page_size)
         streams.append(s)
-    launch_rows(streams, "pages" if slot_mapping is None else "slots", tokens, device, trace, values)
+    call = prepare_rows(streams, "pages" if tokens.slot_mapping is None else "slots", tokens, k.device, trace)
+    used = (tokens.positions, tokens.batch_indices, tokens.slot_mapping, tokens.q_indptr, tokens.lengths)
+    as_given = all(a is b for a, b in zip(used, indices, strict=True))
+    return PreparedAppend(call, as_given, isinstance(kv, Tensor), caches[1].data_ptr() - caches[0].data_ptr())
 
 
 def _caches(kv: object, kv_layout: str) -> tuple[Tensor, Tensor]:
@@ -124,12 +185,12 @@ def _check_cache(name: str, x: Tensor, cache: Tensor, k: Tensor) -> None:
 
 def _tokens(
     count: int,
-    page_table: PageTable | Tensor | tuple[Tensor, Tensor] | None,
+    table: PageTable | None,
     positions: Tensor | None,
     batch_indices: Tensor | None,
+    slot_mapping: Tensor | None,
     q_indptr: Tensor | None,
     kv_len: Tensor | None,
-    slot_mapping: Tensor | None,
     device: torch.device,
 ) -> Tokens:
     """The indices of a call, checked."""
@@ -145,15 +206,14 @@ def _tokens(
         if t is not None:
             setattr(tokens, name, token_indices(name, t, count, device))
     if slot_mapping is not None:
-        if page_table is not None:
+        if table is not None:
             raise ShapeMismatch("page_table and slot_mapping were both given; each says where tokens go. Leave one out.")
         return tokens
-    if page_table is None or (q_indptr is None and (positions is None or batch_indices is None)):
+    if table is None or (q_indptr is None and (positions is None or batch_indices is None)):
         raise ShapeMismatch(
             "nothing says where the tokens go. Give slot_mapping, or page_table with positions and batch_indices, or "
             "page_table with q_indptr and kv_len."
         )
-    table = PageTable.of(page_table)
     if table.device != device:
         raise UnsupportedDevice(f"the page table is on {table.device}, k is on {device}. Move it there.")
     if q_indptr is not None and tokens.batch > table.batch:
@@ -206,6 +266,14 @@ def _check_reach(slot: Slot, value: Tensor, dim: int, index: str, least: int) ->
         )
 
 
+def _number(name: str, scale: float | None) -> float:
+    """A scale given as a number."""
+    number = 1.0 if scale is None else float(scale)
+    if not number > 0.0:
+        raise VariantError(f"the scale of {name} is {scale!r}, expected a number above 0.")
+    return number
+
+
 def _set_scale(s: Stream, scale: Scales | None, num_slots: int) -> None:
     """How the rows of a stream are scaled."""
     is_bytes = dtype_name(s.written.dtype) in BYTES
@@ -220,9 +288,7 @@ def _set_scale(s: Stream, scale: Scales | None, num_slots: int) -> None:
         )
     s.scale = "given"
     if not isinstance(scale, Tensor):
-        s.scale_value = float(scale)
-        if not s.scale_value > 0.0:
-            raise VariantError(f"the scale of {s.name} is {scale!r}, expected a number above 0.")
+        s.scale_value = _number(s.name, scale)
         return
     heads = s.x.shape[1]
     forms = {(): (0, 0), (1,): (0, 0), (heads,): (0, 1)}

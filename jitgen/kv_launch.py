@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import math
+import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from jitgen import runtime
+from jitgen.abi import pack_format
 from jitgen.checks import dtype_name
 from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.kv_hooks import NO_TRANSFORM, RowProgram, TransformTrace
-from jitgen.kv_spec import FLOATS, MAX_HEAD_DIM, MAX_PAIRS, SIZE_OF, Rotation, RowsSpec, StreamSpec, render_rows, widest_access
+from jitgen.kv_spec import (
+    FLOATS,
+    MAX_HEAD_DIM,
+    MAX_PAIRS,
+    SIZE_OF,
+    TOKEN_ARGS,
+    Rotation,
+    RowsSpec,
+    StreamSpec,
+    render_rows,
+    stream_args,
+    widest_access,
+)
 from jitgen.rotary import Rope
 from jitgen.serving_pages import as_int32, check_indices
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
@@ -42,6 +56,10 @@ class Stream:
     scale_value: float = 1.0
     scale_strides: tuple[int, int] = (0, 0)  # slot, head
 
+    def words(self) -> tuple[int, int, int, float]:
+        """What of it a call is given each time."""
+        return self.x.data_ptr(), self.out_address, self.scale_address, self.scale_value
+
     @classmethod
     def in_rows(cls, name: str, x: Tensor, written: Tensor, rope: Rope) -> Stream:
         """Rows that are written as they are numbered."""
@@ -67,12 +85,11 @@ class Tokens:
     list_stride: int = 0
 
     @classmethod
-    def at(cls, positions: Tensor | tuple[Tensor, Tensor], count: int, device: torch.device) -> Tokens:
-        """Tokens at given positions, or at those of requests."""
-        if isinstance(positions, tuple | list):
-            indptr, first = positions
-            return cls(count).of_requests("positions", indptr, first, False, device)
-        return cls(count, positions=token_indices("positions", positions, count, device))
+    def at(cls, where: Sequence[Tensor], count: int, device: torch.device) -> Tokens:
+        """Tokens at given positions, or at those of requests: q_indptr and the first position of each."""
+        if len(where) == 2:
+            return cls(count).of_requests("positions", where[0], where[1], False, device)
+        return cls(count, positions=token_indices("positions", where[0], count, device))
 
     def of_requests(self, name: str, indptr: Tensor, lengths: Tensor, from_end: bool, device: torch.device) -> Tokens:
         """Positions from the bounds of requests."""
@@ -90,16 +107,38 @@ class Tokens:
         self.batch = lengths.shape[0]
         return self
 
-    def words(self, stream: int, threads: int) -> tuple[int, ...]:
-        """Values of TOKEN_ARGS."""
+    def addresses(self) -> tuple[int, ...]:
+        """The pointers of TOKEN_ARGS."""
+        tensors = (
+            self.positions,
+            self.batch_indices,
+            self.slot_mapping,
+            self.q_indptr,
+            self.lengths,
+            self.list_start,
+            self.pages,
+        )
+        return tuple([0 if t is None else t.data_ptr() for t in tensors])
+
+    def numbers(self) -> tuple[int, ...]:
+        """The numbers of TOKEN_ARGS up to the stream."""
         indices = (self.positions, self.batch_indices, self.slot_mapping)
         wide = sum(1 << i for i, t in enumerate(indices) if t is not None and t.dtype == torch.int64)
-        tensors = (*indices, self.q_indptr, self.lengths, self.list_start, self.pages)
         length = 0 if self.pages is None else self.pages.shape[-1]
-        return (
-            *[0 if t is None else t.data_ptr() for t in tensors], wide, self.from_end, self.count, self.batch, self.page_size,
-            self.num_pages, self.list_stride, length, stream, threads,
-        )  # fmt: skip
+        return (wide, self.from_end, self.count, self.batch, self.page_size, self.num_pages, self.list_stride, length)
+
+
+Form = tuple[object, ...] | None
+
+
+def form_of(t: Tensor | None) -> Form:
+    """Everything about a tensor that checks, strides and the choice of a kernel depend on."""
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
+
+
+def low_bits(*tensors: Tensor | None) -> tuple[int, ...]:
+    """How addresses are aligned, which decides how wide an access may be."""
+    return tuple([0 if t is None else t.data_ptr() & 63 for t in tensors])
 
 
 def token_indices(name: str, t: Tensor, count: int, device: torch.device) -> Tensor:
@@ -242,40 +281,71 @@ def _heads_per_unit(x: Tensor) -> int:
     return heads
 
 
-def launch_rows(
-    streams: Sequence[Stream],
-    places: str,
-    tokens: Tokens,
-    device: torch.device,
-    trace: TransformTrace = NO_TRANSFORM,
-    values: Sequence[object] = (),
-) -> None:
-    """Start the kernel that moves the rows of all streams.
+@dataclass(slots=True)
+class RowsCall:
+    """A checked call: everything but addresses, scales given as numbers, and captured values."""
 
-    Errors:  CompileError, ToolchainMissing, UnsupportedDevice; LaunchError on the CPU for places that are not there.
+    kernel: runtime.CompiledKernel
+    pack: Callable[..., bytes]  # what is not in `turns` nor captured
+    numbers: tuple[int, ...]
+    rows: tuple[tuple[int, ...], ...]  # of each stream
+    turns: bytes  # of rotations: speeds of pairs, or the address of a table, which is kept alive elsewhere
+    pack_captures: Callable[..., bytes]
+    trace: TransformTrace
+    device: torch.device
+
+    def run(self, tokens: Sequence[int], streams: Sequence[tuple[int, int, int, float]], values: Sequence[object]) -> None:
+        """Start the kernel on the current stream.
+
+        ``tokens``: the pointers of TOKEN_ARGS. ``streams``: addresses of rows, of where they go, of scales, and the scale.
+        """
+        on_host = self.device.type == "cpu"
+        stream = 0 if on_host else torch._C._cuda_getCurrentRawStream(self.device.index)
+        words: list[object] = [*tokens, *self.numbers, stream, torch.get_num_threads() if on_host else 0]
+        for own, rows in zip(streams, self.rows, strict=True):
+            words += own
+            words += rows
+        packed = self.pack(*words) + self.turns
+        if values:
+            packed += self.pack_captures(*runtime.capture_words(self.trace, list(values)))  # type: ignore[arg-type]
+        if on_host or self.device.index == torch._C._cuda_getDevice():
+            code = self.kernel.launch(packed)
+        else:
+            with torch.cuda.device(self.device):
+                code = self.kernel.launch(packed)
+        if code:
+            self.kernel.raise_error(code)
+
+
+def prepare_rows(
+    streams: Sequence[Stream], places: str, tokens: Tokens, device: torch.device, trace: TransformTrace = NO_TRANSFORM
+) -> RowsCall | None:
+    """The call that moves the rows of all streams; None where there is no token.
+
+    Errors:  ShapeMismatch, UnsupportedDevice, CompileError, ToolchainMissing.
     """
     turns = _turns_of(streams)
     for turn, _ in turns:
         if turn.cos_sin is not None and turn.cos_sin.device != device:
             raise UnsupportedDevice(f"cos_sin is on {turn.cos_sin.device}, the rows are on {device}. Move it there.")
     if tokens.count == 0:
-        return
+        return None
     kernel = _get_kernel(streams, turns, places, trace, device)
-    on_host = device.type == "cpu"
-    stream = 0 if on_host else torch._C._cuda_getCurrentRawStream(device.index)
-    words: list[object] = [*tokens.words(stream, torch.get_num_threads() if on_host else 0)]
-    for s in streams:
-        heads = s.x.shape[1]
-        words += (s.x.data_ptr(), s.out_address, s.scale_address, s.scale_value, heads, _heads_per_unit(s.x), 0,
-                  s.x.stride(0), s.x.stride(1), *s.out_strides, *s.scale_strides)  # fmt: skip
-    for turn, dim in turns:
-        table = turn.cos_sin
-        words += turn.speeds(dim) if table is None else (table.data_ptr(), table.shape[0], table.stride(0))
-    packed = kernel.pack(*words, *runtime.capture_words(trace, list(values)))  # type: ignore[arg-type]
-    if on_host or device.index == torch._C._cuda_getDevice():
-        code = kernel.launch(packed)
-    else:
-        with torch.cuda.device(device):
-            code = kernel.launch(packed)
-    if code:
-        kernel.raise_error(code)
+    spec = kernel.spec
+    num_fields = len(TOKEN_ARGS) + sum(len(stream_args(s.name)) for s in streams)
+    heads = [(s.x.shape[1], _heads_per_unit(s.x), 0, *s.x.stride()[:2]) for s in streams]
+    of_turns = [
+        turn.speeds(dim) if turn.cos_sin is None else (turn.cos_sin.data_ptr(), turn.cos_sin.shape[0], turn.cos_sin.stride(0))
+        for turn, dim in turns
+    ]
+    own = spec.own_args  # type: ignore[attr-defined]
+    return RowsCall(
+        kernel,
+        struct.Struct(pack_format(own[:num_fields])).pack,
+        tokens.numbers(),
+        tuple((*h, *s.out_strides, *s.scale_strides) for h, s in zip(heads, streams, strict=True)),
+        struct.pack(pack_format(own[num_fields:]), *(word for words in of_turns for word in words)),
+        struct.Struct(pack_format(runtime.capture_fields(trace))).pack,  # type: ignore[arg-type]
+        trace,
+        device,
+    )

@@ -153,22 +153,41 @@ def rope(
     Cost:    compiles once for each combination of dtypes, head dims and kinds of rotation; reads and writes memory once.
     Source:  RoFormer (Su et al. 2021).
     """
-    from jitgen.kv_launch import Stream, Tokens, launch_rows, new_rows
+    from jitgen.kv_launch import form_of, low_bits
 
-    if cos_sin is None:
-        turn = _rope_of(theta, scale, rotary_dim, interleave, llama31 and tuple(llama31))
-    else:
-        turn = Rope(rotary_dim=rotary_dim, interleave=interleave, cos_sin=cos_sin)
-    given = (None, None) if out is None else out
-    if len(given) != 2:
-        raise TypeError(f"out has {len(given)} entries, expected (q, k).")
+    targets = (None, None) if out is None else out
+    where = positions if isinstance(positions, tuple | list) else (positions,)
+    how: tuple[Any, ...] = (theta, scale, rotary_dim, interleave, llama31 and tuple(llama31))
+    table = 0 if cos_sin is None else cos_sin.data_ptr()
+    key = (how, table, low_bits(q, k, *targets), *[form_of(t) for t in (q, k, cos_sin, *targets, *where)])
+    found = _calls.get(key)
+    if found is None:
+        if len(_calls) >= MAX_CALLS:
+            _calls.clear()
+        turn = _rope_of(*how) if cos_sin is None else Rope(rotary_dim=rotary_dim, interleave=interleave, cos_sin=cos_sin)
+        found = _calls[key] = _prepare(q, k, where, turn, targets)
+    return _run(found, q, k, where, targets)
+
+
+MAX_CALLS = 1024  # prepared, by everything but addresses and values
+_calls: dict[tuple[object, ...], Any] = {}
+
+
+def _prepare(q: Tensor, k: Tensor | None, where: Any, turn: Rope, targets: Any) -> Any:
+    """The checked call, and whether indices are used as they are given."""
+    from jitgen.kv_launch import Stream, Tokens, new_rows, prepare_rows
+
+    if len(targets) != 2:
+        raise TypeError(f"out has {len(targets)} entries, expected (q, k).")
     streams = []
-    for name, x, target in (("q", q, given[0]), ("k", k, given[1])):
+    for name, x, target in (("q", q, targets[0]), ("k", k, targets[1])):
         if x is not None:
             rows = new_rows(name, x)
             if target is not None:
                 _check_target(name, target, x)
-            written = torch.empty_like(x, memory_format=torch.contiguous_format) if target is None else target
+            written = (
+                torch.empty_like(rows, memory_format=torch.contiguous_format) if target is None else target.view(rows.shape)
+            )
             streams.append(Stream.in_rows(name, rows, written, turn))
         elif target is not None:
             raise TypeError("out has a tensor for k, which is None.")
@@ -177,9 +196,29 @@ def rope(
             raise ShapeMismatch(
                 f"k has {s.x.shape[0]} rows on {s.x.device}, q has {q.shape[0]} on {q.device}. Both must match."
             )
-    launch_rows(streams, "rows", Tokens.at(positions, q.shape[0], q.device), q.device)
-    results = [s.written for s in streams]
-    return results[0], results[1] if k is not None else None
+    tokens = Tokens.at(where, q.shape[0], q.device)
+    used = (tokens.positions,) if len(where) == 1 else (tokens.q_indptr, tokens.lengths)
+    return prepare_rows(streams, "rows", tokens, q.device), all(a is b for a, b in zip(used, where, strict=True))
+
+
+def _run(prepared: Any, q: Tensor, k: Tensor | None, where: Any, targets: Any) -> tuple[Tensor, Tensor | None]:
+    call, as_given = prepared
+    results = []
+    for x, target in zip((q, k), targets, strict=True):
+        results.append(target if x is None or target is not None else torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    if call is not None:
+        from jitgen.kv_launch import Tokens
+
+        if not as_given:  # copies, for the time of the launch
+            tokens = Tokens.at(where, q.shape[0], q.device)
+            addresses = tokens.addresses()
+        elif len(where) == 1:
+            addresses = (where[0].data_ptr(), 0, 0, 0, 0, 0, 0)
+        else:
+            addresses = (0, 0, 0, where[0].data_ptr(), where[1].data_ptr(), 0, 0)
+        rows = [(x.data_ptr(), r.data_ptr(), 0, 1.0) for x, r in zip((q, k), results, strict=True) if x is not None]  # type: ignore[union-attr]
+        call.run(addresses, rows, ())
+    return results[0], results[1]  # type: ignore[return-value]
 
 
 def _check_target(name: str, target: Tensor, x: Tensor) -> None:

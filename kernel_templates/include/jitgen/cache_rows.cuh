@@ -230,33 +230,39 @@ template <class S, class Args> JITGEN_FN void move_rows(const Args& args, int64_
   const int64_t end = begin + rows.heads_per_unit < rows.num_heads ? begin + rows.heads_per_unit : rows.num_heads;
   const auto* const from = static_cast<const typename S::In*>(rows.x) + token * rows.x_stride_t;
   auto* const to = static_cast<typename S::Out*>(rows.out) + place.page * rows.out_stride_p + place.offset * rows.out_stride_s;
-  for (int64_t h = begin; h < end; h += Row::kAhead) {
-    Input ahead[Row::kAhead][Row::kRepeat][2];
+  const auto load = [&](Input (&chunks)[Row::kRepeat][2], int64_t h) {
 #pragma unroll
-    for (int a = 0; a < Row::kAhead; ++a)
+    for (int r = 0; r < Row::kRepeat; ++r)
 #pragma unroll
-      for (int r = 0; r < Row::kRepeat; ++r)
+      for (int which = 0; which < 2; ++which) {
+        const int pair = row.lane + r * Row::kLanes;
+        if (Row::has(pair, which)) chunks[r][which] = Input::load(from + h * rows.x_stride_h + Row::first(pair, which));
+      }
+  };
+  const auto work = [&](const Input (&chunks)[Row::kRepeat][2], int64_t h) {
 #pragma unroll
-        for (int which = 0; which < 2; ++which) {
-          const int pair = row.lane + r * Row::kLanes;
-          if (h + a < end && Row::has(pair, which))
-            ahead[a][r][which] = Input::load(from + (h + a) * rows.x_stride_h + Row::first(pair, which));
-        }
+    for (int r = 0; r < Row::kRepeat; ++r)
 #pragma unroll
-    for (int a = 0; a < Row::kAhead; ++a) {
-      if (h + a >= end) break;
+      for (int which = 0; which < 2; ++which)
 #pragma unroll
-      for (int r = 0; r < Row::kRepeat; ++r)
+        for (int i = 0; i < S::kVec; ++i) row.x[r][which][i] = widen(chunks[r][which].values[i]);
+    S::before(args, row, place.b, static_cast<int>(h), place.pos);
+    if constexpr (S::kRotary > 0) row.rotate(cosine, sine);
+    S::after(args, row, place.b, static_cast<int>(h), place.pos);
+    scale_row(rows, row, place, h);
+    store_row<S>(row, to + h * rows.out_stride_h);
+  };
+  Input ahead[Row::kAhead][Row::kRepeat][2];
+  int64_t h = begin;
+  for (; h + Row::kAhead <= end; h += Row::kAhead) {
 #pragma unroll
-        for (int which = 0; which < 2; ++which)
+    for (int a = 0; a < Row::kAhead; ++a) load(ahead[a], h + a);
 #pragma unroll
-          for (int i = 0; i < S::kVec; ++i) row.x[r][which][i] = widen(ahead[a][r][which].values[i]);
-      S::before(args, row, place.b, static_cast<int>(h + a), place.pos);
-      if constexpr (S::kRotary > 0) row.rotate(cosine, sine);
-      S::after(args, row, place.b, static_cast<int>(h + a), place.pos);
-      scale_row(rows, row, place, h + a);
-      store_row<S>(row, to + (h + a) * rows.out_stride_h);
-    }
+    for (int a = 0; a < Row::kAhead; ++a) work(ahead[a], h + a);
+  }
+  for (; h < end; ++h) {
+    load(ahead[0], h);
+    work(ahead[0], h);
   }
 }
 
