@@ -9,6 +9,7 @@ from jitgen.emit_norm import RowLowering
 from jitgen.emit_split import split_floats
 from jitgen.ir import Expr
 from jitgen.kv_spec import PLACES, SCALES, RowsSpec, StreamsContext, StreamSpec, StreamText, heads_ahead
+from jitgen.target import CompileTarget
 
 ELEMENT = ("o", "d")
 # The host knows how many heads and elements of a row there are; requests and positions are clamped to what is captured.
@@ -21,7 +22,7 @@ def emit_streams(spec: RowsSpec) -> StreamsContext:
     Errors:  UnsupportedVariant when an operation has no meaning for a row.
     """
     unit = Unit(spec.slots)
-    streams = tuple(_stream(unit, s) for s in spec.streams)
+    streams = tuple(_stream(unit, s, spec.target) for s in spec.streams)
     return StreamsContext(
         args_fields=spec.own_args + capture_fields(unit),
         has_transform=any(s.before or s.after or not s.position_is_own for s in streams),
@@ -32,7 +33,7 @@ def emit_streams(spec: RowsSpec) -> StreamsContext:
     )
 
 
-def _stream(unit: Unit, s: StreamSpec) -> StreamText:
+def _stream(unit: Unit, s: StreamSpec, target: CompileTarget) -> StreamText:
     turn = s.rotation
     lines, position = _position(unit, s.position)
     is_own = position == "pos"
@@ -43,7 +44,7 @@ def _stream(unit: Unit, s: StreamSpec) -> StreamText:
         out_dtype=s.out_dtype,
         head_dim=s.head_dim,
         vec=s.vec,
-        ahead=heads_ahead(s),
+        ahead=heads_ahead(s, target),
         rotary_dim=turn.rotary_dim if turn else 0,
         interleave=turn.interleave if turn else False,
         scale=SCALES[s.scale],

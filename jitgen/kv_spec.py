@@ -183,10 +183,12 @@ def widest_access(head_dim: int, rotation: Rotation | None, sizes: tuple[int, ..
 HEADS_AHEAD, BLOCKS_PER_PROCESSOR = 4, 2
 
 
-def heads_ahead(stream: StreamSpec) -> int:
-    """Heads that a lane loads at once: fewer where it has more than two chunks of each."""
+def heads_ahead(stream: StreamSpec, target: CompileTarget) -> int:
+    """Heads that a lane loads at once: fewer where it has more than two chunks of each, or no instruction to round to float8,
+    which takes registers."""
     chunks = -(-stream.head_dim // (64 * stream.vec))
-    return max(1, HEADS_AHEAD // chunks)
+    rounds = target.kind == "cuda" and stream.out_dtype.startswith("float8") and target.compute_capability < (8, 9)
+    return max(1, HEADS_AHEAD // (2 if rounds else 1) // chunks)
 
 
 @dataclass(frozen=True)
