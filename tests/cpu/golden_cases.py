@@ -80,6 +80,15 @@ def every_hook() -> jitgen.Variant:
     )
 
 
+def alibi_sink() -> jitgen.Variant:
+    slopes, sinks = torch.zeros(8), torch.zeros(8)
+
+    def alibi(score, b, h, q_idx, kv_idx):
+        return score + slopes[h] * (kv_idx - q_idx)
+
+    return jitgen.Variant(score_mod=alibi, sink=sinks, lse_transform=lambda lse, b, h, q_idx: lse * 1.4426950408889634)
+
+
 def sigmoid() -> jitgen.Variant:
     return jitgen.Variant(softmax=Sigmoid)
 
@@ -144,6 +153,9 @@ CASES: dict[str, Case] = {
     "soft_cap__decode__float16": Case(soft_cap, "decode", "float16", (96, 96), "paged"),
     "every_hook__decode__bfloat16": Case(every_hook, "decode", "bfloat16", (256, 256), "paged"),
     "alibi_pruned_sigmoid__decode__bfloat16": Case(alibi_pruned_sigmoid, "decode", "bfloat16", (128, 128), "paged"),
+    "plain__mla__bfloat16": Case(plain, "mla", "bfloat16", (576, 512), "paged"),
+    "window__mla__bfloat16": Case(window, "mla", "bfloat16", (576, 512), "paged"),
+    "alibi_sink__mla__float16": Case(alibi_sink, "mla", "float16", (576, 512), "paged"),
     "window__mask_tiles": Case(window, "mask_tiles"),
 }
 TARGETS = {
@@ -151,6 +163,7 @@ TARGETS = {
     "sm80": partial(cuda_target, "8.0"),
     "sm90": partial(cuda_target, "9.0a"),
     "decode": partial(cuda_target, "9.0a"),
+    "mla": partial(cuda_target, "9.0a"),
 }
 
 

@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_refused():
     wrapper = make_wrapper(tables, True)
     with pytest.raises(ShapeMismatch, match=r"q_pe has shape \(6, 8, 32\), the plan says \[\*, 8, 64\]"):
         wrapper.run(parts[0], parts[1][..., :32], *parts[2:])
-    with pytest.raises(UnsupportedDtype, match="ckv_cache has dtype torch.float16, the plan says torch.float32"):
+    with pytest.raises(UnsupportedDtype, match=r"ckv_cache has dtype torch.float16, the plan says torch.float32"):
         wrapper.run(*parts[:2], parts[2].half(), parts[3])
     with pytest.raises(UnsupportedOption, match="belong to the cutlass back end"):
         wrapper.run(*parts, kv_len=tables[3])
