@@ -1,4 +1,4 @@
-"""Generated kernels of rope and append: reviewed as code in tests/golden/cache_ops, tidy, every branch of their templates taken.
+"""Generated kernels of rope and append: reviewed as code in tests/golden/cache_ops, tidy, every branch of the templates taken.
 
 JITGEN_ACCEPT=1 rewrites the files; read the diff before committing it.
 """
