@@ -59,6 +59,7 @@ class KernelContext:
     tile_kv: int
     num_warps: int
     num_stages: int
+    pairs_groups: bool  # two CTAs take the same keys, each for a head group of its own
     packing: str  # log2 of the heads that share a row of a query tile, as an expression of group_size
     has_score: bool
     has_mask: bool
@@ -135,7 +136,7 @@ def _mapped(rendered: Rendered) -> str:
 
 def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str) -> KernelContext:
     """Template context of a spec."""
-    flags = {f.name: getattr(section, f.name) for f in fields(KernelContext) if f.type == "bool"}
+    flags = {f.name: getattr(section, f.name) for f in fields(KernelContext) if f.type == "bool" and hasattr(section, f.name)}
     return KernelContext(
         header_comment=_header_comment(spec),
         args_fields=ARGS_OF_LAYOUT[spec.layout] + section.args,
@@ -149,6 +150,7 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         tile_kv=spec.tiles.tile_kv,
         num_warps=spec.tiles.num_warps,
         num_stages=spec.tiles.num_stages,
+        pairs_groups=spec.family == "mla",
         packing=f"jg::packing_shift(group_size{', 6' if spec.family == 'mla' else ''})",
         **flags,
     )

@@ -115,7 +115,8 @@ static int launch_planner(const Args& args, const jg::PlanShape& shape) {
 
 // ---- geometry ----
 using KeyTile = jg::SpanTile<kHeadDim>;
-constexpr int kThreads = 384, kRowThreads = 256, kRowTiles = 1;
+constexpr int kThreads = 384, kRowThreads = 256;
+constexpr int kMergeTiles = 4, kRowTiles = 2 * 32 / kMergeTiles;   // of 8 columns that a CTA of the merge joins; CTAs for a cut
 constexpr int kHalf = kHeadDimV / 2;             // columns of O that a warp group has
 constexpr int kOutTiles = kHalf / 8, kSpans = kHalf / 64;
 constexpr int kSpanBytes = kTileKv * 128;
@@ -141,6 +142,7 @@ struct Launch {
   int packing;            // log2 of shape.pack
   int key_step;           // a power of two: pieces begin at multiples of it
   jg::Divisor page_size;
+  int twins;              // CTAs that take the same share, each for a head group of its own: they read the same keys
 };
 
 // What a CTA works on at a time: num_tiles KV tiles from first_key on, for one tile of packed rows.
@@ -288,8 +290,9 @@ JITGEN_FN void shape_logits(const Args& args, const Rows& rows, Logits& s, int f
 }
 
 // ---- epilogue: normalise, write LSE and O ----
-// Of the two rows of a thread, columns [kHalf * group, kHalf * group + kHalf).
-JITGEN_FN void write_output(const Args& args, const Piece& piece, Output& o, jg::RowSoftmax& softmax, int group) {
+// Of the two rows of a thread, columns from `column` on.
+template <int kTiles>
+JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][4], const jg::RowSoftmax& softmax, int column) {
   const int lane = jg::stay(static_cast<int>(threadIdx.x)) % 32;
   const int num_rows = piece.request.q_len << piece.packing;
   jg::for_each_half([&](auto half_constant) {
@@ -299,12 +302,12 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, Output& o, jg:
     float factor;
     float lse = softmax.finish(kSide, units_of(args, head), -INFINITY, factor);
 #pragma unroll
-    for (int j = 0; j < kOutTiles; ++j) o[0][j][2 * kSide] *= factor, o[0][j][2 * kSide + 1] *= factor;
+    for (int j = 0; j < kTiles; ++j) o[j][2 * kSide] *= factor, o[j][2 * kSide + 1] *= factor;
     const long long q_row = piece.request.q_start + jg::packed_query(row, piece.packing);
     const bool is_row = row < num_rows;
-    char* const to = static_cast<char*>(args.o) + (q_row * args.o_stride_s + head.h * args.o_stride_h + group * kHalf) * 2;
-    jg::store_row<Element, kSide>(o[0], to, lane % 4, is_row);
-    if (args.lse && is_row && group == 0 && lane % 4 == 0) args.lse[q_row * args.num_q_heads + head.h] = lse;
+    char* const to = static_cast<char*>(args.o) + (q_row * args.o_stride_s + head.h * args.o_stride_h + column) * 2;
+    jg::store_row<Element, kSide>(o, to, lane % 4, is_row);
+    if (args.lse && is_row && column == 0 && lane % 4 == 0) args.lse[q_row * args.num_q_heads + head.h] = lse;
   });
 }
 
@@ -312,28 +315,50 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, Output& o, jg:
 using Partial = jg::Partial<1, kOutTiles, kRowThreads>;
 
 // Joins the pieces of one item that was cut: the one that share blockIdx.x + 1 begins inside of, if no earlier share does.
+// blockIdx.y: the twin, and which columns of each half. A request alone is cut into as many pieces as there are CTAs, so few
+// columns a CTA, and a first look at all maxima that leaves the loads of the second free of each other.
 __global__ void __launch_bounds__(kRowThreads) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
-  const int first = blockIdx.x + 1, thread = threadIdx.x;
+  constexpr int kParts = kOutTiles / kMergeTiles;
+  const int first = blockIdx.x + 1, thread = threadIdx.x, twin = blockIdx.y / kParts, first_tile = blockIdx.y % kParts * kMergeTiles;
   const Cursor cut = share_begin(args, launch, first);
   const auto is_inside = [&](int share) {
     const Cursor at = share_begin(args, launch, share);
     return at.tile == cut.tile && at.group == cut.group && at.unit > 0;
   };
-  if (takes_items(args, launch) || !is_inside(first) || is_inside(first - 1)) return;
-  const Piece piece = make_piece(args, launch, jg::plan_tiles_of(args.plan, launch.shape.shares)[cut.tile], cut.group, 0, -1);
+  if (twin >= launch.twins || takes_items(args, launch) || !is_inside(first) || is_inside(first - 1)) return;
+  int last = first;
+  while (is_inside(last + 1)) ++last;
+  const jg::PlanTile& tile = jg::plan_tiles_of(args.plan, launch.shape.shares)[cut.tile];
+  const Piece piece = make_piece(args, launch, tile, cut.group * launch.twins + twin, 0, -1);
   const float units = units_of(args, head_of(args, piece, piece.first_row + own_row()));
-  Output o;
-#pragma unroll
-  for (int j = 0; j < kOutTiles; ++j) o[0][j][0] = o[0][j][1] = o[0][j][2] = o[0][j][3] = 0.0f;
-  jg::OnlineSoftmax<1> joined;
-  joined.init();
-  Partial::add(args.workspace, 2 * (first - 1) + 1, 0, thread, o, joined, units);
-#pragma unroll 1
-  for (int share = first; is_inside(share); ++share) Partial::add(args.workspace, 2 * share, 0, thread, o, joined, units);
+  // The piece at the end of share `first - 1` is the first; those after it are at the beginning of theirs.
+  const auto slot_of = [&](int share) { return (2 * share + (share < first)) * launch.twins + twin; };
   jg::RowSoftmax softmax;
+#pragma unroll 4
+  for (int share = first - 1; share <= last; ++share) {
+    const float4 state = *Partial::quad(args.workspace, slot_of(share), 0, kOutTiles, thread);
+    softmax.row_max[0] = ::fmaxf(softmax.row_max[0], state.x), softmax.row_max[1] = ::fmaxf(softmax.row_max[1], state.y);
+  }
+  float o[kMergeTiles][4] = {};
+#pragma unroll 2
+  for (int share = first - 1; share <= last; ++share) {
+    const float4 state = *Partial::quad(args.workspace, slot_of(share), 0, kOutTiles, thread);
+    const float piece_max[2] = {state.x, state.y}, piece_sum[2] = {state.z, state.w};
+    float weight[2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) softmax.row_max[half] = joined.row_max[0][half], softmax.row_sum[half] = joined.row_sum[0][half];
-  write_output(args, piece, o, softmax, thread / 128);
+    for (int half = 0; half < 2; ++half) {
+      const float top = softmax.row_max[half];   // a row without keys: weights 0, not NaN
+      weight[half] = jg::exp2((piece_max[half] - (top == -INFINITY ? 0.0f : top)) * units);
+      softmax.row_sum[half] += piece_sum[half] * weight[half];
+    }
+#pragma unroll
+    for (int j = 0; j < kMergeTiles; ++j) {
+      const float4 part = *Partial::quad(args.workspace, slot_of(share), 0, first_tile + j, thread);
+      o[j][0] += part.x * weight[0], o[j][1] += part.y * weight[0];
+      o[j][2] += part.z * weight[1], o[j][3] += part.w * weight[1];
+    }
+  }
+  write_output(args, piece, o, softmax, thread / 128 * kHalf + 8 * first_tile);
 }
 
 // ---- producer ----
@@ -342,14 +367,17 @@ struct Maps { jg::Operand q, k, v; };
 // One warp walks the CTA's part of the line, pieces ahead of the others.
 JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
   jg::RingPosition<2> slot(1);
-  Cursor at = share_begin(args, launch, blockIdx.x);
+  const int twin = blockIdx.x % launch.twins;
+  Cursor at = share_begin(args, launch, blockIdx.x / launch.twins);
   bool is_piece = true;
 #pragma unroll 1
   while (is_piece) {
     jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity);
     if ((threadIdx.x & 31) == 0) {
-      const Piece piece = take_piece(args, launch, at);
+      Piece piece = take_piece(args, launch, at);
       is_piece = piece.first_row >= 0;
+      piece.group = piece.group * launch.twins + twin;
+      if (piece.slot >= 0) piece.slot = piece.slot * launch.twins + twin;
       shared.control->piece[slot.stage] = piece;
       jg::barrier_arrive(JG_BARRIER(piece_full, slot.stage));
     }
@@ -603,7 +631,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
     for (int half = 0; half < 2; ++half)   // a share of each lane of the quad, as everywhere
       softmax.row_sum[half] = (lane & 3) == 0 ? softmax.row_sum[half] + sums[(group ^ 1) * kTileQ + own_row() + 8 * half] : 0.0f;
     if (piece.slot < 0) {
-      write_output(args, piece, o, softmax, group);
+      write_output(args, piece, o[0], softmax, group * kHalf);
     } else {
       jg::OnlineSoftmax<1> part;
 #pragma unroll
@@ -679,6 +707,12 @@ static int start_attention(const Args& args, const Launch& launch) {
   return cudaGetLastError();
 }
 
+// Neighbouring CTAs take the two halves of 128 heads: what one of them reads from memory, the other finds in L2.
+static void pair_groups(const Args& args, Launch& launch) {
+  launch.twins = args.split && launch.shape.groups % 2 == 0 && args.num_ctas % 2 == 0 ? 2 : 1;
+  launch.shape.groups /= launch.twins, launch.shape.shares /= launch.twins;
+}
+
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 constexpr int kLeastPiece = 8;       // KV tiles: a cut costs the partial results of both sides
@@ -695,6 +729,7 @@ static Launch make_launch(const Args& args, int num_ctas = 0) {
   shape.fixed_cost = kFixedCost, shape.shares = static_cast<int>(args.num_ctas);
   shape.least_piece = args.split ? kLeastPiece : jg::kNeverCut;
   launch.key_step = key_step(args);
+  pair_groups(args, launch);
   launch.page_size = jg::make_divisor(args.page_size > 0 ? static_cast<unsigned>(args.page_size) : 1);   // planning: not known
   return launch;
 }
