@@ -8,7 +8,7 @@ import torch
 
 from jitgen.checks import dtype_name
 from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
-from jitgen.families import CUDA_HEAD_DIMS, PAGE_BOX, padded_head_dims
+from jitgen.families import CUDA_HEAD_DIMS, padded_head_dims
 from jitgen.program import Program, direct_indices
 from jitgen.serving_pages import KeyPlace
 from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM, MLA_DIMS
@@ -68,15 +68,11 @@ def check_plan_numbers(plan: Plan) -> None:
 
 
 def check_latent_plan(plan: Plan) -> None:
-    """Latent attention has one key head, in pages; a GPU copies them in boxes of 8 keys or more."""
+    """Latent attention has one key head, in pages."""
     if plan.num_kv_heads != 1 or plan.layout != "paged":
         raise ShapeMismatch(
             f"num_kv_heads is {plan.num_kv_heads} and layout {plan.layout!r}, head dims {MLA_DIMS} are those of absorbed "
             "latent attention: one key head, layout 'paged'."
-        )
-    if plan.device.type == "cuda" and plan.page_size is not None and plan.page_size % PAGE_BOX:
-        raise ShapeMismatch(
-            f"page_size is {plan.page_size}, on cuda pages of head dims {MLA_DIMS} must be a multiple of {PAGE_BOX} keys."
         )
 
 

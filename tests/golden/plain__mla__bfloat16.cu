@@ -386,7 +386,8 @@ JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
   }
 }
 
-// Another one classifies the KV tiles of a piece and issues every copy. A tile comes in boxes of box_keys keys, a box a lane.
+// Another one classifies the KV tiles of a piece and issues every copy. A tile comes in boxes of box_keys keys, a box a lane, or
+// two of one key.
 JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
   const int lane = threadIdx.x & 31;
   const bool leader = lane == 0;
@@ -414,13 +415,20 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       if (step < 0) return step;
       return (piece.first_key + kv_tile(step >> jg::kStepShift, piece.num_tiles) * kTileKv) / 16 << jg::kStepShift | kTileFull;
     };
-    // Page of this lane's box; a box of no key lies outside of the cache.
+    // Pages of this lane's boxes; a box of no key lies outside of the cache.
+    struct Pages { int of[2]; };
     const auto look_up = [&](int step) {
-      const int key = key_of(step) + lane * box_keys;
-      return key < kv_len && lane * box_keys < kTileKv ? args.pages[piece.kv_start + launch.page_size.divide(key)] : static_cast<int>(args.num_pages);
+      Pages pages;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int offset = (lane + 32 * i) * box_keys, key = key_of(step) + offset;
+        const bool is_key = key < kv_len && offset < kTileKv;
+        pages.of[i] = is_key ? args.pages[piece.kv_start + launch.page_size.divide(key)] : static_cast<int>(args.num_pages);
+      }
+      return pages;
     };
     // Half of the values; with the first one the rotated columns, and the step.
-    const auto load_part = [&](int which, int step, int page, int flags) {
+    const auto load_part = [&](int which, int step, const Pages& pages, int flags) {
       const unsigned full = JG_BARRIER(full, 2 * kv.stage + which), first_span = (kv.stage ^ which) * kSpans;
       const int num_keys = kv_len - key_of(step);
       const unsigned arrived = num_keys < kTileKv ? JG_BARRIER(tail_full) : full;
@@ -431,14 +439,16 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       }
       __syncwarp();
       const unsigned tile = shared.key(kv.stage);
-      if (lane * box_keys < kTileKv) {
-        const int key = key_of(step) + lane * box_keys;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int offset = (lane + 32 * i) * box_keys, key = key_of(step) + offset;
+        if (offset >= kTileKv) continue;
         const int row = key - launch.page_size.divide(key) * static_cast<int>(launch.page_size.value);
-        const unsigned rows = tile + lane * box_keys * 128;
+        const unsigned rows = tile + offset * 128;
 #pragma unroll 1
         for (unsigned span = first_span; span < first_span + kSpans; ++span)
-          jg::load_box(rows + span * kSpanBytes, maps.k, arrived, row, span, 0, page, keep);
-        if (which == 0) jg::load_box(rows + 2 * kPartBytes, maps.v, arrived, row, 0, 0, page, keep);
+          jg::load_box(rows + span * kSpanBytes, maps.k, arrived, row, span, 0, pages.of[i], keep);
+        if (which == 0) jg::load_box(rows + 2 * kPartBytes, maps.v, arrived, row, 0, 0, pages.of[i], keep);
       }
       if (num_keys >= kTileKv) return;
       jg::barrier_wait(arrived, tail_parity);
@@ -452,13 +462,13 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     int step = next_step();
     publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);
     if (step < 0) continue;
-    int page = look_up(step);
+    Pages pages = look_up(step);
     bool is_first = true;
 #pragma unroll 1
     while (step >= 0) {
       const int next = next_step();
-      const int next_page = next < 0 ? 0 : look_up(next);
-      load_part(0, step, page, next < 0 ? jg::kStepLast : 0);
+      const Pages next_pages = next < 0 ? pages : look_up(next);
+      load_part(0, step, pages, next < 0 ? jg::kStepLast : 0);
       if (is_first) {
         jg::barrier_wait(JG_BARRIER(q_empty), q_parity);
         if (leader) {
@@ -468,10 +478,10 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
         }
         is_first = false;
       }
-      load_part(1, step, page, 0);
+      load_part(1, step, pages, 0);
       kv.advance();
       step = next;
-      page = next_page;
+      pages = next_pages;
     }
     q_parity ^= 1;
   }
@@ -683,7 +693,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
 }
 
 // Keys of a box. Pages begin where boxes do, and so must pieces.
-static int box_keys_of(const Args& args) { return jg::box_keys(args.page_size, kTileKv); }
+static int box_keys_of(const Args& args) { return jg::box_keys(args.page_size, kTileKv, 1); }
 static int key_step(const Args& args) { return box_keys_of(args) > 16 ? box_keys_of(args) : 16; }
 
 static int start_attention(const Args& args, const Launch& launch) {
@@ -691,7 +701,6 @@ static int start_attention(const Args& args, const Launch& launch) {
   static thread_local jg::OperandMap<kHeadDimV> k;
   static thread_local jg::OperandMap<kHeadDim - kHeadDimV> v;
   const int keys = box_keys_of(args);
-  if (keys == 0) return jg::kErrorPageSize;
   constexpr bool kIsBf16 = jg::IsBf16<Element>::value;
   const bool no_keys = args.num_pages <= 0;   // K and V may be null then, but a map needs an address; nothing is copied
   const int64_t pages = no_keys ? 1 : args.num_pages;

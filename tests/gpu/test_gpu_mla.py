@@ -20,7 +20,7 @@ def test_one_request(dtype, form):
     check_mla("cuda", dtype, [300], [1], form=form, mask=False)
 
 
-@pytest.mark.parametrize("page_size", [8, 16, 64, 128])
+@pytest.mark.parametrize("page_size", [1, 2, 3, 4, 8, 16, 24, 64, 128])
 def test_odd_lengths(page_size):
     check_mla("cuda", torch.bfloat16, [1, 63, 64, 65, 129, 1000, 2047], [1] * 7, page_size=page_size)
 
