@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from jitgen.checks import dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
-from jitgen.ir import walk
-from jitgen.kv_hooks import RowProgram, Transform, TransformTrace, resolve_transform
-from jitgen.kv_launch import RowsCall, Stream, Tokens, form_of, low_bits, new_rows, prepare_rows, token_indices
-from jitgen.kv_spec import BYTES, FLOATS
-from jitgen.program import Slot
-from jitgen.serving_pages import KV_LAYOUTS, PageTable
+from jitgen.kv_checks import caches_of, check_cache, check_captures, check_reads
+from jitgen.kv_hooks import Transform, TransformTrace, resolve_transform
+from jitgen.kv_launch import RowsCall, Stream, prepare_rows
+from jitgen.kv_spec import BYTES
+from jitgen.kv_tokens import Tokens, form_of, low_bits, new_rows, token_indices
+from jitgen.serving_pages import PageTable
 
 Tensor = torch.Tensor
 Scales = float | Tensor
-CACHE_FORMS = (
-    "a pair of [pages, page_size, num_kv_heads, head_dim], one [pages, 2, page_size, num_kv_heads, head_dim], or without the "
-    "axis of heads a pair of [pages, page_size, head_dim]"
-)
 
 
 def append(
@@ -125,13 +120,13 @@ def _prepare(
 ) -> PreparedAppend:
     """Check what shapes, strides, dtypes and devices can be wrong about, and load the kernel."""
     rows = new_rows("k", k), new_rows("v", v)
-    caches = _caches(kv, kv_layout)
+    caches = caches_of(kv, kv_layout)
     for name, x, cache in zip("kv", rows, caches, strict=True):
-        _check_cache(name, x, cache, rows[0])
+        check_cache(name, x, cache, rows[0])
     tokens = _tokens(k.shape[0], table, *indices, k.device)
     tokens.num_pages, tokens.page_size = caches[0].shape[:2]
-    _check_reads(trace, tokens)
-    _check_captures(trace, values, rows)
+    check_reads(trace, tokens)
+    check_captures(trace, values, rows)
     streams = []
     for i, (name, x, cache) in enumerate(zip("kv", rows, caches, strict=True)):
         program = (trace.k, trace.v)[i]
@@ -142,45 +137,6 @@ def _prepare(
     used = (tokens.positions, tokens.batch_indices, tokens.slot_mapping, tokens.q_indptr, tokens.lengths)
     as_given = all(a is b for a, b in zip(used, indices, strict=True))
     return PreparedAppend(call, as_given, isinstance(kv, Tensor), caches[1].data_ptr() - caches[0].data_ptr())
-
-
-def _caches(kv: object, kv_layout: str) -> tuple[Tensor, Tensor]:
-    """K and V of a cache as [pages, page_size, num_kv_heads, head_dim]."""
-    if kv_layout not in KV_LAYOUTS:
-        raise ShapeMismatch(f"kv_layout={kv_layout!r} is not a layout. Use 'NHD' or 'HND'.")
-    if isinstance(kv, Tensor):
-        if kv.dim() != 5 or kv.shape[1] != 2:
-            raise ShapeMismatch(f"the kv cache has shape {tuple(kv.shape)}, expected {CACHE_FORMS}.")
-        pair: Sequence[Tensor] = kv.unbind(1)
-    elif isinstance(kv, tuple | list) and len(kv) == 2 and all(isinstance(t, Tensor) for t in kv):
-        pair = kv
-    else:
-        raise TypeError(f"the kv cache is a {type(kv).__name__}, expected {CACHE_FORMS}.")
-    found = []
-    for name, t in zip("kv", pair, strict=True):
-        if t.dim() not in (3, 4):
-            raise ShapeMismatch(f"the {name} cache has shape {tuple(t.shape)}, expected {CACHE_FORMS}.")
-        found.append(t.unsqueeze(2) if t.dim() == 3 else t.transpose(1, 2) if kv_layout == "HND" else t)
-    return found[0], found[1]
-
-
-def _check_cache(name: str, x: Tensor, cache: Tensor, k: Tensor) -> None:
-    """Rows fit the cache; ``k``: the rows of k, of which those of v must be as many."""
-    if x.shape[0] != k.shape[0]:
-        raise ShapeMismatch(f"v has {x.shape[0]} tokens, k has {k.shape[0]} (axis 0). Both must match.")
-    if tuple(x.shape[1:]) != tuple(cache.shape[2:]):
-        raise ShapeMismatch(
-            f"{name} has {x.shape[1]} heads of {x.shape[2]}, the {name} cache has {cache.shape[2]} of {cache.shape[3]}. "
-            "Both must match; see kv_layout."
-        )
-    if dtype_name(cache.dtype) not in (*FLOATS, *BYTES):
-        allowed = ", ".join((*FLOATS, *BYTES))
-        raise UnsupportedDtype(f"the {name} cache has dtype {dtype_name(cache.dtype)}, expected one of {allowed}.")
-    for what, t in ((name, x), (f"the {name} cache", cache)):
-        if t.device != k.device:
-            raise UnsupportedDevice(f"{what} is on {t.device}, k is on {k.device}. All must be on one device.")
-    if cache.stride(3) != 1 and cache.shape[3] > 1:
-        raise ShapeMismatch(f"the {name} cache has strides {cache.stride()}, expected unit stride along the head dim.")
 
 
 def _tokens(
@@ -221,49 +177,6 @@ def _tokens(
     tokens.batch = tokens.batch if q_indptr is not None else table.batch
     tokens.list_start, tokens.pages, tokens.list_stride = table.indptr, table.pages, table.list_stride
     return tokens
-
-
-def _check_reads(trace: TransformTrace, tokens: Tokens) -> None:
-    """What the transform reads of tokens is known."""
-    turns = trace.k.rope is not None or trace.v.rope is not None
-    if (trace.reads_position or turns) and tokens.positions is None and tokens.q_indptr is None:
-        raise VariantError("the transform uses pos, and with slot_mapping positions are not known. Give positions=.")
-    if trace.reads_request and tokens.batch_indices is None and tokens.q_indptr is None:
-        raise VariantError("the transform uses b, and with slot_mapping requests are not known. Give batch_indices=.")
-
-
-def _check_captures(trace: TransformTrace, values: Sequence[object], rows: tuple[Tensor, Tensor]) -> None:
-    """Captured tensors are on the device of the rows and reach as far as heads and elements are indexed."""
-    for slot, value in zip(trace.slots, values, strict=True):
-        if slot.kind == "tensor" and value.device != rows[0].device:  # type: ignore[attr-defined]
-            raise UnsupportedDevice(
-                f"captured tensor '{slot.name}' is on {value.device}, the rows are on {rows[0].device}. "  # type: ignore[attr-defined]
-                f"Move it with {slot.name}.to({str(rows[0].device)!r})."
-            )
-    for program, x in zip((trace.k, trace.v), rows, strict=True):
-        least = {"kv_h": x.shape[1], "d": x.shape[2]}
-        for i, dim, index in _direct_indices(program):
-            _check_reach(trace.slots[i], values[i], dim, index, least[index])  # type: ignore[arg-type]
-
-
-def _direct_indices(program: RowProgram) -> set[tuple[int, int, str]]:
-    """(slot, dimension, index) of the dimensions that generated code reads at exactly kv_h or d, without a clamp."""
-    return {
-        (int(str(n.attr)), dim, str(index.attr))
-        for n in walk(program.before, program.position, program.after)
-        if n.op == "load"
-        for dim, index in enumerate(n.args)
-        if index.op == "index" and index.attr in ("kv_h", "d")
-    }
-
-
-def _check_reach(slot: Slot, value: Tensor, dim: int, index: str, least: int) -> None:
-    if value.shape[dim] < least:
-        over = f"over {least} heads" if index == "kv_h" else f"along a row of {least} elements"
-        raise ShapeMismatch(
-            f"captured tensor '{slot.name}' has size {value.shape[dim]} along axis {dim}, which runs {over}. Give it {least} "
-            "entries."
-        )
 
 
 def _number(name: str, scale: float | None) -> float:

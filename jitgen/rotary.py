@@ -153,7 +153,7 @@ def rope(
     Cost:    compiles once for each combination of dtypes, head dims and kinds of rotation; reads and writes memory once.
     Source:  RoFormer (Su et al. 2021).
     """
-    from jitgen.kv_launch import form_of, low_bits
+    from jitgen.kv_tokens import form_of, low_bits
 
     targets = (None, None) if out is None else out
     where = positions if isinstance(positions, tuple | list) else (positions,)
@@ -175,7 +175,8 @@ _calls: dict[tuple[object, ...], Any] = {}
 
 def _prepare(q: Tensor, k: Tensor | None, where: Any, turn: Rope, targets: Any) -> Any:
     """The checked call, and whether indices are used as they are given."""
-    from jitgen.kv_launch import Stream, Tokens, new_rows, prepare_rows
+    from jitgen.kv_launch import Stream, prepare_rows
+    from jitgen.kv_tokens import Tokens, new_rows
 
     if len(targets) != 2:
         raise TypeError(f"out has {len(targets)} entries, expected (q, k).")
@@ -207,7 +208,7 @@ def _run(prepared: Any, q: Tensor, k: Tensor | None, where: Any, targets: Any) -
     for x, target in zip((q, k), targets, strict=True):
         results.append(target if x is None or target is not None else torch.empty(x.shape, dtype=x.dtype, device=x.device))
     if call is not None:
-        from jitgen.kv_launch import Tokens
+        from jitgen.kv_tokens import Tokens
 
         if not as_given:  # copies, for the time of the launch
             tokens = Tokens.at(where, q.shape[0], q.device)
