@@ -6,6 +6,7 @@ JITGEN_ACCEPT=1 rewrites the files; read the diff before committing it.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import torch
 from template_checks import assert_both_ways, assert_tidy, record_branches, template_names
 
 import jitgen
+from jitgen import portable
 from jitgen.kv_hooks import trace_transform
+from jitgen.kv_launch import module_path
 from jitgen.kv_spec import Rotation, RowsSpec, StreamSpec, render_rows
 from jitgen.target import cpu_target, cuda_target
 
@@ -92,3 +95,11 @@ def branches():
 @pytest.mark.parametrize("template", template_names("cache_ops"))
 def test_golden_cases_take_every_branch_both_ways(template, branches):
     assert_both_ways(template, branches)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_requests_are_recorded_and_asked_again(name):
+    """What a recording keeps of a kernel is enough to build it elsewhere."""
+    request = json.loads(json.dumps(portable.pack((module_path, CASES[name]))))
+    function, (spec,) = portable.unpack(request)
+    assert function is module_path and spec.digest == CASES[name].digest

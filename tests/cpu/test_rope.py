@@ -100,3 +100,11 @@ def test_wrong_input_is_named(case):
 def test_rope_outside_of_a_transform_is_refused():
     with pytest.raises(VariantError, match=r"called outside of a transform.*jitgen\.rope"):
         jitgen.Rope()(Q, P)
+
+
+def test_prepared_calls_still_refuse_gradients():
+    q = Q.clone().requires_grad_()
+    with torch.no_grad():
+        jitgen.rope(q, None, P)
+    with pytest.raises(GradNotSupported, match="q requires grad"):
+        jitgen.rope(q, None, P)
