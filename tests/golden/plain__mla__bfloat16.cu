@@ -800,4 +800,5 @@ extern "C" int jitgen_num_ctas(const Args*) {
   const cudaError_t error = count_ctas(num_ctas);
   return error == cudaSuccess ? num_ctas : -static_cast<int>(error);
 }
+extern "C" int jitgen_num_shares(const Args* args) { return make_launch(*args).shape.shares; }
 extern "C" const char* jitgen_error_string(int code) { return jg::serving_error_string(code); }

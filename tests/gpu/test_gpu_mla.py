@@ -56,6 +56,13 @@ def test_results_repeat_bit_by_bit():
         assert torch.equal(jitgen.paged_attention(q, cache, table, plan, scale=SCALE), first)
 
 
+def test_explain_shows_the_shares():
+    plan = jitgen.Plan(4, 4, 128, 1, 576, head_dim_v=512, device="cuda", page_size=64)
+    plan.update(torch.arange(5, device="cuda").int(), torch.tensor([6000, 100, 6400, 3333], device="cuda").int())
+    text = plan.explain()
+    assert "mla: 4 tiles" in text and "the heaviest" in text
+
+
 def test_hooks_that_see_whole_rows_are_refused():
     with pytest.raises(VariantError, match="hook output_transform is not available with head dims"):
         jitgen.Plan(
