@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from jitgen.compat.flashinfer._rope_quantize import mla_rope_quantize_fp8, rope_quantize_fp8  # noqa: F401
 from jitgen.errors import ShapeMismatch, UnsupportedDtype
 from jitgen.rotary import rope
 
