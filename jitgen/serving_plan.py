@@ -41,6 +41,9 @@ class Plan:
     split         'balanced': long requests are cut along their keys so that all CTAs are busy equally long. 'fixed': cut at
                   multiples of ``kv_split`` keys, so a request's result does not depend on what else is in the batch, bit by
                   bit (on a GPU such a request is not cut at all). 'none': never cut
+    head_dim      with head_dim 576, head_dim_v 512 and one KV head: absorbed latent attention (MLA) over a cache of compressed
+                  keys, see jitgen.paged_attention; on a GPU it needs compute capability 9.0, and pages of fewer than 8 keys
+                  are slow to copy
     family        forces one kernel family: 'decode', 'sm80' or 'sm90' on a GPU
 
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, VariantError; CompileError, ToolchainMissing.
