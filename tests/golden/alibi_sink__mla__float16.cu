@@ -282,9 +282,8 @@ JITGEN_FN Head own_head(const Args& args, const Piece& piece) {
 
 // ---- shared memory: KV stages, Q, P, control; O leaves from registers ----
 struct Control {
-  unsigned long long q_full, q_empty, p_full;
+  unsigned long long q_full, q_empty, p_full, tail_full;
   unsigned long long full[kNumStages][2], empty[kNumStages][2];   // of each part
-  unsigned long long tail_full[kNumStages][2];   // of one that reaches past the last key, before its end is cleared
   unsigned long long piece_full[2], work_full[2], work_empty[2];
   Piece piece[2];
   int kind[2];                // of the pieces: kWorkTile, kWorkEmpty, kWorkStop
@@ -415,7 +414,7 @@ __global__ void __launch_bounds__(kRowThreads) merge_kernel(const __grid_constan
     softmax.row_max[0] = ::fmaxf(softmax.row_max[0], state.x), softmax.row_max[1] = ::fmaxf(softmax.row_max[1], state.y);
   }
   float o[kMergeTiles][4] = {};
-#pragma unroll 4
+#pragma unroll 2
   for (int share = first - 1; share <= last; ++share) {
     const float4 state = *Partial::quad(args.workspace, slot_of(share), 0, kOutTiles, thread);
     const float piece_max[2] = {state.x, state.y}, piece_sum[2] = {state.z, state.w};
@@ -466,13 +465,11 @@ JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
 JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
   const int lane = threadIdx.x & 31;
   const bool leader = lane == 0;
-  const unsigned twin = blockIdx.x % launch.twins;
-  const unsigned short all = (1 << launch.twins) - 1;
   // The keys of a decode step are read once, and by twins at the same time: 0 to 7 % faster than to keep them in L2.
   const unsigned long long policy = jg::policy_evict_first();
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(0);
-  unsigned q_parity = 1, tail_parities = 0;
+  unsigned q_parity = 1, tail_parity = 0;
 #pragma unroll 1
   for (;; slot.advance()) {
     jg::barrier_wait(JG_BARRIER(piece_full, slot.stage), slot.parity);
@@ -506,12 +503,11 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       return pages;
     };
     // Half of the values; with the first one the rotated columns, and the step.
-    // Twins copy every other span each, to both of them.
     const auto load_part = [&](int which, int step, const Pages& pages, int flags) {
-      const unsigned part = 2 * kv.stage + which, full = JG_BARRIER(full, part), first_span = (kv.stage ^ which) * kSpans;
+      const unsigned full = JG_BARRIER(full, 2 * kv.stage + which), first_span = (kv.stage ^ which) * kSpans;
       const int num_keys = kv_len - key_of(step);
-      const unsigned arrived = num_keys < kTileKv ? JG_BARRIER(tail_full, part) : full;
-      jg::barrier_wait(JG_BARRIER(empty, part), kv.parity);
+      const unsigned arrived = num_keys < kTileKv ? JG_BARRIER(tail_full) : full;
+      jg::barrier_wait(JG_BARRIER(empty, 2 * kv.stage + which), kv.parity);
       if (leader) {
         if (which == 0) jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags);
         jg::barrier_expect(arrived, kPartBytes + (which == 0 ? kSpanBytes : 0));   // also publishes the step
@@ -525,13 +521,13 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
         const int row = key - launch.page_size.divide(key) * static_cast<int>(launch.page_size.value);
         const unsigned rows = tile + offset * 128;
 #pragma unroll 1
-        for (unsigned span = first_span + twin; span < first_span + kSpans; span += launch.twins)
-          jg::load_box_to(rows + span * kSpanBytes, maps.k, arrived, row, span, 0, pages.of[i], all, policy);
-        if (which == 0 && kv.stage % launch.twins == twin) jg::load_box_to(rows + 2 * kPartBytes, maps.v, arrived, row, 0, 0, pages.of[i], all, policy);
+        for (unsigned span = first_span; span < first_span + kSpans; ++span)
+          jg::load_box(rows + span * kSpanBytes, maps.k, arrived, row, span, 0, pages.of[i], policy);
+        if (which == 0) jg::load_box(rows + 2 * kPartBytes, maps.v, arrived, row, 0, 0, pages.of[i], policy);
       }
       if (num_keys >= kTileKv) return;
-      jg::barrier_wait(arrived, tail_parities >> part & 1);
-      tail_parities ^= 1u << part;
+      jg::barrier_wait(arrived, tail_parity);
+      tail_parity ^= 1;
       jg::clear_rows<kHalf>(tile + first_span * kSpanBytes, num_keys, kTileKv, lane);
       jg::fence_async_proxy();
       __syncwarp();
@@ -574,7 +570,7 @@ JITGEN_FN unsigned long long operand_at(unsigned low, int at) {
 }
 
 // `group` is also the stage of the group's own tiles and the half of the columns that it has.
-JITGEN_FN void consume(const Args& args, Shared shared, int group, int twins) {
+JITGEN_FN void consume(const Args& args, Shared shared, int group) {
   const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5;
   const bool leader = thread == 0;
   using Wide = jg::Wgmma<kHalf>;
@@ -608,9 +604,6 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group, int twins) {
         jg::barrier_wait(JG_BARRIER(full, 2 * kv.stage), kv.parity);
         step = jg::uniform(jg::load_shared(shared.step(kv.stage + kv.parity * kNumStages)));
       };
-
-      // A part may be overwritten in all twins once all of them have read it: the first threads tell one twin each.
-      const auto release = [&](int part) { jg::barrier_arrive_at(thread < twins, JG_BARRIER(empty, part), thread); };
 
       // S of an own tile: the columns that come first, the rotated ones, the others.
       const auto start_qk = [&] {
@@ -653,7 +646,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group, int twins) {
       };
       const auto finish_other = [&] {
         Wide::wait<0>(o[0]);
-        release(2 * (group ^ 1) + 1);
+        jg::barrier_arrive_if(leader, JG_BARRIER(empty, 2 * (group ^ 1) + 1));
       };
       // A tile of this group's own. kPending: before its softmax the tile of the other group is to be started.
       const auto take_own = [&](auto pending) {
@@ -679,7 +672,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group, int twins) {
         for (int i = 0; i < kTileKv / 16; ++i) Wide::registers<Element>(o[0], p[i], operand_at(v, i * kValueStep), 1);
         jg::wgmma_commit();
         Wide::wait<0>(o[0]);
-        release(2 * group);
+        jg::barrier_arrive_if(leader, JG_BARRIER(empty, 2 * group));
       };
 
       jg::barrier_wait(JG_BARRIER(q_full), q_parity);
@@ -750,10 +743,10 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::barrier_init(JG_BARRIER(q_full), 1);
     jg::barrier_init(JG_BARRIER(q_empty), 2);   // one arrival per consumer group
     jg::barrier_init(JG_BARRIER(p_full), 4);    // one arrival per warp of the owner
+    jg::barrier_init(JG_BARRIER(tail_full), 1);
     for (int i = 0; i < 2 * kNumStages; ++i) {
       jg::barrier_init(JG_BARRIER(full, i), 1);
-      jg::barrier_init(JG_BARRIER(tail_full, i), 1);
-      jg::barrier_init(JG_BARRIER(empty, i), launch.twins);
+      jg::barrier_init(JG_BARRIER(empty, i), 1);
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(piece_full, slot), 1);
@@ -762,7 +755,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     }
     jg::barrier_init_fence();
   }
-  jg::cluster_sync();
+  __syncthreads();
   if (group == 0) {
     jg::give_registers<kProducerRegs>();
     const int warp = jg::uniform(threadIdx.x >> 5);
@@ -770,10 +763,8 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     if (warp == 1) hand_out(args, launch, shared);
   } else {
     jg::take_registers<kConsumerRegs>();
-    consume(args, shared, group - 1, launch.twins);
+    consume(args, shared, group - 1);
   }
-  __syncwarp();
-  jg::cluster_sync();   // the other twin may still copy to this one
 }
 
 // Keys of a box. Pages begin where boxes do, and so must pieces.
@@ -796,24 +787,13 @@ static int start_attention(const Args& args, const Launch& launch) {
   if (!code) code = v.update(v_key, kIsBf16, keys, 64);
   if (code) return code;
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args.stream);
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(launch.twins);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(launch.num_ctas));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, attention_kernel, Maps{q.operand, k.operand, v.operand}, args, launch, keys);
+  attention_kernel<<<launch.num_ctas, kThreads, kSharedBytes, stream>>>({q.operand, k.operand, v.operand}, args, launch, keys);
+  return cudaGetLastError();
 }
 
-// Neighbouring CTAs take the two halves of 128 heads, and the same keys, which are copied to both at once.
+// Neighbouring CTAs take the two halves of 128 heads: what one of them reads from memory, the other finds in L2.
 static void pair_groups(const Args& args, Launch& launch) {
-  constexpr bool kSameKeys = true;   // of all heads
-  launch.twins = kSameKeys && args.split && launch.shape.groups % 2 == 0 && args.num_ctas % 2 == 0 ? 2 : 1;
+  launch.twins = args.split && launch.shape.groups % 2 == 0 && args.num_ctas % 2 == 0 ? 2 : 1;
   launch.shape.groups /= launch.twins, launch.shape.shares /= launch.twins;
 }
 

@@ -47,17 +47,6 @@ JITGEN_FN bool barrier_test(unsigned barrier, unsigned parity) {
   return done;
 }
 
-// ---- clusters ----
-// Arrives at the barrier at this address of another CTA of the cluster, or of this one.
-JITGEN_FN void barrier_arrive_at(bool condition, unsigned barrier, unsigned cta) {
-  asm volatile("{\n.reg .pred arrives;\n.reg .b32 there;\nsetp.ne.b32 arrives, %2, 0;\n@arrives mapa.shared::cluster.u32 there, %0, %1;\n"
-               "@arrives mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}"
-               ::"r"(barrier), "r"(cta), "r"(static_cast<int>(condition)) : "memory");
-}
-JITGEN_FN void cluster_sync() {   // of all threads of all CTAs, whole warps together
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 // ---- named barriers (ids 1 to 15; `threads` counts arrivers and waiters) ----
 JITGEN_FN void named_sync(unsigned id, unsigned threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 JITGEN_FN void named_arrive(unsigned id, unsigned threads) {

@@ -22,16 +22,6 @@ JITGEN_FN void load_box(unsigned dst, const Operand& t, unsigned barrier, int ro
       ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(row), "r"(span), "r"(head * t.head_step), "r"(page * t.batch_step), "l"(policy)
       : "memory");
 }
-// The same to the CTAs of a cluster whose bits are in `ctas`: to the same address, and announced to the same barrier, of each.
-JITGEN_FN void load_box_to(unsigned dst, const Operand& t, unsigned barrier, int row, int span, int head, int page, unsigned short ctas,
-                           unsigned long long policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8, %9;"
-      ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(row), "r"(span), "r"(head * t.head_step), "r"(page * t.batch_step), "h"(ctas),
-        "l"(policy)
-      : "memory");
-}
 // Zeroes rows [first, rows) of a tile, by a warp: what lies behind a request's last key may be NaN, and a weight of zero
 // would make NaN of it.
 template <int kCols> JITGEN_FN void clear_rows(unsigned tile, int first, int rows, int lane) {
