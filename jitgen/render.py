@@ -22,6 +22,7 @@ TEMPLATE_OF_FAMILY = {
     "sm90": "attention/sm90.cu.jinja",
     "sm90_fp8": "attention/sm90_fp8.cu.jinja",
     "decode": "attention/decode.cu.jinja",
+    "mla": "attention/mla.cu.jinja",
 }
 SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     **TEMPLATE_OF_FAMILY,
@@ -31,7 +32,8 @@ SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     "merge": "attention/merge.cu.jinja",
     "merge_cpu": "attention/merge.cpp.jinja",
 }
-RAW_SCORE_FAMILIES = ("sm80", "sm90", "sm90_fp8", "decode")  # whose templates take part of the scaling out of the element loop
+# Their templates take part of the scaling out of the element loop.
+RAW_SCORE_FAMILIES = ("sm80", "sm90", "sm90_fp8", "decode", "mla")
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 
 
@@ -64,6 +66,8 @@ class KernelContext:
     tile_kv: int
     num_warps: int
     num_stages: int
+    pairs_groups: bool  # two CTAs take the same keys, each for a head group of its own
+    packing: str  # log2 of the heads that share a row of a query tile, as an expression of group_size
     has_score: bool
     score_is_bounded: bool
     has_mask: bool
@@ -141,7 +145,7 @@ def _mapped(rendered: Rendered) -> str:
 
 def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str) -> KernelContext:
     """Template context of a spec."""
-    flags = {f.name: getattr(section, f.name) for f in fields(KernelContext) if f.type == "bool" and f.name != "has_states"}
+    flags = {f.name: getattr(section, f.name) for f in fields(KernelContext) if f.type == "bool" and hasattr(section, f.name)}
     return KernelContext(
         header_comment=_header_comment(spec),
         args_fields=ARGS_OF_LAYOUT[spec.layout] + (SCALE_ARGS if spec.kv_dtype else ()) + section.args,
@@ -158,6 +162,8 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         tile_kv=spec.tiles.tile_kv,
         num_warps=spec.tiles.num_warps,
         num_stages=spec.tiles.num_stages,
+        pairs_groups=spec.family == "mla",
+        packing=f"jg::packing_shift(group_size{', 6' if spec.family == 'mla' else ''})",
         **flags,
     )
 

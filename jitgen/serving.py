@@ -8,14 +8,14 @@ import torch
 from torch.compiler import is_compiling
 
 from jitgen.checks import check_grad
-from jitgen.errors import PlanMismatch, UnsupportedDevice
+from jitgen.errors import PlanMismatch, UnsupportedDevice, VariantError
 from jitgen.program import Program, uses_index
 from jitgen.serving_cascade import Cascade
 from jitgen.serving_checks import check_keys, check_query
 from jitgen.serving_kernels import kernels_of, merge_kernel
 from jitgen.serving_launch import PreparedCall, RecentCall, launches_of, run
 from jitgen.serving_op import call_paged, call_ragged, check_traced
-from jitgen.serving_pages import KeyPlace, PageTable, cache_place, ragged_place
+from jitgen.serving_pages import KeyPlace, PageTable, cache_place, join_latent, latent_parts, latent_place, ragged_place
 from jitgen.serving_plan import Plan, default_scale
 from jitgen.serving_scales import Scale, scale_words
 
@@ -50,7 +50,9 @@ def paged_attention(
     ``kv_idx <= q_idx`` is causal for all of them. Rows of q past ``q_indptr[batch]`` are padding: they are not read, and
     their results are not written.
 
-    kv_cache      one tensor, index 0 along axis 1 the keys and index 1 the values, or a pair
+    kv_cache      one tensor, index 0 along axis 1 the keys and index 1 the values, or a pair. With a plan of head_dim 576 and
+                  head_dim_v 512, absorbed latent attention (MLA): one tensor [pages, page_size, 576] whose first 512 elements
+                  are the values too, or a pair of [pages, page_size, 512] and [pages, page_size, 64], which the CPU copies
     page_table    a jitgen.PageTable, a block table [batch, max_pages], or a pair (indptr, indices); the jitgen.Cascade of the
                   last update for a plan with levels
     variant       default the plan's; another must have the plan's mask, as layers may differ in score_mod or sinks
@@ -76,6 +78,8 @@ def paged_attention(
         check_traced(variant, out, lse, captures)
         return call_paged(q, kv_cache, page_table, plan, scale, kv_layout, return_lse, k_scale, v_scale)
     program, values = _resolve(plan, variant, captures)
+    if plan.is_latent and plan.device.type == "cpu":
+        kv_cache = join_latent(kv_cache)
     table = page_table if type(page_table) in (PageTable, Cascade) else PageTable.of(page_table)
     pair = type(kv_cache) is tuple or type(kv_cache) is list
     tensors = (q, *kv_cache) if pair else (q, kv_cache)
@@ -170,7 +174,12 @@ def _prepared_paged(
         _check_ready(plan, "paged")
         if device != plan.device:
             raise UnsupportedDevice(f"the page table is on {device}, the plan on {plan.device}. Move it there.")
-        call = _prepare(plan, key, program, tensors, cache_place(kv_cache, kv_layout), scale)
+        parts = latent_parts(kv_cache) if plan.is_latent else None
+        if parts is None:
+            place = cache_place(kv_cache, kv_layout)
+        else:
+            place = latent_place(parts, isinstance(kv_cache, Tensor), plan.device.type == "cpu")
+        call = _prepare(plan, key, program, tensors, place, scale)
     check_grad(*tensors[:2], tensors[-1])
     if not is_compiling():  # Dynamo looks into every function that a call runs outside of a graph
         plan.recent = RecentCall.of(call, options, *tensors)
@@ -211,6 +220,11 @@ def _prepare(
     mask_slots = plan.match_mask(program)
     check_query(plan, q)
     check_keys(plan, place, tensors[1:])
+    if scale is None and plan.is_latent:
+        raise VariantError(
+            "scale has no default for latent attention: it is 1/sqrt of the head dim before absorption, 192 for DeepSeek. Give "
+            "scale=."
+        )
     scale = default_scale(plan) if scale is None else float(scale)
     on_host = plan.device.type == "cpu"
     q_factor = 1.0

@@ -12,7 +12,7 @@ from jitgen.families import CUDA_HEAD_DIMS, padded_head_dims
 from jitgen.program import Program, direct_indices
 from jitgen.serving_pages import KeyPlace
 from jitgen.serving_scales import stored_dtype
-from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM, STORED_DTYPES
+from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM, MLA_DIMS, STORED_DTYPES
 
 if TYPE_CHECKING:
     from jitgen.serving_plan import Plan
@@ -34,7 +34,8 @@ def check_plan_numbers(plan: Plan) -> None:
         )
     for name in ("head_dim", "head_dim_v"):
         value = getattr(plan, name)
-        if not isinstance(value, int) or value % 8 or not 8 <= value <= MAX_CPU_HEAD_DIM:
+        is_latent = (plan.head_dim, plan.head_dim_v) == MLA_DIMS
+        if not isinstance(value, int) or value % 8 or not (8 <= value <= MAX_CPU_HEAD_DIM or is_latent):
             raise ShapeMismatch(f"{name} is {value!r}, expected a multiple of 8 from 8 to {MAX_CPU_HEAD_DIM}.")
     device = plan.device.type
     if device == "cuda" and plan.max_batch > MAX_CUDA_BATCH:
@@ -45,7 +46,9 @@ def check_plan_numbers(plan: Plan) -> None:
     if dtype_name(plan.dtype) not in allowed:
         raise UnsupportedDtype(f"dtype is {dtype_name(plan.dtype)}, expected {' or '.join(allowed)} on {device}.")
     _check_stored(plan)
-    if device == "cuda" and padded_head_dims(plan.head_dim, plan.head_dim_v) != (plan.head_dim, plan.head_dim_v):
+    if (plan.head_dim, plan.head_dim_v) == MLA_DIMS:
+        check_latent_plan(plan)
+    elif device == "cuda" and padded_head_dims(plan.head_dim, plan.head_dim_v) != (plan.head_dim, plan.head_dim_v):
         dims = ", ".join(str(d) for d in CUDA_HEAD_DIMS)
         raise ShapeMismatch(
             f"head_dim is {plan.head_dim}, head_dim_v {plan.head_dim_v}; on cuda the cache must be stored with both one of "
@@ -91,6 +94,15 @@ def _check_stored(plan: Plan) -> None:
         )
     if plan.family not in (None, "decode"):
         raise UnsupportedDtype(f"family={plan.family!r} does not read a cache of {stored}. Leave family out.")
+
+
+def check_latent_plan(plan: Plan) -> None:
+    """Latent attention has one key head, in pages."""
+    if plan.num_kv_heads != 1 or plan.layout != "paged":
+        raise ShapeMismatch(
+            f"num_kv_heads is {plan.num_kv_heads} and layout {plan.layout!r}, head dims {MLA_DIMS} are those of absorbed "
+            "latent attention: one key head, layout 'paged'."
+        )
 
 
 def check_lengths(plan: Plan, q_indptr: Tensor, kv_len: Tensor, reads_q_idx: bool) -> None:

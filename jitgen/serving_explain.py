@@ -28,15 +28,18 @@ def explain(plan: Plan, program: Program, values: list[object], rows: int) -> st
     parts = f"in {int((plan.kv_len > 0).sum())} parts; " if plan.segments is not None else ""  # type: ignore[operator]
     lines = [f"{total}; {parts}{heads}; split {plan.split}; {plan.device}"]
     for c in plan.classes:
-        lines += _explain_host(plan, c, values, rows) if c.plan is None else _explain_device(c, rows)
+        lines += _explain_host(plan, c, values, rows) if c.plan is None else _explain_device(plan, c, values, rows)
     return "\n".join(lines)
 
 
 # ---- CUDA: what the planner wrote ------------------------------------------------------------------------------------------
 
 
-def _explain_device(c: KernelClass, rows: int) -> list[str]:
-    record = read_plan(c.plan.cpu().numpy().tobytes(), c.num_ctas)  # type: ignore[union-attr]
+def _explain_device(plan: Plan, c: KernelClass, values: list[object], rows: int) -> list[str]:
+    shares = c.num_ctas
+    if c.name == "mla":  # whose CTAs take a share by twos
+        shares = c.kernel.function("jitgen_num_shares")(c.pack(plan, values, plan.max_batch, plan.max_tokens))
+    record = read_plan(c.plan.cpu().numpy().tobytes(), shares)  # type: ignore[union-attr]
     if not record.tiles:
         return [f"{c.name}: no request"]
     if record.given_out.tail_groups:

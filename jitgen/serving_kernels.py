@@ -19,6 +19,7 @@ from jitgen.families import merge_spec, prefill_family, serving_spec
 from jitgen.program import Program
 from jitgen.serving_place import finishing, place
 from jitgen.serving_scales import no_scales, stored_dtype
+from jitgen.spec import MLA_DIMS
 from jitgen.toolchain import driver_version
 
 if TYPE_CHECKING:
@@ -145,6 +146,10 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
         if plan.family not in (None, "cpu"):
             raise VariantError(f"family={plan.family!r} needs a plan on cuda, this one is on cpu. Leave family out.")
         return (KernelClass(_kernel(plan, program, "cpu", 0), ALL_ROWS, 0, None, None),)
+    if (plan.head_dim, plan.head_dim_v) == MLA_DIMS:
+        if plan.family not in (None, "mla"):
+            raise VariantError(f"family={plan.family!r} has no kernel for head dims {MLA_DIMS}. Leave family out.")
+        return (_cuda_class(plan, program, values, "mla", 64, 0),)
     group = plan.num_q_heads // plan.num_kv_heads
     most_rows = group * plan.max_q_len if plan.max_q_len else None
     rows = min(most_rows or group, DECODE_ROWS)

@@ -17,6 +17,7 @@ from jitgen.serving_kernels import DECODE_ROWS, KernelClass, make_classes
 from jitgen.serving_op import register_plan
 from jitgen.serving_pages import as_int32, check_indices
 from jitgen.serving_segments import check_cascade, make_segments
+from jitgen.spec import MLA_DIMS
 from jitgen.variant import Tracker, Variant
 
 Tensor = torch.Tensor
@@ -48,6 +49,9 @@ class Plan:
                   KV head) stay whole, as do all without ``max_kv_len``. 'none': never cut
     levels        most levels of the cascades that ``update`` is given in the place of lengths; 1: requests share no keys. The
                   plan then holds the states of max_tokens rows at every level
+    head_dim      with head_dim 576, head_dim_v 512 and one KV head: absorbed latent attention (MLA) over a cache of compressed
+                  keys, see jitgen.paged_attention; on a GPU it needs compute capability 9.0, and pages of fewer than 8 keys
+                  are slow to copy
     family        forces one kernel family: 'decode', 'sm80' or 'sm90' on a GPU
 
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, VariantError; CompileError, ToolchainMissing.
@@ -85,6 +89,7 @@ class Plan:
         self.split, self.kv_split, self.levels = split, kv_split, levels
         self.device = _complete(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         check_plan_numbers(self)
+        self.is_latent = (self.head_dim, self.head_dim_v) == MLA_DIMS  # absorbed MLA: the values are in the rows of keys
         self.variant = Variant() if variant is None else Variant.of(variant)
         self._tracker = Tracker(self.variant)
         self.q_index = self.variant.q_index or "absolute"

@@ -16,6 +16,7 @@ STORED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")  # of K and V in a cach
 FP8_DTYPE = "float8_e4m3fn"  # of Q, K and V; the output has one of FP8_OUT_DTYPES
 FP8_OUT_DTYPES = ("bfloat16", "float16")
 MAX_CPU_HEAD_DIM = 512
+MLA_DIMS = (576, 512)  # head dims of absorbed multi-head latent attention: a row holds its value and 64 rotated elements
 
 
 @record
@@ -32,7 +33,7 @@ class Tiles:
 class KernelSpec:
     """One kernel. Equal specs are one module; lengths, batch sizes, head counts and captured values are not in here."""
 
-    family: str  # 'cpu', 'sm80', 'sm90', 'sm90_fp8' or 'decode'
+    family: str  # 'cpu', 'sm80', 'sm90', 'sm90_fp8', 'decode' or 'mla'
     program: Program
     dtype: str
     head_dim: int

@@ -81,6 +81,15 @@ def every_hook() -> jitgen.Variant:
     )
 
 
+def alibi_sink() -> jitgen.Variant:
+    slopes, sinks = torch.zeros(8), torch.zeros(8)
+
+    def alibi(score, b, h, q_idx, kv_idx):
+        return score + slopes[h] * (kv_idx - q_idx)
+
+    return jitgen.Variant(score_mod=alibi, sink=sinks, lse_transform=lambda lse, b, h, q_idx: lse * 1.4426950408889634)
+
+
 def sigmoid() -> jitgen.Variant:
     return jitgen.Variant(softmax=Sigmoid)
 
@@ -161,6 +170,9 @@ CASES: dict[str, Case] = {
     "plain__cpu_ragged_stored__float32": Case(plain, "cpu", "float32", (64, 64), "ragged", "int8"),
     "window__decode_stored__float16": Case(window, "decode", "float16", (64, 64), "ragged", "float8_e5m2"),
     "sigmoid__decode_stored__bfloat16": Case(sigmoid, "decode", "bfloat16", (128, 128), "paged", "int8"),
+    "plain__mla__bfloat16": Case(plain, "mla", "bfloat16", (576, 512), "paged"),
+    "window__mla__bfloat16": Case(window, "mla", "bfloat16", (576, 512), "paged"),
+    "alibi_sink__mla__float16": Case(alibi_sink, "mla", "float16", (576, 512), "paged"),
     "window__mask_tiles": Case(window, "mask_tiles"),
 }
 TARGETS = {
@@ -171,6 +183,7 @@ TARGETS = {
     "decode": partial(cuda_target, "9.0a"),
     "merge": partial(cuda_target, "9.0"),
     "merge_cpu": partial(cpu_target, "portable"),
+    "mla": partial(cuda_target, "9.0a"),
 }
 
 

@@ -957,7 +957,7 @@ extern "C" int jitgen_launch(const Args* args) {
 extern "C" int jitgen_plan(const Args* args) { return launch_planner(*args, make_launch(*args).shape); }
 extern "C" long long jitgen_plan_bytes(const Args* args) { return jg::plan_bytes(args->batch, args->total_q, make_launch(*args).shape); }
 extern "C" long long jitgen_workspace_bytes(const Args* args) {
-  const long long slots = kManyItems < jg::kNotForMany ? jg::tail_slots(static_cast<int>(args->num_ctas)) : 2 * args->num_ctas;
+  const long long slots = kManyItems > 0 && kManyItems < jg::kNotForMany ? jg::tail_slots(static_cast<int>(args->num_ctas)) : 2 * args->num_ctas;
   return args->split ? slots * Partial::kQuads * 16 : 0;
 }
 extern "C" int jitgen_num_ctas(const Args*) {
