@@ -131,9 +131,11 @@ using Output = float[kSlices][kTiles][4];
 using State = jg::ColumnSoftmax<kTiles>;
 constexpr unsigned kStateBytes = 8;
 
-// Q of the next items is on its way while an item is worked on: of as many as the loads of K and V may be ahead.
-constexpr bool kQueryAhead = kTensorCopies && kColumns == 8 && kStoredBytes == 2;
-constexpr int kQueries = kQueryAhead ? kNumStages + 1 : 1;
+// Q of the next items is on its way while an item is worked on. Places are looked up kNumStages units ahead of the loads, which
+// are kNumStages units ahead of the products, and then of the next unit: that many items of one unit may be asked for beyond
+// the one that another warp is still at.
+constexpr bool kQueryAhead = kTensorCopies && kColumns == 8 && kStoredBytes == 2 && 90 < 120;
+constexpr int kQueries = kQueryAhead ? 2 * kNumStages + 2 : 1;
 
 constexpr unsigned kRingBytes = kNumStages * Loader::kStageBytes;   // of a warp
 constexpr unsigned kQueryBytes = kColumns * kHeadDim * 2;           // of an item
