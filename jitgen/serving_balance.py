@@ -15,7 +15,7 @@ NOT_FOR_MANY = 0x7FFFFFFF  # as many_items: only items that must not be cut are 
 PLAN_THREADS = 1024  # more tiles are not sorted
 TAIL_PIECES = 4  # of an item that is given out in pieces, at most
 _HEADER = struct.Struct("@iiI4iI2i6i")
-_TILE = struct.Struct("@8iIiIi")
+_TILE = struct.Struct("@8iI3i")
 _SHARE = struct.Struct("@iiiI8iI3iIi2i")
 SHARES_AT = _HEADER.size
 
@@ -54,7 +54,7 @@ class PlanTile:
     line: int
     # of the place of the same number in the order of the last groups, where items are given out
     at: int = 0
-    at_line: int = 0
+    at_pieces: int = 0
     pieces: int = 0
 
     def units(self, unit_keys: int) -> int:
@@ -98,9 +98,7 @@ class PlanRecord:
         at, count = self.given_out, len(self.tiles)
         found = [(tile, group, 1, -1) for group in range(at.whole_groups) for tile in reversed(range(count))]
         for place in self.tiles if at.tail_groups else ():
-            pieces = _pieces_wanted(self.tiles[place.at], place.at_line, at, shape)
-            if (place.pieces + pieces) * at.tail_groups > TAIL_PIECES * shape.shares:
-                pieces = 1
+            pieces = place.at_pieces
             first = place.pieces * at.tail_groups
             found += [(place.at, at.whole_groups + g, pieces, first + g * pieces) for g in range(at.tail_groups)]
         return found
@@ -161,7 +159,8 @@ def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
     line = pieces = 0
     for place, i in enumerate(order):
         wanted = _pieces_wanted(tiles[i], line, found, shape)
-        tiles[place] = replace(tiles[place], at=i, at_line=line, pieces=pieces)
+        has_room = (pieces + wanted) * tail <= TAIL_PIECES * shape.shares
+        tiles[place] = replace(tiles[place], at=i, at_pieces=wanted if has_room else 1, pieces=pieces)
         line += costs[i]
         pieces += wanted if wanted > 1 else 0
     return replace(found, pieces=pieces)

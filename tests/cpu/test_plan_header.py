@@ -64,12 +64,11 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
     header.least_units = jg::least_units_of(items, *shape);
     for (int place = 0; place < num_tiles; ++place) {
       const int at = order[place], wanted = jg::pieces_wanted(cost(tiles[at]), (places - line) * header.tail_groups, header.least_units, *shape);
-      tiles[place].at = at, tiles[place].at_line = line, tiles[place].pieces = pieces;
+      order[place] = jg::pieces_given(wanted, pieces, header, *shape);
       line += cost(tiles[at]) + shape->fixed_cost;
       pieces += wanted > 1 ? wanted : 0;
     }
     header.pieces = pieces;
-    for (int place = 0; place < num_tiles; ++place) order[place] = jg::pieces_at(header, tiles.data(), place, *shape);
   }
   const int words[5] = {header.whole_groups, header.tail_groups, static_cast<int>(header.places), header.least_units, header.pieces};
   for (int i = 0; i < 5; ++i) given_out[i] = words[i];

@@ -237,7 +237,7 @@ JITGEN_FN jg::KeyRange visible_keys(const Args& args, const jg::PlanTile& tile, 
   return tile.kv_len == 0 ? jg::KeyRange{0, 0} : visible_to_item(args, request_of(args, tile), first_query, last_query);
 }
 
-__global__ void __launch_bounds__(jg::kPlanThreads) plan_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::PlanShape shape) {
+__global__ void __launch_bounds__(jg::kPlanThreads, 1) plan_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::PlanShape shape) {
   jg::make_plan(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
                 [&](const jg::PlanTile& tile, int first_query, int last_query) { return visible_keys(args, tile, first_query, last_query); });
 }
@@ -311,7 +311,7 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int number) {
   const int behind = number - header.whole_groups * header.tiles;
   if (behind < 0) return {&tiles[header.tiles - 1 - number % header.tiles], number / header.tiles, 1, -1};
   const int place = behind / header.tail_groups, group = behind - place * header.tail_groups;
-  const int pieces = jg::pieces_at(header, tiles, place, launch.shape);
+  const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], header.whole_groups + group, pieces, tiles[place].pieces * header.tail_groups + group * pieces};
 }
 JITGEN_FN Piece take_item(const Args& args, const Launch& launch) {

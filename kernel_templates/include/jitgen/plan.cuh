@@ -71,7 +71,7 @@ struct alignas(16) PlanTile {
   unsigned line;      // places before this tile, in one group
   // of a kernel that gives out items, of place i in the order of the last groups, i the number of this tile:
   int at;             // the tile there
-  unsigned at_line;   // places before it, in one group
+  int at_pieces;      // pieces it is given out in
   int pieces;         // pieces before it, in one group, without tiles in one piece
 };
 struct alignas(16) Share {
@@ -224,11 +224,9 @@ JITGEN_PLAN_FN int pieces_wanted(int units, unsigned rest, int least_units, cons
   const int pieces = wanted < kTailPieces ? wanted : kTailPieces;
   return pieces < most ? pieces : most > 1 ? most : 1;
 }
-JITGEN_PLAN_FN int pieces_at(const PlanHeader& header, const PlanTile* tiles, int place, const PlanShape& shape) {
-  const PlanTile& tile = tiles[tiles[place].at];
-  const unsigned rest = (header.places - tiles[place].at_line) * header.tail_groups;
-  const int pieces = pieces_wanted(units_of({tile.begin, tile.end}, shape.unit_keys), rest, header.least_units, shape);
-  return (tiles[place].pieces + static_cast<long long>(pieces)) * header.tail_groups <= tail_slots(shape.shares) ? pieces : 1;
+// As many of them as there is room for behind `before` of a group.
+JITGEN_PLAN_FN int pieces_given(int wanted, int before, const PlanHeader& header, const PlanShape& shape) {
+  return (before + static_cast<long long>(wanted)) * header.tail_groups <= tail_slots(shape.shares) ? wanted : 1;
 }
 
 // ---- the planner ----
@@ -286,7 +284,7 @@ __device__ __forceinline__ void order_tail(PlanTile* tiles, int num_tiles, PlanH
     const int wanted = i < num_tiles ? pieces_wanted(units, rest, header.least_units, shape) : 0, counted = wanted > 1 ? wanted : 0;
     const int before = pieces + scan_block(counted, total) - counted;
     pieces += total;
-    if (i < num_tiles) tiles[i].at_line = line, tiles[i].pieces = before;
+    if (i < num_tiles) tiles[i].at_pieces = pieces_given(wanted, before, header, shape), tiles[i].pieces = before;
   }
   header.pieces = pieces;
 }
