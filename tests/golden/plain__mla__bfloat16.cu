@@ -102,7 +102,7 @@ JITGEN_FN Request request_of(const Args& args, const jg::PlanTile& tile) {
 JITGEN_FN jg::KeyRange visible_keys(const Args&, const jg::PlanTile& tile, int, int) { return {0, tile.kv_len}; }
 
 __global__ void __launch_bounds__(jg::kPlanThreads, 1) plan_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::PlanShape shape) {
-  jg::make_plan(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
+  jg::make_plan<kGivesOut>(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
                 [&](const jg::PlanTile& tile, int first_query, int last_query) { return visible_keys(args, tile, first_query, last_query); });
 }
 

@@ -302,8 +302,8 @@ __device__ __forceinline__ void order_tail(PlanTile* tiles, int num_tiles, PlanH
 }
 
 // By one CTA of kPlanThreads. `visible(tile, first query, last query)` gives the keys that these rows of the request see;
-// all threads call it, those without a tile with kv_len 0.
-template <class Visible>
+// all threads call it, those without a tile with kv_len 0. kGivesOut: for a kernel that may give out items.
+template <bool kGivesOut, class Visible>
 __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const int* kv_len, int batch,
                                           const PlanShape& shape, Visible visible) {
   __shared__ int first_tile[kPlanMaxBatch + 1];
@@ -316,7 +316,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   __shared__ unsigned long long beside;
   if (thread == 0) beside = 0;
   int asked = shape.shares;
-  if (shape.company > 0) {
+  if (!kGivesOut && shape.company > 0) {
     if (thread == 0) others = own = 0;
     __syncthreads();
     for (int b = thread; b < batch; b += kPlanThreads) {
@@ -377,7 +377,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
 
   const int items = num_tiles * shape.groups;
   PlanHeader header = {num_tiles};
-  if (gives_out(items, shape)) {
+  if (kGivesOut && gives_out(items, shape)) {
     atomicMax(&most_cost, own_most);
     __syncthreads();
     header.places = places;
