@@ -54,6 +54,7 @@ class KernelContext:
     head_dim_v: int
     dtype: str
     cuda_arch: int  # 90 for sm_90a; 0 on the CPU
+    products: str  # how a CPU kernel multiplies: 'vector' or 'amx', of include/jitgen/cpu_*.h
     tile_q: int
     tile_kv: int
     num_warps: int
@@ -143,6 +144,7 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         head_dim_v=spec.head_dim_v,
         dtype=spec.dtype,
         cuda_arch=_cuda_arch(spec.target),
+        products="amx" if spec.family == "cpu" and spec.target.isa == "amx" and spec.dtype == "bfloat16" else "vector",
         tile_q=spec.tiles.tile_q,
         tile_kv=spec.tiles.tile_kv,
         num_warps=spec.tiles.num_warps,
