@@ -154,11 +154,12 @@ template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct Products {
 
   static void load_query(const T* row, int64_t stride_d, float factor, float* out) {
     Bits16* bits = reinterpret_cast<Bits16*>(out);
-    for (int d = 0; d < kDepthSteps * kTileDepth; ++d) {
-      bf16_16 x = {};
-      if (d < kHeadDim) from_float(to_float(row[d * stride_d]) * factor, x);
-      bits[d] = x.bits;
-    }
+    const uint16_t keep = factor == 0.0f ? 0 : 0xffff, flip = factor < 0.0f ? 0x8000 : 0;
+    if (stride_d == 1)
+      for (int d = 0; d < kHeadDim; ++d) bits[d] = (row[d].bits & keep) ^ flip;
+    else
+      for (int d = 0; d < kHeadDim; ++d) bits[d] = (row[d * stride_d].bits & keep) ^ flip;
+    for (int d = kHeadDim; d < kDepthSteps * kTileDepth; ++d) bits[d] = 0;
   }
 
   // Keys [0, keys) as [16 keys][depth / 2] pairs, transposed; zeros up to a whole block of 16.
