@@ -140,7 +140,7 @@ def run(
         return out, lse
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), 0)
     if values:
-        shapes += call.kernel.pack_captures(*(capture_words(call, values, q.device) if call.has_tensors else values))
+        shapes += call.kernel.pack_tail(capture_words(call, values, q.device) if call.has_tensors else values)
     launch(call.kernel, call.cuda_index, pointers, shapes)
     return out, lse
 

@@ -69,6 +69,12 @@ def serving_spec(
     return cuda_spec(program, dtype, head_dims, family, target, layout=layout, rows=rows)
 
 
+def merge_spec(program: Program, dtype: str, head_dim_v: int, device: torch.device) -> KernelSpec:
+    """The kernel that joins the states which kernels of a plan have left of each row."""
+    family, target = ("merge_cpu", detect_cpu()) if device.type == "cpu" else ("merge", detect_cuda(device.index))
+    return KernelSpec(family, program, dtype, head_dim_v, head_dim_v, Tiles(0, 0), target, "states")
+
+
 def prefill_family(device: torch.device, layout: str, page_size: int | None, max_kv_len: int | None) -> str:
     """The prefill kernel of a plan. That of Hopper copies pages in boxes of at least 8 keys, so it must know their size."""
     boxes = layout == "ragged" or (page_size is not None and page_size % PAGE_BOX == 0)
@@ -90,13 +96,15 @@ def cuda_spec(
     """A CUDA spec of a given family; also used for compile-only checks, where there is no device."""
     if family == "decode":
         tiles = decode_tiles(*head_dims, program, target, rows)
+    elif family == "merge":
+        tiles = Tiles(0, 0)
     elif family == "sm90":
         if target.arch not in SM90_ARCHS:
             raise VariantError(
                 f"family='sm90' needs compute capability 9.0 (architecture {SM90_ARCHS[0]}), the target is {target.arch}. "
                 "Leave family out, or use 'sm80'."
             )
-        tiles = sm90_tiles(*head_dims, program, q_len=q_len)
+        tiles = sm90_tiles(*head_dims, program, q_len=q_len, for_groups=layout.endswith("_states"))
     else:
         tiles = sm80_tiles(*head_dims)
     return KernelSpec(family, program, dtype, *head_dims, tiles, target, layout)

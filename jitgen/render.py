@@ -27,6 +27,8 @@ SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     "cpu": "attention/cpu_serving.cpp.jinja",
     "sm80": "attention/sm80_serving.cu.jinja",
     "sm90": "attention/sm90_serving.cu.jinja",
+    "merge": "attention/merge.cu.jinja",
+    "merge_cpu": "attention/merge.cpp.jinja",
 }
 RAW_SCORE_FAMILIES = ("sm80", "sm90", "decode")  # whose templates take part of the scaling out of the element loop
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
@@ -50,6 +52,7 @@ class KernelContext:
     args_fields: tuple[ArgField, ...]
     variant_section: str
     layout: str  # 'dense', 'ragged' or 'paged'
+    has_states: bool  # results are parts of rows, in float, to be merged
     head_dim: int
     head_dim_v: int
     dtype: str
@@ -115,7 +118,7 @@ def template_of(spec: KernelSpec) -> str:
 
 def render_kernel(spec: KernelSpec) -> Source:
     """Generate the translation unit of ``spec``."""
-    backend = "cpu" if spec.family == "cpu" else "cuda"
+    backend = spec.target.kind
     section = emit_variant(spec.program, backend=backend, raw_scores=spec.family in RAW_SCORE_FAMILIES)
     variant_text = render_template("attention/variant.h.jinja", section_context(section, spec.layout))
     context = kernel_context(spec, section, variant_text.rstrip("\n"))
@@ -134,12 +137,13 @@ def _mapped(rendered: Rendered) -> str:
 
 def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str) -> KernelContext:
     """Template context of a spec."""
-    flags = {f.name: getattr(section, f.name) for f in fields(KernelContext) if f.type == "bool"}
+    flags = {f.name: getattr(section, f.name) for f in fields(KernelContext) if f.type == "bool" and f.name != "has_states"}
     return KernelContext(
         header_comment=_header_comment(spec),
         args_fields=ARGS_OF_LAYOUT[spec.layout] + section.args,
         variant_section=variant_text,
-        layout=spec.layout,
+        layout=spec.layout.removesuffix("_states"),
+        has_states=spec.layout.endswith("_states"),
         head_dim=spec.head_dim,
         head_dim_v=spec.head_dim_v,
         dtype=spec.dtype,

@@ -22,7 +22,7 @@ class CompiledKernel:
     kernel does not stop other Python threads.
     """
 
-    __slots__ = ("_library", "launch", "pack", "pack_captures", "path", "spec")
+    __slots__ = ("_library", "_tail", "launch", "pack", "path", "spec")
 
     def __init__(self, path: Path, spec: KernelSpec, fields: tuple[ArgField, ...]) -> None:
         self.path, self.spec = path, spec
@@ -35,7 +35,15 @@ class CompiledKernel:
         self.launch.argtypes = [ctypes.c_char_p]
         self.launch.restype = ctypes.c_int
         self.pack = struct.Struct(pack_format(fields)).pack
-        self.pack_captures = struct.Struct(pack_format(capture_fields(spec.program))).pack
+        self._tail: struct.Struct | None = None
+
+    def pack_tail(self, words: list[object]) -> bytes:
+        """The last fields of the arguments, as many as there are words."""
+        if not words:
+            return b""
+        if self._tail is None:
+            self._tail = struct.Struct(pack_format(fields_of(self.spec)[-len(words) :]))
+        return self._tail.pack(*words)
 
     def function(self, name: str, result: type = ctypes.c_int) -> Callable[[bytes], int]:
         """Another entry point of the module that takes packed arguments."""

@@ -57,6 +57,13 @@ def check_plan_numbers(plan: Plan) -> None:
         raise ShapeMismatch(f"layout={plan.layout!r} is not a layout of a plan. Use 'paged' or 'ragged'.")
     if plan.split not in ("balanced", "fixed", "none"):
         raise ShapeMismatch(f"split={plan.split!r} is not a way to split. Use 'balanced', 'fixed' or 'none'.")
+    if not isinstance(plan.levels, int) or isinstance(plan.levels, bool) or plan.levels < 1:
+        raise ShapeMismatch(f"levels is {plan.levels!r}, expected a positive integer.")
+    if plan.levels > 1 and (plan.layout != "paged" or plan.split == "fixed"):
+        raise ShapeMismatch(
+            f"levels={plan.levels} goes with layout='paged' and split='balanced' or 'none', not with "
+            f"layout={plan.layout!r} and split={plan.split!r}."
+        )
     if (plan.split == "fixed") != (plan.kv_split is not None) or (plan.kv_split is not None and plan.kv_split < 1):
         raise ShapeMismatch(
             f"split={plan.split!r} and kv_split={plan.kv_split!r} do not go together. "
@@ -181,7 +188,7 @@ def check_captures(plan: Plan, program: Program, values: list[object]) -> None:
 
 def _reach(plan: Plan, name: str, index: str) -> int:
     """One more than the largest value of an index under this plan."""
-    known = {"b": plan.batch, "h": plan.num_q_heads, "kv_h": plan.num_kv_heads}
+    known = {"b": plan.num_requests, "h": plan.num_q_heads, "kv_h": plan.num_kv_heads}
     if index in known:
         return known[index]
     counts_rows = index == "q_idx" and plan.q_index == "local"

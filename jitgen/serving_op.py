@@ -46,9 +46,10 @@ def paged_op(
     """A paged call. v is None where k is the whole cache; the second result is empty unless want_lse."""
     from jitgen.serving import paged_attention
 
-    table = pages if indptr is None else (indptr, pages)
+    plan = _plans[handle]
+    table = plan.cascade or (pages if indptr is None else (indptr, pages))
     cache = k if v is None else (k, v)
-    found = paged_attention(q, cache, table, _plans[handle], scale=scale, kv_layout=kv_layout, return_lse=want_lse)
+    found = paged_attention(q, cache, table, plan, scale=scale, kv_layout=kv_layout, return_lse=want_lse)
     return found if want_lse else (found, q.new_empty(0, dtype=torch.float32))  # type: ignore[return-value]
 
 
@@ -106,6 +107,8 @@ def call_paged(
         pages, indptr = page_table, None
     elif isinstance(page_table, tuple):
         indptr, pages = page_table
+    elif plan.cascade is not None:
+        pages, indptr = page_table.pages, None
     else:
         pages, indptr = page_table.pages, page_table.indptr
     out, lse = paged_op(q, k, v, pages, indptr, plan.handle, plan.head_dim_v, scale, kv_layout, want_lse)

@@ -216,6 +216,7 @@ extern "C" int jitgen_launch(const Args* args_pointer) {
 #pragma omp parallel num_threads(threads)
   {
     Scratch& mem = static_cast<Scratch*>(scratch.data)[omp_get_thread_num()];
+    const jg::FlushDenormals flush;
     [[maybe_unused]] const jg::vector::Registers registers;
     for (int64_t wave = 0; wave < waves.count; ++wave) {
 #pragma omp for schedule(dynamic, 1)   // its barrier lets the next wave reuse the store

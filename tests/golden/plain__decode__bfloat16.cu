@@ -224,11 +224,14 @@ JITGEN_FN float finish_row(const Args& args, const Head& head, float top, float 
   return all == -INFINITY ? -INFINITY : (all + jg::log2(denominator)) * jg::kLn2;
 }
 
+// Row of O and the logsumexp that has the first query of a request.
+JITGEN_FN long long result_row(const Args& args, const jg::PlanTile& tile) { return tile.q_start; }
 JITGEN_FN void store_lse(const Args& args, const jg::PlanTile& tile, const PackedRow& at, const Head& head, float lse) {
-  if (args.lse) args.lse[(tile.q_start + at.query) * args.num_q_heads + at.h] = lse;
+  if (args.lse) args.lse[(result_row(args, tile) + at.query) * args.num_q_heads + at.h] = lse;
 }
 JITGEN_FN char* output_at(const Args& args, const jg::PlanTile& tile, const PackedRow& at, int dim) {
-  return static_cast<char*>(args.o) + ((tile.q_start + at.query) * args.o_stride_s + at.h * args.o_stride_h + dim) * 2;
+  const long long row = result_row(args, tile) + at.query;
+  return static_cast<char*>(args.o) + (row * args.o_stride_s + at.h * args.o_stride_h + dim) * 2;
 }
 
 // Merges what the warps and CTAs have of an item, one column tile after the other, and writes O and LSE; or leaves it for the
@@ -255,13 +258,9 @@ JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, cons
       if (first != last) {
         const long long per_cta = setup.heads * kTiles * 8 * kQuads;
         const jg::Mailboxes boxes(args.workspace, per_cta, setup.shape.shares, (place.slot * kTiles + n) * 8 * kQuads + i);
-        if (cta != first) {
-          if (active) boxes.publish(cta, all);
-          continue;
-        }
-        boxes.collect<kPiecesInFlight>(all, first + 1, last, active);
+        boxes.join<kPiecesInFlight>(all, cta, first, last, active);
       }
-      if (!active) continue;
+      if (!active || cta != first) continue;
       const PackedRow at = packed_row(setup, tile, kv_h, 8 * n + column);
       const Head head = make_head(args, request_of(args, tile), at.h);
       float factor;
@@ -397,8 +396,10 @@ static jg::PlanShape plan_shape(const Args& args) {
   shape.groups = static_cast<int>(args.num_kv_heads) / heads;
   shape.least_rows = 1;
   shape.most_rows = args.class_rows < 0x7fffffff ? static_cast<int>(args.class_rows) : 0x7fffffff;
+  shape.least_keys = 0;
   shape.fixed_cost = args.batch >= 16;
   shape.least_piece = kSplits && args.split ? 1 : jg::kNeverCut;
+  shape.many_items = 0;
   shape.shares = static_cast<int>(args.num_ctas);
   return shape;
 }

@@ -335,6 +335,7 @@ extern "C" int jitgen_launch(const Args* args_pointer) {
 #pragma omp parallel num_threads(threads)
     {
       Scratch& mem = static_cast<Scratch*>(scratch.data)[omp_get_thread_num()];
+      const jg::FlushDenormals flush;
       [[maybe_unused]] const jg::amx::Registers registers;
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t i = 0; i < num_pieces; ++i) {
