@@ -9,7 +9,7 @@ from functools import cache
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from jitgen.abi import ARGS_OF_LAYOUT, ArgField
+from jitgen.abi import ARGS_OF_LAYOUT, SCALE_ARGS, ArgField
 from jitgen.emit import VariantSection, emit_variant, section_context
 from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directives
 from jitgen.paths import template_dir
@@ -56,6 +56,7 @@ class KernelContext:
     head_dim: int
     head_dim_v: int
     dtype: str
+    kv_dtype: str  # of K and V where they are stored in 8 bits; empty: dtype
     cuda_arch: int  # 90 for sm_90a; 0 on the CPU
     products: str  # how a CPU kernel multiplies: 'vector' or 'amx', of include/jitgen/cpu_*.h
     tile_q: int
@@ -63,10 +64,12 @@ class KernelContext:
     num_warps: int
     num_stages: int
     has_score: bool
+    score_is_bounded: bool
     has_mask: bool
     mask_scans: bool
     mask_spans_together: bool
     mask_reads_head: bool
+    mask_reads_tensors: bool
     has_sink: bool
     custom_norm: bool
     norm_rescales: bool
@@ -140,21 +143,27 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
     flags = {f.name: getattr(section, f.name) for f in fields(KernelContext) if f.type == "bool" and f.name != "has_states"}
     return KernelContext(
         header_comment=_header_comment(spec),
-        args_fields=ARGS_OF_LAYOUT[spec.layout] + section.args,
+        args_fields=ARGS_OF_LAYOUT[spec.layout] + (SCALE_ARGS if spec.kv_dtype else ()) + section.args,
         variant_section=variant_text,
         layout=spec.layout.removesuffix("_states"),
         has_states=spec.layout.endswith("_states"),
         head_dim=spec.head_dim,
         head_dim_v=spec.head_dim_v,
         dtype=spec.dtype,
+        kv_dtype=spec.kv_dtype,
         cuda_arch=_cuda_arch(spec.target),
-        products="amx" if spec.family == "cpu" and spec.target.isa == "amx" and spec.dtype == "bfloat16" else "vector",
+        products="amx" if uses_amx(spec) else "vector",
         tile_q=spec.tiles.tile_q,
         tile_kv=spec.tiles.tile_kv,
         num_warps=spec.tiles.num_warps,
         num_stages=spec.tiles.num_stages,
         **flags,
     )
+
+
+def uses_amx(spec: KernelSpec) -> bool:
+    """Whether a CPU kernel multiplies in the tile registers of AMX: bfloat16, and keys of the same type."""
+    return spec.family == "cpu" and spec.target.isa == "amx" and spec.dtype == "bfloat16" and not spec.kv_dtype
 
 
 def _cuda_arch(target: CompileTarget) -> int:

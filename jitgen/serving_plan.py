@@ -39,6 +39,9 @@ class Plan:
     layout        'paged' or 'ragged': which call will use the plan
     page_size     keys of a page, if known: the prefill kernel of Hopper needs it, and pages of a multiple of 8; without it
                   that of Ampere is used, at about half the speed
+    kv_dtype      dtype of the keys and values in the cache, if not ``dtype``: torch.float8_e4m3fn, torch.float8_e5m2 or
+                  torch.int8, with scales that each call is given. On a GPU such plans have the decode kernel only, which
+                  takes long prefills at its own speed
     split         'balanced': long requests are cut along their keys so that all CTAs are busy equally long. 'fixed': cut at
                   multiples of ``kv_split`` keys, so a request's result does not depend on what else is in the batch, bit by
                   bit. On a GPU requests of more rows than the decode kernel takes (32, counted once for each query head of a
@@ -61,6 +64,7 @@ class Plan:
         *,
         head_dim_v: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        kv_dtype: torch.dtype | None = None,
         variant: Variant | Any = None,
         layout: str = "paged",
         max_q_len: int | None = None,
@@ -75,7 +79,8 @@ class Plan:
         self.max_batch, self.max_tokens = max_batch, max_tokens
         self.num_q_heads, self.num_kv_heads = num_q_heads, num_kv_heads
         self.head_dim, self.head_dim_v = head_dim, head_dim if head_dim_v is None else head_dim_v
-        self.dtype, self.layout, self.family = dtype, layout, family
+        self.dtype, self.kv_dtype = dtype, None if kv_dtype == dtype else kv_dtype
+        self.layout, self.family = layout, family
         self.max_q_len, self.max_kv_len, self.page_size = max_q_len, max_kv_len, page_size
         self.split, self.kv_split, self.levels = split, kv_split, levels
         self.device = _complete(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))

@@ -121,6 +121,7 @@ class Case(NamedTuple):
     dtype: str = ""
     head_dims: tuple[int, int] = (0, 0)
     layout: str = "dense"
+    kv_dtype: str = ""
     isa: str = "portable"  # of a CPU kernel
 
 
@@ -132,6 +133,8 @@ CASES: dict[str, Case] = {
     "sigmoid__cpu_amx_ragged__bfloat16": Case(sigmoid, "cpu", "bfloat16", (64, 64), "ragged", isa="amx"),
     "plain__sm80__float16": Case(plain, "sm80", "float16", (192, 128)),
     "every_hook__sm80__bfloat16": Case(every_hook, "sm80", "bfloat16", (64, 64)),
+    "soft_cap__sm80__bfloat16": Case(soft_cap, "sm80", "bfloat16", (256, 256)),
+    "window__sm80__float16": Case(window, "sm80", "float16", (256, 256)),
     "stick_breaking__sm80__bfloat16": Case(stick_breaking, "sm80", "bfloat16", (128, 128)),
     "segments__sm80_paged__bfloat16": Case(segments, "sm80", "bfloat16", (128, 128), "paged"),
     "alibi_sigmoid__sm80_ragged__float16": Case(alibi_sigmoid, "sm80", "float16", (64, 64), "ragged"),
@@ -153,6 +156,10 @@ CASES: dict[str, Case] = {
     "every_hook__merge__float16": Case(every_hook, "merge", "float16", (64, 64), "states"),
     "plain__merge_cpu__float32": Case(plain, "merge_cpu", "float32", (64, 64), "states"),
     "every_hook__merge_cpu__bfloat16": Case(every_hook, "merge_cpu", "bfloat16", (128, 128), "states"),
+    "soft_cap__cpu_paged_stored__bfloat16": Case(soft_cap, "cpu", "bfloat16", (64, 64), "paged", "float8_e4m3fn"),
+    "plain__cpu_ragged_stored__float32": Case(plain, "cpu", "float32", (64, 64), "ragged", "int8"),
+    "window__decode_stored__float16": Case(window, "decode", "float16", (64, 64), "ragged", "float8_e5m2"),
+    "sigmoid__decode_stored__bfloat16": Case(sigmoid, "decode", "bfloat16", (128, 128), "paged", "int8"),
     "window__mask_tiles": Case(window, "mask_tiles"),
 }
 TARGETS = {
@@ -180,11 +187,11 @@ def case_spec(name: str) -> KernelSpec:
     case, program = CASES[name], case_program(name)
     if case.family == "cpu":
         tiles, target = cpu_tiles(*case.head_dims, case.layout), cpu_target(case.isa)
-        return KernelSpec("cpu", program, case.dtype, *case.head_dims, tiles, target, case.layout)
+        return KernelSpec("cpu", program, case.dtype, *case.head_dims, tiles, target, case.layout, case.kv_dtype)
     target = TARGETS[case.family]()
     if case.family == "merge_cpu":
         return KernelSpec("merge_cpu", program, case.dtype, *case.head_dims, Tiles(0, 0), target, case.layout)
-    return cuda_spec(program, case.dtype, case.head_dims, case.family, target, layout=case.layout)
+    return cuda_spec(program, case.dtype, case.head_dims, case.family, target, layout=case.layout, kv_dtype=case.kv_dtype)
 
 
 def case_source(name: str) -> Source:
