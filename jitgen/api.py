@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+import struct
 
 import torch
 
 from jitgen import runtime
+from jitgen.abi import DENSE_ARGS, pack_format
 from jitgen.checks import check_grad, check_tensors, dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, VariantError
 from jitgen.families import choose_spec, padded_head_dims
@@ -15,11 +16,12 @@ from jitgen.fp8 import Scale, negated, output_dtype, with_scales, workspace_byte
 from jitgen.layouts import check_out, expanded_stride, finished, is_row_aligned, needs_adapting, pad_columns, stride_like
 from jitgen.program import Program, direct_indices, uses_index
 from jitgen.records import record
-
-if TYPE_CHECKING:
-    from jitgen.variant import Variant
+from jitgen.variant import Variant, resolve
 
 MAX_PREPARED_CALLS = 4096  # shapes remembered; decode meets a new length at every step, so the table must not grow forever
+# struct Args in two parts: what differs from call to call, then from `batch` on what shapes and strides determine
+_pack_pointers = struct.Struct(pack_format(DENSE_ARGS[:8])).pack
+_pack_shapes = struct.Struct(pack_format(DENSE_ARGS[8:])).pack
 
 
 def attention(
@@ -63,9 +65,9 @@ def attention(
     """
     program, values, variant_q_index = resolve_hooks(variant, score_mod, mask_mod, sink)
     check_grad(q, k, v)
-    local = (q_index or variant_q_index or "absolute") == "local" if q_index in (None, "local", "absolute") else None
-    if local is None:
+    if q_index not in (None, "local", "absolute"):
         raise VariantError(f"q_index={q_index!r} is not a convention. Use 'local' or 'absolute'.")
+    local = (q_index or variant_q_index) == "local"
     if scale_q is not None or scale_k is not None or scale_v is not None:
         check_tensors(q, k, v)
         program, values = with_scales(program, values, q, k, (scale_q, scale_k, scale_v))
@@ -80,16 +82,12 @@ def resolve_hooks(
     variant: Variant | None, score_mod: object, mask_mod: object, sink: object
 ) -> tuple[Program, list[object], str | None]:
     """Program, current captured values and q_index convention of a Variant or of raw hooks."""
-    from jitgen.variant import Variant, resolve
-
     if variant is None:
-        program, values = resolve(score_mod, mask_mod, sink)
-        return program, values, None
+        return *resolve(score_mod, mask_mod, sink), None
     if score_mod is not None or mask_mod is not None or sink is not None:
         raise VariantError("variant and separate hooks were both given. Put score_mod, mask_mod and sink into the Variant.")
     variant = Variant.of(variant)
-    traced = variant.trace()
-    return traced.program, traced.values(), variant.q_index
+    return *variant.resolve(), variant.q_index
 
 
 @record
@@ -98,10 +96,13 @@ class PreparedCall:
 
     program: Program  # keeps id(program) in the table's key valid
     kernel: runtime.CompiledKernel
-    ints: tuple[int | float, ...]  # the fields of struct Args from `batch` to the strides
+    numbers: tuple[int | float, ...]  # the fields of struct Args from `batch` to the strides
+    shapes: bytes  # the same, packed
     o_shape: tuple[int, ...]
     o_stride: tuple[int, ...]
+    is_empty: bool  # the output has no elements
     capture_sizes: tuple[tuple[int, int, int, str], ...]  # slot, dimension, least size, the index it is read with
+    is_tensor: tuple[bool, ...]  # of every capture
     cuda_index: int | None
     out_like_q: bool  # the output is laid out as torch.empty_like(q) would be, in its dtype
     out_dtype: torch.dtype
@@ -155,41 +156,30 @@ def run(
             out = torch.empty_like(q)
         else:
             out = torch.empty_strided(call.o_shape, call.o_stride, dtype=call.out_dtype, device=q.device)
-        ints = call.ints
+        shapes = call.shapes
     else:
         check_out(out, call.o_shape, q, call.out_dtype)
-        ints = call.ints[:-4] + tuple(out.stride())
+        shapes = _pack_shapes(*call.numbers[:-4], *out.stride())
     lse = torch.empty(call.o_shape[:3], dtype=torch.float32, device=q.device) if want_lse else None
-    if out.numel() == 0:
+    if call.is_empty:
         return out, lse
-    if call.has_tensors:
-        check_captures(program, values, call, q.device)
-    launch(call, program, values, q, k, v, out, lse, ints)
+    workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=q.device) if call.workspace_bytes else None
+    pointers = (
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(),
+        0 if workspace is None else workspace.data_ptr(),
+    )  # fmt: skip
+    if values:
+        shapes += call.kernel.pack_tail(capture_words(call, values, q.device) if call.has_tensors else values)
+    launch(call.kernel, call.cuda_index, pointers, shapes)
     return out, lse
 
 
-def launch(
-    call: PreparedCall,
-    program: Program,
-    values: list[object],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    ints: tuple[int | float, ...],
-) -> None:
-    """Pack the arguments and start the kernel on the current stream."""
-    cuda_index, kernel = call.cuda_index, call.kernel
-    words = runtime.capture_words(program, values) if call.has_tensors else values
-    lse_ptr = 0 if lse is None else lse.data_ptr()
-    workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=q.device) if call.workspace_bytes else None
-    workspace_ptr = 0 if workspace is None else workspace.data_ptr()
-    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_ptr, workspace_ptr)
+def launch(kernel: runtime.CompiledKernel, cuda_index: int | None, pointers: tuple[int, ...], rest: bytes) -> None:
+    """Start the kernel, on the current stream; ``rest`` is struct Args from `batch` on."""
     if cuda_index is None:
-        code = kernel.launch(kernel.pack(*pointers, 0, torch.get_num_threads(), *ints, *words))
+        code = kernel.launch(_pack_pointers(*pointers, 0, torch.get_num_threads()) + rest)
     else:
-        packed = kernel.pack(*pointers, torch._C._cuda_getCurrentRawStream(cuda_index), 0, *ints, *words)
+        packed = _pack_pointers(*pointers, torch._C._cuda_getCurrentRawStream(cuda_index), 0) + rest
         if cuda_index == torch._C._cuda_getDevice():
             code = kernel.launch(packed)
         else:
@@ -225,20 +215,25 @@ def prepare(
     o_stride = stride_like(q, o_shape)
     k_stride, v_stride = expanded_stride(k, batch), expanded_stride(v, batch)
     sizes = {"b": batch, "h": num_q_heads, "kv_h": num_kv_heads, "q_idx": q_len + max(q_offset, 0), "kv_idx": kv_len}
+    factor = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+    strides = (*q.stride(), *k_stride, *v_stride, *o_stride)
+    numbers = (batch, num_q_heads, num_kv_heads, q_len, kv_len, q_offset, factor, *strides)
     return PreparedCall(
         program=program,
         kernel=runtime.get_kernel(spec),
-        ints=(batch, num_q_heads, num_kv_heads, q_len, kv_len, q_offset,
-              1.0 / math.sqrt(head_dim) if scale is None else float(scale), *q.stride(), *k_stride, *v_stride, *o_stride),
+        numbers=numbers,
+        shapes=_pack_shapes(*numbers),
         o_shape=o_shape,
         o_stride=o_stride,
+        is_empty=0 in o_shape,
+        is_tensor=tuple(slot.kind == "tensor" for slot in program.slots),
         capture_sizes=tuple((slot, dim, sizes[name], name) for slot, dim, name in direct_indices(program)),
         cuda_index=q.device.index if q.device.type == "cuda" else None,
         out_like_q=q.is_contiguous() and tuple(q.shape) == o_shape and o_stride == q.stride() and out_dtype == q.dtype,
         out_dtype=out_dtype,
         workspace_bytes=workspace_bytes(spec.tiles, v.shape, v_stride) if spec.family == "sm90_fp8" else 0,
         has_tensors=any(slot.kind == "tensor" for slot in program.slots),
-    )  # fmt: skip
+    )
 
 
 def run_adapted(
@@ -275,14 +270,22 @@ def run_adapted(
     return finished(result[..., : v.shape[3]], out, q, out_dtype), lse
 
 
-def check_captures(program: Program, values: list[object], call: PreparedCall, device: torch.device) -> None:
-    """Captured tensors are on the inputs' device and large enough for the positions they are indexed with."""
-    for slot, value in zip(program.slots, values, strict=True):
-        if slot.kind == "tensor" and value.device != device:  # type: ignore[attr-defined]
+def capture_words(call: PreparedCall, values: list[object], device: torch.device) -> list[object]:
+    """Values for runtime.capture_fields. Captured tensors must be on the inputs' device and large enough for the positions
+    they are indexed with."""
+    program = call.program
+    words: list[object] = []
+    for i, value in enumerate(values):
+        if not call.is_tensor[i]:
+            words.append(value)
+            continue
+        if value.device != device:  # type: ignore[attr-defined]
+            name = program.slots[i].name
             raise UnsupportedDevice(
-                f"captured tensor '{slot.name}' is on {value.device}, q is on {device}. "  # type: ignore[attr-defined]
-                f"Move it with {slot.name}.to(q.device) before building the variant."
+                f"captured tensor '{name}' is on {value.device}, q is on {device}. "  # type: ignore[attr-defined]
+                f"Move it with {name}.to(q.device) before building the variant."
             )
+        words += (value.data_ptr(), *value.shape, *value.stride())  # type: ignore[attr-defined]
     for i, dim, least, index in call.capture_sizes:
         size = values[i].shape[dim]  # type: ignore[attr-defined]
         if size < least:
@@ -290,3 +293,4 @@ def check_captures(program: Program, values: list[object], call: PreparedCall, d
                 f"captured tensor '{program.slots[i].name}' has size {size} along axis {dim}, which {index} indexes up to "
                 f"{least - 1}. Give it at least {least} entries there, or clamp the index."
             )
+    return words

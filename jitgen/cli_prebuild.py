@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("manifests", metavar="MANIFEST", type=Path, nargs="+", help="TOML file")
     add("--out", metavar="DIR", type=Path, help="the layer's directory; kernels that it holds are kept")
-    add("--arch", metavar="A,B", type=archs, help="targets: 9.0a, 8.0, ... and avx512, avx2, portable, or cpu for this one")
+    add("--arch", metavar="A,B", type=archs, help="targets: 9.0a, 8.0, ... and amx, avx512, avx2, portable, or cpu: this one")
     add("--jobs", metavar="N", type=positive, help="processes at once; default: one for each core")
     add("--shard", metavar="I/N", type=shard, default=(1, 1), help="build the I-th of N parts, for several machines")
     add("--list", action="store_true", help="list the kernels and build nothing")

@@ -38,7 +38,7 @@ VARIABLES = (
     Variable("JITGEN_NVCC", "program", "the CUDA toolkit's", "nvcc; the toolkit is the one it belongs to"),
     Variable("CUDA_HOME", "path", "found from nvcc", "root of the CUDA toolkit (CUDA_PATH is read too)"),
     Variable("JITGEN_CUDA_ARCH", "like 8.0 or 9.0a", "the device's", "compile CUDA kernels for this architecture"),
-    Variable("JITGEN_CPU_ISA", "auto, avx512, avx2, portable", "auto", "instruction set of CPU kernels"),
+    Variable("JITGEN_CPU_ISA", "auto, amx, avx512, avx2, portable", "auto", "instruction set of CPU kernels"),
 )
 
 
@@ -157,5 +157,5 @@ def cuda_arch() -> str | None:
 
 
 def cpu_isa() -> str:
-    """Instruction set of CPU kernels: auto, avx512, avx2 or portable."""
-    return _choice("JITGEN_CPU_ISA", ("auto", "avx512", "avx2", "portable"), "auto", {"0": "portable"})
+    """Instruction set of CPU kernels: auto, amx, avx512, avx2 or portable."""
+    return _choice("JITGEN_CPU_ISA", ("auto", "amx", "avx512", "avx2", "portable"), "auto", {"0": "portable"})

@@ -11,6 +11,7 @@ import torch
 from jitgen import api
 from jitgen.checks import check_grad
 from jitgen.errors import ShapeMismatch, VariantError
+from jitgen.variant import Variant, resolve
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask
@@ -81,14 +82,12 @@ def eager(
     family: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The call without torch.compile."""
-    from jitgen.variant import Variant, resolve
-
     check_grad(query, key, value)
     if isinstance(score_mod, Variant):
         if mask_mod is not None:
             raise VariantError("a Variant and a mask were both given. Put the mask into the Variant.")
-        traced = score_mod.trace()
-        program, values, local = traced.program, traced.values(), score_mod.q_index != "absolute"
+        program, values = score_mod.resolve()
+        local = score_mod.q_index != "absolute"
     else:
         program, values = resolve(score_mod, mask_mod)
         local = True

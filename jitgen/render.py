@@ -62,6 +62,7 @@ class KernelContext:
     kv_dtype: str  # of K and V where they are stored in 8 bits; empty: dtype
     out_dtype: str
     cuda_arch: int  # 90 for sm_90a; 0 on the CPU
+    products: str  # how a CPU kernel multiplies: 'vector' or 'amx', of include/jitgen/cpu_*.h
     tile_q: int
     tile_kv: int
     num_warps: int
@@ -158,6 +159,7 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         kv_dtype=spec.kv_dtype,
         out_dtype=spec.out_dtype or spec.dtype,
         cuda_arch=_cuda_arch(spec.target),
+        products="amx" if uses_amx(spec) else "vector",
         tile_q=spec.tiles.tile_q,
         tile_kv=spec.tiles.tile_kv,
         num_warps=spec.tiles.num_warps,
@@ -166,6 +168,11 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         packing=f"jg::packing_shift(group_size{', 6' if spec.family == 'mla' else ''})",
         **flags,
     )
+
+
+def uses_amx(spec: KernelSpec) -> bool:
+    """Whether a CPU kernel multiplies in the tile registers of AMX: bfloat16, and keys of the same type."""
+    return spec.family == "cpu" and spec.target.isa == "amx" and spec.dtype == "bfloat16" and not spec.kv_dtype
 
 
 def _cuda_arch(target: CompileTarget) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
@@ -20,13 +21,16 @@ LINK_FLAGS = ("-Wl,--as-needed", "-Wl,-s")
 CUDA_LINK_FLAGS = (*LINK_FLAGS, "-Wl,--gc-sections", "-Wl,-z,defs")
 
 # cpuinfo names of each level, in the order they are tried
+_AVX512 = ("avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl")
+_AMX = ("amx_tile", "amx_bf16")
 CPU_LEVELS = {
-    "avx512": ("avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "amx": (*_AVX512, "avx512_bf16", *_AMX),
+    "avx512": _AVX512,
     "avx2": ("avx2", "fma", "f16c", "bmi2"),
     "portable": (),
 }
 # cpuinfo name -> what a kernel gains from it on top of its level
-CPU_EXTRAS = {"avx512": ("avx512_bf16",), "avx2": (), "portable": ()}
+CPU_EXTRAS = {"amx": (), "avx512": ("avx512_bf16",), "avx2": (), "portable": ()}
 
 
 @record
@@ -52,7 +56,7 @@ class CompileTarget:
 
     @property
     def isa(self) -> str:
-        """Level of a CPU target: avx512, avx2 or portable."""
+        """Level of a CPU target: amx, avx512, avx2 or portable."""
         return next(level for level, names in CPU_LEVELS.items() if set(names) <= set(self.arch.split("+")[1:]))
 
     @property
@@ -70,23 +74,26 @@ class CompileTarget:
 def detect_cpu() -> CompileTarget:
     """The target of this machine's CPU; JITGEN_CPU_ISA may ask for less than it has.
 
-    Errors:  EnvError when JITGEN_CPU_ISA asks for instructions that the CPU lacks.
+    Errors:  EnvError when JITGEN_CPU_ISA asks for instructions that the CPU lacks, or the system withholds.
     """
     wanted = env.cpu_isa()
     has = cpu_features()
+    if has.issuperset(_AMX) and wanted in ("auto", "amx") and not may_use_tiles():
+        has = has.difference(_AMX)
     if wanted == "auto":
         wanted = next(level for level, names in CPU_LEVELS.items() if has.issuperset(names))
     missing = [name for name in CPU_LEVELS[wanted] if name not in has]
     if missing:
-        raise EnvError(f"JITGEN_CPU_ISA={wanted}, but this CPU has no {', '.join(missing)}. Use auto.")
+        withheld = " that this process may use" if cpu_features().issuperset(missing) else ""
+        raise EnvError(f"JITGEN_CPU_ISA={wanted}, but this CPU has no {', '.join(missing)}{withheld}. Use auto.")
     return cpu_target(wanted, tuple(name for name in CPU_EXTRAS[wanted] if name in has))
 
 
 def cpu_target(isa: str, extras: tuple[str, ...] = ()) -> CompileTarget:
     """The target of a CPU with a given instruction set, which need not be this machine's."""
     names = CPU_LEVELS[isa] + extras
-    flags = [f"-m{name.replace('_', '')}" for name in names]
-    if isa == "avx512":
+    flags = [f"-m{name.replace('_', '')}" for name in names if name not in _AMX]  # those are written in assembly
+    if isa in ("amx", "avx512"):
         flags.append("-mprefer-vector-width=512")
     cxx = toolchain.find_cxx() if _may_compile() else None
     return CompileTarget(
@@ -112,6 +119,15 @@ def cpu_features() -> frozenset[str]:
         return frozenset()
     found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
     return frozenset(found.group(1).split()) if found else frozenset()
+
+
+@lru_cache(maxsize=1)
+def may_use_tiles() -> bool:
+    """Whether the system lets this process use the tile registers of AMX: Linux wants to be asked, from 5.16 on."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    if os.uname().machine != "x86_64":
+        return False
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def detect_cuda(device: object = None, *, accelerated: bool = False) -> CompileTarget:
@@ -176,7 +192,7 @@ def target_of(arch: str) -> CompileTarget:
     """The target that an architecture names; it need not be this machine's.
 
     Takes a CUDA architecture such as '9.0a', an instruction set as in CompileTarget.arch ('x86_64+avx2+fma'), one of its
-    levels ('avx512', 'avx2', 'portable'), or 'cpu' for this machine.
+    levels ('amx', 'avx512', 'avx2', 'portable'), or 'cpu' for this machine.
     Errors:  EnvError for anything else, and for another machine's kind of CPU.
     """
     if re.fullmatch(r"[1-9][0-9]?\.[0-9][af]?", arch):
@@ -200,8 +216,10 @@ CUDA_LINES = {"8": ("8.0", "8.6", "8.7", "8.9"), "9": ("9.0",), "10": ("10.0", "
 def lesser_targets(target: CompileTarget) -> list[CompileTarget]:
     """Other targets whose kernels run on this one, best first."""
     if target.kind == "cpu":
-        levels = list(CPU_LEVELS)
-        found = [cpu_target(level) for level in levels[levels.index(target.isa) :]]
+        has = set(target.arch.split("+"))
+        levels = list(CPU_LEVELS)[list(CPU_LEVELS).index(target.isa) :]
+        choices = {(level, extras): None for level in levels for extras in (CPU_EXTRAS[level], ()) if has.issuperset(extras)}
+        found = [cpu_target(level, extras) for level, extras in choices]
         return [other for other in found if other.arch != target.arch]
     line = CUDA_LINES.get(target.arch.partition(".")[0], ())
     return [cuda_target(arch) for arch in reversed(line[: line.index(target.arch)])] if target.arch in line else []

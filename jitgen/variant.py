@@ -106,8 +106,12 @@ class Variant:
 
     def trace(self) -> Traced:
         """The program of the hooks with the values they capture now; traces again only if a guard fails."""
+        return Traced(*self.resolve())
+
+    def resolve(self) -> tuple[Program, list[object]]:
+        """The program of the hooks and the values they capture now, as ``trace`` gives them."""
         trace, values = _find(self._hooks, self._bound)
-        return Traced(trace.program, values)
+        return trace.program, values
 
     def bind(self, **values: object) -> Variant:
         """The same variant with captured values replaced by name; values of the same type trace nothing again.
@@ -222,11 +226,13 @@ def resolve(score_mod: object = None, mask_mod: object = None, sink: object = No
 
 
 _NOTHING: Mapping[str, object] = {}
+_FUNCTION = types.FunctionType
 
 
 def _find(hooks: tuple[Any, ...], bound: Mapping[str, object]) -> tuple[Trace, list[object]]:
     """The trace that holds for the hooks as they are now, and the values they capture."""
-    key = (*[_identity(h) for h in hooks], *bound)
+    # a function is identified by its code, as in _identity: written out, because this runs on every call
+    key = (*[None if h is None else h.__code__ if type(h) is _FUNCTION else _identity(h) for h in hooks], *bound)
     for trace in _traces.get(key, ()):
         values = trace.check(*hooks, bound)
         if values is not None:
@@ -256,7 +262,7 @@ def _identity(hook: Any) -> object:
     if hook is None:
         return None
     kind = type(hook)
-    if kind is types.FunctionType:  # the common case first: this runs on every call
+    if kind is types.FunctionType:
         return hook.__code__
     if kind is types.MethodType:
         return hook.__func__.__code__ if hasattr(hook.__func__, "__code__") else kind

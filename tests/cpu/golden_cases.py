@@ -131,14 +131,15 @@ class Case(NamedTuple):
     head_dims: tuple[int, int] = (0, 0)
     layout: str = "dense"
     kv_dtype: str = ""
+    isa: str = "portable"  # of a CPU kernel
 
 
 CASES: dict[str, Case] = {
     "plain__cpu__float32": Case(plain, "cpu", "float32", (64, 64)),
-    "every_hook__cpu__bfloat16": Case(every_hook, "cpu", "bfloat16", (128, 128)),
+    "every_hook__cpu_amx__bfloat16": Case(every_hook, "cpu", "bfloat16", (128, 128), isa="amx"),
     "sigmoid__cpu__float16": Case(sigmoid, "cpu", "float16", (192, 128)),
     "every_hook__cpu_paged__float32": Case(every_hook, "cpu", "float32", (128, 128), "paged"),
-    "sigmoid__cpu_ragged__bfloat16": Case(sigmoid, "cpu", "bfloat16", (64, 64), "ragged"),
+    "sigmoid__cpu_amx_ragged__bfloat16": Case(sigmoid, "cpu", "bfloat16", (64, 64), "ragged", isa="amx"),
     "plain__sm80__float16": Case(plain, "sm80", "float16", (192, 128)),
     "every_hook__sm80__bfloat16": Case(every_hook, "sm80", "bfloat16", (64, 64)),
     "soft_cap__sm80__bfloat16": Case(soft_cap, "sm80", "bfloat16", (256, 256)),
@@ -176,7 +177,6 @@ CASES: dict[str, Case] = {
     "window__mask_tiles": Case(window, "mask_tiles"),
 }
 TARGETS = {
-    "cpu": partial(cpu_target, "portable"),
     "sm80": partial(cuda_target, "8.0"),
     "sm90": partial(cuda_target, "9.0a"),
     "sm90_fp8": partial(cuda_target, "9.0a"),
@@ -201,10 +201,10 @@ def case_program(name: str) -> Program:
 def case_spec(name: str) -> KernelSpec:
     """The kernel of a case. Of the target only the architecture matters: nothing of it shows in the source."""
     case, program = CASES[name], case_program(name)
-    target = TARGETS[case.family]()
     if case.family == "cpu":
-        tiles = cpu_tiles(*case.head_dims, case.layout)
+        tiles, target = cpu_tiles(*case.head_dims, case.layout), cpu_target(case.isa)
         return KernelSpec("cpu", program, case.dtype, *case.head_dims, tiles, target, case.layout, case.kv_dtype)
+    target = TARGETS[case.family]()
     if case.family == "merge_cpu":
         return KernelSpec("merge_cpu", program, case.dtype, *case.head_dims, Tiles(0, 0), target, case.layout)
     return cuda_spec(program, case.dtype, case.head_dims, case.family, target, layout=case.layout, kv_dtype=case.kv_dtype)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import jitgen
+from jitgen import reference
 
 # Largest error allowed, as a multiple of the error of torch's own kernel in the same dtype on the same inputs.
 TIMES_SDPA = 1.5
@@ -184,3 +185,23 @@ def test_values_of_excluded_keys_do_not_reach_the_output():
     want = jitgen.attention(q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx < 37)
     k[:, :, 37:], v[:, :, 37:] = 1e4, 1e4
     assert torch.equal(jitgen.attention(q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx < 37), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_maximum_that_leaps_leaves_nothing_of_the_earlier_keys(dtype):
+    q, k, v = inputs(1, 2, 2, 60, 1100, 64, dtype=dtype)
+
+    def leap(score, b, h, q_idx, kv_idx):
+        return score + 90.0 * (kv_idx // 256)  # from tile to tile what is there shrinks to 1e-39
+
+    got, lse = jitgen.attention(q, k, v, score_mod=leap, return_lse=True)
+    want, exact_lse = reference.attention(q, k, v, score_mod=leap, return_lse=True)
+    unit = torch.finfo(torch.float32).eps * 256  # of a logit, which lies near 360 in the last tile
+    assert largest_error(got, want) <= (unit if dtype == torch.float32 else 0.02)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=5e-5, rtol=1e-5)
+
+
+def test_calling_a_kernel_leaves_denormal_numbers_to_the_caller():
+    q, k, v = inputs(1, 1, 1, 20, 30, 64)
+    jitgen.attention(q, k, v)
+    assert (torch.full((4,), 1e-30) * 1e-10 != 0).all()

@@ -10,6 +10,7 @@ from gallery import CASES, Sizes
 from serving_batch import Batch, poisoned
 
 import jitgen
+from jitgen.target import detect_cpu
 
 PAGE = 16
 # decode and prefill, no keys, no rows, and every length at which a page ends or begins
@@ -80,12 +81,16 @@ def test_every_head_dim_is_taken(layout, head_dim, head_dim_v):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", CALLS)
-def test_short_dtypes_lose_no_more_than_the_output_rounds(layout, dtype):
+def test_short_dtypes_lose_no_more_than_rounding(layout, dtype):
     batch = Batch([(1, 700), (40, 300), (3, 16)], head_dim=64, dtype=dtype)
     plan = batch.plan(causal, layout=layout)
     (out, lse), (exact, exact_lse) = CALLS[layout](batch, plan), batch.expected(causal)
     unit = torch.finfo(dtype).eps / 2
-    assert ((out.double() - exact).abs() <= 1.01 * unit * exact.abs() + 1e-6).all()  # products and sums are in float32
+    allowed = 1.01 * unit * exact.abs() + 1e-6  # of the output: products and sums are in float32
+    if dtype == torch.bfloat16 and detect_cpu().isa == "amx":
+        batch.v = [v.abs() for v in batch.v]
+        allowed += 1.01 * unit * batch.expected(causal)[0]  # of the weights
+    assert ((out.double() - exact).abs() <= allowed).all()
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=2e-5)
 
 

@@ -124,6 +124,33 @@ def test_cpu_target_names_its_instructions_in_arch_and_flags() -> None:
     assert target.cpu_target("portable").isa == "portable"
 
 
+def test_amx_is_a_level_that_takes_no_compiler_option() -> None:
+    amx = target.cpu_target("amx")
+    assert amx.isa == "amx" and amx.arch.endswith("+avx512_bf16+amx_tile+amx_bf16")
+    assert amx.flags == target.cpu_target("avx512", ("avx512_bf16",)).flags
+    assert target.target_of(amx.arch) == target.target_of("amx") == amx
+
+
+def test_kernels_for_amx_run_nowhere_else() -> None:
+    levels = {isa: [other.isa for other in target.lesser_targets(target.cpu_target(isa))] for isa in target.CPU_LEVELS}
+    assert levels == {"amx": ["avx512", "avx512", "avx2", "portable"], "avx512": ["avx2", "portable"],
+                      "avx2": ["portable"], "portable": []}  # fmt: skip
+    best, *_ = target.lesser_targets(target.cpu_target("amx"))
+    assert best == target.cpu_target("avx512", ("avx512_bf16",))
+
+
+@pytest.mark.parametrize("isa", ["auto", "amx"])
+def test_amx_that_the_system_withholds_is_not_used(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "cpu_features", lambda: frozenset(target.CPU_LEVELS["amx"]))
+    monkeypatch.setattr(target, "may_use_tiles", lambda: False)
+    monkeypatch.setenv("JITGEN_CPU_ISA", isa)
+    if isa == "auto":
+        assert target.detect_cpu() == target.cpu_target("avx512", ("avx512_bf16",))
+    else:
+        with pytest.raises(EnvError, match="JITGEN_CPU_ISA=amx, but this CPU has no amx_tile, amx_bf16 that this process may"):
+            target.detect_cpu()
+
+
 def test_instructions_the_cpu_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target, "cpu_features", lambda: frozenset())
     monkeypatch.setenv("JITGEN_CPU_ISA", "avx2")

@@ -11,9 +11,8 @@
 // item         up to kTileQ (query head, row) pairs of a request that share a KV head
 // tile         kTileKv keys of a request; its columns are numbered from its first key, kv0
 // piece        an item against some of its tiles: what a thread takes on at once; the last piece to finish merges all
-#include "jitgen/cpu_gemm.h"
+#include "jitgen/cpu_vector.h"
 #include "jitgen/cpu_pieces.h"
-#include "jitgen/cpu_rows.h"
 #include "jitgen/span.h"
 
 struct Args {
@@ -205,19 +204,19 @@ template <class Row> JITGEN_FN void output_row(const Args& args, const Head& hea
 }
 
 // ---- tiles and scratch ----
-constexpr int kPaddedDimV = static_cast<int>(jg::round_up(kHeadDimV, jg::kPanel));
+using Products = jg::vector::Products<Element, kHeadDim, kHeadDimV, kTileKv>;
+constexpr int kPaddedDimV = Products::kPaddedDimV;
 constexpr bool kWholeVectors = kHeadDim % jg::kVec == 0 && kHeadDimV % jg::kVec == 0;
-static_assert(kTileQ % jg::kBlockRows == 0 && kTileKv % jg::kPanel == 0, "tiles are whole register blocks");
+static_assert(kTileQ % Products::kBlockRows == 0 && kTileKv % jg::kPanel == 0, "tiles are whole register blocks");
 static_assert(kHeadDim % 8 == 0 && kHeadDimV % 8 == 0, "head dimensions are multiples of 8");
 
 struct alignas(jg::kScratchAlign) Scratch {   // of one thread
-  float q[kTileQ * kHeadDim];                 // scaled
+  float q[kTileQ * Products::kQueryFloats];
   float logits[kTileQ * kTileKv];             // then weights
   float out[kTileQ * kPaddedDimV];
   float factor[kTileQ];                       // what the tile at hand multiplies into the rows of out
   float scan[kTileKv > kPaddedDimV ? kTileKv : kPaddedDimV];
-  float k_panels[kTileKv * kHeadDim];
-  float v_panels[kTileKv * kPaddedDimV];
+  float tile[Products::kTileFloats];          // packed K, then packed V
   const Stored* k_rows[kTileKv];              // where the keys of the tile lie
   const Stored* v_rows[kTileKv];
 };
@@ -226,6 +225,7 @@ struct alignas(jg::kScratchAlign) Scratch {   // of one thread
 // What is known about the rows of an item before any key is read, and their softmax state.
 struct RowBlock {
   int num_heads, num_rows, first_head, first_row, q_offset;
+  bool in_place;   // few rows: K and V are read where they lie, and the weights stay float32
   Head heads[jg::kMaxHeadsPerItem];
   MaskSpan spans[jg::kMaxHeadsPerItem];
   MaskRow mask_rows[kTileQ];
@@ -233,10 +233,12 @@ struct RowBlock {
   jg::SoftmaxState states[kTileQ];
 };
 
-static void prepare_rows(const Args& args, const jg::ServingItem& item, RowBlock& block) {
+static void prepare_rows(const Args& args, const jg::ServingItem& item, bool in_place,
+                         RowBlock& block) {
   const Request request = make_request(args, item.b);
   block.num_heads = item.num_heads, block.num_rows = item.num_rows;
   block.first_head = item.first_head, block.first_row = item.first_row;
+  block.in_place = in_place;
   block.q_offset = request.q_offset;
   for (int i = 0; i < item.num_heads; ++i) {
     [[maybe_unused]] const Head head = block.heads[i] = make_head(args, request, item.first_head + i);
@@ -265,6 +267,7 @@ static jg::Columns tile_columns(const Args& args, const RowBlock& block, int kv0
 // Logits of one tile -> weights, row by row; mem.factor gets what the rows of mem.out are multiplied with.
 static void weigh_tile(const Args& args, RowBlock& block, int kv0, const jg::Columns& columns, Scratch& mem) {
   const int begin = columns.begin, end = columns.end;
+  const float factor = block.in_place ? 1.0f : Products::logit_factor(static_cast<float>(args.scale));
   for (int i = 0; i < block.num_heads; ++i) {
     [[maybe_unused]] const Head head = block.heads[i];
     ScoreCol score_cols[kTileKv];
@@ -277,12 +280,13 @@ static void weigh_tile(const Args& args, RowBlock& block, int kv0, const jg::Col
       const ScoreRow score_row = block.score_rows[r];
 #pragma omp simd
       for (int j = begin; j < end; ++j)
-        logits[j] = score_elem(args, head, score_row, score_cols[j], logits[j], q_idx, kv0 + j);
+        logits[j] = score_elem(args, head, score_row, score_cols[j], logits[j] * factor, q_idx, kv0 + j);
       const MaskRow mask_row = block.mask_rows[r];
 #pragma omp simd
       for (int j = columns.mask_begin; j < columns.mask_end; ++j)
         logits[j] = mask_elem(args, head, mask_row, mask_cols[j], q_idx, kv0 + j) ? logits[j] : -INFINITY;
-      mem.factor[r] = jg::softmax_update(logits, begin, end, block.states[r]);
+      if (block.in_place) mem.factor[r] = jg::softmax_update(logits, begin, end, block.states[r]);
+      else mem.factor[r] = Products::softmax_update(logits, begin, end, 1.0f, block.states[r]);
     }
   }
 }
@@ -326,18 +330,19 @@ static bool find_keys(const Args& args, const jg::ServingItem& item, int kv0, in
 }
 
 // ---- one piece ----
-static void load_queries(const Args& args, const jg::ServingItem& item, const Request& request, Scratch& mem) {
-  const int padded_rows = static_cast<int>(jg::round_up(item.rows(), jg::kBlockRows));
-  memset(mem.q, 0, sizeof(float) * padded_rows * kHeadDim);
+static void load_queries(const Args& args, const jg::ServingItem& item, const Request& request, bool in_place, Scratch& mem) {
+  const int padded_rows = static_cast<int>(jg::round_up(item.rows(), Products::kBlockRows));
+  memset(mem.q, 0, sizeof(float) * padded_rows * Products::kQueryFloats);
   memset(mem.out, 0, sizeof(float) * padded_rows * kPaddedDimV);
   memset(mem.factor, 0, sizeof(float) * padded_rows);
   const float scale = static_cast<float>(args.scale);
   float* out = mem.q;
   for (int i = 0; i < item.num_heads; ++i)
-    for (int row = 0; row < item.num_rows; ++row, out += kHeadDim) {
+    for (int row = 0; row < item.num_rows; ++row) {
       const Element* q = static_cast<const Element*>(args.q) + (item.first_head + i) * args.q_stride_h +
                          (request.q_start + item.first_row + row) * args.q_stride_s;
-      jg::load_row(q, 1, kHeadDim, scale, out);
+      if (in_place) jg::load_row(q, 1, kHeadDim, scale, out), out += kHeadDim;
+      else Products::load_query(q, 1, Products::query_factor(scale), out), out += Products::kQueryFloats;
     }
 }
 
@@ -345,18 +350,18 @@ static void load_queries(const Args& args, const jg::ServingItem& item, const Re
 static void attend_tile(const Args& args, RowBlock& block, KeyRows k, KeyRows v, int kv0,
                         const jg::Columns& columns, Scratch& mem) {
   const int rows = block.num_heads * block.num_rows, begin = columns.begin, end = columns.end;
-  if (kWholeVectors && rows <= jg::kMaxDirectRows) {
+  if (block.in_place) {
     jg::score_rows<kHeadDim, kTileKv>(mem.q, k, rows, begin, end, mem.logits);
     weigh_tile(args, block, kv0, columns, mem);
     jg::value_rows<kHeadDimV, kPaddedDimV, kTileKv>(mem.logits, v, rows, begin, end, mem.out, mem.factor);
     return;
   }
-  const int blocks = static_cast<int>(jg::ceil_div(rows, jg::kBlockRows));
-  jg::pack_keys<kHeadDim>(k.from(begin), 1, end - begin, mem.k_panels + begin * kHeadDim);   // begin starts a panel
-  jg::pack_values<kHeadDimV, kTileKv>(v.from(begin), 1, end - begin, mem.v_panels + begin * jg::kPanel);
-  jg::score_panels<kHeadDim, kTileKv>(mem.q, mem.k_panels, blocks, begin, end, mem.logits);
+  float *packed_k = mem.tile, *packed_v = mem.tile + kTileKv * Products::kKeyFloats;
+  Products::pack_keys(k.from(begin), 1, end - begin, packed_k + begin * Products::kKeyFloats);   // begin starts a panel
+  Products::pack_values(v.from(begin), 1, end - begin, packed_v + begin * Products::kValueFloats);
+  Products::scores(mem.q, packed_k, rows, begin, end, mem.logits);
   weigh_tile(args, block, kv0, columns, mem);
-  jg::value_panels<kPaddedDimV, kTileKv>(mem.logits, mem.v_panels, blocks, begin, end, mem.out, mem.factor);
+  Products::values(mem.logits, packed_v, rows, begin, end, mem.out, mem.factor);
 }
 
 // Adds the tiles [first, end) to the rows; false if a page list is wrong.
@@ -401,8 +406,9 @@ static void merge_partials(const jg::ServingItem& item, RowBlock& block, const f
 static int attend_piece(const Args& args, jg::ServingItem& item, int piece, float* partials, Scratch& mem) {
   const Request request = make_request(args, item.b);
   RowBlock block;
-  prepare_rows(args, item, block);
-  load_queries(args, item, request, mem);
+  const bool in_place = kWholeVectors && item.rows() <= jg::kMaxDirectRows;
+  prepare_rows(args, item, in_place, block);
+  load_queries(args, item, request, in_place, mem);
   if (!attend_tiles(args, item, request, block, item.begin_of(piece), item.end_of(piece), mem)) return jg::kErrorBadPage;
   if (item.num_pieces > 1) {
     store_partial(item, block, piece, partials, mem);
@@ -492,6 +498,8 @@ extern "C" int jitgen_launch(const Args* args_pointer) {
 #pragma omp parallel num_threads(threads)
     {
       Scratch& mem = static_cast<Scratch*>(scratch.data)[omp_get_thread_num()];
+      const jg::FlushDenormals flush;
+      [[maybe_unused]] const jg::vector::Registers registers;
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t i = 0; i < num_pieces; ++i) {
         const int code = attend_piece(args, items[pieces[i].item], pieces[i].piece, static_cast<float*>(partials.data), mem);
@@ -523,8 +531,7 @@ extern "C" int jitgen_pieces(Args* args) {
 
 extern "C" const char* jitgen_error_string(int code) {
   switch (code) {
-    case jg::kErrorNoMemory: return "out of memory for the scratch of the CPU threads";
     case jg::kErrorBadPage: return "a page list names a page that the cache does not have, among the pages its request needs";
-    default: return "unknown error";
+    default: return jg::error_string(code);
   }
 }

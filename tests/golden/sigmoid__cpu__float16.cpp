@@ -4,8 +4,7 @@
 // b, h, kv_h   request, query head, KV head            q_idx   row + q_offset
 // item         what a thread takes on at once: up to kTileQ (query head, row) pairs that share a KV head
 // tile         kTileKv keys; its columns are numbered from its first key, kv0
-#include "jitgen/cpu_gemm.h"
-#include "jitgen/cpu_rows.h"
+#include "jitgen/cpu_vector.h"
 #include "jitgen/cpu_work.h"
 #include "jitgen/span.h"
 
@@ -97,14 +96,15 @@ JITGEN_FN float norm_lse(const Args& args, const Head& head, const NormState& st
 }
 
 // ---- tiles and scratch ----
-constexpr int kPaddedDimV = static_cast<int>(jg::round_up(kHeadDimV, jg::kPanel));
+using Products = jg::vector::Products<Element, kHeadDim, kHeadDimV, kTileKv>;
+using Tiles = jg::TileStore<Products, kTileKv>;
+constexpr int kPaddedDimV = Products::kPaddedDimV;
 constexpr bool kWholeVectors = kHeadDim % jg::kVec == 0 && kHeadDimV % jg::kVec == 0;
-static_assert(kTileQ % jg::kBlockRows == 0 && kTileKv % jg::kPanel == 0, "tiles are whole register blocks");
+static_assert(kTileQ % Products::kBlockRows == 0 && kTileKv % jg::kPanel == 0, "tiles are whole register blocks");
 static_assert(kHeadDim % 8 == 0 && kHeadDimV % 8 == 0, "head dimensions are multiples of 8");
-using Tiles = jg::TileStore<Element, kHeadDim, kHeadDimV, kTileKv>;
 
 struct alignas(jg::kScratchAlign) Scratch {   // of one thread
-  float q[kTileQ * kHeadDim];                 // scaled
+  float q[kTileQ * Products::kQueryFloats];
   float logits[kTileQ * kTileKv];             // then weights
   float out[kTileQ * kPaddedDimV];
   float factor[kTileQ];                       // what the tile at hand multiplies into the rows of out
@@ -116,13 +116,16 @@ struct alignas(jg::kScratchAlign) Scratch {   // of one thread
 // What is known about the rows of an item before any key is read, and their softmax state.
 struct RowBlock {
   int num_heads, num_rows, first_head, first_row, q_offset;
+  bool in_place;   // few rows: K and V are read where they lie, and the weights stay float32
   Head heads[jg::kMaxHeadsPerItem];
   NormState states[kTileQ];
 };
 
-static void prepare_rows(const Args& args, const jg::Item& item, RowBlock& block) {
+static void prepare_rows(const Args& args, const jg::Item& item, bool in_place,
+                         RowBlock& block) {
   block.num_heads = item.num_heads, block.num_rows = item.num_rows;
   block.first_head = item.first_head, block.first_row = item.first_row;
+  block.in_place = in_place;
   block.q_offset = static_cast<int>(args.q_offset);
   for (int i = 0; i < item.num_heads; ++i) {
     [[maybe_unused]] const Head head = block.heads[i] = make_head(args, item.b, item.first_head + i);
@@ -140,12 +143,15 @@ static jg::Columns tile_columns(const Args& args, const RowBlock& block, int kv0
 // Logits of one tile -> weights, row by row; mem.factor gets what the rows of mem.out are multiplied with.
 static void weigh_tile(const Args& args, RowBlock& block, int kv0, const jg::Columns& columns, Scratch& mem) {
   const int begin = columns.begin, end = columns.end;
+  const float factor = block.in_place ? 1.0f : Products::logit_factor(static_cast<float>(args.scale));
   for (int i = 0; i < block.num_heads; ++i) {
     [[maybe_unused]] const Head head = block.heads[i];
     for (int row = 0, r = i * block.num_rows; row < block.num_rows; ++row, ++r) {
       float* logits = mem.logits + r * kTileKv;
+      Products::scale_logits(logits, begin, end, factor);
       jg::Row<kNormReverse> logit_row(logits, mem.scan, begin, end, kv0);
       mem.factor[r] = norm_update(args, head, logit_row, block.states[r]);
+      if (!block.in_place) Products::store_weights(logits, begin, end);
     }
   }
 }
@@ -164,29 +170,29 @@ static void finish_row(const Args& args, const jg::Item& item, RowBlock& block, 
 }
 
 // ---- one item ----
-static void load_queries(const Args& args, const jg::Item& item, Scratch& mem) {
-  const int padded_rows = static_cast<int>(jg::round_up(item.num_heads * item.num_rows, jg::kBlockRows));
-  memset(mem.q, 0, sizeof(float) * padded_rows * kHeadDim);
+static void load_queries(const Args& args, const jg::Item& item, bool in_place, Scratch& mem) {
+  const int padded_rows = static_cast<int>(jg::round_up(item.num_heads * item.num_rows, Products::kBlockRows));
+  memset(mem.q, 0, sizeof(float) * padded_rows * Products::kQueryFloats);
   memset(mem.out, 0, sizeof(float) * padded_rows * kPaddedDimV);
   memset(mem.factor, 0, sizeof(float) * padded_rows);
   const float scale = static_cast<float>(args.scale);
   float* out = mem.q;
   for (int i = 0; i < item.num_heads; ++i)
-    for (int row = 0; row < item.num_rows; ++row, out += kHeadDim) {
+    for (int row = 0; row < item.num_rows; ++row) {
       const Element* q = static_cast<const Element*>(args.q) + item.b * args.q_stride_b +
                          (item.first_head + i) * args.q_stride_h + (item.first_row + row) * args.q_stride_s;
-      jg::load_row(q, args.q_stride_d, kHeadDim, scale, out);
+      if (in_place) jg::load_row(q, args.q_stride_d, kHeadDim, scale, out), out += kHeadDim;
+      else Products::load_query(q, args.q_stride_d, Products::query_factor(scale), out), out += Products::kQueryFloats;
     }
 }
 
 // slot: number of the KV head within the wave.
 static void attend_item(const Args& args, const jg::Item& item, const Tiles& tiles, int wave, int64_t slot, Scratch& mem) {
   const int rows = item.num_heads * item.num_rows;
-  const int blocks = static_cast<int>(jg::ceil_div(rows, jg::kBlockRows));
   const bool in_place = kWholeVectors && rows <= jg::kMaxDirectRows && args.k_stride_d == 1 && args.v_stride_d == 1;
   RowBlock block;
-  prepare_rows(args, item, block);
-  load_queries(args, item, mem);
+  prepare_rows(args, item, in_place, block);
+  load_queries(args, item, in_place, mem);
 
   for (int64_t step = 0; step < tiles.num_tiles; ++step) {
     const int64_t tile = kNormReverse ? tiles.num_tiles - 1 - step : step;
@@ -207,9 +213,9 @@ static void attend_item(const Args& args, const jg::Item& item, const Tiles& til
       jg::value_rows<kHeadDimV, kPaddedDimV, kTileKv>(mem.logits, v_rows, rows, begin, end, mem.out, mem.factor);
     } else {
       const jg::PackedTile packed = tiles.get(wave, slot, tile, k, v, keys, mem.tile);
-      jg::score_panels<kHeadDim, kTileKv>(mem.q, packed.k, blocks, begin, end, mem.logits);
+      Products::scores(mem.q, packed.k, rows, begin, end, mem.logits);
       weigh_tile(args, block, static_cast<int>(kv0), columns, mem);
-      jg::value_panels<kPaddedDimV, kTileKv>(mem.logits, packed.v, blocks, begin, end, mem.out, mem.factor);
+      Products::values(mem.logits, packed.v, rows, begin, end, mem.out, mem.factor);
     }
   }
 
@@ -240,6 +246,8 @@ extern "C" int jitgen_launch(const Args* args_pointer) {
 #pragma omp parallel num_threads(threads)
   {
     Scratch& mem = static_cast<Scratch*>(scratch.data)[omp_get_thread_num()];
+    const jg::FlushDenormals flush;
+    [[maybe_unused]] const jg::vector::Registers registers;
     for (int64_t wave = 0; wave < waves.count; ++wave) {
 #pragma omp for schedule(dynamic, 1)   // its barrier lets the next wave reuse the store
       for (int64_t index = waves.first_item(wave); index < waves.first_item(wave + 1); ++index)
@@ -250,5 +258,5 @@ extern "C" int jitgen_launch(const Args* args_pointer) {
 }
 
 extern "C" const char* jitgen_error_string(int code) {
-  return code == jg::kErrorNoMemory ? "out of memory for the scratch of the CPU threads" : "unknown error";
+  return jg::error_string(code);
 }

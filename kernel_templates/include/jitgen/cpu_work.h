@@ -4,14 +4,22 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "jitgen/cpu_pack.h"
+#include "jitgen/cpu_types.h"
 
 extern "C" int omp_get_max_threads();
 extern "C" int omp_get_thread_num();
 
 namespace jg {
 
-constexpr int kErrorNoMemory = 1;
+constexpr int kErrorNoMemory = 1, kErrorNoTiles = 4;
+static inline const char* error_string(int code) {
+  switch (code) {
+    case kErrorNoMemory: return "out of memory for the scratch of the CPU threads";
+    case kErrorNoTiles: return "the system does not let this process use the tile registers of AMX; see JITGEN_CPU_ISA";
+    default: return "unknown error";
+  }
+}
+
 constexpr int kMaxHeadsPerItem = 16;
 // Up to this many queries per KV head K and V are read in place: packing a tile costs about as much as eight rows.
 constexpr int kMaxDirectRows = 8;
@@ -80,6 +88,21 @@ static inline Waves make_waves(const Schedule& schedule, int64_t num_tiles, int6
   return {ceil_div(schedule.pairs, pairs), pairs, per_pair, schedule.items(), pairs * num_tiles, pairs * pair_bytes};
 }
 
+// ---- floating point ----
+// While a thread works, results below 2^-126 become 0: what a row has accumulated falls that low whenever its maximum leaps,
+// as under ALiBi, and arithmetic with denormal numbers takes a hundred times as long. They may still be read: float16 needs it.
+struct FlushDenormals {
+#if defined(__SSE2__)
+  static constexpr unsigned kFlushToZero = 0x8000;
+  unsigned before = __builtin_ia32_stmxcsr();
+  FlushDenormals() { __builtin_ia32_ldmxcsr(before | kFlushToZero); }
+  ~FlushDenormals() { __builtin_ia32_ldmxcsr(before); }
+#else
+  FlushDenormals() {}
+#endif
+  FlushDenormals(const FlushDenormals&) = delete;
+};
+
 // ---- memory ----
 struct Block {
   void* data;
@@ -93,10 +116,11 @@ struct Block {
 struct Strides { int64_t b, h, s, d; };
 struct PackedTile { const float *k, *v; };
 
-// Tiles of K and V in float32 panels, packed by the first thread that needs one and read by all others of the wave. A
-// thread that meets a tile another one is still packing makes its own copy rather than wait.
-template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct TileStore {
-  static constexpr int64_t kTileFloats = int64_t{kTileKv} * (kHeadDim + round_up(kHeadDimV, kPanel));
+// Packed tiles of K and V, packed by the first thread that needs one and read by all others of the wave. A thread that
+// meets a tile another one is still packing makes its own copy rather than wait.
+template <class Products, int kTileKv> struct TileStore {
+  using T = typename Products::Element;
+  static constexpr int64_t kTileFloats = Products::kTileFloats, kValues = int64_t{kTileKv} * Products::kKeyFloats;
 
   Strides k_stride, v_stride;
   int64_t num_tiles;
@@ -104,10 +128,9 @@ template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct TileStore {
   int* states;       // per tile: 2 * wave + 1 while it is packed, 2 * wave + 2 once it is ready
 
   PackedTile pack(const T* k, const T* v, int keys, float* tile) const {
-    float* v_panels = tile + int64_t{kTileKv} * kHeadDim;
-    pack_keys<kHeadDim>(StridedRows<T>{k, k_stride.s}, k_stride.d, keys, tile);
-    pack_values<kHeadDimV, kTileKv>(StridedRows<T>{v, v_stride.s}, v_stride.d, keys, v_panels);
-    return {tile, v_panels};
+    Products::pack_keys(StridedRows<T>{k, k_stride.s}, k_stride.d, keys, tile);
+    Products::pack_values(StridedRows<T>{v, v_stride.s}, v_stride.d, keys, tile + kValues);
+    return {tile, tile + kValues};
   }
 
   // k, v: first key of the tile. slot: number of the KV head within the wave. own: memory of this thread for one tile.
@@ -123,7 +146,7 @@ template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct TileStore {
       __atomic_store_n(states + index, ready, __ATOMIC_RELEASE);
       return view;
     }
-    return state == ready ? PackedTile{shared, shared + int64_t{kTileKv} * kHeadDim} : pack(k, v, keys, own);
+    return state == ready ? PackedTile{shared, shared + kValues} : pack(k, v, keys, own);
   }
 };
 
