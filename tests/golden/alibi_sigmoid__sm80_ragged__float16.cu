@@ -376,10 +376,10 @@ template <int kHalf> JITGEN_FN void update_norm(const Args& args, const Head& he
 // What S holds once score_elem is done, times this, are logits in natural units.
 JITGEN_FN float logit_factor(const Args& args, const Head& head) { return score_factor(args, head); }
 
-// Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp.
-template <int kTiles>
-JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][kOutTiles][4],
-                            const NormState (&state)[kTiles][2], int warp_row) {
+// Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp, kColumnTiles * 8 columns from first_out on.
+template <int kTiles, int kColumnTiles>
+JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][kColumnTiles][4],
+                            const NormState (&state)[kTiles][2], int warp_row, int first_out = 0) {
   const Head head = own_head(args, piece);
   const int lane = jg::stay(static_cast<int>(threadIdx.x)) % 32, first_column = 2 * (lane % 4);   // anew: registers are short in the KV loop
   const int num_rows = piece.request.q_len << piece.packing;
@@ -388,13 +388,13 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTi
     jg::for_each_half([&](auto half_constant) {
       constexpr int kHalf = decltype(half_constant)::value;
       const int row = warp_row + lane / 4 + 16 * i + 8 * kHalf;
-      jg::FragmentRow<kOutTiles, kHalf, false> out_row(o[i], first_column);
+      jg::FragmentRow<kColumnTiles, kHalf, false> out_row(o[i], first_column);
       norm_finalize(args, head, out_row, state[i][kHalf]);
       float lse = norm_lse(args, head, state[i][kHalf]);
       const long long q_row = piece.request.q_start + jg::packed_query(row, piece.packing);
       const bool is_row = row < num_rows;
-      jg::store_row<Element, kHalf>(o[i], static_cast<char*>(args.o) + (q_row * args.o_stride_s + head.h * args.o_stride_h) * 2, lane % 4, is_row);
-      if (args.lse && is_row && first_column == 0) args.lse[q_row * args.num_q_heads + head.h] = lse;
+      jg::store_row<Element, kHalf>(o[i], static_cast<char*>(args.o) + (q_row * args.o_stride_s + head.h * args.o_stride_h + first_out) * 2, lane % 4, is_row);
+      if (args.lse && is_row && first_column == 0 && first_out == 0) args.lse[q_row * args.num_q_heads + head.h] = lse;
     });
 }
 

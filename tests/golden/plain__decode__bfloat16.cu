@@ -446,7 +446,9 @@ static jg::PlanShape plan_shape(const Args& args) {
   shape.least_piece = kSplits && args.split ? 1 : jg::kNeverCut;
   shape.many_items = 0;
   shape.shares = static_cast<int>(args.num_ctas);
-  shape.beside = args.programmatic ? shape.shares * 5 / 12 : 0;   // memory is as busy with fewer CTAs; others are left to a prefill
+  // Memory is as busy with fewer CTAs; the others are left to a prefill. A cascade's prefill leaves room itself.
+  shape.company = args.programmatic ? shape.shares * 5 / 12 : 0;
+  shape.beside = 0;
   return shape;
 }
 

@@ -136,7 +136,7 @@ JITGEN_FN Request request_of(const Args& args, const jg::PlanTile& tile) {
 
 JITGEN_FN jg::KeyRange visible_keys(const Args&, const jg::PlanTile& tile, int, int) { return {0, tile.kv_len}; }
 
-__global__ void __launch_bounds__(jg::kPlanThreads) plan_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::PlanShape shape) {
+__global__ void __launch_bounds__(jg::kPlanThreads, 1) plan_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::PlanShape shape) {
   jg::make_plan(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
                 [&](const jg::PlanTile& tile, int first_query, int last_query) { return visible_keys(args, tile, first_query, last_query); });
 }
@@ -552,7 +552,9 @@ static jg::PlanShape plan_shape(const Args& args) {
   shape.least_piece = kSplits && args.split ? 1 : jg::kNeverCut;
   shape.many_items = 0;
   shape.shares = static_cast<int>(args.num_ctas);
-  shape.beside = args.programmatic ? shape.shares * 5 / 12 : 0;   // memory is as busy with fewer CTAs; others are left to a prefill
+  // Memory is as busy with fewer CTAs; the others are left to a prefill. A cascade's prefill leaves room itself.
+  shape.company = args.programmatic ? shape.shares * 5 / 12 : 0;
+  shape.beside = 0;
   return shape;
 }
 
