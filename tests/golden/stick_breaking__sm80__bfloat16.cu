@@ -164,8 +164,8 @@ static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0 && kHeadDimV <= kHea
 constexpr bool kHoldsQuery = kRowTiles * (kHeadDim / 16 + kColTiles + kOutTiles) * 4 <= 176;
 constexpr int kHeldSteps = kHoldsQuery ? kHeadDim / 16 : 0;   // of 16 columns
 // With two stages the copies of the next tile start before Q K^T; behind it where Q is read again, because registers are short
-// in it (2 % at head dim 128, while it costs 4 % at 64).
-constexpr bool kCopiesLate = !kHoldsQuery;
+// in it (2 % at head dim 128, while it costs 4 % at 64; with a norm in place of softmax it makes spills).
+constexpr bool kCopiesLate = false;
 constexpr bool kDescending = kNormReverse;
 constexpr long long kSectionBytes = jg::kMaskedSection;
 constexpr unsigned kQueryBytes = kTileQ * kHeadDim * 2;     // O leaves through the same rows

@@ -133,7 +133,7 @@ def test_kernel_follows_maxima_that_jump(family, head_dim, is_causal):
     want, want_lse = exact(q, k, v, is_causal=is_causal)
     poison(q)
     got, lse = jitgen.attention(q, k, v, mask_mod=causal if is_causal else None, return_lse=True, family=family)
-    assert_as_accurate_as_sdpa(got, want, q, k, v, is_causal=is_causal)
+    assert relative_error(got, want) < torch.finfo(q.dtype).eps / 2  # roundings of the largest weight and of the output
     torch.testing.assert_close(lse.double(), want_lse, atol=1e-4, rtol=1e-5)
 
 
@@ -154,7 +154,7 @@ def test_capped_logits_of_any_reach(family, dtype, head_dim, cap, sign):
     poison(q)
     got, lse = jitgen.attention(q, k, v, capped, scale=sign / math.sqrt(head_dim), return_lse=True, family=family)
     assert relative_error(got, logits.softmax(-1) @ v.double()) < 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=1e-3 + abs(cap) * 2**-11, rtol=1e-5)  # tanh.approx
 
 
 @pytest.mark.parametrize("head_dim", [128, 256])
