@@ -13,17 +13,21 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jitgen import prebuild, reference, sampling
     from jitgen.api import attention
+    from jitgen.block_sparse import BlockSparse, block_sparse_attention
     from jitgen.errors import JitgenError
     from jitgen.events import on_event
     from jitgen.flex import flex_attention
+    from jitgen.kv_append import append
     from jitgen.masks import and_masks, or_masks, sorted, static
     from jitgen.norms import OnlineNorm
+    from jitgen.rotary import Rope, rope
     from jitgen.rows import row_cumsum, row_max, row_sum
     from jitgen.sampling import apply_penalties, apply_token_bitmask, mask_logits, process_logits, renorm, sample, softmax
     from jitgen.sampling_processors import Penalties
     from jitgen.sampling_speculative import speculative_verify
     from jitgen.serving import paged_attention, ragged_attention
     from jitgen.serving_cascade import Cascade, CascadeLevel
+    from jitgen.serving_heads import HeadCache
     from jitgen.serving_masks import bit_mask, pack_mask, tree_mask
     from jitgen.serving_merge import merge_state, merge_states
     from jitgen.serving_pages import PageTable
@@ -44,8 +48,11 @@ _HOME = {
     "row_max": "jitgen.rows",
     "row_sum": "jitgen.rows",
     "Variant": "jitgen.variant",
+    "BlockSparse": "jitgen.block_sparse",
+    "block_sparse_attention": "jitgen.block_sparse",
     "Cascade": "jitgen.serving_cascade",
     "CascadeLevel": "jitgen.serving_cascade",
+    "HeadCache": "jitgen.serving_heads",
     "bit_mask": "jitgen.serving_masks",
     "pack_mask": "jitgen.serving_masks",
     "tree_mask": "jitgen.serving_masks",
@@ -54,6 +61,9 @@ _HOME = {
     "PageTable": "jitgen.serving_pages",
     "Plan": "jitgen.serving_plan",
     "paged_attention": "jitgen.serving",
+    "append": "jitgen.kv_append",
+    "Rope": "jitgen.rotary",
+    "rope": "jitgen.rotary",
     "ragged_attention": "jitgen.serving",
     "Penalties": "jitgen.sampling_processors",
     "apply_penalties": "jitgen.sampling",
@@ -68,19 +78,24 @@ _HOME = {
 _MODULES = ("reference", "errors", "prebuild", "sampling")
 
 __all__ = [
+    "BlockSparse",
     "Cascade",
     "CascadeLevel",
+    "HeadCache",
     "JitgenError",
     "OnlineNorm",
     "PageTable",
     "Penalties",
     "Plan",
+    "Rope",
     "Variant",
     "and_masks",
+    "append",
     "apply_penalties",
     "apply_token_bitmask",
     "attention",
     "bit_mask",
+    "block_sparse_attention",
     "errors",
     "flex_attention",
     "mask_logits",
@@ -95,6 +110,7 @@ __all__ = [
     "ragged_attention",
     "reference",
     "renorm",
+    "rope",
     "row_cumsum",
     "row_max",
     "row_sum",

@@ -10,7 +10,7 @@ import torch
 
 from jitgen.errors import ShapeMismatch, UnsupportedDtype, UnsupportedVariant, VariantError
 from jitgen.program import Program
-from jitgen.spec import FP8_DTYPE, KernelSpec, Tiles
+from jitgen.spec import FP8_DTYPE, MLA_DIMS, KernelSpec, Tiles
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
 from jitgen.tiles import sm80_tiles
 from jitgen.tiles_decode import decode_tiles
@@ -18,7 +18,7 @@ from jitgen.tiles_fp8 import FP8_HEAD_DIMS, fp8_tiles
 from jitgen.tiles_sm90 import sm90_tiles
 
 FAMILIES = ("cpu", "sm80", "sm90", "sm90_fp8")
-SERVING_FAMILIES = ("cpu", "decode", "sm80", "sm90")
+SERVING_FAMILIES = ("cpu", "decode", "mla", "sm80", "sm90")
 SM90_ARCHS = ("9.0a",)  # wgmma and setmaxnreg exist in this architecture only
 PAGE_BOX = 8  # keys: pages of the sm90 prefill kernel are a multiple of it
 MAX_SM90_KEYS = 1 << 22  # of a request in the sm90 prefill kernel
@@ -63,15 +63,17 @@ def serving_spec(
     *,
     family: str | None = None,
     rows: int = 8,
+    kv_dtype: str = "",
 ) -> KernelSpec:
-    """A kernel of a plan. ``family`` None is the best prefill kernel; ``rows`` share a KV head in a decode step."""
+    """A kernel of a plan. ``family`` None is the best prefill kernel; ``rows`` share a KV head in a decode step.
+    ``kv_dtype``: of K and V, if it is not ``dtype``."""
     if family is not None and family not in SERVING_FAMILIES:
         raise VariantError(f"family={family!r} is not a family of serving kernels. Use one of {', '.join(SERVING_FAMILIES)}.")
     if device.type == "cpu":
-        return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims, layout), detect_cpu(), layout)
+        return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims, layout), detect_cpu(), layout, kv_dtype)
     family = family or prefill_family(device, layout, PAGE_BOX, None)
     target = detect_cuda(device.index, accelerated=family != "sm80")
-    return cuda_spec(program, dtype, head_dims, family, target, layout=layout, rows=rows)
+    return cuda_spec(program, dtype, head_dims, family, target, layout=layout, rows=rows, kv_dtype=kv_dtype)
 
 
 def merge_spec(program: Program, dtype: str, head_dim_v: int, device: torch.device) -> KernelSpec:
@@ -97,12 +99,17 @@ def cuda_spec(
     q_len: int = 1 << 20,
     layout: str = "dense",
     rows: int = 8,
+    kv_dtype: str = "",
     out_dtype: str = "",
 ) -> KernelSpec:
     """A CUDA spec of a given family; also used for compile-only checks, where there is no device."""
     check_fp8(program, dtype, family, target)
-    if family == "decode":
-        tiles = decode_tiles(*head_dims, program, target, rows)
+    if (family == "mla") != (head_dims == MLA_DIMS) and family != "merge":
+        raise VariantError(f"family={family!r} and head dims {head_dims} do not go together: 'mla' is for {MLA_DIMS} only.")
+    if family == "mla":
+        tiles = mla_tiles(program, target)
+    elif family == "decode":
+        tiles = decode_tiles(*head_dims, program, target, rows, 1 if kv_dtype else 2)
     elif family == "sm90_fp8":
         tiles = fp8_tiles(*head_dims, program, q_len=q_len)
         out_dtype = out_dtype or "bfloat16"
@@ -117,7 +124,9 @@ def cuda_spec(
         tiles = sm90_tiles(*head_dims, program, q_len=q_len, for_groups=layout.endswith("_states"))
     else:
         tiles = sm80_tiles(*head_dims)
-    return KernelSpec(family, program, dtype, *head_dims, tiles, target, layout, out_dtype)
+    if kv_dtype and family != "decode":
+        raise VariantError(f"family={family!r} does not read a cache of {kv_dtype}. Leave family out, or use 'decode'.")
+    return KernelSpec(family, program, dtype, *head_dims, tiles, target, layout, kv_dtype, out_dtype)
 
 
 def check_fp8(program: Program, dtype: str, family: str, target: CompileTarget) -> None:
@@ -136,6 +145,22 @@ def check_fp8(program: Program, dtype: str, family: str, target: CompileTarget) 
             f"an OnlineNorm makes weights of any size, and with {dtype} inputs weights must fit 8 bits. Dequantise before the "
             "call: (q.float() * scale).bfloat16(), and k and v alike."
         )
+
+
+def mla_tiles(program: Program, target: CompileTarget) -> Tiles:
+    """Tiles of the kernel for latent attention: two stages of 72 kB of keys beside as much of queries fill shared memory."""
+    if target.arch not in SM90_ARCHS:
+        raise VariantError(
+            f"head dims {MLA_DIMS} need compute capability 9.0 (architecture {SM90_ARCHS[0]}) on cuda, the target is "
+            f"{target.arch}. Decompress the keys and use head dims 192 and 128."
+        )
+    if program.norm is not None or program.output is not None:
+        hook = "softmax" if program.norm is not None else "output_transform"
+        raise VariantError(
+            f"hook {hook} is not available with head dims {MLA_DIMS} on cuda, where two warp groups share a row of the output. "
+            "Leave it out, or use a plan on the CPU."
+        )
+    return Tiles(64, 64, num_warps=12, num_stages=2)
 
 
 def cpu_tiles(head_dim: int, head_dim_v: int, layout: str = "dense") -> Tiles:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 
 from jitgen import cache, runtime
-from jitgen.abi import ARGS_OF_LAYOUT
 from jitgen.errors import JitgenError, ManifestError
 from jitgen.families import choose_spec, padded_head_dims, serving_spec
 from jitgen.manifest import Manifest
@@ -27,6 +26,7 @@ from jitgen.target import CompileTarget, target_of
 
 # sm90 has other tiles for short queries: all that some length would choose are built unless a manifest says q_len
 Q_LENS = tuple(1 << n for n in range(21))
+LAYOUTS = ("dense", "ragged", "paged")  # by hand; kernels of cascades are recorded
 PLAN_FAMILIES = ("decode", None)  # a serving plan has two kernels on CUDA: one for decode steps, one for the rest
 
 
@@ -125,8 +125,8 @@ def spec_of(
     dtypes = CPU_DTYPES if target.kind == "cpu" else CUDA_DTYPES if layout != "dense" else (*CUDA_DTYPES, FP8_DTYPE)
     if dtype not in dtypes:
         raise ManifestError(f"dtype = {dtype!r}: kernels for {arch} take {', '.join(dtypes)}.")
-    if layout not in ARGS_OF_LAYOUT:
-        raise ManifestError(f"layout = {layout!r}: expected one of {', '.join(ARGS_OF_LAYOUT)}.")
+    if layout not in LAYOUTS:
+        raise ManifestError(f"layout = {layout!r}: expected one of {', '.join(LAYOUTS)}.")
     if any(dim % 8 or not 0 < dim <= 512 for dim in head_dims):
         raise ManifestError(f"head dims {head_dims[0]} and {head_dims[1]}: expected multiples of 8 up to 512.")
     if family is not None and family not in TEMPLATE_OF_FAMILY:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from jitgen.abi import ARGS_OF_LAYOUT, ArgField, pack_format
+from jitgen.abi import ARGS_OF_LAYOUT, SCALE_ARGS, ArgField, pack_format
 from jitgen.errors import CacheError, LaunchError
 from jitgen.program import Program
 from jitgen.spec import KernelSpec
@@ -83,7 +83,7 @@ def get_kernel(spec: KernelSpec) -> CompiledKernel:
 
 def fields_of(spec: KernelSpec) -> tuple[ArgField, ...]:
     """The fields of ``struct Args`` in the kernel of ``spec``."""
-    return ARGS_OF_LAYOUT[spec.layout] + capture_fields(spec.program)
+    return ARGS_OF_LAYOUT[spec.layout] + (SCALE_ARGS if spec.kv_dtype else ()) + capture_fields(spec.program)
 
 
 def respecify(spec: KernelSpec, program: Program) -> KernelSpec:

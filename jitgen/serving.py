@@ -7,20 +7,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.compiler import is_compiling
 
-from jitgen.errors import PlanMismatch, UnsupportedDevice
+from jitgen.checks import check_grad
+from jitgen.errors import PlanMismatch, UnsupportedDevice, VariantError
 from jitgen.program import Program, uses_index
 from jitgen.serving_cascade import Cascade
 from jitgen.serving_checks import check_keys, check_query
 from jitgen.serving_kernels import kernels_of, merge_kernel
 from jitgen.serving_launch import PreparedCall, RecentCall, launches_of, run
 from jitgen.serving_op import call_paged, call_ragged, check_traced
-from jitgen.serving_pages import KeyPlace, PageTable, cache_place, ragged_place
+from jitgen.serving_pages import KeyPlace, PageTable, cache_place, join_latent, latent_parts, latent_place, ragged_place
 from jitgen.serving_plan import Plan, default_scale
+from jitgen.serving_scales import Scale, scale_words
 
 if TYPE_CHECKING:
     from jitgen.variant import Variant
 
 Tensor = torch.Tensor
+_NO_SCALES: list[object] = []
 MAX_PREPARED_CALLS = 256  # of one plan: its layers differ in little but the address of their cache
 
 
@@ -32,6 +35,8 @@ def paged_attention(
     *,
     variant: Variant | Any = None,
     scale: float | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     kv_layout: str = "NHD",
     return_lse: bool = False,
     out: Tensor | None = None,
@@ -45,18 +50,24 @@ def paged_attention(
     ``kv_idx <= q_idx`` is causal for all of them. Rows of q past ``q_indptr[batch]`` are padding: they are not read, and
     their results are not written.
 
-    kv_cache      one tensor, index 0 along axis 1 the keys and index 1 the values, or a pair
+    kv_cache      one tensor, index 0 along axis 1 the keys and index 1 the values, or a pair. With a plan of head_dim 576 and
+                  head_dim_v 512, absorbed latent attention (MLA): one tensor [pages, page_size, 576] whose first 512 elements
+                  are the values too, or a pair of [pages, page_size, 512] and [pages, page_size, 64], which the CPU copies
     page_table    a jitgen.PageTable, a block table [batch, max_pages], or a pair (indptr, indices); the jitgen.Cascade of the
                   last update for a plan with levels
     variant       default the plan's; another must have the plan's mask, as layers may differ in score_mod or sinks
     captures      values by the names under which the variant captures them, in place of the captured ones; what the mask
                   reads is given to ``plan.update`` instead
+    k_scale,      of a plan made with kv_dtype: what a stored key or value is multiplied by, default 1. A number or a tensor of
+    v_scale       one element; one for each key head; or one for each slot of the cache and key head, as ``jitgen.append``
+                  writes them. Codes of NaN and infinity in the cache are not looked for
     out, lse      where to write the results; whole tensors, rows of padding included
 
     Shapes:  q [total_q, num_q_heads, head_dim]; kv_cache [pages, 2, page_size, num_kv_heads, head_dim] for
              kv_layout="NHD", [pages, 2, num_kv_heads, page_size, head_dim] for "HND", or a pair without the axis of 2 and
-             with any head_dim_v. Any strides, but for unit stride along head_dim. Returns [total_q, num_q_heads,
-             head_dim_v] in q's dtype and, with return_lse, the logsumexp [total_q, num_q_heads] in float32.
+             with any head_dim_v. Any strides, but for unit stride along head_dim. k_scale and v_scale float32, [], [1],
+             [num_kv_heads], [pages, page_size, num_kv_heads] or [pages * page_size, num_kv_heads]. Returns [total_q,
+             num_q_heads, head_dim_v] in q's dtype and, with return_lse, the logsumexp [total_q, num_q_heads] in float32.
     Units:   scale multiplies q . k before score_mod, default 1/sqrt(head_dim); logsumexp is a natural logarithm.
     Errors:  PlanMismatch, ShapeMismatch, UnsupportedDtype, UnsupportedDevice, GradNotSupported; on the CPU also LaunchError
              for a page number that the cache does not have. On a GPU page numbers and lengths are trusted.
@@ -65,17 +76,19 @@ def paged_attention(
     """
     if is_compiling():
         check_traced(variant, out, lse, captures)
-        return call_paged(q, kv_cache, page_table, plan, scale, kv_layout, return_lse)
+        return call_paged(q, kv_cache, page_table, plan, scale, kv_layout, return_lse, k_scale, v_scale)
     program, values = _resolve(plan, variant, captures)
+    if plan.is_latent and plan.device.type == "cpu":
+        kv_cache = join_latent(kv_cache)
     table = page_table if type(page_table) in (PageTable, Cascade) else PageTable.of(page_table)
     pair = type(kv_cache) is tuple or type(kv_cache) is list
     tensors = (q, *kv_cache) if pair else (q, kv_cache)
     options = (program, kv_layout, scale, pair, table.device)
     recent = plan.recent
     if recent is not None and options == recent.options and recent.looks_same(*tensors):
-        call = recent.call
+        call, total_q = recent.call, recent.total_q
     else:
-        call = _prepared_paged(plan, kv_cache, tensors, options)
+        call, total_q = _prepared_paged(plan, kv_cache, tensors, options), q.shape[0]
     if table.batch < plan.num_requests or plan.segments is not None:
         start, pages, list_stride = _segment_lists(plan, table, call.page_size)
     else:
@@ -84,7 +97,10 @@ def paged_attention(
         start = 0 if table.indptr is None else table.indptr.data_ptr()
         pages, list_stride = table.pages.data_ptr(), table.list_stride
     keys = (tensors[1].data_ptr(), tensors[-1].data_ptr() + call.v_offset, start, pages, list_stride)
-    return run(plan, call, values, q, keys, return_lse, out, lse)
+    scales = _NO_SCALES
+    if plan.kv_dtype is not None or k_scale is not None or v_scale is not None:
+        scales = scale_words(plan, call.numbers[3], call.numbers[2], k_scale, v_scale)
+    return run(plan, call, values, q, total_q, keys, scales, return_lse, out, lse)
 
 
 def ragged_attention(
@@ -95,6 +111,8 @@ def ragged_attention(
     *,
     variant: Variant | Any = None,
     scale: float | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     return_lse: bool = False,
     out: Tensor | None = None,
     lse: Tensor | None = None,
@@ -107,23 +125,27 @@ def ragged_attention(
     these. For the rest see ``paged_attention``.
 
     Shapes:  q [total_q, num_q_heads, head_dim]; k [total_kv, num_kv_heads, head_dim]; v [total_kv, num_kv_heads,
-             head_dim_v]; returns [total_q, num_q_heads, head_dim_v] and, with return_lse, [total_q, num_q_heads].
+             head_dim_v]; k_scale and v_scale by slot [total_kv, num_kv_heads]; returns [total_q, num_q_heads, head_dim_v]
+             and, with return_lse, [total_q, num_q_heads].
     Units:   as paged_attention.
     Errors:  as paged_attention; on the CPU LaunchError for lengths that reach past the rows of k and v.
     Cost:    as paged_attention.
     """
     if is_compiling():
         check_traced(variant, out, lse, captures)
-        return call_ragged(q, k, v, plan, scale, return_lse)
+        return call_ragged(q, k, v, plan, scale, return_lse, k_scale, v_scale)
     program, values = _resolve(plan, variant, captures)
     options = (program, scale)
     recent = plan.recent
     if recent is not None and options == recent.options and recent.looks_same(q, k, v):
-        call = recent.call
+        call, total_q = recent.call, recent.total_q
     else:
-        call = _prepared_ragged(plan, (q, k, v), options)
+        call, total_q = _prepared_ragged(plan, (q, k, v), options), q.shape[0]
     keys = (k.data_ptr(), v.data_ptr(), plan.kv_start.data_ptr(), 0, 0)  # type: ignore[union-attr]
-    return run(plan, call, values, q, keys, return_lse, out, lse)
+    scales = _NO_SCALES
+    if plan.kv_dtype is not None or k_scale is not None or v_scale is not None:
+        scales = scale_words(plan, call.numbers[3], call.numbers[2], k_scale, v_scale)
+    return run(plan, call, values, q, total_q, keys, scales, return_lse, out, lse)
 
 
 def _resolve(plan: Plan, variant: object, captures: dict[str, object]) -> tuple[Program, list[object]]:
@@ -152,7 +174,13 @@ def _prepared_paged(
         _check_ready(plan, "paged")
         if device != plan.device:
             raise UnsupportedDevice(f"the page table is on {device}, the plan on {plan.device}. Move it there.")
-        call = _prepare(plan, key, program, tensors, cache_place(kv_cache, kv_layout), scale)
+        parts = latent_parts(kv_cache) if plan.is_latent else None
+        if parts is None:
+            place = cache_place(kv_cache, kv_layout)
+        else:
+            place = latent_place(parts, isinstance(kv_cache, Tensor), plan.device.type == "cpu")
+        call = _prepare(plan, key, program, tensors, place, scale)
+    check_grad(*tensors[:2], tensors[-1])
     if not is_compiling():  # Dynamo looks into every function that a call runs outside of a graph
         plan.recent = RecentCall.of(call, options, *tensors)
     return call
@@ -166,6 +194,7 @@ def _prepared_ragged(plan: Plan, tensors: tuple[Tensor, Tensor, Tensor], options
     if call is None:
         _check_ready(plan, "ragged")
         call = _prepare(plan, key, program, tensors, ragged_place(*tensors[1:]), scale)
+    check_grad(*tensors)
     if not is_compiling():
         plan.recent = RecentCall.of(call, options, *tensors)
     return call
@@ -191,6 +220,11 @@ def _prepare(
     mask_slots = plan.match_mask(program)
     check_query(plan, q)
     check_keys(plan, place, tensors[1:])
+    if scale is None and plan.is_latent:
+        raise VariantError(
+            "scale has no default for latent attention: it is 1/sqrt of the head dim before absorption, 192 for DeepSeek. Give "
+            "scale=."
+        )
     scale = default_scale(plan) if scale is None else float(scale)
     on_host = plan.device.type == "cpu"
     q_factor = 1.0

@@ -15,9 +15,10 @@ NOT_FOR_MANY = 0x7FFFFFFF  # as many_items: only items that must not be cut are 
 PLAN_THREADS = 1024  # more tiles are not sorted
 TAIL_PIECES = 4  # of an item that is given out in pieces, at most
 _HEADER = struct.Struct("@iiI4iI2i6i")
-_TILE = struct.Struct("@8iIiIi")
+_TILE = struct.Struct("@8iI3i")
 _SHARE = struct.Struct("@iiiI8iI3iIi2i")
 SHARES_AT = _HEADER.size
+SHORT_ITEM = 16  # units: kShortItem
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class PlanShape:
     least_piece: int
     many_items: int
     shares: int
+    company: int = 0
+    beside: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class PlanTile:
     line: int
     # of the place of the same number in the order of the last groups, where items are given out
     at: int = 0
-    at_line: int = 0
+    at_pieces: int = 0
     pieces: int = 0
 
     def units(self, unit_keys: int) -> int:
@@ -97,9 +100,7 @@ class PlanRecord:
         at, count = self.given_out, len(self.tiles)
         found = [(tile, group, 1, -1) for group in range(at.whole_groups) for tile in reversed(range(count))]
         for place in self.tiles if at.tail_groups else ():
-            pieces = _pieces_wanted(self.tiles[place.at], place.at_line, at, shape)
-            if (place.pieces + pieces) * at.tail_groups > TAIL_PIECES * shape.shares:
-                pieces = 1
+            pieces = place.at_pieces
             first = place.pieces * at.tail_groups
             found += [(place.at, at.whole_groups + g, pieces, first + g * pieces) for g in range(at.tail_groups)]
         return found
@@ -135,7 +136,10 @@ def balance(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, visib
     tiles = _make_tiles(q_len, kv_len, shape, visible or (lambda b, first, last: (0, kv_len[b])))
     places = tiles[-1].line + _cost(tiles[-1], shape) if tiles else 0
     length = places * shape.groups
-    used = shares_in_use(shape, length, tiles)
+    asked = shape.company if _has_company(q_len, kv_len, tiles, shape) else shape.shares
+    in_class = {t.request for t in tiles}
+    beside = sum(kv_len[b] for b, rows in enumerate(q_len) if rows > 0 and b not in in_class) * shape.beside
+    used = shares_in_use(shape, length, tiles, asked, beside)
     requests = [t.request for t in tiles if t.index == 0]
     first_tile = {tiles[i].request: i for i in range(len(tiles)) if tiles[i].index == 0}
     starts = [tiles[first_tile[b]].line for b in requests] + [places]
@@ -160,7 +164,8 @@ def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
     line = pieces = 0
     for place, i in enumerate(order):
         wanted = _pieces_wanted(tiles[i], line, found, shape)
-        tiles[place] = replace(tiles[place], at=i, at_line=line, pieces=pieces)
+        has_room = (pieces + wanted) * tail <= TAIL_PIECES * shape.shares
+        tiles[place] = replace(tiles[place], at=i, at_pieces=wanted if has_room else 1, pieces=pieces)
         line += costs[i]
         pieces += wanted if wanted > 1 else 0
     return replace(found, pieces=pieces)
@@ -172,16 +177,30 @@ def _pieces_wanted(tile: PlanTile, line: int, given_out: GivenOut, shape: PlanSh
     return max(min(wanted, TAIL_PIECES, units // given_out.least_units), 1)
 
 
-def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile]) -> int:
-    """Shares that have a part of the line: fewer than asked for where every item can be cut alike so, or none gets longer."""
+def _has_company(q_len: Sequence[int], kv_len: Sequence[int], tiles: Sequence[PlanTile], shape: PlanShape) -> bool:
+    """Whether the requests of another kernel are work for a tenth of the time of these or more: see has_company in plan.cuh."""
+    own = {t.request for t in tiles}
+    keys = sum(kv_len[b] for b in own)
+    others = sum(q * shape.class_pack * kv_len[b] for b, q in enumerate(q_len) if q > 0 and b not in own)
+    return shape.company > 0 and others > 0 and others >= 40 * keys
+
+
+def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile], asked: int, beside: int = 0) -> int:
+    """Shares that have a part of the line, of those asked for: fewer where equal items are cut alike so, or none gets longer.
+
+    ``beside``: work of another kernel at the same time, in 1/1024 of a unit.
+    """
     if length == 0:
         return 0
+    wanted = asked if beside == 0 else max(asked * length // (length + beside // 1024 + 1), 1)
     items = len(tiles) * shape.groups
-    of_each = shape.shares // items * items if items else 0
-    is_even = all(tile.count > 1 and _cost(tile, shape) == _cost(tiles[0], shape) for tile in tiles)
-    if is_even and 16 * of_each >= 15 * shape.shares:
-        return min(of_each, length)
-    largest = -(-length // shape.shares)
+    costs = {_cost(tile, shape) for tile in tiles}
+    if len(costs) == 1 and all(tile.count > 1 or max(costs) <= SHORT_ITEM for tile in tiles):
+        even = (wanted + items // 2) // items * items
+        even -= items if even > asked else 0
+        if 16 * even >= 15 * wanted:
+            return min(even, length)
+    largest = -(-length // wanted)
     return -(-length // largest)
 
 

@@ -21,21 +21,25 @@ PIECE_FIELDS = 8  # of jitgen_pieces: request, KV head, first query head, heads,
 
 def explain(plan: Plan, program: Program, values: list[object], rows: int) -> str:
     """The text of Plan.explain."""
-    q_indptr, kv_len = plan.q_indptr.cpu(), plan.kv_len.cpu()  # type: ignore[union-attr]
-    batch = plan.batch
+    q_indptr, kv_len = (t.cpu() for t in plan.request_lengths)
+    batch = plan.num_requests
     total = f"{batch} request{'s' if batch != 1 else ''}, {int(q_indptr[-1])} query rows, {int(kv_len.sum())} keys"
     heads = f"{plan.num_q_heads} query heads on {plan.num_kv_heads} KV heads"
-    lines = [f"{total}; {heads}; split {plan.split}; {plan.device}"]
+    parts = f"in {int((plan.kv_len > 0).sum())} parts; " if plan.segments is not None else ""  # type: ignore[operator]
+    lines = [f"{total}; {parts}{heads}; split {plan.split}; {plan.device}"]
     for c in plan.classes:
-        lines += _explain_host(plan, c, values, rows) if c.plan is None else _explain_device(c, rows)
+        lines += _explain_host(plan, c, values, rows) if c.plan is None else _explain_device(plan, c, values, rows)
     return "\n".join(lines)
 
 
 # ---- CUDA: what the planner wrote ------------------------------------------------------------------------------------------
 
 
-def _explain_device(c: KernelClass, rows: int) -> list[str]:
-    record = read_plan(c.plan.cpu().numpy().tobytes(), c.num_ctas)  # type: ignore[union-attr]
+def _explain_device(plan: Plan, c: KernelClass, values: list[object], rows: int) -> list[str]:
+    shares = c.num_ctas
+    if c.name == "mla":  # whose CTAs take a share by twos
+        shares = c.kernel.function("jitgen_num_shares")(c.pack(plan, values, plan.max_batch, plan.max_tokens))
+    record = read_plan(c.plan.cpu().numpy().tobytes(), shares)  # type: ignore[union-attr]
     if not record.tiles:
         return [f"{c.name}: no request"]
     if record.given_out.tail_groups:

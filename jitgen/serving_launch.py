@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from jitgen import runtime
-from jitgen.checks import check_grad
 from jitgen.errors import PlanMismatch, UnsupportedDevice
 from jitgen.program import Program
 from jitgen.serving_checks import check_captures, check_query, check_results
-from jitgen.serving_kernels import pack_own, stream_of
+from jitgen.serving_kernels import pack_own, stream_of, tail_words
 from jitgen.serving_plan import Plan, check_lse
 
 try:
@@ -57,16 +56,27 @@ class RecentCall:
     call: PreparedCall
     options: tuple[object, ...]
     looks_same: Callable[..., bool]  # of the tensors of a call
+    total_q: int
 
     @classmethod
-    def of(cls, call: PreparedCall, options: tuple[object, ...], *tensors: Tensor) -> RecentCall:
-        """A record of a call, which costs a microsecond: where torch has guards, they compare in 0.3 us and not in 1 us."""
+    def of(cls, call: PreparedCall, options: tuple[object, ...], *tensors: Tensor) -> RecentCall | None:
+        """A record of a call, which costs a microsecond: where torch has guards, they compare in 0.3 us and not in 1 us.
+
+        There is none for tensors that require grad: whether they may be used depends on more than their looks.
+        """
+        total_q = tensors[0].shape[0]
+        if any(t.requires_grad for t in tensors):
+            return None
         if TensorGuards is not None:
             sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
             guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-            return cls(call, options, guards.check)
-        looks = [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
-        return cls(call, options, lambda *others: looks == [(t.shape, t.stride(), t.dtype, t.device) for t in others])
+            return cls(call, options, guards.check, total_q)
+
+        def looks_of(tensors: tuple[Tensor, ...]) -> list[object]:
+            return [(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
+
+        looks = looks_of(tensors)
+        return cls(call, options, lambda *others: looks == looks_of(others), total_q)
 
 
 KeyAddresses = tuple[int, int, int, int, int]  # k, v, kv_start, pages; and the field page_list_stride
@@ -82,7 +92,7 @@ def launches_of(
 ) -> Launches:
     """What the plan and the shapes of a call fix about its launches."""
     return tuple(
-        (kernel, *c.addresses, c.fixed(plan, scale, (*q_stride, *o_stride, *kv_stride)))
+        (kernel, *c.addresses, c.fixed(plan, c.programmatic, scale, (*q_stride, *o_stride, *kv_stride)))
         for kernel, c in zip(kernels, plan.classes, strict=True)
     )
 
@@ -92,18 +102,17 @@ def run(
     call: PreparedCall,
     values: list[object],
     q: Tensor,
+    total_q: int,
     keys: KeyAddresses,
+    scales: list[object],
     want_lse: bool,
     out: Tensor | None,
     lse: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Check what the plan knows of the batch, allocate the results, and start the kernels on the current stream."""
-    total_q = q.shape[0]
     if total_q > plan.max_tokens or total_q < plan.rows:
         check_query(plan, q)
         raise PlanMismatch(f"q has {total_q} rows, plan.update was given {plan.rows}. Both must match, but for padding.")
-    if q.requires_grad:
-        check_grad(q, q, q)
     launches = call.launches
     if out is not None or lse is not None:
         launches = _check_results(plan, call, q, out, lse)
@@ -120,11 +129,11 @@ def run(
         if call.q_factor != 1.0:
             q = _copy(q).mul_(call.q_factor)
         lse_at = 0 if lse is None else lse.data_ptr()
-        if call.merge is None:
-            results, tail = (out.data_ptr(), lse_at), runtime.capture_words(call.program, values) if values else values
-        else:
-            launches, segments = call.launches, plan.segments
-            results, tail = segments.addresses, segments.fields(call.program, values)  # type: ignore[union-attr]
+        results, tail = (out.data_ptr(), lse_at), scales
+        if call.merge is not None:
+            launches, results = call.launches, plan.segments.addresses  # type: ignore[union-attr]
+        if values or call.merge is not None:
+            tail = tail_words(plan, call.program, values, scales)
         _launch(plan, call, total_q, q, keys, results, launches, tail)
         if call.merge is not None:
             o_stride = out.stride()[:2]
@@ -202,12 +211,18 @@ def _launch(
             q = _aligned(q, k | v, out)
             q_at = q.data_ptr()
         stream = current_stream(index)
+    beside = None if plan.segments is None or len(launches) < 2 else plan.segments.beside
     last = launches[0][0].pack_tail(tail)
     q_indptr, kv_len = plan.lengths
     num_q_heads, num_kv_heads, page_size, num_pages = call.numbers
-    for kernel, workspace, planned, fixed in launches:
-        own = pack_own(q_at, k, v, out, lse, workspace, planned, q_indptr, kv_len, kv_start, pages, stream, threads,
+    on = stream if beside is None else beside.fork()
+    for kernel, workspace, planned, fixed in launches if beside is None else launches[::-1]:  # the prefill kernel first
+        own = pack_own(q_at, k, v, out, lse, workspace, planned, q_indptr, kv_len, kv_start, pages, on, threads,
                        plan.batch, num_q_heads, num_kv_heads, total_q, page_size, num_pages, list_stride)  # fmt: skip
         code = kernel.launch(own + fixed + last)
+        on = stream
         if code:
             kernel.raise_error(code)
+    if beside is not None:
+        beside.join()
+

@@ -48,6 +48,8 @@ _NAMES = {
         "apply_rope_pos_ids_inplace",
         "apply_rope_with_cos_sin_cache",
         "apply_rope_with_cos_sin_cache_inplace",
+        "mla_rope_quantize_fp8",
+        "rope_quantize_fp8",
     ),
     "quantization": ("packbits", "segment_packbits"),
     "sampling": (

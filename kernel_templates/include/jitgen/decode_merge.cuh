@@ -95,19 +95,28 @@ template <int kHeadDimV> struct MergeBuffer {
   static constexpr int kPitch = kHeadDimV + 4;
   static constexpr unsigned kBytes = 8 * kPitch * 4;   // of a warp
 
-  // Columns from `columns` on hold nothing.
-  template <int kSlices, int kTiles>
+  // Columns from `columns` on hold nothing. kPaired: the halves of a fragment are dims 2 group and 2 group + 1 of a slice, not
+  // group and group + 8.
+  template <bool kPaired, int kSlices, int kTiles>
   static JITGEN_FN void put(unsigned address, const float (&o)[kSlices][kTiles][4], int tile, int columns, int lane) {
     const int group = lane / 4, quad = lane % 4;
     if (2 * quad >= columns) return;
-    const unsigned to = address + (2 * quad * kPitch + group) * 4;
+    const unsigned to = address + (2 * quad * kPitch + (kPaired ? 2 * group : group)) * 4;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
       if (n == tile) {
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) store_shared_float(to + (slice * 16 + e % 2 * kPitch + e / 2 * 8) * 4, o[slice][n][e]);
+          for (int e = 0; e < 2; ++e) {
+            const unsigned at = to + (slice * 16 + e * kPitch) * 4;
+            if constexpr (kPaired) {
+              store_shared(at, make_float2(o[slice][n][e], o[slice][n][e + 2]));
+            } else {
+              store_shared_float(at, o[slice][n][e]);
+              store_shared_float(at + 32, o[slice][n][e + 2]);
+            }
+          }
       }
   }
   // Sum over the warps of a head. `values` and `states`: this thread's dims and column in those of the first warp.

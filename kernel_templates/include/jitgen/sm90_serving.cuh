@@ -44,9 +44,9 @@ inline const char* serving_error_string(int code) {
   return launch_error_string(code);
 }
 
-// Keys that one box copies of a page: the largest power of two that divides the page and the tile. 0: too few for a box.
-inline int box_keys(int64_t page_size, int tile_keys) {
-  int keys = 8;
+// Keys that one box copies of a page: the largest power of two that divides the page and the tile. 0: fewer than `least`.
+inline int box_keys(int64_t page_size, int tile_keys, int least = 8) {
+  int keys = least;
   if (page_size % keys || tile_keys % keys) return 0;
   while (page_size % (2 * keys) == 0 && tile_keys % (2 * keys) == 0) keys *= 2;
   return keys;
