@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jitgen import prebuild, reference, sampling
     from jitgen.api import attention
+    from jitgen.block_sparse import BlockSparse, block_sparse_attention
     from jitgen.errors import JitgenError
     from jitgen.events import on_event
     from jitgen.flex import flex_attention
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from jitgen.sampling_speculative import speculative_verify
     from jitgen.serving import paged_attention, ragged_attention
     from jitgen.serving_cascade import Cascade, CascadeLevel
+    from jitgen.serving_heads import HeadCache
     from jitgen.serving_masks import bit_mask, pack_mask, tree_mask
     from jitgen.serving_merge import merge_state, merge_states
     from jitgen.serving_pages import PageTable
@@ -46,8 +48,11 @@ _HOME = {
     "row_max": "jitgen.rows",
     "row_sum": "jitgen.rows",
     "Variant": "jitgen.variant",
+    "BlockSparse": "jitgen.block_sparse",
+    "block_sparse_attention": "jitgen.block_sparse",
     "Cascade": "jitgen.serving_cascade",
     "CascadeLevel": "jitgen.serving_cascade",
+    "HeadCache": "jitgen.serving_heads",
     "bit_mask": "jitgen.serving_masks",
     "pack_mask": "jitgen.serving_masks",
     "tree_mask": "jitgen.serving_masks",
@@ -73,8 +78,10 @@ _HOME = {
 _MODULES = ("reference", "errors", "prebuild", "sampling")
 
 __all__ = [
+    "BlockSparse",
     "Cascade",
     "CascadeLevel",
+    "HeadCache",
     "JitgenError",
     "OnlineNorm",
     "PageTable",
@@ -88,6 +95,7 @@ __all__ = [
     "apply_token_bitmask",
     "attention",
     "bit_mask",
+    "block_sparse_attention",
     "errors",
     "flex_attention",
     "mask_logits",

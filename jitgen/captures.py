@@ -35,6 +35,7 @@ _LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "nump
 _FOLLOWED = (
     "torch.nn.attention",
     "jitgen.masks",
+    "jitgen.block_sparse",
     "jitgen.serving_masks",
     "jitgen.sampling_processors",
     "jitgen.flex",

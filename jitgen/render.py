@@ -20,6 +20,7 @@ TEMPLATE_OF_FAMILY = {
     "cpu": "attention/cpu.cpp.jinja",
     "sm80": "attention/sm80.cu.jinja",
     "sm90": "attention/sm90.cu.jinja",
+    "sm90_fp8": "attention/sm90_fp8.cu.jinja",
     "decode": "attention/decode.cu.jinja",
     "mla": "attention/mla.cu.jinja",
 }
@@ -31,7 +32,8 @@ SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     "merge": "attention/merge.cu.jinja",
     "merge_cpu": "attention/merge.cpp.jinja",
 }
-RAW_SCORE_FAMILIES = ("sm80", "sm90", "decode", "mla")  # whose templates take part of the scaling out of the element loop
+# Their templates take part of the scaling out of the element loop.
+RAW_SCORE_FAMILIES = ("sm80", "sm90", "sm90_fp8", "decode", "mla")
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 
 
@@ -58,6 +60,7 @@ class KernelContext:
     head_dim_v: int
     dtype: str
     kv_dtype: str  # of K and V where they are stored in 8 bits; empty: dtype
+    out_dtype: str
     cuda_arch: int  # 90 for sm_90a; 0 on the CPU
     tile_q: int
     tile_kv: int
@@ -66,10 +69,12 @@ class KernelContext:
     pairs_groups: bool  # two CTAs take the same keys, each for a head group of its own
     packing: str  # log2 of the heads that share a row of a query tile, as an expression of group_size
     has_score: bool
+    score_is_bounded: bool
     has_mask: bool
     mask_scans: bool
     mask_spans_together: bool
     mask_reads_head: bool
+    mask_reads_tensors: bool
     has_sink: bool
     custom_norm: bool
     norm_rescales: bool
@@ -151,6 +156,7 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         head_dim_v=spec.head_dim_v,
         dtype=spec.dtype,
         kv_dtype=spec.kv_dtype,
+        out_dtype=spec.out_dtype or spec.dtype,
         cuda_arch=_cuda_arch(spec.target),
         tile_q=spec.tiles.tile_q,
         tile_kv=spec.tiles.tile_kv,

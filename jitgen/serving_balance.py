@@ -18,6 +18,7 @@ _HEADER = struct.Struct("@iiI4iI2i6i")
 _TILE = struct.Struct("@8iI3i")
 _SHARE = struct.Struct("@iiiI8iI3iIi2i")
 SHARES_AT = _HEADER.size
+SHORT_ITEM = 16  # units: kShortItem
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class PlanShape:
     least_piece: int
     many_items: int
     shares: int
+    company: int = 0
     beside: int = 0
 
 
@@ -134,7 +136,10 @@ def balance(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, visib
     tiles = _make_tiles(q_len, kv_len, shape, visible or (lambda b, first, last: (0, kv_len[b])))
     places = tiles[-1].line + _cost(tiles[-1], shape) if tiles else 0
     length = places * shape.groups
-    used = shares_in_use(shape, length, tiles, _has_company(q_len, kv_len, tiles, shape))
+    asked = shape.company if _has_company(q_len, kv_len, tiles, shape) else shape.shares
+    in_class = {t.request for t in tiles}
+    beside = sum(kv_len[b] for b, rows in enumerate(q_len) if rows > 0 and b not in in_class) * shape.beside
+    used = shares_in_use(shape, length, tiles, asked, beside)
     requests = [t.request for t in tiles if t.index == 0]
     first_tile = {tiles[i].request: i for i in range(len(tiles)) if tiles[i].index == 0}
     starts = [tiles[first_tile[b]].line for b in requests] + [places]
@@ -177,19 +182,25 @@ def _has_company(q_len: Sequence[int], kv_len: Sequence[int], tiles: Sequence[Pl
     own = {t.request for t in tiles}
     keys = sum(kv_len[b] for b in own)
     others = sum(q * shape.class_pack * kv_len[b] for b, q in enumerate(q_len) if q > 0 and b not in own)
-    return shape.beside > 0 and others > 0 and others >= 40 * keys
+    return shape.company > 0 and others > 0 and others >= 40 * keys
 
 
-def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile], has_company: bool = False) -> int:
-    """Shares that have a part of the line: fewer than asked for where every item can be cut alike so, or none gets longer."""
+def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile], asked: int, beside: int = 0) -> int:
+    """Shares that have a part of the line, of those asked for: fewer where equal items are cut alike so, or none gets longer.
+
+    ``beside``: work of another kernel at the same time, in 1/1024 of a unit.
+    """
     if length == 0:
         return 0
-    items, shares = len(tiles) * shape.groups, shape.beside if has_company else shape.shares
-    of_each = shares // items * items if items else 0
-    is_even = all(tile.count > 1 and _cost(tile, shape) == _cost(tiles[0], shape) for tile in tiles)
-    if is_even and 16 * of_each >= 15 * shares:
-        return min(of_each, length)
-    largest = -(-length // shares)
+    wanted = asked if beside == 0 else max(asked * length // (length + beside // 1024 + 1), 1)
+    items = len(tiles) * shape.groups
+    costs = {_cost(tile, shape) for tile in tiles}
+    if len(costs) == 1 and all(tile.count > 1 or max(costs) <= SHORT_ITEM for tile in tiles):
+        even = (wanted + items // 2) // items * items
+        even -= items if even > asked else 0
+        if 16 * even >= 15 * wanted:
+            return min(even, length)
+    largest = -(-length // wanted)
     return -(-length // largest)
 
 

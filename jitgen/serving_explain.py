@@ -21,11 +21,12 @@ PIECE_FIELDS = 8  # of jitgen_pieces: request, KV head, first query head, heads,
 
 def explain(plan: Plan, program: Program, values: list[object], rows: int) -> str:
     """The text of Plan.explain."""
-    q_indptr, kv_len = plan.q_indptr.cpu(), plan.kv_len.cpu()  # type: ignore[union-attr]
-    batch = plan.batch
+    q_indptr, kv_len = (t.cpu() for t in plan.request_lengths)
+    batch = plan.num_requests
     total = f"{batch} request{'s' if batch != 1 else ''}, {int(q_indptr[-1])} query rows, {int(kv_len.sum())} keys"
     heads = f"{plan.num_q_heads} query heads on {plan.num_kv_heads} KV heads"
-    lines = [f"{total}; {heads}; split {plan.split}; {plan.device}"]
+    parts = f"in {int((plan.kv_len > 0).sum())} parts; " if plan.segments is not None else ""  # type: ignore[operator]
+    lines = [f"{total}; {parts}{heads}; split {plan.split}; {plan.device}"]
     for c in plan.classes:
         lines += _explain_host(plan, c, values, rows) if c.plan is None else _explain_device(plan, c, values, rows)
     return "\n".join(lines)

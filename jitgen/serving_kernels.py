@@ -155,13 +155,15 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
     rows = min(most_rows or group, DECODE_ROWS)
     if stored_dtype(plan):
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS),)
+    if plan.levels > 1:
+        most_rows = None  # a group has the rows of many requests
     if plan.family == "decode" or (plan.family is None and most_rows is not None and most_rows <= DECODE_ROWS):
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS),)
     if plan.family is None:
         where = (plan.device, plan.layout, plan.page_size, plan.max_kv_len)
         family = prefill_family(*where)
         return tuple(
-            replace(_cuda_class(plan, program, values, name, rows, DECODE_ROWS), overlaps=family == "sm90" and can_overlap())
+            replace(_cuda_class(plan, program, values, name, rows, DECODE_ROWS), overlaps=family == "sm90" and can_overlap() and plan.segments is None)
             for name in ("decode", family)
         )
     return (_cuda_class(plan, program, values, plan.family, rows, 0),)

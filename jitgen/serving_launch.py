@@ -211,12 +211,18 @@ def _launch(
             q = _aligned(q, k | v, out)
             q_at = q.data_ptr()
         stream = current_stream(index)
+    beside = None if plan.segments is None or len(launches) < 2 else plan.segments.beside
     last = launches[0][0].pack_tail(tail)
     q_indptr, kv_len = plan.lengths
     num_q_heads, num_kv_heads, page_size, num_pages = call.numbers
-    for kernel, workspace, planned, fixed in launches:
-        own = pack_own(q_at, k, v, out, lse, workspace, planned, q_indptr, kv_len, kv_start, pages, stream, threads,
+    on = stream if beside is None else beside.fork()
+    for kernel, workspace, planned, fixed in launches if beside is None else launches[::-1]:  # the prefill kernel first
+        own = pack_own(q_at, k, v, out, lse, workspace, planned, q_indptr, kv_len, kv_start, pages, on, threads,
                        plan.batch, num_q_heads, num_kv_heads, total_q, page_size, num_pages, list_stride)  # fmt: skip
         code = kernel.launch(own + fixed + last)
+        on = stream
         if code:
             kernel.raise_error(code)
+    if beside is not None:
+        beside.join()
+

@@ -19,6 +19,7 @@ import torch
 from jitgen import runtime
 from jitgen.errors import PlanMismatch, ShapeMismatch, VariantError
 from jitgen.program import Program
+from jitgen.serving_checks import MAX_CUDA_BATCH
 from jitgen.serving_pages import PageTable
 from jitgen.serving_place import place
 
@@ -27,6 +28,29 @@ if TYPE_CHECKING:
     from jitgen.serving_plan import Plan
 
 Tensor = torch.Tensor
+
+
+class Beside:
+    """A stream for the prefill kernel of a cascade, which leaves some multiprocessors to the decode kernel beside it.
+
+    The prefill of a shared prefix is bound by arithmetic, the decode of suffixes by memory. Its priority is high, so that the
+    CTAs of the prefill, which run from the first to the last moment, start first.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device, priority=-1)
+        self._fork, self._join = torch.cuda.Event(), torch.cuda.Event()
+
+    def fork(self) -> int:
+        """The stream, after what the current one has been given so far."""
+        self._fork.record()
+        self.stream.wait_event(self._fork)
+        return self.stream.cuda_stream
+
+    def join(self) -> None:
+        """Let the current stream wait for the other."""
+        self._join.record(self.stream)
+        self._join.wait()
 
 
 class Segments:
@@ -39,6 +63,11 @@ class Segments:
         rows, device = plan.max_tokens, plan.device
         self.levels, self.max_tokens, self.device = levels, rows, device
         self.max_entries = levels * (plan.max_batch + 1)
+        if device.type == "cuda" and self.max_entries > MAX_CUDA_BATCH:
+            raise ShapeMismatch(
+                f"{levels} levels of max_batch={plan.max_batch} requests are {self.max_entries} parts, expected at most "
+                f"{MAX_CUDA_BATCH}. Split the batch, or give a larger kv_split."
+            )
         self.state_rows = rows + (levels - 1) * (rows if cut_rows is None else cut_rows)
         self.cut_rows = rows if cut_rows is None else cut_rows
         self.is_local = plan.q_index == "local"
@@ -61,6 +90,7 @@ class Segments:
             name: getattr(self, name) for name in ("kv_base", "row_position", "row_request", "row_q_len", "row_kv_len")
         }
         self._row = torch.arange(rows, dtype=torch.int32, device=device)
+        self.beside = Beside(device) if plan.levels > 1 and device.type == "cuda" else None
 
     @property
     def nbytes(self) -> int:

@@ -24,11 +24,14 @@ def decode_tiles(
     """Tiles for requests of ``rows`` packed rows (q_len times query heads of a key head); more take several passes over K
     and V, whose elements have ``stored_bytes``."""
     columns = decode_columns(head_dim_v, rows)
+    # see kQueryAhead in decode.cu.jinja: a small shared memory has no room for it
+    has_room = (9, 0) <= target.compute_capability < (12, 0)
+    is_ahead = has_room and columns == 8 and stored_bytes == 2 and program.norm is None
     shared = SHARED_KIB.get(target.compute_capability, min(SHARED_KIB.values())) * 1024
     for warps, stages in SHAPES:
         ring = warps * stages * UNIT_KEYS * (head_dim + head_dim_v) * stored_bytes
         heads = warps // 2 if program.norm is None else warps  # of a CTA: see kMaxHeads
-        queries = stages + 1 if columns == 8 and stored_bytes == 2 and target.compute_capability >= (9, 0) else 1
+        queries = 2 * stages + 2 if is_ahead else 1
         rest = heads * queries * columns * head_dim * 2 + warps * MERGE_COLUMNS * (head_dim_v + 4) * 4 + warps * CONTROL_BYTES
         rest += warps * stages * SCALE_BYTES if stored_bytes == 1 else 0
         if ring <= MAX_RING_BYTES and ring + rest <= shared:

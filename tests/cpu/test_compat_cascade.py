@@ -129,7 +129,8 @@ def test_cascade_for_graphs_keeps_its_buffers(options):
         wrapper.plan(*tables, 4, 2, 16, 4, q_data_type=torch.float32, **options[0])
         want = torch.cat([exact(q[ends[r] : ends[r + 1]], *keys[r], **options[1])[0] for r in range(4)])
         assert_near(wrapper.run(q, cache), want)
-        now = [[h.plan for h in level._plans._held.values()] for level in wrapper._levels]
+        now = [[h.plan for h in level._plans._held.values()] for level in wrapper._levels] + [[*wrapper._plans._held.values()]]
+        assert any(now)
         assert plans is None or plans == now  # what a graph has captured serves on
         plans = now
 

@@ -41,11 +41,16 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
     if (jg::tiles_of_request(q_len[b], kv_len[b], *shape)) own += kv_len[b];
     else if (q_len[b] > 0) others += static_cast<unsigned long long>(q_len[b]) * shape->class_pack * kv_len[b];
   }
-  const int asked = shape->beside > 0 && jg::has_company(others, own) ? shape->beside : shape->shares;
+  const int asked = shape->company > 0 && jg::has_company(others, own) ? shape->company : shape->shares;
   bool is_even = true;
   const auto cost = [&](const jg::PlanTile& tile) { return jg::units_of({tile.begin, tile.end}, shape->unit_keys); };
-  for (const jg::PlanTile& tile : tiles) is_even &= tile.count > 1 && cost(tile) == cost(tiles[0]);
-  const int used = jg::shares_in_use(asked, length, static_cast<int>(tiles.size()) * shape->groups, is_even);
+  for (const jg::PlanTile& tile : tiles)
+    is_even &= jg::is_better_even(tile.count, shape->fixed_cost + cost(tile)) && cost(tile) == cost(tiles[0]);
+  unsigned long long beside = 0;
+  for (int b = 0; b < batch; ++b)
+    if (q_len[b] > 0 && !jg::tiles_of_request(q_len[b], kv_len[b], *shape)) beside += static_cast<unsigned long long>(shape->beside) * kv_len[b];
+  const int wanted = jg::shares_beside(asked, length, beside);
+  const int used = jg::shares_in_use(asked, wanted, length, static_cast<int>(tiles.size()) * shape->groups, is_even);
   const jg::Line line = {first_tile.data(), first_line.data(), tiles.data(), batch, static_cast<int>(tiles.size())};
   for (int c = 0; c <= shape->shares; ++c) {
     const jg::Share share = jg::share_start(line, *shape, length, used, c);
@@ -115,12 +120,12 @@ lengths = st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 200)), 
 
 
 @settings(max_examples=300, deadline=None)
-@given(lengths, shapes, st.booleans())
-def test_header_cuts_the_line_as_the_python_planner_does(header, lengths, shape, is_beside):
-    shape = replace(shape, beside=shape.shares * 5 // 12 if is_beside else 0)
+@given(lengths, shapes, st.booleans(), st.sampled_from([0, 40]))
+def test_header_cuts_the_line_as_the_python_planner_does(header, lengths, shape, has_company, beside):
+    shape = replace(shape, company=shape.shares * 5 // 12 if has_company else 0, beside=beside)
     q_len, kv_len = ([n[i] for n in lengths] for i in (0, 1))
     starts = (ctypes.c_int * (4 * (shape.shares + 1)))()
-    numbers = (ctypes.c_int * 13)(*astuple(shape))
+    numbers = (ctypes.c_int * 14)(*astuple(shape))
     batch = len(lengths)
     plan = balance(q_len, kv_len, shape)
     given_out, order = (ctypes.c_int * 5)(), (ctypes.c_int * len(plan.tiles))(*(tile.at for tile in plan.tiles))

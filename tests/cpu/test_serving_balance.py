@@ -243,6 +243,14 @@ def test_explain_needs_lengths():
         jitgen.Plan(1, 1, 4, 2, 16, dtype=torch.float32, device="cpu").explain()
 
 
+def test_shares_are_left_to_a_kernel_beside():
+    shape = PlanShape(128, 128, 4, 8, 4, 33, NEVER_CUT, 1, 2, 8, 0, 132, 0, 40)
+    record = made([(64, 32768)] + [(1, 256)] * 64, shape)
+    assert record.used == 112
+    assert made([(64, 32768)], shape).used == 128
+    assert made([(128, 32768)] + [(1, 128)] * 128, shape).used == 128  # 122 are wanted, 32 items are to be cut alike
+
+
 def test_tiles_of_a_shared_prefix_are_cut_at_the_same_keys():
     shape = PlanShape(128, 128, 4, 8, 4, 33, NEVER_CUT, 1, 2, 8, 2, 132)
     record = made([(64, 32768)], shape)  # 256 packed rows in two tiles for each of 8 heads

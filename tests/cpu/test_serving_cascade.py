@@ -237,3 +237,11 @@ def test_a_norm_of_its_own_has_no_states_to_merge():
 def test_levels_need_pages_and_no_fixed_split(options):
     with pytest.raises(ShapeMismatch, match="levels=2 goes with layout='paged'"):
         jitgen.Plan(4, 8, 4, 2, 16, dtype=torch.float32, device="cpu", levels=2, **options)
+
+
+def test_explain_counts_requests_and_their_parts():
+    shared = SharedBatch(*STRUCTURES["groups"])
+    plan = shared.plan().update(shared.build()[1])
+    text = plan.explain()
+    keys = sum(n for _, n in shared.whole.lengths)
+    assert text.startswith(f"5 requests, 12 query rows, {keys} keys; in 7 parts; 4 query heads on 2 KV heads")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cascade_batch import SharedBatch
 from serving_batch import Batch
 
 import jitgen
@@ -96,3 +97,15 @@ def test_what_a_graph_cannot_carry_stays_outside_of_it():
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"inside torch\.compile a serving call uses the variant of its plan"):
         torch.compile(call, backend="eager", fullgraph=True)(batch.q)
+
+
+def test_a_compiled_call_takes_the_cascade_of_its_plan():
+    shared = SharedBatch([3, 1, 5, 2], [[(2, 33), (2, 21)], [(1, 9), (1, 2), (1, 6), (1, 130)]])
+    caches, cascade = shared.build()
+    plan = shared.plan(causal).update(cascade)
+
+    def layer(q, k, v):
+        return jitgen.paged_attention(2 * q, (k, v), cascade, plan) + 1
+
+    out = torch.compile(layer, fullgraph=True, backend="eager")(shared.whole.q / 2, *caches)
+    assert (out.double() - 1 - shared.whole.expected(causal)[0]).abs().max().item() <= 5e-6

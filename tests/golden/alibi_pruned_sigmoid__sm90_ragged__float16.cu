@@ -197,6 +197,7 @@ JITGEN_FN float norm_lse(const Args& args, const Head& head, const NormState& st
   return NAN;
 }
 
+constexpr bool kGivesOut = true;   // items may be given out to CTAs one by one
 // ---- planner ----
 JITGEN_FN Request request_of(const Args& args, const jg::PlanTile& tile) {
   return {tile.request, tile.q_start, tile.q_len, tile.kv_len, args.local_rows ? 0 : tile.kv_len - tile.q_len};
@@ -238,7 +239,7 @@ JITGEN_FN jg::KeyRange visible_keys(const Args& args, const jg::PlanTile& tile, 
 }
 
 __global__ void __launch_bounds__(jg::kPlanThreads, 1) plan_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::PlanShape shape) {
-  jg::make_plan(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
+  jg::make_plan<kGivesOut>(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
                 [&](const jg::PlanTile& tile, int first_query, int last_query) { return visible_keys(args, tile, first_query, last_query); });
 }
 
@@ -415,10 +416,10 @@ JITGEN_FN int own_row(int group_row) {
 // What S holds once score_elem is done, times this, are logits in natural units.
 JITGEN_FN float logit_factor(const Args& args, const Head& head) { return score_factor(args, head); }
 
-// Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp.
-template <int kTiles>
-JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][kOutTiles][4],
-                            const NormState (&state)[kTiles][2], int warp_row) {
+// Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp, kColumnTiles * 8 columns from first_out on.
+template <int kTiles, int kColumnTiles>
+JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][kColumnTiles][4],
+                            const NormState (&state)[kTiles][2], int warp_row, int first_out = 0) {
   const Head head = own_head(args, piece);
   const int lane = jg::stay(static_cast<int>(threadIdx.x)) % 32, first_column = 2 * (lane % 4);   // anew: registers are short in the KV loop
   const int num_rows = piece.request.q_len << piece.packing;
@@ -427,13 +428,13 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTi
     jg::for_each_half([&](auto half_constant) {
       constexpr int kHalf = decltype(half_constant)::value;
       const int row = warp_row + lane / 4 + 16 * i + 8 * kHalf;
-      jg::FragmentRow<kOutTiles, kHalf, false> out_row(o[i], first_column);
+      jg::FragmentRow<kColumnTiles, kHalf, false> out_row(o[i], first_column);
       norm_finalize(args, head, out_row, state[i][kHalf]);
       float lse = norm_lse(args, head, state[i][kHalf]);
       const long long q_row = piece.request.q_start + jg::packed_query(row, piece.packing);
       const bool is_row = row < num_rows;
-      jg::store_row<Element, kHalf>(o[i], static_cast<char*>(args.o) + (q_row * args.o_stride_s + head.h * args.o_stride_h) * 2, lane % 4, is_row);
-      if (args.lse && is_row && first_column == 0) args.lse[q_row * args.num_q_heads + head.h] = lse;
+      jg::store_row<Element, kHalf>(o[i], static_cast<char*>(args.o) + (q_row * args.o_stride_s + head.h * args.o_stride_h + first_out) * 2, lane % 4, is_row);
+      if (args.lse && is_row && first_column == 0 && first_out == 0) args.lse[q_row * args.num_q_heads + head.h] = lse;
     });
 }
 
@@ -770,7 +771,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
     // The piece is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
     const Piece& done = shared.control->piece[slot.stage];
     const int warp_row = done.first_row + (jg::stay(static_cast<int>(threadIdx.x)) - 128) / 32 * 16;
-    write_output<1>(args, done, o, softmax.rows, warp_row);
+    write_output(args, done, o, softmax.rows, warp_row);
     __syncwarp();
     if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     slot.advance();

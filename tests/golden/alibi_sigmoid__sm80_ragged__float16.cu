@@ -153,6 +153,7 @@ JITGEN_FN float norm_lse(const Args& args, const Head& head, const NormState& st
   return NAN;
 }
 
+constexpr bool kGivesOut = true;   // items may be given out to CTAs one by one
 // ---- planner ----
 JITGEN_FN Request request_of(const Args& args, const jg::PlanTile& tile) {
   return {tile.request, tile.q_start, tile.q_len, tile.kv_len, args.local_rows ? 0 : tile.kv_len - tile.q_len};
@@ -161,7 +162,7 @@ JITGEN_FN Request request_of(const Args& args, const jg::PlanTile& tile) {
 JITGEN_FN jg::KeyRange visible_keys(const Args&, const jg::PlanTile& tile, int, int) { return {0, tile.kv_len}; }
 
 __global__ void __launch_bounds__(jg::kPlanThreads, 1) plan_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::PlanShape shape) {
-  jg::make_plan(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
+  jg::make_plan<kGivesOut>(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
                 [&](const jg::PlanTile& tile, int first_query, int last_query) { return visible_keys(args, tile, first_query, last_query); });
 }
 
@@ -180,7 +181,7 @@ constexpr int kColTiles = kTileKv / 8;
 constexpr int kOutTiles = kHeadDimV / 8;
 static_assert(kWarpRows % 16 == 0 && kTileKv % 16 == 0 && kHeadDimV <= kHeadDim, "unsupported tile");
 // Q stays in registers while it fits next to S and O with room to load ahead; beyond that it is read again per KV tile.
-constexpr bool kHoldQuery = kRowTiles * (kHeadDim / 16 + kColTiles + kOutTiles) * 4 <= 176;
+constexpr int kHeldSteps = kRowTiles * (kHeadDim / 16 + kColTiles + kOutTiles) * 4 <= 176 ? kHeadDim / 16 : 0;
 constexpr bool kDescending = kNormReverse;
 constexpr unsigned kQueryBytes = kTileQ * kHeadDim * 2;
 constexpr unsigned kKeyBytes = kTileKv * kHeadDim * 2;
@@ -376,10 +377,10 @@ template <int kHalf> JITGEN_FN void update_norm(const Args& args, const Head& he
 // What S holds once score_elem is done, times this, are logits in natural units.
 JITGEN_FN float logit_factor(const Args& args, const Head& head) { return score_factor(args, head); }
 
-// Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp.
-template <int kTiles>
-JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][kOutTiles][4],
-                            const NormState (&state)[kTiles][2], int warp_row) {
+// Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp, kColumnTiles * 8 columns from first_out on.
+template <int kTiles, int kColumnTiles>
+JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][kColumnTiles][4],
+                            const NormState (&state)[kTiles][2], int warp_row, int first_out = 0) {
   const Head head = own_head(args, piece);
   const int lane = jg::stay(static_cast<int>(threadIdx.x)) % 32, first_column = 2 * (lane % 4);   // anew: registers are short in the KV loop
   const int num_rows = piece.request.q_len << piece.packing;
@@ -388,13 +389,13 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTi
     jg::for_each_half([&](auto half_constant) {
       constexpr int kHalf = decltype(half_constant)::value;
       const int row = warp_row + lane / 4 + 16 * i + 8 * kHalf;
-      jg::FragmentRow<kOutTiles, kHalf, false> out_row(o[i], first_column);
+      jg::FragmentRow<kColumnTiles, kHalf, false> out_row(o[i], first_column);
       norm_finalize(args, head, out_row, state[i][kHalf]);
       float lse = norm_lse(args, head, state[i][kHalf]);
       const long long q_row = piece.request.q_start + jg::packed_query(row, piece.packing);
       const bool is_row = row < num_rows;
-      jg::store_row<Element, kHalf>(o[i], static_cast<char*>(args.o) + (q_row * args.o_stride_s + head.h * args.o_stride_h) * 2, lane % 4, is_row);
-      if (args.lse && is_row && first_column == 0) args.lse[q_row * args.num_q_heads + head.h] = lse;
+      jg::store_row<Element, kHalf>(o[i], static_cast<char*>(args.o) + (q_row * args.o_stride_s + head.h * args.o_stride_h + first_out) * 2, lane % 4, is_row);
+      if (args.lse && is_row && first_column == 0 && first_out == 0) args.lse[q_row * args.num_q_heads + head.h] = lse;
     });
 }
 
@@ -449,9 +450,9 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
     jg::cp_async_commit();
   }
   if (thread == 0) next_piece() = take_piece(args, launch, own_cursor());
-  jg::QueryFragments<kRowTiles, kHeadDim, kHoldQuery> query;
+  jg::QueryFragments<kRowTiles, kHeadDim, kHeldSteps> query;
   query.address = q_shared + warp * kWarpRows * (kHeadDim * 2) + jg::a_fragment_offset<kHeadDim>(lane);
-  if constexpr (kHoldQuery) {
+  if constexpr (kHeldSteps > 0) {
     jg::cp_async_wait_all();
     __syncthreads();
     query.hold();
@@ -482,7 +483,7 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
         update_norm<0>(args, head, s, o, i, state[i][0], own_column(piece.first_key + first_key(visit)));
         update_norm<1>(args, head, s, o, i, state[i][1], own_column(piece.first_key + first_key(visit)));
       }
-      jg::multiply_pv<Element>(o, s, v_fragment + stage);
+      jg::multiply_pv<Element, kHeadDimV>(o, s, v_fragment + stage);
     }
     visit = next;
     next = after;

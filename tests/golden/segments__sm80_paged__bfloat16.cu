@@ -144,6 +144,7 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
   return jg::tile_kind(jg::possible(part0) & part1);
 }
 
+constexpr bool kGivesOut = true;   // items may be given out to CTAs one by one
 // ---- planner ----
 JITGEN_FN Request request_of(const Args& args, const jg::PlanTile& tile) {
   return {tile.request, tile.q_start, tile.q_len, tile.kv_len, args.local_rows ? 0 : tile.kv_len - tile.q_len};
@@ -192,7 +193,7 @@ JITGEN_FN jg::KeyRange visible_keys(const Args& args, const jg::PlanTile& tile, 
 }
 
 __global__ void __launch_bounds__(jg::kPlanThreads, 1) plan_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::PlanShape shape) {
-  jg::make_plan(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
+  jg::make_plan<kGivesOut>(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
                 [&](const jg::PlanTile& tile, int first_query, int last_query) { return visible_keys(args, tile, first_query, last_query); });
 }
 
@@ -211,7 +212,7 @@ constexpr int kColTiles = kTileKv / 8;
 constexpr int kOutTiles = kHeadDimV / 8;
 static_assert(kWarpRows % 16 == 0 && kTileKv % 16 == 0 && kHeadDimV <= kHeadDim, "unsupported tile");
 // Q stays in registers while it fits next to S and O with room to load ahead; beyond that it is read again per KV tile.
-constexpr bool kHoldQuery = kRowTiles * (kHeadDim / 16 + kColTiles + kOutTiles) * 4 <= 176;
+constexpr int kHeldSteps = kRowTiles * (kHeadDim / 16 + kColTiles + kOutTiles) * 4 <= 176 ? kHeadDim / 16 : 0;
 constexpr bool kDescending = true;             // the partial tiles of a causal row come first, their loads with Q
 constexpr unsigned kQueryBytes = kTileQ * kHeadDim * 2;
 constexpr unsigned kKeyBytes = kTileKv * kHeadDim * 2;
@@ -405,10 +406,10 @@ JITGEN_FN float logit_factor(const Args& args, const Head& head) { return head.s
 // A factor that is not positive is applied to S itself, as it would turn the running maximum into a minimum.
 JITGEN_FN float exponent_units(float factor) { return factor > 0.0f ? factor * jg::kLog2E : jg::kLog2E; }
 
-// Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp.
-template <int kTiles>
-JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][kOutTiles][4],
-                            jg::OnlineSoftmax<kTiles>& softmax, int warp_row) {
+// Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp, kColumnTiles * 8 columns from first_out on.
+template <int kTiles, int kColumnTiles>
+JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][kColumnTiles][4],
+                            jg::OnlineSoftmax<kTiles>& softmax, int warp_row, int first_out = 0) {
   const Head head = own_head(args, piece);
   const float units = exponent_units(logit_factor(args, head));
   const int lane = jg::stay(static_cast<int>(threadIdx.x)) % 32, first_column = 2 * (lane % 4);   // anew: registers are short in the KV loop
@@ -421,32 +422,34 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTi
       float factor;
       float lse = softmax.finish(i, kHalf, units, -INFINITY, factor);
 #pragma unroll
-      for (int j = 0; j < kOutTiles; ++j) o[i][j][2 * kHalf] *= factor, o[i][j][2 * kHalf + 1] *= factor;
+      for (int j = 0; j < kColumnTiles; ++j) o[i][j][2 * kHalf] *= factor, o[i][j][2 * kHalf + 1] *= factor;
       const long long q_row = piece.request.q_start + jg::packed_query(row, piece.packing);
       const bool is_row = row < num_rows;
-      jg::store_row<Element, kHalf>(o[i], static_cast<char*>(args.o) + (q_row * args.o_stride_s + head.h * args.o_stride_h) * 2, lane % 4, is_row);
-      if (args.lse && is_row && first_column == 0) args.lse[q_row * args.num_q_heads + head.h] = lse;
+      jg::store_row<Element, kHalf>(o[i], static_cast<char*>(args.o) + (q_row * args.o_stride_s + head.h * args.o_stride_h + first_out) * 2, lane % 4, is_row);
+      if (args.lse && is_row && first_column == 0 && first_out == 0) args.lse[q_row * args.num_q_heads + head.h] = lse;
     });
 }
 
 // ---- merge ----
 using Partial = jg::Partial<kRowTiles, kOutTiles, kRowThreads>;
 
-// Joins the pieces of items that were cut, in the order of their keys; a warp takes 16 rows. The pieces of one item:
-JITGEN_FN void merge_pieces(const Args& args, const Piece& piece, int first_slot, int num_pieces, int step) {
+constexpr int kMergeTiles = 4;   // of 8 columns, of a thread
+
+// Joins the pieces of one item, in the order of their keys. A warp takes 16 rows and some of their columns. The results of the
+// first piece are in slot `first`, those of the others from the slot behind it on, `step` apart.
+JITGEN_FN void merge_pieces(const Args& args, const Piece& piece, int first, int num_pieces, int step) {
   const float units = exponent_units(logit_factor(args, own_head(args, piece)));
-  const int thread = threadIdx.x, row_tile = blockIdx.y;
-  float o[1][kOutTiles][4];
+  const int thread = threadIdx.x, row_tile = blockIdx.y, first_tile = blockIdx.z * kMergeTiles;
+  float o[1][kMergeTiles][4];
 #pragma unroll
-  for (int j = 0; j < kOutTiles; ++j) o[0][j][0] = o[0][j][1] = o[0][j][2] = o[0][j][3] = 0.0f;
+  for (int j = 0; j < kMergeTiles; ++j) o[0][j][0] = o[0][j][1] = o[0][j][2] = o[0][j][3] = 0.0f;
   jg::OnlineSoftmax<1> softmax;
   softmax.init();
-#pragma unroll 1
-  for (int i = 0, slot = first_slot; i < num_pieces; ++i) {
-    Partial::add(args.workspace, slot, row_tile, thread, o, softmax, units);
-    slot = i == 0 ? first_slot + 1 : slot + step;
-  }
-  write_output<1>(args, piece, o, softmax, piece.first_row + thread / 32 * kWarpRows + 16 * row_tile);
+  Partial::add(args.workspace, first, row_tile, first_tile, thread, o, softmax, units);
+#pragma unroll 4
+  for (int i = 1; i < num_pieces; ++i)
+    Partial::add(args.workspace, first + 1 + (i - 1) * step, row_tile, first_tile, thread, o, softmax, units);
+  write_output(args, piece, o, softmax, piece.first_row + thread / 32 * kWarpRows + 16 * row_tile, 8 * first_tile);
 }
 
 __global__ void __launch_bounds__(kRowThreads) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
@@ -471,10 +474,11 @@ __global__ void __launch_bounds__(kRowThreads) merge_kernel(const __grid_constan
     return at.tile == cut.tile && at.group == cut.group && at.unit > 0;
   };
   if (!is_inside(first) || is_inside(first - 1)) return;
-  int end = first + 1;
-  while (is_inside(end)) ++end;
   const Piece piece = make_piece(args, launch, jg::plan_tiles_of(args.plan, launch.shape.shares)[cut.tile], cut.group, 0, -1);
-  merge_pieces(args, piece, 2 * first - 1, end - first + 1, 2);
+  int last = first;   // the share behind the pieces
+  for (unsigned inside = ~0u; inside == ~0u; last += __ffs(~inside) ? __ffs(~inside) - 1 : 32)
+    inside = __ballot_sync(0xffffffffu, is_inside(last + static_cast<int>(threadIdx.x) % 32));
+  merge_pieces(args, piece, 2 * first - 1, last - first + 1, 2);
 }
 
 // ---- attention of a piece ----
@@ -558,9 +562,9 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
     jg::cp_async_commit();
   }
   if (thread == 0) next_piece() = take_piece(args, launch, own_cursor());
-  jg::QueryFragments<kRowTiles, kHeadDim, kHoldQuery> query;
+  jg::QueryFragments<kRowTiles, kHeadDim, kHeldSteps> query;
   query.address = q_shared + warp * kWarpRows * (kHeadDim * 2) + jg::a_fragment_offset<kHeadDim>(lane);
-  if constexpr (kHoldQuery) {
+  if constexpr (kHeldSteps > 0) {
     jg::cp_async_wait_all();
     __syncthreads();
     query.hold();
@@ -588,7 +592,7 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
       if (kind == kTilePartial) apply_mask(args, head, mask_rows, s, tile_row, piece.first_key + first_key(visit));
       if (first_key(visit) + kTileKv > num_keys) mask_tail(s, first_key(visit), num_keys);
       softmax.update(s, o, units());
-      jg::multiply_pv<Element>(o, s, v_fragment + stage);
+      jg::multiply_pv<Element, kHeadDimV>(o, s, v_fragment + stage);
     }
     note_place(after, page, slot_after(slot_after(slot)));
     slot = slot_after(slot);
@@ -674,13 +678,13 @@ extern "C" int jitgen_launch(const Args* args) {
   const int code = start_attention(*args, launch);
   if (code) return code;
   if (args->split && launch.shape.shares > 1)
-    merge_kernel<<<dim3(launch.shape.shares - 1, kRowTiles), kRowThreads, 0, reinterpret_cast<cudaStream_t>(args->stream)>>>(*args, launch);
+    merge_kernel<<<dim3(launch.shape.shares - 1, kRowTiles, kOutTiles / kMergeTiles), kRowThreads, 0, reinterpret_cast<cudaStream_t>(args->stream)>>>(*args, launch);
   return cudaGetLastError();
 }
 extern "C" int jitgen_plan(const Args* args) { return launch_planner(*args, make_launch(*args).shape); }
 extern "C" long long jitgen_plan_bytes(const Args* args) { return jg::plan_bytes(args->batch, args->total_q, make_launch(*args).shape); }
 extern "C" long long jitgen_workspace_bytes(const Args* args) {
-  const long long slots = kManyItems < jg::kNotForMany ? jg::tail_slots(static_cast<int>(args->num_ctas)) : 2 * args->num_ctas;
+  const long long slots = kManyItems > 0 && kManyItems < jg::kNotForMany ? jg::tail_slots(static_cast<int>(args->num_ctas)) : 2 * args->num_ctas;
   return args->split ? slots * Partial::kQuads * 16 : 0;
 }
 extern "C" int jitgen_num_ctas(const Args*) {

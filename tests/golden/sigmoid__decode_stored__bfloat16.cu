@@ -129,6 +129,7 @@ JITGEN_FN float norm_lse(const Args& args, const Head& head, const NormState& st
   return NAN;
 }
 
+constexpr bool kGivesOut = false;   // items are cut at shares only
 // ---- planner ----
 JITGEN_FN Request request_of(const Args& args, const jg::PlanTile& tile) {
   return {tile.request, tile.q_start, tile.q_len, tile.kv_len, args.local_rows ? 0 : tile.kv_len - tile.q_len};
@@ -137,7 +138,7 @@ JITGEN_FN Request request_of(const Args& args, const jg::PlanTile& tile) {
 JITGEN_FN jg::KeyRange visible_keys(const Args&, const jg::PlanTile& tile, int, int) { return {0, tile.kv_len}; }
 
 __global__ void __launch_bounds__(jg::kPlanThreads, 1) plan_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::PlanShape shape) {
-  jg::make_plan(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
+  jg::make_plan<kGivesOut>(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
                 [&](const jg::PlanTile& tile, int first_query, int last_query) { return visible_keys(args, tile, first_query, last_query); });
 }
 
@@ -169,9 +170,11 @@ using Output = float[kSlices][kTiles][4];
 using State = NormState[kTiles][2];
 constexpr unsigned kStateBytes = sizeof(NormState) > 8 ? (sizeof(NormState) + 7) / 8 * 8 : 8;   // of a column
 
-// Q of the next items is on its way while an item is worked on: of as many as the loads of K and V may be ahead.
-constexpr bool kQueryAhead = kTensorCopies && kColumns == 8 && kStoredBytes == 2;
-constexpr int kQueries = kQueryAhead ? kNumStages + 1 : 1;
+// Q of the next items is on its way while an item is worked on. Places are looked up kNumStages units ahead of the loads, which
+// are kNumStages units ahead of the products, and then of the next unit: that many items of one unit may be asked for beyond
+// the one that another warp is still at.
+constexpr bool kQueryAhead = false && 90 < 120;
+constexpr int kQueries = kQueryAhead ? 2 * kNumStages + 2 : 1;
 
 constexpr unsigned kRingBytes = kNumStages * Loader::kStageBytes;   // of a warp
 constexpr unsigned kQueryBytes = kColumns * kHeadDim * 2;           // of an item
@@ -552,7 +555,9 @@ static jg::PlanShape plan_shape(const Args& args) {
   shape.least_piece = kSplits && args.split ? 1 : jg::kNeverCut;
   shape.many_items = 0;
   shape.shares = static_cast<int>(args.num_ctas);
-  shape.beside = args.programmatic ? shape.shares * 5 / 12 : 0;   // memory is as busy with fewer CTAs; others are left to a prefill
+  // Memory is as busy with fewer CTAs; the others are left to a prefill. A cascade's prefill leaves room itself.
+  shape.company = args.programmatic ? shape.shares * 5 / 12 : 0;
+  shape.beside = 0;
   return shape;
 }
 

@@ -177,7 +177,7 @@ JITGEN_FN jg::KeyRange visible_keys(const Args& args, const jg::PlanTile& tile, 
 }
 
 __global__ void __launch_bounds__(jg::kPlanThreads, 1) plan_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::PlanShape shape) {
-  jg::make_plan(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
+  jg::make_plan<kGivesOut>(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
                 [&](const jg::PlanTile& tile, int first_query, int last_query) { return visible_keys(args, tile, first_query, last_query); });
 }
 
@@ -893,13 +893,13 @@ extern "C" int jitgen_launch(const Args* args) {
   const int code = start_attention(*args, launch);
   if (code) return code;
   if (args->split && launch.shape.shares > 1)
-    merge_kernel<<<dim3(launch.shape.shares - 1, kRowTiles), kRowThreads, 0, reinterpret_cast<cudaStream_t>(args->stream)>>>(*args, launch);
+    merge_kernel<<<dim3(launch.shape.shares - 1, kRowTiles, kOutTiles / kMergeTiles), kRowThreads, 0, reinterpret_cast<cudaStream_t>(args->stream)>>>(*args, launch);
   return cudaGetLastError();
 }
 extern "C" int jitgen_plan(const Args* args) { return launch_planner(*args, make_launch(*args).shape); }
 extern "C" long long jitgen_plan_bytes(const Args* args) { return jg::plan_bytes(args->batch, args->total_q, make_launch(*args).shape); }
 extern "C" long long jitgen_workspace_bytes(const Args* args) {
-  const long long slots = kManyItems < jg::kNotForMany ? jg::tail_slots(static_cast<int>(args->num_ctas)) : 2 * args->num_ctas;
+  const long long slots = kManyItems > 0 && kManyItems < jg::kNotForMany ? jg::tail_slots(static_cast<int>(args->num_ctas)) : 2 * args->num_ctas;
   return args->split ? slots * Partial::kQuads * 16 : 0;
 }
 extern "C" int jitgen_num_ctas(const Args*) {

@@ -75,14 +75,23 @@ def test_every_family_leaves_the_same_states(structure, name, family):
     check(shared_batch(structure), variants()[name], page_size=16, max_kv_len=4096, family=family)
 
 
-@pytest.mark.parametrize("heads, head_dim", [((32, 8), 128), ((6, 2), 96), ((8, 8), 256), ((8, 2), 192)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "heads, head_dim, dtype",
+    [((32, 8), 128, torch.bfloat16), ((6, 2), 96, torch.float16), ((8, 8), 256, torch.bfloat16)],
+    ids=["128", "96", "256"],
+)
 def test_heads_and_dtypes(heads, head_dim, dtype):
     for structure in ("decode", "prefill"):
         check(shared_batch(structure, heads, head_dim, dtype), None, page_size=16)
 
 
-@pytest.mark.parametrize("page_size", [1, 3, 64])
+def test_a_decode_plan_keeps_the_prefill_kernel_for_its_groups():
+    shared = shared_batch("decode")
+    assert len(shared.plan(max_q_len=1, page_size=16).classes) == 2
+    check(shared, None, max_q_len=1, page_size=16)
+
+
+@pytest.mark.parametrize("page_size", [3, 64])
 def test_pages_of_any_size(page_size):
     check(shared_batch("three", page_size=page_size), jitgen.Variant(mask_mod=causal))
 
@@ -132,8 +141,8 @@ def test_requests_cut_at_fixed_keys_are_the_oracles(layout, name):
     assert_near(batch, out, lse, batch.expected(variant))
 
 
-def fixed(batch, variant, layout, room=20):
-    options = {"split": "fixed", "kv_split": 64, "max_kv_len": 4000}
+def fixed(batch, variant, layout, room=20, kv_split=64):
+    options = {"split": "fixed", "kv_split": kv_split, "max_kv_len": 4000}
     plan = batch.plan(variant, room=room, layout="ragged" if layout == "ragged" else "paged", **options)
     out, lse = poisoned(plan, batch.q)
     if layout == "ragged":
@@ -149,11 +158,11 @@ def fixed(batch, variant, layout, room=20):
 @pytest.mark.parametrize("rows, keys", [(1, 3000), (1, 63), (2, 1025), (70, 900)])
 def test_neighbours_do_not_change_a_bit(layout, rows, keys):
     mine = Batch([(rows, keys)], 8, 2, 64, dtype=torch.bfloat16, device=DEVICE, seed=3)
-    alone, alone_lse, _ = fixed(mine, causal, layout)
+    alone, alone_lse, _ = fixed(mine, causal, layout, kv_split=256)
     for seed, others in ((1, [(1, 4000)] * 40), (2, [(1, 5), (33, 40), (1, 2000)]), (3, [(1, 100)] * 5)):
         crowd = Batch([*others, (rows, keys), *others], 8, 2, 64, dtype=torch.bfloat16, device=DEVICE, seed=seed)
         at = len(others)
         first = sum(n for n, _ in others)
         crowd.q[first : first + rows], crowd.k[at], crowd.v[at] = mine.q, mine.k[0], mine.v[0]
-        out, lse, _ = fixed(crowd, causal, layout, room=3 * seed)
+        out, lse, _ = fixed(crowd, causal, layout, 3 * seed, kv_split=256)
         assert torch.equal(out[first : first + rows], alone) and torch.equal(lse[first : first + rows], alone_lse)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from jitgen.api import attention
+from jitgen.block_lists import BlockLists
+from jitgen.block_sparse import LateCheck
 from jitgen.compat.flashinfer._batch import Heads
 from jitgen.compat.flashinfer._hooks import Options, Scale, hooks_for, softmax_scale
 from jitgen.compat.flashinfer._inputs import result
 from jitgen.compat.flashinfer._options import check_backend, check_dtype, check_workspace
-from jitgen.compat.flashinfer._sparse import LateCheck
 from jitgen.errors import ShapeMismatch, UnsupportedOption, VariantError
 from jitgen.variant import Variant
 
@@ -25,6 +26,7 @@ class SparseWrapper:
         self.device = check_workspace(float_workspace_buffer)
         self._planned: tuple[Heads, Options, bool] | None = None
         self._check: LateCheck | None = None
+        self._lists: BlockLists | None = None  # of whole blocks that all heads share, if the plan is of such
         self._made: dict[tuple[object, ...], tuple[Variant, object]] = {}
 
     def reset_workspace_buffer(
@@ -62,19 +64,30 @@ class SparseWrapper:
         options = options or planned
         if self._check is not None:
             self._check.look()
-        key = (id(mask_mod), id(options), *(x if isinstance(x, int | float | None) else id(x) for x in scales))
-        if key not in self._made:
-            hooks = hooks_for(options, heads.num_q, heads.num_kv, self.device, *scales)
-            self._made[key] = (hooks.variant(mask_mod=mask_mod), (mask_mod, options, scales))
         scale = softmax_scale(options, heads.dim_qk, *scales[:2])
         q, k, v = (t.unsqueeze(0) for t in qkv)
         same = out.dtype == q.dtype
-        found, lse = attention(
-            q, k, v, self._made[key][0], scale=scale, return_lse=True, out=out.unsqueeze(0) if same else None
-        )
+        if self._lists is not None and same:
+            plain = self._variant(None, options, scales)
+            if self._lists.serve(q, k, v, plain.trace().program):
+                _, lse = self._lists.attend(q, k, v, plain, scale, out.unsqueeze(0), True)
+                return lse[0]  # type: ignore[index]
+        variant = self._variant(mask_mod, options, scales)
+        found, lse = attention(q, k, v, variant, scale=scale, return_lse=True, out=out.unsqueeze(0) if same else None)
         if not same:
             out.copy_(found[0])
         return lse[0]
+
+    def _variant(
+        self, mask_mod: Callable[..., Any] | None, options: Options, scales: tuple[Scale, Scale, Scale]
+    ) -> Variant:
+        """The variant of a call, remembered as long as the plan."""
+        key = (id(mask_mod), id(options), *(x if isinstance(x, int | float | None) else id(x) for x in scales))
+        if key not in self._made:
+            heads = self._plan_of()[0]
+            hooks = hooks_for(options, heads.num_q, heads.num_kv, self.device, *scales)
+            self._made[key] = (hooks.variant(mask_mod=mask_mod), (mask_mod, options, scales))
+        return self._made[key][0]
 
     def _forward_options(
         self,

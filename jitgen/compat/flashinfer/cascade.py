@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from jitgen.compat.flashinfer._cascade import CascadePlans
 from jitgen.compat.flashinfer._hooks import Place
 from jitgen.compat.flashinfer._merge import merge_state, merge_state_in_place, merge_states
 from jitgen.compat.flashinfer._prefill_paged import BatchPrefillWithPagedKVCacheWrapper
@@ -30,10 +31,9 @@ Cache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 class MultiLevelCascadeAttentionWrapper:
     """Attention over keys shared at several levels: level 0 by the largest groups of requests, the last by none.
 
-    Each level is a batch of groups, whose rows are those of all its requests; the results of the levels are merged. Differs
-    from FlashInfer: windows, ALiBi and ROPE_LLAMA count positions in the whole context of a request, across levels; keys of a
-    level follow those of the levels above it. Runs a launch per level and a merge; a single plan for all levels will come with
-    jitgen's own cascade.
+    Each level is a batch of groups, whose rows are those of all its requests. All levels are attended in one plan, and merged
+    once. Differs from FlashInfer: windows, ALiBi and ROPE_LLAMA count positions in the whole context of a request, across
+    levels; keys of a level follow those of the levels above it; causal holds at every level. ROPE_LLAMA takes a plan per level.
     """
 
     def __init__(
@@ -58,8 +58,9 @@ class MultiLevelCascadeAttentionWrapper:
         self._levels = [
             BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout, use_cuda_graph, *b) for b in buffers
         ]
+        self._kv_layout = kv_layout
+        self._plans = CascadePlans(self._levels[0].device, use_cuda_graph)
         self._places: dict[int, list[Place]] = {}  # by rows of q
-        self._has_places = False
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -94,7 +95,7 @@ class MultiLevelCascadeAttentionWrapper:
     ) -> None:
         """Prepare run(): the arguments are lists with one entry for each level, else as in the paged prefill wrapper.
 
-        The same rows of q are divided at every level by its qo_indptr; causal holds at the last level.
+        The same rows of q are divided at every level by its qo_indptr.
         """
         arrays = (qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len)
         if any(len(a) != len(self._levels) for a in arrays):
@@ -107,7 +108,10 @@ class MultiLevelCascadeAttentionWrapper:
                 logits_soft_cap=logits_soft_cap, rope_scale=rope_scale, rope_theta=rope_theta,
                 q_data_type=q_data_type, kv_data_type=kv_data_type,
             )  # fmt: skip
-        self._has_places = window_left >= 0 or pos_encoding_mode != "NONE"
+        planned = [level._plan_of() for level in self._levels]
+        if not planned[-1].options.rotates:
+            self._plans.adopt([p.batch for p in planned], planned[-1].heads, planned[-1].options)
+            return
         if not self.is_cuda_graph_enabled:
             self._places.clear()
             return
@@ -125,11 +129,11 @@ class MultiLevelCascadeAttentionWrapper:
 
         Shapes:  q [total_q, num_q_heads, head_dim]; paged_kv_cache as in the paged prefill wrapper; returns like q.
         """
-        places: list[Place] | list[None] = [None] * len(self._levels)
-        if self._has_places:
-            if q.shape[0] not in self._places:
-                self._places[q.shape[0]] = self._place(q.shape[0])
-            places = self._places[q.shape[0]]
+        if not self._levels[-1]._plan_of().options.rotates:
+            return self._plans.run(q, paged_kv_cache, self._kv_layout)
+        if q.shape[0] not in self._places:
+            self._places[q.shape[0]] = self._place(q.shape[0])
+        places = self._places[q.shape[0]]
         states = [level.run_placed(q, paged_kv_cache, p) for level, p in zip(self._levels, places, strict=True)]
         values, logs = zip(*states, strict=True)
         return merge_states(torch.stack(values, 1), torch.stack(logs, 1))[0]

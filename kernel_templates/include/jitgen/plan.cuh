@@ -45,7 +45,9 @@ struct PlanShape {
   int least_piece;    // units: a cut that would leave less of an item on one side moves to the nearer end of the item
   int many_items;     // a kernel gives items out that must not be cut, and others from so many items a share on; 0: none
   int shares;
-  int beside;         // shares that are enough where the requests of another kernel are worked on at the same time; 0: none is
+  int company;        // shares that are enough where the requests of another kernel are worked on at the same time; 0: none is
+  int beside;         // what a key of a request outside of the class costs, in 1/1024 of a unit, where another kernel attends
+                      // these at the same time and shares are left to it; 0: none are
 };
 constexpr int kTailPieces = 4;
 constexpr int kNotForMany = 0x7fffffff;   // as many_items: only items that must not be cut are given out
@@ -119,20 +121,30 @@ JITGEN_PLAN_FN int units_of(KeyRange keys, int unit_keys) {
 JITGEN_PLAN_FN unsigned cut(unsigned share, unsigned length, unsigned shares) {
   return static_cast<unsigned>(static_cast<unsigned long long>(share) * length / shares);
 }
-// Shares that have a part of the line. Where every item is cut alike, the tiles of a request visit the same keys at the same
-// time, and all but one find them in L2: worth up to one CTA in sixteen, where items are equally long. Otherwise as few as
-// leave the largest share as it is, so that cuts of equal items fall on their ends.
-JITGEN_PLAN_FN int shares_in_use(int shares, unsigned length, int items, bool is_even) {
-  if (length == 0) return 0;
-  const int of_each = items > 0 ? shares / items * items : 0;
-  if (is_even && 16 * of_each >= 15 * shares) return static_cast<unsigned>(of_each) < length ? of_each : static_cast<int>(length);
-  const unsigned largest = (length + shares - 1) / shares;
-  return static_cast<int>((length + largest - 1) / largest);
-}
 // Whether the requests of another kernel are work for a tenth of the time of these or more: `rows_keys` is the sum of rows times
 // keys of theirs, rows packed, `keys` that of the keys of these, which are read at the speed of memory. On an H100 a key takes
 // as long as the products of 400 rows with one.
 JITGEN_PLAN_FN bool has_company(unsigned long long rows_keys, unsigned long long keys) { return rows_keys > 0 && rows_keys >= 40 * keys; }
+// Shares, of `shares`, for a line beside other work, so that both end together.
+JITGEN_PLAN_FN int shares_beside(int shares, unsigned length, unsigned long long work) {
+  const int own = static_cast<int>(static_cast<unsigned long long>(shares) * length / (length + work / 1024 + 1));
+  return work == 0 ? shares : own > 1 ? own : 1;
+}
+// Shares that have a part of the line, about `wanted`. Of equal items each gets the same number, at the price of up to one CTA
+// in sixteen: tiles of a request then visit the same keys at the same time, and all but one find them in L2, and short items
+// stay whole. Otherwise as few as leave the largest share as it is, so that cuts of equal items fall on their ends.
+JITGEN_PLAN_FN int shares_in_use(int shares, int wanted, unsigned length, int items, bool is_even) {
+  if (length == 0) return 0;
+  if (is_even && items > 0) {
+    int even = (wanted + items / 2) / items * items;
+    if (even > shares) even -= items;
+    if (16 * even >= 15 * wanted) return static_cast<unsigned>(even) < length ? even : static_cast<int>(length);
+  }
+  const unsigned largest = (length + wanted - 1) / wanted;
+  return static_cast<int>((length + largest - 1) / largest);
+}
+constexpr int kShortItem = 16;   // units: a cut costs about as much
+JITGEN_PLAN_FN bool is_better_even(int tiles_of_request, int cost) { return tiles_of_request > 1 || cost <= kShortItem; }
 // The share that place x falls in: the inverse of `cut`.
 JITGEN_PLAN_FN unsigned share_of(unsigned x, unsigned length, unsigned shares) {
   return static_cast<unsigned>(((x + 1ull) * shares - 1) / length);
@@ -290,8 +302,8 @@ __device__ __forceinline__ void order_tail(PlanTile* tiles, int num_tiles, PlanH
 }
 
 // By one CTA of kPlanThreads. `visible(tile, first query, last query)` gives the keys that these rows of the request see;
-// all threads call it, those without a tile with kv_len 0.
-template <class Visible>
+// all threads call it, those without a tile with kv_len 0. kGivesOut: for a kernel that may give out items.
+template <bool kGivesOut, class Visible>
 __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const int* kv_len, int batch,
                                           const PlanShape& shape, Visible visible) {
   __shared__ int first_tile[kPlanMaxBatch + 1];
@@ -301,8 +313,10 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   const int thread = threadIdx.x;
 
   __shared__ unsigned long long others, own;   // see has_company
+  __shared__ unsigned long long beside;
+  if (thread == 0) beside = 0;
   int asked = shape.shares;
-  if (shape.beside > 0) {
+  if (!kGivesOut && shape.company > 0) {
     if (thread == 0) others = own = 0;
     __syncthreads();
     for (int b = thread; b < batch; b += kPlanThreads) {
@@ -312,12 +326,14 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
       else if (q_len > 0) atomicAdd(&others, rows * keys);
     }
     __syncthreads();
-    if (has_company(others, own)) asked = shape.beside;
+    if (has_company(others, own)) asked = shape.company;
   }
-
+  __syncthreads();
   int num_tiles = 0, total;
   for (int first = 0; first < batch; first += kPlanThreads, num_tiles += total) {
     const int b = first + thread, count = b < batch ? tiles_of_request(q_indptr[b + 1] - q_indptr[b], kv_len[b], shape) : 0;
+    if (shape.beside && b < batch && count == 0 && q_indptr[b + 1] > q_indptr[b])
+      atomicAdd(&beside, static_cast<unsigned long long>(shape.beside) * kv_len[b]);
     const int before = num_tiles + scan_block(count, total) - count;
     if (b < batch) first_tile[b] = before;
   }
@@ -327,7 +343,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   __shared__ int most_cost;
   if (thread == 0) most_cost = 0;
   int places = 0, own_cost = 0, own_most = 0;
-  bool is_even = true;   // of this thread's tiles: requests have several, all of one cost
+  bool is_even = true;   // this thread's tiles: all of one cost
   for (int first = 0; first < num_tiles; first += kPlanThreads, places += total) {
     const int number = first + thread;
     PlanTile tile = {};
@@ -344,7 +360,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
     if (number < num_tiles) {
       tile.begin = keys.begin, tile.end = keys.end;
       cost = shape.fixed_cost + units_of(keys, shape.unit_keys);
-      is_even &= tile.count > 1 && (own_cost == 0 || cost == own_cost);
+      is_even &= is_better_even(tile.count, cost) && (own_cost == 0 || cost == own_cost);
       own_cost = cost;
       own_most = cost > own_most ? cost : own_most;
     }
@@ -361,7 +377,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
 
   const int items = num_tiles * shape.groups;
   PlanHeader header = {num_tiles};
-  if (gives_out(items, shape)) {
+  if (kGivesOut && gives_out(items, shape)) {
     atomicMax(&most_cost, own_most);
     __syncthreads();
     header.places = places;
@@ -373,7 +389,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   __syncthreads();
 
   const unsigned length = static_cast<unsigned>(places) * shape.groups;
-  const int used = shares_in_use(asked, length, items, is_even);
+  const int used = shares_in_use(asked, shares_beside(asked, length, beside), length, items, is_even);
   header.length = length, header.shares = used;
   const Line line = {first_tile, first_line, tiles, batch, num_tiles};
   for (int c = thread; c <= shape.shares; c += kPlanThreads) shares[c] = share_start(line, shape, length, used, c);

@@ -151,8 +151,9 @@ template <int kRowTiles, int kOutTiles, int kThreads> struct Partial {
           make_float4(softmax.row_max[i][0], softmax.row_max[i][1], softmax.row_sum[i][0], softmax.row_sum[i][1]);
     }
   }
-  // Adds row tile i of a piece to what `o` and `softmax` hold of other keys.
-  static JITGEN_FN void add(void* workspace, int slot, int i, int thread, float (&o)[1][kOutTiles][4], OnlineSoftmax<1>& softmax, float units) {
+  // Adds column tiles from `first` on of row tile i of a piece to what `o` and `softmax` hold of other keys.
+  template <int kTiles>
+  static JITGEN_FN void add(void* workspace, int slot, int i, int first, int thread, float (&o)[1][kTiles][4], OnlineSoftmax<1>& softmax, float units) {
     const float4 state = *quad(workspace, slot, i, kOutTiles, thread);
     const float piece_max[2] = {state.x, state.y}, piece_sum[2] = {state.z, state.w};
     float old[2], fresh[2];
@@ -166,8 +167,8 @@ template <int kRowTiles, int kOutTiles, int kThreads> struct Partial {
       softmax.row_sum[0][half] = softmax.row_sum[0][half] * old[half] + piece_sum[half] * fresh[half];
     }
 #pragma unroll
-    for (int j = 0; j < kOutTiles; ++j) {
-      const float4 part = *quad(workspace, slot, i, j, thread);
+    for (int j = 0; j < kTiles; ++j) {
+      const float4 part = *quad(workspace, slot, i, first + j, thread);
       o[0][j][0] = o[0][j][0] * old[0] + part.x * fresh[0];
       o[0][j][1] = o[0][j][1] * old[0] + part.y * fresh[0];
       o[0][j][2] = o[0][j][2] * old[1] + part.z * fresh[1];

@@ -1,0 +1,361 @@
+"""Attention over chosen blocks of the matrix of logits: BSR lists, blocks of any sizes, and torch's BlockMask.
+
+A list of blocks becomes a mask over a table with the class of each block. Kernels skip a tile whose class is NONE and run one
+that is FULL without the mask, since the interval analysis of masks reads such a table; and the planner of serving calls counts
+what is visible by it. So blocks go with every hook and every kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from jitgen.api import attention
+from jitgen.block_lists import BlockLists
+from jitgen.errors import ShapeMismatch, UnsupportedDtype, VariantError
+from jitgen.masks import and_masks, static
+from jitgen.serving_pages import as_int32
+from jitgen.variant import Variant
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Tensor = torch.Tensor
+NONE, PARTIAL, FULL = 0, 1, 2
+TILE = 64  # rows and columns of the tiles of variable blocks: the smallest tile of the kernels
+
+
+class BlockSparse:
+    """Which blocks of q_len query rows and kv_len keys are attended: made by ``bsr``, ``variable`` or ``of``.
+
+    ``mask_mod`` is the mask, for positions as jitgen.attention counts them; combine it with others by jitgen.and_masks, or use
+    ``block_sparse_attention``. Rows that see no key give 0, and logsumexp -inf.
+    """
+
+    def __init__(
+        self,
+        mask_mod: Callable[..., Any],
+        lengths: tuple[int, int],
+        check: LateCheck | None = None,
+        lists: BlockLists | None = None,
+    ) -> None:
+        self.mask_mod, self.lengths, self._check, self.lists = mask_mod, lengths, check, lists
+        self._variants: dict[tuple[int, ...], tuple[Variant, object]] = {}
+
+    @classmethod
+    def bsr(
+        cls,
+        indptr: Tensor,
+        indices: Tensor,
+        lengths: tuple[int, int],
+        block: tuple[int, int],
+        *,
+        mask: Tensor | None = None,
+        packed_mask: Tensor | None = None,
+        per_query_head: bool = False,
+    ) -> BlockSparse:
+        """Blocks of one size: block row i has the block columns ``indices[indptr[i] : indptr[i + 1]]``.
+
+        lengths       (q_len, kv_len); the last block row may be short, block columns are whole
+        block         (rows, columns) of a block
+        mask          which elements of each listed block are visible; packed_mask the same as bits, lowest first
+        per_query_head  lists of every query head, not of every KV head, where indptr has two dimensions
+
+        Shapes:  indptr [block rows + 1], or [heads, block rows + 1] for lists of each head, whose numbers count through
+                 ``indices`` [nnz]; mask bool [nnz, rows, columns]; packed_mask uint8 [ceil(nnz * rows * columns / 8)].
+        Errors:  ShapeMismatch, UnsupportedDtype. Block columns are checked on the device: the error comes here on the CPU,
+                 from a later call on a GPU, and nothing waits.
+        Cost:    a table of heads * block rows * block columns entries; no wait for the device.
+        """
+        (q_len, kv_len), (rows, columns) = lengths, block
+        if kv_len % columns:
+            raise ShapeMismatch(
+                f"kv_len is {kv_len}, blocks have {columns} columns, which must divide it. Pad the keys, list what is there."
+            )
+        wanted = -(-q_len // rows) + 1
+        if indptr.dim() not in (1, 2) or indptr.shape[-1] != wanted:
+            raise ShapeMismatch(
+                f"indptr has shape {tuple(indptr.shape)}, expected [{wanted}] or [heads, {wanted}] for q_len {q_len} and "
+                f"blocks of {rows} rows."
+            )
+        check_integers(indptr=indptr, indices=indices)
+        classes, slots, wrong = bsr_tables(indptr, indices, kv_len // columns, mask is not None or packed_mask is not None)
+        message = (
+            f"indices has a block column outside 0 .. {kv_len // columns - 1} (kv_len {kv_len}, blocks of {columns}), or one "
+            "twice in a block row."
+        )
+        bits = block_bits(mask, packed_mask, indices.shape[0], rows * columns, indices.device)
+        mod = block_mask_mod(classes, slots, bits, rows, columns, per_query_head=per_query_head)
+        whole = indptr.dim() == 1 and bits is None
+        lists = BlockLists(as_int32(indptr).clone(), as_int32(indices).clone(), lengths, block) if whole else None
+        return cls(mod, lengths, LateCheck(wrong, message), lists)
+
+    @classmethod
+    def variable(cls, chosen: Tensor, row_sizes: Tensor, column_sizes: Tensor, lengths: tuple[int, int]) -> BlockSparse:
+        """Blocks of any sizes, for each KV head: block (i, j) has row_sizes[i] rows and column_sizes[j] keys.
+
+        Shapes:  chosen bool [num_kv_heads, block rows, block columns]; row_sizes int [num_kv_heads, block rows], column_sizes
+                 int [num_kv_heads, block columns], which sum to the lengths (q_len, kv_len).
+        Errors:  ShapeMismatch, UnsupportedDtype; sums are checked as block columns are by ``bsr``.
+        Cost:    tables of q_len and of kv_len entries for each KV head; no wait for the device.
+        """
+        check_integers(row_sizes=row_sizes, column_sizes=column_sizes)
+        sizes = (row_sizes.shape[0], row_sizes.shape[-1], column_sizes.shape[-1])
+        if chosen.shape != sizes or row_sizes.dim() != 2 or column_sizes.shape[:1] != sizes[:1]:
+            raise ShapeMismatch(
+                f"chosen has shape {tuple(chosen.shape)}, row_sizes {tuple(row_sizes.shape)}, column_sizes "
+                f"{tuple(column_sizes.shape)}. Expected [heads, rows, columns], [heads, rows] and [heads, columns] of blocks."
+            )
+        wrong = (row_sizes.sum(1) != lengths[0]).any() | (column_sizes.sum(1) != lengths[1]).any()
+        message = f"row_sizes and column_sizes do not sum to q_len {lengths[0]} and kv_len {lengths[1]} for every head."
+        mod = variable_mask_mod(*tile_classes(chosen.bool(), row_sizes, column_sizes, *lengths))
+        return cls(mod, lengths, LateCheck(wrong, message))
+
+    @classmethod
+    def of(cls, block_mask: BlockMask) -> BlockSparse:
+        """The blocks of a torch BlockMask, with its mask_mod inside of partial ones; its rows count from 0."""
+        from jitgen.flex import block_mask_function
+
+        inner = block_mask_function(block_mask)
+
+        def mask(b, h, q_idx, kv_idx, *, ctx_len):  # type: ignore[no-untyped-def]
+            return inner(b, h, q_idx - ctx_len, kv_idx)
+
+        q_len, kv_len = block_mask.seq_lengths
+        return cls(mask, (q_len, kv_len))
+
+    def check(self) -> None:
+        """Raise what a GPU has found wrong with the lists since, if it is known by now; waits for nothing."""
+        if self._check is not None:
+            self._check.look()
+
+    def variant(self, score_mod: object = None, mask_mod: object = None, sink: object = None) -> Variant:
+        """These blocks as a variant, with other hooks; remembered by their identity."""
+        key = (id(score_mod), id(mask_mod), id(sink))
+        if key not in self._variants:
+            masks = self.mask_mod if mask_mod is None else and_masks(self.mask_mod, mask_mod)  # type: ignore[arg-type]
+            self._variants[key] = Variant(score_mod=score_mod, mask_mod=masks, sink=sink), (score_mod, mask_mod, sink)
+        return self._variants[key][0]
+
+    def unmasked(self, score_mod: object = None, sink: object = None) -> Variant:
+        """A variant of these hooks for calls that are given the lists and need no mask; remembered by their identity."""
+        key = (id(score_mod), id(sink))
+        if key not in self._variants:
+            self._variants[key] = Variant(score_mod=score_mod, sink=sink), (score_mod, sink)
+        return self._variants[key][0]
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockSparse,
+    *,
+    score_mod: object = None,
+    mask_mod: object = None,
+    sink: object = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the visible blocks; the other hooks are those of jitgen.attention, ``mask_mod`` narrows the blocks.
+
+    Shapes:  as jitgen.attention; q_len and kv_len are those of ``blocks``, the same for all of the batch.
+    Errors:  as jitgen.attention; ShapeMismatch for other lengths, and for lists that a GPU has found wrong.
+    Cost:    as jitgen.attention, for the tiles that have visible blocks. On compute capability 9.0 lists of whole blocks are
+             walked by the prefill kernel of serving, for one sequence and hooks that read no positions; it has a plan for
+             each set of hooks, made on first use.
+    """
+    if not isinstance(blocks, BlockSparse):
+        raise VariantError(f"blocks is a {type(blocks).__name__}, expected a jitgen.BlockSparse.")
+    if (q.shape[-2], k.shape[-2]) != blocks.lengths:
+        raise ShapeMismatch(
+            f"q has {q.shape[-2]} rows and k {k.shape[-2]}, the blocks are those of q_len {blocks.lengths[0]} and kv_len "
+            f"{blocks.lengths[1]}. Make blocks for these lengths."
+        )
+    blocks.check()
+    lists = blocks.lists if mask_mod is None else None
+    if lists is not None:
+        plain = blocks.unmasked(score_mod, sink)
+        if lists.serve(q, k, v, plain.trace().program):
+            check_out(out, q, v)
+            found, lse = lists.attend(q, k, v, plain, scale, out, return_lse)
+            return (found, lse) if return_lse else found  # type: ignore[return-value]
+    variant = blocks.variant(score_mod, mask_mod, sink)
+    return attention(q, k, v, variant, scale=scale, return_lse=return_lse, out=out)
+
+
+def check_out(out: Tensor | None, q: Tensor, v: Tensor) -> None:
+    """``out=`` is what a call would have allocated."""
+    shape = (*q.shape[:3], v.shape[3])
+    if out is not None and (tuple(out.shape) != shape or out.dtype != q.dtype or out.device != q.device):
+        raise ShapeMismatch(f"out has shape {tuple(out.shape)} of {out.dtype} on {out.device}, expected {shape} as q has them.")
+
+
+# ---- blocks of one size -----------------------------------------------------------------------------------------------------
+
+
+def bsr_tables(indptr: Tensor, indices: Tensor, num_columns: int, has_bits: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Class of each block and, with bits, its place in the list; and whether a list has a column that does not exist, or twice.
+
+    Shapes:  indptr [..., block rows + 1], indices [nnz]; returns uint8 and int32 [..., block rows, num_columns], and a bool.
+    """
+    shape = (*indptr.shape[:-1], indptr.shape[-1] - 1)
+    begins, ends = indptr[..., :-1].reshape(-1).long(), indptr[..., 1:].reshape(-1).long()
+    num_rows = begins.shape[0]
+    listed = torch.arange(indices.shape[0], device=indices.device)
+    row = torch.searchsorted(ends, listed, right=True)
+    inside = row.clamp(max=num_rows - 1)
+    used = (row < num_rows) & (listed >= begins[inside])
+    wrong = used & ((indices < 0) | (indices >= num_columns))
+    spare = num_rows * num_columns  # where entries go that are wrong or belong to no row
+    place = torch.where(used & ~wrong, row * num_columns + indices.long(), spare)
+    classes = torch.zeros(spare + 1, dtype=torch.uint8, device=indices.device)
+    classes.scatter_(0, place, PARTIAL if has_bits else FULL)
+    is_twice = classes[:-1].count_nonzero() != (used & ~wrong).sum()
+    slots = None
+    if has_bits:
+        slots = torch.zeros(spare + 1, dtype=torch.int32, device=indices.device).scatter_(0, place, listed.int())
+        slots = slots[:-1].view(*shape, num_columns)
+    return classes[:-1].view(*shape, num_columns), slots, wrong.any() | is_twice
+
+
+def block_bits(
+    mask: Tensor | None, packed_mask: Tensor | None, num_blocks: int, block_elements: int, device: torch.device
+) -> Tensor | None:
+    """Little-endian bits of all listed blocks, joined; None without a mask."""
+    num_bits = num_blocks * block_elements
+    num_bytes = -(-num_bits // 8)
+    if packed_mask is not None:
+        if packed_mask.numel() != num_bytes or packed_mask.dtype != torch.uint8:
+            raise ShapeMismatch(
+                f"packed_mask has {packed_mask.numel()} elements of {packed_mask.dtype}, expected {num_bytes} of uint8: "
+                "packbits(mask, bitorder='little')."
+            )
+        return packed_mask.to(device)
+    if mask is None:
+        return None
+    if mask.numel() != num_bits:
+        raise ShapeMismatch(f"mask has {mask.numel()} elements, expected {num_bits}: [{num_blocks}, rows, columns] of blocks.")
+    bits = torch.nn.functional.pad(mask.to(device).reshape(-1).bool(), (0, -num_bits % 8))
+    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=device)
+    return (bits.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+
+
+def block_mask_mod(
+    classes: Tensor,
+    slots: Tensor | None,
+    bits: Tensor | None,
+    rows: int,
+    columns: int,
+    *,
+    per_query_head: bool = False,
+    causal: bool = False,
+    local: bool = False,
+) -> Callable[..., Any]:
+    """Mask of blocks of one size. ``local``: rows count from 0; ``causal``: and no key behind the query's own."""
+    rows, columns = static(rows), static(columns)
+    by_head = classes.dim() == 3
+
+    def block_mask(b, h, q_idx, kv_idx, *, kv_h, ctx_len):  # type: ignore[no-untyped-def]
+        row = q_idx if local else q_idx - ctx_len
+        at = (row // rows, kv_idx // columns)
+        if by_head:
+            at = (h if per_query_head else kv_h, *at)
+        kind = classes[at]
+        if bits is None:
+            kept = kind == FULL
+        else:
+            bit = slots[at] * (rows * columns) + row % rows * columns + kv_idx % columns
+            kept = (kind == PARTIAL) & (((bits[bit >> 3] >> (bit & 7)) & 1) == 1)
+        return kept & (kv_idx <= row + ctx_len) if causal else kept
+
+    return block_mask
+
+
+# ---- blocks of any sizes ----------------------------------------------------------------------------------------------------
+
+
+def tile_classes(
+    chosen: Tensor, row_sizes: Tensor, column_sizes: Tensor, q_len: int, kv_len: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Class of each tile of TILE rows and columns, and what tells the elements of a PARTIAL one apart.
+
+    Shapes:  chosen bool [heads, block rows, block columns]; row_sizes [heads, block rows]; column_sizes [heads, block
+             columns]; returns uint8 [heads, row tiles, column tiles], ``chosen``, and the block of each row and column, int32
+             [heads, q_len] and [heads, kv_len].
+    """
+    row_block, column_block = block_of(row_sizes, q_len), block_of(column_sizes, kv_len)
+    row_part, column_part = tile_parts(row_block, chosen.shape[1]), tile_parts(column_block, chosen.shape[2])
+    kept = row_part @ chosen.float() @ column_part.mT  # at most TILE * TILE: exact
+    whole = row_part.sum(2)[:, :, None] * column_part.sum(2)[:, None, :]
+    classes = torch.where(kept == 0, NONE, torch.where(kept == whole, FULL, PARTIAL)).to(torch.uint8)
+    return classes, chosen, row_block, column_block
+
+
+def block_of(sizes: Tensor, length: int) -> Tensor:
+    """Block that each of ``length`` positions lies in, int32 [heads, length]; blocks of size 0 hold none."""
+    position = torch.arange(length, device=sizes.device).expand(sizes.shape[0], -1).contiguous()
+    block = torch.searchsorted(sizes.long().cumsum(1), position, right=True)
+    return block.clamp(max=sizes.shape[1] - 1).int()
+
+
+def tile_parts(block: Tensor, num_blocks: int) -> Tensor:
+    """How many positions of each tile lie in each block, float32 [heads, tiles, num_blocks]."""
+    heads, length = block.shape
+    tiles = -(-length // TILE)
+    cell = torch.arange(length, device=block.device) // TILE * num_blocks + block.long()
+    counts = torch.zeros(heads, tiles * num_blocks, device=block.device)
+    return counts.scatter_add_(1, cell, torch.ones_like(cell, dtype=torch.float32)).view(heads, tiles, num_blocks)
+
+
+def variable_mask_mod(
+    classes: Tensor, chosen: Tensor, row_block: Tensor, column_block: Tensor, *, causal: bool = False, local: bool = False
+) -> Callable[..., Any]:
+    """Mask of blocks of any sizes. ``local`` and ``causal`` as block_mask_mod."""
+    tile = static(TILE)
+
+    def variable_mask(b, h, q_idx, kv_idx, *, kv_h, ctx_len):  # type: ignore[no-untyped-def]
+        row = q_idx if local else q_idx - ctx_len
+        kind = classes[kv_h, row // tile, kv_idx // tile]
+        kept = (kind == FULL) | ((kind == PARTIAL) & chosen[kv_h, row_block[kv_h, row], column_block[kv_h, kv_idx]])
+        return kept & (kv_idx <= row + ctx_len) if causal else kept
+
+    return variable_mask
+
+
+# ---- checks -----------------------------------------------------------------------------------------------------------------
+
+
+def check_integers(**tensors: Tensor) -> None:
+    """Tensors of indices or sizes."""
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
+            shown = str(t.dtype).removeprefix("torch.") if isinstance(t, Tensor) else type(t).__name__
+            raise UnsupportedDtype(f"{name} has dtype {shown}, expected int32 or int64.")
+
+
+class LateCheck:
+    """A condition that the device knows, raised once the host knows it too, without a wait on a GPU."""
+
+    def __init__(self, failed: Tensor, message: str) -> None:
+        self._message = message
+        self._event = None
+        self._failed: Tensor | None = failed
+        if failed.is_cuda:
+            self._failed = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(failed, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self.look()
+
+    def look(self) -> None:
+        """Raise ShapeMismatch if the condition is known to hold."""
+        if self._failed is None:
+            return
+        if self._event is not None and (torch.cuda.is_current_stream_capturing() or not self._event.query()):
+            return
+        if bool(self._failed):
+            raise ShapeMismatch(self._message)
+        self._failed = None

@@ -1,0 +1,79 @@
+"""Modules that leave states of rows, and the one that merges them, compiled without a GPU: registers and products."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+import torch
+
+import jitgen
+from jitgen import toolchain
+from jitgen.families import cuda_spec
+from jitgen.render import render_kernel
+from jitgen.serving_place import finishing, place
+from jitgen.target import COMMON_FLAGS, cuda_target
+
+pytestmark = pytest.mark.skipif(
+    toolchain.find_toolkit() is None or toolchain.find_cxx() is None,
+    reason="no complete CUDA toolkit (see 'jitgen doctor')",
+)
+SPILL = {"sm80": 16}  # bytes that a thread may spill: the tile of head_dim 128 fills the registers
+
+
+def plain() -> jitgen.Variant:
+    return jitgen.Variant()
+
+
+def alibi() -> jitgen.Variant:
+    slopes = torch.zeros(32)
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: s + slopes[h] * (kv_idx - q_idx),
+        mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (q_idx - kv_idx < 1000),
+    )
+
+
+def finished() -> jitgen.Variant:
+    gate = torch.zeros(32)
+    return jitgen.Variant(
+        sink=gate,
+        output_transform=lambda o, lse, b, h, q_idx: o * torch.sigmoid(gate[h]) + q_idx,
+        lse_transform=lambda lse, b, h, q_idx: lse * 1.4426950408889634,
+    )
+
+
+MODULES = [
+    ("sm90", plain, 128, "paged_states"),
+    ("sm90", alibi, 128, "paged_states"),
+    ("sm90", alibi, 64, "ragged_states"),
+    ("sm80", plain, 128, "paged_states"),
+    ("decode", plain, 128, "paged_states"),
+    ("decode", alibi, 64, "ragged_states"),
+    ("merge", plain, 128, "states"),
+    ("merge", finished, 96, "states"),
+    ("merge", finished, 256, "states"),
+]
+
+
+@pytest.mark.parametrize("family, make, head_dim, layout", MODULES)
+def test_nothing_spills_and_products_are_not_serialised(family, make, head_dim, layout, tmp_path):
+    program = make().trace().program
+    program = finishing(program) if family == "merge" else place(program)[0]
+    arch = {"sm90": "9.0a", "decode": "9.0a"}.get(family, "8.0")
+    spec = cuda_spec(program, "bfloat16", (head_dim, head_dim), family, cuda_target(arch), layout=layout)
+    source = render_kernel(spec)
+    for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    number = arch.replace(".", "")
+    command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *COMMON_FLAGS]
+    command += [f"-gencode=arch=compute_{number},code=sm_{number}", "-Xptxas=-v", f"-I{tmp_path / 'include'}", "-cubin"]
+    command += ["-o", str(tmp_path / "kernel.cubin"), str(tmp_path / "kernel.cu")]
+    done = subprocess.run(command, capture_output=True, text=True, env=toolchain.clean_environment())
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", output)
+    assert found and max(max(map(int, numbers)) for numbers in found) <= SPILL.get(family, 0), output
+    assert not re.findall(r".*C75\d\d.*", output)

@@ -1,0 +1,76 @@
+"""Suites cascade and sparse: their cells, and that wrong or missing contenders are named and never timed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bench_fakes import FakeTimer
+
+from jitgen.bench import cascade, sparse
+from jitgen.bench.config import BenchConfig
+from jitgen.bench.listed import Cell, run_suite
+
+HEADS = (4, 2, 16)
+
+
+class Config(BenchConfig):
+    def timer(self):
+        return FakeTimer()
+
+
+def config(**options):
+    return Config("cpu", **{"rounds": 2, "say": [].append, **options})
+
+
+def tiny_cascade(device, seed):
+    return cascade.SharedPrefix(device, 3, 64, 32, "float32", seed, HEADS)
+
+
+def tiny_blocks(device, seed):
+    return sparse.Blocks(device, 256, 0.4, "float32", seed, 64, HEADS)
+
+
+@pytest.mark.parametrize("suite", [cascade, sparse], ids=["cascade", "sparse"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_labels_are_distinct(suite, device, quick):
+    found = suite.labels(BenchConfig(device, quick=quick))
+    assert found and len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("make", [tiny_cascade, tiny_blocks], ids=["cascade", "sparse"])
+def test_ours_are_right_and_timed(make):
+    (report,) = run_suite("tiny", [Cell("cell", make)], config(), "note")
+    results = {r["contender"]: r for r in report.data["results"]}
+    assert not report.faults and "jitgen" in results
+    assert all(r["ms"]["samples"] == 2 and r["error"] < 1e-5 and r["figure"] for r in results.values())
+    assert "tiny: speed of ours over each" in report.to_text()
+
+
+def test_dense_attends_all_blocks():
+    (report,) = run_suite("tiny", [Cell("cell", lambda d, s: sparse.Dense(d, 256, 1.0, "float32", s, 64, HEADS))], config(), "")
+    assert not report.faults
+
+
+def test_wrong_and_missing_contenders_are_named_and_not_timed():
+    def missing():
+        raise ImportError("no such package")
+
+    class Problem(cascade.SharedPrefix):
+        def contenders(self):
+            good = super().contenders()
+            return {"bad": lambda: lambda: torch.zeros_like(self.q), "gone": missing, "jitgen": good["jitgen"]}
+
+    (report,) = run_suite("tiny", [Cell("cell", lambda d, s: Problem(d, 3, 64, 32, "float32", s, HEADS))], config(), "note")
+    results = {r["contender"]: r for r in report.data["results"]}
+    assert results["bad"]["status"] == "wrong" and results["bad"]["ms"] is None and "gone" not in results
+    assert any("gone: not installed" in note for note in report.notes) and not report.faults
+
+
+def test_a_wrong_output_of_ours_is_a_fault():
+    class Problem(sparse.Blocks):
+        def contenders(self):
+            return {"jitgen": lambda: lambda: torch.zeros_like(self.q)}
+
+    (report,) = run_suite("tiny", [Cell("cell", lambda d, s: Problem(d, 256, 0.4, "float32", s, 64, HEADS))], config(), "note")
+    assert report.faults and report.faults[0].startswith("jitgen, cell: wrong: a row is")

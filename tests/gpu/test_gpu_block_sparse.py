@@ -1,0 +1,67 @@
+"""Block lists on CUDA against attention with the mask written out: by the mask, and walked by the serving kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import jitgen
+from jitgen.block_lists import is_hopper
+
+DEVICE = "cuda"
+SHAPES = [  # rows and columns of a block, q_len, kv_len
+    (128, 128, 1000, 1152), (16, 16, 70, 96), (64, 32, 300, 320), (1, 16, 33, 512), (256, 64, 1500, 1472), (7, 24, 200, 240),
+]  # fmt: skip
+
+
+def inputs(q_len, kv_len, heads=(8, 2), dim=128, dtype=torch.bfloat16):
+    g = torch.Generator().manual_seed(q_len)
+    shapes = ((heads[0], q_len), (heads[1], kv_len), (heads[1], kv_len))
+    return [torch.randn(1, *shape, dim, generator=g).to(DEVICE, dtype) for shape in shapes]
+
+
+def random_blocks(*shape, density=0.4):
+    chosen = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < density
+    chosen[..., -1, :] = False  # a block row without blocks
+    counts = chosen.sum(-1)
+    ends = counts.flatten().cumsum(0).view(counts.shape)
+    indptr = torch.cat([(ends - counts)[..., :1], ends], -1).int()
+    return chosen, indptr.to(DEVICE), chosen.nonzero()[:, -1].int().to(DEVICE)
+
+
+def assert_is_exact(qkv, blocks, keep, **hooks):
+    q, k, v = qkv
+    out, lse = jitgen.block_sparse_attention(q, k, v, blocks, return_lse=True, **hooks)
+    k, v = (t.double().repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    logits = (q.double() @ k.mT / q.shape[-1] ** 0.5).masked_fill(~keep.to(DEVICE), -torch.inf)
+    want = torch.nan_to_num(logits.softmax(-1)) @ v
+    assert not out.isnan().any()
+    assert ((out.double() - want).norm() / want.norm()).item() <= 0.5 * torch.finfo(q.dtype).eps
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("rows, columns, q_len, kv_len", SHAPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_lists_of_whole_blocks(rows, columns, q_len, kv_len, head_dim):
+    chosen, indptr, indices = random_blocks(-(-q_len // rows), kv_len // columns)
+    blocks = jitgen.BlockSparse.bsr(indptr, indices, (q_len, kv_len), (rows, columns))
+    keep = chosen.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[:q_len]
+    qkv = inputs(q_len, kv_len, dim=head_dim)
+    assert_is_exact(qkv, blocks, keep)
+    assert bool(blocks.lists.plans) == (is_hopper(qkv[0].device) and columns % 16 == 0)
+    assert_is_exact(qkv, blocks, keep, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx >= 0 * q_idx)
+
+
+def test_lists_of_each_head():
+    chosen, indptr, indices = random_blocks(2, 8, 9)
+    blocks = jitgen.BlockSparse.bsr(indptr, indices, (1000, 1152), (128, 128))
+    keep = chosen.repeat_interleave(128, 1).repeat_interleave(128, 2)[:, :1000].repeat_interleave(4, 0)
+    assert_is_exact(inputs(1000, 1152), blocks, keep)
+
+
+def test_a_column_that_does_not_exist_is_found_later():
+    _, indptr, indices = random_blocks(8, 9)
+    with pytest.raises(jitgen.errors.ShapeMismatch, match="block column outside"):  # at once, if the device is quick
+        blocks = jitgen.BlockSparse.bsr(indptr, indices + 3, (1000, 1152), (128, 128))
+        torch.cuda.synchronize()
+        jitgen.block_sparse_attention(*inputs(1000, 1152), blocks)
