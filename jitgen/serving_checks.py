@@ -47,7 +47,7 @@ def check_plan_numbers(plan: Plan) -> None:
         raise UnsupportedDtype(f"dtype is {dtype_name(plan.dtype)}, expected {' or '.join(allowed)} on {device}.")
     _check_stored(plan)
     if (plan.head_dim, plan.head_dim_v) == MLA_DIMS:
-        check_latent_plan(plan)
+        _check_latent(plan)
     elif device == "cuda" and padded_head_dims(plan.head_dim, plan.head_dim_v) != (plan.head_dim, plan.head_dim_v):
         dims = ", ".join(str(d) for d in CUDA_HEAD_DIMS)
         raise ShapeMismatch(
@@ -76,6 +76,24 @@ def check_plan_numbers(plan: Plan) -> None:
         )
 
 
+def _check_latent(plan: Plan) -> None:
+    """Latent attention has one key head, in pages; what its CUDA kernel lacks is refused."""
+    if plan.num_kv_heads != 1 or plan.layout != "paged":
+        raise ShapeMismatch(
+            f"num_kv_heads is {plan.num_kv_heads} and layout {plan.layout!r}, head dims {MLA_DIMS} are those of absorbed "
+            "latent attention: one key head, layout 'paged'."
+        )
+    if stored_dtype(plan):
+        raise UnsupportedDtype(
+            f"kv_dtype is {stored_dtype(plan)}; a cache for head dims {MLA_DIMS} must have the plan's dtype. Leave it out."
+        )
+    if plan.device.type == "cuda" and (plan.levels > 1 or plan.split == "fixed"):
+        raise ShapeMismatch(
+            f"levels is {plan.levels} and split {plan.split!r}; with head dims {MLA_DIMS} on cuda levels must be 1, split "
+            "'balanced' or 'none'."
+        )
+
+
 def _check_stored(plan: Plan) -> None:
     """Keys and values of 8 bits are of a kind that the kernels read."""
     stored = stored_dtype(plan)
@@ -94,15 +112,6 @@ def _check_stored(plan: Plan) -> None:
         )
     if plan.family not in (None, "decode"):
         raise UnsupportedDtype(f"family={plan.family!r} does not read a cache of {stored}. Leave family out.")
-
-
-def check_latent_plan(plan: Plan) -> None:
-    """Latent attention has one key head, in pages."""
-    if plan.num_kv_heads != 1 or plan.layout != "paged":
-        raise ShapeMismatch(
-            f"num_kv_heads is {plan.num_kv_heads} and layout {plan.layout!r}, head dims {MLA_DIMS} are those of absorbed "
-            "latent attention: one key head, layout 'paged'."
-        )
 
 
 def check_lengths(plan: Plan, q_indptr: Tensor, kv_len: Tensor, reads_q_idx: bool) -> None:

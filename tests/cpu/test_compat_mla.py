@@ -71,6 +71,8 @@ def test_what_does_not_fit_is_refused():
         wrapper.run(*parts[:2], parts[2].half(), parts[3])
     with pytest.raises(UnsupportedOption, match="belong to the cutlass back end"):
         wrapper.run(*parts, kv_len=tables[3])
+    with pytest.raises(UnsupportedOption, match=r"bmm1_scale=2.0 of run\(\) is for other back ends"):
+        wrapper.run(*parts, bmm1_scale=2.0)
     with pytest.raises(UnsupportedOption, match="ckv_scale"):
         wrapper.run(*parts, ckv_scale=0.5)
     with pytest.raises(ShapeMismatch, match="head_dim_ckv is 256, head_dim_kpe 64, expected 512 and 64"):

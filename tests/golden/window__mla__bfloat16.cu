@@ -60,6 +60,7 @@ constexpr int kHeadDimV = 512;   // k has these columns, v the others
 constexpr int kTileQ = 64;
 constexpr int kTileKv = 64;
 constexpr int kNumStages = 2;
+constexpr bool kGivesOut = true;   // items may be given out to CTAs one by one: those that must not be cut
 
 // ---- variant ----
 // One request of the batch: its rows in q, its keys, and the q_idx of its row 0.
@@ -191,7 +192,7 @@ static int launch_planner(const Args& args, const jg::PlanShape& shape) {
 // ---- geometry ----
 using KeyTile = jg::SpanTile<kHeadDim>;
 constexpr int kThreads = 384, kRowThreads = 256;
-constexpr int kMergeTiles = 4, kRowTiles = 2 * 32 / kMergeTiles;   // of 8 columns that a CTA of the merge joins; CTAs for a cut
+constexpr int kMergeTiles = 4, kRowTiles = 2;   // of the merge: tiles of 8 columns of each half that a CTA joins; twins
 constexpr int kHalf = kHeadDimV / 2;             // columns of O that a warp group has
 constexpr int kOutTiles = kHalf / 8, kSpans = kHalf / 64;
 constexpr int kSpanBytes = kTileKv * 128;
@@ -208,7 +209,7 @@ constexpr int kSlack = 8;                         // growth of the maximum (expo
 constexpr bool kMaybeEmpty = true;
 constexpr int kSumBarrier = 1, kGroupBarrier = 2;   // named barriers; the second: + group
 
-constexpr int kManyItems = 0;                     // a CTA has a share of the line, always
+constexpr int kManyItems = jg::kNotForMany;       // a CTA's share of the line, always: few items are that long
 // ---- pieces ----
 // What a launch adds to Args.
 struct Launch {
@@ -428,11 +429,10 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTi
 using Partial = jg::Partial<1, kOutTiles, kRowThreads>;
 
 // Joins the pieces of one item that was cut: the one that share blockIdx.x + 1 begins inside of, if no earlier share does.
-// blockIdx.y: the twin, and which columns of each half. A request alone is cut into as many pieces as there are CTAs, so few
+// blockIdx.y: the twin; blockIdx.z: which columns of each half. A request alone is cut into as many pieces as there are CTAs, so few
 // columns a CTA, and a first look at all maxima that leaves the loads of the second free of each other.
 __global__ void __launch_bounds__(kRowThreads) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
-  constexpr int kParts = kOutTiles / kMergeTiles;
-  const int first = blockIdx.x + 1, thread = threadIdx.x, twin = blockIdx.y / kParts, first_tile = blockIdx.y % kParts * kMergeTiles;
+  const int first = blockIdx.x + 1, thread = threadIdx.x, twin = blockIdx.y, first_tile = blockIdx.z * kMergeTiles;
   const Cursor cut = share_begin(args, launch, first);
   const auto is_inside = [&](int share) {
     const Cursor at = share_begin(args, launch, share);
@@ -569,8 +569,8 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
         const unsigned rows = tile + offset * 128;
 #pragma unroll 1
         for (unsigned span = first_span; span < first_span + kSpans; ++span)
-          jg::load_box(rows + span * kSpanBytes, maps.k, arrived, row, span, 0, pages.of[i], policy);
-        if (which == 0) jg::load_box(rows + 2 * kPartBytes, maps.v, arrived, row, 0, 0, pages.of[i], policy);
+          jg::load_own_box(rows + span * kSpanBytes, maps.k, arrived, row, span, 0, pages.of[i], policy);
+        if (which == 0) jg::load_own_box(rows + 2 * kPartBytes, maps.v, arrived, row, 0, 0, pages.of[i], policy);
       }
       if (num_keys >= kTileKv) return;
       jg::barrier_wait(arrived, tail_parity);

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from jitgen.compat.flashinfer._batch import Batch, Heads
-from jitgen.compat.flashinfer._hooks import Hooks, Options, hooks_for
+from jitgen.compat.flashinfer._hooks import Hooks, Options, check_sinks, hooks_for
 from jitgen.compat.flashinfer._inputs import Planned, check_indptr, rows_known
 from jitgen.compat.flashinfer._options import attention_dtypes, check_changes, check_dtype
 from jitgen.compat.flashinfer._wrapper import Wrapper
@@ -18,6 +18,7 @@ from jitgen.spec import MLA_DIMS
 from jitgen.variant import Variant
 
 Dtype = str | torch.dtype
+MAX_VARIANTS = 256  # layers may have their own sinks
 
 
 class BatchMLAPagedAttentionWrapper(Wrapper):
@@ -42,7 +43,7 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._kv_len_arr_buf = kv_indptr, kv_indices, kv_len_arr
         if use_cuda_graph:
             self._check_buffers("qo_indptr_buf", "paged_kv_indptr_buf", "paged_kv_indices_buf", "kv_len_arr_buf")
-        self._variants: dict[int, tuple[Options, Hooks, Variant]] = {}
+        self._variants: dict[tuple[int, int], tuple[Options, torch.Tensor | None, Hooks, Variant]] = {}
 
     def plan(
         self,
@@ -59,6 +60,7 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         q_data_type: Dtype,
         kv_data_type: Dtype,
         use_profiler: bool = False,
+        **options: Any,
     ) -> None:
         """Prepare run() for these requests.
 
@@ -67,6 +69,7 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         Cost:    copies the tables; no wait for the device.
         """
         check_profiler(use_profiler)
+        check_options("plan", options)
         if (head_dim_ckv + head_dim_kpe, head_dim_ckv) != MLA_DIMS:
             raise ShapeMismatch(f"head_dim_ckv is {head_dim_ckv}, head_dim_kpe {head_dim_kpe}, expected 512 and 64.")
         q_dtype, _, o_dtype = attention_dtypes(q_data_type, kv_data_type, None)
@@ -79,8 +82,8 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
             self._held("kv_indices", kv_indices, self._paged_kv_indices_buf), page_size,
         )  # fmt: skip
         heads = Heads(num_heads, 1, *MLA_DIMS, q_dtype, o_dtype)
-        options = Options(0 if causal else None, sm_scale=sm_scale)
-        self._adopt(Planned(batch, heads, options, rows_known(qo_indptr)))
+        planned = Options(0 if causal else None, sm_scale=sm_scale)
+        self._adopt(Planned(batch, heads, planned, rows_known(qo_indptr)))
 
     def run(
         self,
@@ -100,6 +103,8 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         ckv_scale: float | torch.Tensor | None = None,
         ckv_scale_arr: torch.Tensor | None = None,
         kpe_scale: float | torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        **options: Any,
     ) -> Any:
         """Attention of the planned requests.
 
@@ -109,6 +114,7 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedOption.
         """
         check_profiler(profiler_buffer is not None)
+        check_options("run", options)
         if kv_len is not None or page_table is not None:
             raise UnsupportedOption("kv_len and page_table belong to the cutlass back end. Give them to plan().")
         for name, value in (("o_scale", o_scale), ("ckv_scale", ckv_scale), ("kpe_scale", kpe_scale)):
@@ -124,25 +130,23 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
             raise ShapeMismatch(
                 f"q_nope has {q_nope.shape[0]} rows, the plan has {planned.num_rows}. Plan again for these rows."
             )
-        options = self._override(natural_lse=True) if return_lse_base_on_e else planned.options
-        found = self._variants.get(id(options))
-        if found is None or found[0] is not options:
-            hooks = hooks_for(options, heads.num_q, 1, self.device)
-            found = self._variants[id(options)] = (options, hooks, hooks.variant(None))
-        q, cache = join_rows(q_nope, q_pe), join_cache(ckv_cache, kpe_cache)
-        return self._plans.attend(
-            batch,
-            heads,
-            found[1],
-            found[2],
-            q,
-            cache,
-            "NHD",
-            float(options.sm_scale),
-            out,
-            lse,
-            return_lse,  # type: ignore[arg-type]
-        )
+        asked = self._override(natural_lse=True) if return_lse_base_on_e else planned.options
+        found = self._variants.get((id(asked), id(sinks)))
+        if found is None or found[0] is not asked or found[1] is not sinks:
+            check_sinks(sinks, heads.num_q, q_nope.device)
+            hooks = hooks_for(asked, heads.num_q, 1, self.device)
+            if len(self._variants) >= MAX_VARIANTS:
+                self._variants.clear()
+            found = self._variants[id(asked), id(sinks)] = (asked, sinks, hooks, hooks.variant(sinks))
+        q, cache, scale = join_rows(q_nope, q_pe), join_cache(ckv_cache, kpe_cache), float(asked.sm_scale)  # type: ignore[arg-type]
+        return self._plans.attend(batch, heads, *found[2:], q, cache, "NHD", scale, out, lse, return_lse)
+
+
+def check_options(call: str, options: dict[str, Any]) -> None:
+    """Options of other back ends, which FlashInfer 0.7 added; hints are ignored."""
+    for name, value in options.items():
+        if name != "enable_pdl" and value is not None and value is not False:
+            raise UnsupportedOption(f"{name}={value!r} of {call}() is for other back ends and not supported. Leave it out.")
 
 
 def check_latent(name: str, t: torch.Tensor, inner: tuple[int, int], dtype: torch.dtype) -> None:

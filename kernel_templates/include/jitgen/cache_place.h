@@ -94,9 +94,14 @@ template <Places kPlaces, class Args> JITGEN_FN Place find_place(const Args& arg
 }
 
 // ---- 8-bit elements ----
-struct float8_e4m3fn { unsigned char bits; static constexpr float kMax = 448.0f; };
-struct float8_e5m2 { unsigned char bits; static constexpr float kMax = 57344.0f; };
-struct int8 { signed char value; static constexpr float kMax = 127.0f; };
+#ifdef __CUDACC__
+struct float8_e4m3fn { unsigned char bits; };
+struct float8_e5m2 { unsigned char bits; };
+struct int8 { signed char value; };
+#endif
+template <class T> constexpr float kLargest = 127.0f;   // int8
+template <> constexpr float kLargest<float8_e4m3fn> = 448.0f;
+template <> constexpr float kLargest<float8_e5m2> = 57344.0f;
 
 // The nearest value, ties to even; what is too large becomes the largest. kMantissa bits, least normal exponent kLeast.
 template <int kMantissa, int kLeast> JITGEN_FN unsigned char round_to_byte(float x, float most, unsigned char nan) {

@@ -190,7 +190,7 @@ template <class S> JITGEN_FN void scale_row(const Rows& rows, RowView<S>& row, c
     float scale;
     if constexpr (S::kScale == Scale::kStored) {
       const float most = row.max([](float v, int) { return ::fabsf(v); });
-      scale = most > 0.0f ? most / S::Out::kMax : 1.0f;
+      scale = most > 0.0f ? most / kLargest<typename S::Out> : 1.0f;
       if (row.lane == 0) *where = scale;
     } else {
       scale = rows.scale ? *where : rows.scale_value;

@@ -72,7 +72,7 @@ template <class S, class Args> static inline void move_token(const Args& args, c
       float* const scale = rows.scale + place.slot * rows.scale_stride_s + h * rows.scale_stride_h;
       if constexpr (S::kScale == Scale::kStored) {
         const float most = row.max([](float v, int) { return v < 0.0f ? -v : v; });
-        *scale = most > 0.0f ? most / Out::kMax : 1.0f;
+        *scale = most > 0.0f ? most / kLargest<Out> : 1.0f;
       }
       const float inverse = 1.0f / (rows.scale ? *scale : rows.scale_value);
       for (int i = 0; i < S::kHeadDim; ++i) x[i] *= inverse;
