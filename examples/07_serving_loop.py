@@ -103,12 +103,10 @@ class Server:
         table = jitgen.PageTable.csr(
             page_indptr.to(device), torch.tensor([p for r in self.running for p in r.pages]).to(device)
         )
-        places = [(r.pages[i // PAGE], i % PAGE) for r in self.running for i in range(r.done, len(r.tokens))]
-        page, slot = torch.tensor(places, device=device).unbind(1)
 
         def attend(layer, q, k, v):
             cache = self.cache[layer]
-            cache[page, 0, slot], cache[page, 1, slot] = k, v
+            jitgen.append(cache, k, v, table, q_indptr=self.plan.q_indptr, kv_len=self.plan.kv_len)
             return jitgen.paged_attention(q, cache, table, self.plan)
 
         logits = self.model.forward(torch.tensor(sum(new, []), device=device), attend)  # noqa: RUF017

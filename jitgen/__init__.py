@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from jitgen.errors import JitgenError
     from jitgen.events import on_event
     from jitgen.flex import flex_attention
+    from jitgen.kv_append import append
     from jitgen.masks import and_masks, or_masks, sorted, static
     from jitgen.norms import OnlineNorm
+    from jitgen.rotary import Rope, rope
     from jitgen.rows import row_cumsum, row_max, row_sum
     from jitgen.sampling import apply_penalties, apply_token_bitmask, mask_logits, process_logits, renorm, sample, softmax
     from jitgen.sampling_processors import Penalties
@@ -59,6 +61,9 @@ _HOME = {
     "PageTable": "jitgen.serving_pages",
     "Plan": "jitgen.serving_plan",
     "paged_attention": "jitgen.serving",
+    "append": "jitgen.kv_append",
+    "Rope": "jitgen.rotary",
+    "rope": "jitgen.rotary",
     "ragged_attention": "jitgen.serving",
     "Penalties": "jitgen.sampling_processors",
     "apply_penalties": "jitgen.sampling",
@@ -82,8 +87,10 @@ __all__ = [
     "PageTable",
     "Penalties",
     "Plan",
+    "Rope",
     "Variant",
     "and_masks",
+    "append",
     "apply_penalties",
     "apply_token_bitmask",
     "attention",
@@ -103,6 +110,7 @@ __all__ = [
     "ragged_attention",
     "reference",
     "renorm",
+    "rope",
     "row_cumsum",
     "row_max",
     "row_sum",

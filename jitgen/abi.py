@@ -80,6 +80,16 @@ SERVING_ARGS: tuple[ArgField, ...] = (
 # Requests in parts, each of which leaves a state: o and lse are float, and have a row for every row of every part.
 STATES_ARGS = (*SERVING_ARGS, _pointer("const int", "state_row", "[batch] first row of each entry in o and lse"))
 
+# Behind the fields of the layout where K and V are stored in 8 bits.
+SCALE_ARGS: tuple[ArgField, ...] = (
+    _pointer("const float", "k_scale", "what a stored key is multiplied by; null: 1"),
+    _pointer("const float", "v_scale", "as k_scale, of a value"),
+    *(_int(f"{t}_scale_stride_{axis}", "elements between slots; 0: a slot has none of its own" if axis == "s" else "")
+      for t in "kv" for axis in "sh"),
+    ArgField("double", "k_factor", "multiplies all of k_scale", "d"),
+    ArgField("double", "v_factor", "", "d"),
+)  # fmt: skip
+
 MERGE_ARGS: tuple[ArgField, ...] = (
     _pointer("const float", "states", "[state rows, num_q_heads, head_dim_v], contiguous"),
     _pointer("const float", "state_lse", "[state rows, num_q_heads], contiguous"),

@@ -9,8 +9,10 @@ import torch
 
 from jitgen import runtime
 from jitgen.checks import check_grad, check_tensors, dtype_name
-from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
+from jitgen.errors import ShapeMismatch, UnsupportedDevice, VariantError
 from jitgen.families import choose_spec, padded_head_dims
+from jitgen.fp8 import Scale, negated, output_dtype, with_scales, workspace_bytes
+from jitgen.layouts import check_out, expanded_stride, finished, is_row_aligned, needs_adapting, pad_columns, stride_like
 from jitgen.program import Program, direct_indices, uses_index
 from jitgen.records import record
 
@@ -30,9 +32,13 @@ def attention(
     mask_mod: object = None,
     sink: object = None,
     scale: float | None = None,
+    scale_q: Scale = None,
+    scale_k: Scale = None,
+    scale_v: Scale = None,
     q_index: str | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     family: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention with a variant, over a dense batch.
@@ -40,13 +46,19 @@ def attention(
     The last ``q_len`` positions of each sequence are the queries: row i has ``q_idx = kv_len - q_len + i``, so
     ``kv_idx <= q_idx`` is causal for prefill and for decode alike. ``q_index="local"`` counts rows from 0 instead.
 
+    scale_q, scale_k and scale_v are what q, k and v are to be multiplied by: numbers, or float32 tensors of one value, of one
+    a head, or of one a request and head [batch, heads]; the variant's hooks see the scaled score and output. With them q, k
+    and v may be torch.float8_e4m3fn: computed in 8 bits on Hopper (no OnlineNorm there), dequantised on the CPU, and an error
+    on other GPUs. The output is then out_dtype, bfloat16 (default) or float16.
+
     Shapes:  q [batch, num_q_heads, q_len, head_dim]; k [batch, num_kv_heads, kv_len, head_dim];
-             v [batch, num_kv_heads, kv_len, head_dim_v]; returns [batch, num_q_heads, q_len, head_dim_v] in q's dtype and,
-             with return_lse, also the logsumexp [batch, num_q_heads, q_len] in float32. Any strides.
+             v [batch, num_kv_heads, kv_len, head_dim_v]; returns [batch, num_q_heads, q_len, head_dim_v] in q's dtype (8-bit
+             q: out_dtype) and, with return_lse, also the logsumexp [batch, num_q_heads, q_len] in float32. Any strides.
     Units:   scale multiplies q . k before score_mod, default 1/sqrt(head_dim); logsumexp is a natural logarithm.
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, GradNotSupported; UnsupportedVariant when a hook cannot be
              expressed; CompileError, ToolchainMissing on the first use of a variant.
-    Cost:    compiles once per variant, head dim and dtype; later calls launch one kernel.
+    Cost:    compiles once per variant, head dim and dtype; later calls launch one kernel, 8-bit ones another that transposes
+             v into a workspace of its size.
     Source:  online softmax (Milakov & Gimelshein 2018), tiled as in FlashAttention (Dao et al. 2022).
     """
     program, values, variant_q_index = resolve_hooks(variant, score_mod, mask_mod, sink)
@@ -54,7 +66,13 @@ def attention(
     local = (q_index or variant_q_index or "absolute") == "local" if q_index in (None, "local", "absolute") else None
     if local is None:
         raise VariantError(f"q_index={q_index!r} is not a convention. Use 'local' or 'absolute'.")
-    result, lse = run(program, values, q, k, v, scale=scale, local=local, want_lse=return_lse, out=out, family=family)
+    if scale_q is not None or scale_k is not None or scale_v is not None:
+        check_tensors(q, k, v)
+        program, values = with_scales(program, values, q, k, (scale_q, scale_k, scale_v))
+    result, lse = run(
+        program, values, q, k, v,
+        scale=scale, local=local, want_lse=return_lse, out=out, family=family, out_dtype=out_dtype,
+    )  # fmt: skip
     return (result, lse) if return_lse else result
 
 
@@ -85,7 +103,9 @@ class PreparedCall:
     o_stride: tuple[int, ...]
     capture_sizes: tuple[tuple[int, int, int, str], ...]  # slot, dimension, least size, the index it is read with
     cuda_index: int | None
-    out_like_q: bool  # the output is laid out as torch.empty_like(q) would be
+    out_like_q: bool  # the output is laid out as torch.empty_like(q) would be, in its dtype
+    out_dtype: torch.dtype
+    workspace_bytes: int
     has_tensors: bool  # some capture is a tensor, so sizes and devices must be checked at each call
 
 
@@ -104,35 +124,40 @@ def run(
     want_lse: bool = False,
     out: torch.Tensor | None = None,
     family: str | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch ``program`` on validated or remembered inputs; returns (out, lse or None)."""
     if want_lse and program.norm is not None and program.norm.lse is None:
         raise VariantError("the logsumexp was asked for, but the variant's OnlineNorm has none. Give it a method lse(state).")
     if scale is not None and scale <= 0 and q.is_cuda and not uses_index(program, "scale"):
         # CUDA kernels take the maximum of q . k before they scale it
-        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+        q, scale = (negated(q), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     key = (id(program), q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-           q.device, k.device, v.device, scale, local, family)  # fmt: skip
+           q.device, k.device, v.device, scale, local, family, out_dtype)  # fmt: skip
     call = _prepared.get(key)
     if call is None:
         check_tensors(q, k, v)
+        wanted = output_dtype(q.dtype, out_dtype)
         if needs_adapting(q, k, v):
-            return run_adapted(program, values, q, k, v, scale, local, want_lse, out, family)
-        call = prepare(program, q, k, v, scale, local, family)
+            return run_adapted(program, values, q, k, v, scale, local, want_lse, out, family, wanted)
+        call = prepare(program, q, k, v, scale, local, family, wanted)
         if len(_prepared) >= MAX_PREPARED_CALLS:
             _prepared.clear()
         _prepared[key] = call
     if call.cuda_index is not None and (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
         q, k, v = (t.clone() if t.data_ptr() & 15 else t for t in (q, k, v))
-        return run(program, values, q, k, v, scale=scale, local=local, want_lse=want_lse, out=out, family=family)
+        return run(
+            program, values, q, k, v,
+            scale=scale, local=local, want_lse=want_lse, out=out, family=family, out_dtype=out_dtype,
+        )  # fmt: skip
     if out is None:
         if call.out_like_q:
             out = torch.empty_like(q)
         else:
-            out = torch.empty_strided(call.o_shape, call.o_stride, dtype=q.dtype, device=q.device)
+            out = torch.empty_strided(call.o_shape, call.o_stride, dtype=call.out_dtype, device=q.device)
         ints = call.ints
     else:
-        check_out(out, call.o_shape, q)
+        check_out(out, call.o_shape, q, call.out_dtype)
         ints = call.ints[:-4] + tuple(out.stride())
     lse = torch.empty(call.o_shape[:3], dtype=torch.float32, device=q.device) if want_lse else None
     if out.numel() == 0:
@@ -158,7 +183,9 @@ def launch(
     cuda_index, kernel = call.cuda_index, call.kernel
     words = runtime.capture_words(program, values) if call.has_tensors else values
     lse_ptr = 0 if lse is None else lse.data_ptr()
-    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_ptr, 0)
+    workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=q.device) if call.workspace_bytes else None
+    workspace_ptr = 0 if workspace is None else workspace.data_ptr()
+    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_ptr, workspace_ptr)
     if cuda_index is None:
         code = kernel.launch(kernel.pack(*pointers, 0, torch.get_num_threads(), *ints, *words))
     else:
@@ -173,7 +200,14 @@ def launch(
 
 
 def prepare(
-    program: Program, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, local: bool, family: str | None
+    program: Program,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None,
+    local: bool,
+    family: str | None,
+    out_dtype: torch.dtype,
 ) -> PreparedCall:
     """Choose and load the kernel, and everything else that stays the same for these shapes."""
     batch, num_q_heads, q_len, head_dim = q.shape
@@ -184,7 +218,9 @@ def prepare(
             f"q_len {q_len} is larger than kv_len {kv_len}, and the variant reads q_idx, which counts from kv_len - q_len. "
             "Pass q_index='local' to count query rows from 0."
         )
-    spec = choose_spec(program, dtype_name(q.dtype), (head_dim, head_dim_v), q.device, q_len=q_len, family=family)
+    named = "" if out_dtype == q.dtype else dtype_name(out_dtype)
+    dims, dtype = (head_dim, head_dim_v), dtype_name(q.dtype)
+    spec = choose_spec(program, dtype, dims, q.device, q_len=q_len, family=family, out_dtype=named)
     o_shape = (batch, num_q_heads, q_len, head_dim_v)
     o_stride = stride_like(q, o_shape)
     k_stride, v_stride = expanded_stride(k, batch), expanded_stride(v, batch)
@@ -198,39 +234,11 @@ def prepare(
         o_stride=o_stride,
         capture_sizes=tuple((slot, dim, sizes[name], name) for slot, dim, name in direct_indices(program)),
         cuda_index=q.device.index if q.device.type == "cuda" else None,
-        out_like_q=q.is_contiguous() and tuple(q.shape) == o_shape and o_stride == q.stride(),
+        out_like_q=q.is_contiguous() and tuple(q.shape) == o_shape and o_stride == q.stride() and out_dtype == q.dtype,
+        out_dtype=out_dtype,
+        workspace_bytes=workspace_bytes(spec.tiles, v.shape, v_stride) if spec.family == "sm90_fp8" else 0,
         has_tensors=any(slot.kind == "tensor" for slot in program.slots),
     )  # fmt: skip
-
-
-def expanded_stride(t: torch.Tensor, batch: int) -> tuple[int, ...]:
-    """Strides of k or v, with 0 along a batch axis of 1 that serves the whole batch."""
-    stride = t.stride()
-    return (0, *stride[1:]) if t.shape[0] == 1 and batch != 1 else stride
-
-
-def stride_like(q: torch.Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Dense strides for the output: heads inside positions when q is laid out so, else contiguous."""
-    _, heads, length, dim = shape
-    if q.stride(1) < q.stride(2) and heads > 1:
-        return (length * heads * dim, dim, heads * dim, 1)
-    return (heads * length * dim, length * dim, dim, 1)
-
-
-def needs_adapting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether a CUDA kernel cannot read these as they are: rows not contiguous or not in 16-byte steps, or an odd head dim."""
-    if q.device.type != "cuda":
-        return False
-    if padded_head_dims(q.shape[3], v.shape[3]) != (q.shape[3], v.shape[3]):
-        return True
-    return any(not is_row_aligned(t) for t in (q, k, v))
-
-
-def is_row_aligned(t: torch.Tensor) -> bool:
-    """16-byte rows that differ: unit stride along head_dim, every other stride a multiple of 8 elements, rows not broadcast
-    (a tensor map cannot describe that)."""
-    strides = [t.stride(i) for i in range(3) if t.shape[i] > 1]
-    return t.stride(3) == 1 and all(s % 8 == 0 for s in strides) and (t.stride(2) != 0 or t.shape[2] <= 1)
 
 
 def run_adapted(
@@ -244,43 +252,27 @@ def run_adapted(
     want_lse: bool,
     out: torch.Tensor | None,
     family: str | None,
+    out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run on copies the kernel can read; zero columns beyond head_dim change no logit and are cut off the output."""
-    head_dim, head_dim_v = padded_head_dims(q.shape[3], v.shape[3])
+    if q.device.type == "cpu":
+        copies = [t.float() for t in (q, k, v)]
+        result, lse = run(program, values, *copies, scale=scale, local=local, want_lse=want_lse, family=family)
+        return finished(result, out, q, out_dtype), lse
+    head_dim, head_dim_v = padded_head_dims(q.shape[3], v.shape[3], dtype_name(q.dtype))
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
     if (program.output is not None or uses_index(program, "head_dim_v")) and head_dim_v != v.shape[3]:
         raise ShapeMismatch(
-            f"v has head_dim {v.shape[3]}, and this variant transforms output rows, which needs head_dim_v to be one of "
-            "64, 96, 128, 192, 256 on cuda. Pad v yourself, or apply the transform outside."
+            f"v has head_dim {v.shape[3]}, and this variant transforms output rows, which needs the head_dim_v of a cuda "
+            f"kernel, here {head_dim_v}. Pad v yourself, or apply the transform outside."
         )
     copies = [
         pad_columns(t, width) if t.shape[3] != width else t if is_row_aligned(t) else t.contiguous()
         for t, width in ((q, head_dim), (k, head_dim), (v, head_dim_v))
     ]
-    result, lse = run(program, values, *copies, scale=scale, local=local, want_lse=want_lse, family=family)
-    result = result[..., : v.shape[3]]
-    if out is not None:
-        check_out(out, tuple(result.shape), q)
-        result = out.copy_(result)
-    return result, lse
-
-
-def pad_columns(t: torch.Tensor, width: int) -> torch.Tensor:
-    """Copy with zero columns appended up to ``width``."""
-    return torch.nn.functional.pad(t, (0, width - t.shape[3])).contiguous()
-
-
-def check_out(out: torch.Tensor, shape: tuple[int, ...], q: torch.Tensor) -> None:
-    """``out=`` must be what the call would have allocated, up to strides."""
-    if tuple(out.shape) != shape:
-        raise ShapeMismatch(f"out has shape {tuple(out.shape)}, expected {shape}.")
-    if out.dtype != q.dtype:
-        raise UnsupportedDtype(f"out has dtype {dtype_name(out.dtype)}, q has {dtype_name(q.dtype)}. Both must match.")
-    if out.device != q.device:
-        raise UnsupportedDevice(f"out is on {out.device}, q is on {q.device}. Both must be on one device.")
-    if out.numel() and (out.stride(3) != 1 or (q.device.type == "cuda" and not is_row_aligned(out))):
-        raise ShapeMismatch(f"out has strides {tuple(out.stride())}, expected unit stride along head_dim (axis 3).")
+    result, lse = run(program, values, *copies, scale=scale, local=local, want_lse=want_lse, family=family, out_dtype=out_dtype)
+    return finished(result[..., : v.shape[3]], out, q, out_dtype), lse
 
 
 def check_captures(program: Program, values: list[object], call: PreparedCall, device: torch.device) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
-from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM
+from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, FP8_DTYPE, MAX_CPU_HEAD_DIM
 
 AXES = ("batch", "heads", "length", "head_dim")
 
@@ -48,7 +48,7 @@ def check_dtypes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """One dtype for q, k and v, and one the target computes in."""
     allowed = CPU_DTYPES if q.device.type == "cpu" else CUDA_DTYPES
     name = dtype_name(q.dtype)
-    if name not in allowed:
+    if name not in (*allowed, FP8_DTYPE):
         raise UnsupportedDtype(
             f"q has dtype {name}, expected {' or '.join(allowed)} on {q.device.type}. Convert with .to(torch.{allowed[-2]})."
         )

@@ -18,6 +18,8 @@ from jitgen.emit_text import ELEMENT_CTYPE
 from jitgen.ir import Expr
 from jitgen.program import Program
 
+WITHIN_ONE = ("tanh", "tanh_approx", "sigmoid", "erf", "sin", "cos")  # functions whose values stay within [-1, 1]
+
 
 @dataclass(frozen=True)
 class BlockText:
@@ -67,10 +69,12 @@ class VariantSection:
     output: OutputText
     raw_scores: bool
     has_score: bool
+    score_is_bounded: bool
     has_mask: bool
     mask_scans: bool
     mask_spans_together: bool
     mask_reads_head: bool
+    mask_reads_tensors: bool
     has_sink: bool
     custom_norm: bool
     norm_rescales: bool
@@ -120,10 +124,12 @@ def emit_variant(program: Program, *, backend: str, raw_scores: bool = False) ->
         **text,  # type: ignore[arg-type]
         raw_scores=raw_scores,
         has_score=score is not None,
+        score_is_bounded=score is not None and score.op in WITHIN_ONE,
         has_mask=mask is not None,
         mask_scans=analysis.scans,
         mask_spans_together=analysis.spans_together,
         mask_reads_head=mask is not None and not mask.deps.isdisjoint(("h", "kv_h")),
+        mask_reads_tensors=mask is not None and any(n.op == "load" for n in ir.walk(mask)),
         has_sink=program.sink is not None,
         custom_norm=program.norm is not None,
         norm_rescales=norm.rescales,

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import torch
 
-from jitgen.errors import ShapeMismatch, VariantError
+from jitgen.errors import ShapeMismatch, UnsupportedDtype, UnsupportedVariant, VariantError
 from jitgen.program import Program
-from jitgen.spec import KernelSpec, Tiles
+from jitgen.spec import FP8_DTYPE, MLA_DIMS, KernelSpec, Tiles
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
 from jitgen.tiles import sm80_tiles
 from jitgen.tiles_decode import decode_tiles
+from jitgen.tiles_fp8 import FP8_HEAD_DIMS, fp8_tiles
 from jitgen.tiles_sm90 import sm90_tiles
 
-FAMILIES = ("cpu", "sm80", "sm90")
-SERVING_FAMILIES = ("cpu", "decode", "sm80", "sm90")
+FAMILIES = ("cpu", "sm80", "sm90", "sm90_fp8")
+SERVING_FAMILIES = ("cpu", "decode", "mla", "sm80", "sm90")
 SM90_ARCHS = ("9.0a",)  # wgmma and setmaxnreg exist in this architecture only
 PAGE_BOX = 8  # keys: pages of the sm90 prefill kernel are a multiple of it
 MAX_SM90_KEYS = 1 << 22  # of a request in the sm90 prefill kernel
@@ -32,8 +33,10 @@ def choose_spec(
     *,
     q_len: int = 1 << 20,
     family: str | None = None,
+    out_dtype: str = "",
 ) -> KernelSpec:
-    """The kernel for these types on this device. ``family`` forces one; otherwise the best that supports the program."""
+    """The kernel for these types on this device. ``family`` forces one; otherwise the best that supports the program.
+    ``out_dtype`` is that of the output, where it is not dtype."""
     if family is not None and family not in FAMILIES:
         raise VariantError(f"family={family!r} is not a kernel family. Use one of {', '.join(FAMILIES)}.")
     if device.type == "cpu":
@@ -43,10 +46,12 @@ def choose_spec(
     if family == "cpu":
         raise VariantError(f"family='cpu' needs cpu tensors, q is on {device}. Leave family out.")
     target = detect_cuda(device.index, accelerated=family != "sm80")
+    if family is None and dtype == FP8_DTYPE:
+        family = "sm90_fp8"
     if family is None:
         family = "sm90" if target.arch in SM90_ARCHS else "sm80"
         target = target if family == "sm90" else detect_cuda(device.index)
-    return cuda_spec(program, dtype, head_dims, family, target, q_len=q_len)
+    return cuda_spec(program, dtype, head_dims, family, target, q_len=q_len, out_dtype=out_dtype)
 
 
 def serving_spec(
@@ -58,15 +63,17 @@ def serving_spec(
     *,
     family: str | None = None,
     rows: int = 8,
+    kv_dtype: str = "",
 ) -> KernelSpec:
-    """A kernel of a plan. ``family`` None is the best prefill kernel; ``rows`` share a KV head in a decode step."""
+    """A kernel of a plan. ``family`` None is the best prefill kernel; ``rows`` share a KV head in a decode step.
+    ``kv_dtype``: of K and V, if it is not ``dtype``."""
     if family is not None and family not in SERVING_FAMILIES:
         raise VariantError(f"family={family!r} is not a family of serving kernels. Use one of {', '.join(SERVING_FAMILIES)}.")
     if device.type == "cpu":
-        return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims, layout), detect_cpu(), layout)
+        return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims, layout), detect_cpu(), layout, kv_dtype)
     family = family or prefill_family(device, layout, PAGE_BOX, None)
     target = detect_cuda(device.index, accelerated=family != "sm80")
-    return cuda_spec(program, dtype, head_dims, family, target, layout=layout, rows=rows)
+    return cuda_spec(program, dtype, head_dims, family, target, layout=layout, rows=rows, kv_dtype=kv_dtype)
 
 
 def merge_spec(program: Program, dtype: str, head_dim_v: int, device: torch.device) -> KernelSpec:
@@ -92,10 +99,20 @@ def cuda_spec(
     q_len: int = 1 << 20,
     layout: str = "dense",
     rows: int = 8,
+    kv_dtype: str = "",
+    out_dtype: str = "",
 ) -> KernelSpec:
     """A CUDA spec of a given family; also used for compile-only checks, where there is no device."""
-    if family == "decode":
-        tiles = decode_tiles(*head_dims, program, target, rows)
+    check_fp8(program, dtype, family, target)
+    if (family == "mla") != (head_dims == MLA_DIMS) and family != "merge":
+        raise VariantError(f"family={family!r} and head dims {head_dims} do not go together: 'mla' is for {MLA_DIMS} only.")
+    if family == "mla":
+        tiles = mla_tiles(program, target)
+    elif family == "decode":
+        tiles = decode_tiles(*head_dims, program, target, rows, 1 if kv_dtype else 2)
+    elif family == "sm90_fp8":
+        tiles = fp8_tiles(*head_dims, program, q_len=q_len)
+        out_dtype = out_dtype or "bfloat16"
     elif family == "merge":
         tiles = Tiles(0, 0)
     elif family == "sm90":
@@ -107,7 +124,43 @@ def cuda_spec(
         tiles = sm90_tiles(*head_dims, program, q_len=q_len, for_groups=layout.endswith("_states"))
     else:
         tiles = sm80_tiles(*head_dims)
-    return KernelSpec(family, program, dtype, *head_dims, tiles, target, layout)
+    if kv_dtype and family != "decode":
+        raise VariantError(f"family={family!r} does not read a cache of {kv_dtype}. Leave family out, or use 'decode'.")
+    return KernelSpec(family, program, dtype, *head_dims, tiles, target, layout, kv_dtype, out_dtype)
+
+
+def check_fp8(program: Program, dtype: str, family: str, target: CompileTarget) -> None:
+    """8-bit inputs and their family belong together, need Hopper, and take a softmax."""
+    if (dtype == FP8_DTYPE) != (family == "sm90_fp8"):
+        raise VariantError(f"family={family!r} does not take {dtype}. Leave family out.")
+    if dtype != FP8_DTYPE:
+        return
+    if target.arch not in SM90_ARCHS:
+        raise UnsupportedDtype(
+            f"{dtype} needs compute capability 9.0 (architecture {SM90_ARCHS[0]}), the target is {target.arch}. "
+            "Dequantise before the call: (q.float() * scale).bfloat16(), and k and v alike."
+        )
+    if program.norm is not None:
+        raise UnsupportedVariant(
+            f"an OnlineNorm makes weights of any size, and with {dtype} inputs weights must fit 8 bits. Dequantise before the "
+            "call: (q.float() * scale).bfloat16(), and k and v alike."
+        )
+
+
+def mla_tiles(program: Program, target: CompileTarget) -> Tiles:
+    """Tiles of the kernel for latent attention: two stages of 72 kB of keys beside as much of queries fill shared memory."""
+    if target.arch not in SM90_ARCHS:
+        raise VariantError(
+            f"head dims {MLA_DIMS} need compute capability 9.0 (architecture {SM90_ARCHS[0]}) on cuda, the target is "
+            f"{target.arch}. Decompress the keys and use head dims 192 and 128."
+        )
+    if program.norm is not None or program.output is not None:
+        hook = "softmax" if program.norm is not None else "output_transform"
+        raise VariantError(
+            f"hook {hook} is not available with head dims {MLA_DIMS} on cuda, where two warp groups share a row of the output. "
+            "Leave it out, or use a plan on the CPU."
+        )
+    return Tiles(64, 64, num_warps=12, num_stages=2)
 
 
 def cpu_tiles(head_dim: int, head_dim_v: int, layout: str = "dense") -> Tiles:
@@ -121,12 +174,12 @@ def cpu_tiles(head_dim: int, head_dim_v: int, layout: str = "dense") -> Tiles:
     return Tiles(tile_q=tile_q, tile_kv=256 if widest <= 128 else 128 if widest <= 256 else 64)
 
 
-def padded_head_dims(head_dim: int, head_dim_v: int) -> tuple[int, int]:
+def padded_head_dims(head_dim: int, head_dim_v: int, dtype: str = "") -> tuple[int, int]:
     """Head dims of the CUDA kernel that serves these: the next supported ones."""
-    if (head_dim, head_dim_v) == (192, 128):
+    if (head_dim, head_dim_v) == (192, 128) and dtype != FP8_DTYPE:
         return head_dim, head_dim_v
     width = max(head_dim, head_dim_v)
-    for supported in CUDA_HEAD_DIMS:
+    for supported in FP8_HEAD_DIMS if dtype == FP8_DTYPE else CUDA_HEAD_DIMS:
         if width <= supported:
             return supported, supported
     raise ShapeMismatch(

@@ -221,6 +221,11 @@ def load(slot: int, dtype: str, indices: Sequence[Expr]) -> Expr:
     return _intern("load", tuple(indices), slot, dtype)
 
 
+def rotated(x: Expr, position: Expr) -> Expr:
+    """An element of a row after the rotation of the row by a position; which rotation is said outside of the IR."""
+    return _intern("rotate", (cast(x, "f32"), position), None, "f32")
+
+
 TRUE, FALSE = const(True), const(False)
 
 
@@ -462,6 +467,8 @@ def remake(node: Expr, args: tuple[Expr, ...]) -> Expr:
         return load(node.attr, node.dtype, args)
     if node.op == "cast":
         return cast(args[0], node.dtype)
+    if node.op == "rotate":
+        return rotated(*args)
     return make(node.op, *args)
 
 

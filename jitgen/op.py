@@ -57,10 +57,12 @@ def _(
     want_lse: bool,
     family: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from jitgen.api import stride_like
+    from jitgen.fp8 import output_dtype
+    from jitgen.layouts import stride_like
 
     shape = (*query.shape[:3], value.shape[3])
-    out = torch.empty_strided(shape, stride_like(query, shape), dtype=query.dtype, device=query.device)
+    dtype = output_dtype(query.dtype, None)
+    out = torch.empty_strided(shape, stride_like(query, shape), dtype=dtype, device=query.device)
     lse_shape = tuple(query.shape[:3]) if want_lse else (0,)
     return out, query.new_empty(lse_shape, dtype=torch.float32)
 

@@ -21,7 +21,7 @@ from jitgen.portable import pack, targets_in, unpack
 from jitgen.prebuild_variants import program_of
 from jitgen.program import Program
 from jitgen.render import TEMPLATE_OF_FAMILY
-from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, KernelSpec
+from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, FP8_DTYPE, KernelSpec
 from jitgen.target import CompileTarget, target_of
 
 # sm90 has other tiles for short queries: all that some length would choose are built unless a manifest says q_len
@@ -122,7 +122,7 @@ def spec_of(
     Errors:  ManifestError for values that no kernel takes; those of families.cuda_spec.
     """
     target = target_of(arch)
-    dtypes = CPU_DTYPES if target.kind == "cpu" else CUDA_DTYPES
+    dtypes = CPU_DTYPES if target.kind == "cpu" else CUDA_DTYPES if layout != "dense" else (*CUDA_DTYPES, FP8_DTYPE)
     if dtype not in dtypes:
         raise ManifestError(f"dtype = {dtype!r}: kernels for {arch} take {', '.join(dtypes)}.")
     if layout not in LAYOUTS:
@@ -137,7 +137,8 @@ def spec_of(
         spec = _choose(program, dtype, head_dims, torch.device("cpu"), layout, family, q_len, rows)
         return dataclasses.replace(spec, target=target)
     with _as_on_device(arch.rstrip("af")):  # 9.0 and 9.0a both mean a Hopper device; the family decides which it becomes
-        return _choose(program, dtype, padded_head_dims(*head_dims), torch.device("cuda", 0), layout, family, q_len, rows)
+        head_dims = padded_head_dims(*head_dims, dtype)
+        return _choose(program, dtype, head_dims, torch.device("cuda", 0), layout, family, q_len, rows)
 
 
 def _choose(
@@ -195,7 +196,7 @@ def _retargeted(value: Any, target: CompileTarget) -> Any:
     """The same argument for another target; the family and tiles of an attention kernel follow it."""
     if isinstance(value, CompileTarget):
         return _like(value, target)
-    if isinstance(value, KernelSpec) and value.layout == "dense" and value.family in ("sm80", "sm90"):
+    if isinstance(value, KernelSpec) and value.layout == "dense" and value.family in ("sm80", "sm90", "sm90_fp8"):
         return value if value.target == target else _chosen_anew(value, target)
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value

@@ -9,7 +9,7 @@ from functools import cache
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from jitgen.abi import ARGS_OF_LAYOUT, ArgField
+from jitgen.abi import ARGS_OF_LAYOUT, SCALE_ARGS, ArgField
 from jitgen.emit import VariantSection, emit_variant, section_context
 from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directives
 from jitgen.paths import template_dir
@@ -20,7 +20,9 @@ TEMPLATE_OF_FAMILY = {
     "cpu": "attention/cpu.cpp.jinja",
     "sm80": "attention/sm80.cu.jinja",
     "sm90": "attention/sm90.cu.jinja",
+    "sm90_fp8": "attention/sm90_fp8.cu.jinja",
     "decode": "attention/decode.cu.jinja",
+    "mla": "attention/mla.cu.jinja",
 }
 SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     **TEMPLATE_OF_FAMILY,
@@ -30,7 +32,8 @@ SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     "merge": "attention/merge.cu.jinja",
     "merge_cpu": "attention/merge.cpp.jinja",
 }
-RAW_SCORE_FAMILIES = ("sm80", "sm90", "decode")  # whose templates take part of the scaling out of the element loop
+# Their templates take part of the scaling out of the element loop.
+RAW_SCORE_FAMILIES = ("sm80", "sm90", "sm90_fp8", "decode", "mla")
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 
 
@@ -56,16 +59,22 @@ class KernelContext:
     head_dim: int
     head_dim_v: int
     dtype: str
+    kv_dtype: str  # of K and V where they are stored in 8 bits; empty: dtype
+    out_dtype: str
     cuda_arch: int  # 90 for sm_90a; 0 on the CPU
     tile_q: int
     tile_kv: int
     num_warps: int
     num_stages: int
+    pairs_groups: bool  # two CTAs take the same keys, each for a head group of its own
+    packing: str  # log2 of the heads that share a row of a query tile, as an expression of group_size
     has_score: bool
+    score_is_bounded: bool
     has_mask: bool
     mask_scans: bool
     mask_spans_together: bool
     mask_reads_head: bool
+    mask_reads_tensors: bool
     has_sink: bool
     custom_norm: bool
     norm_rescales: bool
@@ -136,21 +145,25 @@ def _mapped(rendered: Rendered) -> str:
 
 def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str) -> KernelContext:
     """Template context of a spec."""
-    flags = {f.name: getattr(section, f.name) for f in fields(KernelContext) if f.type == "bool" and f.name != "has_states"}
+    flags = {f.name: getattr(section, f.name) for f in fields(KernelContext) if f.type == "bool" and hasattr(section, f.name)}
     return KernelContext(
         header_comment=_header_comment(spec),
-        args_fields=ARGS_OF_LAYOUT[spec.layout] + section.args,
+        args_fields=ARGS_OF_LAYOUT[spec.layout] + (SCALE_ARGS if spec.kv_dtype else ()) + section.args,
         variant_section=variant_text,
         layout=spec.layout.removesuffix("_states"),
         has_states=spec.layout.endswith("_states"),
         head_dim=spec.head_dim,
         head_dim_v=spec.head_dim_v,
         dtype=spec.dtype,
+        kv_dtype=spec.kv_dtype,
+        out_dtype=spec.out_dtype or spec.dtype,
         cuda_arch=_cuda_arch(spec.target),
         tile_q=spec.tiles.tile_q,
         tile_kv=spec.tiles.tile_kv,
         num_warps=spec.tiles.num_warps,
         num_stages=spec.tiles.num_stages,
+        pairs_groups=spec.family == "mla",
+        packing=f"jg::packing_shift(group_size{', 6' if spec.family == 'mla' else ''})",
         **flags,
     )
 

@@ -11,7 +11,8 @@ from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, Unsupp
 from jitgen.families import CUDA_HEAD_DIMS, padded_head_dims
 from jitgen.program import Program, direct_indices
 from jitgen.serving_pages import KeyPlace
-from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM
+from jitgen.serving_scales import stored_dtype
+from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM, MLA_DIMS, STORED_DTYPES
 
 if TYPE_CHECKING:
     from jitgen.serving_plan import Plan
@@ -33,7 +34,8 @@ def check_plan_numbers(plan: Plan) -> None:
         )
     for name in ("head_dim", "head_dim_v"):
         value = getattr(plan, name)
-        if not isinstance(value, int) or value % 8 or not 8 <= value <= MAX_CPU_HEAD_DIM:
+        is_latent = (plan.head_dim, plan.head_dim_v) == MLA_DIMS
+        if not isinstance(value, int) or value % 8 or not (8 <= value <= MAX_CPU_HEAD_DIM or is_latent):
             raise ShapeMismatch(f"{name} is {value!r}, expected a multiple of 8 from 8 to {MAX_CPU_HEAD_DIM}.")
     device = plan.device.type
     if device == "cuda" and plan.max_batch > MAX_CUDA_BATCH:
@@ -43,7 +45,10 @@ def check_plan_numbers(plan: Plan) -> None:
     allowed = CPU_DTYPES if device == "cpu" else CUDA_DTYPES
     if dtype_name(plan.dtype) not in allowed:
         raise UnsupportedDtype(f"dtype is {dtype_name(plan.dtype)}, expected {' or '.join(allowed)} on {device}.")
-    if device == "cuda" and padded_head_dims(plan.head_dim, plan.head_dim_v) != (plan.head_dim, plan.head_dim_v):
+    _check_stored(plan)
+    if (plan.head_dim, plan.head_dim_v) == MLA_DIMS:
+        check_latent_plan(plan)
+    elif device == "cuda" and padded_head_dims(plan.head_dim, plan.head_dim_v) != (plan.head_dim, plan.head_dim_v):
         dims = ", ".join(str(d) for d in CUDA_HEAD_DIMS)
         raise ShapeMismatch(
             f"head_dim is {plan.head_dim}, head_dim_v {plan.head_dim_v}; on cuda the cache must be stored with both one of "
@@ -68,6 +73,35 @@ def check_plan_numbers(plan: Plan) -> None:
         raise ShapeMismatch(
             f"split={plan.split!r} and kv_split={plan.kv_split!r} do not go together. "
             "split='fixed' needs kv_split=, the keys of a piece, and no other split takes it."
+        )
+
+
+def _check_stored(plan: Plan) -> None:
+    """Keys and values of 8 bits are of a kind that the kernels read."""
+    stored = stored_dtype(plan)
+    if not stored:
+        return
+    if stored not in STORED_DTYPES:
+        raise UnsupportedDtype(
+            f"kv_dtype is {stored}, expected {dtype_name(plan.dtype)} as dtype, or {', '.join(STORED_DTYPES)}."
+        )
+    if plan.device.type != "cuda":
+        return
+    if plan.head_dim % 64 or plan.head_dim_v % 64:
+        raise ShapeMismatch(
+            f"head_dim is {plan.head_dim}, head_dim_v {plan.head_dim_v}; on cuda a cache of {stored} must be stored with both "
+            "a multiple of 64. Allocate it with the next larger one, zeros behind the last column."
+        )
+    if plan.family not in (None, "decode"):
+        raise UnsupportedDtype(f"family={plan.family!r} does not read a cache of {stored}. Leave family out.")
+
+
+def check_latent_plan(plan: Plan) -> None:
+    """Latent attention has one key head, in pages."""
+    if plan.num_kv_heads != 1 or plan.layout != "paged":
+        raise ShapeMismatch(
+            f"num_kv_heads is {plan.num_kv_heads} and layout {plan.layout!r}, head dims {MLA_DIMS} are those of absorbed "
+            "latent attention: one key head, layout 'paged'."
         )
 
 
@@ -130,15 +164,18 @@ def check_keys(plan: Plan, place: KeyPlace, tensors: tuple[Tensor, ...]) -> None
     for t in tensors:
         if t.device != plan.device:
             raise UnsupportedDevice(f"k or v is on {t.device}, the plan on {plan.device}. All must be on one device.")
-        if t.dtype != plan.dtype:
-            raise PlanMismatch(f"k or v has dtype {dtype_name(t.dtype)}, the plan was made for dtype={dtype_name(plan.dtype)}.")
+        if t.dtype != (plan.kv_dtype or plan.dtype):
+            name, wanted = ("dtype", plan.dtype) if plan.kv_dtype is None else ("kv_dtype", plan.kv_dtype)
+            raise PlanMismatch(f"k or v has dtype {dtype_name(t.dtype)}, the plan was made for {name}={dtype_name(wanted)}.")
     if plan.page_size is not None and place.page_size != plan.page_size:
         raise PlanMismatch(
             f"the kv cache has pages of {place.page_size} keys, the plan was made for page_size={plan.page_size}."
         )
-    if plan.device.type == "cuda" and any(s % 8 for s in place.strides):
+    whole = 16 if stored_dtype(plan) else 8
+    if plan.device.type == "cuda" and any(s % whole for s in place.strides):
         raise ShapeMismatch(
-            f"k and v have strides {place.strides} (page, row, head of k, then of v), expected multiples of 8 elements on cuda."
+            f"k and v have strides {place.strides} (page, row, head of k, then of v), expected multiples of {whole} elements "
+            "on cuda."
         )
 
 

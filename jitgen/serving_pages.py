@@ -10,6 +10,7 @@ from jitgen.errors import ShapeMismatch, UnsupportedDtype
 
 Tensor = torch.Tensor
 KV_LAYOUTS = ("NHD", "HND")
+LATENT_ROTATED = 64  # last elements of a row of a cache for latent attention
 CACHE_FORMS = (
     "a pair of [pages, page_size, num_kv_heads, head_dim] or one [pages, 2, page_size, num_kv_heads, head_dim] with "
     'kv_layout="NHD", page_size and num_kv_heads the other way round with "HND"'
@@ -169,6 +170,42 @@ def _split_cache(cache: object) -> tuple[Tensor, Tensor, int]:
         if t.dim() != 4:
             raise ShapeMismatch(f"the {name} cache has shape {tuple(t.shape)}, expected {CACHE_FORMS}.")
     return cache[0], cache[1], 0
+
+
+def latent_parts(cache: object) -> tuple[Tensor, Tensor] | None:
+    """The compressed part [pages, page_size, 512] and the rotated one [pages, page_size, 64] of a cache for latent attention,
+    given as a pair or as one tensor of 576; None for any other form."""
+    if isinstance(cache, Tensor) and cache.dim() == 3:
+        return cache[..., :-LATENT_ROTATED], cache[..., -LATENT_ROTATED:]
+    if isinstance(cache, tuple | list) and len(cache) == 2 and all(isinstance(t, Tensor) and t.dim() == 3 for t in cache):
+        return cache[0], cache[1]
+    return None
+
+
+def latent_place(parts: tuple[Tensor, Tensor], is_joined: bool, on_host: bool) -> KeyPlace:
+    """Addressing of such a cache. ``is_joined``: both parts are one tensor. The CPU kernel reads whole rows as keys, and their
+    first elements as values; CUDA kernels read the parts.
+
+    Errors:  ShapeMismatch.
+    """
+    ckv, kpe = parts
+    if ckv.shape[:2] != kpe.shape[:2] or ckv.shape[1] == 0:
+        raise ShapeMismatch(
+            f"the cache has parts of shapes {tuple(ckv.shape)} and {tuple(kpe.shape)}, expected [pages, page_size, 512] and "
+            f"[pages, page_size, {LATENT_ROTATED}], or one tensor [pages, page_size, 576]."
+        )
+    check_rows(ckv, kpe)
+    strides = tuple(s for t in parts for s in (t.stride(0), t.stride(1), 0))
+    size = ckv.shape[2]
+    offset = 0 if on_host or not is_joined else size * ckv.element_size()
+    return KeyPlace(ckv.shape[0], ckv.shape[1], 1, size + kpe.shape[2], size, strides, offset)
+
+
+def join_latent(cache: object) -> object:
+    """A cache whose rows are whole, as the CPU kernel needs them: itself, or a copy of its two parts."""
+    parts = None if isinstance(cache, Tensor) else latent_parts(cache)
+    fits = parts is not None and parts[0].shape[:2] == parts[1].shape[:2]
+    return torch.cat(parts, -1) if fits else cache  # type: ignore[arg-type]
 
 
 def ragged_place(k: Tensor, v: Tensor) -> KeyPlace:

@@ -17,6 +17,7 @@ from jitgen.serving_kernels import DECODE_ROWS, KernelClass, make_classes
 from jitgen.serving_op import register_plan
 from jitgen.serving_pages import as_int32, check_indices
 from jitgen.serving_segments import check_cascade, make_segments
+from jitgen.spec import MLA_DIMS
 from jitgen.variant import Tracker, Variant
 
 Tensor = torch.Tensor
@@ -39,12 +40,18 @@ class Plan:
     layout        'paged' or 'ragged': which call will use the plan
     page_size     keys of a page, if known: the prefill kernel of Hopper needs it, and pages of a multiple of 8; without it
                   that of Ampere is used, at about half the speed
+    kv_dtype      dtype of the keys and values in the cache, if not ``dtype``: torch.float8_e4m3fn, torch.float8_e5m2 or
+                  torch.int8, with scales that each call is given. On a GPU such plans have the decode kernel only, which
+                  takes long prefills at its own speed
     split         'balanced': long requests are cut along their keys so that all CTAs are busy equally long. 'fixed': cut at
                   multiples of ``kv_split`` keys, so a request's result does not depend on what else is in the batch, bit by
                   bit. On a GPU requests of more rows than the decode kernel takes (32, counted once for each query head of a
                   KV head) stay whole, as do all without ``max_kv_len``. 'none': never cut
     levels        most levels of the cascades that ``update`` is given in the place of lengths; 1: requests share no keys. The
                   plan then holds the states of max_tokens rows at every level
+    head_dim      with head_dim 576, head_dim_v 512 and one KV head: absorbed latent attention (MLA) over a cache of compressed
+                  keys, see jitgen.paged_attention; on a GPU it needs compute capability 9.0, and pages of fewer than 8 keys
+                  are slow to copy
     family        forces one kernel family: 'decode', 'sm80' or 'sm90' on a GPU
 
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, VariantError; CompileError, ToolchainMissing.
@@ -61,6 +68,7 @@ class Plan:
         *,
         head_dim_v: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        kv_dtype: torch.dtype | None = None,
         variant: Variant | Any = None,
         layout: str = "paged",
         max_q_len: int | None = None,
@@ -75,17 +83,21 @@ class Plan:
         self.max_batch, self.max_tokens = max_batch, max_tokens
         self.num_q_heads, self.num_kv_heads = num_q_heads, num_kv_heads
         self.head_dim, self.head_dim_v = head_dim, head_dim if head_dim_v is None else head_dim_v
-        self.dtype, self.layout, self.family = dtype, layout, family
+        self.dtype, self.kv_dtype = dtype, None if kv_dtype == dtype else kv_dtype
+        self.layout, self.family = layout, family
         self.max_q_len, self.max_kv_len, self.page_size = max_q_len, max_kv_len, page_size
         self.split, self.kv_split, self.levels = split, kv_split, levels
         self.device = _complete(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         check_plan_numbers(self)
+        self.is_latent = (self.head_dim, self.head_dim_v) == MLA_DIMS  # absorbed MLA: the values are in the rows of keys
         self.variant = Variant() if variant is None else Variant.of(variant)
         self._tracker = Tracker(self.variant)
         self.q_index = self.variant.q_index or "absolute"
         self.handle = register_plan(self)  # what graphs of torch.compile hold
         self.version = 0  # counts updates
         self.calls: dict[tuple[object, ...], Any] = {}  # prepared calls, by shapes and strides
+        self.recent: Any = None  # the last of them
+        self.device_index = self.device.index
         self.checked_table: tuple[Tensor | None, object] = (None, None)
         self.checked_values: list[object] = []
         self.checked_results: object = None
@@ -177,6 +189,7 @@ class Plan:
         if program is not self._program:
             self.classes = make_classes(self, program, values)
             self.calls.clear()
+            self.recent = None
         self._program, self._values = program, values
         check_captures(self, program, values)
         for c in self.classes:

@@ -14,10 +14,10 @@ from jitgen.errors import JitgenError, UnsupportedDtype
 from jitgen.families import SM90_ARCHS, choose_spec, cuda_spec, padded_head_dims
 from jitgen.program import Program
 from jitgen.render import Source, render_kernel
-from jitgen.spec import CUDA_DTYPES, KernelSpec
+from jitgen.spec import CUDA_DTYPES, FP8_DTYPE, KernelSpec
 from jitgen.target import cuda_target
 
-DEFAULT_ARCH = {"sm80": "8.0", "sm90": "9.0a"}  # where a family is asked for on a machine without a GPU
+DEFAULT_ARCH = {"sm80": "8.0", "sm90": "9.0a", "sm90_fp8": "9.0a"}  # where a family is asked for on a machine without a GPU
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,11 @@ def spec_of(program: Program, choice: Choice) -> KernelSpec:
     dtype = choice.dtype or ("float32" if is_cpu else "bfloat16")
     dims = (choice.head_dim, choice.head_dim_v)
     if is_cpu:
+        dtype = "float32" if dtype == FP8_DTYPE else dtype  # what a call dequantises to
         return choose_spec(program, dtype, dims, torch.device("cpu"), q_len=choice.q_len, family=choice.family)
-    if dtype not in CUDA_DTYPES:
-        raise UnsupportedDtype(f"dtype is {dtype}, expected {' or '.join(CUDA_DTYPES)} on cuda.")
-    dims = padded_head_dims(*dims)
+    if dtype not in (*CUDA_DTYPES, FP8_DTYPE):
+        raise UnsupportedDtype(f"dtype is {dtype}, expected {' or '.join((*CUDA_DTYPES, FP8_DTYPE))} on cuda.")
+    dims = padded_head_dims(*dims, dtype)
     arch = choice.arch
     if arch is None and not torch.cuda.is_available():
         arch = DEFAULT_ARCH.get(choice.family or "")
@@ -62,7 +63,7 @@ def spec_of(program: Program, choice: Choice) -> KernelSpec:
         return choose_spec(program, dtype, dims, torch.device("cuda"), q_len=choice.q_len, family=choice.family)
     if choice.family != "sm80" and f"{arch}a" in SM90_ARCHS:  # as a device of this architecture would get it
         arch += "a"
-    family = choice.family or ("sm90" if arch in SM90_ARCHS else "sm80")
+    family = choice.family or ("sm90_fp8" if dtype == FP8_DTYPE else "sm90" if arch in SM90_ARCHS else "sm80")
     return cuda_spec(program, dtype, dims, family, cuda_target(arch), q_len=choice.q_len)
 
 

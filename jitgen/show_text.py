@@ -103,6 +103,7 @@ def kernel_facts(kernel: Kernel) -> dict[str, object]:
     return {
         "family": spec.family,
         "dtype": spec.dtype,
+        "out_dtype": spec.out_dtype or spec.dtype,
         "head_dim": spec.head_dim,
         "head_dim_v": spec.head_dim_v,
         "tile_q": spec.tiles.tile_q,
@@ -167,7 +168,7 @@ def kernel_rows(kernel: Kernel) -> list[tuple[str, str]]:
         tiles += f", {counted(spec.tiles.num_warps, 'warp')}, {counted(spec.tiles.num_stages, 'stage')}"
     stored = str(kernel.entry) if kernel.entry else "no: the first call compiles it"
     return [
-        ("family", f"{spec.family}, {spec.dtype}, head_dim {dims}"),
+        ("family", f"{spec.family}, {spec.dtype}{f' to {spec.out_dtype}' if spec.out_dtype else ''}, head_dim {dims}"),
         ("tile", tiles),
         ("target", f"{spec.target.arch}; {spec.target.compiler or 'no compiler found'}"),
         ("key", kernel.key),

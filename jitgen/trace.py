@@ -37,6 +37,7 @@ class Tracer:
         self.scalar_paths: dict[int, Path] = {}
         self.scalar_values: dict[int, bool | int | float] = {}
         self.row_axis: str | None = None
+        self.rotations: list[object] | None = None  # those used, where a hook may rotate its row
         self.hook = "hook"
         self.code: Any = None
         self._prefix: list[Decision] = []

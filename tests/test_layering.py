@@ -32,7 +32,10 @@ LAYERS = {
     "store": ["cache*"],
     "requests": ["portable", "manifest", "recording"],
     "building": ["loader", "nvcc", "build"],
-    "calls": ["checks", "runtime", "api", "reference", "mask_tiles", "flex", "op", "block_sparse", "serving*", "sampling*"],
+    "calls": [
+        "checks", "runtime", "fp8", "layouts", "api", "reference", "mask_tiles", "flex", "op", "block_*", "serving*", "sampling*",
+        "rotary", "kv_*",
+    ],
     "compat": ["compat*"],
     "tools": ["bench*", "show*", "doctor*", "demo", "prebuild*", "cli*", "__main__"],
 }

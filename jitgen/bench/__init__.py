@@ -5,7 +5,7 @@
     peers       who is timed                             contest     one group of contenders, start to end
     results     figures and ratios                       tables      throughput and variants as tables
     report      header, text, JSON                       cli         the command
-    dense, variants, cpu, jit, decode, cascade, sparse   the suites
+    dense, variants, cpu, jit, decode, cache, cascade, sparse   the suites
     listed                                               how suites cascade and sparse run
     decode_peers                                         batches and contenders of suite decode
     probe, spellings                                     what suite jit runs in fresh processes
@@ -24,6 +24,7 @@ SUITES = {
     "decode": ("jitgen.bench.decode", "bandwidth of paged decode: batches of equal, uniform and Zipf lengths"),
     "cascade": ("jitgen.bench.cascade", "decode of requests that share a prefix, beside the same unshared"),
     "sparse": ("jitgen.bench.sparse", "attention over 10, 25 and 50 % of the 128 x 128 blocks, beside dense"),
+    "cache": ("jitgen.bench.cache", "append to a paged cache with rotation, norm and quantisation, beside a copy"),
     "sampling": ("jitgen.bench.sampling", "tokens and renormalised rows at a vocabulary of 128,256: filters, batches"),
     "deploy": ("jitgen.bench.deploy", "frozen start of 20 kernels, 32 processes for one kernel, prebuild, bundle size"),
     "variants": ("jitgen.bench.variants", "soft cap, ALiBi, window, documents, sink and biases beside causal"),

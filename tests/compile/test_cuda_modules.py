@@ -87,6 +87,7 @@ MODULES = [
     (plain, "float16", 96, 96),
     (causal_only, "bfloat16", 192, 128),
     (soft_cap_window, "bfloat16", 128, 128),
+    (soft_cap_window, "bfloat16", 256, 256),
     (alibi, "float16", 128, 128),
     (document, "bfloat16", 64, 64),
     (sink, "bfloat16", 64, 64),

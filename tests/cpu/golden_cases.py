@@ -81,6 +81,15 @@ def every_hook() -> jitgen.Variant:
     )
 
 
+def alibi_sink() -> jitgen.Variant:
+    slopes, sinks = torch.zeros(8), torch.zeros(8)
+
+    def alibi(score, b, h, q_idx, kv_idx):
+        return score + slopes[h] * (kv_idx - q_idx)
+
+    return jitgen.Variant(score_mod=alibi, sink=sinks, lse_transform=lambda lse, b, h, q_idx: lse * 1.4426950408889634)
+
+
 def sigmoid() -> jitgen.Variant:
     return jitgen.Variant(softmax=Sigmoid)
 
@@ -121,6 +130,7 @@ class Case(NamedTuple):
     dtype: str = ""
     head_dims: tuple[int, int] = (0, 0)
     layout: str = "dense"
+    kv_dtype: str = ""
 
 
 CASES: dict[str, Case] = {
@@ -131,12 +141,16 @@ CASES: dict[str, Case] = {
     "sigmoid__cpu_ragged__bfloat16": Case(sigmoid, "cpu", "bfloat16", (64, 64), "ragged"),
     "plain__sm80__float16": Case(plain, "sm80", "float16", (192, 128)),
     "every_hook__sm80__bfloat16": Case(every_hook, "sm80", "bfloat16", (64, 64)),
+    "soft_cap__sm80__bfloat16": Case(soft_cap, "sm80", "bfloat16", (256, 256)),
+    "window__sm80__float16": Case(window, "sm80", "float16", (256, 256)),
     "stick_breaking__sm80__bfloat16": Case(stick_breaking, "sm80", "bfloat16", (128, 128)),
     "segments__sm80_paged__bfloat16": Case(segments, "sm80", "bfloat16", (128, 128), "paged"),
     "alibi_sigmoid__sm80_ragged__float16": Case(alibi_sigmoid, "sm80", "float16", (64, 64), "ragged"),
     "plain__sm90__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128)),
     "every_hook__sm90__bfloat16": Case(every_hook, "sm90", "bfloat16", (64, 64)),
     "alibi_pruned_sigmoid__sm90__float16": Case(alibi_pruned_sigmoid, "sm90", "float16", (128, 128)),
+    "plain__sm90_fp8__float8_e4m3fn": Case(plain, "sm90_fp8", "float8_e4m3fn", (128, 128)),
+    "every_hook__sm90_fp8__float8_e4m3fn": Case(every_hook, "sm90_fp8", "float8_e4m3fn", (64, 64)),
     "plain__sm90_ragged__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128), "ragged"),
     "every_hook__sm90_paged__bfloat16": Case(every_hook, "sm90", "bfloat16", (64, 64), "paged"),
     "alibi_pruned_sigmoid__sm90_ragged__float16": Case(alibi_pruned_sigmoid, "sm90", "float16", (128, 128), "ragged"),
@@ -152,15 +166,24 @@ CASES: dict[str, Case] = {
     "every_hook__merge__float16": Case(every_hook, "merge", "float16", (64, 64), "states"),
     "plain__merge_cpu__float32": Case(plain, "merge_cpu", "float32", (64, 64), "states"),
     "every_hook__merge_cpu__bfloat16": Case(every_hook, "merge_cpu", "bfloat16", (128, 128), "states"),
+    "soft_cap__cpu_paged_stored__bfloat16": Case(soft_cap, "cpu", "bfloat16", (64, 64), "paged", "float8_e4m3fn"),
+    "plain__cpu_ragged_stored__float32": Case(plain, "cpu", "float32", (64, 64), "ragged", "int8"),
+    "window__decode_stored__float16": Case(window, "decode", "float16", (64, 64), "ragged", "float8_e5m2"),
+    "sigmoid__decode_stored__bfloat16": Case(sigmoid, "decode", "bfloat16", (128, 128), "paged", "int8"),
+    "plain__mla__bfloat16": Case(plain, "mla", "bfloat16", (576, 512), "paged"),
+    "window__mla__bfloat16": Case(window, "mla", "bfloat16", (576, 512), "paged"),
+    "alibi_sink__mla__float16": Case(alibi_sink, "mla", "float16", (576, 512), "paged"),
     "window__mask_tiles": Case(window, "mask_tiles"),
 }
 TARGETS = {
     "cpu": partial(cpu_target, "portable"),
     "sm80": partial(cuda_target, "8.0"),
     "sm90": partial(cuda_target, "9.0a"),
+    "sm90_fp8": partial(cuda_target, "9.0a"),
     "decode": partial(cuda_target, "9.0a"),
     "merge": partial(cuda_target, "9.0"),
     "merge_cpu": partial(cpu_target, "portable"),
+    "mla": partial(cuda_target, "9.0a"),
 }
 
 
@@ -180,12 +203,11 @@ def case_spec(name: str) -> KernelSpec:
     case, program = CASES[name], case_program(name)
     target = TARGETS[case.family]()
     if case.family == "cpu":
-        return KernelSpec(
-            "cpu", program, case.dtype, *case.head_dims, cpu_tiles(*case.head_dims, case.layout), target, case.layout
-        )
+        tiles = cpu_tiles(*case.head_dims, case.layout)
+        return KernelSpec("cpu", program, case.dtype, *case.head_dims, tiles, target, case.layout, case.kv_dtype)
     if case.family == "merge_cpu":
         return KernelSpec("merge_cpu", program, case.dtype, *case.head_dims, Tiles(0, 0), target, case.layout)
-    return cuda_spec(program, case.dtype, case.head_dims, case.family, target, layout=case.layout)
+    return cuda_spec(program, case.dtype, case.head_dims, case.family, target, layout=case.layout, kv_dtype=case.kv_dtype)
 
 
 def case_source(name: str) -> Source:

@@ -211,11 +211,38 @@ def test_rope_from_a_table(is_neox):
         flashinfer.apply_rope_with_cos_sin_cache(positions, q, k, 32, table.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("is_mla", [False, True])
+def test_rope_and_quantisation_at_once(dtype, is_mla):
+    angle = torch.arange(64)[:, None] * frequencies(16, 1e4, 1.0)
+    table, positions = torch.cat((angle.cos(), angle.sin()), -1).float(), torch.tensor([3, 0, 40])
+    heads = () if is_mla else (2,)
+    shapes = ((3, 4, 16), (3, *heads, 16), (3, 4, 32), (3, *heads, 24))
+    q_rope, k_rope, q_nope, k_nope = (torch.randn(s).bfloat16() for s in shapes)
+    out = torch.empty(3, 4, 16, dtype=dtype or torch.float8_e4m3fn)
+    got = flashinfer.rope_quantize_fp8(
+        q_rope, k_rope, q_nope, k_nope, table, positions, False, dtype, quant_scale_q=4.0, quant_scale_kv=0.5, q_rope_out=out
+    )
+    assert got[0] is out
+    turned = [
+        rotated_by_hand(t.view(3, -1, 16), positions, frequencies(16, 1e4, 1.0), True).view(t.shape) for t in (q_rope, k_rope)
+    ]
+    for g, want, scale in zip(got, (*turned, q_nope, k_nope), (4.0, 0.5, 4.0, 0.5), strict=True):
+        assert g.dtype == out.dtype and g.shape == want.shape
+        half = 2.0**-4 if g.dtype == torch.float8_e4m3fn else 2.0**-3
+        want = want.double() * scale
+        assert ((g.double() - want).abs() <= want.abs() * half * 1.001 + 2.0**-10 + 1e-6).all()
+    rest = flashinfer.mla_rope_quantize_fp8(q_rope, k_rope, None, None, table, positions)
+    assert rest[2].numel() == rest[3].numel() == 0
+    with pytest.raises(UnsupportedDtype, match=r"quantize_dtype is torch\.int8"):
+        flashinfer.rope_quantize_fp8(q_rope, k_rope, None, None, table, positions, True, torch.int8)
+
+
 def test_rope_refuses_what_does_not_fit():
     q, k = torch.randn(3, 2, 16), torch.randn(3, 1, 16)
     with pytest.raises(ShapeMismatch, match="q has 3 rows, k has 3"):
         flashinfer.apply_rope_pos_ids(q, k, torch.arange(4))
-    with pytest.raises(ShapeMismatch, match="rotary_dim is 32, the heads have 16"):
+    with pytest.raises(ShapeMismatch, match="rotary_dim is 32, the rows have 16"):
         flashinfer.apply_rope_pos_ids(q, k, torch.arange(3), rotary_dim=32)
 
 

@@ -27,15 +27,20 @@ GOLDEN = HERE.parent / "golden"
 TEMPLATES = template_names("attention")
 VARIANT = "attention/variant.h.jinja"
 PREFILL = ("attention/sm80_serving.cu.jinja", "attention/sm90_serving.cu.jinja")
+SHARES = (*PREFILL, "attention/mla.cu.jinja")  # kernels whose CTAs walk along a line of pieces
 PART_OF = {  # included, so they have the context of what includes them
     "attention/cpu_hooks.cpp.jinja": ("attention/cpu.cpp.jinja", "attention/cpu_serving.cpp.jinja"),
     "attention/sm80_hooks.cu.jinja": ("attention/sm80.cu.jinja", "attention/sm80_serving.cu.jinja"),
     "attention/sm90_products.cu.jinja": ("attention/sm90.cu.jinja", "attention/sm90_serving.cu.jinja"),
-    "attention/sm90_shape.cu.jinja": ("attention/sm90.cu.jinja", "attention/sm90_serving.cu.jinja"),
-    "attention/serving_pieces.cu.jinja": PREFILL,
+    "attention/sm90_shape.cu.jinja": (
+        "attention/sm90.cu.jinja",
+        "attention/sm90_fp8.cu.jinja",
+        "attention/sm90_serving.cu.jinja",
+    ),
+    "attention/serving_pieces.cu.jinja": SHARES,
     "attention/serving_output.cu.jinja": PREFILL,
-    "attention/serving_launch.cu.jinja": PREFILL,
-    "attention/plan.cu.jinja": (*PREFILL, "attention/decode.cu.jinja"),
+    "attention/serving_launch.cu.jinja": SHARES,
+    "attention/plan.cu.jinja": (*SHARES, "attention/decode.cu.jinja"),
 }
 
 

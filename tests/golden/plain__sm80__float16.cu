@@ -72,14 +72,21 @@ JITGEN_FN Head make_head(const Args& args, int b, int h) {
 
 // ---- geometry ----
 constexpr int kThreads = 32 * kNumWarps;
-constexpr int kWarpRows = kTileQ / kNumWarps;
+constexpr int kColumnWarps = 1;   // warps that share rows, and have a part of the columns of S and O each
+constexpr int kWarpRows = kTileQ / kNumWarps * kColumnWarps;
+constexpr int kWarpColumns = kTileKv / kColumnWarps;
 constexpr int kRowTiles = kWarpRows / 16;      // 16-row accumulator tiles of a warp
-constexpr int kColTiles = kTileKv / 8;
-constexpr int kOutTiles = kHeadDimV / 8;
-static_assert(kWarpRows % 16 == 0 && kTileKv % 16 == 0 && kHeadDimV <= kHeadDim, "unsupported tile");
+constexpr int kColTiles = kWarpColumns / 8;
+constexpr int kOutTiles = kHeadDimV / kColumnWarps / 8;
+static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0 && kHeadDimV <= kHeadDim, "unsupported tile");
 // Q stays in registers while it fits next to S and O with room to load ahead; beyond that it is read again per KV tile.
-constexpr bool kHoldQuery = kRowTiles * (kHeadDim / 16 + kColTiles + kOutTiles) * 4 <= 176;
+constexpr bool kHoldsQuery = kRowTiles * (kHeadDim / 16 + kColTiles + kOutTiles) * 4 <= 176;
+constexpr int kHeldSteps = kHoldsQuery ? kHeadDim / 16 : 0;   // of 16 columns
+// With two stages the copies of the next tile start before Q K^T; behind it where Q is read again, because registers are short
+// in it (2 % at head dim 128, while it costs 4 % at 64).
+constexpr bool kCopiesLate = !kHoldsQuery;
 constexpr bool kDescending = true;             // the partial tiles of a causal row come first, their loads with Q
+constexpr long long kSectionBytes = jg::kEvenSection;
 constexpr unsigned kQueryBytes = kTileQ * kHeadDim * 2;     // O leaves through the same rows
 constexpr unsigned kKeyBytes = kTileKv * kHeadDim * 2;
 constexpr unsigned kStageBytes = kKeyBytes + kTileKv * kHeadDimV * 2;
@@ -88,12 +95,19 @@ constexpr unsigned kSharedBytes = kQueryBytes + kNumStages * kStageBytes;
 using Logits = float[kRowTiles][kColTiles][4];
 using Output = float[kRowTiles][kOutTiles][4];
 
+// First row of a warp in the tile; which part of the columns it has.
+JITGEN_FN int warp_row(int warp) { return warp / kColumnWarps * kWarpRows; }
+JITGEN_FN int warp_part(int warp) { return warp % kColumnWarps; }
+
 // First row and first column of the accumulators of this thread, from the CTA's first row and the tile's first column.
 JITGEN_FN int own_row(int tile_row) {
   const int thread = jg::thread_index();
-  return tile_row + thread / 32 * kWarpRows + thread % 32 / 4;
+  return tile_row + warp_row(thread / 32) + thread % 32 / 4;
 }
-JITGEN_FN int own_column(int tile_column) { return tile_column + 2 * (jg::thread_index() % 4); }
+JITGEN_FN int own_column(int tile_column) {
+  const int thread = jg::thread_index();
+  return tile_column + warp_part(thread / 32) * kWarpColumns + 2 * (thread % 4);
+}
 
 // q_idx of row `half` of row tile `i`, counted from the first row of this thread; rows past the end repeat the last one.
 JITGEN_FN int query_index(const Args& args, int first_row, int i, int half) {
@@ -134,8 +148,8 @@ JITGEN_FN char* at(const void* base, long long element) { return const_cast<char
 // ---- epilogue: normalise, write LSE and O ----
 JITGEN_FN void write_output(const Args& args, const Place& place, Output& o, jg::OnlineSoftmax<kRowTiles>& softmax, float units, unsigned q_shared) {
   const Head head = make_head(args, place.b, place.h);
-  const int warp_row = place.tile_row + place.warp * kWarpRows, first_row = warp_row + place.lane / 4;
-  const int first_column = 2 * (place.lane % 4);
+  const int start_row = place.tile_row + warp_row(place.warp), first_row = start_row + place.lane / 4;
+  const int first_column = 2 * (place.lane % 4), start_column = warp_part(place.warp) * kOutTiles * 8;
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
     jg::for_each_half([&](auto half_constant) {
@@ -145,11 +159,11 @@ JITGEN_FN void write_output(const Args& args, const Place& place, Output& o, jg:
       float lse = softmax.finish(i, kHalf, units, -INFINITY, factor);
 #pragma unroll
       for (int j = 0; j < kOutTiles; ++j) o[i][j][2 * kHalf] *= factor, o[i][j][2 * kHalf + 1] *= factor;
-      if (args.lse && row < args.q_len && first_column == 0) args.lse[(place.b * args.num_q_heads + place.h) * args.q_len + row] = lse;
+      if (args.lse && row < args.q_len && start_column + first_column == 0) args.lse[(place.b * args.num_q_heads + place.h) * args.q_len + row] = lse;
     });
-  const long long start = place.b * args.o_stride_b + place.h * args.o_stride_h + warp_row * args.o_stride_s;
-  jg::store_rows<Element>(o, q_shared + place.warp * kWarpRows * (kHeadDim * 2), at(args.o, start), args.o_stride_s,
-                          static_cast<int>(args.q_len) - warp_row);
+  const long long start = place.b * args.o_stride_b + place.h * args.o_stride_h + start_row * args.o_stride_s + start_column;
+  jg::store_rows<Element>(o, q_shared + place.warp * (kQueryBytes / kNumWarps), at(args.o, start), args.o_stride_s,
+                          static_cast<int>(args.q_len) - start_row);
 }
 
 // ---- kernel ----
@@ -169,10 +183,15 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
   const unsigned k_fragment = kv_shared + jg::b_fragment_offset<kHeadDim>(lane);
   const unsigned v_fragment = kv_shared + kKeyBytes + jg::a_fragment_offset<kHeadDimV>(lane);
 
+  // Q is on its way while tiles are classified.
+  jg::TileCopy<kHeadDim, kThreads>(at(args.q, b * args.q_stride_b + h * args.q_stride_h), args.q_stride_s, thread)
+      .template start<kTileQ>(q_shared, tile_row, q_len);
+
   // Tiles to visit, and the values of the hooks that depend on the row only.
   const int num_tiles = (kv_len + kTileKv - 1) / kTileKv;
   jg::AllTiles<kDescending> tiles(num_tiles);
 
+  const float factor = head.scale;   // of what S holds once score_elem is done
   Output o;
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
@@ -180,7 +199,6 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
     for (int j = 0; j < kOutTiles; ++j) o[i][j][0] = o[i][j][1] = o[i][j][2] = o[i][j][3] = 0.0f;
   jg::OnlineSoftmax<kRowTiles> softmax;
   softmax.init();
-  const float factor = head.scale;   // of what S holds once score_elem is done
   // A factor that is not positive would turn the running maximum into a minimum: it is applied to the logits then.
   const auto scale_first = [&] { return !(jg::stay(factor) > 0.0f); };   // computed anew: registers are short
   const auto units = [&] { return (scale_first() ? 1.0f : factor) * jg::kLog2E; };
@@ -188,15 +206,17 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
   // ---- loop over the visited KV tiles: the copy of the next one runs under the products of this one ----
   int visit = tiles.next(), stage = 0;
   if (visit >= 0) {
-    jg::TileCopy<kHeadDim, kThreads>(at(args.q, b * args.q_stride_b + h * args.q_stride_h), args.q_stride_s, thread)
-        .template start<kTileQ>(q_shared, tile_row, q_len);
     keys.template start<kTileKv>(kv_shared, (visit >> 2) * kTileKv, kv_len);
     if constexpr (kNumStages == 2) values.template start<kTileKv>(kv_shared + kKeyBytes, (visit >> 2) * kTileKv, kv_len);
-    jg::cp_async_commit();
   }
-  jg::QueryFragments<kRowTiles, kHeadDim, kHoldQuery> query;
-  query.address = q_shared + place.warp * kWarpRows * (kHeadDim * 2) + jg::a_fragment_offset<kHeadDim>(lane);
-  if constexpr (kHoldQuery) {
+  jg::cp_async_commit();
+  if (visit < 0) {   // O leaves through the rows that Q arrives in
+    jg::cp_async_wait_all();
+    __syncthreads();
+  }
+  jg::QueryFragments<kRowTiles, kHeadDim, kHeldSteps> query;
+  query.address = q_shared + warp_row(place.warp) * (kHeadDim * 2) + jg::a_fragment_offset<kHeadDim>(lane);
+  if constexpr (kHeldSteps > 0) {
     jg::cp_async_wait_all();
     __syncthreads();
     query.hold();
@@ -204,17 +224,22 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
 #pragma unroll 1
   while (visit >= 0) {
     const int next = tiles.next(), kind = visit & 3, kv_start = (visit >> 2) * kTileKv;
-    jg::cp_async_wait_all();
-    __syncthreads();   // the tile is visible, and every warp has left the buffers filled below
-    if constexpr (kNumStages == 1) values.template start<kTileKv>(kv_shared + kKeyBytes, kv_start, kv_len);
-    if constexpr (kNumStages == 2) {
+    const auto copy_next = [&] {   // a whole tile ahead
       const unsigned other = kv_shared + (stage ^ 1) * kStageBytes;
       if (next >= 0) keys.template start<kTileKv>(other, (next >> 2) * kTileKv, kv_len);
       if (next >= 0) values.template start<kTileKv>(other + kKeyBytes, (next >> 2) * kTileKv, kv_len);
-    }
-    jg::cp_async_commit();
+      jg::cp_async_commit();
+    };
+    jg::cp_async_wait_all();
+    __syncthreads();   // the tile is visible, and every warp has left the buffers filled below
+    if constexpr (kNumStages == 1) values.template start<kTileKv>(kv_shared + kKeyBytes, kv_start, kv_len);
+    if constexpr (kNumStages == 2 && !kCopiesLate) copy_next();
+    if constexpr (kNumStages == 1) jg::cp_async_commit();
     Logits s;
-    if (kind != kTileNone) jg::multiply_qk<Element>(s, query, k_fragment + stage * kStageBytes);
+    if (kind != kTileNone) {
+      jg::multiply_qk<Element>(s, query, k_fragment + stage * kStageBytes);
+    }
+    if constexpr (kNumStages == 2 && kCopiesLate) copy_next();
     if constexpr (kNumStages == 1) {
       jg::cp_async_wait_all();
       __syncthreads();   // V is visible, and every warp has left K
@@ -225,7 +250,7 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
       if (scale_first()) scale_all(s, factor);
       if (kv_start + kTileKv > kv_len) mask_tail(s, kv_start, kv_len);
       softmax.update(s, o, units());
-      jg::multiply_pv<Element>(o, s, v_fragment + stage * kStageBytes);
+      jg::multiply_pv<Element, kHeadDimV>(o, s, v_fragment + stage * kStageBytes);
     }
     visit = next;
     if constexpr (kNumStages == 2) stage ^= 1;
@@ -248,7 +273,8 @@ extern "C" int jitgen_launch(const Args* args) {
   }
   const int64_t query_tiles = (args->q_len + kTileQ - 1) / kTileQ, heads = args->batch * args->num_q_heads;
   if (query_tiles * heads > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  const int section = jg::section_heads(args->kv_len * (kHeadDim + kHeadDimV) * 2, heads, args->num_q_heads / args->num_kv_heads);
+  const int64_t head_bytes = args->kv_len * (kHeadDim + kHeadDimV) * 2, group_size = args->num_q_heads / args->num_kv_heads;
+  const int section = jg::section_heads(kSectionBytes, head_bytes, heads, group_size);
   attention_kernel<<<static_cast<unsigned>(query_tiles * heads), kThreads, kSharedBytes, reinterpret_cast<cudaStream_t>(args->stream)>>>(
       *args, static_cast<int>(query_tiles), section);
   return cudaGetLastError();

@@ -144,6 +144,7 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
   return jg::tile_kind(jg::possible(part0) & part1);
 }
 
+constexpr bool kGivesOut = true;   // items may be given out to CTAs one by one
 // ---- planner ----
 JITGEN_FN Request request_of(const Args& args, const jg::PlanTile& tile) {
   return {tile.request, tile.q_start, tile.q_len, tile.kv_len, args.local_rows ? 0 : tile.kv_len - tile.q_len};
@@ -191,8 +192,8 @@ JITGEN_FN jg::KeyRange visible_keys(const Args& args, const jg::PlanTile& tile, 
   return found;
 }
 
-__global__ void __launch_bounds__(jg::kPlanThreads) plan_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::PlanShape shape) {
-  jg::make_plan(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
+__global__ void __launch_bounds__(jg::kPlanThreads, 1) plan_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::PlanShape shape) {
+  jg::make_plan<kGivesOut>(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
                 [&](const jg::PlanTile& tile, int first_query, int last_query) { return visible_keys(args, tile, first_query, last_query); });
 }
 
@@ -211,7 +212,7 @@ constexpr int kColTiles = kTileKv / 8;
 constexpr int kOutTiles = kHeadDimV / 8;
 static_assert(kWarpRows % 16 == 0 && kTileKv % 16 == 0 && kHeadDimV <= kHeadDim, "unsupported tile");
 // Q stays in registers while it fits next to S and O with room to load ahead; beyond that it is read again per KV tile.
-constexpr bool kHoldQuery = kRowTiles * (kHeadDim / 16 + kColTiles + kOutTiles) * 4 <= 176;
+constexpr int kHeldSteps = kRowTiles * (kHeadDim / 16 + kColTiles + kOutTiles) * 4 <= 176 ? kHeadDim / 16 : 0;
 constexpr bool kDescending = true;             // the partial tiles of a causal row come first, their loads with Q
 constexpr unsigned kQueryBytes = kTileQ * kHeadDim * 2;
 constexpr unsigned kKeyBytes = kTileKv * kHeadDim * 2;
@@ -225,7 +226,7 @@ static_assert(kTileKv <= kThreads, "a thread looks up one key");
 using Logits = float[kRowTiles][kColTiles][4];
 using Output = float[kRowTiles][kOutTiles][4];
 
-constexpr int kManyItems = 0;   // shares of the line only: 2 to 14 % faster on an H100, with 16 items for each CTA
+constexpr int kManyItems = jg::kNotForMany;   // shares of the line are 2 to 14 % faster on an H100, with 16 items for each CTA
 // ---- pieces ----
 // What a launch adds to Args.
 struct Launch {
@@ -262,19 +263,36 @@ JITGEN_FN Piece make_piece(const Args& args, const Launch& launch, const jg::Pla
   return piece;
 }
 
-// Two ways to divide the work. Each CTA has an equal share of the line, which cuts items. Or items are given out whole: a CTA
-// takes the next one as it finishes another, the tiles of a head group one after the other, the longest of each request first.
-// That is for items that must not be cut, and where each CTA has kManyItems or more, so that they end nearly together.
-JITGEN_FN bool takes_items(const Args& args, const Launch& launch) {
-  const long long items = static_cast<long long>(jg::plan_header(args.plan)->tiles) * launch.shape.groups;
-  return launch.shape.least_piece == jg::kNeverCut || (kManyItems > 0 && items >= kManyItems * launch.num_ctas);
+// Two ways to divide the work. Each CTA has an equal share of the line, which cuts items. Or a CTA takes the next item as it
+// finishes another, and only the last ones are cut: that is for many items, and for those that must not be cut.
+JITGEN_FN bool takes_items(const Args& args) { return jg::plan_header(args.plan)->tail_groups > 0; }
+// Item `number` in the order they are given out. The results of its pieces, if there are several, begin at `slot`.
+struct Item { const jg::PlanTile* tile; int group, pieces, slot; };
+JITGEN_FN Item item_at(const Args& args, const Launch& launch, int number) {
+  const jg::PlanHeader& header = *jg::plan_header(args.plan);
+  const jg::PlanTile* tiles = jg::plan_tiles_of(args.plan, launch.shape.shares);
+  const int behind = number - header.whole_groups * header.tiles;
+  if (behind < 0) return {&tiles[header.tiles - 1 - number % header.tiles], number / header.tiles, 1, -1};
+  const int place = behind / header.tail_groups, group = behind - place * header.tail_groups;
+  const int pieces = tiles[place].at_pieces;
+  return {&tiles[tiles[place].at], header.whole_groups + group, pieces, tiles[place].pieces * header.tail_groups + group * pieces};
 }
 JITGEN_FN Piece take_item(const Args& args, const Launch& launch) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
-  const unsigned tiles = header->tiles, number = atomicAdd(&header->taken, 1);
-  if (number < tiles * launch.shape.groups) {
-    const jg::PlanTile& tile = jg::plan_tiles_of(args.plan, launch.shape.shares)[tiles - 1 - number % tiles];
-    return make_piece(args, launch, tile, static_cast<int>(number / tiles), 0, -1);
+  const int items = header->tiles * launch.shape.groups, whole = header->tiles * header->whole_groups;
+#pragma unroll 1
+  for (;;) {
+    const int taken = atomicAdd(&header->taken, 1), behind = taken - whole;
+    const int number = behind < 0 ? taken : whole + behind / jg::kTailPieces, part = behind < 0 ? 0 : behind % jg::kTailPieces;
+    if (number >= items) break;
+    const Item item = item_at(args, launch, number);
+    if (part >= item.pieces) continue;
+    if (item.pieces == 1) return make_piece(args, launch, *item.tile, item.group, 0, -1);
+    const int units = jg::units_of({item.tile->begin, item.tile->end}, kTileKv);
+    const int end = part + 1 == item.pieces ? -1 : units * (part + 1) / item.pieces;
+    Piece piece = make_piece(args, launch, *item.tile, item.group, units * part / item.pieces, end);
+    piece.slot = item.slot + part;
+    return piece;
   }
   if (atomicAdd(&header->done, 1) == static_cast<int>(gridDim.x) - 1) header->taken = header->done = 0;   // ready for the next launch
   Piece none;
@@ -306,7 +324,7 @@ JITGEN_FN Piece take_of_share(const Args& args, const Launch& launch, Cursor& at
 
 // The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
 JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
-  return takes_items(args, launch) ? take_item(args, launch) : take_of_share(args, launch, at);
+  return takes_items(args) ? take_item(args, launch) : take_of_share(args, launch, at);
 }
 
 // ---- packed rows ----
@@ -417,11 +435,39 @@ using Partial = jg::Partial<kRowTiles, kOutTiles, kRowThreads>;
 
 constexpr int kMergeTiles = 4;   // of 8 columns, of a thread
 
-// Joins the pieces of one item that was cut: the one that share blockIdx.x + 1 begins inside of, if no earlier share does. A
-// warp takes 16 rows and some of their columns; pieces are added in the order of their keys.
+// Joins the pieces of one item, in the order of their keys. A warp takes 16 rows and some of their columns. The results of the
+// first piece are in slot `first`, those of the others from the slot behind it on, `step` apart.
+JITGEN_FN void merge_pieces(const Args& args, const Piece& piece, int first, int num_pieces, int step) {
+  const float units = exponent_units(logit_factor(args, own_head(args, piece)));
+  const int thread = threadIdx.x, row_tile = blockIdx.y, first_tile = blockIdx.z * kMergeTiles;
+  float o[1][kMergeTiles][4];
+#pragma unroll
+  for (int j = 0; j < kMergeTiles; ++j) o[0][j][0] = o[0][j][1] = o[0][j][2] = o[0][j][3] = 0.0f;
+  jg::OnlineSoftmax<1> softmax;
+  softmax.init();
+  Partial::add(args.workspace, first, row_tile, first_tile, thread, o, softmax, units);
+#pragma unroll 4
+  for (int i = 1; i < num_pieces; ++i)
+    Partial::add(args.workspace, first + 1 + (i - 1) * step, row_tile, first_tile, thread, o, softmax, units);
+  write_output(args, piece, o, softmax, piece.first_row + thread / 32 * kWarpRows + 16 * row_tile, 8 * first_tile);
+}
+
 __global__ void __launch_bounds__(kRowThreads) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
-  if (takes_items(args, launch)) return;
-  const int first = blockIdx.x + 1, thread = threadIdx.x, row_tile = blockIdx.y;
+  const jg::PlanHeader& header = *jg::plan_header(args.plan);
+  if (takes_items(args)) {
+    if (header.pieces == 0) return;
+    const int whole = header.whole_groups * header.tiles;
+#pragma unroll 1
+    for (int number = whole + blockIdx.x; number < header.tiles * launch.shape.groups; number += gridDim.x) {
+      const Item item = item_at(args, launch, number);
+      if (item.pieces > 1)
+        merge_pieces(args, make_piece(args, launch, *item.tile, item.group, 0, -1), item.slot, item.pieces, 1);
+    }
+    return;
+  }
+  // The item that share blockIdx.x + 1 begins inside of, if no earlier share does. Share c has slots 2 c, for an item that it
+  // begins inside of, and 2 c + 1, for one that it leaves unfinished.
+  const int first = blockIdx.x + 1;
   const Cursor cut = share_begin(args, launch, first);
   const auto is_inside = [&](int share) {
     const Cursor at = share_begin(args, launch, share);
@@ -429,20 +475,10 @@ __global__ void __launch_bounds__(kRowThreads) merge_kernel(const __grid_constan
   };
   if (!is_inside(first) || is_inside(first - 1)) return;
   const Piece piece = make_piece(args, launch, jg::plan_tiles_of(args.plan, launch.shape.shares)[cut.tile], cut.group, 0, -1);
-  const float units = exponent_units(logit_factor(args, own_head(args, piece)));
   int last = first;   // the share behind the pieces
   for (unsigned inside = ~0u; inside == ~0u; last += __ffs(~inside) ? __ffs(~inside) - 1 : 32)
-    inside = __ballot_sync(0xffffffffu, is_inside(last + thread % 32));
-  const int first_tile = blockIdx.z * kMergeTiles;
-  float o[1][kMergeTiles][4];
-#pragma unroll
-  for (int j = 0; j < kMergeTiles; ++j) o[0][j][0] = o[0][j][1] = o[0][j][2] = o[0][j][3] = 0.0f;
-  jg::OnlineSoftmax<1> softmax;
-  softmax.init();
-  Partial::add(args.workspace, 2 * (first - 1) + 1, row_tile, first_tile, thread, o, softmax, units);
-#pragma unroll 4
-  for (int share = first; share < last; ++share) Partial::add(args.workspace, 2 * share, row_tile, first_tile, thread, o, softmax, units);
-  write_output(args, piece, o, softmax, piece.first_row + thread / 32 * kWarpRows + 16 * row_tile, 8 * first_tile);
+    inside = __ballot_sync(0xffffffffu, is_inside(last + static_cast<int>(threadIdx.x) % 32));
+  merge_pieces(args, piece, 2 * first - 1, last - first + 1, 2);
 }
 
 // ---- attention of a piece ----
@@ -526,9 +562,9 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
     jg::cp_async_commit();
   }
   if (thread == 0) next_piece() = take_piece(args, launch, own_cursor());
-  jg::QueryFragments<kRowTiles, kHeadDim, kHoldQuery> query;
+  jg::QueryFragments<kRowTiles, kHeadDim, kHeldSteps> query;
   query.address = q_shared + warp * kWarpRows * (kHeadDim * 2) + jg::a_fragment_offset<kHeadDim>(lane);
-  if constexpr (kHoldQuery) {
+  if constexpr (kHeldSteps > 0) {
     jg::cp_async_wait_all();
     __syncthreads();
     query.hold();
@@ -556,7 +592,7 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
       if (kind == kTilePartial) apply_mask(args, head, mask_rows, s, tile_row, piece.first_key + first_key(visit));
       if (first_key(visit) + kTileKv > num_keys) mask_tail(s, first_key(visit), num_keys);
       softmax.update(s, o, units());
-      jg::multiply_pv<Element>(o, s, v_fragment + stage);
+      jg::multiply_pv<Element, kHeadDimV>(o, s, v_fragment + stage);
     }
     note_place(after, page, slot_after(slot_after(slot)));
     slot = slot_after(slot);
@@ -610,6 +646,7 @@ static Launch make_launch(const Args& args, int num_ctas = 0) {
   shape.least_keys = 0;
   shape.fixed_cost = kFixedCost, shape.shares = static_cast<int>(args.num_ctas);
   shape.least_piece = args.split ? kLeastPiece : jg::kNeverCut;
+  shape.many_items = kManyItems;
   launch.key_step = key_step(args);
   launch.page_size = jg::make_divisor(args.page_size > 0 ? static_cast<unsigned>(args.page_size) : 1);   // planning: not known
   return launch;
@@ -646,7 +683,10 @@ extern "C" int jitgen_launch(const Args* args) {
 }
 extern "C" int jitgen_plan(const Args* args) { return launch_planner(*args, make_launch(*args).shape); }
 extern "C" long long jitgen_plan_bytes(const Args* args) { return jg::plan_bytes(args->batch, args->total_q, make_launch(*args).shape); }
-extern "C" long long jitgen_workspace_bytes(const Args* args) { return args->split ? 2 * args->num_ctas * Partial::kQuads * 16 : 0; }
+extern "C" long long jitgen_workspace_bytes(const Args* args) {
+  const long long slots = kManyItems > 0 && kManyItems < jg::kNotForMany ? jg::tail_slots(static_cast<int>(args->num_ctas)) : 2 * args->num_ctas;
+  return args->split ? slots * Partial::kQuads * 16 : 0;
+}
 extern "C" int jitgen_num_ctas(const Args*) {
   int num_ctas = 0;
   const cudaError_t error = count_ctas(num_ctas);

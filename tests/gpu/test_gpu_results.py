@@ -125,8 +125,41 @@ def test_kernel_takes_any_strides(family, layout):
     assert torch.equal(jitgen.attention(*strided, mask_mod=causal, family=family), want)
 
 
-def test_rows_without_keys_are_zero_with_lse_minus_infinity(family):
-    q, k, v = inputs(1, 2, 2, 200, 300, 128)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_kernel_follows_maxima_that_jump(family, head_dim, is_causal):
+    q, k, v = inputs(2, 4, 4, 515, 515, head_dim)
+    k *= torch.exp2(torch.randint(-3, 5, (2, 4, 515, 1), generator=torch.Generator().manual_seed(7))).cuda()
+    want, want_lse = exact(q, k, v, is_causal=is_causal)
+    poison(q)
+    got, lse = jitgen.attention(q, k, v, mask_mod=causal if is_causal else None, return_lse=True, family=family)
+    assert_as_accurate_as_sdpa(got, want, q, k, v, is_causal=is_causal)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-4, rtol=1e-5)
+
+
+# The caps lie on both sides of what the sm80 kernel needs no running maximum for. Logits are at the cap, above or below zero
+# for whole tiles, so a reference that the first tile gives is wrong by twice the cap for a later one.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("cap", [0.5, 20.0, 50.0, 62.0, 63.0, 200.0, -30.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_capped_logits_of_any_reach(family, dtype, head_dim, cap, sign):
+    q, k, v = inputs(1, 2, 2, 130, 330, head_dim, dtype=dtype)
+    q, k = q.abs() + 0.5, (k.abs() + 0.5) * 2048
+    k[:, :, 64:200] *= -1
+    k[:, 1] *= -1
+    capped = jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: cap * torch.tanh(s / cap), mask_mod=causal)
+    logits = cap * torch.tanh(q.double() @ k.double().mT * sign / math.sqrt(head_dim) / cap)
+    logits = logits.masked_fill(torch.arange(330, device="cuda") > torch.arange(200, 330, device="cuda")[:, None], -math.inf)
+    poison(q)
+    got, lse = jitgen.attention(q, k, v, capped, scale=sign / math.sqrt(head_dim), return_lse=True, family=family)
+    assert relative_error(got, logits.softmax(-1) @ v.double()) < 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_rows_without_keys_are_zero_with_lse_minus_infinity(family, head_dim):
+    q, k, v = inputs(1, 2, 2, 200, 300, head_dim)
     poison(q)
     out, lse = jitgen.attention(
         q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: (q_idx < 230) & (kv_idx < 3), return_lse=True, family=family

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from jitgen.compat.flashinfer._hooks import Hooks, Place
-from jitgen.compat.flashinfer.rope import cos_sin, positions_of, rotate
+from jitgen.compat.flashinfer.rope import positions_of
 from jitgen.errors import ShapeMismatch
 from jitgen.program import Program
+from jitgen.rotary import rope as rope_rows
 from jitgen.serving import paged_attention, ragged_attention
 from jitgen.serving_pages import PageTable
 from jitgen.serving_plan import Plan
@@ -30,6 +31,7 @@ class Heads:
     dim_vo: int
     q_dtype: torch.dtype
     o_dtype: torch.dtype
+    kv_dtype: torch.dtype | None = None  # of the cache, if not q_dtype
 
     def __post_init__(self) -> None:
         if self.num_kv < 1 or self.num_q % self.num_kv:
@@ -157,8 +159,9 @@ class Plans:
         if held is None:
             plan = Plan(
                 *sizes, heads.num_q, heads.num_kv, heads.dim_qk, head_dim_v=heads.dim_vo, dtype=heads.q_dtype,
-                variant=variant.bind(**tensors) if tensors else variant, layout=layout, max_q_len=batch.max_q_len,
-                page_size=page_size, split=batch.split, kv_split=batch.kv_split, device=self.device,
+                kv_dtype=heads.kv_dtype, variant=variant.bind(**tensors) if tensors else variant, layout=layout,
+                max_q_len=batch.max_q_len, page_size=page_size, split=batch.split, kv_split=batch.kv_split,
+                device=self.device,
             )  # fmt: skip
             if not self.in_graphs and len(self._held) >= MAX_PLANS:
                 del self._held[next(iter(self._held))]
@@ -196,19 +199,17 @@ def rotated(
     Cost:    copies q and the keys, of a paged cache the values too; no wait for the device.
     """
     scale, theta = rope
-    head_dim = q.shape[-1]
     rows, base = row_positions(batch, q.shape[0]), torch.zeros_like(batch.kv_len)
     if place is not None:
         rows, base = place.row_position[: q.shape[0]], place.kv_base
-    q = rotate(q, *cos_sin(rows, head_dim, scale, theta), interleave=False)
+    q, _ = rope_rows(q, None, rows, theta=theta, scale=scale)
     if batch.pages is None:
         positions = positions_of(batch.kv_start, base, k.shape[0])
-        return batch, q, rotate(k, *cos_sin(positions, head_dim, scale, theta), interleave=False), v
+        return batch, q, rope_rows(k, None, positions, theta=theta, scale=scale)[0], v
     listed = batch.pages.long().clamp(0, max(k.shape[0] - 1, 0))  # a buffer may end in entries that were never set
     entry = torch.arange(listed.shape[0], device=listed.device)
     request = (torch.searchsorted(batch.kv_start.long(), entry, right=True) - 1).clamp(0, batch.size - 1)
     first = base[request] + (entry - batch.kv_start[request]) * batch.page_size
     positions = first[:, None] + torch.arange(batch.page_size, device=first.device)
-    cos, sin = cos_sin(positions.flatten(), head_dim, scale, theta)
-    keys = rotate(k[listed].flatten(0, 1), cos, sin, interleave=False).view(-1, *k.shape[1:])
-    return replace(batch, pages=entry.int()), q, keys, v[listed]
+    keys, _ = rope_rows(k[listed].flatten(0, 1), None, positions.flatten(), theta=theta, scale=scale)
+    return replace(batch, pages=entry.int()), q, keys.view(-1, *k.shape[1:]), v[listed]

@@ -1,21 +1,30 @@
-"""Multi-head latent attention: flashinfer.mla. Refused until jitgen has kernels for 576-wide keys that hold their values."""
+"""Absorbed multi-head latent attention over a paged cache: flashinfer.mla."""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from jitgen.compat.flashinfer._options import check_backend, check_workspace
+from jitgen.compat.flashinfer._batch import Batch, Heads
+from jitgen.compat.flashinfer._hooks import Hooks, Options, hooks_for
+from jitgen.compat.flashinfer._inputs import Planned, check_indptr, rows_known
+from jitgen.compat.flashinfer._options import attention_dtypes, check_changes, check_dtype
+from jitgen.compat.flashinfer._wrapper import Wrapper
+from jitgen.compat.flashinfer.attention import check_profiler
 from jitgen.compat.flashinfer.jit import gen_batch_mla_module  # noqa: F401
-from jitgen.errors import UnsupportedOption
+from jitgen.errors import ShapeMismatch, UnsupportedOption
+from jitgen.spec import MLA_DIMS
+from jitgen.variant import Variant
+
+Dtype = str | torch.dtype
 
 
-class BatchMLAPagedAttentionWrapper:
-    """Absorbed MLA decode over a paged cache; plan() and run() are refused: no kernel reads a cache of 512 + 64 yet.
+class BatchMLAPagedAttentionWrapper(Wrapper):
+    """Attention of ragged queries over a paged cache of compressed keys, whose rows are the values too.
 
-    append_paged_mla_kv_cache fills the cache. Until the kernel exists, decompress the keys and use the paged prefill wrapper
-    with head_dim_qk 192 and head_dim_vo 128.
+    Differs from FlashInfer: plan() neither waits nor copies back; CUDA kernels are for compute capability 9.0 only. q_nope and
+    q_pe that are slices of one tensor [rows, heads, 576] are read where they are, others joined in a copy.
     """
 
     def __init__(
@@ -28,20 +37,137 @@ class BatchMLAPagedAttentionWrapper:
         kv_len_arr: torch.Tensor | None = None,
         backend: str = "auto",
     ) -> None:
-        check_backend(backend)
-        self.device = check_workspace(float_workspace_buffer)
+        super().__init__(float_workspace_buffer, "NHD", use_cuda_graph, backend)
+        self._qo_indptr_buf = qo_indptr
+        self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._kv_len_arr_buf = kv_indptr, kv_indices, kv_len_arr
+        if use_cuda_graph:
+            self._check_buffers("qo_indptr_buf", "paged_kv_indptr_buf", "paged_kv_indices_buf", "kv_len_arr_buf")
+        self._variants: dict[int, tuple[Options, Hooks, Variant]] = {}
 
-    def plan(self, *args: Any, **options: Any) -> NoReturn:
-        """Refused."""
-        refuse()
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        kv_indices: torch.Tensor,
+        kv_len_arr: torch.Tensor,
+        num_heads: int,
+        head_dim_ckv: int,
+        head_dim_kpe: int,
+        page_size: int,
+        causal: bool,
+        sm_scale: float,
+        q_data_type: Dtype,
+        kv_data_type: Dtype,
+        use_profiler: bool = False,
+    ) -> None:
+        """Prepare run() for these requests.
 
-    def run(self, *args: Any, **options: Any) -> NoReturn:
-        """Refused."""
-        refuse()
+        Shapes:  qo_indptr, kv_indptr [batch + 1]; kv_indices [kv_indptr[-1]] pages; kv_len_arr [batch] keys.
+        Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedOption.
+        Cost:    copies the tables; no wait for the device.
+        """
+        check_profiler(use_profiler)
+        if (head_dim_ckv + head_dim_kpe, head_dim_ckv) != MLA_DIMS:
+            raise ShapeMismatch(f"head_dim_ckv is {head_dim_ckv}, head_dim_kpe {head_dim_kpe}, expected 512 and 64.")
+        q_dtype, _, o_dtype = attention_dtypes(q_data_type, kv_data_type, None)
+        for indptr in (qo_indptr, kv_indptr):
+            check_indptr(indptr, kv_len_arr.shape[0])
+        self._check_batch(kv_len_arr.shape[0], self._qo_indptr_buf)
+        batch = Batch(
+            self._held("qo_indptr", qo_indptr, self._qo_indptr_buf), self._held("kv_len", kv_len_arr, self._kv_len_arr_buf),
+            self._held("kv_indptr", kv_indptr, self._paged_kv_indptr_buf),
+            self._held("kv_indices", kv_indices, self._paged_kv_indices_buf), page_size,
+        )  # fmt: skip
+        heads = Heads(num_heads, 1, *MLA_DIMS, q_dtype, o_dtype)
+        options = Options(0 if causal else None, sm_scale=sm_scale)
+        self._adopt(Planned(batch, heads, options, rows_known(qo_indptr)))
+
+    def run(
+        self,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        ckv_cache: torch.Tensor,
+        kpe_cache: torch.Tensor,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        return_lse: bool = False,
+        profiler_buffer: torch.Tensor | None = None,
+        kv_len: torch.Tensor | None = None,
+        page_table: torch.Tensor | None = None,
+        return_lse_base_on_e: bool = False,
+        o_scale: float | None = None,
+        *,
+        ckv_scale: float | torch.Tensor | None = None,
+        ckv_scale_arr: torch.Tensor | None = None,
+        kpe_scale: float | torch.Tensor | None = None,
+    ) -> Any:
+        """Attention of the planned requests.
+
+        Shapes:  q_nope [total_q, num_heads, 512]; q_pe [total_q, num_heads, 64]; ckv_cache [pages, page_size, 512]; kpe_cache
+                 [pages, page_size, 64]; returns [total_q, num_heads, 512] and, with return_lse, float32 [total_q, num_heads].
+        Units:   lse is a logarithm of base 2, or e with return_lse_base_on_e.
+        Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedOption.
+        """
+        check_profiler(profiler_buffer is not None)
+        if kv_len is not None or page_table is not None:
+            raise UnsupportedOption("kv_len and page_table belong to the cutlass back end. Give them to plan().")
+        for name, value in (("o_scale", o_scale), ("ckv_scale", ckv_scale), ("kpe_scale", kpe_scale)):
+            check_changes(**{name: value is not None and value != 1.0})
+        check_changes(ckv_scale_arr=ckv_scale_arr is not None)
+        planned = self._plan_of()
+        heads, batch = planned.heads, planned.batch
+        check_latent("q_nope", q_nope, (heads.num_q, 512), heads.q_dtype)
+        check_latent("q_pe", q_pe, (heads.num_q, 64), heads.q_dtype)
+        for name, cache, dim in (("ckv_cache", ckv_cache, 512), ("kpe_cache", kpe_cache, 64)):
+            check_latent(name, cache, (batch.page_size, dim), heads.q_dtype)
+        if planned.num_rows is not None and q_nope.shape[0] < planned.num_rows:
+            raise ShapeMismatch(
+                f"q_nope has {q_nope.shape[0]} rows, the plan has {planned.num_rows}. Plan again for these rows."
+            )
+        options = self._override(natural_lse=True) if return_lse_base_on_e else planned.options
+        found = self._variants.get(id(options))
+        if found is None or found[0] is not options:
+            hooks = hooks_for(options, heads.num_q, 1, self.device)
+            found = self._variants[id(options)] = (options, hooks, hooks.variant(None))
+        q, cache = join_rows(q_nope, q_pe), join_cache(ckv_cache, kpe_cache)
+        return self._plans.attend(
+            batch,
+            heads,
+            found[1],
+            found[2],
+            q,
+            cache,
+            "NHD",
+            float(options.sm_scale),
+            out,
+            lse,
+            return_lse,  # type: ignore[arg-type]
+        )
 
 
-def refuse() -> NoReturn:
-    raise UnsupportedOption(
-        "BatchMLAPagedAttentionWrapper: jitgen has no kernel for a 576-wide MLA cache yet. Decompress the keys and values and "
-        "use BatchPrefillWithPagedKVCacheWrapper with head_dim_qk=192, head_dim_vo=128."
-    )
+def check_latent(name: str, t: torch.Tensor, inner: tuple[int, int], dtype: torch.dtype) -> None:
+    """A part of q or of the cache is what was planned."""
+    if t.dim() != 3 or tuple(t.shape[1:]) != inner:
+        raise ShapeMismatch(f"{name} has shape {tuple(t.shape)}, the plan says [*, {inner[0]}, {inner[1]}].")
+    check_dtype(name, t, dtype)
+
+
+def are_neighbours(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors are slices of one, along the last axis."""
+    begins = first.data_ptr() + first.shape[-1] * first.element_size() == second.data_ptr()
+    room = first.storage_offset() + first.shape[-1] == second.storage_offset()
+    return begins and room and first.stride() == second.stride() and first.shape[:-1] == second.shape[:-1]
+
+
+def join_rows(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Two parts of rows as one tensor: the one that they are slices of, or a copy."""
+    if first.shape[0] and are_neighbours(first, second):
+        return first.as_strided((*first.shape[:-1], first.shape[-1] + second.shape[-1]), first.stride())
+    return torch.cat((first, second), -1)
+
+
+def join_cache(ckv: torch.Tensor, kpe: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """A cache as one tensor where it is one, which spares the CPU a copy."""
+    if are_neighbours(ckv, kpe):
+        return ckv.as_strided((*ckv.shape[:-1], ckv.shape[-1] + kpe.shape[-1]), ckv.stride())
+    return ckv, kpe

@@ -1,8 +1,4 @@
-"""Writing to a paged KV cache: flashinfer.page.
-
-These are torch operations until jitgen has an append kernel of its own: correct, capturable in a CUDA graph, without a wait
-for the device, but several launches where one would do.
-"""
+"""Writing to a paged KV cache: flashinfer.page, over jitgen.append."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import torch
 
 from jitgen.compat.flashinfer._options import LAYOUTS, check_choice, split_cache
 from jitgen.errors import ShapeMismatch
+from jitgen.kv_append import append
 
 
 def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -70,17 +67,18 @@ def append_paged_kv_cache(
     """Write the keys and values of new tokens to their places in a paged cache.
 
     A token with a negative batch index or position is skipped. The page lists must already hold the pages of the new tokens.
+    What does not fit an 8-bit cache saturates.
 
     Shapes:  append_key, append_value [nnz, num_kv_heads, head_dim]; batch_indices, positions [nnz]; paged_kv_cache a pair of
              4-D tensors or one 5-D tensor; kv_indices, kv_indptr, kv_last_page_len as in the wrappers' plan().
-    Errors:  ShapeMismatch, UnsupportedOption.
-    Cost:    torch operations, no wait; capturable.
+    Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedOption.
+    Cost:    one kernel, no wait; capturable.
     """
     check_choice("kv_layout", kv_layout, LAYOUTS)
-    k_cache, v_cache = split_cache(paged_kv_cache, kv_layout)
-    for name, new, cache in (("append_key", append_key, k_cache), ("append_value", append_value, v_cache)):
+    caches = split_cache(paged_kv_cache, kv_layout)
+    for name, new, cache in zip(("append_key", "append_value"), (append_key, append_value), caches, strict=True):
         check_rows(name, new, cache, positions)
-    scatter_rows((append_key, append_value), (k_cache, v_cache), batch_indices, positions, kv_indices, kv_indptr)
+    append(caches, append_key, append_value, (kv_indptr, kv_indices), positions, batch_indices)
 
 
 def append_paged_mla_kv_cache(
@@ -101,7 +99,7 @@ def append_paged_mla_kv_cache(
     """
     for name, new, cache in (("append_ckv", append_ckv, ckv_cache), ("append_kpe", append_kpe, kpe_cache)):
         check_rows(name, new, cache, positions)
-    scatter_rows((append_ckv, append_kpe), (ckv_cache, kpe_cache), batch_indices, positions, kv_indices, kv_indptr)
+    append((ckv_cache, kpe_cache), append_ckv, append_kpe, (kv_indptr, kv_indices), positions, batch_indices)
 
 
 def check_rows(name: str, new: torch.Tensor, cache: torch.Tensor, positions: torch.Tensor) -> None:
@@ -110,34 +108,3 @@ def check_rows(name: str, new: torch.Tensor, cache: torch.Tensor, positions: tor
         raise ShapeMismatch(f"{name} has rows {tuple(new.shape[1:])}, the cache has {tuple(cache.shape[2:])}. Both must match.")
     if positions.shape[0] != new.shape[0]:
         raise ShapeMismatch(f"{name} has {new.shape[0]} tokens, positions has {positions.shape[0]}. Both must match.")
-
-
-def scatter_rows(
-    rows: tuple[torch.Tensor, ...],
-    caches: tuple[torch.Tensor, ...],
-    batch_indices: torch.Tensor,
-    positions: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_indptr: torch.Tensor,
-) -> None:
-    """Write rows [nnz, ...] to caches [pages, page_size, ...].
-
-    A row to be skipped writes what the first row that is not skipped writes, to the same place; if all are skipped, the first
-    place is written with what it holds. Neither needs to know on the host how many there are.
-    """
-    if positions.numel() == 0 or kv_indices.numel() == 0:
-        return
-    page_size = caches[0].shape[1]
-    keep = (batch_indices >= 0) & (positions >= 0)
-    any_kept, first = keep.any(), keep.int().argmax()
-    source = torch.where(keep, torch.arange(keep.shape[0], device=keep.device), first)
-    request = torch.where(any_kept, batch_indices.long()[source], 0)
-    position = torch.where(any_kept, positions.long()[source], 0)
-    entry = kv_indptr.long()[request] + position // page_size
-    page = torch.where(any_kept, kv_indices.long()[entry.clamp(max=kv_indices.numel() - 1)], 0)
-    offset = position % page_size
-    for new, cache in zip(rows, caches, strict=True):
-        values = new[source].to(cache.dtype)
-        if cache.element_size() == 1:  # torch scatters no fp8
-            values, cache = values.view(torch.uint8), cache.view(torch.uint8)
-        cache[page, offset] = torch.where(any_kept, values, cache[:1, 0])

@@ -1,18 +1,15 @@
-"""Rotary position embedding: flashinfer.rope.
-
-These are torch operations until jitgen has a kernel for them: correct, capturable in a CUDA graph, without a wait for the
-device. Angles, sines and products are float32, whatever the dtype of q and k.
-"""
+"""Rotary position embedding: flashinfer.rope, over jitgen.rope: one kernel a call, arithmetic in float32."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from jitgen.compat.flashinfer._rope_quantize import mla_rope_quantize_fp8, rope_quantize_fp8  # noqa: F401
 from jitgen.errors import ShapeMismatch, UnsupportedDtype
+from jitgen.rotary import rope
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+Where = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 def apply_rope(
@@ -33,7 +30,7 @@ def apply_rope(
              rotary_dim / 2), or with interleave (2 i, 2 i + 1).
     Errors:  ShapeMismatch.
     """
-    return rotate_both(q, k, positions_of(indptr, offsets, q.shape[0]), rotary_dim, interleave, rope_scale, rope_theta)
+    return rotate_both(q, k, (indptr, offsets), rotary_dim, interleave, rope_scale, rope_theta)
 
 
 def apply_rope_inplace(
@@ -47,7 +44,7 @@ def apply_rope_inplace(
     rope_theta: float = 1e4,
 ) -> None:
     """As apply_rope, written back to q and k."""
-    write_back(q, k, apply_rope(q, k, indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta))
+    rotate_both(q, k, (indptr, offsets), rotary_dim, interleave, rope_scale, rope_theta, in_place=True)
 
 
 def apply_rope_pos_ids(
@@ -73,7 +70,7 @@ def apply_rope_pos_ids_inplace(
     rope_theta: float = 1e4,
 ) -> None:
     """As apply_rope_pos_ids, written back to q and k."""
-    write_back(q, k, rotate_both(q, k, pos_ids, rotary_dim, interleave, rope_scale, rope_theta))
+    rotate_both(q, k, pos_ids, rotary_dim, interleave, rope_scale, rope_theta, in_place=True)
 
 
 def apply_llama31_rope(
@@ -95,7 +92,7 @@ def apply_llama31_rope(
              between low_freq_factor and high_freq_factor turns of f.
     """
     smooth = (low_freq_factor, high_freq_factor, old_context_len)
-    return rotate_both(q, k, positions_of(indptr, offsets, q.shape[0]), rotary_dim, interleave, rope_scale, rope_theta, smooth)
+    return rotate_both(q, k, (indptr, offsets), rotary_dim, interleave, rope_scale, rope_theta, smooth)
 
 
 def apply_llama31_rope_inplace(
@@ -113,8 +110,7 @@ def apply_llama31_rope_inplace(
 ) -> None:
     """As apply_llama31_rope, written back to q and k."""
     smooth = (low_freq_factor, high_freq_factor, old_context_len)
-    positions = positions_of(indptr, offsets, q.shape[0])
-    write_back(q, k, rotate_both(q, k, positions, rotary_dim, interleave, rope_scale, rope_theta, smooth))
+    rotate_both(q, k, (indptr, offsets), rotary_dim, interleave, rope_scale, rope_theta, smooth, in_place=True)
 
 
 def apply_llama31_rope_pos_ids(
@@ -148,7 +144,7 @@ def apply_llama31_rope_pos_ids_inplace(
 ) -> None:
     """As apply_llama31_rope_pos_ids, written back to q and k."""
     smooth = (low_freq_factor, high_freq_factor, old_context_len)
-    write_back(q, k, rotate_both(q, k, pos_ids, rotary_dim, interleave, rope_scale, rope_theta, smooth))
+    rotate_both(q, k, pos_ids, rotary_dim, interleave, rope_scale, rope_theta, smooth, in_place=True)
 
 
 def apply_rope_with_cos_sin_cache(
@@ -166,15 +162,9 @@ def apply_rope_with_cos_sin_cache(
     Units:   is_neox: a pair is (i, i + rotary_dim / 2), else (2 i, 2 i + 1).
     Errors:  UnsupportedDtype if the table is not float32; ShapeMismatch.
     """
-    if cos_sin_cache.dtype != torch.float32:
-        raise UnsupportedDtype(f"cos_sin_cache has dtype {cos_sin_cache.dtype}, expected float32: keep it with .float().")
-    for name, t in (("query", query), ("key", key)):
-        if t.dim() != 2 or t.shape[1] % head_size:
-            raise ShapeMismatch(f"{name} has shape {tuple(t.shape)}, expected [nnz, heads * {head_size}].")
-    cos, sin = cos_sin_cache[positions.long()].unsqueeze(1).chunk(2, dim=-1)
-    rotated = (rotate(t.view(t.shape[0], -1, head_size), cos, sin, not is_neox) for t in (query, key))
-    q, k = (new.reshape(t.shape) for new, t in zip(rotated, (query, key), strict=True))
-    return q, k
+    q, k = heads_of(query, key, head_size, cos_sin_cache)
+    rotated = rope(q, k, positions, interleave=not is_neox, cos_sin=cos_sin_cache)
+    return rotated[0].view(query.shape), rotated[1].view(key.shape)  # type: ignore[union-attr]
 
 
 def apply_rope_with_cos_sin_cache_inplace(
@@ -186,10 +176,42 @@ def apply_rope_with_cos_sin_cache_inplace(
     is_neox: bool = True,
 ) -> None:
     """As apply_rope_with_cos_sin_cache, written back to query and key."""
-    write_back(query, key, apply_rope_with_cos_sin_cache(positions, query, key, head_size, cos_sin_cache, is_neox))
+    q, k = heads_of(query, key, head_size, cos_sin_cache)
+    rope(q, k, positions, interleave=not is_neox, cos_sin=cos_sin_cache, out=(q, k))
 
 
 # ---- what they are made of ------------------------------------------------------------------------------------------------
+
+
+def rotate_both(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    where: Where,
+    rotary_dim: int | None,
+    interleave: bool,
+    scale: float,
+    theta: float,
+    smooth: tuple[float, float, int] | None = None,
+    in_place: bool = False,
+) -> Pair:
+    """q and k [nnz, heads, head_dim] rotated; ``where``: positions, or the bounds and first positions of requests."""
+    rows = q.shape[0] if isinstance(where, tuple) else where.shape[0]
+    if k.shape[0] != q.shape[0] or rows != q.shape[0]:
+        raise ShapeMismatch(f"q has {q.shape[0]} rows, k has {k.shape[0]}, there are {rows} positions. All must match.")
+    return rope(
+        q, k, where, theta=theta, scale=scale, rotary_dim=rotary_dim, interleave=interleave, llama31=smooth,
+        out=(q, k) if in_place else None,
+    )  # type: ignore[return-value]  # fmt: skip
+
+
+def heads_of(query: torch.Tensor, key: torch.Tensor, head_size: int, table: torch.Tensor) -> Pair:
+    """query and key [nnz, heads * head_size] as views [nnz, heads, head_size]."""
+    if table.dtype != torch.float32:
+        raise UnsupportedDtype(f"cos_sin_cache has dtype {table.dtype}, expected float32: keep it with .float().")
+    for name, t in (("query", query), ("key", key)):
+        if t.dim() != 2 or t.shape[1] % head_size:
+            raise ShapeMismatch(f"{name} has shape {tuple(t.shape)}, expected [nnz, heads * {head_size}].")
+    return query.unflatten(1, (-1, head_size)), key.unflatten(1, (-1, head_size))
 
 
 def positions_of(indptr: torch.Tensor, offsets: torch.Tensor, nnz: int) -> torch.Tensor:
@@ -204,62 +226,3 @@ def positions_of(indptr: torch.Tensor, offsets: torch.Tensor, nnz: int) -> torch
     inside = (request >= 0) & (row < indptr[-1])
     request = torch.where(inside, request, 0)
     return torch.where(inside, row - indptr[request] + offsets[request], 0)
-
-
-def frequencies(
-    rotary_dim: int, theta: float, scale: float, smooth: tuple[float, float, int] | None, device: torch.device
-) -> torch.Tensor:
-    """Radians by which each pair turns from one position to the next, float32 [rotary_dim / 2]."""
-    # float64: an error of a frequency is multiplied by the position
-    plain = theta ** (-torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float64) / rotary_dim)
-    if smooth is None:
-        return (plain / scale).float()
-    low, high, length = smooth
-    turns = plain * length / (2 * math.pi)
-    s = ((turns - low) / (high - low)).clamp(0, 1)
-    return ((1 - s) * plain / scale + s * plain).float()
-
-
-def rotate_both(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    positions: torch.Tensor,
-    rotary_dim: int | None,
-    interleave: bool,
-    scale: float,
-    theta: float,
-    smooth: tuple[float, float, int] | None = None,
-) -> Pair:
-    """Rotated copies of q and k [nnz, heads, head_dim]."""
-    if positions.shape != q.shape[:1] or k.shape[0] != q.shape[0]:
-        raise ShapeMismatch(
-            f"q has {q.shape[0]} rows, k has {k.shape[0]}, positions have shape {tuple(positions.shape)}. All must match."
-        )
-    cos, sin = cos_sin(positions, q.shape[-1] if rotary_dim is None else rotary_dim, scale, theta, smooth)
-    return rotate(q, cos, sin, interleave), rotate(k, cos, sin, interleave)
-
-
-def cos_sin(
-    positions: torch.Tensor, rotary_dim: int, scale: float, theta: float, smooth: tuple[float, float, int] | None = None
-) -> Pair:
-    """Cosine and sine of each position and pair, float32 [nnz, 1, rotary_dim / 2]."""
-    angles = positions[:, None, None].float() * frequencies(rotary_dim, theta, scale, smooth, positions.device)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
-    """A copy of x [..., head_dim] with the pairs of its first elements turned; the rest passes through."""
-    half = cos.shape[-1]
-    if 2 * half > x.shape[-1]:
-        raise ShapeMismatch(f"rotary_dim is {2 * half}, the heads have {x.shape[-1]} elements. It may not be larger.")
-    turned = x[..., : 2 * half].float()
-    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleave else (turned[..., :half], turned[..., half:])
-    pair = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(pair, -1).flatten(-2) if interleave else torch.cat(pair, -1)
-    return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), -1)
-
-
-def write_back(q: torch.Tensor, k: torch.Tensor, rotated: Pair) -> None:
-    """Overwrite q and k."""
-    q.copy_(rotated[0])
-    k.copy_(rotated[1])

@@ -12,10 +12,10 @@ namespace jg {
 JITGEN_FN int packed_query(int row, int shift) { return row >> shift; }
 JITGEN_FN int packed_head(int row, int shift) { return row & ((1 << shift) - 1); }
 
-// Heads in a packed row, as a power of two: the largest that divides the group and is at most 8.
-inline int packing_shift(long long group_size) {
+// Heads in a packed row, as a power of two: the largest that divides the group and is at most 8, or 2^most.
+inline int packing_shift(long long group_size, int most = 3) {
   int shift = 0;
-  while (shift < 3 && (group_size >> shift) % 2 == 0) ++shift;
+  while (shift < most && (group_size >> shift) % 2 == 0) ++shift;
   return shift;
 }
 

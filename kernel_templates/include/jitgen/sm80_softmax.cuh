@@ -7,6 +7,15 @@
 
 namespace jg {
 
+template <int kRowTiles, int kTiles> JITGEN_FN void scale_rows(float (&x)[kRowTiles][kTiles][4], const float (&factor)[kRowTiles][2]) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[i][j][e] *= factor[i][e / 2];
+}
+
 // Row maximum and denominator of the rows of one thread. The maximum is agreed by the quad at every tile, the
 // denominator stays a partial sum of the thread's own columns until `finish`.
 template <int kRowTiles> struct OnlineSoftmax {
@@ -17,51 +26,83 @@ template <int kRowTiles> struct OnlineSoftmax {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) row_max[i][0] = row_max[i][1] = -INFINITY, row_sum[i][0] = row_sum[i][1] = 0.0f;
   }
-  // Turns logits into weights and brings O to the new maximum. The old maximum is kept until the new one exceeds it by more
-  // than kSlack (in exponents of two): most tiles leave O alone then, and weights may reach 2^kSlack. A row that has seen
-  // nothing keeps maximum -inf and is shifted by 0 instead, so its weights are exp2(-inf) = 0 and never NaN.
-  template <int kColTiles, int kOutTiles>
-  JITGEN_FN void update(float (&s)[kRowTiles][kColTiles][4], float (&o)[kRowTiles][kOutTiles][4], float units) {
+  // Largest logit of a row of the tile.
+  template <int kColTiles> JITGEN_FN float top_of(const float (&s)[kRowTiles][kColTiles][4], int i, int half) const {
+    float top = ::fmaxf(s[i][0][2 * half], s[i][0][2 * half + 1]);
+#pragma unroll
+    for (int j = 1; j < kColTiles; ++j) top = ::fmaxf(top, ::fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
+    return quad_max(top);
+  }
+  // What is taken from the exponents of a row. A row that has seen nothing keeps maximum -inf and is shifted by 0 instead, so
+  // its weights are exp2(-inf) = 0 and never NaN.
+  JITGEN_FN float shift(int i, int half, float units) const {
+    return row_max[i][half] == -INFINITY ? 0.0f : row_max[i][half] * units;
+  }
+  // Brings the maximum of a row to `top`; returns whether it moved, and in `factor` what O must be multiplied by then. The old
+  // one is kept until it is exceeded by more than kSlack (in exponents of two): most tiles leave O alone, and weights may
+  // reach 2^kSlack.
+  JITGEN_FN bool raise(int i, int half, float top, float units, float& factor) {
     constexpr float kSlack = 8.0f;
-    float factor[kRowTiles][2];
+    const float before = row_max[i][half], now = top * units <= before * units + kSlack ? before : top;
+    row_max[i][half] = now;
+    factor = exp2(before * units - shift(i, half, units));
+    row_sum[i][half] *= factor;
+    return now != before;
+  }
+  // Turns the logits of a row into weights.
+  template <int kColTiles> JITGEN_FN void weigh(float (&s)[kRowTiles][kColTiles][4], int i, int half, float units) {
+    const float taken = shift(i, half, units);
+    float tile_sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+      for (int e = 2 * half; e < 2 * half + 2; ++e) {
+        s[i][j][e] = exp2(::fmaf(s[i][j][e], units, -taken));
+        tile_sum += s[i][j][e];
+      }
+    row_sum[i][half] += tile_sum;
+  }
+  // For logits whose exponents are known to stay within +-reach, and weights of the range of fp32: the maxima of the first tile
+  // of a warp are kept for good, where no weight can reach 2^kRoom then. All rows; returns as above, and sets `factor` if so.
+  template <int kColTiles>
+  JITGEN_FN bool raise_within(float reach, const float (&s)[kRowTiles][kColTiles][4], float (&factor)[kRowTiles][2], float units) {
+    constexpr float kRoom = 80.0f, kLargestReach = 90.0f;   // exp2(kRoom - 2 * kLargestReach) is a normal number still
+    const bool keeps = reach <= kLargestReach;
+    if (keeps && row_max[0][0] != -INFINITY) return false;
     bool moved = false;
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float top = ::fmaxf(s[i][0][2 * half], s[i][0][2 * half + 1]);
-#pragma unroll
-        for (int j = 1; j < kColTiles; ++j) top = ::fmaxf(top, ::fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
-        top = quad_max(top);
-        const float before = row_max[i][half], now = top * units <= before * units + kSlack ? before : top;
-        const float shift = now == -INFINITY ? 0.0f : now * units;
-        factor[i][half] = exp2(before * units - shift);
-        moved |= now != before;
-        row_max[i][half] = now;
-        float tile_sum = 0.0f;
-#pragma unroll
-        for (int j = 0; j < kColTiles; ++j)
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            s[i][j][e] = exp2(::fmaf(s[i][j][e], units, -shift));
-            tile_sum += s[i][j][e];
-          }
-        row_sum[i][half] = row_sum[i][half] * factor[i][half] + tile_sum;
-      }
-    if (__any_sync(0xffffffffu, moved)) {
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-        for (int j = 0; j < kOutTiles; ++j)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) o[i][j][e] *= factor[i][e / 2];
+    for (int r = 0; r < 2 * kRowTiles; ++r) {
+      moved |= raise(r / 2, r % 2, top_of(s, r / 2, r % 2), units, factor[r / 2][r % 2]);
+      if (keeps) row_max[r / 2][r % 2] = ::fmaxf(row_max[r / 2][r % 2], (reach - kRoom) / units);
     }
+    return moved;
+  }
+  template <int kColTiles> JITGEN_FN void weigh(float (&s)[kRowTiles][kColTiles][4], float units) {
+#pragma unroll
+    for (int r = 0; r < 2 * kRowTiles; ++r) weigh(s, r / 2, r % 2, units);
+  }
+  // A tile of logits becomes weights: returns whether a maximum moved, and what O must be multiplied by then.
+  template <int kColTiles> JITGEN_FN bool update(float (&s)[kRowTiles][kColTiles][4], float (&factor)[kRowTiles][2], float units) {
+    bool moved = false;
+#pragma unroll
+    for (int r = 0; r < 2 * kRowTiles; ++r) {
+      moved |= raise(r / 2, r % 2, top_of(s, r / 2, r % 2), units, factor[r / 2][r % 2]);
+      weigh(s, r / 2, r % 2, units);
+    }
+    return moved;
+  }
+  // The same, and O is brought to the new maxima.
+  template <int kColTiles, int kOutTiles>
+  JITGEN_FN void update(float (&s)[kRowTiles][kColTiles][4], float (&o)[kRowTiles][kOutTiles][4], float units) {
+    float factor[kRowTiles][2];
+    const bool moved = update(s, factor, units);
+    if (__any_sync(0xffffffffu, moved)) scale_rows(o, factor);
   }
   // Denominator over the whole row; returns the natural-log LSE. `factor` is what the O row must be multiplied by.
   // `sink` is an extra logit without a value, in natural units (-inf: none).
   JITGEN_FN float finish(int i, int half, float units, float sink, float& factor) {
-    const float largest = row_max[i][half] * (units * kLn2);   // back to natural units
     const float total = quad_sum(row_sum[i][half]);
+    const float largest = total == 0.0f ? -INFINITY : row_max[i][half] * (units * kLn2);   // back to natural units; -inf: no key
     const float top = ::fmaxf(largest, sink);
     if (top == -INFINITY) { factor = 0.0f; return -INFINITY; }
     const float old = exp(largest - top), denominator = total * old + exp(sink - top);

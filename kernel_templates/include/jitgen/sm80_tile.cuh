@@ -67,11 +67,11 @@ template <int kCols> JITGEN_FN unsigned b_fragment_offset(int lane) {
   return SwizzledTile<kCols>::offset((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
 }
 
-// Q fragments of a warp: either held in registers for the whole KV loop, or read again for every KV tile.
-template <int kRowTiles, int kHeadDim, bool kInRegisters> struct QueryFragments {
-  static constexpr int kSteps = kHeadDim / 16;
+// Q fragments of a warp: those of the first kHeld steps stay in registers for the whole KV loop, the others are read again for
+// every KV tile.
+template <int kRowTiles, int kHeadDim, int kHeld> struct QueryFragments {
   unsigned address;
-  unsigned held[kInRegisters ? kSteps : 1][kRowTiles][4];
+  unsigned held[kHeld ? kHeld : 1][kRowTiles][4];
 
   JITGEN_FN void load(unsigned (&a)[kRowTiles][4], int step) const {
 #pragma unroll
@@ -79,24 +79,19 @@ template <int kRowTiles, int kHeadDim, bool kInRegisters> struct QueryFragments 
       load_matrix(a[i], SwizzledTile<kHeadDim>::advance(address, 2 * step) + i * 16 * SwizzledTile<kHeadDim>::kPitch);
   }
   JITGEN_FN void hold() {   // call once the Q tile has arrived
-    if constexpr (kInRegisters) {
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) load(held[step], step);
-    }
+    for (int step = 0; step < kHeld; ++step) load(held[step], step);
   }
   JITGEN_FN void get(unsigned (&a)[kRowTiles][4], int step) const {
-    if constexpr (kInRegisters) {
+    if (step >= kHeld) return load(a, step);
 #pragma unroll
-      for (int i = 0; i < 4 * kRowTiles; ++i) a[i / 4][i % 4] = held[step][i / 4][i % 4];
-    } else {
-      load(a, step);
-    }
+    for (int i = 0; i < 4 * kRowTiles; ++i) a[i / 4][i % 4] = held[step][i / 4][i % 4];
   }
 };
 
 // S = Q K^T. `k_address` is this lane's b-fragment address in the K tile.
-template <class Element, int kRowTiles, int kColTiles, int kHeadDim, bool kInRegisters>
-JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragments<kRowTiles, kHeadDim, kInRegisters>& q,
+template <class Element, int kRowTiles, int kColTiles, int kHeadDim, int kHeld>
+JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragments<kRowTiles, kHeadDim, kHeld>& q,
                            unsigned k_address) {
   using Tile = SwizzledTile<kHeadDim>;
 #pragma unroll
@@ -125,9 +120,9 @@ JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragm
 
 // O += P V. The accumulators of S are already in the order of an A operand, so P needs no shuffle.
 // `v_address` is this lane's a-fragment address in the V tile (the transposing load turns it into a B operand).
-template <class Element, int kRowTiles, int kColTiles, int kOutTiles>
+template <class Element, int kHeadDimV, int kRowTiles, int kColTiles, int kOutTiles>
 JITGEN_FN void multiply_pv(float (&o)[kRowTiles][kOutTiles][4], const float (&p)[kRowTiles][kColTiles][4], unsigned v_address) {
-  using Tile = SwizzledTile<kOutTiles * 8>;
+  using Tile = SwizzledTile<kHeadDimV>;
 #pragma unroll
   for (int step = 0; step < kColTiles / 2; ++step) {
     unsigned a[kRowTiles][4];

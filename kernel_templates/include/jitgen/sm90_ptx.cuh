@@ -39,10 +39,26 @@ JITGEN_FN void barrier_wait(unsigned barrier, unsigned parity) {
       "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// Whether that phase is complete, without waiting.
+JITGEN_FN bool barrier_test(unsigned barrier, unsigned parity) {
+  int done;
+  asm volatile("{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.s32 %0, 1, 0, done;\n}"
+               : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  return done;
+}
+
 // ---- named barriers (ids 1 to 15; `threads` counts arrivers and waiters) ----
 JITGEN_FN void named_sync(unsigned id, unsigned threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 JITGEN_FN void named_arrive(unsigned id, unsigned threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Whether the condition holds in any of the threads, the same for all of them.
+JITGEN_FN bool named_any(unsigned id, unsigned threads, bool condition) {
+  int any;
+  asm volatile("{\n.reg .pred own, any;\nsetp.ne.b32 own, %3, 0;\nbar.red.or.pred any, %1, %2, own;\nselp.s32 %0, 1, 0, any;\n}"
+               : "=r"(any) : "r"(id), "r"(threads), "r"(static_cast<int>(condition)) : "memory");
+  return any;
 }
 
 // ---- bulk tensor copies; coordinates are {element in span, row, span, head, batch} ----
@@ -107,5 +123,9 @@ template <int kStages> struct RingPosition {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
 };
+
+// ---- programmatic dependent launch: no effect in a launch without the attribute ----
+JITGEN_FN void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+JITGEN_FN void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 }  // namespace jg

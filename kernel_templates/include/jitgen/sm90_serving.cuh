@@ -14,11 +14,12 @@ JITGEN_FN void load_query_box(unsigned dst, const Operand& t, unsigned barrier, 
       "[%0], [%1, {%3, %4, %5, %3}], [%2], %6;"
       ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(head), "r"(row), "l"(policy) : "memory");
 }
-// A box of K or V: rows of one span of columns. A box outside of the tensor is zero.
+// A box of K or V: rows of one span of columns. A box outside of the tensor is zero. Called by a whole warp with equal values.
 JITGEN_FN void load_box(unsigned dst, const Operand& t, unsigned barrier, int row, int span, int head, int page, unsigned long long policy) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;"
+      "{\n.reg .pred elected;\nelect.sync _|elected, 0xffffffff;\n"
+      "@elected cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;\n}"
       ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(row), "r"(span), "r"(head * t.head_step), "r"(page * t.batch_step), "l"(policy)
       : "memory");
 }
@@ -43,9 +44,9 @@ inline const char* serving_error_string(int code) {
   return launch_error_string(code);
 }
 
-// Keys that one box copies of a page: the largest power of two that divides the page and the tile. 0: too few for a box.
-inline int box_keys(int64_t page_size, int tile_keys) {
-  int keys = 8;
+// Keys that one box copies of a page: the largest power of two that divides the page and the tile. 0: fewer than `least`.
+inline int box_keys(int64_t page_size, int tile_keys, int least = 8) {
+  int keys = least;
   if (page_size % keys || tile_keys % keys) return 0;
   while (page_size % (2 * keys) == 0 && tile_keys % (2 * keys) == 0) keys *= 2;
   return keys;

@@ -1,0 +1,104 @@
+"""Validation of the inputs of jitgen.append: every error names the argument, what was expected and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from jitgen.checks import dtype_name
+from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
+from jitgen.ir import walk
+from jitgen.kv_hooks import RowProgram, TransformTrace
+from jitgen.kv_spec import BYTES, FLOATS
+from jitgen.kv_tokens import Tokens
+from jitgen.program import Slot
+from jitgen.serving_pages import KV_LAYOUTS
+
+Tensor = torch.Tensor
+CACHE_FORMS = (
+    "a pair of [pages, page_size, num_kv_heads, head_dim], one [pages, 2, page_size, num_kv_heads, head_dim], or without the "
+    "axis of heads a pair of [pages, page_size, head_dim]"
+)
+
+
+def caches_of(kv: object, kv_layout: str) -> tuple[Tensor, Tensor]:
+    """K and V of a cache as [pages, page_size, num_kv_heads, head_dim]."""
+    if kv_layout not in KV_LAYOUTS:
+        raise ShapeMismatch(f"kv_layout={kv_layout!r} is not a layout. Use 'NHD' or 'HND'.")
+    if isinstance(kv, Tensor):
+        if kv.dim() != 5 or kv.shape[1] != 2:
+            raise ShapeMismatch(f"the kv cache has shape {tuple(kv.shape)}, expected {CACHE_FORMS}.")
+        pair: Sequence[Tensor] = kv.unbind(1)
+    elif isinstance(kv, tuple | list) and len(kv) == 2 and all(isinstance(t, Tensor) for t in kv):
+        pair = kv
+    else:
+        raise TypeError(f"the kv cache is a {type(kv).__name__}, expected {CACHE_FORMS}.")
+    found = []
+    for name, t in zip("kv", pair, strict=True):
+        if t.dim() not in (3, 4):
+            raise ShapeMismatch(f"the {name} cache has shape {tuple(t.shape)}, expected {CACHE_FORMS}.")
+        found.append(t.unsqueeze(2) if t.dim() == 3 else t.transpose(1, 2) if kv_layout == "HND" else t)
+    return found[0], found[1]
+
+
+def check_cache(name: str, x: Tensor, cache: Tensor, k: Tensor) -> None:
+    """Rows fit the cache; ``k``: the rows of k, of which those of v must be as many."""
+    if x.shape[0] != k.shape[0]:
+        raise ShapeMismatch(f"v has {x.shape[0]} tokens, k has {k.shape[0]} (axis 0). Both must match.")
+    if tuple(x.shape[1:]) != tuple(cache.shape[2:]):
+        raise ShapeMismatch(
+            f"{name} has {x.shape[1]} heads of {x.shape[2]}, the {name} cache has {cache.shape[2]} of {cache.shape[3]}. "
+            "Both must match; see kv_layout."
+        )
+    if dtype_name(cache.dtype) not in (*FLOATS, *BYTES):
+        allowed = ", ".join((*FLOATS, *BYTES))
+        raise UnsupportedDtype(f"the {name} cache has dtype {dtype_name(cache.dtype)}, expected one of {allowed}.")
+    for what, t in ((name, x), (f"the {name} cache", cache)):
+        if t.device != k.device:
+            raise UnsupportedDevice(f"{what} is on {t.device}, k is on {k.device}. All must be on one device.")
+    if cache.stride(3) != 1 and cache.shape[3] > 1:
+        raise ShapeMismatch(f"the {name} cache has strides {cache.stride()}, expected unit stride along the head dim.")
+
+
+def check_reads(trace: TransformTrace, tokens: Tokens) -> None:
+    """What the transform reads of tokens is known."""
+    turns = trace.k.rope is not None or trace.v.rope is not None
+    if (trace.reads_position or turns) and tokens.positions is None and tokens.q_indptr is None:
+        raise VariantError("the transform uses pos, and with slot_mapping positions are not known. Give positions=.")
+    if trace.reads_request and tokens.batch_indices is None and tokens.q_indptr is None:
+        raise VariantError("the transform uses b, and with slot_mapping requests are not known. Give batch_indices=.")
+
+
+def check_captures(trace: TransformTrace, values: Sequence[object], rows: tuple[Tensor, Tensor]) -> None:
+    """Captured tensors are on the device of the rows and reach as far as heads and elements are indexed."""
+    for slot, value in zip(trace.slots, values, strict=True):
+        if slot.kind == "tensor" and value.device != rows[0].device:  # type: ignore[attr-defined]
+            raise UnsupportedDevice(
+                f"captured tensor '{slot.name}' is on {value.device}, the rows are on {rows[0].device}. "  # type: ignore[attr-defined]
+                f"Move it with {slot.name}.to({str(rows[0].device)!r})."
+            )
+    for program, x in zip((trace.k, trace.v), rows, strict=True):
+        least = {"kv_h": x.shape[1], "d": x.shape[2]}
+        for i, dim, index in _direct_indices(program):
+            _check_reach(trace.slots[i], values[i], dim, index, least[index])  # type: ignore[arg-type]
+
+
+def _direct_indices(program: RowProgram) -> set[tuple[int, int, str]]:
+    """(slot, dimension, index) of the dimensions that generated code reads at exactly kv_h or d, without a clamp."""
+    return {
+        (int(str(n.attr)), dim, str(index.attr))
+        for n in walk(program.before, program.position, program.after)
+        if n.op == "load"
+        for dim, index in enumerate(n.args)
+        if index.op == "index" and index.attr in ("kv_h", "d")
+    }
+
+
+def _check_reach(slot: Slot, value: Tensor, dim: int, index: str, least: int) -> None:
+    if value.shape[dim] < least:
+        over = f"over {least} heads" if index == "kv_h" else f"along a row of {least} elements"
+        raise ShapeMismatch(
+            f"captured tensor '{slot.name}' has size {value.shape[dim]} along axis {dim}, which runs {over}. Give it {least} "
+            "entries."
+        )

@@ -1,0 +1,68 @@
+"""How tensors of a call lie in memory: strides of the output, what a kernel cannot read, copies that it can."""
+
+from __future__ import annotations
+
+import torch
+
+from jitgen.checks import dtype_name
+from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.families import padded_head_dims
+from jitgen.fp8 import FP8
+
+
+def stride_like(q: torch.Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Dense strides for the output: heads inside positions when q is laid out so, else contiguous."""
+    _, heads, length, dim = shape
+    if q.stride(1) < q.stride(2) and heads > 1:
+        return (length * heads * dim, dim, heads * dim, 1)
+    return (heads * length * dim, length * dim, dim, 1)
+
+
+def expanded_stride(t: torch.Tensor, batch: int) -> tuple[int, ...]:
+    """Strides of k or v, with 0 along a batch axis of 1 that serves the whole batch."""
+    stride = t.stride()
+    return (0, *stride[1:]) if t.shape[0] == 1 and batch != 1 else stride
+
+
+def needs_adapting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether a kernel cannot read these as they are: on CUDA rows that are not contiguous or not in 16-byte steps, and an odd
+    head dim; on the CPU 8 bits."""
+    if q.device.type != "cuda":
+        return q.dtype == FP8
+    if padded_head_dims(q.shape[3], v.shape[3], dtype_name(q.dtype)) != (q.shape[3], v.shape[3]):
+        return True
+    return any(not is_row_aligned(t) for t in (q, k, v))
+
+
+def is_row_aligned(t: torch.Tensor) -> bool:
+    """16-byte rows that differ: unit stride along head_dim, every other stride a multiple of 16 bytes, rows not broadcast (a
+    tensor map cannot describe that)."""
+    strides = [t.stride(i) * t.itemsize for i in range(3) if t.shape[i] > 1]
+    return t.stride(3) == 1 and all(s % 16 == 0 for s in strides) and (t.stride(2) != 0 or t.shape[2] <= 1)
+
+
+def pad_columns(t: torch.Tensor, width: int) -> torch.Tensor:
+    """Copy with zero columns appended up to ``width``."""
+    return torch.nn.functional.pad(t, (0, width - t.shape[3])).contiguous()
+
+
+def finished(result: torch.Tensor, out: torch.Tensor | None, q: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """The result in its dtype, in ``out`` where there is one."""
+    if out is None:
+        return result.to(out_dtype)
+    check_out(out, tuple(result.shape), q, out_dtype)
+    return out.copy_(result)
+
+
+def check_out(out: torch.Tensor, shape: tuple[int, ...], q: torch.Tensor, dtype: torch.dtype) -> None:
+    """``out=`` must be what the call would have allocated, up to strides."""
+    if tuple(out.shape) != shape:
+        raise ShapeMismatch(f"out has shape {tuple(out.shape)}, expected {shape}.")
+    if out.dtype != dtype:
+        if q.dtype == FP8:
+            raise UnsupportedDtype(f"out has dtype {out.dtype}, expected {dtype}. Say so: out_dtype={out.dtype}.")
+        raise UnsupportedDtype(f"out has dtype {dtype_name(out.dtype)}, q has {dtype_name(q.dtype)}. Both must match.")
+    if out.device != q.device:
+        raise UnsupportedDevice(f"out is on {out.device}, q is on {q.device}. Both must be on one device.")
+    if out.numel() and (out.stride(3) != 1 or (q.device.type == "cuda" and not is_row_aligned(out))):
+        raise ShapeMismatch(f"out has strides {tuple(out.stride())}, expected unit stride along head_dim (axis 3).")

@@ -1,0 +1,24 @@
+"""Tiles of the sm90_fp8 family: what fits its registers and shared memory, and is fastest on an H100."""
+
+from __future__ import annotations
+
+from jitgen.program import Program
+from jitgen.spec import Tiles
+from jitgen.tiles_sm90 import hook_weight
+
+FP8_HEAD_DIMS = (64, 128, 256)
+
+# head_dim -> (tile_q, tile_kv, stages) by what hooks need of the registers, as in tiles_sm90: little, a producer that
+# searches, gathers of each element.
+TILES = {
+    64: ((192, 128, 3), (192, 128, 3), (192, 64, 3)),
+    128: ((192, 128, 2), (128, 128, 2), (128, 128, 2)),
+    256: ((128, 64, 2), (128, 64, 2), (128, 64, 2)),
+}
+
+
+def fp8_tiles(head_dim: int, head_dim_v: int, program: Program | None = None, *, q_len: int = 1 << 20) -> Tiles:
+    """Tiles of a kernel for one head dim of Q, K and V; ``program`` None: without hooks."""
+    assert head_dim == head_dim_v, "padded_head_dims makes them equal"
+    tile_q, tile_kv, num_stages = TILES[head_dim][0 if program is None else hook_weight(program)]
+    return Tiles(tile_q, tile_kv, num_warps=4 + tile_q // 16, num_stages=num_stages)

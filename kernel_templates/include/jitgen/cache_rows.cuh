@@ -1,0 +1,277 @@
+// Rows of K, V or Q on the GPU: read 16 bytes at a time, transformed, rotated, quantised, written.
+//
+// A row is cut into chunks of kVec elements. A lane of a team has two of them, those that are rotated together if there is a
+// rotation; a team goes through heads of one token, so the angles of its pairs are computed once for all of them.
+#pragma once
+
+#include "jitgen/cuda_math.cuh"
+#include "jitgen/cache_place.h"
+
+namespace jg {
+
+using float32 = float;
+using bfloat16 = bf16_16;
+using float16 = half16;
+
+constexpr int kThreads = 256;
+
+// ---- elements ----
+template <int kBytes> struct WordOf;
+template <> struct WordOf<1> { using Type = unsigned char; };
+template <> struct WordOf<2> { using Type = unsigned short; };
+template <> struct WordOf<4> { using Type = unsigned; };
+template <> struct WordOf<8> { using Type = uint2; };
+template <> struct WordOf<16> { using Type = uint4; };
+
+// kVec elements that are one access to memory.
+template <class T, int kVec> struct Chunk {
+  using Word = typename WordOf<kVec * sizeof(T)>::Type;
+  union { Word word; T values[kVec]; };
+  JITGEN_FN static Chunk load(const T* p) {
+    Chunk chunk;
+    chunk.word = *reinterpret_cast<const Word*>(p);
+    return chunk;
+  }
+  JITGEN_FN void store(T* p) const { *reinterpret_cast<Word*>(p) = word; }
+};
+
+JITGEN_FN float widen(float x) { return x; }
+JITGEN_FN float widen(bf16_16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+JITGEN_FN float widen(half16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
+
+JITGEN_FN void round_to(float x, float& y) { y = x; }
+JITGEN_FN void round_to(float x, bf16_16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+JITGEN_FN void round_to(float x, half16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+JITGEN_FN void round_to(float x, int8& y) {
+  int rounded;   // NaN becomes 0
+  asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(rounded) : "f"(x));
+  y.value = static_cast<signed char>(rounded < -127 ? -127 : rounded);
+}
+
+// Two values at once, as the conversion units take them.
+template <class T> JITGEN_FN void round_pair(float a, float b, T& first, T& second) {
+  round_to(a, first);
+  round_to(b, second);
+}
+JITGEN_FN void round_pair(float a, float b, bf16_16& first, bf16_16& second) {
+  unsigned both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+  first.bits = static_cast<unsigned short>(both);
+  second.bits = static_cast<unsigned short>(both >> 16);
+}
+JITGEN_FN void round_pair(float a, float b, half16& first, half16& second) {
+  unsigned both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+  first.bits = static_cast<unsigned short>(both);
+  second.bits = static_cast<unsigned short>(both >> 16);
+}
+#if __CUDA_ARCH__ >= 890
+JITGEN_FN void round_pair(float a, float b, float8_e4m3fn& first, float8_e4m3fn& second) {
+  unsigned short both;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(b), "f"(a));
+  first.bits = static_cast<unsigned char>(both);
+  second.bits = static_cast<unsigned char>(both >> 8);
+}
+JITGEN_FN void round_pair(float a, float b, float8_e5m2& first, float8_e5m2& second) {
+  unsigned short both;
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(both) : "f"(b), "f"(a));
+  first.bits = static_cast<unsigned char>(both);
+  second.bits = static_cast<unsigned char>(both >> 8);
+}
+#endif
+JITGEN_FN void round_to(float x, float8_e4m3fn& y) { y = to_e4m3(x); }
+JITGEN_FN void round_to(float x, float8_e5m2& y) { y = to_e5m2(x); }
+
+// Cosine and sine of a pair at a position. The fraction of a turn is exact to about 1e-7 at any position.
+JITGEN_FN void turn(Turns turns, int position, float& cosine, float& sine) {
+  const float p = static_cast<float>(position), p_rest = static_cast<float>(position - static_cast<int>(p));
+  const float product = p * turns.high;
+  const float rest = ::fmaf(p, turns.high, -product) + ::fmaf(p, turns.low, p_rest * turns.high);
+  sincospif(2.0f * ((product - ::rintf(product)) + rest), &sine, &cosine);
+}
+
+// ---- shape of a row ----
+constexpr int power_above(int n) { return n <= 1 ? 1 : 2 * power_above((n + 1) / 2); }
+
+template <class S> struct Shape {
+  static constexpr int kVec = S::kVec, kChunks = S::kHeadDim / kVec;
+  static constexpr int kTurned = S::kRotary / (2 * kVec);          // pairs of chunks that are rotated
+  static constexpr int kRest = (kChunks - 2 * kTurned + 1) / 2;   // pairs of the others, the last one perhaps half
+  static constexpr int kPairs = kTurned + kRest;
+  static constexpr int kLanes = power_above(kPairs) < 32 ? power_above(kPairs) : 32;   // of a team
+  static constexpr int kRepeat = (kPairs + kLanes - 1) / kLanes;                       // pairs of a lane
+  static constexpr bool kWhole = kPairs == kLanes * kRepeat && kChunks % 2 == 0;   // every lane has all of its chunks
+  static constexpr int kAhead = S::kAhead;   // heads that are loaded before one is worked on
+  static_assert(S::kHeadDim % kVec == 0 && S::kRotary % (2 * kVec) == 0, "chunks do not fit the row");
+
+  // First element of one of the two chunks of a pair.
+  JITGEN_FN static int first(int pair, int which) {
+    if (pair < kTurned) return (S::kInterleave ? 2 * pair + which : pair + which * kTurned) * kVec;
+    return (kTurned + pair + which * kRest) * kVec;
+  }
+  JITGEN_FN static bool has(int pair, int which) {
+    return kWhole || (pair < kPairs && (which == 0 || pair < kTurned || kTurned + pair + kRest < kChunks));
+  }
+};
+
+// What the functions of a transform see of a row: the elements of this lane, and sums over the team.
+template <class S> struct RowView {
+  using Row = Shape<S>;
+  float x[Row::kRepeat][2][S::kVec];
+  int lane;
+  unsigned team;   // mask of its lanes
+
+  template <class F> JITGEN_FN void each(F f) {
+#pragma unroll
+    for (int r = 0; r < Row::kRepeat; ++r)
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        const int pair = lane + r * Row::kLanes, first = Row::first(pair, which);
+        if (!Row::has(pair, which)) continue;
+#pragma unroll
+        for (int i = 0; i < S::kVec; ++i) f(x[r][which][i], first + i);
+      }
+  }
+  template <class F> JITGEN_FN float sum(F f) {
+    float total = 0.0f;
+    each([&](float v, int i) { total += f(v, i); });
+#pragma unroll
+    for (int step = Row::kLanes / 2; step > 0; step /= 2) total += __shfl_xor_sync(team, total, step);
+    return total;
+  }
+  template <class F> JITGEN_FN float max(F f) {
+    float most = -INFINITY;
+    each([&](float v, int i) { most = jg::max(most, f(v, i)); });
+#pragma unroll
+    for (int step = Row::kLanes / 2; step > 0; step /= 2) most = jg::max(most, __shfl_xor_sync(team, most, step));
+    return most;
+  }
+  // Pairs of elements, in each pair of chunks that is rotated.
+  JITGEN_FN void rotate(const float (&cosine)[Row::kRepeat][S::kVec], const float (&sine)[Row::kRepeat][S::kVec]) {
+#pragma unroll
+    for (int r = 0; r < Row::kRepeat; ++r) {
+      if (lane + r * Row::kLanes >= Row::kTurned) continue;
+#pragma unroll
+      for (int i = 0; i < S::kVec; ++i) {
+        float& first = S::kInterleave ? x[r][2 * i / S::kVec][2 * i % S::kVec] : x[r][0][i];
+        float& second = S::kInterleave ? x[r][(2 * i + 1) / S::kVec][(2 * i + 1) % S::kVec] : x[r][1][i];
+        const float turned = first * cosine[r][i] - second * sine[r][i];
+        second = second * cosine[r][i] + first * sine[r][i];
+        first = turned;
+      }
+    }
+  }
+};
+
+// ---- the rows of a CTA, for the stream S of the generated file ----
+template <class S> JITGEN_FN void store_row(const RowView<S>& row, typename S::Out* to) {
+  using Row = Shape<S>;
+#pragma unroll
+  for (int r = 0; r < Row::kRepeat; ++r)
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const int pair = row.lane + r * Row::kLanes;
+      if (!Row::has(pair, which)) continue;
+      Chunk<typename S::Out, S::kVec> chunk;
+      if constexpr (S::kVec == 1) {
+        round_to(row.x[r][which][0], chunk.values[0]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < S::kVec; i += 2)
+          round_pair(row.x[r][which][i], row.x[r][which][i + 1], chunk.values[i], chunk.values[i + 1]);
+      }
+      chunk.store(to + Row::first(pair, which));
+    }
+}
+
+template <class S> JITGEN_FN void scale_row(const Rows& rows, RowView<S>& row, const Place& place, int64_t h) {
+  if constexpr (S::kScale != Scale::kNone) {
+    float* const where = rows.scale + place.slot * rows.scale_stride_s + h * rows.scale_stride_h;
+    float scale;
+    if constexpr (S::kScale == Scale::kStored) {
+      const float most = row.max([](float v, int) { return ::fabsf(v); });
+      scale = most > 0.0f ? most / S::Out::kMax : 1.0f;
+      if (row.lane == 0) *where = scale;
+    } else {
+      scale = rows.scale ? *where : rows.scale_value;
+    }
+    const float inverse = 1.0f / scale;
+    row.each([&](float& v, int) { v *= inverse; });
+  }
+}
+
+template <class S, class Args> JITGEN_FN void move_rows(const Args& args, int64_t block) {
+  using Row = Shape<S>;
+  using Input = Chunk<typename S::In, S::kVec>;
+  const Rows rows = S::rows(args);
+  const int64_t unit = (block * kThreads + threadIdx.x) / Row::kLanes;
+  const int64_t units_per_token = (rows.num_heads + rows.heads_per_unit - 1) / rows.heads_per_unit;
+  const int64_t token = units_per_token == 1 ? unit : unit / units_per_token;
+  if (token >= args.num_tokens) return;
+  const Place place = find_place<S::kPlaces>(args, token);
+  if (!place.exists) return;
+  RowView<S> row;
+  row.lane = static_cast<int>(threadIdx.x) % Row::kLanes;
+  row.team = Row::kLanes == 32 ? ~0u : ((1u << (Row::kLanes % 32)) - 1) << (threadIdx.x % 32 / Row::kLanes * Row::kLanes);
+
+  float cosine[Row::kRepeat][S::kVec], sine[Row::kRepeat][S::kVec];
+  if constexpr (S::kRotary > 0) {
+    const int position = S::position(args, place.b, place.pos);
+#pragma unroll
+    for (int r = 0; r < Row::kRepeat; ++r) {
+      const int pair = row.lane + r * Row::kLanes;
+#pragma unroll
+      for (int i = 0; i < S::kVec; ++i)
+        if (pair < Row::kTurned) S::angle(args, position, pair * S::kVec + i, cosine[r][i], sine[r][i]);
+    }
+  }
+
+  const int64_t begin = (unit - token * units_per_token) * rows.heads_per_unit;
+  const int64_t end = begin + rows.heads_per_unit < rows.num_heads ? begin + rows.heads_per_unit : rows.num_heads;
+  const auto* const from = static_cast<const typename S::In*>(rows.x) + token * rows.x_stride_t;
+  auto* const to = static_cast<typename S::Out*>(rows.out) + place.page * rows.out_stride_p + place.offset * rows.out_stride_s;
+  const auto load = [&](Input (&chunks)[Row::kRepeat][2], int64_t h) {
+#pragma unroll
+    for (int r = 0; r < Row::kRepeat; ++r)
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        const int pair = row.lane + r * Row::kLanes;
+        if (Row::has(pair, which)) chunks[r][which] = Input::load(from + h * rows.x_stride_h + Row::first(pair, which));
+      }
+  };
+  const auto work = [&](const Input (&chunks)[Row::kRepeat][2], int64_t h) {
+#pragma unroll
+    for (int r = 0; r < Row::kRepeat; ++r)
+#pragma unroll
+      for (int which = 0; which < 2; ++which)
+#pragma unroll
+        for (int i = 0; i < S::kVec; ++i) row.x[r][which][i] = widen(chunks[r][which].values[i]);
+    S::before(args, row, place.b, static_cast<int>(h), place.pos);
+    if constexpr (S::kRotary > 0) row.rotate(cosine, sine);
+    S::after(args, row, place.b, static_cast<int>(h), place.pos);
+    scale_row(rows, row, place, h);
+    store_row<S>(row, to + h * rows.out_stride_h);
+  };
+  Input ahead[Row::kAhead][Row::kRepeat][2];
+  int64_t h = begin;
+  for (; h + Row::kAhead <= end; h += Row::kAhead) {
+#pragma unroll
+    for (int a = 0; a < Row::kAhead; ++a) load(ahead[a], h + a);
+#pragma unroll
+    for (int a = 0; a < Row::kAhead; ++a) work(ahead[a], h + a);
+  }
+  for (; h < end; ++h) {
+    load(ahead[0], h);
+    work(ahead[0], h);
+  }
+}
+
+// ---- host side ----
+// CTAs for the rows of a stream.
+template <class S> int64_t num_blocks(const Rows& rows, int64_t num_tokens) {
+  const int64_t units_per_token = (rows.num_heads + rows.heads_per_unit - 1) / rows.heads_per_unit;
+  const int64_t teams = kThreads / Shape<S>::kLanes;
+  return (num_tokens * units_per_token + teams - 1) / teams;
+}
+
+}  // namespace jg

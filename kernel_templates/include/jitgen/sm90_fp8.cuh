@@ -1,0 +1,173 @@
+// Attention on 8-bit operands (e4m3): wgmma of 32 columns, P in e4m3, V transposed, and where all of it lies.
+//
+// wgmma takes 8-bit operands with the summed index contiguous in shared memory. Q and K lie so; V does not, and
+// transpose_values writes a copy of it once for each launch: tiles [kHeadDimV][kTileKv], one after the other.
+//
+// In that copy the keys of each 16 are reordered, so that the accumulators of S are the A operand of P V without a shuffle.
+// A thread of S holds columns 8 j + 2 quad + {0, 1}, one of an 8-bit A operand four columns 4 quad + {0, 1, 2, 3}: position
+// 4 quad + i of the copy is key 2 quad + i of the first 8 for i < 2, and 2 quad + i - 2 of the second 8 for i >= 2.
+//
+// An 8-bit tile is moved and addressed as one of half as many 16-bit columns: SpanTile<columns / 2>.
+#pragma once
+#include "jitgen/decode_ptx.cuh"
+#include "jitgen/sm90_host.cuh"
+#include "jitgen/sm90_softmax.cuh"
+#include "jitgen/sm90_wgmma.cuh"
+
+namespace jg {
+
+// ---- wgmma: D[64, N] += A[64, 32] * B[32, N] in e4m3; operands as of Wgmma (sm90_wgmma.cuh) ----
+#define JG_DEFINE_FP8_WGMMA(kN, kCount, o0, o1, o2, o3, o4, o5)                                                             \
+  template <> struct Fp8Wgmma<kN> {                                                                                         \
+    static JITGEN_FN void shared(float (&d)[kN / 8][4], unsigned long long a, unsigned long long b, int add) {              \
+      asm volatile(JG_BEGIN(#kN "k32.f32.e4m3.e4m3", o2) " {" JG_TEXT_##kCount "}, %" o0 ", %" o1 ", add, 1, 1;\n}"         \
+                   : JG_ACC_##kCount : "l"(a), "l"(b), "r"(add));                                                           \
+    }                                                                                                                       \
+    static JITGEN_FN void registers(float (&d)[kN / 8][4], const unsigned (&a)[4], unsigned long long b, int add) {         \
+      asm volatile(JG_BEGIN(#kN "k32.f32.e4m3.e4m3", o5) " {" JG_TEXT_##kCount "}, {%" o0 ",%" o1 ",%" o2 ",%" o3 "}, %" o4 ", add, 1, 1;\n}" \
+                   : JG_ACC_##kCount : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                       \
+    }                                                                                                                       \
+  };
+template <int kN> struct Fp8Wgmma;
+JG_DEFINE_FP8_WGMMA(64, 32, "32", "33", "34", "35", "36", "37")
+JG_DEFINE_FP8_WGMMA(128, 64, "64", "65", "66", "67", "68", "69")
+JG_DEFINE_FP8_WGMMA(192, 96, "96", "97", "98", "99", "100", "101")
+JG_DEFINE_FP8_WGMMA(256, 128, "128", "129", "130", "131", "132", "133")
+
+// ---- P ----
+// Weights reach 448, the largest e4m3: exponents are counted from the row maximum plus kWeightBits, and the maximum is kept
+// until another exceeds it by kSlackBits. 4 + 4: weights below 2^-10 (at worst, else 2^-14) of the largest lose precision,
+// those below 2^-13 vanish; without slack O is rescaled in half of the tiles.
+constexpr int kWeightBits = 4, kSlackBits = 4;
+constexpr float kWeightUnit = 1.0f / (1 << kWeightBits);   // what sums of weights must be multiplied by
+
+JITGEN_FN unsigned pack_e4m3(float x0, float x1, float x2, float x3) {   // cvt takes the upper half first
+  unsigned r;
+  asm("{\n.reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n}" : "=r"(r) : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
+  return r;
+}
+// Accumulators as 8-bit A operands.
+template <int kColTiles> JITGEN_FN void pack_fp8_tile(unsigned (&p)[kColTiles / 4][4], const float (&s)[kColTiles][4]) {
+#pragma unroll
+  for (int step = 0; step < kColTiles / 4; ++step)
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const float(&first)[4] = s[4 * step + r / 2 * 2], (&second)[4] = s[4 * step + r / 2 * 2 + 1];
+      p[step][r] = pack_e4m3(first[r % 2 * 2], first[r % 2 * 2 + 1], second[r % 2 * 2], second[r % 2 * 2 + 1]);
+    }
+}
+
+// ---- O in fp32 ----
+// The tensor cores add 8-bit products to about 14 bits of the accumulator, and cut off the rest: over 16k keys that loses a
+// fifth of an O whose terms have one sign. Every kHeldTiles tiles the accumulators are therefore added to sums in shared
+// memory, kept with the row maxima they are measured from. A thread has 16 bytes of each 2 KiB, and 8 for the maxima.
+constexpr int kHeldTiles = 8;
+
+struct Sums { unsigned values, maxima; };   // addresses of one thread
+
+// O += sums
+template <int kOutTiles>
+JITGEN_FN void add_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2], float units) {
+  const float2 before = load_shared_float2(sums.maxima);
+  const float upper = before.x == row_max[0] ? 1.0f : exp2((before.x - row_max[0]) * units);   // equal: both may be -inf
+  const float lower = before.y == row_max[1] ? 1.0f : exp2((before.y - row_max[1]) * units);
+#pragma unroll
+  for (int j = 0; j < kOutTiles; ++j) {
+    const float4 sum = load_shared_float4(sums.values + 2048 * j);
+    o[j][0] = ::fmaf(sum.x, upper, o[j][0]), o[j][1] = ::fmaf(sum.y, upper, o[j][1]);
+    o[j][2] = ::fmaf(sum.z, lower, o[j][2]), o[j][3] = ::fmaf(sum.w, lower, o[j][3]);
+  }
+}
+// sums = O, and O = 0.
+template <int kOutTiles>
+JITGEN_FN void store_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2]) {
+  store_shared(sums.maxima, make_float2(row_max[0], row_max[1]));
+#pragma unroll
+  for (int j = 0; j < kOutTiles; ++j) {
+    store_shared(sums.values + 2048 * j, make_float4(o[j][0], o[j][1], o[j][2], o[j][3]));
+    o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+  }
+}
+
+// ---- V ----
+// Four rows of four bytes become four columns of four.
+JITGEN_FN void transpose_bytes(const unsigned (&rows)[4], unsigned (&columns)[4]) {
+  const unsigned a = __byte_perm(rows[0], rows[1], 0x5140), b = __byte_perm(rows[2], rows[3], 0x5140);
+  const unsigned c = __byte_perm(rows[0], rows[1], 0x7362), d = __byte_perm(rows[2], rows[3], 0x7362);
+  columns[0] = __byte_perm(a, b, 0x5410), columns[1] = __byte_perm(a, b, 0x7632);
+  columns[2] = __byte_perm(c, d, 0x5410), columns[3] = __byte_perm(c, d, 0x7632);
+}
+
+// V of one KV head: `rows` is its first row, `stride` in bytes. A CTA writes one tile; keys past kv_len become zeros, as a
+// weight of 0 would not hide a NaN. A thread takes 32 keys of four columns, so that a warp reads whole rows; the tile leaves
+// by way of shared memory, so that it writes whole lines.
+template <int kHeadDimV, int kTileKv> struct TransposeValues {
+  static constexpr int kLanes = kHeadDimV / 4, kThreads = kLanes * (kTileKv / 32), kTileBytes = kHeadDimV * kTileKv;
+  static constexpr int kChunks = kTileKv / 16;   // of 16 bytes, in a row of the tile
+  static_assert(kTileKv % 64 == 0 && kThreads <= 1024, "unsupported tile");
+
+  // Chunks trade places so that neither a warp's writes nor its reads meet in a bank.
+  static JITGEN_FN unsigned chunk_offset(int row, int chunk) { return row * kTileKv + (chunk ^ (row / 4 & (kChunks - 1))) * 16; }
+
+  static JITGEN_FN void run(const char* rows, long long stride, int first_key, int kv_len, char* tile) {
+    __shared__ __align__(16) char memory[kTileBytes];
+    const unsigned shared = shared_address(memory);
+    const int column = threadIdx.x % kLanes * 4, place = threadIdx.x / kLanes * 32;
+    unsigned values[32];
+#pragma unroll
+    for (int key = 0; key < 32; ++key) {
+      const int at = first_key + place + key;
+      values[key] = at < kv_len ? __ldg(reinterpret_cast<const unsigned*>(rows + at * stride + column)) : 0;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      unsigned out[4][4];   // [quad][column]
+#pragma unroll
+      for (int quad = 0; quad < 4; ++quad) {
+        const int key = 16 * half + 2 * quad;
+        transpose_bytes({values[key], values[key + 1], values[key + 8], values[key + 9]}, out[quad]);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        store_shared(shared + chunk_offset(column + i, place / 16 + half), make_uint4(out[0][i], out[1][i], out[2][i], out[3][i]));
+    }
+    __syncthreads();
+#pragma unroll
+    for (int step = 0; step < kTileBytes / 16 / kThreads; ++step) {
+      const int i = threadIdx.x + step * kThreads;
+      *reinterpret_cast<uint4*>(tile + i * 16) = load_shared_128(shared + chunk_offset(i / kChunks, i % kChunks));
+    }
+  }
+};
+
+// ---- shared memory and registers of a CTA: sm90_geometry.cuh for 8-bit operands ----
+// kSearches: the producer classifies tiles by captured tensors, and spills with 24 registers.
+template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches> struct Fp8Geometry {
+  static constexpr int kGroups = kTileQ / 64;   // consumer warp groups, 64 query rows each
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static_assert(kTileQ % 64 == 0 && kGroups >= 2 && kGroups <= 3 && kTileKv % 64 == 0, "unsupported tile");
+
+  static constexpr int kProducerRegs = kGroups == 2 ? (kSearches ? 40 : 24) : 32;
+  static constexpr int kConsumerRegs = kGroups == 2 ? (kSearches ? 232 : 240) : 160;
+  static constexpr bool kSharedP = kGroups == 3 && kHeadDim >= 128;   // S and O leave no room for P in 160 registers
+
+  // V stages, K stages, Q, P, then sums of O (fp32) and their maxima, over which O leaves in 16 bits, control
+  static constexpr int kGroupQBytes = 64 * kHeadDim;
+  static constexpr int kTileBytes = kTileKv * kHeadDim;   // of a stage of K, and of V
+  static constexpr int kGroupPBytes = 64 * kTileKv;
+  static constexpr int kGroupSumBytes = 64 * kHeadDim * 4;
+  static constexpr int kGroupOBytes = kGroupSumBytes + 1024;
+  static constexpr int kKeyAt = kStages * kTileBytes;
+  static constexpr int kQueryAt = kKeyAt + kStages * kTileBytes;
+  static constexpr int kPAt = kQueryAt + kGroups * kGroupQBytes;
+  static constexpr int kOutputAt = kPAt + (kSharedP ? kGroups * kGroupPBytes : 0);
+  static constexpr int kControlAt = kOutputAt + kGroups * kGroupOBytes;
+  static constexpr int kSharedBytes = kControlAt + static_cast<int>(sizeof(ControlBlock<kStages>));
+  static_assert(kSharedBytes <= 232448, "tile does not fit in shared memory");   // 227 KiB
+  static_assert(kTileBytes % 1024 == 0 && kGroupQBytes % 1024 == 0, "tiles must stay 1024-byte aligned");
+};
+
+}  // namespace jg

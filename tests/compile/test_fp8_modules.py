@@ -1,0 +1,135 @@
+"""Modules of the sm90_fp8 family compiled without a GPU: registers, tensor-core shapes and the copy of V."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from disassembly import disassemble
+from test_sm90_modules import (
+    CONSUMER_REGISTERS,
+    LAUNCH_REGISTERS,
+    alibi,
+    causal_only,
+    every_hook,
+    plain,
+    run,
+    soft_cap_window,
+)
+
+from jitgen import fp8, toolchain
+from jitgen.families import cuda_spec
+from jitgen.ir import walk
+from jitgen.program import Program
+from jitgen.render import render_kernel
+from jitgen.spec import FP8_DTYPE
+from jitgen.target import COMMON_FLAGS, cuda_target
+from jitgen.tiles_fp8 import FP8_HEAD_DIMS
+
+pytestmark = pytest.mark.skipif(
+    toolchain.find_toolkit() is None or toolchain.find_cxx() is None,
+    reason="no complete CUDA toolkit (see 'jitgen doctor')",
+)
+
+
+def scaled(make) -> Program:
+    """The program of a variant with scales of heads, of requests and heads, and of all."""
+    traced = make().trace()
+    q = torch.zeros(2, 32, 1, 64, dtype=fp8.FP8)
+    scales = (torch.ones(32), torch.ones(2, 32), torch.ones(()))
+    return fp8.with_scales(traced.program, traced.values(), q, q, scales)[0]
+
+
+MODULES = [
+    *((make, "plain", head_dim) for head_dim in FP8_HEAD_DIMS for make in (plain, causal_only, every_hook)),
+    *((every_hook, "scaled", head_dim) for head_dim in FP8_HEAD_DIMS),
+    (plain, "scaled", 128),
+    (soft_cap_window, "plain", 64),
+    (soft_cap_window, "scaled", 128),
+    (alibi, "scaled", 256),
+]
+
+
+class Module:
+    """A compiled module: its spec, what the compiler printed, and the instructions of each kernel."""
+
+    def __init__(self, case, directory: Path) -> None:
+        make, scales, head_dim = case
+        program = scaled(make) if scales == "scaled" else make().trace().program
+        self.spec = cuda_spec(program, FP8_DTYPE, (head_dim, head_dim), "sm90_fp8", cuda_target("9.0a"))
+        source = render_kernel(self.spec)
+        for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
+            file = directory / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        self.binary = directory / "kernel.cubin"
+        command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *COMMON_FLAGS]
+        command += ["-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", f"-I{directory / 'include'}", "-cubin"]
+        self.output = run([*command, "-o", str(self.binary), str(directory / "kernel.cu")])
+        self._sass: dict[str, str] | None = None
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.spec.tiles.num_warps
+
+    def sass(self, kernel: str) -> str:
+        if self._sass is None:
+            _, *parts = re.split(r"Function : (\S+)", disassemble(self.binary))
+            self._sass = dict(zip(parts[::2], parts[1::2], strict=True))
+        (text,) = (text for name, text in self._sass.items() if kernel in name)
+        return text
+
+    def registers(self, kernel: str) -> int:
+        """What ptxas says a kernel is launched with."""
+        found = re.search(rf"Compiling entry function '\w*{kernel}\w*'.*?Used (\d+) registers", self.output, re.DOTALL)
+        assert found, self.output
+        return int(found[1])
+
+
+@pytest.fixture(scope="module", params=MODULES, ids=lambda case: f"{case[0].__name__}-{case[1]}-hd{case[2]}")
+def module(request, tmp_path_factory):
+    return Module(request.param, tmp_path_factory.mktemp("module"))
+
+
+def test_module_spills_nothing(module):
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", module.output)
+    assert spills == [("0", "0", "0")] * 2, module.output
+
+
+def test_module_has_no_serialised_products(module):
+    assert not re.findall(r".*C75\d\d.*", module.output)
+
+
+def test_module_keeps_to_its_registers(module):
+    assert module.registers("attention_kernel") == LAUNCH_REGISTERS[module.threads]
+    highest = max(int(n) for n in re.findall(r"\bR(\d+)\b", module.sass("attention_kernel")))
+    assert highest < CONSUMER_REGISTERS[module.threads]
+
+
+def test_module_multiplies_in_8_bits(module):
+    text, tiles = module.sass("attention_kernel"), module.spec.tiles
+    shapes = set(re.findall(r"GMMA\.(\S+)", text))
+    kinds = {f"64x{n}x32.F32.E4M3.E4M3" for n in (tiles.tile_kv, module.spec.head_dim)}
+    assert shapes == kinds
+    for name in ("UTMALDG", "UTMASTG", "SYNCS", "STSM"):
+        assert name in text, f"no {name}"
+    assert text.count("USETMAXREG") == 2
+    assert not re.findall(r"\b(?:LDL|STL)\b", text)
+
+
+def test_weights_are_packed_without_shuffles(module):
+    """Two conversions make four weights, the second by merging; only maxima and denominators cross lanes."""
+    text, tiles, mask = module.sass("attention_kernel"), module.spec.tiles, module.spec.program.mask
+    assert len(re.findall(r"F2FP\.SATFINITE\.E4M3\.F32\.PACK_AB_MERGE_C", text)) == 2 * tiles.tile_kv // 4  # two copies
+    if mask is None or "load" not in {n.op for n in walk(mask)}:  # a producer that searches shuffles too
+        assert len(re.findall(r"\bSHFL\.BFLY", text)) == 2 * 4 + 4
+
+
+def test_copy_of_v_reads_rows_and_writes_16_bytes(module):
+    text, tiles = module.sass("transpose_values"), module.spec.tiles
+    assert text.count("LDG.E.CONSTANT") == 32
+    assert text.count("STS.128") == text.count("LDS.128") == text.count("STG.E.128") == 8
+    assert not re.findall(r"\b(?:LDL|STL)\b", text)
+    assert module.spec.head_dim // 4 * (tiles.tile_kv // 32) <= 1024

@@ -1,0 +1,342 @@
+"""The 8-bit kernel against attention in float64 on the dequantised inputs.
+
+The yardstick is float64 attention whose weights alone are rounded to e4m3, with the maximum of a row at 2**4.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import jitgen
+from jitgen import reference, runtime
+from jitgen.errors import UnsupportedDtype, UnsupportedVariant, VariantError
+
+E4M3 = torch.float8_e4m3fn
+TIMES_ROUNDED = 1.2  # error allowed, as a multiple of the yardstick's: 2-norms against float64
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+hopper = pytest.mark.skipif(not HOPPER, reason="the sm90_fp8 family needs compute capability 9.0")
+
+
+def causal(b, h, q_idx, kv_idx):
+    return kv_idx <= q_idx
+
+
+def inputs(batch, heads, kv_heads, q_len, kv_len, head_dim, head_dim_v=None, mean=0.0):
+    generator = torch.Generator("cuda").manual_seed(q_len * 1000 + kv_len)
+
+    def random(*shape, mean=0.0):
+        return (torch.randn(shape, generator=generator, device="cuda") + mean).to(E4M3)
+
+    return (
+        random(batch, heads, q_len, head_dim),
+        random(batch, kv_heads, kv_len, head_dim),
+        random(batch, kv_heads, kv_len, head_dim_v or head_dim, mean=mean),
+    )
+
+
+def random_scales(*shape):
+    return torch.rand(shape, generator=torch.Generator("cuda").manual_seed(sum(shape)), device="cuda") + 0.5
+
+
+def scaled(t, scale):
+    """``t`` in float64, multiplied as documented."""
+    if scale is None:
+        return t.double()
+    scale = torch.as_tensor(scale, dtype=torch.float64, device="cuda")
+    return t.double() * (scale if scale.numel() == 1 else scale.reshape(-1, t.shape[1], 1, 1))
+
+
+def relative_error(got, want):
+    assert not got.isnan().any()
+    return ((got.double() - want).norm() / want.norm().clamp_min(1e-300)).item()
+
+
+def rounded_attention(q, k, v, mask_mod=None, q_offset=None):
+    """Plain attention with weights rounded to e4m3, all else float64."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.double().expand(q.shape[0], -1, -1, -1).repeat_interleave(group, 1) for t in (k, v))
+    logits = q.double() @ k.mT / math.sqrt(q.shape[3])
+    if mask_mod is not None:
+        offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+        rows = torch.arange(q.shape[2], device="cuda")[:, None] + offset
+        logits = logits.masked_fill(~mask_mod(0, 0, rows, torch.arange(k.shape[2], device="cuda")), -math.inf)
+    top = logits.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+    weights = torch.exp(logits - top) * 2**4
+    return torch.nan_to_num(weights.float().to(E4M3).double() @ v / weights.sum(-1, keepdim=True))
+
+
+def assert_as_accurate_as_rounded_weights(got, want, yardstick):
+    error, bound = relative_error(got, want), TIMES_ROUNDED * relative_error(yardstick, want)
+    assert error <= bound + torch.finfo(got.dtype).eps / 2, f"error {error:.4f}, of rounded weights {bound / TIMES_ROUNDED:.4f}"
+
+
+def poison(like):
+    """Leave NaN in the memory that the next output and workspace will get."""
+    for _ in range(3):
+        torch.full_like(like, math.nan)
+        torch.full((like.numel(),), 0x7F, dtype=torch.uint8, device="cuda")  # NaN in e4m3
+
+
+@hopper
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("length", [1, 63, 65, 127, 257, 515, 1100])
+@pytest.mark.parametrize("mask_mod", [None, causal], ids=["full", "causal"])
+def test_kernel_is_as_accurate_as_rounded_weights(head_dim, length, mask_mod):
+    q, k, v = inputs(2, 4, 4, length, length, head_dim)
+    want, want_lse = reference.attention(*(t.double() for t in (q, k, v)), mask_mod=mask_mod, return_lse=True)
+    poison(q)
+    got, lse = jitgen.attention(q, k, v, mask_mod=mask_mod, return_lse=True)
+    assert got.dtype == torch.bfloat16
+    assert_as_accurate_as_rounded_weights(got, want, rounded_attention(q, k, v, mask_mod))
+    torch.testing.assert_close(lse.double(), want_lse, atol=2e-3, rtol=1e-4)  # q . k is summed in about 14 bits
+
+
+@hopper
+@pytest.mark.parametrize("q_len, kv_len", [(1, 1), (1, 300), (5, 1000), (64, 129), (130, 2257), (300, 7), (129, 64)])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2), (6, 1)])
+@pytest.mark.parametrize("q_index", ["absolute", "local"])
+def test_kernel_counts_queries_from_the_end_of_the_keys(q_len, kv_len, heads, kv_heads, q_index):
+    offset = kv_len - q_len if q_index == "absolute" else 0
+    if offset < 0:
+        pytest.skip("q_idx would be negative")
+    q, k, v = inputs(2, heads, kv_heads, q_len, kv_len, 128)
+    want, want_lse = reference.attention(*(t.double() for t in (q, k, v)), mask_mod=causal, q_index=q_index, return_lse=True)
+    poison(q)
+    got, lse = jitgen.attention(q, k, v, mask_mod=causal, q_index=q_index, return_lse=True)
+    assert_as_accurate_as_rounded_weights(got, want, rounded_attention(q, k, v, causal, offset))
+    torch.testing.assert_close(lse.double(), want_lse, atol=2e-3, rtol=1e-4)
+
+
+@hopper
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_long_rows_of_one_sign_are_summed_in_float32(head_dim):
+    """In the accumulators of the tensor cores alone 16384 keys lose 18 % of such an output."""
+    q, k, v = inputs(1, 2, 1, 70, 16384, head_dim, mean=1.0)
+    want = reference.attention(*(t.double() for t in (q, k, v)))
+    assert relative_error(jitgen.attention(q, k, v), want) < 0.02
+
+
+SCALES = {
+    "numbers": (0.5, 3, 0.25),
+    "per_head": ((8,), (2,), (2,)),
+    "per_request_and_head": ((3, 8), (3, 2), (3, 2)),
+    "of_v_alone": (None, None, (2,)),
+    "of_one_element": ((1,), 0.5, (1,)),
+}
+
+
+@hopper
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shapes", SCALES.values(), ids=SCALES)
+def test_scales_multiply_the_inputs(shapes, out_dtype):
+    q, k, v = inputs(3, 8, 2, 200, 333, 128)
+    scales = [random_scales(*s) if isinstance(s, tuple) else s for s in shapes]
+    exact = [scaled(t, s) for t, s in zip((q, k, v), scales, strict=True)]
+    named = dict(zip(("scale_q", "scale_k", "scale_v"), scales, strict=True))
+    got = jitgen.attention(q, k, v, mask_mod=causal, out_dtype=out_dtype, **named)
+    assert got.dtype == out_dtype
+    want = reference.attention(*exact, mask_mod=causal)
+    assert_as_accurate_as_rounded_weights(got, want, rounded_attention(*exact, causal))
+
+
+@hopper
+def test_new_values_of_scales_compile_nothing():
+    q, k, v = inputs(1, 4, 2, 100, 100, 64)
+    for scale in (random_scales(4), random_scales(4) + 1.0):
+        jitgen.attention(q, k, v, scale_q=scale, scale_k=2.0)
+        known = len(runtime.loaded_kernels())
+    jitgen.attention(q, k, v, scale_q=random_scales(4), scale_k=0.5)
+    assert len(runtime.loaded_kernels()) == known
+
+
+def soft_cap_window():
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: 5.0 * torch.tanh(s / 5.0),
+        mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (q_idx - kv_idx < 300),
+    )
+
+
+def alibi():
+    slopes = torch.linspace(0.01, 0.5, 8, device="cuda")
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + slopes[h] * (kv_idx - q_idx), mask_mod=causal)
+
+
+def documents():
+    doc = torch.arange(2000, device="cuda") // 171
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: doc[q_idx] == doc[kv_idx])
+
+
+def scattered():
+    """Every third run of 70 keys: tiles are skipped in the middle of a row."""
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx // 70) % 5 == q_idx // 64 % 5)
+
+
+def sink():
+    return jitgen.Variant(mask_mod=causal, sink=torch.linspace(-1.0, 3.0, 8, device="cuda"))
+
+
+def every_hook():
+    doc, gate = torch.arange(2000, device="cuda") // 500, torch.linspace(-1.0, 1.0, 8, device="cuda")
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: 5.0 * torch.tanh(s / 5.0),
+        mask_mod=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx),
+        sink=torch.linspace(-1.0, 1.0, 8, device="cuda"),
+        output_transform=lambda o, lse, b, h, q_idx: o * torch.sigmoid(gate[h]),
+        lse_transform=lambda lse, b, h, q_idx: lse * 1.4426950408889634,
+    )
+
+
+@hopper
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("scales", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("make", [soft_cap_window, alibi, documents, scattered, sink, every_hook])
+def test_hooks_see_scaled_scores_and_outputs(make, scales, head_dim):
+    q, k, v = inputs(2, 8, 4, 700, 1500, head_dim)
+    given = (random_scales(8), random_scales(2, 4), random_scales(4)) if scales else (None, None, None)
+    exact = [scaled(t, s) for t, s in zip((q, k, v), given, strict=True)]
+    named = dict(zip(("scale_q", "scale_k", "scale_v"), given, strict=True))
+    want, want_lse = reference.attention(*exact, make(), return_lse=True)
+    poison(q)
+    got, lse = jitgen.attention(q, k, v, make(), return_lse=True, **named)
+    assert relative_error(got, want) < 0.035  # rounded weights: 0.021 to 0.03
+    torch.testing.assert_close(lse.double(), want_lse, atol=5e-3, rtol=1e-3)
+
+
+@hopper
+def test_rows_without_keys_are_zero_with_lse_minus_infinity():
+    q, k, v = inputs(1, 2, 2, 200, 300, 128)
+    poison(q)
+    out, lse = jitgen.attention(q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: (q_idx < 230) & (kv_idx < 3), return_lse=True)
+    empty = torch.arange(100, 300, device="cuda") >= 230
+    assert (out[:, :, empty] == 0).all() and (lse[:, :, empty] == -math.inf).all()
+    assert (out[:, :, ~empty] != 0).any() and lse[:, :, ~empty].isfinite().all()
+
+
+@hopper
+def test_no_keys_at_all_give_zeros():
+    q, k, v = inputs(2, 2, 2, 5, 0, 64)
+    out, lse = jitgen.attention(q, k, v, return_lse=True)
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
+@hopper
+def test_nan_in_excluded_tiles_of_v_does_not_reach_the_output():
+    q, k, v = inputs(1, 2, 2, 140, 600, 128)
+    want = jitgen.attention(q, k[:, :, :37], v[:, :, :37])
+    v[:, :, 256:] = math.nan  # whole tiles; inside a tile 0 * NaN is NaN, as in torch
+    got = jitgen.attention(q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx < 37)
+    torch.testing.assert_close(got, want, atol=4e-3, rtol=2e-2)
+
+
+@hopper
+@pytest.mark.parametrize("head_dim, head_dim_v", [(40, 40), (72, 96), (192, 128)])
+def test_kernel_takes_head_dims_between_the_supported_ones(head_dim, head_dim_v):
+    q, k, v = inputs(2, 4, 2, 130, 200, head_dim, head_dim_v)
+    want = reference.attention(*(t.double() for t in (q, k, v)))
+    assert_as_accurate_as_rounded_weights(jitgen.attention(q, k, v), want, rounded_attention(q, k, v))
+
+
+LAYOUTS = {
+    "heads_inside_positions": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "head_dim_strided": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "every_other_row": lambda t: t.repeat_interleave(2, dim=2)[:, :, ::2],
+    "rows_of_72_bytes": lambda t: torch.nn.functional.pad(t, (0, 8))[..., :64],
+    "off_by_one_element": lambda t: torch.nn.functional.pad(t.flatten(), (1, 0))[1:].view(t.shape),
+}
+
+
+@hopper
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernel_takes_any_strides(layout):
+    q, k, v = inputs(2, 4, 2, 33, 100, 64)
+    want = jitgen.attention(q, k, v, mask_mod=causal)
+    assert torch.equal(jitgen.attention(*(LAYOUTS[layout](t) for t in (q, k, v)), mask_mod=causal), want)
+
+
+@hopper
+def test_keys_of_batch_one_serve_the_whole_batch():
+    q, k, v = inputs(3, 4, 4, 33, 170, 64)
+    want = reference.attention(q.double(), k[:1].double(), v[:1].double())
+    got = jitgen.attention(q, k[:1], v[:1])
+    assert_as_accurate_as_rounded_weights(got, want, rounded_attention(q, k[:1], v[:1]))
+    shared = k[:, :1].expand(-1, 4, -1, -1), v[:, :1].expand(-1, 4, -1, -1)
+    assert torch.equal(jitgen.attention(q, *shared), jitgen.attention(q, *(t.contiguous() for t in shared)))
+
+
+@hopper
+def test_many_requests_fit_the_grid():
+    q, k, v = inputs(70000, 1, 1, 1, 2, 64)
+    want = reference.attention(*(t.double() for t in (q, k, v)))
+    assert_as_accurate_as_rounded_weights(jitgen.attention(q, k, v), want, rounded_attention(q, k, v))
+
+
+@hopper
+def test_negative_scale_turns_the_order_of_keys():
+    q, k, v = inputs(1, 2, 2, 100, 200, 64)
+    want = reference.attention(*(t.double() for t in (q, k, v)), scale=-0.125)
+    assert_as_accurate_as_rounded_weights(jitgen.attention(q, k, v, scale=-0.125), want, rounded_attention(-q.float(), k, v))
+    got = jitgen.attention(q, k, v, scale_k=-torch.ones(2, device="cuda"))
+    assert_as_accurate_as_rounded_weights(got, want, rounded_attention(-q.float(), k, v))
+
+
+@hopper
+def test_results_are_the_same_from_run_to_run():
+    q, k, v = inputs(2, 8, 2, 1300, 2600, 128)
+    first = jitgen.attention(q, k, v, mask_mod=causal)
+    for _ in range(20):
+        assert torch.equal(jitgen.attention(q, k, v, mask_mod=causal), first)
+
+
+@hopper
+def test_kernel_is_captured_in_a_graph():
+    q, k, v = inputs(1, 4, 2, 300, 300, 128)
+    want = jitgen.attention(q, k, v, mask_mod=causal)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = jitgen.attention(q, k, v, mask_mod=causal)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, want)
+
+
+@hopper
+def test_calls_on_two_streams_have_workspaces_of_their_own():
+    a, b = inputs(1, 8, 8, 700, 4000, 128), inputs(1, 8, 8, 701, 4000, 128)
+    want = [jitgen.attention(*t) for t in (a, b)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        got = []
+        for stream, t in zip(streams, (a, b), strict=True):
+            with torch.cuda.stream(stream):
+                got.append(jitgen.attention(*t))
+        torch.cuda.synchronize()
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+class Sigmoid(jitgen.OnlineNorm):
+    """Weights sigmoid(score)."""
+
+    state = {}  # noqa: RUF012
+
+    def update(self, s, st):
+        return torch.sigmoid(s), 1.0, st
+
+
+@hopper
+def test_what_the_kernel_does_not_do_is_refused():
+    q, k, v = inputs(1, 2, 2, 10, 10, 64)
+    with pytest.raises(UnsupportedVariant, match="weights of any size"):
+        jitgen.attention(q, k, v, jitgen.Variant(softmax=Sigmoid))
+    with pytest.raises(VariantError, match="family='sm80' does not take float8_e4m3fn"):
+        jitgen.attention(q, k, v, family="sm80")
+
+
+@pytest.mark.skipif(HOPPER, reason="Hopper has the kernel")
+def test_other_devices_are_refused_with_the_remedy():
+    q, k, v = inputs(1, 2, 2, 10, 10, 64)
+    with pytest.raises(UnsupportedDtype, match="Dequantise"):
+        jitgen.attention(q, k, v)

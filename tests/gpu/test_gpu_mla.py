@@ -1,0 +1,71 @@
+"""Absorbed latent attention (MLA) on Hopper."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mla_cases import SCALE, check_mla
+
+import jitgen
+from jitgen.errors import VariantError
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["joined", "pair"])
+def test_one_request(dtype, form):
+    check_mla("cuda", dtype, [300], [1], form=form, mask=False)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 4, 8, 16, 24, 64, 128])
+def test_odd_lengths(page_size):
+    check_mla("cuda", torch.bfloat16, [1, 63, 64, 65, 129, 1000, 2047], [1] * 7, page_size=page_size)
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
+def test_heads_and_drafts(heads):
+    check_mla("cuda", torch.bfloat16, [5, 700, 64, 333], [5, 1, 3, 2], heads=heads)
+
+
+def test_skewed_batch_is_cut_and_joined():
+    check_mla("cuda", torch.bfloat16, [20_000, 17, 900, 4096, 33, 12_345], [1] * 6, heads=128)
+
+
+def test_whole_requests():
+    check_mla("cuda", torch.bfloat16, [3000, 17, 900], [1] * 3, split="none")
+
+
+def test_maximum_that_grows_late():
+    check_mla("cuda", torch.float16, [700, 1500], [1, 1], spread=6.0)
+
+
+def test_a_request_without_keys():
+    check_mla("cuda", torch.bfloat16, [0, 100], [1, 1], mask=False)
+
+
+def test_results_repeat_bit_by_bit():
+    q, cache = (torch.randn(s, device="cuda").bfloat16() for s in ((4, 128, 576), (400, 64, 576)))
+    table = torch.randperm(400, device="cuda").view(4, 100).int()
+    plan = jitgen.Plan(4, 4, 128, 1, 576, head_dim_v=512, dtype=q.dtype, device="cuda", page_size=64)
+    plan.update(torch.arange(5, device="cuda").int(), torch.tensor([6000, 100, 6400, 3333], device="cuda").int())
+    first = jitgen.paged_attention(q, cache, table, plan, scale=SCALE)
+    for _ in range(5):
+        assert torch.equal(jitgen.paged_attention(q, cache, table, plan, scale=SCALE), first)
+
+
+def test_explain_shows_the_shares():
+    plan = jitgen.Plan(4, 4, 128, 1, 576, head_dim_v=512, device="cuda", page_size=64)
+    plan.update(torch.arange(5, device="cuda").int(), torch.tensor([6000, 100, 6400, 3333], device="cuda").int())
+    text = plan.explain()
+    assert "mla: 4 tiles" in text and "the heaviest" in text
+
+
+def test_hooks_that_see_whole_rows_are_refused():
+    with pytest.raises(VariantError, match="hook output_transform is not available with head dims"):
+        jitgen.Plan(
+            1, 1, 128, 1, 576, head_dim_v=512, device="cuda",
+            variant=jitgen.Variant(output_transform=lambda o, lse, b, h, q_idx: o * 2),
+        )  # fmt: skip
