@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jitgen.api import attention
-from jitgen.block_lists import BlockLists
 from jitgen.errors import ShapeMismatch, UnsupportedDtype, VariantError
 from jitgen.masks import and_masks, static
-from jitgen.serving_pages import as_int32
 from jitgen.variant import Variant
 
 if TYPE_CHECKING:
@@ -37,11 +35,11 @@ class BlockSparse:
     def __init__(
         self,
         mask_mod: Callable[..., Any],
+        local_mask_mod: Callable[..., Any],
         lengths: tuple[int, int],
         check: LateCheck | None = None,
-        lists: BlockLists | None = None,
     ) -> None:
-        self.mask_mod, self.lengths, self._check, self.lists = mask_mod, lengths, check, lists
+        self.mask_mod, self._local_mask_mod, self.lengths, self._check = mask_mod, local_mask_mod, lengths, check
         self._variants: dict[tuple[int, ...], tuple[Variant, object]] = {}
 
     @classmethod
@@ -82,15 +80,13 @@ class BlockSparse:
             )
         check_integers(indptr=indptr, indices=indices)
         classes, slots, wrong = bsr_tables(indptr, indices, kv_len // columns, mask is not None or packed_mask is not None)
-        message = (
-            f"indices has a block column outside 0 .. {kv_len // columns - 1} (kv_len {kv_len}, blocks of {columns}), or one "
-            "twice in a block row."
-        )
+        message = f"indices has a block column outside 0 .. {kv_len // columns - 1} (kv_len {kv_len}, blocks of {columns})."
         bits = block_bits(mask, packed_mask, indices.shape[0], rows * columns, indices.device)
-        mod = block_mask_mod(classes, slots, bits, rows, columns, per_query_head=per_query_head)
-        whole = indptr.dim() == 1 and bits is None
-        lists = BlockLists(as_int32(indptr).clone(), as_int32(indices).clone(), lengths, block) if whole else None
-        return cls(mod, lengths, LateCheck(wrong, message), lists)
+        mods = (
+            block_mask_mod(classes, slots, bits, rows, columns, per_query_head=per_query_head, local=local)
+            for local in (False, True)
+        )
+        return cls(*mods, lengths, LateCheck(wrong, message))
 
     @classmethod
     def variable(cls, chosen: Tensor, row_sizes: Tensor, column_sizes: Tensor, lengths: tuple[int, int]) -> BlockSparse:
@@ -110,8 +106,9 @@ class BlockSparse:
             )
         wrong = (row_sizes.sum(1) != lengths[0]).any() | (column_sizes.sum(1) != lengths[1]).any()
         message = f"row_sizes and column_sizes do not sum to q_len {lengths[0]} and kv_len {lengths[1]} for every head."
-        mod = variable_mask_mod(*tile_classes(chosen.bool(), row_sizes, column_sizes, *lengths))
-        return cls(mod, lengths, LateCheck(wrong, message))
+        tables = tile_classes(chosen.bool(), row_sizes, column_sizes, *lengths)
+        mods = (variable_mask_mod(*tables, local=local) for local in (False, True))
+        return cls(*mods, lengths, LateCheck(wrong, message))
 
     @classmethod
     def of(cls, block_mask: BlockMask) -> BlockSparse:
@@ -124,7 +121,7 @@ class BlockSparse:
             return inner(b, h, q_idx - ctx_len, kv_idx)
 
         q_len, kv_len = block_mask.seq_lengths
-        return cls(mask, (q_len, kv_len))
+        return cls(mask, inner, (q_len, kv_len))
 
     def check(self) -> None:
         """Raise what a GPU has found wrong with the lists since, if it is known by now; waits for nothing."""
@@ -135,15 +132,12 @@ class BlockSparse:
         """These blocks as a variant, with other hooks; remembered by their identity."""
         key = (id(score_mod), id(mask_mod), id(sink))
         if key not in self._variants:
-            masks = self.mask_mod if mask_mod is None else and_masks(self.mask_mod, mask_mod)  # type: ignore[arg-type]
-            self._variants[key] = Variant(score_mod=score_mod, mask_mod=masks, sink=sink), (score_mod, mask_mod, sink)
-        return self._variants[key][0]
-
-    def unmasked(self, score_mod: object = None, sink: object = None) -> Variant:
-        """A variant of these hooks for calls that are given the lists and need no mask; remembered by their identity."""
-        key = (id(score_mod), id(sink))
-        if key not in self._variants:
-            self._variants[key] = Variant(score_mod=score_mod, sink=sink), (score_mod, sink)
+            if score_mod is None and mask_mod is None:  # nothing else reads positions: rows may be more than keys
+                made = Variant(mask_mod=self._local_mask_mod, sink=sink, q_index="local")
+            else:
+                masks = self.mask_mod if mask_mod is None else and_masks(self.mask_mod, mask_mod)  # type: ignore[arg-type]
+                made = Variant(score_mod=score_mod, mask_mod=masks, sink=sink)
+            self._variants[key] = made, (score_mod, mask_mod, sink)
         return self._variants[key][0]
 
 
@@ -164,9 +158,7 @@ def block_sparse_attention(
 
     Shapes:  as jitgen.attention; q_len and kv_len are those of ``blocks``, the same for all of the batch.
     Errors:  as jitgen.attention; ShapeMismatch for other lengths, and for lists that a GPU has found wrong.
-    Cost:    as jitgen.attention, for the tiles that have visible blocks. On compute capability 9.0 lists of whole blocks are
-             walked by the prefill kernel of serving, for one sequence and hooks that read no positions; it has a plan for
-             each set of hooks, made on first use.
+    Cost:    as jitgen.attention, for the tiles that have visible blocks.
     """
     if not isinstance(blocks, BlockSparse):
         raise VariantError(f"blocks is a {type(blocks).__name__}, expected a jitgen.BlockSparse.")
@@ -176,29 +168,15 @@ def block_sparse_attention(
             f"{blocks.lengths[1]}. Make blocks for these lengths."
         )
     blocks.check()
-    lists = blocks.lists if mask_mod is None else None
-    if lists is not None:
-        plain = blocks.unmasked(score_mod, sink)
-        if lists.serve(q, k, v, plain.trace().program):
-            check_out(out, q, v)
-            found, lse = lists.attend(q, k, v, plain, scale, out, return_lse)
-            return (found, lse) if return_lse else found  # type: ignore[return-value]
     variant = blocks.variant(score_mod, mask_mod, sink)
     return attention(q, k, v, variant, scale=scale, return_lse=return_lse, out=out)
-
-
-def check_out(out: Tensor | None, q: Tensor, v: Tensor) -> None:
-    """``out=`` is what a call would have allocated."""
-    shape = (*q.shape[:3], v.shape[3])
-    if out is not None and (tuple(out.shape) != shape or out.dtype != q.dtype or out.device != q.device):
-        raise ShapeMismatch(f"out has shape {tuple(out.shape)} of {out.dtype} on {out.device}, expected {shape} as q has them.")
 
 
 # ---- blocks of one size -----------------------------------------------------------------------------------------------------
 
 
 def bsr_tables(indptr: Tensor, indices: Tensor, num_columns: int, has_bits: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Class of each block and, with bits, its place in the list; and whether a list has a column that does not exist, or twice.
+    """Class of each block and, with bits, its place in the list; and whether the list has a column that does not exist.
 
     Shapes:  indptr [..., block rows + 1], indices [nnz]; returns uint8 and int32 [..., block rows, num_columns], and a bool.
     """
@@ -214,12 +192,11 @@ def bsr_tables(indptr: Tensor, indices: Tensor, num_columns: int, has_bits: bool
     place = torch.where(used & ~wrong, row * num_columns + indices.long(), spare)
     classes = torch.zeros(spare + 1, dtype=torch.uint8, device=indices.device)
     classes.scatter_(0, place, PARTIAL if has_bits else FULL)
-    is_twice = classes[:-1].count_nonzero() != (used & ~wrong).sum()
     slots = None
     if has_bits:
         slots = torch.zeros(spare + 1, dtype=torch.int32, device=indices.device).scatter_(0, place, listed.int())
         slots = slots[:-1].view(*shape, num_columns)
-    return classes[:-1].view(*shape, num_columns), slots, wrong.any() | is_twice
+    return classes[:-1].view(*shape, num_columns), slots, wrong.any()
 
 
 def block_bits(
