@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 
 from jitgen import ir
 from jitgen.abi import ArgField
+from jitgen.emit_early import ahead_loads, take_offset, take_relative
+from jitgen.emit_load import add_row_word
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis
 from jitgen.emit_norm import NormText, OutputText, emit_norm, emit_output
@@ -38,6 +40,16 @@ class HookText:
 
 
 @dataclass(frozen=True)
+class EarlyText:
+    """What of a score is worked out before the logits are there: see emit_early.py."""
+
+    relative: HookText = HookText()  # over `distance`
+    ahead: BlockText = BlockText()
+    paired: str = ""  # condition under which neighbouring columns may be read as one word
+    offset: HookText = HookText()  # over the first column of a tile
+
+
+@dataclass(frozen=True)
 class CaptureCheck:
     """A size the host must check: dimension ``dim`` of ``slot`` is read at ``index`` without a clamp.
 
@@ -58,6 +70,7 @@ class VariantSection:
     capture_checks: tuple[CaptureCheck, ...]
     head: BlockText
     score: HookText
+    early: EarlyText
     score_factor: HookText
     mask: HookText
     analysis: MaskAnalysisText
@@ -67,6 +80,10 @@ class VariantSection:
     output: OutputText
     raw_scores: bool
     has_score: bool
+    has_relative: bool
+    has_ahead: bool
+    ahead_serves_batch: bool
+    has_offset: bool
     has_mask: bool
     mask_scans: bool
     mask_spans_together: bool
@@ -86,11 +103,14 @@ def section_context(section: VariantSection, layout: str = "dense") -> dict[str,
     return {"layout": layout} | {f.name: getattr(section, f.name) for f in fields(section)}
 
 
-def emit_variant(program: Program, *, backend: str, raw_scores: bool = False) -> VariantSection:
+def emit_variant(
+    program: Program, *, backend: str, raw_scores: bool = False, early: frozenset[str] = frozenset()
+) -> VariantSection:
     """The variant section of ``program``; ``backend`` is 'cpu' or 'cuda'.
 
     With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
     both multiplications then join others, and a soft cap costs one of them an element instead of three.
+    ``early`` names the parts of a score that the template works out before: 'relative', 'ahead', 'offset' (emit_early.py).
 
     Errors:  UnsupportedVariant when an operation has no meaning where the program uses it.
     """
@@ -98,12 +118,19 @@ def emit_variant(program: Program, *, backend: str, raw_scores: bool = False) ->
     score = program.score if program.score is not ir.index("score") else None
     mask = program.mask if program.mask is not ir.TRUE else None
     norm = emit_norm(unit, program.norm)
-    factor = None
+    factor = relative = offset = None
+    if "relative" in early and score is not None:
+        score, relative = take_relative(score)
     if raw_scores and score is not None:
         score, factor = _raw_score(score, keep_units=program.norm is not None)
+    if "offset" in early and score is not None and program.norm is None:
+        score, offset = take_offset(score)
     analysis = emit_mask_analysis(unit, mask)
+    ahead = ahead_loads(score, program.slots) if "ahead" in early and score is not None else []
+    score_text, early_text = _emit_score(unit, score, relative, ahead, offset)
     text = dict(
-        score=_emit_hook(unit, score),
+        score=score_text,
+        early=early_text,
         score_factor=_emit_value(unit, factor, {}),
         mask=_emit_hook(unit, mask),
         analysis=analysis,
@@ -120,6 +147,10 @@ def emit_variant(program: Program, *, backend: str, raw_scores: bool = False) ->
         **text,  # type: ignore[arg-type]
         raw_scores=raw_scores,
         has_score=score is not None,
+        has_relative=relative is not None,
+        has_ahead=bool(ahead),
+        ahead_serves_batch=bool(ahead) and not any("b" in n.deps for n in ahead),
+        has_offset=offset is not None,
         has_mask=mask is not None,
         mask_scans=analysis.scans,
         mask_spans_together=analysis.spans_together,
@@ -174,17 +205,38 @@ def _emit_hook(unit: Unit, root: Expr | None) -> HookText:
     """A score or mask hook, split into rows, columns and elements."""
     if root is None:
         return HookText()
+    low = _element_lowering(unit, [split_floats(root, _level)])
+    return _hook_text(low, low.roots[0])
+
+
+def _element_lowering(unit: Unit, roots: list[Expr]) -> Lowering:
+    taken = {"args", "head", "row", "col", "ahead", "odd", "relative", "score", "q_idx", "kv_idx"}
+    row, col, elem = Block("row", "row.", taken=set(taken)), Block("col", "col.", taken=set(taken)), Block("elem", taken=taken)
+    return Lowering(unit, {"head": unit.head, "row": row, "col": col, "elem": elem}, HOOK_LEVELS, roots)
+
+
+def _hook_text(low: Lowering, root: Expr) -> HookText:
+    value = low.term(root, low.blocks["elem"]).text
+    return HookText(_block_text(low.blocks["row"]), _block_text(low.blocks["col"]), tuple(low.blocks["elem"].lines), value)
+
+
+def _emit_score(
+    unit: Unit, root: Expr | None, relative: Expr | None, ahead: list[Expr], offset: Expr | None
+) -> tuple[HookText, EarlyText]:
+    """The score hook, and what of it comes before; `offset` reads values of rows as the hook does."""
+    if root is None:
+        return HookText(), EarlyText()
     root = split_floats(root, _level)
-    parameters = {"args", "head", "row", "col", "score", "q_idx", "kv_idx"}
-    blocks = {
-        "head": unit.head,
-        "row": Block("row", "row.", taken=set(parameters)),
-        "col": Block("col", "col.", taken=set(parameters)),
-        "elem": Block("elem", taken=set(parameters)),
-    }
-    low = Lowering(unit, blocks, HOOK_LEVELS, [root])
-    value = low.term(root, blocks["elem"]).text
-    return HookText(_block_text(blocks["row"]), _block_text(blocks["col"]), tuple(blocks["elem"].lines), value)
+    low = _element_lowering(unit, [root] if offset is None else [root, offset])
+    words = Block("elem", "ahead.", taken={"args", "head", "row", "kv_idx", "last"})
+    paired = " & ".join(dict.fromkeys(add_row_word(low, node, words) for node in ahead))
+    score = _hook_text(low, root)
+    offset_text = HookText()
+    if offset is not None:
+        low.blocks["elem"] = Block("elem", taken={"args", "head", "row", "kv_idx"})
+        offset_text = _hook_text(low, offset)
+    score = HookText(_block_text(low.blocks["row"]), score.col, score.lines, score.value)
+    return score, EarlyText(_emit_value(unit, relative, {"distance": "elem"}), _block_text(words), paired, offset_text)
 
 
 def _emit_value(unit: Unit, root: Expr | None, levels: dict[str, str]) -> HookText:

@@ -96,7 +96,7 @@ def cuda_spec(
                 f"family='sm90' needs compute capability 9.0 (architecture {SM90_ARCHS[0]}), the target is {target.arch}. "
                 "Leave family out, or use 'sm80'."
             )
-        tiles = sm90_tiles(*head_dims, program, q_len=q_len)
+        tiles = sm90_tiles(*head_dims, program, q_len=q_len, layout=layout)
     else:
         tiles = sm80_tiles(*head_dims)
     return KernelSpec(family, program, dtype, *head_dims, tiles, target, layout)

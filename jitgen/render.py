@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jitgen.abi import ARGS_OF_LAYOUT, ArgField
 from jitgen.emit import VariantSection, emit_variant, section_context
+from jitgen.emit_early import EARLY
 from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directives
 from jitgen.paths import template_dir
 from jitgen.spec import KernelSpec
@@ -59,6 +60,10 @@ class KernelContext:
     num_warps: int
     num_stages: int
     has_score: bool
+    has_relative: bool
+    has_ahead: bool
+    ahead_serves_batch: bool
+    has_offset: bool
     has_mask: bool
     mask_scans: bool
     mask_spans_together: bool
@@ -115,7 +120,8 @@ def template_of(spec: KernelSpec) -> str:
 def render_kernel(spec: KernelSpec) -> Source:
     """Generate the translation unit of ``spec``."""
     backend = "cpu" if spec.family == "cpu" else "cuda"
-    section = emit_variant(spec.program, backend=backend, raw_scores=spec.family in RAW_SCORE_FAMILIES)
+    early = EARLY["dense" if spec.layout == "dense" else "serving"] if spec.family == "sm90" else frozenset()
+    section = emit_variant(spec.program, backend=backend, raw_scores=spec.family in RAW_SCORE_FAMILIES, early=early)
     variant_text = render_template("attention/variant.h.jinja", section_context(section, spec.layout))
     context = kernel_context(spec, section, variant_text.rstrip("\n"))
     rendered = strip_marks(render_template(template_of(spec), _fields_of(context)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jitgen.emit_early import take_relative
 from jitgen.ir import Expr, walk
 from jitgen.program import Program
 from jitgen.spec import Tiles
@@ -24,19 +25,22 @@ TILES = {
 SHORT_TILES = {(64, 64): (2048, ((256, 64, 4), (256, 64, 4), (192, 96, 2), (128, 64, 2)))}
 
 
-def sm90_tiles(head_dim: int, head_dim_v: int, program: Program | None = None, *, q_len: int = 1 << 20) -> Tiles:
+def sm90_tiles(
+    head_dim: int, head_dim_v: int, program: Program | None = None, *, q_len: int = 1 << 20, layout: str = "dense"
+) -> Tiles:
     """Tiles of a kernel for these head dims; ``program`` None: without hooks."""
     limit, short = SHORT_TILES.get((head_dim, head_dim_v), (0, ()))
     table = short if q_len < limit else TILES[head_dim, head_dim_v]
-    tile_q, tile_kv, num_stages = table[PLAIN if program is None else hook_weight(program)]
+    tile_q, tile_kv, num_stages = table[PLAIN if program is None else hook_weight(program, layout)]
     return Tiles(tile_q, tile_kv, num_warps=4 + tile_q // 16, num_stages=num_stages)
 
 
-def hook_weight(program: Program) -> int:
+def hook_weight(program: Program, layout: str) -> int:
     """PLAIN, SEARCHING, GATHERING or SCANNING: how much a program's hooks hold in registers beside the tiles."""
     if program.norm is not None and any(n.op == "row_cumsum" for n in walk(*program.norm.roots())):
         return SCANNING
-    if program.norm is not None or _gathers_by_position(program.score):
+    score = program.score if program.score is None or layout != "dense" else take_relative(program.score)[0]
+    if program.norm is not None or _gathers_by_position(score):
         return GATHERING
     return SEARCHING if _gathers_by_position(program.mask) else PLAIN
 

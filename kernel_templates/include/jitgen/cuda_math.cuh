@@ -78,6 +78,55 @@ JITGEN_FN float load(const half16* p, long long i) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(__ldg(reinterpret_cast<const unsigned short*>(p) + i)));
   return value;
 }
+// Two neighbouring elements of a row, as they lie in memory.
+template <class T> struct Pair;
+template <> struct Pair<float> {
+  float2 values;
+  JITGEN_FN float at(int odd) const { return odd ? values.y : values.x; }
+};
+template <> struct Pair<bf16_16> {
+  unsigned bits;
+  JITGEN_FN float at(int odd) const { return __uint_as_float(odd ? bits & 0xffff0000u : bits << 16); }
+};
+template <> struct Pair<half16> {
+  unsigned bits;
+  JITGEN_FN float at(int odd) const {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<unsigned short>(odd ? bits >> 16 : bits)));
+    return value;
+  }
+};
+// Whether elements 2 i and 2 i + 1 of all rows are an aligned word.
+template <class T, class... Strides> JITGEN_FN bool is_paired(const T* p, Strides... strides) {
+  return reinterpret_cast<unsigned long long>(p) % (2 * sizeof(T)) == 0 && ((strides % 2 == 0) & ... & true);
+}
+// Elements i and i + 1 of a row whose last one is `last`; i is even. Volatile: read where it is written, long before it is used.
+// A word whose second half is past the end of the row is still inside of an allocation.
+template <bool kPaired> JITGEN_FN Pair<float> load_pair(const float* p, int i, int last) {
+  Pair<float> pair;
+  if (kPaired) {
+    asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(pair.values.x), "=f"(pair.values.y) : "l"(p + i));
+  } else {
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(pair.values.x) : "l"(p + i));
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(pair.values.y) : "l"(p + (i < last ? i + 1 : i)));
+  }
+  return pair;
+}
+template <bool kPaired> JITGEN_FN unsigned load_pair_bits(const unsigned short* p, int i, int last) {
+  unsigned bits;
+  if (kPaired) {
+    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(bits) : "l"(p + i));
+  } else {
+    unsigned short low, high;
+    asm volatile("ld.global.nc.b16 %0, [%1];" : "=h"(low) : "l"(p + i));
+    asm volatile("ld.global.nc.b16 %0, [%1];" : "=h"(high) : "l"(p + (i < last ? i + 1 : i)));
+    asm("mov.b32 %0, {%1, %2};" : "=r"(bits) : "h"(low), "h"(high));
+  }
+  return bits;
+}
+template <bool kPaired, class T> JITGEN_FN Pair<T> load_pair(const T* p, int i, int last) {
+  return {load_pair_bits<kPaired>(reinterpret_cast<const unsigned short*>(p), i, last)};
+}
 JITGEN_FN long long clamp_index(long long i, long long size) { return i < 0 ? 0 : (i < size ? i : size - 1); }
 JITGEN_FN long long wrap_index(long long i, long long size) { return i < 0 ? i + size : i; }
 
