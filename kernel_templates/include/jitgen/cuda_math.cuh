@@ -37,8 +37,19 @@ JITGEN_FN const char* stay(const char* x) { asm volatile("" : "+l"(x)); return x
 struct Column {
   int index;
   float start, step;   // the index as a sum: what varies by thread and tile, and a constant
+  int first, offset;   // the same as integers
   JITGEN_FN operator int() const { return index; }
 };
+// Comparisons with a row's bound: it is brought to the thread's first column once, and compared with constants.
+#define JITGEN_COLUMN_RELATION(relation)                                                                                       \
+  JITGEN_FN bool operator relation(Column column, int x) { return column.offset relation x - column.first; }                   \
+  JITGEN_FN bool operator relation(int x, Column column) { return x - column.first relation column.offset; }                   \
+  JITGEN_FN bool operator relation(Column column, long long x) { return static_cast<long long>(column.index) relation x; }     \
+  JITGEN_FN bool operator relation(long long x, Column column) { return x relation static_cast<long long>(column.index); }
+JITGEN_COLUMN_RELATION(<)
+JITGEN_COLUMN_RELATION(<=)
+JITGEN_COLUMN_RELATION(>)
+JITGEN_COLUMN_RELATION(>=)
 JITGEN_FN float as_float(int x) { return static_cast<float>(x); }
 JITGEN_FN float as_float(Column x) { return x.start + x.step; }
 // In this order, because start - x is the same for all columns of a row.
@@ -50,9 +61,9 @@ struct ColumnCounter {
   int first, last;   // `last`: that of the keys
   float first_value;
   JITGEN_FN ColumnCounter(int first, int kv_len) : first(first), last(kv_len - 1), first_value(static_cast<float>(first)) {}
-  JITGEN_FN Column at(int offset) const { return {first + offset, first_value, static_cast<float>(offset)}; }
-  // The index of columns past the end is that of the last one, so that hooks read nothing outside of what they capture. Their
-  // float goes on: what comes of it is masked, and one more operation an element would be felt.
+  JITGEN_FN Column at(int offset) const { return {first + offset, first_value, static_cast<float>(offset), first, offset}; }
+  // The index of columns past the end is that of the last one, so that hooks read nothing outside of what they capture. The
+  // other forms go on: what comes of them is masked, and one more operation an element would be felt.
   JITGEN_FN Column clamped(int offset) const {
     Column c = at(offset);
     c.index = c.index < last ? c.index : last;
