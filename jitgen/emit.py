@@ -84,6 +84,8 @@ class VariantSection:
     has_ahead: bool
     ahead_serves_batch: bool
     has_offset: bool
+    score_columns: bool
+    mask_columns: bool
     has_mask: bool
     mask_scans: bool
     mask_spans_together: bool
@@ -139,6 +141,7 @@ def emit_variant(
         lse=_emit_value(unit, program.lse, {"q_idx": "elem", "lse": "elem"}),
         output=emit_output(unit, program.output),
     )
+    shared = None if relative is not None or "columns" not in early else column_table(score_text.col, text["mask"].col)
     return VariantSection(
         backend=backend,
         args=capture_fields(unit),
@@ -151,6 +154,8 @@ def emit_variant(
         has_ahead=bool(ahead),
         ahead_serves_batch=bool(ahead) and not any("b" in n.deps for n in ahead),
         has_offset=offset is not None,
+        score_columns=shared == "score",
+        mask_columns=shared == "mask",
         has_mask=mask is not None,
         mask_scans=analysis.scans,
         mask_spans_together=analysis.spans_together,
@@ -164,6 +169,15 @@ def emit_variant(
         has_lse_mod=program.lse is not None,
         has_output=program.output is not None,
     )
+
+
+def column_table(score: BlockText, mask: BlockText) -> str | None:
+    """The hook whose values per column are worth a table in shared memory, where a thread computes one for all rows: the score,
+    whose values every tile needs, else the mask. There is room for one value of 4 bytes."""
+    for name, block in (("score", score), ("mask", mask)):
+        if len(block.fields) == 1 and block.fields[0].split()[0] in ("int", "float"):
+            return name
+    return None
 
 
 def capture_fields(unit: Unit) -> tuple[ArgField, ...]:

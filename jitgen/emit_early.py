@@ -2,6 +2,7 @@
 
 - *relative*: a part that depends on positions through ``q_idx - kv_idx`` alone, such as a bucketed bias. A tile has far fewer
   distances than logits (191 for 64 x 128), so the part is evaluated once for each distance.
+- *columns*: what a hook computes per column, once instead of by every thread that has a row.
 - *ahead*: an element of a captured tensor that is contiguous along kv_idx, such as a dense bias. Two neighbouring columns are
   read as one word, and their latency passes under the product.
 - *offset*: a multiple of the distance, as in ALiBi. Up to the first column of a tile it is the same for a whole row of the tile
@@ -17,7 +18,10 @@ from jitgen.ir import Expr, walk
 from jitgen.program import Slot
 
 POSITIONS = frozenset(("q_idx", "kv_idx"))
-EARLY = {"dense": frozenset(("relative", "ahead", "offset")), "serving": frozenset(("ahead", "offset"))}  # of the sm90 family
+EARLY = {  # what the templates of the sm90 family do
+    "dense": frozenset(("relative", "columns", "ahead", "offset")),
+    "serving": frozenset(("ahead", "offset")),
+}
 PAIRED_DTYPES = ("float16", "bfloat16", "float32")  # of which two elements are one word
 _Q, _KV, _DISTANCE = ir.index("q_idx"), ir.index("kv_idx"), ir.index("distance")
 _AFFINE = frozenset(("index", "lin", "cast", "add", "sub", "mul", "neg"))

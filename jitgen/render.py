@@ -64,6 +64,8 @@ class KernelContext:
     has_ahead: bool
     ahead_serves_batch: bool
     has_offset: bool
+    score_columns: bool
+    mask_columns: bool
     has_mask: bool
     mask_scans: bool
     mask_spans_together: bool

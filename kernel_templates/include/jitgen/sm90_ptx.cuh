@@ -88,6 +88,9 @@ JITGEN_FN int load_shared(unsigned address) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
   return value;
 }
+// A struct of one word as that word, and back.
+template <class T> JITGEN_FN int bits_of(const T& x) { int bits; __builtin_memcpy(&bits, &x, 4); return bits; }
+template <class T> JITGEN_FN T from_bits(int bits) { T x; __builtin_memcpy(&x, &bits, 4); return x; }
 JITGEN_FN void store_shared(unsigned address, int4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
