@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 from jitgen import ir
 from jitgen.abi import ArgField
-from jitgen.emit_early import ahead_loads, take_offset, take_relative
+from jitgen.emit_early import ahead_loads, drop_relative, take_offset, take_relative
 from jitgen.emit_load import add_row_word
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis
@@ -19,6 +19,9 @@ from jitgen.emit_split import divided, outer_factor, split_floats
 from jitgen.emit_text import ELEMENT_CTYPE
 from jitgen.ir import Expr
 from jitgen.program import Program
+
+ELEMENT_NAMES = frozenset(("args", "head", "row", "col", "ahead", "odd", "relative", "score", "q_idx", "kv_idx"))  # parameters
+ELEMENT_BLOCKS = {"row": "row.", "col": "col.", "elem": ""}
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class EarlyText:
     """What of a score is worked out before the logits are there: see emit_early.py."""
 
     relative: HookText = HookText()  # over `distance`
+    flat: HookText = HookText()  # the hook where `relative` is the same in the whole tile, without it
+    level: HookText = HookText()  # what is added to all logits there, over `relative`
     ahead: BlockText = BlockText()
     paired: str = ""  # condition under which neighbouring columns may be read as one word
     offset: HookText = HookText()  # over the first column of a tile
@@ -81,9 +86,12 @@ class VariantSection:
     raw_scores: bool
     has_score: bool
     has_relative: bool
+    has_flat: bool
+    flat_is_plain: bool
     has_ahead: bool
     ahead_serves_batch: bool
     has_offset: bool
+    has_distance_offset: bool
     score_columns: bool
     mask_columns: bool
     has_mask: bool
@@ -129,7 +137,7 @@ def emit_variant(
         score, offset = take_offset(score)
     analysis = emit_mask_analysis(unit, mask)
     ahead = ahead_loads(score, program.slots) if "ahead" in early and score is not None else []
-    score_text, early_text = _emit_score(unit, score, relative, ahead, offset)
+    score_text, early_text = _emit_score(unit, score, relative, ahead, offset, keep_units=program.norm is not None)
     text = dict(
         score=score_text,
         early=early_text,
@@ -151,9 +159,12 @@ def emit_variant(
         raw_scores=raw_scores,
         has_score=score is not None,
         has_relative=relative is not None,
+        has_flat=early_text.flat.value != "",
+        flat_is_plain=early_text.flat.value == "score" and not early_text.flat.lines,
         has_ahead=bool(ahead),
         ahead_serves_batch=bool(ahead) and not any("b" in n.deps for n in ahead),
-        has_offset=offset is not None,
+        has_offset=early_text.offset.value != "" or early_text.flat.value != "",
+        has_distance_offset=early_text.offset.value != "",
         score_columns=shared == "score",
         mask_columns=shared == "mask",
         has_mask=mask is not None,
@@ -224,9 +235,8 @@ def _emit_hook(unit: Unit, root: Expr | None) -> HookText:
 
 
 def _element_lowering(unit: Unit, roots: list[Expr]) -> Lowering:
-    taken = {"args", "head", "row", "col", "ahead", "odd", "relative", "score", "q_idx", "kv_idx"}
-    row, col, elem = Block("row", "row.", taken=set(taken)), Block("col", "col.", taken=set(taken)), Block("elem", taken=taken)
-    return Lowering(unit, {"head": unit.head, "row": row, "col": col, "elem": elem}, HOOK_LEVELS, roots)
+    blocks = {level: Block(level, prefix, taken=set(ELEMENT_NAMES)) for level, prefix in ELEMENT_BLOCKS.items()}
+    return Lowering(unit, {"head": unit.head, **blocks}, HOOK_LEVELS, roots)
 
 
 def _hook_text(low: Lowering, root: Expr) -> HookText:
@@ -235,22 +245,26 @@ def _hook_text(low: Lowering, root: Expr) -> HookText:
 
 
 def _emit_score(
-    unit: Unit, root: Expr | None, relative: Expr | None, ahead: list[Expr], offset: Expr | None
+    unit: Unit, root: Expr | None, relative: Expr | None, ahead: list[Expr], offset: Expr | None, *, keep_units: bool
 ) -> tuple[HookText, EarlyText]:
-    """The score hook, and what of it comes before; `offset` reads values of rows as the hook does."""
+    """The score hook, and what of it comes before; its forms share the values of rows and columns."""
     if root is None:
         return HookText(), EarlyText()
     root = split_floats(root, _level)
-    low = _element_lowering(unit, [root] if offset is None else [root, offset])
+    flat = drop_relative(root) if relative is not None and not keep_units else None
+    rest, level = flat if flat is not None and flat[0] is not None else (None, None)
+    low = _element_lowering(unit, [x for x in (root, offset, rest) if x is not None])
     words = Block("elem", "ahead.", taken={"args", "head", "row", "kv_idx", "last"})
     paired = " & ".join(dict.fromkeys(add_row_word(low, node, words) for node in ahead))
     score = _hook_text(low, root)
-    offset_text = HookText()
-    if offset is not None:
-        low.blocks["elem"] = Block("elem", taken={"args", "head", "row", "kv_idx"})
-        offset_text = _hook_text(low, offset)
-    score = HookText(_block_text(low.blocks["row"]), score.col, score.lines, score.value)
-    return score, EarlyText(_emit_value(unit, relative, {"distance": "elem"}), _block_text(words), paired, offset_text)
+    others = []
+    for other in (rest, offset):
+        low.blocks["elem"] = Block("elem", taken=set(ELEMENT_NAMES))
+        others.append(HookText() if other is None else _hook_text(low, other))
+    score = HookText(_block_text(low.blocks["row"]), _block_text(low.blocks["col"]), score.lines, score.value)
+    by_distance = _emit_value(unit, relative, {"distance": "elem"})
+    level_text = _emit_value(unit, level, {"relative": "elem"})
+    return score, EarlyText(by_distance, others[0], level_text, _block_text(words), paired, others[1])
 
 
 def _emit_value(unit: Unit, root: Expr | None, levels: dict[str, str]) -> HookText:

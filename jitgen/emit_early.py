@@ -1,7 +1,8 @@
 """What of a score is known before the logits of a tile are: parts that a kernel works out while Q K^T runs.
 
 - *relative*: a part that depends on positions through ``q_idx - kv_idx`` alone, such as a bucketed bias. A tile has far fewer
-  distances than logits (191 for 64 x 128), so the part is evaluated once for each distance.
+  distances than logits (191 for 64 x 128), so the part is evaluated once for each. Where it is the same for all of them,
+  as it may be far from the diagonal, and is a term of the score, it joins the offset.
 - *columns*: what a hook computes per column, once instead of by every thread that has a row.
 - *ahead*: an element of a captured tensor that is contiguous along kv_idx, such as a dense bias. Two neighbouring columns are
   read as one word, and their latency passes under the product.
@@ -75,6 +76,36 @@ def _lin_of_distance(node: Expr, args: tuple[Expr, ...]) -> Expr:
 
 def _position(term: Expr) -> Expr:
     return term.args[0] if term.op == "cast" and term.args[0] in (_Q, _KV) else term
+
+
+def drop_relative(root: Expr) -> tuple[Expr | None, Expr] | None:
+    """``root`` without its term 'relative' (or a multiple of it), and that term; None if it has no such term. The rest is None
+    where nothing is left."""
+    leaf = ir.index("relative")
+    if root is leaf or (root.op == "mul" and leaf in root.args and not _other(root, leaf).deps & (POSITIONS | {"score"})):
+        return None, root
+    if root.op not in ("add", "sub", "neg") or root.dtype != "f32":
+        return None
+    for i, term in enumerate(root.args):
+        found = drop_relative(term)
+        if found is not None:
+            is_negative = root.op == "neg" or (root.op == "sub" and i == 1)
+            offset = ir.make("neg", found[1]) if is_negative else found[1]
+            return _without(root, i, found[0]), offset
+    return None
+
+
+def _without(root: Expr, i: int, rest: Expr | None) -> Expr | None:
+    if rest is not None:
+        return ir.make(root.op, *root.args[:i], rest, *root.args[i + 1 :])
+    if root.op == "neg":
+        return None
+    other = root.args[1 - i]
+    return ir.make("neg", other) if root.op == "sub" and i == 0 else other
+
+
+def _other(product: Expr, factor: Expr) -> Expr:
+    return product.args[1] if product.args[0] is factor else product.args[0]
 
 
 # ---- elements that can be read ahead ---------------------------------------------------------------------------------------

@@ -61,6 +61,9 @@ class KernelContext:
     num_stages: int
     has_score: bool
     has_relative: bool
+    has_flat: bool
+    flat_is_plain: bool
+    has_distance_offset: bool
     has_ahead: bool
     ahead_serves_batch: bool
     has_offset: bool

@@ -83,6 +83,10 @@ JITGEN_FN void store_matrix(unsigned address, const unsigned (&r)[4]) {
                ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 JITGEN_FN void store_shared(unsigned address, int value) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory"); }
+JITGEN_FN void store_shared_if(bool condition, unsigned address, int value) {   // without a branch, as barrier_arrive_if
+  asm volatile("{\n.reg .pred stores;\nsetp.ne.b32 stores, %2, 0;\n@stores st.shared.b32 [%0], %1;\n}"
+               ::"r"(address), "r"(value), "r"(static_cast<int>(condition)) : "memory");
+}
 JITGEN_FN int load_shared(unsigned address) {
   int value;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");

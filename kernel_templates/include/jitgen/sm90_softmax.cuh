@@ -68,15 +68,34 @@ template <bool kMaybeEmpty, int kSlack, int kColTiles>
 JITGEN_FN bool update_maximum(RowSoftmax& state, const float (&s)[kColTiles][4], float units, const float (&offset)[2], float (&shift)[2], float (&factor)[2]) {
   return update_maximum_from<kMaybeEmpty, kSlack, true>(state, s, units, offset, shift, factor);
 }
-// Logits become weights. All by the exp2 unit: polynomials for some, as other kernels have them, cost more issue slots than
-// the unit is short of (one in eight: 2 to 5 % slower for every head dim).
-template <int kColTiles>
+// exp2 without its unit: a cubic on [-1/2, 1/2] (relative error 1e-4) and the whole part added to the exponent. Exactly 0 from
+// -127 on. One asm block, as ptxas serialises wgmma round the same in C++ (C7511).
+JITGEN_FN float exp2_by_cubic(float x) {
+  float y;
+  asm volatile(
+      "{\n.reg .f32 clamped, shifted, whole, rest, p;\n.reg .b32 bits, exponent;\n"
+      "max.f32 clamped, %1, 0fC2FE0000;\n"                 // -127
+      "add.rn.f32 shifted, clamped, 0f4B400000;\n"         // 1.5 * 2^23: rounds to an integer in the low bits
+      "sub.rn.f32 whole, shifted, 0f4B400000;\n"
+      "sub.rn.f32 rest, clamped, whole;\n"
+      "fma.rn.f32 p, rest, 0f3D615139, 0f3E780628;\n"
+      "fma.rn.f32 p, p, rest, 0f3F317AFD;\n"
+      "fma.rn.f32 p, p, rest, 0f3F800000;\n"
+      "mov.b32 bits, p;\nmov.b32 exponent, shifted;\nshl.b32 exponent, exponent, 23;\nadd.s32 bits, bits, exponent;\nmov.b32 %0, bits;\n}"
+      : "=f"(y) : "f"(x));
+  return y;
+}
+// Logits become weights. All by the exp2 unit unless hooks keep it busy: polynomials for some, as other kernels have them, cost
+// more issue slots than the unit is short of (one in eight: 2 to 5 % slower for every head dim). kCubic: of 8 weights, how many
+// are computed without the unit.
+template <int kCubic = 0, int kColTiles>
 JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], float units, const float (&shift)[2]) {
 #pragma unroll
   for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      s[j][e] = exp2(::fmaf(s[j][e], units, -shift[e / 2]));
+      const float exponent = ::fmaf(s[j][e], units, -shift[e / 2]);
+      s[j][e] = (4 * j + e) * kCubic / 8 != (4 * j + e + 1) * kCubic / 8 ? exp2_by_cubic(exponent) : exp2(exponent);
       state.row_sum[e / 2] += s[j][e];
     }
 }
