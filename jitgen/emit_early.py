@@ -16,16 +16,21 @@ from collections.abc import Iterator, Sequence
 
 from jitgen import ir
 from jitgen.ir import Expr, walk
-from jitgen.program import Slot
+from jitgen.program import Program, Slot
 
 POSITIONS = frozenset(("q_idx", "kv_idx"))
-EARLY = {  # what the templates of the sm90 family do
-    "dense": frozenset(("relative", "columns", "ahead", "offset")),
-    "serving": frozenset(("ahead", "offset")),
-}
 PAIRED_DTYPES = ("float16", "bfloat16", "float32")  # of which two elements are one word
 _Q, _KV, _DISTANCE = ir.index("q_idx"), ir.index("kv_idx"), ir.index("distance")
 _AFFINE = frozenset(("index", "lin", "cast", "add", "sub", "mul", "neg"))
+
+
+def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str]:
+    """What of the above the sm90 kernel of a program does."""
+    parts = {"relative", "columns", "offset"} if layout == "dense" else {"offset"}  # rows of the others are heads as well
+    words = 0 if program.score is None else ahead_words(ahead_loads(program.score, program.slots), program.slots)
+    if words <= (2 if head_dim_v < 256 else 1):  # more would not stay in registers
+        parts.add("ahead")
+    return frozenset(parts)
 
 
 # ---- parts of the distance -----------------------------------------------------------------------------------------------
@@ -114,6 +119,11 @@ def _other(product: Expr, factor: Expr) -> Expr:
 def ahead_loads(score: Expr, slots: Sequence[Slot]) -> list[Expr]:
     """Loads of a score that walk along a row of a captured tensor as kv_idx does."""
     return [n for n in walk(score) if n.op == "load" and _is_row_load(n, slots[int(n.attr)])]
+
+
+def ahead_words(loads: Sequence[Expr], slots: Sequence[Slot]) -> int:
+    """Registers that two neighbouring columns take."""
+    return sum(2 if slots[int(n.attr)].dtype == "float32" else 1 for n in loads)
 
 
 def _is_row_load(node: Expr, slot: Slot) -> bool:

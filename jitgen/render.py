@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jitgen.abi import ARGS_OF_LAYOUT, ArgField
 from jitgen.emit import VariantSection, emit_variant, section_context
-from jitgen.emit_early import EARLY
+from jitgen.emit_early import early_parts
 from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directives
 from jitgen.paths import template_dir
 from jitgen.spec import KernelSpec
@@ -125,7 +125,7 @@ def template_of(spec: KernelSpec) -> str:
 def render_kernel(spec: KernelSpec) -> Source:
     """Generate the translation unit of ``spec``."""
     backend = "cpu" if spec.family == "cpu" else "cuda"
-    early = EARLY["dense" if spec.layout == "dense" else "serving"] if spec.family == "sm90" else frozenset()
+    early = early_parts(spec.program, spec.layout, spec.head_dim_v) if spec.family == "sm90" else frozenset()
     section = emit_variant(spec.program, backend=backend, raw_scores=spec.family in RAW_SCORE_FAMILIES, early=early)
     variant_text = render_template("attention/variant.h.jinja", section_context(section, spec.layout))
     context = kernel_context(spec, section, variant_text.rstrip("\n"))
