@@ -16,7 +16,7 @@ PLAIN, SEARCHING, AHEAD, FAR_AHEAD, GATHERING, SCANNING = range(6)
 TILES = {
     (64, 64): ((192, 128, 2), (192, 128, 2), (128, 128, 2), (128, 96, 2), (192, 112, 2), (128, 64, 2)),
     (96, 96): ((192, 128, 2), (192, 128, 2), (128, 128, 2), (128, 80, 2), (192, 64, 2), (128, 64, 2)),
-    (128, 128): ((192, 128, 2), (192, 128, 2), (128, 128, 2), (128, 96, 2), (128, 112, 2), (128, 64, 2)),
+    (128, 128): ((192, 128, 2), (128, 128, 2), (128, 128, 2), (128, 96, 2), (128, 112, 2), (128, 64, 2)),
     (192, 192): ((128, 96, 2), (128, 80, 2), (128, 80, 2), (128, 48, 2), (128, 80, 2), (128, 64, 2)),
     (192, 128): ((128, 128, 2), (128, 128, 2), (128, 112, 2), (128, 96, 2), (128, 112, 2), (128, 64, 2)),
     (256, 256): ((128, 64, 2), (128, 64, 2), (128, 32, 2), (128, 48, 2), (128, 48, 2), (128, 32, 2)),
@@ -51,4 +51,7 @@ def hook_weight(program: Program, layout: str, head_dim_v: int) -> int:
         return GATHERING
     if ahead:
         return AHEAD if ahead_words(ahead, program.slots) == 1 else FAR_AHEAD
-    return SEARCHING if others or any(n.op == "load" and n.deps & POSITIONS for n in walk(program.mask)) else PLAIN
+    searched = [n for n in walk(program.mask) if n.op == "load" and n.deps & POSITIONS]
+    by_column = [n for n in searched if "kv_idx" in n.deps] + others
+    is_light = "columns" in early and len(by_column) <= 1 and all(program.slots[int(n.attr)].is_sorted for n in searched)
+    return PLAIN if is_light or not (searched or others) else SEARCHING

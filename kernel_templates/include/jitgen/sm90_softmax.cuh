@@ -68,36 +68,76 @@ template <bool kMaybeEmpty, int kSlack, int kColTiles>
 JITGEN_FN bool update_maximum(RowSoftmax& state, const float (&s)[kColTiles][4], float units, const float (&offset)[2], float (&shift)[2], float (&factor)[2]) {
   return update_maximum_from<kMaybeEmpty, kSlack, true>(state, s, units, offset, shift, factor);
 }
-// exp2 without its unit: a cubic on [-1/2, 1/2] (relative error 1e-4) and the whole part added to the exponent. Exactly 0 from
-// -127 on. One asm block, as ptxas serialises wgmma round the same in C++ (C7511).
-JITGEN_FN float exp2_by_cubic(float x) {
-  float y;
-  asm volatile(
-      "{\n.reg .f32 clamped, shifted, whole, rest, p;\n.reg .b32 bits, exponent;\n"
-      "max.f32 clamped, %1, 0fC2FE0000;\n"                 // -127
-      "add.rn.f32 shifted, clamped, 0f4B400000;\n"         // 1.5 * 2^23: rounds to an integer in the low bits
-      "sub.rn.f32 whole, shifted, 0f4B400000;\n"
-      "sub.rn.f32 rest, clamped, whole;\n"
-      "fma.rn.f32 p, rest, 0f3D615139, 0f3E780628;\n"
-      "fma.rn.f32 p, p, rest, 0f3F317AFD;\n"
-      "fma.rn.f32 p, p, rest, 0f3F800000;\n"
-      "mov.b32 bits, p;\nmov.b32 exponent, shifted;\nshl.b32 exponent, exponent, 23;\nadd.s32 bits, bits, exponent;\nmov.b32 %0, bits;\n}"
-      : "=f"(y) : "f"(x));
-  return y;
+// The same for a tile in which every row has a maximum already and no logit is -inf by a mask; `s` is left as exponents of two.
+// A new maximum is rare, so all that is asked of most tiles is whether an exponent exceeds kSlack: exponents compare as integers
+// where it matters, and the integer maximum takes three operands (7 to 10 % of the loop of hd128 and hd64).
+template <int kSlack, bool kOffset, int kColTiles>
+JITGEN_FN bool lift_maximum_from(RowSoftmax& state, float (&s)[kColTiles][4], float units, const float (&offset)[2], float (&factor)[2]) {
+  float shift[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) shift[half] = (kOffset ? state.row_max[half] - offset[half] : state.row_max[half]) * units;
+  int top = __float_as_int(0.0f);
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+      s[j][e] = ::fmaf(s[j][e], units, -shift[e / 2]);
+      s[j][e + 1] = ::fmaf(s[j][e + 1], units, -shift[e / 2]);
+      top = max(max(top, __float_as_int(s[j][e])), __float_as_int(s[j][e + 1]));
+    }
+  const bool moved = __any_sync(0xffffffffu, top > __float_as_int(static_cast<float>(kSlack)));
+  if (moved) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float rise = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kColTiles; ++j) rise = ::fmaxf(rise, ::fmaxf(s[j][2 * half], s[j][2 * half + 1]));
+      rise = quad_max(rise);
+      const float before = state.row_max[half], now = rise > kSlack ? before + rise * reciprocal(units) : before;
+      const float lifted = (now - before) * units;
+      state.row_max[half] = now;
+#pragma unroll
+      for (int j = 0; j < kColTiles; ++j) s[j][2 * half] -= lifted, s[j][2 * half + 1] -= lifted;
+      factor[half] = exp2(-lifted);
+      state.row_sum[half] *= factor[half];
+    }
+  }
+  return moved;
 }
-// Logits become weights. All by the exp2 unit unless hooks keep it busy: polynomials for some, as other kernels have them, cost
-// more issue slots than the unit is short of (one in eight: 2 to 5 % slower for every head dim). kCubic: of 8 weights, how many
-// are computed without the unit.
-template <int kCubic = 0, int kColTiles>
-JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], float units, const float (&shift)[2]) {
+template <int kSlack, int kColTiles> JITGEN_FN bool lift_maximum(RowSoftmax& state, float (&s)[kColTiles][4], float units, float (&factor)[2]) {
+  const float none[2] = {0.0f, 0.0f};
+  return lift_maximum_from<kSlack, false>(state, s, units, none, factor);
+}
+template <int kSlack, int kColTiles>
+JITGEN_FN bool lift_maximum(RowSoftmax& state, float (&s)[kColTiles][4], float units, const float (&offset)[2], float (&factor)[2]) {
+  return lift_maximum_from<kSlack, true>(state, s, units, offset, factor);
+}
+// Whether every row of the warp has a maximum.
+JITGEN_FN bool is_settled(const RowSoftmax& state) {
+  return !__any_sync(0xffffffffu, (state.row_max[0] == -INFINITY) | (state.row_max[1] == -INFINITY));
+}
+
+// ---- weights ----
+// Logits become exponents of two, and those weights. All by the exp2 unit: polynomials for some, as other kernels have them, cost
+// more issue slots than the unit is short of (one in eight: 2 to 5 % slower for every head dim; with a soft cap 1 %).
+template <int kColTiles> JITGEN_FN void measure_exponents(float (&s)[kColTiles][4], float units, const float (&shift)[2]) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[j][e] = ::fmaf(s[j][e], units, -shift[e / 2]);
+}
+template <int kColTiles> JITGEN_FN void weigh_exponents(RowSoftmax& state, float (&s)[kColTiles][4]) {
 #pragma unroll
   for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float exponent = ::fmaf(s[j][e], units, -shift[e / 2]);
-      s[j][e] = (4 * j + e) * kCubic / 8 != (4 * j + e + 1) * kCubic / 8 ? exp2_by_cubic(exponent) : exp2(exponent);
+      s[j][e] = exp2(s[j][e]);
       state.row_sum[e / 2] += s[j][e];
     }
+}
+template <int kColTiles> JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], float units, const float (&shift)[2]) {
+  measure_exponents(s, units, shift);
+  weigh_exponents(state, s);
 }
 
 template <int kColTiles> JITGEN_FN void scale_logits(float (&s)[kColTiles][4], float scale) {
