@@ -94,6 +94,8 @@ class VariantSection:
     has_distance_offset: bool
     score_columns: bool
     mask_columns: bool
+    looks_ahead: bool
+    has_early: bool
     has_mask: bool
     mask_scans: bool
     mask_spans_together: bool
@@ -150,6 +152,7 @@ def emit_variant(
         output=emit_output(unit, program.output),
     )
     shared = None if relative is not None or "columns" not in early else column_table(score_text.col, text["mask"].col)
+    looks_ahead = relative is not None or bool(ahead) or shared is not None
     return VariantSection(
         backend=backend,
         args=capture_fields(unit),
@@ -167,6 +170,8 @@ def emit_variant(
         has_distance_offset=early_text.offset.value != "",
         score_columns=shared == "score",
         mask_columns=shared == "mask",
+        looks_ahead=looks_ahead,
+        has_early=looks_ahead or early_text.offset.value != "",
         has_mask=mask is not None,
         mask_scans=analysis.scans,
         mask_spans_together=analysis.spans_together,

@@ -26,7 +26,9 @@ _AFFINE = frozenset(("index", "lin", "cast", "add", "sub", "mul", "neg"))
 
 def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str]:
     """What of the above the sm90 kernel of a program does."""
-    parts = {"relative", "columns", "offset"} if layout == "dense" else {"offset"}  # rows of the others are heads as well
+    parts = {"relative", "offset"} if layout == "dense" else {"offset"}  # rows of the others are heads as well
+    if layout == "dense" and head_dim_v < 256:  # whose descriptors take the uniform registers
+        parts.add("columns")
     words = 0 if program.score is None else ahead_words(ahead_loads(program.score, program.slots), program.slots)
     if words <= (2 if head_dim_v < 256 else 1):  # more would not stay in registers
         parts.add("ahead")

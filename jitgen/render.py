@@ -69,6 +69,8 @@ class KernelContext:
     has_offset: bool
     score_columns: bool
     mask_columns: bool
+    looks_ahead: bool
+    has_early: bool
     has_mask: bool
     mask_scans: bool
     mask_spans_together: bool

@@ -454,7 +454,8 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Piece& pie
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float& x = s[j][2 * half + c];
-      x = score_elem(args, head, rows.score[half], col, x, rows.q_idx[half], kv_idx);
+      x = score_elem(args, head, rows.score[half], col, x,
+                     rows.q_idx[half], kv_idx);
     }
   }
   jg::scale_logits(s, rows.factor);
