@@ -68,76 +68,44 @@ template <bool kMaybeEmpty, int kSlack, int kColTiles>
 JITGEN_FN bool update_maximum(RowSoftmax& state, const float (&s)[kColTiles][4], float units, const float (&offset)[2], float (&shift)[2], float (&factor)[2]) {
   return update_maximum_from<kMaybeEmpty, kSlack, true>(state, s, units, offset, shift, factor);
 }
-// The same for a tile in which every row has a maximum already and no logit is -inf by a mask; `s` is left as exponents of two.
-// A new maximum is rare, so all that is asked of most tiles is whether an exponent exceeds kSlack: exponents compare as integers
-// where it matters, and the integer maximum takes three operands (7 to 10 % of the loop of hd128 and hd64).
+// Whether update_maximum has anything to do: whether a row has no maximum yet, or a logit may exceed it by more than kSlack. Most
+// tiles raise none. Positive floats compare as integers do, negative ones stay below every positive limit, and the integer
+// maximum takes three operands: half the instructions of update_maximum, and no shuffle. `shift` is set for where it has not.
 template <int kSlack, bool kOffset, int kColTiles>
-JITGEN_FN bool lift_maximum_from(RowSoftmax& state, float (&s)[kColTiles][4], float units, const float (&offset)[2], float (&factor)[2]) {
-  float shift[2];
+JITGEN_FN bool may_rise_from(const RowSoftmax& state, const float (&s)[kColTiles][4], float units, const float (&offset)[2], float (&shift)[2]) {
+  bool rises = false;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) shift[half] = (kOffset ? state.row_max[half] - offset[half] : state.row_max[half]) * units;
-  int top = __float_as_int(0.0f);
+  for (int half = 0; half < 2; ++half) {
+    const float origin = kOffset ? state.row_max[half] - offset[half] : state.row_max[half], limit = origin + kSlack * reciprocal(units);
+    shift[half] = origin * units;
+    int top = 0;
 #pragma unroll
-  for (int j = 0; j < kColTiles; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; e += 2) {
-      s[j][e] = ::fmaf(s[j][e], units, -shift[e / 2]);
-      s[j][e + 1] = ::fmaf(s[j][e + 1], units, -shift[e / 2]);
-      top = max(max(top, __float_as_int(s[j][e])), __float_as_int(s[j][e + 1]));
-    }
-  const bool moved = __any_sync(0xffffffffu, top > __float_as_int(static_cast<float>(kSlack)));
-  if (moved) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float rise = 0.0f;
-#pragma unroll
-      for (int j = 0; j < kColTiles; ++j) rise = ::fmaxf(rise, ::fmaxf(s[j][2 * half], s[j][2 * half + 1]));
-      rise = quad_max(rise);
-      const float before = state.row_max[half], now = rise > kSlack ? before + rise * reciprocal(units) : before;
-      const float lifted = (now - before) * units;
-      state.row_max[half] = now;
-#pragma unroll
-      for (int j = 0; j < kColTiles; ++j) s[j][2 * half] -= lifted, s[j][2 * half + 1] -= lifted;
-      factor[half] = exp2(-lifted);
-      state.row_sum[half] *= factor[half];
-    }
+    for (int j = 0; j < kColTiles; ++j) top = max(max(top, __float_as_int(s[j][2 * half])), __float_as_int(s[j][2 * half + 1]));
+    rises |= !(limit > 0.0f) | (top > __float_as_int(limit));
   }
-  return moved;
-}
-template <int kSlack, int kColTiles> JITGEN_FN bool lift_maximum(RowSoftmax& state, float (&s)[kColTiles][4], float units, float (&factor)[2]) {
-  const float none[2] = {0.0f, 0.0f};
-  return lift_maximum_from<kSlack, false>(state, s, units, none, factor);
+  return __any_sync(0xffffffffu, rises);
 }
 template <int kSlack, int kColTiles>
-JITGEN_FN bool lift_maximum(RowSoftmax& state, float (&s)[kColTiles][4], float units, const float (&offset)[2], float (&factor)[2]) {
-  return lift_maximum_from<kSlack, true>(state, s, units, offset, factor);
+JITGEN_FN bool may_rise(const RowSoftmax& state, const float (&s)[kColTiles][4], float units, float (&shift)[2]) {
+  const float none[2] = {0.0f, 0.0f};
+  return may_rise_from<kSlack, false>(state, s, units, none, shift);
 }
-// Whether every row of the warp has a maximum.
-JITGEN_FN bool is_settled(const RowSoftmax& state) {
-  return !__any_sync(0xffffffffu, (state.row_max[0] == -INFINITY) | (state.row_max[1] == -INFINITY));
+template <int kSlack, int kColTiles>
+JITGEN_FN bool may_rise(const RowSoftmax& state, const float (&s)[kColTiles][4], float units, const float (&offset)[2], float (&shift)[2]) {
+  return may_rise_from<kSlack, true>(state, s, units, offset, shift);
 }
 
-// ---- weights ----
-// Logits become exponents of two, and those weights. All by the exp2 unit: polynomials for some, as other kernels have them, cost
-// more issue slots than the unit is short of (one in eight: 2 to 5 % slower for every head dim; with a soft cap 1 %).
-template <int kColTiles> JITGEN_FN void measure_exponents(float (&s)[kColTiles][4], float units, const float (&shift)[2]) {
-#pragma unroll
-  for (int j = 0; j < kColTiles; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) s[j][e] = ::fmaf(s[j][e], units, -shift[e / 2]);
-}
-template <int kColTiles> JITGEN_FN void weigh_exponents(RowSoftmax& state, float (&s)[kColTiles][4]) {
+// Logits become weights. All by the exp2 unit: polynomials for some, as other kernels have them, cost more issue slots than
+// the unit is short of (one in eight: 2 to 5 % slower for every head dim, 1 % with a soft cap).
+template <int kColTiles>
+JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], float units, const float (&shift)[2]) {
 #pragma unroll
   for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      s[j][e] = exp2(s[j][e]);
+      s[j][e] = exp2(::fmaf(s[j][e], units, -shift[e / 2]));
       state.row_sum[e / 2] += s[j][e];
     }
-}
-template <int kColTiles> JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], float units, const float (&shift)[2]) {
-  measure_exponents(s, units, shift);
-  weigh_exponents(state, s);
 }
 
 template <int kColTiles> JITGEN_FN void scale_logits(float (&s)[kColTiles][4], float scale) {
