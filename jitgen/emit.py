@@ -259,7 +259,7 @@ def _emit_score(
     flat = drop_relative(root) if relative is not None and not keep_units else None
     rest, level = flat if flat is not None and flat[0] is not None else (None, None)
     low = _element_lowering(unit, [x for x in (root, offset, rest) if x is not None])
-    words = Block("elem", "ahead.", taken={"args", "head", "row", "kv_idx", "last"})
+    words = Block("elem", "ahead.", taken={"args", "head", "row", "kv_idx", "step", "last"})
     paired = " & ".join(dict.fromkeys(add_row_word(low, node, words) for node in ahead))
     score = _hook_text(low, root)
     others = []

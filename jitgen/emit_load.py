@@ -123,7 +123,7 @@ def add_row_word(low: Lowering, node: Expr, words: Block) -> str:
     index_term(low, node, last, words)  # has the host check the size
     comment = low.unit.comment(node)
     word = words.add_member(
-        (node, False), f"jg::Pair<{ELEMENT_CTYPE[slot.dtype]}>", name, f"jg::load_pair<kPaired>({row}, kv_idx, last)", comment
+        (node, False), f"jg::Pair<{ELEMENT_CTYPE[slot.dtype]}>", name, f"jg::load_pair<kPaired>({row}, kv_idx, step, last)", comment
     )
     low.given[node] = Term(f"{word.text}.at(odd)", ATOM, "float")
     return f"jg::is_paired({', '.join((f'args.{name}', *(f'args.{name}_stride{d}' for d in dims)))})"

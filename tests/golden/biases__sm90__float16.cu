@@ -117,7 +117,7 @@ JITGEN_FN ScoreCol score_col(const Args& args, const Head& head, jg::Column kv_i
   return col;
 }
 
-// Two neighbouring columns of a row of what the score reads; `last`: the last column there is.
+// Columns kv_idx + step and the next of a row of what the score reads; `last`: the last column there is.
 struct ScoreAhead {
   jg::Pair<jg::half16> a2_dense;  // a2_dense[h, q_idx, kv_idx]
 };
@@ -126,9 +126,9 @@ JITGEN_FN bool score_is_paired(const Args& args) {
   return jg::is_paired(args.a2_dense, args.a2_dense_stride0, args.a2_dense_stride1);
 }
 
-template <bool kPaired> JITGEN_FN ScoreAhead score_ahead(const Args& args, const Head& head, const ScoreRow& row, int kv_idx, int last) {
+template <bool kPaired> JITGEN_FN ScoreAhead score_ahead(const Args& args, const Head& head, const ScoreRow& row, int kv_idx, int step, int last) {
   ScoreAhead ahead;
-  ahead.a2_dense = jg::load_pair<kPaired>(row.a2_dense, kv_idx, last);
+  ahead.a2_dense = jg::load_pair<kPaired>(row.a2_dense, kv_idx, step, last);
   return ahead;
 }
 
@@ -296,9 +296,8 @@ template <bool kAtEnd> JITGEN_FN void read_ahead(const Args& args, const Head& h
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int j = 0; j < kTileKv / 8; ++j) {
-        const int column = first_kv + 8 * j;
-        early.ahead[half][j] =
-            score_ahead<decltype(paired)::value>(args, head, rows.score[half], kAtEnd ? jg::min(column, last & ~1) : column, last);
+        const int column = kAtEnd ? jg::min(first_kv + 8 * j, last & ~1) : first_kv;
+        early.ahead[half][j] = score_ahead<decltype(paired)::value>(args, head, rows.score[half], column, kAtEnd ? 0 : 8 * j, last);
       }
   };
   if (score_is_paired(args)) read(jg::Constant<1>());
@@ -722,7 +721,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, early.offset, shift, factor);
-        bool is_settled = !kMaybeEmpty || jg::is_settled(softmax);
         jg::weigh_columns(softmax, s, units, shift);
         if constexpr (Tile::kOutputOverP) await_store();
         keep_weights();
@@ -748,20 +746,15 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           release_key();
           shape(jg::Constant<!kDescending>());
           look_further();
-          if (is_settled && jg::kind_of(step, group) != kTilePartial) {
-            moved = jg::lift_maximum<kSlack>(softmax, s, units, early.offset, factor);
-          } else {
-            moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, early.offset, shift, factor);
-            jg::measure_exponents(s, units, shift);
-            is_settled = !kMaybeEmpty || jg::is_settled(softmax);
-          }
+          moved = jg::may_rise<kSlack>(softmax, s, units, early.offset, shift) &&
+                  jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, early.offset, shift, factor);
           // Waited for before the exponentials, not after: packing and storing P then runs under them, and the other groups
-          // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch in update_maximum keeps ptxas from moving
+          // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch before it keeps ptxas from moving
           // the wait up to the top of the softmax.)
           jg::Wgmma<kHeadDimV>::wait<0>(o);
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
           if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
-          jg::weigh_exponents(softmax, s);
+          jg::weigh_columns(softmax, s, units, shift);
           keep_weights();
         }
         if (kRescaleEarly && moved) jg::rescale_output(o, factor);

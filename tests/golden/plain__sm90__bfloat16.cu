@@ -423,7 +423,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
-        bool is_settled = !kMaybeEmpty || jg::is_settled(softmax);
         jg::weigh_columns(softmax, s, units, shift);
         if constexpr (Tile::kOutputOverP) await_store();
         keep_weights();
@@ -446,20 +445,15 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<!kDescending>());
-          if (is_settled && jg::kind_of(step, group) != kTilePartial) {
-            moved = jg::lift_maximum<kSlack>(softmax, s, units, factor);
-          } else {
-            moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
-            jg::measure_exponents(s, units, shift);
-            is_settled = !kMaybeEmpty || jg::is_settled(softmax);
-          }
+          moved = jg::may_rise<kSlack>(softmax, s, units, shift) &&
+                  jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
           // Waited for before the exponentials, not after: packing and storing P then runs under them, and the other groups
-          // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch in update_maximum keeps ptxas from moving
+          // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch before it keeps ptxas from moving
           // the wait up to the top of the softmax.)
           jg::Wgmma<kHeadDimV>::wait<0>(o);
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
           if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
-          jg::weigh_exponents(softmax, s);
+          jg::weigh_columns(softmax, s, units, shift);
           keep_weights();
         }
         if (kRescaleEarly && moved) jg::rescale_output(o, factor);

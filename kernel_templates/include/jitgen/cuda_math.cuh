@@ -111,32 +111,35 @@ template <> struct Pair<half16> {
 template <class T, class... Strides> JITGEN_FN bool is_paired(const T* p, Strides... strides) {
   return reinterpret_cast<unsigned long long>(p) % (2 * sizeof(T)) == 0 && ((strides % 2 == 0) & ... & true);
 }
-// Elements i and i + 1 of a row whose last one is `last`; i is even. Volatile: read where it is written, long before it is used.
-// A word whose second half is past the end of the row is still inside of an allocation.
-template <bool kPaired> JITGEN_FN Pair<float> load_pair(const float* p, int i, int last) {
+// Elements i and i + 1 of a row whose last one is `last`, where i = first + step is even; the sum is taken apart so that constant
+// steps become part of the instruction. Volatile: read where it is written, long before it is used. A word whose second half is
+// past the end of the row is still inside of an allocation.
+template <bool kPaired> JITGEN_FN Pair<float> load_pair(const float* p, int first, int step, int last) {
   Pair<float> pair;
+  p = p + first + step;
   if (kPaired) {
-    asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(pair.values.x), "=f"(pair.values.y) : "l"(p + i));
+    asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(pair.values.x), "=f"(pair.values.y) : "l"(p));
   } else {
-    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(pair.values.x) : "l"(p + i));
-    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(pair.values.y) : "l"(p + (i < last ? i + 1 : i)));
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(pair.values.x) : "l"(p));
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(pair.values.y) : "l"(p + (first + step < last)));
   }
   return pair;
 }
-template <bool kPaired> JITGEN_FN unsigned load_pair_bits(const unsigned short* p, int i, int last) {
+template <bool kPaired> JITGEN_FN unsigned load_pair_bits(const unsigned short* p, int first, int step, int last) {
   unsigned bits;
+  p = p + first + step;
   if (kPaired) {
-    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(bits) : "l"(p + i));
+    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(bits) : "l"(p));
   } else {
     unsigned short low, high;
-    asm volatile("ld.global.nc.b16 %0, [%1];" : "=h"(low) : "l"(p + i));
-    asm volatile("ld.global.nc.b16 %0, [%1];" : "=h"(high) : "l"(p + (i < last ? i + 1 : i)));
+    asm volatile("ld.global.nc.b16 %0, [%1];" : "=h"(low) : "l"(p));
+    asm volatile("ld.global.nc.b16 %0, [%1];" : "=h"(high) : "l"(p + (first + step < last)));
     asm("mov.b32 %0, {%1, %2};" : "=r"(bits) : "h"(low), "h"(high));
   }
   return bits;
 }
-template <bool kPaired, class T> JITGEN_FN Pair<T> load_pair(const T* p, int i, int last) {
-  return {load_pair_bits<kPaired>(reinterpret_cast<const unsigned short*>(p), i, last)};
+template <bool kPaired, class T> JITGEN_FN Pair<T> load_pair(const T* p, int first, int step, int last) {
+  return {load_pair_bits<kPaired>(reinterpret_cast<const unsigned short*>(p), first, step, last)};
 }
 JITGEN_FN long long clamp_index(long long i, long long size) { return i < 0 ? 0 : (i < size ? i : size - 1); }
 JITGEN_FN long long wrap_index(long long i, long long size) { return i < 0 ? i + size : i; }
