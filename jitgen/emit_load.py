@@ -121,9 +121,7 @@ def add_row_word(low: Lowering, node: Expr, words: Block) -> str:
     base = _pointer(low, node, "head", f"args.{name}", outer) if outer else f"args.{name}"
     row = _pointer(low, node, "row", base, tuple(dims))
     index_term(low, node, last, words)  # has the host check the size
-    comment = low.unit.comment(node)
-    word = words.add_member(
-        (node, False), f"jg::Pair<{ELEMENT_CTYPE[slot.dtype]}>", name, f"jg::load_pair<kPaired>({row}, kv_idx, step, last)", comment
-    )
+    text = f"jg::load_pair<kPaired>({row}, kv_idx, step, last)"
+    word = words.add_member((node, False), f"jg::Pair<{ELEMENT_CTYPE[slot.dtype]}>", name, text, low.unit.comment(node))
     low.given[node] = Term(f"{word.text}.at(odd)", ATOM, "float")
     return f"jg::is_paired({', '.join((f'args.{name}', *(f'args.{name}_stride{d}' for d in dims)))})"

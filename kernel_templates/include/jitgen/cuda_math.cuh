@@ -111,9 +111,9 @@ template <> struct Pair<half16> {
 template <class T, class... Strides> JITGEN_FN bool is_paired(const T* p, Strides... strides) {
   return reinterpret_cast<unsigned long long>(p) % (2 * sizeof(T)) == 0 && ((strides % 2 == 0) & ... & true);
 }
-// Elements i and i + 1 of a row whose last one is `last`, where i = first + step is even; the sum is taken apart so that constant
-// steps become part of the instruction. Volatile: read where it is written, long before it is used. A word whose second half is
-// past the end of the row is still inside of an allocation.
+// Elements i and i + 1 of a row whose last one is `last`, where i = first + step is even; constant steps become part of the
+// instruction. Volatile: read where it is written, long before it is used. A word whose second half is past the end of the row
+// is still inside of an allocation.
 template <bool kPaired> JITGEN_FN Pair<float> load_pair(const float* p, int first, int step, int last) {
   Pair<float> pair;
   p = p + first + step;
