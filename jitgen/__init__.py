@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jitgen.sampling_processors import Penalties
     from jitgen.sampling_speculative import speculative_verify
     from jitgen.serving import paged_attention, ragged_attention
+    from jitgen.serving_cascade import Cascade, CascadeLevel
     from jitgen.serving_masks import bit_mask, pack_mask, tree_mask
     from jitgen.serving_merge import merge_state, merge_states
     from jitgen.serving_pages import PageTable
@@ -43,6 +44,8 @@ _HOME = {
     "row_max": "jitgen.rows",
     "row_sum": "jitgen.rows",
     "Variant": "jitgen.variant",
+    "Cascade": "jitgen.serving_cascade",
+    "CascadeLevel": "jitgen.serving_cascade",
     "bit_mask": "jitgen.serving_masks",
     "pack_mask": "jitgen.serving_masks",
     "tree_mask": "jitgen.serving_masks",
@@ -65,6 +68,8 @@ _HOME = {
 _MODULES = ("reference", "errors", "prebuild", "sampling")
 
 __all__ = [
+    "Cascade",
+    "CascadeLevel",
     "JitgenError",
     "OnlineNorm",
     "PageTable",

@@ -77,7 +77,50 @@ SERVING_ARGS: tuple[ArgField, ...] = (
     *(_int(f"{t}_stride_{axis}", "elements; page: 0 when ragged" if axis == "p" else "") for t in "kv" for axis in "psh"),
 )
 
-ARGS_OF_LAYOUT = {"dense": DENSE_ARGS, "ragged": SERVING_ARGS, "paged": SERVING_ARGS}  # by KernelSpec.layout
+# Requests in parts, each of which leaves a state: o and lse are float, and have a row for every row of every part.
+STATES_ARGS = (*SERVING_ARGS, _pointer("const int", "state_row", "[batch] first row of each entry in o and lse"))
+
+# Behind the fields of the layout where K and V are stored in 8 bits.
+SCALE_ARGS: tuple[ArgField, ...] = (
+    _pointer("const float", "k_scale", "what a stored key is multiplied by; null: 1"),
+    _pointer("const float", "v_scale", "as k_scale, of a value"),
+    *(_int(f"{t}_scale_stride_{axis}", "elements between slots; 0: a slot has none of its own" if axis == "s" else "")
+      for t in "kv" for axis in "sh"),
+    ArgField("double", "k_factor", "multiplies all of k_scale", "d"),
+    ArgField("double", "v_factor", "", "d"),
+)  # fmt: skip
+
+MERGE_ARGS: tuple[ArgField, ...] = (
+    _pointer("const float", "states", "[state rows, num_q_heads, head_dim_v], contiguous"),
+    _pointer("const float", "state_lse", "[state rows, num_q_heads], contiguous"),
+    _pointer("void", "o", "[total_q, num_q_heads, head_dim_v]"),
+    _pointer("float", "lse", "[total_q, num_q_heads], contiguous; null when not wanted"),
+    _pointer("const int", "row_state", "[num_levels, level_stride] state of each row of q at each level; negative: none"),
+    _pointer("const int", "row_request", "[total_q] request of each row of q"),
+    _pointer("const int", "q_indptr", "[batch + 1] first row of each request in q"),
+    _pointer("const int", "kv_len", "[batch] keys of each request, at all levels"),
+    _int("stream", "CUDA stream"),
+    _int("num_threads", "CPU threads; 0: the OpenMP default"),
+    _int("batch"),
+    _int("num_q_heads"),
+    _int("num_kv_heads"),
+    _int("total_q", "rows of q"),
+    _int("num_levels"),
+    _int("level_stride", "entries between the levels of row_state"),
+    _int("local_rows", "1: q_idx of a request's row i is i; 0: kv_len - q_len + i"),
+    ArgField("double", "scale", "multiplies q . k", "d"),
+    _int("o_stride_s", "elements"),
+    _int("o_stride_h"),
+)
+
+ARGS_OF_LAYOUT = {  # by KernelSpec.layout
+    "dense": DENSE_ARGS,
+    "ragged": SERVING_ARGS,
+    "paged": SERVING_ARGS,
+    "ragged_states": STATES_ARGS,
+    "paged_states": STATES_ARGS,
+    "states": MERGE_ARGS,
+}
 
 
 def pack_format(fields: tuple[ArgField, ...]) -> str:

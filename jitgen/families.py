@@ -58,15 +58,23 @@ def serving_spec(
     *,
     family: str | None = None,
     rows: int = 8,
+    kv_dtype: str = "",
 ) -> KernelSpec:
-    """A kernel of a plan. ``family`` None is the best prefill kernel; ``rows`` share a KV head in a decode step."""
+    """A kernel of a plan. ``family`` None is the best prefill kernel; ``rows`` share a KV head in a decode step.
+    ``kv_dtype``: of K and V, if it is not ``dtype``."""
     if family is not None and family not in SERVING_FAMILIES:
         raise VariantError(f"family={family!r} is not a family of serving kernels. Use one of {', '.join(SERVING_FAMILIES)}.")
     if device.type == "cpu":
-        return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims, layout), detect_cpu(), layout)
+        return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims, layout), detect_cpu(), layout, kv_dtype)
     family = family or prefill_family(device, layout, PAGE_BOX, None)
     target = detect_cuda(device.index, accelerated=family != "sm80")
-    return cuda_spec(program, dtype, head_dims, family, target, layout=layout, rows=rows)
+    return cuda_spec(program, dtype, head_dims, family, target, layout=layout, rows=rows, kv_dtype=kv_dtype)
+
+
+def merge_spec(program: Program, dtype: str, head_dim_v: int, device: torch.device) -> KernelSpec:
+    """The kernel that joins the states which kernels of a plan have left of each row."""
+    family, target = ("merge_cpu", detect_cpu()) if device.type == "cpu" else ("merge", detect_cuda(device.index))
+    return KernelSpec(family, program, dtype, head_dim_v, head_dim_v, Tiles(0, 0), target, "states")
 
 
 def prefill_family(device: torch.device, layout: str, page_size: int | None, max_kv_len: int | None) -> str:
@@ -86,10 +94,13 @@ def cuda_spec(
     q_len: int = 1 << 20,
     layout: str = "dense",
     rows: int = 8,
+    kv_dtype: str = "",
 ) -> KernelSpec:
     """A CUDA spec of a given family; also used for compile-only checks, where there is no device."""
     if family == "decode":
-        tiles = decode_tiles(*head_dims, program, target, rows)
+        tiles = decode_tiles(*head_dims, program, target, rows, 1 if kv_dtype else 2)
+    elif family == "merge":
+        tiles = Tiles(0, 0)
     elif family == "sm90":
         if target.arch not in SM90_ARCHS:
             raise VariantError(
@@ -99,7 +110,9 @@ def cuda_spec(
         tiles = sm90_tiles(*head_dims, program, q_len=q_len, layout=layout)
     else:
         tiles = sm80_tiles(*head_dims)
-    return KernelSpec(family, program, dtype, *head_dims, tiles, target, layout)
+    if kv_dtype and family != "decode":
+        raise VariantError(f"family={family!r} does not read a cache of {kv_dtype}. Leave family out, or use 'decode'.")
+    return KernelSpec(family, program, dtype, *head_dims, tiles, target, layout, kv_dtype)
 
 
 def cpu_tiles(head_dim: int, head_dim_v: int, layout: str = "dense") -> Tiles:

@@ -9,7 +9,7 @@ from functools import cache
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from jitgen.abi import ARGS_OF_LAYOUT, ArgField
+from jitgen.abi import ARGS_OF_LAYOUT, SCALE_ARGS, ArgField
 from jitgen.emit import VariantSection, emit_variant, section_context
 from jitgen.emit_early import early_parts
 from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directives
@@ -28,6 +28,8 @@ SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     "cpu": "attention/cpu_serving.cpp.jinja",
     "sm80": "attention/sm80_serving.cu.jinja",
     "sm90": "attention/sm90_serving.cu.jinja",
+    "merge": "attention/merge.cu.jinja",
+    "merge_cpu": "attention/merge.cpp.jinja",
 }
 RAW_SCORE_FAMILIES = ("sm80", "sm90", "decode")  # whose templates take part of the scaling out of the element loop
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
@@ -51,9 +53,11 @@ class KernelContext:
     args_fields: tuple[ArgField, ...]
     variant_section: str
     layout: str  # 'dense', 'ragged' or 'paged'
+    has_states: bool  # results are parts of rows, in float, to be merged
     head_dim: int
     head_dim_v: int
     dtype: str
+    kv_dtype: str  # of K and V where they are stored in 8 bits; empty: dtype
     cuda_arch: int  # 90 for sm_90a; 0 on the CPU
     tile_q: int
     tile_kv: int
@@ -126,7 +130,7 @@ def template_of(spec: KernelSpec) -> str:
 
 def render_kernel(spec: KernelSpec) -> Source:
     """Generate the translation unit of ``spec``."""
-    backend = "cpu" if spec.family == "cpu" else "cuda"
+    backend = spec.target.kind
     early = early_parts(spec.program, spec.layout, spec.head_dim_v) if spec.family == "sm90" else frozenset()
     section = emit_variant(spec.program, backend=backend, raw_scores=spec.family in RAW_SCORE_FAMILIES, early=early)
     variant_text = render_template("attention/variant.h.jinja", section_context(section, spec.layout))
@@ -146,15 +150,17 @@ def _mapped(rendered: Rendered) -> str:
 
 def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str) -> KernelContext:
     """Template context of a spec."""
-    flags = {f.name: getattr(section, f.name) for f in fields(KernelContext) if f.type == "bool"}
+    flags = {f.name: getattr(section, f.name) for f in fields(KernelContext) if f.type == "bool" and f.name != "has_states"}
     return KernelContext(
         header_comment=_header_comment(spec),
-        args_fields=ARGS_OF_LAYOUT[spec.layout] + section.args,
+        args_fields=ARGS_OF_LAYOUT[spec.layout] + (SCALE_ARGS if spec.kv_dtype else ()) + section.args,
         variant_section=variant_text,
-        layout=spec.layout,
+        layout=spec.layout.removesuffix("_states"),
+        has_states=spec.layout.endswith("_states"),
         head_dim=spec.head_dim,
         head_dim_v=spec.head_dim_v,
         dtype=spec.dtype,
+        kv_dtype=spec.kv_dtype,
         cuda_arch=_cuda_arch(spec.target),
         tile_q=spec.tiles.tile_q,
         tile_kv=spec.tiles.tile_kv,

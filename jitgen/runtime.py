@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from jitgen.abi import ARGS_OF_LAYOUT, ArgField, pack_format
+from jitgen.abi import ARGS_OF_LAYOUT, SCALE_ARGS, ArgField, pack_format
 from jitgen.errors import CacheError, LaunchError
 from jitgen.program import Program
 from jitgen.spec import KernelSpec
@@ -22,7 +22,7 @@ class CompiledKernel:
     kernel does not stop other Python threads.
     """
 
-    __slots__ = ("_library", "launch", "pack", "path", "spec")
+    __slots__ = ("_library", "_tail", "launch", "pack", "path", "spec")
 
     def __init__(self, path: Path, spec: KernelSpec, fields: tuple[ArgField, ...]) -> None:
         self.path, self.spec = path, spec
@@ -35,6 +35,15 @@ class CompiledKernel:
         self.launch.argtypes = [ctypes.c_char_p]
         self.launch.restype = ctypes.c_int
         self.pack = struct.Struct(pack_format(fields)).pack
+        self._tail: struct.Struct | None = None
+
+    def pack_tail(self, words: list[object]) -> bytes:
+        """The last fields of the arguments, as many as there are words."""
+        if not words:
+            return b""
+        if self._tail is None:
+            self._tail = struct.Struct(pack_format(fields_of(self.spec)[-len(words) :]))
+        return self._tail.pack(*words)
 
     def function(self, name: str, result: type = ctypes.c_int) -> Callable[[bytes], int]:
         """Another entry point of the module that takes packed arguments."""
@@ -74,7 +83,7 @@ def get_kernel(spec: KernelSpec) -> CompiledKernel:
 
 def fields_of(spec: KernelSpec) -> tuple[ArgField, ...]:
     """The fields of ``struct Args`` in the kernel of ``spec``."""
-    return ARGS_OF_LAYOUT[spec.layout] + capture_fields(spec.program)
+    return ARGS_OF_LAYOUT[spec.layout] + (SCALE_ARGS if spec.kv_dtype else ()) + capture_fields(spec.program)
 
 
 def respecify(spec: KernelSpec, program: Program) -> KernelSpec:

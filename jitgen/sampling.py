@@ -1,7 +1,8 @@
 """Sampling without sorting: tokens from logits or probabilities, renormalisation, masks, softmax.
 
-The values of a row at or above a threshold are kept; the threshold of top-k and top-p is searched in the row held on chip.
-Values equal to the threshold are all kept: top_k may then keep more than k tokens.
+The values of a row at or above a threshold are kept. For a small top_k the largest values are listed; else tokens are drawn,
+each from what lies above the last, until one is inside of the filters; where that takes long, and for whole rows, the
+threshold is searched in the row held on chip. Values equal to it are all kept: top_k may then keep more than k tokens.
 """
 
 from __future__ import annotations

@@ -8,10 +8,13 @@ from __future__ import annotations
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NEVER_CUT = 0x7FFFFFFF  # as least_piece: items stay whole
-_HEADER = struct.Struct("@iiI13i")
+NOT_FOR_MANY = 0x7FFFFFFF  # as many_items: only items that must not be cut are given out
+PLAN_THREADS = 1024  # more tiles are not sorted
+TAIL_PIECES = 4  # of an item that is given out in pieces, at most
+_HEADER = struct.Struct("@iiI4iI2i6i")
 _TILE = struct.Struct("@8iI3i")
 _SHARE = struct.Struct("@iiiI8iI3iIi2i")
 SHARES_AT = _HEADER.size
@@ -28,9 +31,12 @@ class PlanShape:
     class_pack: int
     least_rows: int
     most_rows: int
+    least_keys: int
     fixed_cost: int
     least_piece: int
+    many_items: int
     shares: int
+    beside: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,10 @@ class PlanTile:
     begin: int
     end: int
     line: int
+    # of the place of the same number in the order of the last groups, where items are given out
+    at: int = 0
+    at_pieces: int = 0
+    pieces: int = 0
 
     def units(self, unit_keys: int) -> int:
         """Units its keys are visited in; they begin at a multiple of 16 keys."""
@@ -63,13 +73,35 @@ class Share:
 
 
 @dataclass(frozen=True)
+class GivenOut:
+    """Groups whose items are given out one after the other, and behind them together; see PlanHeader in plan.cuh."""
+
+    whole_groups: int = 0
+    tail_groups: int = 0
+    places: int = 0
+    least_units: int = 0
+    pieces: int = 0
+
+
+@dataclass(frozen=True)
 class PlanRecord:
-    """A plan: its tiles, and where each share begins (one more entry than shares asked for)."""
+    """A plan: its tiles, where each share begins (one more entry than shares asked for), or which items are given out."""
 
     tiles: tuple[PlanTile, ...]
     shares: tuple[Share, ...]
     used: int  # shares that have a part of the line
     length: int
+    given_out: GivenOut = GivenOut()
+
+    def items(self, shape: PlanShape) -> list[tuple[int, int, int, int]]:
+        """Items in the order they are given out: (tile, group, pieces, slot of the first of several)."""
+        at, count = self.given_out, len(self.tiles)
+        found = [(tile, group, 1, -1) for group in range(at.whole_groups) for tile in reversed(range(count))]
+        for place in self.tiles if at.tail_groups else ():
+            pieces = place.at_pieces
+            first = place.pieces * at.tail_groups
+            found += [(place.at, at.whole_groups + g, pieces, first + g * pieces) for g in range(at.tail_groups)]
+        return found
 
     def segments(self, shape: PlanShape, c: int) -> list[tuple[int, int, int, int]]:
         """What share c works on: (tile, group, first unit, end unit), in order."""
@@ -102,13 +134,63 @@ def balance(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, visib
     tiles = _make_tiles(q_len, kv_len, shape, visible or (lambda b, first, last: (0, kv_len[b])))
     places = tiles[-1].line + _cost(tiles[-1], shape) if tiles else 0
     length = places * shape.groups
-    used = min(shape.shares, length)
+    used = shares_in_use(shape, length, tiles, _has_company(q_len, kv_len, tiles, shape))
     requests = [t.request for t in tiles if t.index == 0]
     first_tile = {tiles[i].request: i for i in range(len(tiles)) if tiles[i].index == 0}
     starts = [tiles[first_tile[b]].line for b in requests] + [places]
     line = _Line(tiles, requests, first_tile, starts)
     shares = tuple(_share_start(line, shape, length, used, c) for c in range(shape.shares + 1))
-    return PlanRecord(tuple(tiles), shares, used, length)
+    given_out = _give_out(tiles, places, shape)
+    return PlanRecord(tuple(tiles), shares, used, length, given_out)
+
+
+def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
+    """Fills in the order of the last groups where items are given out."""
+    items = len(tiles) * shape.groups
+    if not (shape.many_items and items and (shape.least_piece == NEVER_CUT or items >= shape.many_items * shape.shares)):
+        return GivenOut()
+    costs = [_cost(tile, shape) for tile in tiles]
+    tail = min(-(-shape.shares * max(costs) // places), shape.groups)
+    least = NEVER_CUT if shape.least_piece == NEVER_CUT else 24 if items >= 4 * shape.shares else 48
+    found = GivenOut(shape.groups - tail, tail, places, least)
+    order = list(reversed(range(len(tiles))))
+    if len(tiles) <= PLAN_THREADS:
+        order.sort(key=lambda i: -costs[i])  # stable
+    line = pieces = 0
+    for place, i in enumerate(order):
+        wanted = _pieces_wanted(tiles[i], line, found, shape)
+        has_room = (pieces + wanted) * tail <= TAIL_PIECES * shape.shares
+        tiles[place] = replace(tiles[place], at=i, at_pieces=wanted if has_room else 1, pieces=pieces)
+        line += costs[i]
+        pieces += wanted if wanted > 1 else 0
+    return replace(found, pieces=pieces)
+
+
+def _pieces_wanted(tile: PlanTile, line: int, given_out: GivenOut, shape: PlanShape) -> int:
+    units = tile.units(shape.unit_keys)
+    wanted = -(-5 * (units + shape.fixed_cost) * shape.shares // (8 * (given_out.places - line) * given_out.tail_groups))
+    return max(min(wanted, TAIL_PIECES, units // given_out.least_units), 1)
+
+
+def _has_company(q_len: Sequence[int], kv_len: Sequence[int], tiles: Sequence[PlanTile], shape: PlanShape) -> bool:
+    """Whether the requests of another kernel are work for a tenth of the time of these or more: see has_company in plan.cuh."""
+    own = {t.request for t in tiles}
+    keys = sum(kv_len[b] for b in own)
+    others = sum(q * shape.class_pack * kv_len[b] for b, q in enumerate(q_len) if q > 0 and b not in own)
+    return shape.beside > 0 and others > 0 and others >= 40 * keys
+
+
+def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile], has_company: bool = False) -> int:
+    """Shares that have a part of the line: fewer than asked for where every item can be cut alike so, or none gets longer."""
+    if length == 0:
+        return 0
+    items, shares = len(tiles) * shape.groups, shape.beside if has_company else shape.shares
+    of_each = shares // items * items if items else 0
+    is_even = all(tile.count > 1 and _cost(tile, shape) == _cost(tiles[0], shape) for tile in tiles)
+    if is_even and 16 * of_each >= 15 * shares:
+        return min(of_each, length)
+    largest = -(-length // shares)
+    return -(-length // largest)
 
 
 def _cost(tile: PlanTile, shape: PlanShape) -> int:
@@ -119,7 +201,7 @@ def _make_tiles(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, v
     tiles: list[PlanTile] = []
     line = q_start = 0
     for b, rows in enumerate(q_len):
-        in_class = rows > 0 and shape.least_rows <= rows * shape.class_pack <= shape.most_rows
+        in_class = rows > 0 and shape.least_rows <= rows * shape.class_pack <= shape.most_rows and kv_len[b] >= shape.least_keys
         count = -(-rows * shape.pack // shape.tile_rows) if in_class else 0
         for index in range(count):
             last_row = min((index + 1) * shape.tile_rows, rows * shape.pack) - 1
@@ -168,8 +250,8 @@ def _share_start(line: _Line, shape: PlanShape, length: int, used: int, c: int) 
 
 def read_plan(buffer: bytes, shares: int) -> PlanRecord:
     """A plan buffer, copied from the device, made for this many shares."""
-    num_tiles, used, length, *_ = _HEADER.unpack_from(buffer, 0)
+    num_tiles, used, length, _, _, *given_out = _HEADER.unpack_from(buffer, 0)[:10]
     tiles_at = SHARES_AT + _SHARE.size * (shares + 1)
-    tiles = tuple(PlanTile(*_TILE.unpack_from(buffer, tiles_at + i * _TILE.size)[:9]) for i in range(num_tiles))
+    tiles = tuple(PlanTile(*_TILE.unpack_from(buffer, tiles_at + i * _TILE.size)) for i in range(num_tiles))
     starts = tuple(Share(*_SHARE.unpack_from(buffer, SHARES_AT + c * _SHARE.size)[:4]) for c in range(shares + 1))
-    return PlanRecord(tiles, starts, used, length)
+    return PlanRecord(tiles, starts, used, length, GivenOut(*given_out))

@@ -11,7 +11,8 @@ from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, Unsupp
 from jitgen.families import CUDA_HEAD_DIMS, padded_head_dims
 from jitgen.program import Program, direct_indices
 from jitgen.serving_pages import KeyPlace
-from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM
+from jitgen.serving_scales import stored_dtype
+from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM, STORED_DTYPES
 
 if TYPE_CHECKING:
     from jitgen.serving_plan import Plan
@@ -43,6 +44,7 @@ def check_plan_numbers(plan: Plan) -> None:
     allowed = CPU_DTYPES if device == "cpu" else CUDA_DTYPES
     if dtype_name(plan.dtype) not in allowed:
         raise UnsupportedDtype(f"dtype is {dtype_name(plan.dtype)}, expected {' or '.join(allowed)} on {device}.")
+    _check_stored(plan)
     if device == "cuda" and padded_head_dims(plan.head_dim, plan.head_dim_v) != (plan.head_dim, plan.head_dim_v):
         dims = ", ".join(str(d) for d in CUDA_HEAD_DIMS)
         raise ShapeMismatch(
@@ -57,11 +59,38 @@ def check_plan_numbers(plan: Plan) -> None:
         raise ShapeMismatch(f"layout={plan.layout!r} is not a layout of a plan. Use 'paged' or 'ragged'.")
     if plan.split not in ("balanced", "fixed", "none"):
         raise ShapeMismatch(f"split={plan.split!r} is not a way to split. Use 'balanced', 'fixed' or 'none'.")
+    if not isinstance(plan.levels, int) or isinstance(plan.levels, bool) or plan.levels < 1:
+        raise ShapeMismatch(f"levels is {plan.levels!r}, expected a positive integer.")
+    if plan.levels > 1 and (plan.layout != "paged" or plan.split == "fixed"):
+        raise ShapeMismatch(
+            f"levels={plan.levels} goes with layout='paged' and split='balanced' or 'none', not with "
+            f"layout={plan.layout!r} and split={plan.split!r}."
+        )
     if (plan.split == "fixed") != (plan.kv_split is not None) or (plan.kv_split is not None and plan.kv_split < 1):
         raise ShapeMismatch(
             f"split={plan.split!r} and kv_split={plan.kv_split!r} do not go together. "
             "split='fixed' needs kv_split=, the keys of a piece, and no other split takes it."
         )
+
+
+def _check_stored(plan: Plan) -> None:
+    """Keys and values of 8 bits are of a kind that the kernels read."""
+    stored = stored_dtype(plan)
+    if not stored:
+        return
+    if stored not in STORED_DTYPES:
+        raise UnsupportedDtype(
+            f"kv_dtype is {stored}, expected {dtype_name(plan.dtype)} as dtype, or {', '.join(STORED_DTYPES)}."
+        )
+    if plan.device.type != "cuda":
+        return
+    if plan.head_dim % 64 or plan.head_dim_v % 64:
+        raise ShapeMismatch(
+            f"head_dim is {plan.head_dim}, head_dim_v {plan.head_dim_v}; on cuda a cache of {stored} must be stored with both "
+            "a multiple of 64. Allocate it with the next larger one, zeros behind the last column."
+        )
+    if plan.family not in (None, "decode"):
+        raise UnsupportedDtype(f"family={plan.family!r} does not read a cache of {stored}. Leave family out.")
 
 
 def check_lengths(plan: Plan, q_indptr: Tensor, kv_len: Tensor, reads_q_idx: bool) -> None:
@@ -123,15 +152,18 @@ def check_keys(plan: Plan, place: KeyPlace, tensors: tuple[Tensor, ...]) -> None
     for t in tensors:
         if t.device != plan.device:
             raise UnsupportedDevice(f"k or v is on {t.device}, the plan on {plan.device}. All must be on one device.")
-        if t.dtype != plan.dtype:
-            raise PlanMismatch(f"k or v has dtype {dtype_name(t.dtype)}, the plan was made for dtype={dtype_name(plan.dtype)}.")
+        if t.dtype != (plan.kv_dtype or plan.dtype):
+            name, wanted = ("dtype", plan.dtype) if plan.kv_dtype is None else ("kv_dtype", plan.kv_dtype)
+            raise PlanMismatch(f"k or v has dtype {dtype_name(t.dtype)}, the plan was made for {name}={dtype_name(wanted)}.")
     if plan.page_size is not None and place.page_size != plan.page_size:
         raise PlanMismatch(
             f"the kv cache has pages of {place.page_size} keys, the plan was made for page_size={plan.page_size}."
         )
-    if plan.device.type == "cuda" and any(s % 8 for s in place.strides):
+    whole = 16 if stored_dtype(plan) else 8
+    if plan.device.type == "cuda" and any(s % whole for s in place.strides):
         raise ShapeMismatch(
-            f"k and v have strides {place.strides} (page, row, head of k, then of v), expected multiples of 8 elements on cuda."
+            f"k and v have strides {place.strides} (page, row, head of k, then of v), expected multiples of {whole} elements "
+            "on cuda."
         )
 
 
@@ -181,7 +213,7 @@ def check_captures(plan: Plan, program: Program, values: list[object]) -> None:
 
 def _reach(plan: Plan, name: str, index: str) -> int:
     """One more than the largest value of an index under this plan."""
-    known = {"b": plan.batch, "h": plan.num_q_heads, "kv_h": plan.num_kv_heads}
+    known = {"b": plan.num_requests, "h": plan.num_q_heads, "kv_h": plan.num_kv_heads}
     if index in known:
         return known[index]
     counts_rows = index == "q_idx" and plan.q_index == "local"

@@ -10,7 +10,7 @@ import torch
 
 from jitgen.program import Program
 from jitgen.runtime import fields_of
-from jitgen.serving_balance import PlanRecord, read_plan
+from jitgen.serving_balance import TAIL_PIECES, PlanRecord, read_plan
 
 if TYPE_CHECKING:
     from jitgen.serving_kernels import KernelClass
@@ -38,7 +38,18 @@ def _explain_device(c: KernelClass, rows: int) -> list[str]:
     record = read_plan(c.plan.cpu().numpy().tobytes(), c.num_ctas)  # type: ignore[union-attr]
     if not record.tiles:
         return [f"{c.name}: no request"]
+    if record.given_out.tail_groups:
+        return [f"{c.name}: {_given_out(record, c.num_ctas)}"]
     return [f"{c.name}: {_summary(record)}", *_shares_table(record, rows)]
+
+
+def _given_out(record: PlanRecord, num_ctas: int) -> str:
+    at, count = record.given_out, len(record.tiles)
+    return (
+        f"{count} tiles in each of {at.whole_groups + at.tail_groups} groups of heads, {record.length} units for {num_ctas} CTAs "
+        f"that take work as they come free; the last {at.tail_groups} group{'s' if at.tail_groups > 1 else ''} longest tile first, "
+        f"in up to {TAIL_PIECES} pieces where one is longer than a CTA's part of the rest"
+    )
 
 
 def _summary(record: PlanRecord) -> str:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 
 from jitgen import runtime
+from jitgen.abi import SERVING_ARGS, pack_format
 from jitgen.checks import dtype_name
 from jitgen.errors import VariantError
-from jitgen.families import prefill_family, serving_spec
+from jitgen.families import merge_spec, prefill_family, serving_spec
 from jitgen.program import Program
+from jitgen.serving_place import finishing, place
+from jitgen.serving_scales import no_scales, stored_dtype
+from jitgen.toolchain import driver_version
 
 if TYPE_CHECKING:
     from jitgen.serving_plan import Plan
@@ -20,7 +27,12 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 DECODE_ROWS = 32  # most rows (query rows * query heads of a KV head) of a request that the decode kernel takes
 ALL_ROWS = 1 << 30
+OVERLAP_DRIVER = (12, 3)  # least CUDA version of a driver whose graphs hold programmatic launches
 NUM_STRIDES = 10  # at the end of SERVING_ARGS
+# The fields of a launch in three runs: what may differ from call to call, what a plan and shapes fix, and the tail: all others.
+_FIRST_FIXED = [f.name for f in SERVING_ARGS].index("local_rows")
+pack_own = struct.Struct(pack_format(SERVING_ARGS[:_FIRST_FIXED])).pack
+pack_fixed = struct.Struct(pack_format(SERVING_ARGS[_FIRST_FIXED:])).pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +45,8 @@ class KernelClass:
     plan: Tensor | None  # None on the CPU, which divides the work when it is called
     workspace: Tensor | None
     addresses: tuple[int, int] = (0, 0)  # the fields workspace and plan
+    start_planner: Callable[[bytes], int] | None = None
+    overlaps: bool = False  # the decode and the prefill kernel of a plan run at the same time
 
     @property
     def name(self) -> str:
@@ -40,9 +54,27 @@ class KernelClass:
 
     def launch_planner(self, plan: Plan, values: list[object]) -> None:
         """Start the planner for the lengths that ``plan`` holds, on the current stream."""
-        if self.plan is None or plan.batch == 0:
+        if self.start_planner is None or plan.batch == 0:
             return
-        call(self.kernel, "jitgen_plan", self.pack(plan, values, plan.batch, plan.max_tokens), plan.device)
+        index = plan.device.index
+        if index != torch._C._cuda_getDevice():
+            with torch.cuda.device(index):
+                return self.launch_planner(plan, values)
+        own = pack_own(0, 0, 0, 0, 0, *self.addresses, *plan.lengths, _address(plan.kv_start), 0, stream_of(plan.device), 0,
+                       plan.batch, plan.num_q_heads, plan.num_kv_heads, plan.room[1], 0, 0, 0)  # fmt: skip
+        code = self.start_planner(own + self.fixed(plan, self.overlaps) + self.kernel.pack_tail(kernel_words(plan, values)))
+        if code:
+            self.kernel.raise_error(code)
+
+    def fixed(self, plan: Plan, programmatic: bool, scale: float = 1.0, strides: tuple[int, ...] = (0,) * NUM_STRIDES) -> bytes:
+        """The fields from local_rows to the strides."""
+        is_local = plan.q_index == "local" or plan.segments is not None
+        return pack_fixed(is_local, self.num_ctas, self.class_rows, split_number(plan), programmatic, scale, *strides)
+
+    @property
+    def programmatic(self) -> bool:
+        """Whether a launch may begin before the kernel in front of it ends: both kinds wait for it themselves."""
+        return self.overlaps or (self.name == "decode" and can_overlap())
 
     def pack(self, plan: Plan, values: list[object], batch: int, total_q: int, *, room: Tensor | None = None) -> bytes:
         """Arguments without q, k, v and the rest of what only a launch reads.
@@ -52,13 +84,34 @@ class KernelClass:
         kernel = self.kernel
         workspace, num_ctas = (self.workspace, self.num_ctas) if room is None else (room, room.shape[0])
         lengths = (_address(plan.q_indptr), _address(plan.kv_len), _address(plan.kv_start), 0)
-        numbers = (batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, 0, 0, plan.q_index == "local", num_ctas,
+        is_local = plan.q_index == "local" or plan.segments is not None
+        numbers = (batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, 0, 0, is_local, num_ctas,
                    self.class_rows, split_number(plan), 0, 1.0, *([0] * NUM_STRIDES))  # fmt: skip
         return kernel.pack(
             0, 0, 0, 0, 0, _address(workspace), _address(self.plan), *lengths, stream_of(plan.device),
             torch.get_num_threads() if plan.device.type == "cpu" else 0, *numbers,
-            *runtime.capture_words(kernel.spec.program, values),
+            *kernel_words(plan, values),
         )  # fmt: skip
+
+
+def kernel_words(plan: Plan, values: list[object]) -> list[object]:
+    """The fields behind the strides, for the plan's own program: those of the segments, and the captures."""
+    program, _ = plan.trace()
+    return tail_words(plan, program, values, no_scales(plan))
+
+
+def tail_words(plan: Plan, program: Program, values: list[object], scales: list[object]) -> list[object]:
+    """The fields behind the strides: those of the segments, scales, and captures."""
+    if plan.segments is None:
+        return scales + runtime.capture_words(program, values) if values else scales
+    state_row, *captures = plan.segments.fields(program, values)
+    return [state_row, *scales, *captures]
+
+
+@cache
+def can_overlap() -> bool:
+    """Whether CUDA graphs hold launches that begin before the kernel in front of them ends."""
+    return (driver_version() or (0, 0)) >= OVERLAP_DRIVER
 
 
 def split_number(plan: Plan) -> int:
@@ -78,16 +131,12 @@ def _address(t: Tensor | None) -> int:
 
 
 def call(kernel: runtime.CompiledKernel, name: str, packed: bytes, device: torch.device, result: type = ctypes.c_int) -> int:
-    """Call an entry point on ``device``; a non-zero code of one that returns a code is raised."""
+    """Call an entry point on ``device``."""
     function = kernel.function(name, result)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            value = function(packed)
-    else:
-        value = function(packed)
-    if value and name == "jitgen_plan":
-        kernel.raise_error(value)
-    return int(value)
+            return int(function(packed))
+    return int(function(packed))
 
 
 def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[KernelClass, ...]:
@@ -99,41 +148,56 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
     group = plan.num_q_heads // plan.num_kv_heads
     most_rows = group * plan.max_q_len if plan.max_q_len else None
     rows = min(most_rows or group, DECODE_ROWS)
+    if stored_dtype(plan):
+        return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS),)
     if plan.family == "decode" or (plan.family is None and most_rows is not None and most_rows <= DECODE_ROWS):
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS),)
     if plan.family is None:
         where = (plan.device, plan.layout, plan.page_size, plan.max_kv_len)
-        return (
-            _cuda_class(plan, program, values, "decode", rows, DECODE_ROWS),
-            _cuda_class(plan, program, values, prefill_family(*where), rows, DECODE_ROWS),
+        family = prefill_family(*where)
+        return tuple(
+            replace(_cuda_class(plan, program, values, name, rows, DECODE_ROWS), overlaps=family == "sm90" and can_overlap())
+            for name in ("decode", family)
         )
     return (_cuda_class(plan, program, values, plan.family, rows, 0),)
 
 
 def kernels_of(plan: Plan, program: Program) -> tuple[runtime.CompiledKernel, ...]:
     """The kernels of the plan's classes for another program, whose mask is the plan's."""
+    program = program if plan.segments is None else place(program)[0]
     return tuple(runtime.get_kernel(runtime.respecify(c.kernel.spec, program)) for c in plan.classes)
 
 
 def _kernel(plan: Plan, program: Program, family: str, rows: int) -> runtime.CompiledKernel:
     dims = (plan.head_dim, plan.head_dim_v)
-    spec = serving_spec(program, dtype_name(plan.dtype), dims, plan.device, plan.layout, family=family, rows=rows)
+    layout = plan.layout if plan.segments is None else f"{plan.layout}_states"
+    program = program if plan.segments is None else place(program)[0]
+    stored = stored_dtype(plan)
+    spec = serving_spec(program, dtype_name(plan.dtype), dims, plan.device, layout, family=family, rows=rows, kv_dtype=stored)
     return runtime.get_kernel(spec)
+
+
+def merge_kernel(plan: Plan, program: Program) -> runtime.CompiledKernel | None:
+    """The kernel that joins the segments of each row; None where requests are taken whole."""
+    if plan.segments is None:
+        return None
+    return runtime.get_kernel(merge_spec(finishing(program), dtype_name(plan.dtype), plan.head_dim_v, plan.device))
 
 
 def _cuda_class(plan: Plan, program: Program, values: list[object], family: str, rows: int, class_rows: int) -> KernelClass:
     kernel = _kernel(plan, program, family, rows)
     sizes = KernelClass(kernel, class_rows, 0, None, None)
     device = plan.device
-    num_ctas = call(kernel, "jitgen_num_ctas", sizes.pack(plan, values, plan.max_batch, plan.max_tokens), device)
+    num_ctas = call(kernel, "jitgen_num_ctas", sizes.pack(plan, values, *plan.room), device)
     if num_ctas < 0:
         kernel.raise_error(-num_ctas)
     sizes = KernelClass(kernel, class_rows, num_ctas, None, None)
-    packed = sizes.pack(plan, values, plan.max_batch, plan.max_tokens)
+    packed = sizes.pack(plan, values, *plan.room)
     bytes_of = {n: call(kernel, f"jitgen_{n}_bytes", packed, device, ctypes.c_longlong) for n in ("plan", "workspace")}
     # all ones in the workspace mean that a partial result has not arrived
     memory = [
         torch.full((-(-bytes_of[n] // 16) * 4,), fill, dtype=torch.int32, device=device)
         for n, fill in (("plan", 0), ("workspace", -1))
     ]
-    return KernelClass(kernel, class_rows, num_ctas, *memory, addresses=(memory[1].data_ptr(), memory[0].data_ptr()))
+    addresses = memory[1].data_ptr(), memory[0].data_ptr()
+    return KernelClass(kernel, class_rows, num_ctas, *memory, addresses, kernel.function("jitgen_plan"))

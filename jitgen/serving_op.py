@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +18,7 @@ from jitgen.errors import VariantError
 if TYPE_CHECKING:
     from jitgen.serving_pages import PageTable
     from jitgen.serving_plan import Plan
+    from jitgen.serving_scales import Scale
 
 Tensor = torch.Tensor
 _plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
@@ -42,25 +44,54 @@ def paged_op(
     scale: float | None,
     kv_layout: str,
     want_lse: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    factors: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """A paged call. v is None where k is the whole cache; the second result is empty unless want_lse."""
+    """A paged call. v is None where k is the whole cache; the second result is empty unless want_lse; factors are the scales
+    that are numbers, if any are."""
     from jitgen.serving import paged_attention
 
-    table = pages if indptr is None else (indptr, pages)
+    plan = _plans[handle]
+    table = plan.cascade or (pages if indptr is None else (indptr, pages))
     cache = k if v is None else (k, v)
-    found = paged_attention(q, cache, table, _plans[handle], scale=scale, kv_layout=kv_layout, return_lse=want_lse)
+    scales = _scales(k_scale, v_scale, factors)
+    found = paged_attention(q, cache, table, plan, scale=scale, kv_layout=kv_layout, return_lse=want_lse, **scales)
     return found if want_lse else (found, q.new_empty(0, dtype=torch.float32))  # type: ignore[return-value]
 
 
 @torch.library.custom_op("jitgen::ragged_attention", mutates_args=())
 def ragged_op(
-    q: Tensor, k: Tensor, v: Tensor, handle: int, head_dim_v: int, scale: float | None, want_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    handle: int,
+    head_dim_v: int,
+    scale: float | None,
+    want_lse: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    factors: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """A ragged call. The second result is empty unless want_lse."""
+    """A ragged call. The second result is empty unless want_lse; for factors see paged_op."""
     from jitgen.serving import ragged_attention
 
-    found = ragged_attention(q, k, v, _plans[handle], scale=scale, return_lse=want_lse)
+    scales = _scales(k_scale, v_scale, factors)
+    found = ragged_attention(q, k, v, _plans[handle], scale=scale, return_lse=want_lse, **scales)
     return found if want_lse else (found, q.new_empty(0, dtype=torch.float32))  # type: ignore[return-value]
+
+
+def _scales(k_scale: Tensor | None, v_scale: Tensor | None, factors: Sequence[float]) -> dict[str, Any]:
+    """Keyword arguments of a call."""
+    k, v = factors or (None, None)
+    return {"k_scale": k if k_scale is None else k_scale, "v_scale": v if v_scale is None else v_scale}
+
+
+def _divided(k_scale: Scale, v_scale: Scale) -> tuple[Tensor | None, Tensor | None, list[float]]:
+    """Scales as the operators take them."""
+    tensors = [s if isinstance(s, Tensor) else None for s in (k_scale, v_scale)]
+    numbers = [1.0 if s is None or isinstance(s, Tensor) else float(s) for s in (k_scale, v_scale)]
+    return tensors[0], tensors[1], [] if k_scale is None and v_scale is None else numbers
 
 
 def _fake_results(q: Tensor, head_dim_v: int, want_lse: bool) -> tuple[Tensor, Tensor]:
@@ -80,13 +111,25 @@ def _(
     scale: float | None,
     kv_layout: str,
     want_lse: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    factors: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     return _fake_results(q, head_dim_v, want_lse)
 
 
 @ragged_op.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, handle: int, head_dim_v: int, scale: float | None, want_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    handle: int,
+    head_dim_v: int,
+    scale: float | None,
+    want_lse: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    factors: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     return _fake_results(q, head_dim_v, want_lse)
 
@@ -99,6 +142,8 @@ def call_paged(
     scale: float | None,
     kv_layout: str,
     want_lse: bool,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The operator as traced code calls it."""
     k, v = (kv_cache, None) if isinstance(kv_cache, Tensor) else kv_cache
@@ -106,17 +151,27 @@ def call_paged(
         pages, indptr = page_table, None
     elif isinstance(page_table, tuple):
         indptr, pages = page_table
+    elif plan.cascade is not None:
+        pages, indptr = page_table.pages, None
     else:
         pages, indptr = page_table.pages, page_table.indptr
-    out, lse = paged_op(q, k, v, pages, indptr, plan.handle, plan.head_dim_v, scale, kv_layout, want_lse)
+    scales = _divided(k_scale, v_scale)
+    out, lse = paged_op(q, k, v, pages, indptr, plan.handle, plan.head_dim_v, scale, kv_layout, want_lse, *scales)
     return (out, lse) if want_lse else out
 
 
 def call_ragged(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None, want_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float | None,
+    want_lse: bool,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The operator as traced code calls it."""
-    out, lse = ragged_op(q, k, v, plan.handle, plan.head_dim_v, scale, want_lse)
+    out, lse = ragged_op(q, k, v, plan.handle, plan.head_dim_v, scale, want_lse, *_divided(k_scale, v_scale))
     return (out, lse) if want_lse else out
 
 

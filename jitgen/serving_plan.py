@@ -11,10 +11,12 @@ from jitgen.api import resolve_hooks
 from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, VariantError
 from jitgen.ir import TRUE, to_text, walk
 from jitgen.program import Program, uses_index
+from jitgen.serving_cascade import Cascade
 from jitgen.serving_checks import check_captures, check_lengths, check_plan_numbers
-from jitgen.serving_kernels import KernelClass, make_classes
+from jitgen.serving_kernels import DECODE_ROWS, KernelClass, make_classes
 from jitgen.serving_op import register_plan
 from jitgen.serving_pages import as_int32, check_indices
+from jitgen.serving_segments import check_cascade, make_segments
 from jitgen.variant import Tracker, Variant
 
 Tensor = torch.Tensor
@@ -37,9 +39,15 @@ class Plan:
     layout        'paged' or 'ragged': which call will use the plan
     page_size     keys of a page, if known: the prefill kernel of Hopper needs it, and pages of a multiple of 8; without it
                   that of Ampere is used, at about half the speed
+    kv_dtype      dtype of the keys and values in the cache, if not ``dtype``: torch.float8_e4m3fn, torch.float8_e5m2 or
+                  torch.int8, with scales that each call is given. On a GPU such plans have the decode kernel only, which
+                  takes long prefills at its own speed
     split         'balanced': long requests are cut along their keys so that all CTAs are busy equally long. 'fixed': cut at
                   multiples of ``kv_split`` keys, so a request's result does not depend on what else is in the batch, bit by
-                  bit (on a GPU such a request is not cut at all). 'none': never cut
+                  bit. On a GPU requests of more rows than the decode kernel takes (32, counted once for each query head of a
+                  KV head) stay whole, as do all without ``max_kv_len``. 'none': never cut
+    levels        most levels of the cascades that ``update`` is given in the place of lengths; 1: requests share no keys. The
+                  plan then holds the states of max_tokens rows at every level
     family        forces one kernel family: 'decode', 'sm80' or 'sm90' on a GPU
 
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, VariantError; CompileError, ToolchainMissing.
@@ -56,6 +64,7 @@ class Plan:
         *,
         head_dim_v: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        kv_dtype: torch.dtype | None = None,
         variant: Variant | Any = None,
         layout: str = "paged",
         max_q_len: int | None = None,
@@ -63,15 +72,17 @@ class Plan:
         page_size: int | None = None,
         split: str = "balanced",
         kv_split: int | None = None,
+        levels: int = 1,
         device: torch.device | str | None = None,
         family: str | None = None,
     ) -> None:
         self.max_batch, self.max_tokens = max_batch, max_tokens
         self.num_q_heads, self.num_kv_heads = num_q_heads, num_kv_heads
         self.head_dim, self.head_dim_v = head_dim, head_dim if head_dim_v is None else head_dim_v
-        self.dtype, self.layout, self.family = dtype, layout, family
+        self.dtype, self.kv_dtype = dtype, None if kv_dtype == dtype else kv_dtype
+        self.layout, self.family = layout, family
         self.max_q_len, self.max_kv_len, self.page_size = max_q_len, max_kv_len, page_size
-        self.split, self.kv_split = split, kv_split
+        self.split, self.kv_split, self.levels = split, kv_split, levels
         self.device = _complete(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         check_plan_numbers(self)
         self.variant = Variant() if variant is None else Variant.of(variant)
@@ -80,16 +91,22 @@ class Plan:
         self.handle = register_plan(self)  # what graphs of torch.compile hold
         self.version = 0  # counts updates
         self.calls: dict[tuple[object, ...], Any] = {}  # prepared calls, by shapes and strides
+        self.recent: Any = None  # the last of them
+        self.device_index = self.device.index
         self.checked_table: tuple[Tensor | None, object] = (None, None)
         self.checked_values: list[object] = []
         self.checked_results: object = None
-        self.lengths = (0, 0)  # addresses of q_indptr and kv_len
+        self.lengths = (0, 0)  # addresses of q_indptr and kv_len, of the entries
         self.longest_q = self.longest_kv = 0  # of the last update, on the CPU
         self.batch = self.rows = 0  # of the last update; rows: -1 where only the device knows
+        self.num_requests = 0  # batch counts entries: more than requests where these are attended in parts
+        self.cascade: Cascade | None = None
         self.q_indptr: Tensor | None = None
         self.kv_len: Tensor | None = None
         self.kv_start: Tensor | None = None
+        self.request_lengths: Any = (None, None)  # q_indptr and kv_len of requests, where entries are parts of them
         self._program, self._values = self.trace()
+        self.segments = make_segments(self, self._program)
         self.classes: tuple[KernelClass, ...] = make_classes(self, self._program, self._values)
 
     def __repr__(self) -> str:
@@ -100,7 +117,20 @@ class Plan:
     @property
     def workspace_bytes(self) -> int:
         """Memory of the device that the plan holds: what the planner writes, and partial results. Lengths do not change it."""
-        return sum(c.plan.nbytes + c.workspace.nbytes for c in self.classes if c.plan is not None)
+        states = 0 if self.segments is None else self.segments.nbytes
+        return states + sum(c.plan.nbytes + c.workspace.nbytes for c in self.classes if c.plan is not None)
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """Most entries that kernels see as requests, and most rows of them."""
+        if self.segments is None:
+            return self.max_batch, self.max_tokens
+        return self.segments.max_entries, self.segments.levels * self.max_tokens
+
+    @property
+    def cut_len(self) -> int:
+        """Most query rows of a request that split='fixed' cuts on a GPU."""
+        return DECODE_ROWS * self.num_kv_heads // self.num_q_heads
 
     def trace(self) -> tuple[Program, list[object]]:
         """Program of the plan's variant, and the captured values as they are now."""
@@ -119,7 +149,7 @@ class Plan:
 
     def update(
         self,
-        q_indptr: Tensor,
+        q_indptr: Tensor | Cascade,
         kv_len: Tensor | None = None,
         *,
         kv_indptr: Tensor | None = None,
@@ -129,49 +159,101 @@ class Plan:
         """Plan for these lengths; returns the plan itself.
 
         Ragged plans take ``kv_indptr``, the first row in k of every request, and ``kv_len`` only if requests do not fill
-        their part of k. Keyword arguments that the variant captures are used from here on in place of the captured values;
-        values that the mask reads are fixed here until the next update.
+        their part of k. Plans made with ``levels`` take a jitgen.Cascade and no lengths. Keyword arguments that the variant
+        captures are used from here on in place of the captured values; values that the mask reads are fixed here until the
+        next update.
 
         Shapes:  q_indptr [batch + 1], kv_indptr [batch + 1], kv_len [batch]; int32 or int64, on the plan's device. A
                  request may have no query rows, no keys, or both.
         Errors:  PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype. Lengths are checked on the CPU; on a GPU
                  only with check=True, which waits for the device.
-        Cost:    GPU: one small kernel for each of the plan's kernels, 2 to 5 us each; with int64 lengths one copy more.
+        Cost:    GPU: one small kernel for each of the plan's kernels, 2 to 5 us each; with int64 lengths one copy more. With
+                 levels, and with split='fixed' where requests are cut, some 20 torch operations more.
         """
-        kv_start, kv_len = self._key_lengths(kv_len, kv_indptr)
-        check_indices("q_indptr", q_indptr, 1)
-        batch = q_indptr.shape[0] - 1
-        if batch != kv_len.shape[0]:
-            raise ShapeMismatch(f"q_indptr has {batch + 1} entries, kv_len {kv_len.shape[0]}. Expected batch + 1 and batch.")
-        if batch > self.max_batch:
-            raise PlanMismatch(f"the lengths are those of {batch} requests, the plan was made for max_batch={self.max_batch}.")
-        for name, t in (("q_indptr", q_indptr), ("kv_len", kv_len)):
-            if t.device != self.device:
-                raise UnsupportedDevice(f"{name} is on {t.device}, the plan on {self.device}. Move it there.")
+        if isinstance(q_indptr, Cascade) or self.levels > 1:
+            self._take_cascade(q_indptr, kv_len, kv_indptr)
+        else:
+            self._take_lengths(q_indptr, kv_len, kv_indptr)
         if captures:
             self.variant = self.variant.bind(**captures)
             self._tracker = Tracker(self.variant)
         program, values = self.trace()
-        on_host = self.device.type == "cpu"
-        if on_host or check:
-            lengths = (q_indptr.cpu(), kv_len.cpu())
-            check_lengths(self, *lengths, uses_index(program, "q_idx"))
-        self.rows = int(q_indptr[-1]) if on_host else -1
-        self.q_indptr, self.kv_len, self.kv_start = as_int32(q_indptr), as_int32(kv_len), kv_start
-        if on_host:  # the caller may reuse its tensors for the next step
-            self.q_indptr, self.kv_len = self.q_indptr.clone(), self.kv_len.clone()
-            self.longest_q = int(q_indptr.diff().max()) if batch else 0
-            self.longest_kv = int(kv_len.max()) if batch else 0
-        self.lengths = (self.q_indptr.data_ptr(), self.kv_len.data_ptr())
-        self.batch, self.version, self.checked_values = batch, self.version + 1, []
+        self._look_at_lengths(program, bool(check))
+        self.lengths = (self.q_indptr.data_ptr(), self.kv_len.data_ptr())  # type: ignore[union-attr]
+        self.version, self.checked_values = self.version + 1, []
         if program is not self._program:
             self.classes = make_classes(self, program, values)
             self.calls.clear()
+            self.recent = None
         self._program, self._values = program, values
         check_captures(self, program, values)
         for c in self.classes:
             c.launch_planner(self, values)
         return self
+
+    def _take_lengths(self, q_indptr: Tensor, kv_len: Tensor | None, kv_indptr: Tensor | None) -> None:
+        """Lengths of whole requests, cut here where ``split`` says so."""
+        kv_start, kv_len = self._key_lengths(kv_len, kv_indptr)
+        check_indices("q_indptr", q_indptr, 1)
+        batch = q_indptr.shape[0] - 1
+        if batch != kv_len.shape[0]:
+            raise ShapeMismatch(f"q_indptr has {batch + 1} entries, kv_len {kv_len.shape[0]}. Expected batch + 1 and batch.")
+        self._check_batch(batch, {"q_indptr": q_indptr, "kv_len": kv_len})
+        self.batch = self.num_requests = batch
+        self.request_lengths = self.q_indptr, self.kv_len = as_int32(q_indptr), as_int32(kv_len)
+        self.kv_start = kv_start
+        if self.device.type == "cpu":  # the caller may reuse its tensors for the next step
+            self.request_lengths = self.q_indptr, self.kv_len = self.q_indptr.clone(), self.kv_len.clone()
+        if self.segments is not None and batch:
+            piece = int(self.kv_split or 0)
+            self.segments.divide_lengths(self.q_indptr, self.kv_len, piece, self.cut_len, kv_start)
+            self._take_segments(self.segments.levels * (batch + 1) - 1)
+
+    def _take_cascade(self, cascade: Tensor | Cascade, kv_len: Tensor | None, kv_indptr: Tensor | None) -> None:
+        """Lengths of the groups of a cascade."""
+        if self.segments is None or self.levels == 1:
+            raise PlanMismatch("update was given a Cascade, and the plan was made for whole requests. Make it with levels=.")
+        if not isinstance(cascade, Cascade) or kv_len is not None or kv_indptr is not None:
+            raise PlanMismatch(
+                f"the plan was made for levels={self.levels}, whose update takes a jitgen.Cascade and no lengths."
+            )
+        for level in cascade.levels:
+            self._check_batch(level.size, {"the cascade": level.kv_len})
+        cascade.refresh()
+        self.segments.divide_cascade(cascade)
+        self.cascade = cascade
+        self.num_requests = cascade.batch
+        self._take_segments(cascade.num_entries)
+        self.kv_start = cascade.kv_start
+        last, lengths = cascade.levels[-1].q_indptr, self.segments.request_kv_len[: cascade.batch]
+        self.request_lengths = last, lengths
+
+    def _take_segments(self, count: int) -> None:
+        """Entries are those of the segments."""
+        segments = self.segments
+        assert segments is not None
+        self.batch = count
+        self.q_indptr, self.kv_len, self.kv_start = segments.q_indptr[: count + 1], segments.kv_len[:count], segments.kv_start
+
+    def _check_batch(self, batch: int, tensors: dict[str, Tensor]) -> None:
+        if batch > self.max_batch:
+            raise PlanMismatch(f"the lengths are those of {batch} requests, the plan was made for max_batch={self.max_batch}.")
+        for name, t in tensors.items():
+            if t.device != self.device:
+                raise UnsupportedDevice(f"{name} is on {t.device}, the plan on {self.device}. Move it there.")
+
+    def _look_at_lengths(self, program: Program, check: bool) -> None:
+        """What the host may know of the lengths, and whether they are right."""
+        q_indptr, kv_len = self.request_lengths
+        on_host = self.device.type == "cpu"
+        if on_host or check:
+            if self.cascade is not None:
+                check_cascade(self.cascade)
+            check_lengths(self, q_indptr.cpu(), kv_len.cpu(), uses_index(program, "q_idx"))
+        self.rows = int(q_indptr[-1]) if on_host else -1
+        if on_host:
+            self.longest_q = int(q_indptr.diff().max()) if self.num_requests else 0
+            self.longest_kv = int(kv_len.max()) if self.num_requests else 0
 
     def _key_lengths(self, kv_len: Tensor | None, kv_indptr: Tensor | None) -> tuple[Tensor | None, Tensor]:
         """First row of each request in k (ragged only), and its number of keys."""

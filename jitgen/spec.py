@@ -12,6 +12,7 @@ from jitgen.target import CompileTarget
 
 CPU_DTYPES = ("float32", "bfloat16", "float16")
 CUDA_DTYPES = ("bfloat16", "float16")
+STORED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")  # of K and V in a cache, besides the dtype of Q
 MAX_CPU_HEAD_DIM = 512
 
 
@@ -37,13 +38,15 @@ class KernelSpec:
     tiles: Tiles
     target: CompileTarget
     layout: str = "dense"  # 'dense', 'ragged' or 'paged': how requests and their keys are addressed
+    kv_dtype: str = ""  # of K and V where it is one of STORED_DTYPES; empty: dtype
 
     @cached_property
     def digest(self) -> str:
         """Identity of the spec under one generator. The names of captures are left out: renaming one changes the text of
         the source and nothing it does, so the module built before is used."""
         tiles = (self.tiles.tile_q, self.tiles.tile_kv, self.tiles.num_warps, self.tiles.num_stages)
-        shape = (self.family, self.layout, self.program.id, self.dtype, self.head_dim, self.head_dim_v, tiles)
+        dtypes = (self.dtype, self.kv_dtype) if self.kv_dtype else (self.dtype,)
+        shape = (self.family, self.layout, self.program.id, *dtypes, self.head_dim, self.head_dim_v, tiles)
         return hashlib.sha256(_attr_bytes(shape)).hexdigest()[:32]
 
     @property
@@ -51,4 +54,5 @@ class KernelSpec:
         """Short description for progress lines and logs."""
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
         layout = "" if self.layout == "dense" else f" {self.layout}"
-        return f"attention {self.family}{layout} {self.dtype} hd{dims}"
+        stored = f" from {self.kv_dtype}" if self.kv_dtype else ""
+        return f"attention {self.family}{layout} {self.dtype}{stored} hd{dims}"

@@ -14,18 +14,23 @@ MAX_OUTPUT_REGISTERS = 128  # of O^T in a thread: head_dim_v * columns / 32
 SHAPES = ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (4, 1), (2, 2), (2, 1))
 MAX_RING_BYTES = 144 * 1024
 MERGE_COLUMNS = 8
+SCALE_BYTES = 128  # of a stage
 CONTROL_BYTES = 320  # of a warp: softmax of the columns, or a norm's state of up to six values; barriers
 
 
-def decode_tiles(head_dim: int, head_dim_v: int, program: Program, target: CompileTarget, rows: int = 8) -> Tiles:
+def decode_tiles(
+    head_dim: int, head_dim_v: int, program: Program, target: CompileTarget, rows: int = 8, stored_bytes: int = 2
+) -> Tiles:
     """Tiles for requests of ``rows`` packed rows (q_len times query heads of a key head); more take several passes over K
-    and V."""
+    and V, whose elements have ``stored_bytes``."""
     columns = decode_columns(head_dim_v, rows)
     shared = SHARED_KIB.get(target.compute_capability, min(SHARED_KIB.values())) * 1024
     for warps, stages in SHAPES:
-        ring = warps * stages * UNIT_KEYS * (head_dim + head_dim_v) * 2
+        ring = warps * stages * UNIT_KEYS * (head_dim + head_dim_v) * stored_bytes
         heads = warps // 2 if program.norm is None else warps  # of a CTA: see kMaxHeads
-        rest = heads * columns * head_dim * 2 + warps * MERGE_COLUMNS * (head_dim_v + 4) * 4 + warps * CONTROL_BYTES
+        queries = stages + 1 if columns == 8 and stored_bytes == 2 and target.compute_capability >= (9, 0) else 1
+        rest = heads * queries * columns * head_dim * 2 + warps * MERGE_COLUMNS * (head_dim_v + 4) * 4 + warps * CONTROL_BYTES
+        rest += warps * stages * SCALE_BYTES if stored_bytes == 1 else 0
         if ring <= MAX_RING_BYTES and ring + rest <= shared:
             return Tiles(columns, UNIT_KEYS, warps, stages)
     raise AssertionError(f"no tile for head_dim {head_dim} in {shared} bytes")

@@ -25,13 +25,22 @@ TILES = {
 SHORT_TILES = {(64, 64): (2048, ((256, 64, 4), (256, 64, 4), (128, 128, 2), (128, 96, 2), (192, 96, 2), (128, 64, 2)))}
 
 
+# For groups of requests that share keys, in place of the first: they have 64 rows, or 2 or 4 times as many, more often than
+# 192, and the rest of a tile is idle.
+GROUP_TILES = {(128, 128): (128, 128, 2)}
+
+
 def sm90_tiles(
     head_dim: int, head_dim_v: int, program: Program | None = None, *, q_len: int = 1 << 20, layout: str = "dense"
 ) -> Tiles:
     """Tiles of a kernel for these head dims; ``program`` None: without hooks."""
     limit, short = SHORT_TILES.get((head_dim, head_dim_v), (0, ()))
     table = short if q_len < limit else TILES[head_dim, head_dim_v]
-    tile_q, tile_kv, num_stages = table[PLAIN if program is None else hook_weight(program, layout, head_dim_v)]
+    weight = PLAIN if program is None else hook_weight(program, layout, head_dim_v)
+    tiles = table[weight]
+    if layout.endswith("_states") and weight == PLAIN:  # groups of requests
+        tiles = GROUP_TILES.get((head_dim, head_dim_v), tiles)
+    tile_q, tile_kv, num_stages = tiles
     return Tiles(tile_q, tile_kv, num_warps=4 + tile_q // 16, num_stages=num_stages)
 
 

@@ -131,7 +131,7 @@ class Tracker:
     Cost:    a fraction of a microsecond when nothing has changed.
     """
 
-    __slots__ = ("_bound", "_codes", "_hooks", "trace")
+    __slots__ = ("_bound", "_hooks", "trace")
 
     def __init__(self, variant: Variant) -> None:
         self._hooks, self._bound = variant._hooks, variant._bound
@@ -139,14 +139,10 @@ class Tracker:
 
     def values(self) -> list[object]:
         """Captured values as they are now. ``trace`` is another one afterwards if a hook or its captures ask for that."""
-        for hook, code in self._codes:
-            if hook.__code__ is not code:  # reloaded in place
-                return self._retrace()
-        values = self.trace.check(*self._hooks, self._bound)
+        values = self.trace.check(*self._hooks, self._bound)  # fails too for a function that was reloaded in place
         return self._retrace() if values is None else values
 
     def _retrace(self) -> list[object]:
-        self._codes = [(hook, hook.__code__) for hook in self._hooks if isinstance(hook, types.FunctionType)]
         self.trace, values = _find(self._hooks, self._bound)
         return values
 

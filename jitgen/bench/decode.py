@@ -76,6 +76,7 @@ def cells(config: BenchConfig) -> list[DecodeCell]:
     ]
     if config.device == "cuda" and not config.quick:
         found += [DecodeCell(128, 1024, lengths, page_size=1) for lengths in ("const", "zipf")]
+        found.append(DecodeCell(66, 4096, "const", prefills=2))
     return found
 
 

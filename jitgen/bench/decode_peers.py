@@ -1,4 +1,4 @@
-"""Decode batches that suite decode runs, and who runs them: one query row per request, keys in pages."""
+"""Batches that suite decode runs, and who runs them: one query row per request, or prefills among them; keys in pages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jitgen.bench.peers import Unsupported
 
 ZIPF_POWER = 1.2
 LENGTHS = ("const", "uniform", "zipf")
+ROWS_AT_ONCE = 512  # of the definition: logits in float64 take memory
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,25 @@ class DecodeCell:
     head_dim: int = 128
     page_size: int = 16
     dtype: str = "bfloat16"
+    prefills: int = 0  # the first so many requests have a query row for every key, and all are causal
 
     @property
     def label(self) -> str:
         """Name of the cell in tables and for --filter."""
         short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[self.dtype]
         heads = f"{self.num_q_heads}/{self.num_kv_heads}"
-        return f"{short} hd{self.head_dim} {heads} page {self.page_size} {self.batch}x{self.mean} {self.lengths}"
+        mixed = f" {self.prefills} prefills" if self.prefills else ""
+        return f"{short} hd{self.head_dim} {heads} page {self.page_size} {self.batch}x{self.mean} {self.lengths}{mixed}"
 
     @property
     def bytes(self) -> int:
         """Bytes of K and V that have to be read."""
         return 2 * sum(key_counts(self)) * self.num_kv_heads * self.head_dim * getattr(torch, self.dtype).itemsize
+
+
+def row_counts(cell: DecodeCell) -> list[int]:
+    """Query rows of each request."""
+    return [n if b < cell.prefills else 1 for b, n in enumerate(key_counts(cell))]
 
 
 def key_counts(cell: DecodeCell) -> list[int]:
@@ -60,7 +68,7 @@ class DecodeProblem:
     """A cell with its tensors. Pages of a request lie scattered."""
 
     cell: DecodeCell
-    q: torch.Tensor  # [batch, num_q_heads, head_dim]
+    q: torch.Tensor  # [rows, num_q_heads, head_dim]
     cache: torch.Tensor  # [pages, 2, page_size, num_kv_heads, head_dim]
     q_indptr: torch.Tensor
     kv_len: torch.Tensor
@@ -93,8 +101,8 @@ def make_problem(cell: DecodeCell, device: str, seed: int = 0) -> DecodeProblem:
     for first in range(0, total, 4096):  # in parts: the float32 numbers of a large cache would not fit beside it
         part = cache[first : first + 4096]
         part.copy_(random(*part.shape))
-    q_indptr = torch.arange(cell.batch + 1, dtype=torch.int32)
-    q = random(cell.batch, cell.num_q_heads, cell.head_dim)
+    q_indptr = F.pad(torch.tensor(row_counts(cell)).cumsum(0), (1, 0)).to(torch.int32)
+    q = random(int(q_indptr[-1]), cell.num_q_heads, cell.head_dim)
     return DecodeProblem(cell, q, cache, *(t.to(device) for t in (q_indptr, counts, indptr, order)))
 
 
@@ -109,14 +117,20 @@ class DecodeCalls:
     run: Callable[[], torch.Tensor]
 
 
+def causal(b: object, h: object, q_idx: int, kv_idx: int) -> bool:
+    """What a row sees."""
+    return kv_idx <= q_idx
+
+
 def prepare_jitgen(problem: DecodeProblem) -> DecodeCalls:
-    """jitgen.paged_attention with a plan for one row per request."""
+    """jitgen.paged_attention with one plan for all requests."""
     import jitgen
 
     cell = problem.cell
+    options = {"variant": causal, "page_size": cell.page_size} if cell.prefills else {"max_q_len": 1}
     plan = jitgen.Plan(
-        cell.batch, cell.batch, cell.num_q_heads, cell.num_kv_heads, cell.head_dim,
-        dtype=problem.q.dtype, max_q_len=1, device=problem.q.device,
+        cell.batch, problem.q.shape[0], cell.num_q_heads, cell.num_kv_heads, cell.head_dim,
+        dtype=problem.q.dtype, device=problem.q.device, **options,
     )  # fmt: skip
     table = jitgen.PageTable.csr(problem.indptr, problem.indices)
 
@@ -131,6 +145,7 @@ def prepare_flashinfer(problem: DecodeProblem) -> DecodeCalls:
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     cell = problem.cell
+    _refuse_prefills(cell)
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=problem.q.device)
     wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=cell.num_q_heads // cell.num_kv_heads >= 4)
     last = (problem.kv_len - 1) % cell.page_size + 1
@@ -153,15 +168,79 @@ def prepare_flashinfer_persistent(problem: DecodeProblem) -> DecodeCalls:
     def plan() -> None:
         wrapper.plan(
             problem.q_indptr, problem.indptr, problem.indices, problem.kv_len, cell.num_q_heads, cell.num_kv_heads,
-            cell.head_dim, cell.head_dim, cell.page_size, q_data_type=problem.q.dtype, kv_data_type=problem.q.dtype,
+            cell.head_dim, cell.head_dim, cell.page_size, causal=cell.prefills > 0, q_data_type=problem.q.dtype,
+            kv_data_type=problem.q.dtype,
         )  # fmt: skip
 
     return DecodeCalls(plan, lambda: wrapper.run(problem.q, problem.cache)[0])
 
 
+@dataclass(frozen=True)
+class Halves:
+    """The prefills and the decodes of a batch, each as a batch of its own: q_indptr, indptr, indices, last_page_len."""
+
+    rows: int  # of the prefills
+    prefill: tuple[torch.Tensor, ...]
+    decode: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, problem: DecodeProblem) -> Halves:
+        cell, n = problem.cell, problem.cell.prefills
+        if n == 0:
+            raise Unsupported("no prefills in the batch")
+        last = (problem.kv_len - 1) % cell.page_size + 1
+        pages, rows = int(problem.indptr[n]), int(problem.q_indptr[n])
+        prefill = problem.q_indptr[: n + 1], problem.indptr[: n + 1], problem.indices[:pages], last[:n]
+        decode = problem.q_indptr[n:] - rows, problem.indptr[n:] - pages, problem.indices[pages:], last[n:]
+        return cls(rows, tuple(t.contiguous() for t in prefill), tuple(t.contiguous() for t in decode))
+
+
+def prepare_flashinfer_pod(problem: DecodeProblem) -> DecodeCalls:
+    """FlashInfer's kernel for prefills and decodes at the same time."""
+    from flashinfer import BatchPODWithPagedKVCacheWrapper
+
+    cell, halves, q, cache = problem.cell, Halves.of(problem), problem.q, problem.cache
+    wrapper = BatchPODWithPagedKVCacheWrapper(torch.empty(256 << 20, dtype=torch.uint8, device=q.device), "NHD")
+    heads = cell.num_q_heads, cell.num_kv_heads, cell.head_dim, cell.page_size
+
+    def plan() -> None:
+        wrapper.plan(*halves.prefill, *halves.decode, *heads, q_data_type=q.dtype, kv_data_type=q.dtype)
+
+    def run() -> torch.Tensor:
+        return torch.cat(wrapper.run(q[: halves.rows], cache, q[halves.rows :], cache, causal_p=True)[:2])
+
+    return DecodeCalls(plan, run)
+
+
+def prepare_flashinfer_two(problem: DecodeProblem) -> DecodeCalls:
+    """FlashInfer's prefill wrapper, then its decode wrapper."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
+
+    cell, halves, q, cache = problem.cell, Halves.of(problem), problem.q, problem.cache
+    spaces = [torch.empty(256 << 20, dtype=torch.uint8, device=q.device) for _ in range(2)]
+    prefill = BatchPrefillWithPagedKVCacheWrapper(spaces[0], "NHD")
+    decode = BatchDecodeWithPagedKVCacheWrapper(spaces[1], "NHD", use_tensor_cores=cell.num_q_heads // cell.num_kv_heads >= 4)
+    heads = cell.num_q_heads, cell.num_kv_heads, cell.head_dim, cell.page_size
+
+    def plan() -> None:
+        prefill.plan(*halves.prefill, *heads, causal=True, q_data_type=q.dtype, kv_data_type=q.dtype)
+        decode.plan(*halves.decode[1:], *heads, q_data_type=q.dtype)
+
+    def run() -> torch.Tensor:
+        return torch.cat([prefill.run(q[: halves.rows], cache), decode.run(q[halves.rows :], cache)])
+
+    return DecodeCalls(plan, run)
+
+
+def _refuse_prefills(cell: DecodeCell) -> None:
+    if cell.prefills:
+        raise Unsupported("one row per request only")
+
+
 def prepare_sdpa(problem: DecodeProblem) -> DecodeCalls:
     """torch SDPA request by request, on keys copied together beforehand: what there is without a paged kernel."""
     cell = problem.cell
+    _refuse_prefills(cell)
     if cell.batch > 16 and problem.q.is_cuda:
         raise Unsupported("one launch for each request")
     keys = [tuple(t.transpose(0, 1)[None].contiguous() for t in problem.keys_of(b)) for b in range(cell.batch)]
@@ -180,15 +259,21 @@ def prepare_sdpa(problem: DecodeProblem) -> DecodeCalls:
 PEERS: dict[str, tuple[Callable[[DecodeProblem], DecodeCalls], tuple[str, ...]]] = {
     "flashinfer": (prepare_flashinfer, ("cuda",)),
     "flashinfer-persistent": (prepare_flashinfer_persistent, ("cuda",)),
+    "flashinfer-pod": (prepare_flashinfer_pod, ("cuda",)),
+    "flashinfer-two": (prepare_flashinfer_two, ("cuda",)),
     "sdpa": (prepare_sdpa, ("cpu", "cuda")),
 }
 
 
 def expected(problem: DecodeProblem) -> torch.Tensor:
-    """Attention in float64 from the definition; requests one at a time."""
-    outs, group = [], problem.cell.num_q_heads // problem.cell.num_kv_heads
-    for b in range(problem.cell.batch):
+    """Attention in float64 from the definition; some rows of a request at a time."""
+    outs, group, rows = [], problem.cell.num_q_heads // problem.cell.num_kv_heads, row_counts(problem.cell)
+    for b, start in enumerate(problem.q_indptr[:-1].tolist()):
         k, v = (t.double().repeat_interleave(group, 1) for t in problem.keys_of(b))
-        logits = torch.einsum("hd,khd->hk", problem.q[b].double(), k) / math.sqrt(problem.cell.head_dim)
-        outs.append(torch.einsum("hk,khd->hd", logits.softmax(-1), v))
-    return torch.stack(outs)
+        for first in range(0, rows[b], ROWS_AT_ONCE):
+            q = problem.q[start + first : start + min(first + ROWS_AT_ONCE, rows[b])].double()
+            logits = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(problem.cell.head_dim)
+            last = k.shape[0] - rows[b] + first + torch.arange(q.shape[0], device=q.device)
+            logits.masked_fill_(torch.arange(k.shape[0], device=q.device) > last[:, None], -math.inf)
+            outs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), v))
+    return torch.cat(outs)

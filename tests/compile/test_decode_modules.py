@@ -70,32 +70,36 @@ def stick_breaking() -> jitgen.Variant:
     return jitgen.Variant(mask_mod=causal, softmax=StickBreaking)
 
 
-# variant, dtype, head dims, packed rows, layout, architecture
+# variant, dtype, head dims, packed rows, layout, architecture, dtype of K and V in a cache of 8 bits
 MODULES = [
-    (plain, "bfloat16", (128, 128), 8, "paged", "9.0a"),
-    (plain, "bfloat16", (128, 128), 32, "paged", "9.0a"),
-    (plain, "float16", (128, 128), 8, "ragged", "8.0"),
-    (every_hook, "bfloat16", (128, 128), 8, "paged", "9.0a"),
-    (every_hook, "float16", (256, 256), 16, "paged", "8.0"),
-    (alibi_window, "bfloat16", (256, 256), 8, "paged", "9.0a"),
-    (plain, "bfloat16", (256, 256), 8, "ragged", "9.0a"),
-    (alibi_window, "bfloat16", (64, 64), 32, "paged", "8.9"),
-    (stick_breaking, "bfloat16", (64, 64), 8, "paged", "9.0a"),
-    (plain, "bfloat16", (192, 128), 16, "paged", "9.0a"),
-    (plain, "bfloat16", (96, 96), 8, "ragged", "9.0a"),
+    (plain, "bfloat16", (128, 128), 8, "paged", "9.0a", ""),
+    (plain, "bfloat16", (128, 128), 32, "paged", "9.0a", ""),
+    (plain, "float16", (128, 128), 8, "ragged", "8.0", ""),
+    (every_hook, "bfloat16", (128, 128), 8, "paged", "9.0a", ""),
+    (every_hook, "float16", (256, 256), 16, "paged", "8.0", ""),
+    (alibi_window, "bfloat16", (256, 256), 8, "paged", "9.0a", ""),
+    (plain, "bfloat16", (256, 256), 8, "ragged", "9.0a", ""),
+    (alibi_window, "bfloat16", (64, 64), 32, "paged", "8.9", ""),
+    (stick_breaking, "bfloat16", (64, 64), 8, "paged", "9.0a", ""),
+    (plain, "bfloat16", (192, 128), 16, "paged", "9.0a", ""),
+    (plain, "bfloat16", (96, 96), 8, "ragged", "9.0a", ""),
+    (plain, "bfloat16", (128, 128), 8, "paged", "9.0a", "float8_e4m3fn"),
+    (every_hook, "float16", (256, 256), 8, "paged", "9.0a", "float8_e5m2"),
+    (stick_breaking, "bfloat16", (64, 64), 8, "ragged", "9.0a", "int8"),
+    (alibi_window, "bfloat16", (192, 128), 16, "paged", "8.0", "int8"),
 ]
 
 
 def name_of(case) -> str:
-    make, dtype, dims, rows, layout, arch = case
-    return f"{make.__name__}-{dtype}-hd{dims[0]}_{dims[1]}-{rows}-{layout}-sm{arch.replace('.', '')}"
+    make, dtype, dims, rows, layout, arch, kv_dtype = case
+    return f"{make.__name__}-{dtype}{kv_dtype}-hd{dims[0]}_{dims[1]}-{rows}-{layout}-sm{arch.replace('.', '')}"
 
 
 def compile_case(case, directory: Path) -> tuple[object, Path, str]:
     """One module: spec, cubin, what ptxas says."""
-    make, dtype, dims, rows, layout, arch = case
+    make, dtype, dims, rows, layout, arch, kv_dtype = case
     target = cuda_target(arch)
-    spec = cuda_spec(make().trace().program, dtype, dims, "decode", target, layout=layout, rows=rows)
+    spec = cuda_spec(make().trace().program, dtype, dims, "decode", target, layout=layout, rows=rows, kv_dtype=kv_dtype)
     source = render_kernel(spec)
     for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
         file = directory / path
@@ -146,6 +150,7 @@ def test_module_has_no_copy_to_a_sum_with_a_uniform_register(module):
 @pytest.mark.parametrize("make", [plain, stick_breaking])
 def test_every_architecture_has_a_tile(arch, dims, make):
     for rows in (1, 8, 9, 17, 32, 100):
-        tiles = decode_tiles(*dims, make().trace().program, cuda_target(arch), rows)
-        assert tiles.num_warps * tiles.num_stages * 16 * sum(dims) * 2 < max(SHARED_KIB.values()) * 1024
-        assert tiles.tile_q * dims[1] // 32 <= FULL_OUTPUT
+        for stored_bytes in (1, 2):
+            tiles = decode_tiles(*dims, make().trace().program, cuda_target(arch), rows, stored_bytes)
+            assert tiles.num_warps * tiles.num_stages * 16 * sum(dims) * stored_bytes < max(SHARED_KIB.values()) * 1024
+            assert tiles.tile_q * dims[1] // 32 <= FULL_OUTPUT

@@ -13,7 +13,8 @@ from jitgen.families import cpu_tiles, cuda_spec
 from jitgen.mask_tiles import render_mask_tiles
 from jitgen.program import Program
 from jitgen.render import Source, render_kernel
-from jitgen.spec import KernelSpec
+from jitgen.serving_place import finishing, place
+from jitgen.spec import KernelSpec, Tiles
 from jitgen.target import cpu_target, cuda_target
 
 
@@ -159,6 +160,7 @@ class Case(NamedTuple):
     dtype: str = ""
     head_dims: tuple[int, int] = (0, 0)
     layout: str = "dense"
+    kv_dtype: str = ""
 
 
 CASES: dict[str, Case] = {
@@ -190,6 +192,17 @@ CASES: dict[str, Case] = {
     "soft_cap__decode__float16": Case(soft_cap, "decode", "float16", (96, 96), "paged"),
     "every_hook__decode__bfloat16": Case(every_hook, "decode", "bfloat16", (256, 256), "paged"),
     "alibi_pruned_sigmoid__decode__bfloat16": Case(alibi_pruned_sigmoid, "decode", "bfloat16", (128, 128), "paged"),
+    "window__cpu_states__float32": Case(window, "cpu", "float32", (64, 64), "paged_states"),
+    "plain__sm90_states__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128), "paged_states"),
+    "window__decode_states__bfloat16": Case(window, "decode", "bfloat16", (128, 128), "ragged_states"),
+    "plain__merge__bfloat16": Case(plain, "merge", "bfloat16", (128, 128), "states"),
+    "every_hook__merge__float16": Case(every_hook, "merge", "float16", (64, 64), "states"),
+    "plain__merge_cpu__float32": Case(plain, "merge_cpu", "float32", (64, 64), "states"),
+    "every_hook__merge_cpu__bfloat16": Case(every_hook, "merge_cpu", "bfloat16", (128, 128), "states"),
+    "soft_cap__cpu_paged_stored__bfloat16": Case(soft_cap, "cpu", "bfloat16", (64, 64), "paged", "float8_e4m3fn"),
+    "plain__cpu_ragged_stored__float32": Case(plain, "cpu", "float32", (64, 64), "ragged", "int8"),
+    "window__decode_stored__float16": Case(window, "decode", "float16", (64, 64), "ragged", "float8_e5m2"),
+    "sigmoid__decode_stored__bfloat16": Case(sigmoid, "decode", "bfloat16", (128, 128), "paged", "int8"),
     "window__mask_tiles": Case(window, "mask_tiles"),
 }
 TARGETS = {
@@ -197,6 +210,8 @@ TARGETS = {
     "sm80": partial(cuda_target, "8.0"),
     "sm90": partial(cuda_target, "9.0a"),
     "decode": partial(cuda_target, "9.0a"),
+    "merge": partial(cuda_target, "9.0"),
+    "merge_cpu": partial(cpu_target, "portable"),
 }
 
 
@@ -204,6 +219,10 @@ def case_program(name: str) -> Program:
     """The traced variant of a case; for mask_tiles, of its mask alone."""
     case = CASES[name]
     program = case.make().trace().program
+    if case.layout.endswith("_states"):
+        return place(program)[0]
+    if case.layout == "states":
+        return finishing(program)
     return Program(mask=program.mask, slots=program.slots) if case.family == "mask_tiles" else program
 
 
@@ -212,10 +231,11 @@ def case_spec(name: str) -> KernelSpec:
     case, program = CASES[name], case_program(name)
     target = TARGETS[case.family]()
     if case.family == "cpu":
-        return KernelSpec(
-            "cpu", program, case.dtype, *case.head_dims, cpu_tiles(*case.head_dims, case.layout), target, case.layout
-        )
-    return cuda_spec(program, case.dtype, case.head_dims, case.family, target, layout=case.layout)
+        tiles = cpu_tiles(*case.head_dims, case.layout)
+        return KernelSpec("cpu", program, case.dtype, *case.head_dims, tiles, target, case.layout, case.kv_dtype)
+    if case.family == "merge_cpu":
+        return KernelSpec("merge_cpu", program, case.dtype, *case.head_dims, Tiles(0, 0), target, case.layout)
+    return cuda_spec(program, case.dtype, case.head_dims, case.family, target, layout=case.layout, kv_dtype=case.kv_dtype)
 
 
 def case_source(name: str) -> Source:

@@ -67,6 +67,21 @@ def test_keys_of_a_request_are_those_in_its_pages():
     assert torch.equal(k[0], problem.cache[page, 0, 0]) and torch.equal(v[0], problem.cache[page, 1, 0])
 
 
+def test_prefills_are_among_the_decodes():
+    cell = DecodeCell(3, 40, "const", 4, 2, 16, 16, "float32", prefills=2)
+    problem = make_problem(cell, "cpu")
+    assert decode_peers.row_counts(cell) == [40, 40, 1] and problem.q_indptr.tolist() == [0, 40, 80, 81]
+    halves = decode_peers.Halves.of(problem)
+    assert halves.rows == 80 and halves.decode[0].tolist() == [0, 1] and halves.prefill[3].tolist() == [8, 8]
+    assert torch.equal(torch.cat([halves.prefill[2], halves.decode[2]]), problem.indices)
+    calls = decode_peers.prepare_jitgen(problem)
+    calls.plan()
+    assert (calls.run().double() - expected(problem)).abs().max() < 1e-5
+    for prepare in (decode_peers.prepare_sdpa, decode_peers.prepare_flashinfer_pod):
+        with pytest.raises((decode_peers.Unsupported, ImportError)):
+            prepare(problem)
+
+
 def test_ours_is_right_and_timed(one_cell, monkeypatch):
     monkeypatch.setattr(decode, "PEERS", {"sdpa": (decode_peers.prepare_sdpa, ("cpu",))})
     (report,) = decode.run(config())

@@ -265,3 +265,19 @@ def test_run_refuses_what_does_not_fit_the_plan():
         wrapper.run(batch.q, batch.cache, batch.q)
     with pytest.raises(UnsupportedDtype, match=r"q_data_type is torch.float8_e4m3fn"):
         wrapper.plan(*batch.tables, 4, 2, 16, 4, q_data_type="float8_e4m3fn")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+def test_caches_of_8_bits_with_scales(dtype):
+    batch = paged_batch([1, 1, 1], [5, 64, 200])
+    cache = tuple((t * 20).nan_to_num().round().to(dtype) for t in batch.cache)
+    k_scale, v_scale = 0.06, 0.04
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(WORKSPACE)
+    wrapper.plan(*batch.tables, 4, 2, 16, 4, q_data_type=torch.float32, kv_data_type=dtype)
+    out = wrapper.run(batch.q, cache, k_scale=k_scale, v_scale=v_scale)
+    batch.cache = cache[0].float() * k_scale, cache[1].float() * v_scale
+    exact = flashinfer.BatchDecodeWithPagedKVCacheWrapper(WORKSPACE)
+    exact.plan(*batch.tables, 4, 2, 16, 4, q_data_type=torch.float32)
+    assert_near(out, exact.run(batch.q, batch.cache).double())
+    with pytest.raises(UnsupportedDtype, match=r"k has dtype torch.float32, the plan says"):
+        wrapper.run(batch.q, batch.cache)

@@ -99,16 +99,81 @@ def test_a_pipe_is_one_call_of_sample():
     ("steps", "message"),
     [
         ([], "needs at least one processor"),
-        ([lp.Temperature(), lp.TopP()], r"processor 1 is TopP\(\), which does not take logits"),
-        ([lp.Softmax(), lp.Temperature()], r"processor 1 is Temperature\(\), which does not take probs"),
-        ([lp.Sample(), lp.TopK()], "does not take indices"),
-        ([lp.TopP(), lp.TopP()], "there is one already"),
+        ([lp.Temperature(), lp.TopP()], r"processor 1: TopP\(\) does not take logits. Put Softmax\(\) before it."),
+        ([lp.Softmax(), lp.Temperature()], r"processor 1: Temperature\(\) does not take probs"),
+        ([lp.MinP(), lp.Sample(), lp.TopK()], "does not take indices"),
+        ([lp.Sample()], "takes both logits and probabilities. Say by input_type"),
         ([print], "processor 0 is"),
     ],
 )
 def test_pipes_that_make_no_sense_are_refused(steps, message):
-    with pytest.raises(UnsupportedOption, match=message):
+    with pytest.raises(UnsupportedOption, match=message) as caught:
         lp.LogitsPipe(steps)
+    assert isinstance(caught.value, ValueError)  # what FlashInfer raises
+
+
+def test_what_one_kernel_cannot_do_is_done_by_two():
+    pipe = lp.LogitsPipe([lp.TopP(top_p=0.9), lp.TopP(top_p=0.5)])
+    assert len(pipe.compiled_ops) == 2
+    assert torch.equal(pipe(P), jitgen.renorm(jitgen.renorm(P, top_p=0.9), top_p=0.5))
+
+
+def test_a_pipe_that_is_not_compiled_runs_its_steps_one_by_one():
+    pipe = lp.LogitsPipe([lp.Softmax(), lp.TopK(), lp.Sample()], compile=False)
+    assert pipe.compiled_ops is None and pipe.initial_type is lp.TensorType.LOGITS
+    seeds = torch.arange(4)
+    apart = pipe(X, top_k=9, seed=seeds)
+    assert torch.equal(apart, sampling.sampling_from_probs(sampling.top_k_renorm_probs(sampling.softmax(X), 9), seed=seeds))
+    pipe.compile()
+    assert len(pipe.compiled_ops) == 1
+
+
+def test_parameters_of_processors_hold_where_the_call_gives_none():
+    pipe = lp.LogitsPipe([lp.Softmax(), lp.TopK(top_k=3), lp.TopP(top_p=0.4)])
+    assert torch.equal(pipe(X), jitgen.renorm(jitgen.softmax(X), top_k=3, top_p=0.4))
+    assert torch.equal(pipe(X, top_k=7), jitgen.renorm(jitgen.softmax(X), top_k=7, top_p=0.4))
+
+
+class Bias(lp.LogitsProcessor):
+    """A processor of a user's own."""
+
+    def legalize(self, input_type):
+        if input_type is not lp.TensorType.LOGITS:
+            raise ValueError("takes logits")
+        return [BiasOp(**self.params)]
+
+
+class BiasOp(lp.ParameterizedOp):
+    IN = OUT = lp.TensorType.LOGITS
+
+    def __call__(self, tensor, **kwargs):
+        return lp.TaggedTensor(tensor.data + self._get_param("bias", kwargs), self._validate_input_type(tensor))
+
+
+def test_processors_rules_and_checks_of_the_user_take_part():
+    bias, seeds, seen = torch.randn(X.shape[1]), torch.arange(4), []
+    steps = [Bias(), Bias(bias=bias), lp.Softmax(), lp.TopK(), lp.Sample()]
+    doubled = lp.FusionRule((BiasOp, BiasOp), lambda ops: ops[0].default_params == {}, lambda ops: BiasOp(bias=2 * bias))
+    pipe = lp.LogitsPipe(steps, custom_fusion_rules=[doubled], custom_validity_checks=[seen.extend])
+    assert len(seen) == 5 and [type(op) for op in pipe.compiled_ops[:-1]] == [BiasOp] and len(pipe.compiled_ops) == 2
+    assert torch.equal(pipe(X, top_k=5, seed=seeds), jitgen.sample(X + 2 * bias, top_k=5, seed=seeds))
+    assert torch.equal(lp.LogitsPipe(steps[1:])(X, top_k=5, seed=seeds), jitgen.sample(X + bias, top_k=5, seed=seeds))
+    with pytest.raises(ValueError, match="takes logits"):
+        lp.LogitsPipe([lp.Softmax(), Bias()])
+
+    def refuse(ops):
+        raise lp.CompileError(f"{len(ops)} steps are too many")
+
+    with pytest.raises(lp.CompileError, match="5 steps are too many"):
+        lp.LogitsPipe(steps, custom_validity_checks=[refuse])
+
+
+def test_tagged_tensors_are_tensors_with_a_type():
+    tagged = lp.TaggedTensor.logits(X)
+    assert (tagged.shape, tagged.dtype, tagged.device, tagged.size(1)) == (X.shape, X.dtype, X.device, 1003)
+    assert torch.equal(torch.exp(tagged), X.exp())
+    with pytest.raises(lp.CompileError, match="was given probs"):
+        lp.LogitsPipe([lp.Softmax()])(lp.TaggedTensor.probs(P))
 
 
 def test_missing_parameters_and_unknown_orders_are_named():

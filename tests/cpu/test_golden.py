@@ -71,7 +71,7 @@ def context_of(template: str, name: str) -> dict[str, object]:
     family, program = CASES[name].family, case_program(name)
     if template == mask_tiles.TEMPLATE:
         return vars(mask_tiles_context(program))
-    backend = "cpu" if family in ("cpu", mask_tiles.FAMILY) else "cuda"
+    backend = "cpu" if family in ("cpu", "merge_cpu", mask_tiles.FAMILY) else "cuda"
     section = emit_variant(program, backend=backend, raw_scores=family in render.RAW_SCORE_FAMILIES)
     if template == VARIANT:
         return section_context(section, CASES[name].layout)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jitgen import paths, toolchain
-from jitgen.serving_balance import NEVER_CUT, PlanShape, Share, balance
+from jitgen.serving_balance import NEVER_CUT, NOT_FOR_MANY, GivenOut, PlanShape, Share, balance
 
 SOURCE = r"""
 #include <cstddef>
@@ -19,7 +19,8 @@ SOURCE = r"""
 #include "jitgen/plan.cuh"
 
 // What make_plan does, one tile after the other; every row sees every key. Returns the number of tiles.
-extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const jg::PlanShape* shape, int* starts) {
+extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const jg::PlanShape* shape, int* starts, int* given_out,
+                           int* order) {   // in: tiles of the last groups; out: how many pieces they have
   std::vector<jg::PlanTile> tiles;
   std::vector<int> first_tile;
   std::vector<unsigned> first_line;
@@ -27,7 +28,7 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
   for (int b = 0; b <= batch; ++b) {
     first_tile.push_back(static_cast<int>(tiles.size()));
     first_line.push_back(places);
-    const int count = b < batch ? jg::tiles_of_request(q_len[b], *shape) : 0;
+    const int count = b < batch ? jg::tiles_of_request(q_len[b], kv_len[b], *shape) : 0;
     for (int index = 0; index < count; ++index) {
       jg::PlanTile tile = {b, 0, q_len[b], kv_len[b], index, count, 0, kv_len[b], places};
       places += shape->fixed_cost + jg::units_of({tile.begin, tile.end}, shape->unit_keys);
@@ -35,14 +36,43 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
     }
   }
   const unsigned length = places * shape->groups;
-  const int used = length < static_cast<unsigned>(shape->shares) ? static_cast<int>(length) : shape->shares;
+  unsigned long long others = 0, own = 0;
+  for (int b = 0; b < batch; ++b) {
+    if (jg::tiles_of_request(q_len[b], kv_len[b], *shape)) own += kv_len[b];
+    else if (q_len[b] > 0) others += static_cast<unsigned long long>(q_len[b]) * shape->class_pack * kv_len[b];
+  }
+  const int asked = shape->beside > 0 && jg::has_company(others, own) ? shape->beside : shape->shares;
+  bool is_even = true;
+  const auto cost = [&](const jg::PlanTile& tile) { return jg::units_of({tile.begin, tile.end}, shape->unit_keys); };
+  for (const jg::PlanTile& tile : tiles) is_even &= tile.count > 1 && cost(tile) == cost(tiles[0]);
+  const int used = jg::shares_in_use(asked, length, static_cast<int>(tiles.size()) * shape->groups, is_even);
   const jg::Line line = {first_tile.data(), first_line.data(), tiles.data(), batch, static_cast<int>(tiles.size())};
   for (int c = 0; c <= shape->shares; ++c) {
     const jg::Share share = jg::share_start(line, *shape, length, used, c);
     const int words[4] = {share.tile, share.group, share.unit, static_cast<int>(share.line)};
     for (int i = 0; i < 4; ++i) starts[4 * c + i] = words[i];
   }
-  return static_cast<int>(tiles.size());
+  const int num_tiles = static_cast<int>(tiles.size()), items = num_tiles * shape->groups;
+  jg::PlanHeader header = {num_tiles};
+  if (jg::gives_out(items, *shape)) {
+    int most = 0, pieces = 0;
+    unsigned line = 0;
+    for (const jg::PlanTile& tile : tiles) most = cost(tile) > most ? cost(tile) : most;
+    header.places = places;
+    header.tail_groups = jg::tail_groups_of(places, most + shape->fixed_cost, *shape);
+    header.whole_groups = shape->groups - header.tail_groups;
+    header.least_units = jg::least_units_of(items, *shape);
+    for (int place = 0; place < num_tiles; ++place) {
+      const int at = order[place], wanted = jg::pieces_wanted(cost(tiles[at]), (places - line) * header.tail_groups, header.least_units, *shape);
+      order[place] = jg::pieces_given(wanted, pieces, header, *shape);
+      line += cost(tiles[at]) + shape->fixed_cost;
+      pieces += wanted > 1 ? wanted : 0;
+    }
+    header.pieces = pieces;
+  }
+  const int words[5] = {header.whole_groups, header.tail_groups, static_cast<int>(header.places), header.least_units, header.pieces};
+  for (int i = 0; i < 5; ++i) given_out[i] = words[i];
+  return num_tiles;
 }
 // Whether the share of every place is the one whose part of the line it is in.
 extern "C" int closed_form_holds(unsigned length, unsigned shares) {
@@ -75,24 +105,32 @@ shapes = st.builds(
     class_pack=st.sampled_from([1, 8]),
     least_rows=st.sampled_from([1, 33]),
     most_rows=st.sampled_from([32, NEVER_CUT]),
+    least_keys=st.integers(0, 1),
     fixed_cost=st.integers(0, 2),
     least_piece=st.sampled_from([0, 1, 3, NEVER_CUT]),
+    many_items=st.sampled_from([0, 1, 2, NOT_FOR_MANY]),
     shares=st.sampled_from([1, 2, 7, 132]),
 )
-lengths = st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 200)), st.integers(0, 3000)), max_size=12)
+lengths = st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 200)), st.integers(0, 9000)), max_size=12)
 
 
 @settings(max_examples=300, deadline=None)
-@given(lengths, shapes)
-def test_header_cuts_the_line_as_the_python_planner_does(header, lengths, shape):
+@given(lengths, shapes, st.booleans())
+def test_header_cuts_the_line_as_the_python_planner_does(header, lengths, shape, is_beside):
+    shape = replace(shape, beside=shape.shares * 5 // 12 if is_beside else 0)
     q_len, kv_len = ([n[i] for n in lengths] for i in (0, 1))
     starts = (ctypes.c_int * (4 * (shape.shares + 1)))()
-    numbers = (ctypes.c_int * 10)(*astuple(shape))
+    numbers = (ctypes.c_int * 13)(*astuple(shape))
     batch = len(lengths)
-    tiles = header.make_shares((ctypes.c_int * batch)(*q_len), (ctypes.c_int * batch)(*kv_len), batch, numbers, starts)
     plan = balance(q_len, kv_len, shape)
+    given_out, order = (ctypes.c_int * 5)(), (ctypes.c_int * len(plan.tiles))(*(tile.at for tile in plan.tiles))
+    lens = (ctypes.c_int * batch)(*q_len), (ctypes.c_int * batch)(*kv_len)
+    tiles = header.make_shares(*lens, batch, numbers, starts, given_out, order)
     assert tiles == len(plan.tiles)
     assert [Share(*starts[4 * c : 4 * c + 4]) for c in range(shape.shares + 1)] == list(plan.shares)
+    assert GivenOut(*given_out) == plan.given_out
+    tail = plan.items(shape)[plan.given_out.whole_groups * tiles :: plan.given_out.tail_groups or 1]
+    assert [pieces for _, _, pieces, _ in tail] == (list(order) if plan.given_out.tail_groups else [])
 
 
 @settings(max_examples=100, deadline=None)

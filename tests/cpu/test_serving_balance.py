@@ -10,7 +10,7 @@ from serving_batch import Batch
 
 import jitgen
 from jitgen.families import prefill_family
-from jitgen.serving_balance import NEVER_CUT, PlanShape, balance
+from jitgen.serving_balance import NEVER_CUT, TAIL_PIECES, PlanShape, balance
 from jitgen.serving_explain import host_pieces, share_loads
 
 shapes = st.builds(
@@ -22,8 +22,10 @@ shapes = st.builds(
     class_pack=st.sampled_from([1, 4, 8]),
     least_rows=st.sampled_from([1, 33]),
     most_rows=st.sampled_from([32, NEVER_CUT]),
+    least_keys=st.integers(0, 1),
     fixed_cost=st.integers(0, 3),
     least_piece=st.sampled_from([0, 1, 2, 4]),
+    many_items=st.sampled_from([0, 1, 2]),
     shares=st.sampled_from([1, 2, 7, 132, 300]),
 )
 batches = st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 400)), st.integers(0, 3000)), max_size=12)
@@ -65,7 +67,7 @@ def test_tiles_cover_the_rows_of_the_requests_of_the_class(lengths, shape):
     for b, (q_len, kv_len) in enumerate(lengths):
         tiles = [t for t in record.tiles if t.request == b]
         in_class = q_len > 0 and shape.least_rows <= q_len * shape.class_pack <= shape.most_rows
-        assert bool(tiles) == in_class
+        assert bool(tiles) == (in_class and kv_len >= shape.least_keys)
         assert [t.index for t in tiles] == list(range(len(tiles)))
         assert all((t.count, t.q_start, t.q_len, t.kv_len) == (len(tiles), start, q_len, kv_len) for t in tiles)
         if tiles:
@@ -95,11 +97,66 @@ def test_items_stay_whole_when_told_so(lengths, shape):
             assert first == 0 and end == record.tiles[tile].units(whole.unit_keys)
 
 
+@settings(max_examples=200, deadline=None)
+@given(batches, shapes, st.booleans())
+def test_items_given_out_are_all_there_and_their_pieces_have_room(lengths, shape, is_windowed):
+    record = made(lengths, shape, windowed(lengths) if is_windowed else None)
+    at, items = record.given_out, record.items(shape)
+    if not at.tail_groups:
+        assert not shape.many_items or len(record.tiles) * shape.groups < max(shape.many_items * shape.shares, 1)
+        return
+    assert sorted((tile, group) for tile, group, _, _ in items) == [
+        (tile, group) for tile in range(len(record.tiles)) for group in range(shape.groups)
+    ]
+    slots = sorted(slot + i for _, _, pieces, slot in items if pieces > 1 for i in range(pieces))
+    assert len(set(slots)) == len(slots) and (not slots or slots[-1] < TAIL_PIECES * shape.shares)
+    assert all(record.tiles[tile].units(shape.unit_keys) >= pieces * at.least_units for tile, _, pieces, _ in items if pieces > 1)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most"),
+    [
+        ([(4096, 4096)] * 2, 1.03),
+        ([(2048, 2048)] * 8, 1.02),
+        ([(n, n) for n in (5000, 300, 2500, 1200, 7000)], 1.02),
+        ([(512, 8192)] * 8, 1.06),  # 5.3 items of a length for each CTA: 1.12 if none were cut
+        ([(2048, 32768)], 1.07),  # 2.6 items: 1.15
+        ([(512, 8192)] * 4, 1.13),  # 2.7 items too short to cut
+    ],
+)
+def test_items_given_out_end_nearly_together(lengths, most):
+    """CTAs that take the next piece as they finish one: the last is done soon after the mean."""
+    shape = PlanShape(192, 128, 4, 8, 4, 1, NEVER_CUT, 0, 2, 8, 2, 132)
+
+    def causal(b, first, last):
+        q_len, kv_len = lengths[b]
+        return 0, kv_len - q_len + last + 1
+
+    record = made(lengths, shape, causal)
+    assert record.given_out.tail_groups
+    free = [0.0] * shape.shares
+    for tile, _, pieces, _ in record.items(shape):
+        for _ in range(pieces):
+            at = free.index(min(free))
+            free[at] += shape.fixed_cost + record.tiles[tile].units(shape.unit_keys) / pieces
+    assert max(free) <= most * sum(free) / len(free)
+
+
 def test_skewed_batches_are_balanced():
     lengths = [(1, 60000)] + [(1, 200)] * 63
-    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 1, 1, 132)
+    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 0, 1, 1, 0, 132)
     loads = share_loads(made(lengths, shape))
     assert max(loads) <= 1.02 * sum(loads) / len(loads) + 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "keys", "unit", "used", "load"), [(8, 1024, 64, 128, 4), (1, 4096, 128, 128, 2), (1, 1024, 128, 64, 1)]
+)
+def test_cuts_of_equal_items_fall_on_their_ends(batch, keys, unit, used, load):
+    shape = PlanShape(8, unit, 4, 4 if batch > 1 else 8, 4, 1, 32, 0, 0, 1, 0, 132)
+    record = made([(1, keys)] * batch, shape)
+    assert record.used == used
+    assert all(len(record.segments(shape, c)) == 1 and share_loads(record)[c] == load for c in range(used))
 
 
 @pytest.mark.parametrize(
@@ -184,3 +241,15 @@ def test_explain_says_how_the_work_is_divided(four_threads):
 def test_explain_needs_lengths():
     with pytest.raises(jitgen.errors.PlanMismatch, match=r"Call plan.update first"):
         jitgen.Plan(1, 1, 4, 2, 16, dtype=torch.float32, device="cpu").explain()
+
+
+def test_tiles_of_a_shared_prefix_are_cut_at_the_same_keys():
+    shape = PlanShape(128, 128, 4, 8, 4, 33, NEVER_CUT, 1, 2, 8, 2, 132)
+    record = made([(64, 32768)], shape)  # 256 packed rows in two tiles for each of 8 heads
+    assert record.used == 128
+    cuts = {(t, g): set() for t in range(2) for g in range(8)}
+    for c in range(record.used):
+        for tile, group, first, _ in record.segments(shape, c):
+            cuts[tile, group].add(first)
+    assert all(len(found) == 8 for found in cuts.values())
+    assert all(abs(a - b) <= 1 for g in range(8) for a, b in zip(sorted(cuts[0, g]), sorted(cuts[1, g]), strict=True))

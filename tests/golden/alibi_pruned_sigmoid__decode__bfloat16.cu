@@ -59,6 +59,7 @@ struct Args {
 using Element = jg::bfloat16;
 constexpr int kHeadDim = 128;
 constexpr int kHeadDimV = 128;
+constexpr int kStoredBytes = 2;        // of an element of K and V
 constexpr int kColumns = 8;         // packed query rows of an item
 constexpr int kNumWarps = 8;
 constexpr int kNumStages = 2;       // units of 16 keys that a warp has under way
@@ -236,7 +237,7 @@ JITGEN_FN jg::KeyRange visible_keys(const Args& args, const jg::PlanTile& tile, 
   return tile.kv_len == 0 ? jg::KeyRange{0, 0} : visible_to_item(args, request_of(args, tile), first_query, last_query);
 }
 
-__global__ void __launch_bounds__(jg::kPlanThreads) plan_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::PlanShape shape) {
+__global__ void __launch_bounds__(jg::kPlanThreads, 1) plan_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::PlanShape shape) {
   jg::make_plan(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
                 [&](const jg::PlanTile& tile, int first_query, int last_query) { return visible_keys(args, tile, first_query, last_query); });
 }
@@ -252,7 +253,8 @@ static int launch_planner(const Args& args, const jg::PlanShape& shape) {
 constexpr int kThreads = 32 * kNumWarps;
 constexpr int kTiles = kColumns / 8;
 constexpr int kSlices = kHeadDimV / 16;        // of O^T
-static_assert(kColumns % 8 == 0 && kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "unsupported tile");
+constexpr int kKeyCols = kHeadDim * kStoredBytes / 2, kValueCols = kHeadDimV * kStoredBytes / 2;   // 16-bit ones, as stored
+static_assert(kColumns % 8 == 0 && kHeadDim % 32 == 0 && kKeyCols % 32 == 0 && kValueCols % 32 == 0, "unsupported tile");
 // Pieces of an item can be added if the norm keeps nothing: else one warp visits all keys of an item.
 constexpr bool kSplits = !kNormRescales && !kNormNeedsCumsum && __is_empty(NormState);
 constexpr bool kReverse = kNormReverse;
@@ -262,27 +264,34 @@ constexpr int kMaxKeyWarps = kSplits ? kNumWarps : 1;            // warps that s
 // In the merge, where the registers of O are still taken.
 constexpr int kPiecesInFlight = kSlices * kTiles < 16 ? 8 : kSlices * kTiles == 16 ? 4 : 2;
 
-using Loader = jg::UnitLoader<kHeadDim, kHeadDimV, kNumStages, kTensorCopies>;
+using Loader = jg::UnitLoader<kKeyCols, kValueCols, kStoredBytes, kNumStages, kTensorCopies>;
 using Buffer = jg::MergeBuffer<kHeadDimV>;
 using Output = float[kSlices][kTiles][4];
 using State = NormState[kTiles][2];
 constexpr unsigned kStateBytes = sizeof(NormState) > 8 ? (sizeof(NormState) + 7) / 8 * 8 : 8;   // of a column
 
+// Q of the next items is on its way while an item is worked on: of as many as the loads of K and V may be ahead.
+constexpr bool kQueryAhead = kTensorCopies && kColumns == 8 && kStoredBytes == 2;
+constexpr int kQueries = kQueryAhead ? kNumStages + 1 : 1;
+
 constexpr unsigned kRingBytes = kNumStages * Loader::kStageBytes;   // of a warp
-constexpr unsigned kQueryBytes = kColumns * kHeadDim * 2;           // of a key head
+constexpr unsigned kQueryBytes = kColumns * kHeadDim * 2;           // of an item
 constexpr unsigned kQueryAt = kNumWarps * kRingBytes;
-constexpr unsigned kMergeAt = kQueryAt + kMaxHeads * kQueryBytes;
+constexpr unsigned kMergeAt = kQueryAt + kMaxHeads * kQueries * kQueryBytes;
 constexpr unsigned kStatesAt = kMergeAt + kNumWarps * Buffer::kBytes;
 constexpr unsigned kFinalAt = kStatesAt + kNumWarps * 8 * kStateBytes;   // {maximum, denominator} of the columns of a head
 constexpr unsigned kBarriersAt = kFinalAt + kMaxHeads * 8 * 8;
-constexpr unsigned kSharedBytes = kBarriersAt + kNumWarps * kNumStages * 8;
+constexpr unsigned kQueryBarriersAt = kBarriersAt + kNumWarps * kNumStages * 8;
+constexpr unsigned kScalesAt = kQueryBarriersAt + kMaxHeads * kQueries * 8;
+constexpr unsigned kSharedBytes = kScalesAt + (kStoredBytes == 1 ? kNumWarps * kNumStages * jg::kScaleBytes : 0);
 
 // Place of a warp: `slot` counts the key heads of the CTA, `slice` the warps that share the keys of one.
 struct Place {
   int warp, lane, slot, slice;
   unsigned shared;
 
-  JITGEN_FN unsigned query() const { return shared + kQueryAt + slot * kQueryBytes; }
+  JITGEN_FN unsigned query(int n) const { return shared + kQueryAt + (slot * kQueries + n) * kQueryBytes; }
+  JITGEN_FN unsigned query_barrier(int n) const { return shared + kQueryBarriersAt + (slot * kQueries + n) * 8; }
   JITGEN_FN unsigned merge(int w) const { return shared + kMergeAt + w * Buffer::kBytes; }
   JITGEN_FN unsigned states(int w) const { return shared + kStatesAt + w * 8 * kStateBytes; }
   // Waits for the other warps of the key head.
@@ -300,9 +309,25 @@ JITGEN_FN int rows_of(const jg::DecodeSetup& setup, const jg::PlanTile& tile) {
   return jg::min(kColumns, tile.q_len * static_cast<int>(setup.group_size.value) - tile.index * kColumns);
 }
 
+// Asks for the own part of Q of an item, which arrives at the barrier; columns without a row become zero.
+JITGEN_FN void ask_for_query(const Args& args, const jg::DecodeSetup& setup, const Place& place, const jg::PlanTile& tile,
+                             int kv_h, int n) {
+  constexpr int kChunks = kHeadDim / 8;
+  const int rows = rows_of(setup, tile);
+#pragma unroll 1
+  for (int i = place.slice * 32 + place.lane; i < kColumns * kChunks; i += 32 * setup.kv_warps) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    const PackedRow at = packed_row(setup, tile, kv_h, row);
+    const long long element = (tile.q_start + at.query) * args.q_stride_s + at.h * args.q_stride_h + chunk * 8;
+    jg::cp_async_16(place.query(n) + jg::SpanTile<kHeadDim>::chunk_offset(row, chunk, kColumns),
+                    static_cast<const char*>(args.q) + element * 2, row < rows);
+  }
+  jg::barrier_arrive_on_copies(place.query_barrier(n));
+}
 // Q of an item to shared memory, by the warps of its key head; columns without a row become zero.
 JITGEN_FN void load_query(const Args& args, const jg::DecodeSetup& setup, const Place& place, const jg::PlanTile& tile,
                           int kv_h) {
+  using Tile = jg::SpanTile<kHeadDim>;
   constexpr int kChunks = kHeadDim / 8;
   const int rows = rows_of(setup, tile);
 #pragma unroll 2
@@ -314,7 +339,7 @@ JITGEN_FN void load_query(const Args& args, const jg::DecodeSetup& setup, const 
       const long long element = (tile.q_start + at.query) * args.q_stride_s + at.h * args.q_stride_h + chunk * 8;
       value = __ldg(reinterpret_cast<const uint4*>(static_cast<const char*>(args.q) + element * 2));
     }
-    jg::store_shared(place.query() + jg::SpanTile<kHeadDim>::chunk_offset(row, chunk, kColumns), value);
+    jg::store_shared(place.query(0) + Tile::chunk_offset(row, chunk, kColumns), value);
   }
   place.sync(setup);
 }
@@ -391,11 +416,14 @@ JITGEN_FN void put_states(const Place& place, const State& state, int tile) {
     }
 }
 
+// Row of O and the logsumexp that has the first query of a request.
+JITGEN_FN long long result_row(const Args& args, const jg::PlanTile& tile) { return tile.q_start; }
 JITGEN_FN void store_lse(const Args& args, const jg::PlanTile& tile, const PackedRow& at, const Head& head, float lse) {
-  if (args.lse) args.lse[(tile.q_start + at.query) * args.num_q_heads + at.h] = lse;
+  if (args.lse) args.lse[(result_row(args, tile) + at.query) * args.num_q_heads + at.h] = lse;
 }
 JITGEN_FN char* output_at(const Args& args, const jg::PlanTile& tile, const PackedRow& at, int dim) {
-  return static_cast<char*>(args.o) + ((tile.q_start + at.query) * args.o_stride_s + at.h * args.o_stride_h + dim) * 2;
+  const long long row = result_row(args, tile) + at.query;
+  return static_cast<char*>(args.o) + (row * args.o_stride_s + at.h * args.o_stride_h + dim) * 2;
 }
 
 // Rows of one column tile by whole warps, once their sums lie in the merge buffer of the first warp of the key head.
@@ -435,7 +463,7 @@ JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, cons
   for (int n = 0; n < kTiles; ++n) {
     const int tile_rows = jg::min(8, rows - 8 * n);
     if (tile_rows <= 0) break;
-    Buffer::put(place.merge(place.warp), o, n, tile_rows, place.lane);
+    Buffer::put<kStoredBytes == 1>(place.merge(place.warp), o, n, tile_rows, place.lane);
     put_states(place, state, n);
     place.sync(setup);
 #pragma unroll 1
@@ -450,13 +478,9 @@ JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, cons
       if (first != last) {
         const long long per_cta = setup.heads * kTiles * 8 * kQuads;
         const jg::Mailboxes boxes(args.workspace, per_cta, setup.shape.shares, (place.slot * kTiles + n) * 8 * kQuads + i);
-        if (cta != first) {
-          if (active) boxes.publish(cta, all);
-          continue;
-        }
-        boxes.collect<kPiecesInFlight>(all, first + 1, last, active);
+        boxes.join<kPiecesInFlight>(all, cta, first, last, active);
       }
-      if (!active) continue;
+      if (!active || cta != first) continue;
       jg::store_shared(own, all.o);   // that no other thread reads
       if (dim == 0) jg::store_shared(place.shared + kFinalAt + (place.slot * 8 + column) * 8, make_float2(all.top, all.sum));
     }
@@ -474,7 +498,8 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, cta = blockIdx.x;
   if (warp >= setup.heads * setup.kv_warps) return;
   const Place place = {warp, lane, warp / setup.kv_warps, warp % setup.kv_warps, jg::shared_address(shared)};
-  const Loader loader(place.shared + warp * kRingBytes, place.shared + kBarriersAt + warp * kNumStages * 8, lane, setup);
+  const Loader loader(place.shared + warp * kRingBytes, place.shared + kBarriersAt + warp * kNumStages * 8,
+                      place.shared + kScalesAt + warp * kNumStages * jg::kScaleBytes, lane, setup);
   if constexpr (kTensorCopies) jg::wait_for_previous_kernel();
 
   const jg::Share* const shares = jg::plan_shares(setup.plan);
@@ -488,12 +513,18 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
     return b < 32 ? __shfl_sync(0xffffffffu, early_start, b) : __ldg(setup.kv_start + b);
   };
   const auto kv_head = [&](int group) { return group * setup.heads + place.slot; };
+  if constexpr (kQueryAhead) {
+    if (place.slice == 0 && lane < kQueries) jg::barrier_init(place.query_barrier(lane), 32 * setup.kv_warps);
+    place.sync(setup);
+    ask_for_query(args, setup, place, share.first, kv_head(share.group), 0);
+  }
 
   // ---- places of the next units: kNumStages page numbers are on their way ----
   jg::UnitCursor ahead(share, setup.shape), here(share, setup.shape);
   int ahead_start = kv_first(ahead.tile.request);
   bool more = true;
   jg::KeyPlace places[kNumStages];
+  int ahead_query = 0;
   const auto find_next = [&] {
 #pragma unroll
     for (int i = 0; i + 1 < kNumStages; ++i) places[i] = places[i + 1];
@@ -505,8 +536,13 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
     more = !ahead.ends_share(setup.shape, end);
     if (!more) return;
     const int before = ahead.tile.request;
+    const bool item_ends = ahead.ends_item();
     ahead.advance(setup.plan, setup.shape);
     if (ahead.tile.request != before) ahead_start = kv_first(ahead.tile.request);
+    if (kQueryAhead && item_ends) {
+      ahead_query = ahead_query + 1 == kQueries ? 0 : ahead_query + 1;
+      ask_for_query(args, setup, place, ahead.tile, kv_head(ahead.group), ahead_query);
+    }
   };
 #pragma unroll 1
   for (int i = 0; i < kNumStages; ++i) find_next();
@@ -514,9 +550,11 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
   // ---- units: multiply one, and ask for the one that takes its stage; the first kNumStages are only asked for ----
   Output o;
   State state;
-  const unsigned query = place.query() + jg::query_fragment<kHeadDim, kColumns>(lane);
-  const unsigned key_at = loader.ring + jg::key_fragment<kHeadDim>(lane);
-  const unsigned value_at = loader.ring + Loader::kKeyBytes + jg::value_fragment<kHeadDimV>(lane);
+  const unsigned first_query = place.query(0) + jg::query_fragment<kHeadDim, kColumns>(lane);
+  unsigned query = first_query, query_parity = 0;
+  int item_query = 0;
+  const unsigned key_at = loader.ring + jg::key_fragment<kKeyCols>(lane);
+  const unsigned value_at = loader.ring + Loader::kKeyBytes + jg::value_fragment<kValueCols>(lane);
   int stage = 0;
   unsigned parity = 0;
   bool filled = false;                                 // the ring, for the first time
@@ -527,7 +565,13 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
     const int first = here.first_key<kReverse>(setup.shape, place.slice);
     if (filled) {
       if (new_item) {
-        load_query(args, setup, place, here.tile, kv_head(here.group));
+        if constexpr (kQueryAhead) {
+          jg::barrier_wait(place.query_barrier(item_query), query_parity);
+          query = first_query + item_query * kQueryBytes;
+          if (++item_query == kQueries) item_query = 0, query_parity ^= 1;
+        } else {
+          load_query(args, setup, place, here.tile, kv_head(here.group));
+        }
         reset(args, setup, here.tile, kv_head(here.group), lane, state, o);
         new_item = false;
       }
@@ -535,7 +579,7 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
     }
     if (filled && first < here.tile.end) {
       if (Loader::by_engine(setup) && (first < here.tile.begin || first + jg::kUnitKeys > here.tile.end))
-        jg::zero_rows<kHeadDimV>(loader.ring + offset + Loader::kKeyBytes, here.tile.begin - first, here.tile.end - first,
+        jg::zero_rows<kValueCols>(loader.ring + offset + Loader::kKeyBytes, here.tile.begin - first, here.tile.end - first,
                                  lane);
       float s[kTiles][4];
       jg::multiply_keys<Element, kHeadDim>(s, key_at + offset, query);
@@ -596,9 +640,12 @@ static jg::PlanShape plan_shape(const Args& args) {
   shape.groups = static_cast<int>(args.num_kv_heads) / heads;
   shape.least_rows = 1;
   shape.most_rows = args.class_rows < 0x7fffffff ? static_cast<int>(args.class_rows) : 0x7fffffff;
-  shape.fixed_cost = args.batch >= 16;
+  shape.least_keys = 0;
+  shape.fixed_cost = 0;   // Q is there when an item begins; with a unit, page size 1 was 2 % slower under skew, 16 1 % faster
   shape.least_piece = kSplits && args.split ? 1 : jg::kNeverCut;
+  shape.many_items = 0;
   shape.shares = static_cast<int>(args.num_ctas);
+  shape.beside = args.programmatic ? shape.shares * 5 / 12 : 0;   // memory is as busy with fewer CTAs; others are left to a prefill
   return shape;
 }
 
@@ -606,15 +653,15 @@ static jg::PlanShape plan_shape(const Args& args) {
 static bool copies_by_engine(const Args& args) {
   if (!kTensorCopies || args.num_pages <= 0 || (args.pages && args.page_size % jg::kUnitKeys)) return false;
   const auto aligned = [](const void* base, int64_t p, int64_t s, int64_t h) {
-    return !((reinterpret_cast<int64_t>(base) | p * 2 | s * 2 | h * 2) & 15) && s;
+    return !((reinterpret_cast<int64_t>(base) | p * kStoredBytes | s * kStoredBytes | h * kStoredBytes) & 15) && s;
   };
   return aligned(args.k, args.k_stride_p, args.k_stride_s, args.k_stride_h) &&
          aligned(args.v, args.v_stride_p, args.v_stride_s, args.v_stride_h);
 }
 
 extern "C" int jitgen_launch(const Args* args) {
-  static thread_local jg::OperandMap<kHeadDim> keys;
-  static thread_local jg::OperandMap<kHeadDimV> values;
+  static thread_local jg::OperandMap<kKeyCols> keys;
+  static thread_local jg::OperandMap<kValueCols> values;
   if (args->batch <= 0 || args->num_q_heads <= 0 || args->total_q <= 0) return 0;
   int num_sms = 0;
   const cudaError_t error = jg::prepare_device(reinterpret_cast<const void*>(decode_kernel), kSharedBytes, num_sms);

@@ -237,7 +237,7 @@ JITGEN_FN jg::KeyRange visible_keys(const Args& args, const jg::PlanTile& tile, 
   return tile.kv_len == 0 ? jg::KeyRange{0, 0} : visible_to_item(args, request_of(args, tile), first_query, last_query);
 }
 
-__global__ void __launch_bounds__(jg::kPlanThreads) plan_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::PlanShape shape) {
+__global__ void __launch_bounds__(jg::kPlanThreads, 1) plan_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::PlanShape shape) {
   jg::make_plan(const_cast<void*>(args.plan), args.q_indptr, args.kv_len, static_cast<int>(args.batch), shape,
                 [&](const jg::PlanTile& tile, int first_query, int last_query) { return visible_keys(args, tile, first_query, last_query); });
 }
@@ -264,7 +264,7 @@ constexpr bool kDescending = kNormReverse;
 constexpr bool kRescaleEarly = kHeadDimV > 128;
 constexpr int kTurnBarrier = 1;   // named barrier: + group
 
-constexpr int kManyItems = 8;   // shares of the line were not tried in its place
+constexpr int kManyItems = 2;   // for each CTA: from so many on they are given out
 // ---- pieces ----
 // What a launch adds to Args.
 struct Launch {
@@ -300,19 +300,36 @@ JITGEN_FN Piece make_piece(const Args& args, const Launch& launch, const jg::Pla
   return piece;
 }
 
-// Two ways to divide the work. Each CTA has an equal share of the line, which cuts items. Or items are given out whole: a CTA
-// takes the next one as it finishes another, the tiles of a head group one after the other, the longest of each request first.
-// That is for items that must not be cut, and where each CTA has kManyItems or more, so that they end nearly together.
-JITGEN_FN bool takes_items(const Args& args, const Launch& launch) {
-  const long long items = static_cast<long long>(jg::plan_header(args.plan)->tiles) * launch.shape.groups;
-  return launch.shape.least_piece == jg::kNeverCut || (kManyItems > 0 && items >= kManyItems * launch.num_ctas);
+// Two ways to divide the work. Each CTA has an equal share of the line, which cuts items. Or a CTA takes the next item as it
+// finishes another, and only the last ones are cut: that is for many items, and for those that must not be cut.
+JITGEN_FN bool takes_items(const Args& args) { return jg::plan_header(args.plan)->tail_groups > 0; }
+// Item `number` in the order they are given out. The results of its pieces, if there are several, begin at `slot`.
+struct Item { const jg::PlanTile* tile; int group, pieces, slot; };
+JITGEN_FN Item item_at(const Args& args, const Launch& launch, int number) {
+  const jg::PlanHeader& header = *jg::plan_header(args.plan);
+  const jg::PlanTile* tiles = jg::plan_tiles_of(args.plan, launch.shape.shares);
+  const int behind = number - header.whole_groups * header.tiles;
+  if (behind < 0) return {&tiles[header.tiles - 1 - number % header.tiles], number / header.tiles, 1, -1};
+  const int place = behind / header.tail_groups, group = behind - place * header.tail_groups;
+  const int pieces = tiles[place].at_pieces;
+  return {&tiles[tiles[place].at], header.whole_groups + group, pieces, tiles[place].pieces * header.tail_groups + group * pieces};
 }
 JITGEN_FN Piece take_item(const Args& args, const Launch& launch) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
-  const unsigned tiles = header->tiles, number = atomicAdd(&header->taken, 1);
-  if (number < tiles * launch.shape.groups) {
-    const jg::PlanTile& tile = jg::plan_tiles_of(args.plan, launch.shape.shares)[tiles - 1 - number % tiles];
-    return make_piece(args, launch, tile, static_cast<int>(number / tiles), 0, -1);
+  const int items = header->tiles * launch.shape.groups, whole = header->tiles * header->whole_groups;
+#pragma unroll 1
+  for (;;) {
+    const int taken = atomicAdd(&header->taken, 1), behind = taken - whole;
+    const int number = behind < 0 ? taken : whole + behind / jg::kTailPieces, part = behind < 0 ? 0 : behind % jg::kTailPieces;
+    if (number >= items) break;
+    const Item item = item_at(args, launch, number);
+    if (part >= item.pieces) continue;
+    if (item.pieces == 1) return make_piece(args, launch, *item.tile, item.group, 0, -1);
+    const int units = jg::units_of({item.tile->begin, item.tile->end}, kTileKv);
+    const int end = part + 1 == item.pieces ? -1 : units * (part + 1) / item.pieces;
+    Piece piece = make_piece(args, launch, *item.tile, item.group, units * part / item.pieces, end);
+    piece.slot = item.slot + part;
+    return piece;
   }
   if (atomicAdd(&header->done, 1) == static_cast<int>(gridDim.x) - 1) header->taken = header->done = 0;   // ready for the next launch
   Piece none;
@@ -344,7 +361,7 @@ JITGEN_FN Piece take_of_share(const Args& args, const Launch& launch, Cursor& at
 
 // The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
 JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
-  return takes_items(args, launch) ? take_item(args, launch) : take_of_share(args, launch, at);
+  return takes_items(args) ? take_item(args, launch) : take_of_share(args, launch, at);
 }
 
 // ---- packed rows ----
@@ -498,7 +515,7 @@ JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
   }
 }
 
-// Another one classifies the KV tiles of a piece and issues every copy. A tile comes in boxes of box_keys keys, a box a lane.
+// Another one classifies the KV tiles of a piece and issues every copy. A tile comes in boxes of box_keys keys.
 JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
   const int lane = threadIdx.x & 31;
   const bool leader = lane == 0;
@@ -538,13 +555,13 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       const int kinds = step & 0xff & ((1 << 2 * groups) - 1);
       return (piece.first_key + kv_tile(step >> jg::kStepShift, piece.num_tiles) * kTileKv) / 16 << jg::kStepShift | kinds;
     };
+    // A warp issues its boxes one after another, not each lane its own: that is a loop over lanes in machine code, at 100 cycles
+    // a box.
     const auto load_tile = [&](const jg::Operand& map, unsigned dst, int span_bytes, int num_spans, unsigned barrier, int step, int page) {
-      if (lane * box_keys >= kTileKv) return;
-      const int key = key_of(step) + lane * box_keys;
-      const int row = static_cast<int>(piece.kv_start) + key;
+      const int row = static_cast<int>(piece.kv_start) + key_of(step);
 #pragma unroll 1
       for (int span = 0; span < num_spans; ++span)
-        jg::load_box(dst + (span * kTileKv + lane * box_keys) * span_bytes, map, barrier, row, span, kv_h, page, keep);
+        jg::load_box(dst + span * kTileKv * span_bytes, map, barrier, row, span, kv_h, page, keep);
     };
     const auto load_key = [&](int step, int page, int next) {
       const unsigned full = JG_BARRIER(k_full, kv.stage);
@@ -796,6 +813,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     const int warp = jg::uniform(threadIdx.x >> 5);
     if (warp == 0) produce(args, maps, launch, box_keys, shared);
     if (warp == 1) hand_out(args, launch, shared);
+    if (warp == 2) jg::wait_for_previous_kernel();   // a decode kernel that may still run: it has waited for all before it
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
     consume(args, shared, group - 1);
@@ -824,8 +842,14 @@ static int start_attention(const Args& args, const Launch& launch) {
   if (!code) code = v.update(v_key, kIsBf16, keys, ValueTile::kSpan);
   if (code) return code;
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args.stream);
-  attention_kernel<<<launch.num_ctas, kThreads, kSharedBytes, stream>>>({q.operand, k.operand, v.operand}, args, launch, keys);
-  return cudaGetLastError();
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(launch.num_ctas)), config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kSharedBytes, config.stream = stream;
+  config.attrs = &overlap, config.numAttrs = args.programmatic ? 1 : 0;
+  return cudaLaunchKernelEx(&config, attention_kernel, Maps{q.operand, k.operand, v.operand}, args, launch, keys);
 }
 
 // ---- launcher ----
@@ -840,8 +864,10 @@ static Launch make_launch(const Args& args, int num_ctas = 0) {
   shape.tile_rows = kTileQ, shape.unit_keys = kTileKv;
   shape.pack = 1 << launch.packing, shape.groups = static_cast<int>(args.num_q_heads) >> launch.packing;
   shape.class_pack = group_size, shape.least_rows = static_cast<int>(args.class_rows) + 1, shape.most_rows = 0x7fffffff;
+  shape.least_keys = 0;
   shape.fixed_cost = kFixedCost, shape.shares = static_cast<int>(args.num_ctas);
   shape.least_piece = jg::kNeverCut;   // states of a norm cannot be joined
+  shape.many_items = kManyItems;
   launch.key_step = key_step(args);
   return launch;
 }

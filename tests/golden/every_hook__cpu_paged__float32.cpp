@@ -66,6 +66,7 @@ struct Args {
 };
 
 using Element = jg::float32;
+using Stored = Element;                     // of K and V
 constexpr int kHeadDim = 128;
 constexpr int kHeadDimV = 128;
 constexpr int kTileQ = 96;
@@ -217,8 +218,8 @@ struct alignas(jg::kScratchAlign) Scratch {   // of one thread
   float scan[kTileKv > kPaddedDimV ? kTileKv : kPaddedDimV];
   float k_panels[kTileKv * kHeadDim];
   float v_panels[kTileKv * kPaddedDimV];
-  const Element* k_rows[kTileKv];             // where the keys of the tile lie
-  const Element* v_rows[kTileKv];
+  const Stored* k_rows[kTileKv];              // where the keys of the tile lie
+  const Stored* v_rows[kTileKv];
 };
 
 // ---- hooks applied to rows ----
@@ -304,19 +305,18 @@ static void finish_row(const Args& args, const jg::ServingItem& item, RowBlock& 
 }
 
 // ---- keys ----
-using KeyRows = jg::ListedRows<Element>;
-
+using KeyRows = jg::ListedRows<Stored>;
 // Looks up the keys [begin, end) of the tile at kv0; false if the page list names a page that the cache does not have.
 static bool find_keys(const Args& args, const jg::ServingItem& item, int kv0, int begin, int end, Scratch& mem) {
   const int* pages = args.pages + (args.kv_start ? args.kv_start[item.b] : item.b * args.page_list_stride);
   const int page_size = static_cast<int>(args.page_size);
-  const Element* k_head = static_cast<const Element*>(args.k) + item.kv_h * args.k_stride_h;
-  const Element* v_head = static_cast<const Element*>(args.v) + item.kv_h * args.v_stride_h;
+  const Stored* k_head = static_cast<const Stored*>(args.k) + item.kv_h * args.k_stride_h;
+  const Stored* v_head = static_cast<const Stored*>(args.v) + item.kv_h * args.v_stride_h;
   for (int j = begin; j < end;) {
     const int page = pages[(kv0 + j) / page_size], first = (kv0 + j) % page_size;
     if (page < 0 || page >= args.num_pages) return false;
-    const Element* k = k_head + page * args.k_stride_p;
-    const Element* v = v_head + page * args.v_stride_p;
+    const Stored* k = k_head + page * args.k_stride_p;
+    const Stored* v = v_head + page * args.v_stride_p;
     for (int slot = first; slot < page_size && j < end; ++slot, ++j) {
       mem.k_rows[j] = k + slot * args.k_stride_s;
       mem.v_rows[j] = v + slot * args.v_stride_s;

@@ -51,6 +51,7 @@ struct Args {
 };
 
 using Element = jg::bfloat16;
+using Stored = Element;                     // of K and V
 constexpr int kHeadDim = 64;
 constexpr int kHeadDimV = 64;
 constexpr int kTileQ = 96;
@@ -187,7 +188,7 @@ static void finish_row(const Args& args, const jg::ServingItem& item, RowBlock& 
 }
 
 // ---- keys ----
-using KeyRows = jg::StridedRows<Element>;
+using KeyRows = jg::StridedRows<Stored>;
 
 // ---- one piece ----
 static void load_queries(const Args& args, const jg::ServingItem& item, const Request& request, Scratch& mem) {
@@ -233,8 +234,8 @@ static bool attend_tiles(const Args& args, const jg::ServingItem& item, const Re
     const jg::Columns columns = tile_columns(args, block, kv0, keys);
     if (columns.empty()) continue;
     const int64_t row = args.kv_start[item.b] + int64_t{kv0};
-    const KeyRows k = {static_cast<const Element*>(args.k) + item.kv_h * args.k_stride_h + row * args.k_stride_s, args.k_stride_s};
-    const KeyRows v = {static_cast<const Element*>(args.v) + item.kv_h * args.v_stride_h + row * args.v_stride_s, args.v_stride_s};
+    const KeyRows k = {static_cast<const Stored*>(args.k) + item.kv_h * args.k_stride_h + row * args.k_stride_s, args.k_stride_s};
+    const KeyRows v = {static_cast<const Stored*>(args.v) + item.kv_h * args.v_stride_h + row * args.v_stride_s, args.v_stride_s};
     attend_tile(args, block, k, v, kv0, columns, mem);
   }
   return true;

@@ -10,6 +10,7 @@ from serving_batch import Batch, poisoned
 
 import jitgen
 from jitgen.errors import LaunchError
+from jitgen.serving_balance import read_plan
 
 DEVICE = "cuda"
 # Rows and keys: one row, ends of tiles of 64 and 128 packed rows and of 64 keys, no rows, no keys, short rows on long keys
@@ -138,6 +139,21 @@ def test_gaps_between_requests_are_not_read(family):
     plan.update(batch.q_indptr(), batch.kv_len(), kv_indptr=batch.ints([0, 137, 437]))
     got = jitgen.ragged_attention(batch.q, k, v, plan, return_lse=True)
     assert_close(batch, got, batch.expected(causal))
+
+
+@pytest.mark.parametrize("page_size", [0, 16, 48])
+def test_the_last_of_many_items_are_given_out_in_pieces(family, page_size):
+    """Results are those of whole items, the same every time, though CTAs take pieces as they come free."""
+    batch = make_batch([(1500, 9000), (900, 8500), (1, 50), (900, 9000)], heads=32, kv_heads=8)
+    plan = batch.plan(causal, layout="paged" if page_size else "ragged", family=family, max_kv_len=9216)
+    for c in plan.classes:
+        record = read_plan(c.plan.cpu().numpy().tobytes(), c.num_ctas)
+        assert (record.given_out.tail_groups > 0 and any(tile.pieces for tile in record.tiles)) == (family == "sm90")
+    got = attend(batch, plan, page_size)
+    assert_close(batch, got, batch.expected(causal))
+    for _ in range(4):
+        again = attend(batch, plan, page_size)
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
 def test_pages_too_small_for_boxes_are_refused_by_sm90(family):

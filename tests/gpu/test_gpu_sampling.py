@@ -60,6 +60,32 @@ def test_rows_larger_than_shared_memory(filters):
     check_support(logits_of(3, 500_001, torch.float32, "cuda", spread=3.0), **filters)
 
 
+def unlike_rows(vocab: int) -> torch.Tensor:
+    """Rows whose largest values lie where a list of them is short, long or too long, and rows of equals."""
+    x = logits_of(7, vocab, torch.float32, "cuda", seed=9)
+    x[0, 100:900] += 20  # all in one slice
+    x[1, torch.arange(64, device="cuda") * 2048 % vocab] += 20  # all of few threads
+    x[2] = 1.0
+    x[3, 50:] = 0.5
+    x[4] = torch.arange(vocab, device="cuda") / 1000
+    x[5, 7:] = -torch.inf
+    x[6, ::2] = x[6, 1]
+    return x
+
+
+@pytest.mark.parametrize("k", [1, 12, 64, 100, 101, 600])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.7}, {"top_p": 0.7, "order": "joint"}, {"min_p": 0.1}], ids=str)
+def test_top_k_of_unlike_rows(team, k, options):
+    for vocab in (1500, 40_003):
+        check_support(unlike_rows(vocab), top_k=k, **options)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_draws_from_crowded_rows_follow_their_distribution(team, row):
+    for filters in ({"top_k": 90}, {"top_k": 200, "top_p": 0.8, "order": "joint"}, {"top_p": 0.3}):
+        check_distribution(unlike_rows(20_011)[row : row + 1], 100_000, **filters)
+
+
 @pytest.mark.parametrize("k", [1, 40, 5000, 40_000, 128_255])
 def test_mask_keeps_the_k_largest_and_their_equals(team, k):
     for dtype in DTYPES:

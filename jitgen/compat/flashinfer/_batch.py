@@ -30,6 +30,7 @@ class Heads:
     dim_vo: int
     q_dtype: torch.dtype
     o_dtype: torch.dtype
+    kv_dtype: torch.dtype | None = None  # of the cache, if not q_dtype
 
     def __post_init__(self) -> None:
         if self.num_kv < 1 or self.num_q % self.num_kv:
@@ -157,8 +158,9 @@ class Plans:
         if held is None:
             plan = Plan(
                 *sizes, heads.num_q, heads.num_kv, heads.dim_qk, head_dim_v=heads.dim_vo, dtype=heads.q_dtype,
-                variant=variant.bind(**tensors) if tensors else variant, layout=layout, max_q_len=batch.max_q_len,
-                page_size=page_size, split=batch.split, kv_split=batch.kv_split, device=self.device,
+                kv_dtype=heads.kv_dtype, variant=variant.bind(**tensors) if tensors else variant, layout=layout,
+                max_q_len=batch.max_q_len, page_size=page_size, split=batch.split, kv_split=batch.kv_split,
+                device=self.device,
             )  # fmt: skip
             if not self.in_graphs and len(self._held) >= MAX_PLANS:
                 del self._held[next(iter(self._held))]

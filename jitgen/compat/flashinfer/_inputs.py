@@ -58,7 +58,7 @@ def check_inputs(planned: Planned, q: torch.Tensor, k: torch.Tensor, v: torch.Te
     """q, keys and values are what was planned; k and v are [rows, heads, dim] or [pages, page_size, heads, dim]."""
     heads, batch = planned.heads, planned.batch
     for name, t in (("q", q), ("k", k), ("v", v)):
-        check_dtype(name, t, heads.q_dtype)
+        check_dtype(name, t, heads.q_dtype if name == "q" else heads.kv_dtype or heads.q_dtype)
         if t.device != batch.kv_len.device:
             raise ShapeMismatch(f"{name} is on {t.device}, the plan is on {batch.kv_len.device}. All must be on one device.")
     if q.dim() != 3 or q.shape[1:] != (heads.num_q, heads.dim_qk):

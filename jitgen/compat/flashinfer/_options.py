@@ -12,6 +12,7 @@ LAYOUTS = ("NHD", "HND")
 POSITIONS = ("NONE", "ROPE_LLAMA", "ALIBI")
 BACKENDS = ("auto", "fa2", "fa3")  # all of them mean jitgen's own kernels
 ATTENTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+STORED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)  # of a paged cache
 WORKSPACE_ALIGNMENT = 16
 
 
@@ -91,23 +92,28 @@ def as_dtype(dtype: str | torch.dtype | None, name: str) -> torch.dtype:
     return found
 
 
-def attention_dtypes(q: Any, kv: Any, out: Any, both: Any = None) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+def attention_dtypes(
+    q: Any, kv: Any, out: Any, both: Any = None, *, stored: bool = False
+) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
     """Planned dtypes of q, of the keys and values, and of the output, with FlashInfer's defaults.
 
-    Errors:  UnsupportedDtype for fp8 and other dtypes that no kernel reads, and when keys differ from queries.
+    ``stored``: keys and values may have 8 bits.
+    Errors:  UnsupportedDtype for dtypes that no kernel reads, and when keys differ from queries in any other way.
     """
     q_dtype = as_dtype(q if q is not None else both if both is not None else torch.float16, "q_data_type")
     kv = kv if kv is not None else both
     kv_dtype = q_dtype if kv is None else as_dtype(kv, "kv_data_type")
     o_dtype = q_dtype if out is None else as_dtype(out, "o_data_type")
+    is_stored = kv_dtype in STORED_DTYPES
     for name, dtype in (("q_data_type", q_dtype), ("kv_data_type", kv_dtype), ("o_data_type", o_dtype)):
-        if dtype not in ATTENTION_DTYPES:
+        if dtype not in ATTENTION_DTYPES and not (is_stored and name == "kv_data_type"):
             raise UnsupportedDtype(
                 f"{name} is {dtype}, expected float16, bfloat16 or, on the CPU, float32. Convert with .to()."
             )
-    if kv_dtype != q_dtype:
-        raise UnsupportedDtype(f"kv_data_type is {kv_dtype}, q_data_type is {q_dtype}. Both must match: quantised keys need "
-                               "kernels that jitgen does not have yet.")  # fmt: skip
+    if is_stored and not stored:
+        raise UnsupportedDtype(f"kv_data_type is {kv_dtype}, which only the wrappers of paged caches read. Convert with .to().")
+    if kv_dtype != q_dtype and not is_stored:
+        raise UnsupportedDtype(f"kv_data_type is {kv_dtype}, q_data_type is {q_dtype}. Both must match: convert with .to().")
     return q_dtype, kv_dtype, o_dtype
 
 

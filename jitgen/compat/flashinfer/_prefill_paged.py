@@ -119,7 +119,7 @@ class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
         Cost:    copies the tables; waits for the device only with a custom mask.
         """
         check_multi_item(prefix_len_ptr, token_pos_in_items_ptr, max_item_len_ptr)
-        q_dtype, _, o_dtype = attention_dtypes(q_data_type, kv_data_type, o_data_type)
+        q_dtype, kv_dtype, o_dtype = attention_dtypes(q_data_type, kv_data_type, o_data_type, stored=True)
         check_indptr(qo_indptr, paged_kv_last_page_len.shape[0])
         self._check_batch(paged_kv_last_page_len.shape[0], self._qo_indptr_buf)
         bounds, pages = self._paged_tables(paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
@@ -132,7 +132,7 @@ class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
             self._q_indptr(qo_indptr), self._held("kv_len", kv_len), bounds, pages, page_size,
             *split_of(fixed_split_size, disable_split_kv, page_size),
         )  # fmt: skip
-        heads = Heads(num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo or head_dim_qk, q_dtype, o_dtype)
+        heads = Heads(num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo or head_dim_qk, q_dtype, o_dtype, kv_dtype)
         self._adopt(Planned(batch, heads, options, rows_known(qo_indptr)))
 
     begin_forward = plan

@@ -12,7 +12,7 @@ from jitgen.compat.flashinfer._buffers import Buffers
 from jitgen.compat.flashinfer._hooks import Hooks, Options, Scale, as_number, check_sinks, hooks_for, softmax_scale
 from jitgen.compat.flashinfer._inputs import Planned, check_inputs, result
 from jitgen.compat.flashinfer._options import LAYOUTS, check_backend, check_choice, check_workspace, split_cache
-from jitgen.errors import ShapeMismatch, VariantError
+from jitgen.errors import ShapeMismatch, UnsupportedDtype, VariantError
 from jitgen.serving_plan import Plan
 from jitgen.variant import Variant
 
@@ -130,6 +130,11 @@ class Wrapper(Buffers):
             raise ShapeMismatch(f"q has {q.shape[0]} rows, the plan has {planned.num_rows}. Plan again for these rows.")
         layout = self._kv_layout
         if options.rotates:
+            if heads.kv_dtype not in (None, heads.q_dtype):
+                raise UnsupportedDtype(
+                    f"pos_encoding_mode='ROPE_LLAMA' reads the cache as {heads.q_dtype}, and it is {heads.kv_dtype}. Rotate "
+                    "keys when they are appended."
+                )
             batch, q, *kv = rotated(batch, q, *self._split(kv), options.rope, options.place)
             layout = "NHD"
         call = (heads, ready.hooks, ready.variant, q, kv, layout, ready.scale)

@@ -56,7 +56,7 @@ class BatchAttention(Wrapper):
         Cost:    copies the tables; no wait for the device.
         """
         check_profiler(use_profiler)
-        q_dtype, _, o_dtype = attention_dtypes(q_data_type, kv_data_type, None)
+        q_dtype, kv_dtype, o_dtype = attention_dtypes(q_data_type, kv_data_type, None, stored=True)
         check_indptr(qo_indptr, kv_len_arr.shape[0])
         check_indptr(kv_indptr, kv_len_arr.shape[0])
         batch = Batch(
@@ -64,7 +64,7 @@ class BatchAttention(Wrapper):
             self._held("kv_indices", kv_indices), page_size,
         )  # fmt: skip
         options = Options(0 if causal else None, logits_soft_cap=logits_soft_cap, sm_scale=sm_scale)
-        heads = Heads(num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_dtype, o_dtype)
+        heads = Heads(num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_dtype, o_dtype, kv_dtype)
         self._adopt(Planned(batch, heads, options, rows_known(qo_indptr)))
 
     def run(

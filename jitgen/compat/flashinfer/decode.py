@@ -131,7 +131,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         q_len_per_req: int = 1,
     ) -> None:
         num_q, num_kv, dim = heads
-        q_dtype, _, o_dtype = attention_dtypes(q_data_type, kv_data_type, o_data_type, data_type)
+        q_dtype, kv_dtype, o_dtype = attention_dtypes(q_data_type, kv_data_type, o_data_type, data_type, stored=True)
         right = None if window_right < 0 or (window_right == 0 and q_len_per_req == 1) else window_right
         planned = Options(right, window_left, logits_soft_cap, pos_encoding_mode, sm_scale, rope_scale, rope_theta)
         batch_size = last_page_len.shape[0]
@@ -146,7 +146,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             *split_of(fixed_split_size, disable_split_kv, page_size), q_len_per_req,
         )  # fmt: skip
         rows = batch_size * q_len_per_req
-        self._adopt(Planned(batch, Heads(num_q, num_kv, dim, dim, q_dtype, o_dtype), planned, rows))
+        self._adopt(Planned(batch, Heads(num_q, num_kv, dim, dim, q_dtype, o_dtype, kv_dtype), planned, rows))
 
     def run(
         self,
@@ -231,7 +231,9 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         names = tuple(name for name in PLAN_OPTIONS if name != "non_blocking")
         options = named_options("workspace_size()", names, by_position, options)
         rows = last_page_len.shape[0] * options.get("q_len_per_req", 1)
-        dtypes = attention_dtypes(*(options.get(name) for name in ("q_data_type", "kv_data_type", "o_data_type", "data_type")))
+        dtypes = attention_dtypes(
+            *(options.get(name) for name in ("q_data_type", "kv_data_type", "o_data_type", "data_type")), stored=True
+        )
         heads = Heads(num_qo_heads, num_kv_heads, head_dim, head_dim, dtypes[0], dtypes[2])
         return self._workspace_bytes(last_page_len.shape[0], rows, heads, "paged")
 

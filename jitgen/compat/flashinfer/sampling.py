@@ -2,7 +2,8 @@
 
 What differs: float32, bfloat16 and float16 are read as they are; per-row seeds and offsets count for their rows; top_k, top_p
 and min_p are those of the output row, with ``indices`` too; CPU tensors work. A row that has no token (NaN, no mass) gets 0,
-and return_valid says so. ``deterministic`` and ``enable_pdl`` are hints: results are always deterministic.
+and return_valid says so. ``deterministic``, ``is_deterministic`` and
+``enable_pdl`` are hints: results are always deterministic.
 """
 
 from __future__ import annotations
@@ -150,12 +151,12 @@ def top_k_top_p_sampling_from_probs(
     )
 
 
-def top_p_renorm_probs(probs: torch.Tensor, top_p: Number) -> torch.Tensor:
+def top_p_renorm_probs(probs: torch.Tensor, top_p: Number, is_deterministic: bool = False) -> torch.Tensor:
     """Probabilities with all but the smallest set whose mass reaches top_p set to 0, summing to 1."""
     return native.renorm(probs, top_p=top_p)
 
 
-def top_k_renorm_probs(probs: torch.Tensor, top_k: Count, **_unused: object) -> torch.Tensor:
+def top_k_renorm_probs(probs: torch.Tensor, top_k: Count, is_deterministic: bool = False, **_unused: object) -> torch.Tensor:
     """Probabilities with all but the top_k largest set to 0, summing to 1."""
     return native.renorm(probs, top_k=top_k)
 

@@ -41,6 +41,9 @@ typedef float Vec __attribute__((vector_size(kVec * 4)));
 typedef float VecUnaligned __attribute__((vector_size(kVec * 4), aligned(4), may_alias));
 typedef uint32_t VecU32 __attribute__((vector_size(kVec * 4)));
 typedef uint16_t VecU16 __attribute__((vector_size(kVec * 2)));
+typedef uint8_t VecU8 __attribute__((vector_size(kVec)));
+typedef uint8_t VecU8Unaligned __attribute__((vector_size(kVec), aligned(1), may_alias));
+typedef int8_t VecI8 __attribute__((vector_size(kVec)));
 typedef uint16_t VecU16Unaligned __attribute__((vector_size(kVec * 2), aligned(2), may_alias));
 typedef float Vec4 __attribute__((vector_size(16)));
 typedef float Vec4Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
@@ -74,6 +77,16 @@ JITGEN_FN float to_float(half16 x) {
   return bits_float((special ? special : normal) | (x.bits & 0x8000) << 16);
 }
 
+// ---- 8-bit elements of a cache; codes of NaN and infinity are not told apart from numbers ----
+struct float8_e4m3fn { uint8_t bits; };
+struct float8_e5m2 { uint8_t bits; };
+struct int8 { int8_t value; };
+
+// Exponent and mantissa in their places of a float, whose exponent has another bias.
+JITGEN_FN float to_float(float8_e4m3fn x) { return bits_float((x.bits & 0x7f) << 20 | (x.bits & 0x80) << 24) * 0x1p120f; }
+JITGEN_FN float to_float(float8_e5m2 x) { return bits_float((x.bits & 0x7f) << 21 | (x.bits & 0x80) << 24) * 0x1p112f; }
+JITGEN_FN float to_float(int8 x) { return x.value; }
+
 JITGEN_FN void from_float(float x, float& out) { out = x; }
 JITGEN_FN void from_float(float x, bf16_16& out) {
   const uint32_t bits = static_cast<uint32_t>(float_bits(x));
@@ -90,10 +103,20 @@ JITGEN_FN void from_float(float x, half16& out) {
 }
 
 // ---- vector loads and stores of elements ----
+JITGEN_FN Vec splat(float x) { return x - Vec{}; }
 JITGEN_FN Vec load_vec(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
 JITGEN_FN Vec load_vec(const bf16_16* p) {
   const VecU16 bits = *reinterpret_cast<const VecU16Unaligned*>(p);
   return (Vec)(__builtin_convertvector(bits, VecU32) << 16);
+}
+template <int kShift> JITGEN_FN Vec moved_bits(const void* p, float factor) {
+  const VecU32 bits = __builtin_convertvector(*static_cast<const VecU8Unaligned*>(p), VecU32);
+  return (Vec)((bits & 0x7f) << kShift | (bits & 0x80) << 24) * splat(factor);
+}
+JITGEN_FN Vec load_vec(const float8_e4m3fn* p) { return moved_bits<20>(p, 0x1p120f); }
+JITGEN_FN Vec load_vec(const float8_e5m2* p) { return moved_bits<21>(p, 0x1p112f); }
+JITGEN_FN Vec load_vec(const int8* p) {
+  return __builtin_convertvector((VecI8)*reinterpret_cast<const VecU8Unaligned*>(p), Vec);
 }
 #if defined(__F16C__) && defined(__AVX__) && !defined(__AVX512F__) && __has_builtin(__builtin_ia32_vcvtph2ps256)
 typedef int16_t HalfBits __attribute__((vector_size(16)));
@@ -109,7 +132,6 @@ JITGEN_FN Vec load_vec(const half16* p) {
 }
 #endif
 JITGEN_FN void store_vec(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
-JITGEN_FN Vec splat(float x) { return x - Vec{}; }
 
 // ---- rows of K or V: row(j) is the address of key j ----
 template <class T> struct StridedRows {

@@ -4,6 +4,8 @@
 // until an item ends. A stage is one mbarrier, and K and V as span tiles, whichever of two ways they come:
 //   - boxes of the copy engine (sm_90 and up; ragged keys, or a page size that is a multiple of 16): one for K, one for V;
 //   - 16-byte cp.async (any page size): lane i looks up the page of key i, shuffles hand it to the lanes that copy it.
+// Rows are given in columns of 16 bits, whatever their elements are. 8-bit ones may have a scale for each key: those of a
+// stage, 16 of K and 16 of V, come by cp.async too.
 #pragma once
 #include "jitgen/decode_tile.cuh"
 #include "jitgen/divisor.cuh"
@@ -24,6 +26,7 @@ struct DecodeSetup {
   int heads, kv_warps;        // key heads of a CTA, and warps that share the keys of each
   int tensor_copies;          // 1: by the copy engine
   int evict_first;            // 1: K and V are more than L2 holds
+  int slot_scales;            // 1: each key has scales
   Operand keys, values;       // tensor maps, for the copy engine
 };
 
@@ -64,20 +67,23 @@ struct UnitCursor {
 // Where the key of a lane is; the copy engine needs that of the unit's first key. page < 0: not to be read; head < 0: no unit.
 struct KeyPlace { int page, row, head; };
 
-template <int kHeadDim, int kHeadDimV, int kStages, bool kTensorCopies> struct UnitLoader {
-  static constexpr unsigned kKeyBytes = kUnitKeys * kHeadDim * 2;
-  static constexpr unsigned kStageBytes = kKeyBytes + kUnitKeys * kHeadDimV * 2;
+constexpr unsigned kScaleBytes = 2 * kUnitKeys * 4;   // of a stage
 
-  unsigned ring, barriers;   // of this warp
+// kKeyCols and kValueCols: 16-bit columns of a row; kBytes: of an element.
+template <int kKeyCols, int kValueCols, int kBytes, int kStages, bool kTensorCopies> struct UnitLoader {
+  static constexpr unsigned kKeyBytes = kUnitKeys * kKeyCols * 2;
+  static constexpr unsigned kStageBytes = kKeyBytes + kUnitKeys * kValueCols * 2;
+
+  unsigned ring, barriers, scales;   // of this warp; scales: only of 8-bit elements
   int lane;
   unsigned long long policy;
 
-  JITGEN_FN UnitLoader(unsigned ring, unsigned barriers, int lane, const DecodeSetup& setup)
-      : ring(ring), barriers(barriers), lane(lane) {
+  JITGEN_FN UnitLoader(unsigned ring, unsigned barriers, unsigned scales, int lane, const DecodeSetup& setup)
+      : ring(ring), barriers(barriers), scales(scales), lane(lane) {
     policy = setup.evict_first ? policy_evict_first() : policy_evict_normal();
     if (lane == 0) {
 #pragma unroll
-      for (int stage = 0; stage < kStages; ++stage) barrier_init(barriers + 8 * stage, by_engine(setup) ? 1 : 32);
+      for (int stage = 0; stage < kStages; ++stage) barrier_init(barriers + 8 * stage, arrivals(setup));
       if constexpr (kTensorCopies) {
         barrier_init_fence();
         prefetch_tensor_map(setup.keys);
@@ -87,6 +93,10 @@ template <int kHeadDim, int kHeadDimV, int kStages, bool kTensorCopies> struct U
     __syncwarp();
   }
   static JITGEN_FN bool by_engine(const DecodeSetup& setup) { return kTensorCopies && setup.tensor_copies; }
+  static JITGEN_FN bool has_slot_scales(const DecodeSetup& setup) { return kBytes == 1 && setup.slot_scales; }
+  static JITGEN_FN int arrivals(const DecodeSetup& setup) {
+    return by_engine(setup) ? 1 + (has_slot_scales(setup) ? 32 : 0) : 32;
+  }
 
   // Reads the page number, which is waited for where the place is used: a unit later.
   JITGEN_FN KeyPlace find(const DecodeSetup& setup, const PlanTile& tile, int first, int kv_first, int head) const {
@@ -116,17 +126,39 @@ template <int kHeadDim, int kHeadDimV, int kStages, bool kTensorCopies> struct U
             tensor_load(to + kKeyBytes, setup.values, barrier, place.row, place.head, place.page, policy);
           }
         }
+        if (has_slot_scales(setup)) {
+          copy_scales(args, setup, stage, {place.page, place.row + (lane & 15), place.head});
+          barrier_arrive_on_copies(barrier);
+        }
         return;
       }
     }
     // A number outside of the cache is not followed: the key reads as zeros.
     const int bound = static_cast<int>(args.num_pages);
     const bool valid = place.page >= 0 && (setup.pages ? place.page : place.row) < bound;
-    const long long k_at = valid ? place.page * (args.k_stride_p * 2) + place.row * (args.k_stride_s * 2) : -1;
-    const long long v_at = valid ? place.page * (args.v_stride_p * 2) + place.row * (args.v_stride_s * 2) : -1;
-    copy_rows<kHeadDim>(to, static_cast<const char*>(args.k) + place.head * (args.k_stride_h * 2), k_at);
-    copy_rows<kHeadDimV>(to + kKeyBytes, static_cast<const char*>(args.v) + place.head * (args.v_stride_h * 2), v_at);
+    const long long k_at = valid ? place.page * (args.k_stride_p * kBytes) + place.row * (args.k_stride_s * kBytes) : -1;
+    const long long v_at = valid ? place.page * (args.v_stride_p * kBytes) + place.row * (args.v_stride_s * kBytes) : -1;
+    copy_rows<kKeyCols>(to, static_cast<const char*>(args.k) + place.head * (args.k_stride_h * kBytes), k_at);
+    copy_rows<kValueCols>(to + kKeyBytes, static_cast<const char*>(args.v) + place.head * (args.v_stride_h * kBytes), v_at);
+    if (has_slot_scales(setup)) copy_scales(args, setup, stage, place);
     barrier_arrive_on_copies(barrier);
+  }
+  // Scales of the keys of a unit, of which this lane's is at `place`: lanes 0 to 15 copy those of K, the others those of V.
+  template <class Args>
+  JITGEN_FN void copy_scales(const Args& args, const DecodeSetup& setup, int stage, const KeyPlace& place) const {
+    if constexpr (kBytes == 1) {
+      const unsigned to = scales + stage * kScaleBytes + lane * 4;
+      const float* const base = lane < 16 ? args.k_scale : args.v_scale;
+      if (!base) {
+        store_shared_float(to, 1.0f);
+        return;
+      }
+      const long long slot = static_cast<long long>(place.page) * static_cast<int>(setup.page_size.value) + place.row;
+      const bool valid = place.page >= 0 && slot < args.num_pages * setup.page_size.value;
+      const long long at = (valid ? slot : 0) * (lane < 16 ? args.k_scale_stride_s : args.v_scale_stride_s) +
+                           place.head * (lane < 16 ? args.k_scale_stride_h : args.v_scale_stride_h);
+      cp_async_4(to, base + at, valid);
+    }
   }
   // The 16 rows of a tile, `at` bytes behind the base; lane i has that of row i, negative for one that reads as zeros.
   template <int kCols> JITGEN_FN void copy_rows(unsigned to, const char* base, long long at) const {

@@ -5,8 +5,9 @@
 // with the first piece reads. The words are their own flags: they are all ones, a NaN that no instruction produces, until
 // they are written, and the reader puts the ones back. No fence, counter or reset, and always the same order of additions.
 //
-// The reader waits for CTAs with a higher index. A CTA publishes before it waits, and its share begins with its only piece
-// that is not a first one, so no two wait for each other as long as CTAs are started in order.
+// Pieces are added in a tree: of each group of CTAs the first adds what the others have to its own before it hands that on.
+// A CTA waits for CTAs with a higher index only, and its share begins with its only piece that is not a first one, so no two
+// wait for each other as long as CTAs are started in order.
 #pragma once
 #include "jitgen/decode_tile.cuh"
 
@@ -44,12 +45,24 @@ struct Mailboxes {
   static JITGEN_FN bool blank(float x) { return __float_as_uint(x) == 0xffffffffu; }
   static JITGEN_FN bool blank(const float4& v) { return blank(v.x) | blank(v.y) | blank(v.z) | blank(v.w); }
 
-  // Adds the pieces of CTAs [first, last], in order; called by whole warps, of which the active lanes have a mailbox.
-  // kInFlight pieces are asked for at a time: the reads of more would be wasted while pieces are on their way.
-  template <int kInFlight> JITGEN_FN void collect(PartialSum& into, int first, int last, bool active) const {
+  // Adds up the pieces of CTAs [first, last], of which `into` is that of CTA `own`: the result is in the first one. Called by
+  // whole warps, of which the active lanes have a mailbox. A group of 8 is read at once; 16 pieces need no second level.
+  template <int kInFlight> JITGEN_FN void join(PartialSum& into, int own, int first, int last, bool active) const {
+    const int shift = last - first < 16 ? 4 : 3, members = (1 << shift) - 1, place = own - first;
+#pragma unroll 1
+    for (int level = 0; 1 << level <= last - first && (place & members << level) == 0; level += shift) {
+      const int step = 1 << level;
+      collect<kInFlight>(into, own + step, jg::min(last, own + members * step), step, active);
+    }
+    if (place != 0 && active) publish(own, into);
+  }
+
+  // Adds the pieces of CTAs first, first + step, ... up to `last`. kInFlight of them are asked for at a time: the reads of more
+  // would be wasted while pieces are on their way.
+  template <int kInFlight> JITGEN_FN void collect(PartialSum& into, int first, int last, int step, bool active) const {
     const float ones = __uint_as_float(0xffffffffu);
 #pragma unroll 1
-    for (int cta = first; cta <= last; cta += kInFlight) {
+    for (int cta = first; cta <= last; cta += kInFlight * step) {
       float4 value[kInFlight];
       float2 state[kInFlight];
       bool missing;
@@ -57,19 +70,19 @@ struct Mailboxes {
         missing = false;
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i)
-          if (active && cta + i <= last) {
-            value[i] = look_at(values + (cta + i) * per_cta);
-            state[i] = look_at(states + (cta + i) * per_cta);
+          if (active && cta + i * step <= last) {
+            value[i] = look_at(values + (cta + i * step) * per_cta);
+            state[i] = look_at(states + (cta + i * step) * per_cta);
           }
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i)
-          if (active && cta + i <= last) missing |= blank(value[i]) | blank(state[i].x) | blank(state[i].y);
+          if (active && cta + i * step <= last) missing |= blank(value[i]) | blank(state[i].x) | blank(state[i].y);
       } while (__any_sync(0xffffffffu, missing));
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i)
-        if (active && cta + i <= last) {
-          send(values + (cta + i) * per_cta, make_float4(ones, ones, ones, ones));
-          send(states + (cta + i) * per_cta, make_float2(ones, ones));
+        if (active && cta + i * step <= last) {
+          send(values + (cta + i * step) * per_cta, make_float4(ones, ones, ones, ones));
+          send(states + (cta + i * step) * per_cta, make_float2(ones, ones));
           into.add(value[i], state[i]);
         }
     }
@@ -82,19 +95,28 @@ template <int kHeadDimV> struct MergeBuffer {
   static constexpr int kPitch = kHeadDimV + 4;
   static constexpr unsigned kBytes = 8 * kPitch * 4;   // of a warp
 
-  // Columns from `columns` on hold nothing.
-  template <int kSlices, int kTiles>
+  // Columns from `columns` on hold nothing. kPaired: the halves of a fragment are dims 2 group and 2 group + 1 of a slice, not
+  // group and group + 8.
+  template <bool kPaired, int kSlices, int kTiles>
   static JITGEN_FN void put(unsigned address, const float (&o)[kSlices][kTiles][4], int tile, int columns, int lane) {
     const int group = lane / 4, quad = lane % 4;
     if (2 * quad >= columns) return;
-    const unsigned to = address + (2 * quad * kPitch + group) * 4;
+    const unsigned to = address + (2 * quad * kPitch + (kPaired ? 2 * group : group)) * 4;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
       if (n == tile) {
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) store_shared_float(to + (slice * 16 + e % 2 * kPitch + e / 2 * 8) * 4, o[slice][n][e]);
+          for (int e = 0; e < 2; ++e) {
+            const unsigned at = to + (slice * 16 + e * kPitch) * 4;
+            if constexpr (kPaired) {
+              store_shared(at, make_float2(o[slice][n][e], o[slice][n][e + 2]));
+            } else {
+              store_shared_float(at, o[slice][n][e]);
+              store_shared_float(at + 32, o[slice][n][e + 2]);
+            }
+          }
       }
   }
   // Sum over the warps of a head. `values` and `states`: this thread's dims and column in those of the first warp.

@@ -19,6 +19,10 @@ JITGEN_FN void cp_async_16(unsigned dst, const void* src, bool valid, unsigned l
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;"
                ::"r"(dst), "l"(src), "r"(valid ? 16 : 0), "l"(policy) : "memory");
 }
+// 4 bytes, through L1 as they must.
+JITGEN_FN void cp_async_4(unsigned dst, const void* src, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(valid ? 4 : 0) : "memory");
+}
 // The calling thread arrives once all its copies so far have landed.
 JITGEN_FN void barrier_arrive_on_copies(unsigned barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
@@ -30,10 +34,6 @@ JITGEN_FN void barrier_poll(unsigned barrier, unsigned parity) {
       "again: mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
-
-// ---- programmatic dependent launch: no effect in a launch without the attribute ----
-JITGEN_FN void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-JITGEN_FN void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ---- fragments ----
 // An 8 x 8 block of 16-bit elements, two a lane, transposed.

@@ -10,6 +10,11 @@
 // begin and end inside items. Where the cuts are taken as they fall (least_piece <= 1), the share of any place is known in
 // closed form (`share_of`), and so are all pieces of an item.
 //
+// A kernel may give its items out instead, to CTAs as they ask: groups one after the other, tiles of a group from the last to
+// the first, so that CTAs of a moment read the same keys. The last groups, that are worth the longest item for each CTA, are
+// given out together, the longest tiles first; and of these items those that are much longer than a CTA's part of what is
+// left in up to kTailPieces pieces. So all CTAs end nearly together.
+//
 // Plan buffer, for S shares asked for (any number; a kernel runs one or several in a CTA):
 //
 //     offset 0                       PlanHeader
@@ -35,25 +40,39 @@ struct PlanShape {
   int groups;         // head groups
   int class_pack;     // num_q_heads / num_kv_heads: classes count rows packed by kv head
   int least_rows, most_rows;
+  int least_keys;     // 1: a request without keys has no tile, as nobody reads its results; 0: its rows are written
   int fixed_cost;     // of an item, in units
   int least_piece;    // units: a cut that would leave less of an item on one side moves to the nearer end of the item
+  int many_items;     // a kernel gives items out that must not be cut, and others from so many items a share on; 0: none
   int shares;
+  int beside;         // shares that are enough where the requests of another kernel are worked on at the same time; 0: none is
 };
+constexpr int kTailPieces = 4;
+constexpr int kNotForMany = 0x7fffffff;   // as many_items: only items that must not be cut are given out
 constexpr int kNeverCut = 0x7fffffff;   // as least_piece: items stay whole
 
 struct alignas(16) PlanHeader {
   int tiles;          // in the table
-  int shares;         // that have a part of the line: min(shares asked for, length); the others are empty
+  int shares;         // that have a part of the line; the others are empty
   unsigned length;    // of the line
-  int taken, done;    // for a kernel that gives out items as CTAs ask for them: 0 between launches
-  int reserved[11];
+  // of a kernel that gives out items
+  int taken, done;    // 0 between launches
+  int whole_groups;   // given out one after the other
+  int tail_groups;    // given out together behind them; 0: the kernel has shares
+  unsigned places;    // of a group
+  int least_units;    // of a piece of an item
+  int pieces;         // of a group, without tiles in one piece; more than there is room for are not cut
+  int reserved[6];
 };
 struct alignas(16) PlanTile {
   int request, q_start, q_len, kv_len;
   int index, count;   // of this tile among those of its request: the first is tile number - index
   int begin, end;     // visible keys; begin == end: none
   unsigned line;      // places before this tile, in one group
-  int reserved[3];
+  // of a kernel that gives out items, of place i in the order of the last groups, i the number of this tile:
+  int at;             // the tile there
+  int at_pieces;      // pieces it is given out in
+  int pieces;         // pieces before it, in one group, without tiles in one piece
 };
 struct alignas(16) Share {
   int tile, group, unit;   // where it begins; past the last share tile is PlanHeader::tiles
@@ -86,9 +105,9 @@ JITGEN_PLAN_FN const PlanTile* plan_tiles_of(const void* plan, int shares) {
 }
 
 // ---- the line ----
-JITGEN_PLAN_FN int tiles_of_request(int q_len, const PlanShape& shape) {
+JITGEN_PLAN_FN int tiles_of_request(int q_len, int kv_len, const PlanShape& shape) {
   const long long rows = static_cast<long long>(q_len) * shape.class_pack;
-  if (q_len <= 0 || rows < shape.least_rows || rows > shape.most_rows) return 0;
+  if (q_len <= 0 || kv_len < shape.least_keys || rows < shape.least_rows || rows > shape.most_rows) return 0;
   return (q_len * shape.pack + shape.tile_rows - 1) / shape.tile_rows;
 }
 // Units begin at multiples of 16 keys, as boxes of pages do.
@@ -100,6 +119,20 @@ JITGEN_PLAN_FN int units_of(KeyRange keys, int unit_keys) {
 JITGEN_PLAN_FN unsigned cut(unsigned share, unsigned length, unsigned shares) {
   return static_cast<unsigned>(static_cast<unsigned long long>(share) * length / shares);
 }
+// Shares that have a part of the line. Where every item is cut alike, the tiles of a request visit the same keys at the same
+// time, and all but one find them in L2: worth up to one CTA in sixteen, where items are equally long. Otherwise as few as
+// leave the largest share as it is, so that cuts of equal items fall on their ends.
+JITGEN_PLAN_FN int shares_in_use(int shares, unsigned length, int items, bool is_even) {
+  if (length == 0) return 0;
+  const int of_each = items > 0 ? shares / items * items : 0;
+  if (is_even && 16 * of_each >= 15 * shares) return static_cast<unsigned>(of_each) < length ? of_each : static_cast<int>(length);
+  const unsigned largest = (length + shares - 1) / shares;
+  return static_cast<int>((length + largest - 1) / largest);
+}
+// Whether the requests of another kernel are work for a tenth of the time of these or more: `rows_keys` is the sum of rows times
+// keys of theirs, rows packed, `keys` that of the keys of these, which are read at the speed of memory. On an H100 a key takes
+// as long as the products of 400 rows with one.
+JITGEN_PLAN_FN bool has_company(unsigned long long rows_keys, unsigned long long keys) { return rows_keys > 0 && rows_keys >= 40 * keys; }
 // The share that place x falls in: the inverse of `cut`.
 JITGEN_PLAN_FN unsigned share_of(unsigned x, unsigned length, unsigned shares) {
   return static_cast<unsigned>(((x + 1ull) * shares - 1) / length);
@@ -166,6 +199,36 @@ JITGEN_PLAN_FN void next_item(const PlanTile& tile, int groups, int& number, int
   group = last_group ? 0 : group + last_tile;
 }
 
+// ---- items that are given out ----
+JITGEN_PLAN_FN bool gives_out(long long items, const PlanShape& shape) {
+  if (shape.many_items == 0 || items == 0) return false;
+  return shape.least_piece == kNeverCut || items >= static_cast<long long>(shape.many_items) * shape.shares;
+}
+// Groups that are given out together: worth the longest item for each CTA.
+JITGEN_PLAN_FN int tail_groups_of(unsigned places, int most_cost, const PlanShape& shape) {
+  const unsigned long long wanted = (static_cast<unsigned long long>(shape.shares) * most_cost + places - 1) / places;
+  return wanted < static_cast<unsigned>(shape.groups) ? static_cast<int>(wanted) : shape.groups;
+}
+// Results of pieces that wait to be joined, at most.
+JITGEN_PLAN_FN long long tail_slots(int shares) { return kTailPieces * static_cast<long long>(shares); }
+// A piece costs about as much as four units more than its own, and the fewer items there are, the more of them are cut.
+JITGEN_PLAN_FN int least_units_of(long long items, const PlanShape& shape) {
+  if (shape.least_piece == kNeverCut) return kNeverCut;
+  return items >= 4ll * shape.shares ? 24 : 48;
+}
+// Pieces of a tile of `units` where `rest` places are left, with it, when it is first given out: several where it is more than
+// 8/5 of a CTA's part of them.
+JITGEN_PLAN_FN int pieces_wanted(int units, unsigned rest, int least_units, const PlanShape& shape) {
+  const unsigned long long work = 5ull * (units + shape.fixed_cost) * shape.shares, part = 8ull * rest;
+  const int most = units / least_units, wanted = static_cast<int>((work + part - 1) / part);
+  const int pieces = wanted < kTailPieces ? wanted : kTailPieces;
+  return pieces < most ? pieces : most > 1 ? most : 1;
+}
+// As many of them as there is room for behind `before` of a group.
+JITGEN_PLAN_FN int pieces_given(int wanted, int before, const PlanHeader& header, const PlanShape& shape) {
+  return (before + static_cast<long long>(wanted)) * header.tail_groups <= tail_slots(shape.shares) ? wanted : 1;
+}
+
 // ---- the planner ----
 #ifdef __CUDACC__
 constexpr int kPlanThreads = 1024;
@@ -195,6 +258,37 @@ __device__ __forceinline__ int scan_block(int value, int& total) {
   return sum + (warp > 0 ? earlier : 0);
 }
 
+// The order of the last groups: the longest tiles first, later ones before earlier ones of the same length. More tiles than
+// threads keep the order of other groups, as so many items for each CTA end nearly together without.
+__device__ __forceinline__ void order_tail(PlanTile* tiles, int num_tiles, PlanHeader& header, const PlanShape& shape) {
+  __shared__ int costs[kPlanThreads];
+  const int thread = threadIdx.x;
+  const auto units_at = [&](int i) { return units_of({tiles[i].begin, tiles[i].end}, shape.unit_keys); };
+  if (num_tiles <= kPlanThreads) {
+    const int own = thread < num_tiles ? units_at(thread) : 0;   // written by this thread
+    costs[thread] = own;
+    __syncthreads();
+    int place = 0;
+    for (int i = 0; i < num_tiles; ++i) place += costs[i] > own || (costs[i] == own && i > thread);
+    if (thread < num_tiles) tiles[place].at = thread;
+  } else {
+    for (int i = thread; i < num_tiles; i += kPlanThreads) tiles[i].at = num_tiles - 1 - i;
+  }
+  __syncthreads();
+  int places = 0, pieces = 0, total;
+  for (int first = 0; first < num_tiles; first += kPlanThreads) {
+    const int i = first + thread, units = i < num_tiles ? units_at(tiles[i].at) : 0, cost = i < num_tiles ? units + shape.fixed_cost : 0;
+    const unsigned line = places + scan_block(cost, total) - cost;
+    places += total;
+    const unsigned rest = (header.places - line) * header.tail_groups;
+    const int wanted = i < num_tiles ? pieces_wanted(units, rest, header.least_units, shape) : 0, counted = wanted > 1 ? wanted : 0;
+    const int before = pieces + scan_block(counted, total) - counted;
+    pieces += total;
+    if (i < num_tiles) tiles[i].at_pieces = pieces_given(wanted, before, header, shape), tiles[i].pieces = before;
+  }
+  header.pieces = pieces;
+}
+
 // By one CTA of kPlanThreads. `visible(tile, first query, last query)` gives the keys that these rows of the request see;
 // all threads call it, those without a tile with kv_len 0.
 template <class Visible>
@@ -206,16 +300,34 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   PlanTile* const tiles = const_cast<PlanTile*>(plan_tiles_of(plan, shape.shares));
   const int thread = threadIdx.x;
 
+  __shared__ unsigned long long others, own;   // see has_company
+  int asked = shape.shares;
+  if (shape.beside > 0) {
+    if (thread == 0) others = own = 0;
+    __syncthreads();
+    for (int b = thread; b < batch; b += kPlanThreads) {
+      const int q_len = q_indptr[b + 1] - q_indptr[b], keys = kv_len[b];
+      const unsigned long long rows = static_cast<unsigned long long>(q_len) * shape.class_pack;
+      if (tiles_of_request(q_len, keys, shape)) atomicAdd(&own, static_cast<unsigned long long>(keys));
+      else if (q_len > 0) atomicAdd(&others, rows * keys);
+    }
+    __syncthreads();
+    if (has_company(others, own)) asked = shape.beside;
+  }
+
   int num_tiles = 0, total;
   for (int first = 0; first < batch; first += kPlanThreads, num_tiles += total) {
-    const int b = first + thread, count = b < batch ? tiles_of_request(q_indptr[b + 1] - q_indptr[b], shape) : 0;
+    const int b = first + thread, count = b < batch ? tiles_of_request(q_indptr[b + 1] - q_indptr[b], kv_len[b], shape) : 0;
     const int before = num_tiles + scan_block(count, total) - count;
     if (b < batch) first_tile[b] = before;
   }
   if (thread == 0) first_tile[batch] = num_tiles;
   __syncthreads();
 
-  int places = 0;
+  __shared__ int most_cost;
+  if (thread == 0) most_cost = 0;
+  int places = 0, own_cost = 0, own_most = 0;
+  bool is_even = true;   // of this thread's tiles: requests have several, all of one cost
   for (int first = 0; first < num_tiles; first += kPlanThreads, places += total) {
     const int number = first + thread;
     PlanTile tile = {};
@@ -232,6 +344,9 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
     if (number < num_tiles) {
       tile.begin = keys.begin, tile.end = keys.end;
       cost = shape.fixed_cost + units_of(keys, shape.unit_keys);
+      is_even &= tile.count > 1 && (own_cost == 0 || cost == own_cost);
+      own_cost = cost;
+      own_most = cost > own_most ? cost : own_most;
     }
     tile.line = places + scan_block(cost, total) - cost;
     if (number < num_tiles) {
@@ -239,17 +354,30 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
       if (tile.index == 0) first_line[tile.request] = tile.line;
     }
   }
-  __syncthreads();
+  is_even = __syncthreads_and(is_even && (own_cost == 0 || static_cast<long long>(own_cost) * num_tiles == places));
   for (int b = thread; b <= batch; b += kPlanThreads)
     if (first_tile[b] == num_tiles) first_line[b] = places;
     else if (first_tile[b] == first_tile[b + 1]) first_line[b] = tiles[first_tile[b]].line;
+
+  const int items = num_tiles * shape.groups;
+  PlanHeader header = {num_tiles};
+  if (gives_out(items, shape)) {
+    atomicMax(&most_cost, own_most);
+    __syncthreads();
+    header.places = places;
+    header.tail_groups = tail_groups_of(places, most_cost, shape);
+    header.whole_groups = shape.groups - header.tail_groups;
+    header.least_units = least_units_of(items, shape);
+    order_tail(tiles, num_tiles, header, shape);
+  }
   __syncthreads();
 
   const unsigned length = static_cast<unsigned>(places) * shape.groups;
-  const int used = static_cast<unsigned>(shape.shares) < length ? shape.shares : static_cast<int>(length);
+  const int used = shares_in_use(asked, length, items, is_even);
+  header.length = length, header.shares = used;
   const Line line = {first_tile, first_line, tiles, batch, num_tiles};
   for (int c = thread; c <= shape.shares; c += kPlanThreads) shares[c] = share_start(line, shape, length, used, c);
-  if (thread == 0) *static_cast<PlanHeader*>(plan) = {num_tiles, used, length};
+  if (thread == 0) *static_cast<PlanHeader*>(plan) = header;
 }
 #endif
 

@@ -80,7 +80,7 @@ static inline void evaluate_chunk(const float* x, int begin, int end, Pivots piv
 }
 
 template <bool kProbs_> struct Row {
-  static constexpr bool kProbs = kProbs_;
+  static constexpr bool kProbs = kProbs_, kRanks = false;
   static constexpr float kAbsent = kProbs ? 0.0f : -INFINITY;
   struct Mass { float total, threshold; };
   struct Measure { float top, total; int status; };
@@ -147,21 +147,23 @@ template <bool kProbs_> struct Row {
   }
   Mass whole_mass(const Measure& m) const { return {m.total, -INFINITY}; }
 
-  // Count and mass of the values > x.
-  void rank_of(float x, float& count, float& mass) const {
+  // Count and mass of the values > x; leaves the masses of the chunks in `partials`.
+  Mass mass_above(float x, float& count) const {
     each_chunk([&](int chunk, int begin, int end) {
       const ChunkRank rank = chunk_rank<kProbs>(values, begin, end, x, top);
-      extra[2 * chunk] = rank.count, extra[2 * chunk + 1] = rank.mass;
+      extra[chunk] = rank.count, partials[chunk] = rank.mass;
     });
-    double counts = 0.0, masses = 0.0;
-    for (int chunk = 0; chunk < chunks; ++chunk) counts += extra[2 * chunk], masses += extra[2 * chunk + 1];
-    count = static_cast<float>(counts), mass = static_cast<float>(masses);
+    double counts = 0.0, total = 0.0;
+    for (int chunk = 0; chunk < chunks; ++chunk) counts += extra[chunk], total += partials[chunk];
+    count = static_cast<float>(counts);
+    return {static_cast<float>(total), x};
   }
 
   // Of the values from each pivot up to hi: their count or the sum of their weights, and the smallest.
-  template <bool kCount> void evaluate(const Pivots& pivots, float hi, float (&f)[kPivots], float (&least)[kPivots]) const {
+  void evaluate(const Pivots& pivots, float hi, bool counts, float (&f)[kPivots], float (&least)[kPivots]) const {
     each_chunk([&](int chunk, int begin, int end) {
-      evaluate_chunk<kProbs, kCount>(values, begin, end, pivots, hi, top, extra + chunk * 2 * kPivots);
+      const auto evaluate = counts ? evaluate_chunk<kProbs, true> : evaluate_chunk<kProbs, false>;
+      evaluate(values, begin, end, pivots, hi, top, extra + chunk * 2 * kPivots);
     });
     for (int i = 0; i < kPivots; ++i) {
       double sum = 0.0;

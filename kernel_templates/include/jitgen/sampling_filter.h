@@ -1,8 +1,8 @@
 // Filters of a row and the order in which they are tried: top-k, top-p, min-p and their combinations, on CPU and GPU.
 //
 // Row: kProbs; measure results Measure {top, total}, Mass {total}, Pick {token, value};
-// evaluate<kCount>(pivots, hi, f, least), mass_from(threshold), rank_of(x, count, mass), whole_mass(measure),
-// draw(mass, threshold, u), announce(pick).
+// evaluate(pivots, hi, counts, f, least), mass_from(threshold), mass_above(x, count), whole_mass(measure),
+// draw(mass, threshold, u), announce(pick). kRanks: rank_largest<kAll>(k) and what draw_ranked uses of `ranked`.
 #pragma once
 
 #include "jitgen/sampling_search.h"
@@ -17,6 +17,7 @@ namespace jg {
 
 constexpr float kLeastPositive = 1.40129846e-45f;
 constexpr float kLeastTarget = 1.17549435e-38f;   // a target of 0 keeps the largest value
+constexpr int kTries = 6;   // draws from a row before the threshold is searched
 
 // Parameters of one row. A filter that keeps everything is off: top_k >= vocab, top_p >= 1, min_p <= 0.
 struct RowFilters {
@@ -62,58 +63,92 @@ template <class Set, class Row> struct Filtering {
   }
 
   // The largest value of the row with F(value) >= target, F counting values or adding up their weights.
-  template <bool kCount> JITGEN_METHOD float search(Bracket bracket, float target) const {
+  JITGEN_METHOD float search(Bracket bracket, float target, bool counts) const {
     target = max(target, kLeastTarget);
 #pragma unroll 1
     for (int round = 0; round < kMaxRounds && is_open(bracket); ++round) {
       const Pivots pivots = choose_pivots<Row::kProbs>(bracket, target, measure.top, round);
       float f[kPivots], least[kPivots];
-      row.template evaluate<kCount>(pivots, bracket.hi, f, least);
+      row.evaluate(pivots, bracket.hi, counts, f, least);
       for (int i = 0; i < kPivots; ++i) f[i] += bracket.f_hi;
       narrow_bracket(bracket, target, pivots, f, least);
     }
     return bracket.lo;
   }
 
-  // Least value that all filters keep. `k` and `p` bracket the thresholds of top-k and top-p, where these are to be found.
-  JITGEN_METHOD float threshold(Bracket k, Bracket p, bool search_k, bool search_p) const {
-    float least = has_min_p() ? min_p_threshold() : -INFINITY, total = measure.total;
-    if (Set::kTopK && search_k) {
-      const float kth = search<true>(k, static_cast<float>(filters.top_k));
-      if (Set::kTopKFirst && Set::kTopP && search_p) {
+  // Least value that all filters keep. `k` and `p` bracket the thresholds of top-k and top-p, where these are to be found; `kth`
+  // is that of top-k where it is known, else -inf.
+  JITGEN_METHOD float threshold(Bracket k, Bracket p, bool search_k, bool search_p, float kth) const {
+    float total = measure.total;
+#pragma unroll 1
+    for (int filter = Set::kTopK ? 0 : 1; filter < (Set::kTopP ? 2 : 1); ++filter) {   // one loop: half of the code
+      const bool counts = filter == 0;
+      if (counts ? search_k : search_p) {
+        const float found = search(counts ? k : p, counts ? static_cast<float>(filters.top_k) : filters.top_p * total, counts);
+        kth = max(kth, found);
+      }
+      if (Set::kTopKFirst && Set::kTopP && counts && search_p && kth > -INFINITY) {
         total = row.mass_from(kth).total;
         p.lo = kth;
         p.f_lo = total;
       }
-      least = max(least, kth);
     }
-    if (Set::kTopP && search_p) least = max(least, search<false>(p, filters.top_p * total));
-    return min(least, measure.top);
+    if (has_min_p()) kth = max(kth, min_p_threshold());
+    return min(kth, measure.top);
   }
   JITGEN_METHOD float threshold() const {
     if (filters.greedy) return measure.top;
-    return threshold(whole(static_cast<float>(vocab)), whole(measure.total), has_top_k(), has_top_p());
+    float kth = -INFINITY;
+    if constexpr (Row::kRanks)
+      if (has_top_k() && row.template rank_largest<true>(filters.top_k)) kth = row.ranked->value(filters.top_k - 1);
+    return threshold(whole(static_cast<float>(vocab)), whole(measure.total), has_top_k() && kth == -INFINITY, has_top_p(), kth);
   }
 
-  // Draws from the whole row first. A value inside of all filters is a fair draw from what they keep; one outside tells where
-  // to look for the threshold, and the second draw is from the filtered row. Two uniform numbers are always enough.
+  // The draw from a list of the largest values, of which top-k keeps the first.
+  JITGEN_METHOD typename Row::Pick draw_ranked(double uniform) const {
+    typename Row::Pick pick = {row.team.rank == 0 && row.team.warp == 0, 0, 0.0f};
+    if (!pick.known) return pick;
+    row.ranked->add_up([&](float x) { return row.weight(x); });
+    float least = row.ranked->value(filters.top_k - 1);
+    const double total = Set::kTopKFirst ? row.ranked->mass_from(least) : static_cast<double>(measure.total);
+    if (has_min_p()) least = max(least, min_p_threshold());
+    if (has_top_p()) least = max(least, row.ranked->reach(max(static_cast<float>(filters.top_p * total), kLeastTarget)));
+    const int count = row.ranked->count_from(min(least, measure.top));
+    const auto found = row.ranked->at(uniform * row.ranked->through[count - 1], count);
+    pick.token = found.token(), pick.value = found.value();
+    return pick;
+  }
+
+  // Draws from the row first, if need be from what lies above the last draw. A value inside of all filters is a fair draw from
+  // what they keep; one outside bounds their thresholds. After kTries the threshold is searched, and the last draw is from the
+  // filtered row.
   JITGEN_METHOD typename Row::Pick sample(const double* uniforms) const {
-        Bracket k = whole(static_cast<float>(vocab)), p = whole(measure.total);
     bool search_k = has_top_k(), search_p = has_top_p();
-    if (!filters.greedy && !(Set::kTopKFirst && search_k && search_p)) {
-      auto pick = row.draw(row.whole_mass(measure), -INFINITY, uniforms[0]);
-      if (keeps_all()) return pick;
-      row.announce(pick);
-      if (!has_min_p() || pick.value >= min(min_p_threshold(), measure.top)) {
-        if (search_k || search_p) row.rank_of(pick.value, k.f_lo, p.f_lo);
+    if constexpr (Row::kRanks)
+      if (search_k && !filters.greedy && row.template rank_largest<false>(filters.top_k)) return draw_ranked(uniforms[0]);
+    Bracket k = whole(static_cast<float>(vocab)), p = whole(measure.total);
+    float least = -INFINITY;
+    auto mass = row.whole_mass(measure);
+    const bool tries = !filters.greedy && !(Set::kTopKFirst && search_k && search_p);
+#pragma unroll 1
+    for (int draw = 0;; ++draw) {
+      if (draw == kTries || (draw == 0 && (!tries || has_min_p()))) {
+        const bool search = draw == kTries || !tries;
+        least = filters.greedy ? measure.top : threshold(k, p, search && search_k, search && search_p, -INFINITY);
+        mass = row.mass_from(least);
+        search_k = search_k && !search, search_p = search_p && !search;
+      }
+      auto pick = row.draw(mass, least, uniforms[draw]);
+      if (search_k || search_p) {
+        row.announce(pick);
+        mass = row.mass_above(pick.value, k.f_lo);
+        p.f_lo = mass.total;
         search_k = search_k && k.f_lo >= static_cast<float>(filters.top_k);
         search_p = search_p && p.f_lo >= filters.top_p * measure.total;
-        if (!search_k && !search_p) return pick;
-        k.lo = p.lo = next_up(pick.value);
       }
+      if (!search_k && !search_p) return pick;
+      k.lo = p.lo = least = next_up(pick.value);
     }
-    const float least = filters.greedy ? measure.top : threshold(k, p, search_k, search_p);
-    return row.draw(row.mass_from(least), least, uniforms[1]);
   }
 };
 

@@ -1,7 +1,7 @@
 // Host side of the sampling kernels: size of the teams, shared memory, the launch.
 #pragma once
 
-#include "jitgen/sampling_team.cuh"
+#include "jitgen/sampling_ranked.cuh"
 
 // Unnamed, because statics of inline functions are otherwise one object for all modules that a process has loaded.
 namespace jg {
@@ -11,9 +11,10 @@ constexpr int kMaxDevices = 64;
 constexpr int kSliceUnit = 64;   // values; keeps groups of the widest load whole
 constexpr int kCtasPerProcessor = 2;
 
-// Dynamic shared memory a CTA of the kernel may have, and multiprocessors: found out, and asked for, once per device.
+// Dynamic shared memory a CTA of the kernel may have, and multiprocessors: found out, and asked for if the kernel
+// holds rows, once per device.
 struct Limits { int shared_bytes, processors; };
-template <class Kernel> cudaError_t find_limits(Kernel kernel, Limits& limits) {
+template <class Kernel> cudaError_t find_limits(Kernel kernel, bool holds, Limits& limits) {
   static Limits known[kMaxDevices];   // two threads may both set it, to the same values
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -27,8 +28,8 @@ template <class Kernel> cudaError_t find_limits(Kernel kernel, Limits& limits) {
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  limits.shared_bytes -= static_cast<int>(sizeof(TeamShared)) + 1024;   // 1024: what else a kernel may have
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes);
+  limits.shared_bytes -= static_cast<int>(sizeof(TeamShared) + sizeof(RankedShared)) + 1024;   // 1024: what else a kernel may have
+  if (holds) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes);
   if (error != cudaSuccess || !kept) return error;
   known[device].processors = limits.processors;
   __atomic_store_n(&known[device].shared_bytes, limits.shared_bytes, __ATOMIC_RELEASE);
@@ -43,7 +44,7 @@ cudaError_t launch_teams(void (*kernel)(Args, int, int), const Args& args, int s
                          int64_t stream) {
   if (rows <= 0 || vocab <= 0) return cudaSuccess;
   Limits limits;
-  const cudaError_t error = find_limits(kernel, limits);
+  const cudaError_t error = find_limits(kernel, use == Use::kHold, limits);
   if (error != cudaSuccess) return error;
   int team = slices;
   while (use == Use::kStream && team > 1 && rows * team > kCtasPerProcessor * limits.processors) team /= 2;

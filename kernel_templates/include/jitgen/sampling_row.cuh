@@ -9,6 +9,7 @@
 #include "jitgen/sampling_filter.h"
 #include "jitgen/sampling_memory.cuh"
 #include "jitgen/sampling_random.h"
+#include "jitgen/sampling_ranked.cuh"
 
 namespace jg {
 
@@ -17,8 +18,9 @@ constexpr float kLeastTop = -2.3e38f;   // a row of which no logit reaches this 
 
 // Source: kGroup values are a group, kAhead groups are in flight; fetch(first) -> Raw; decode(Raw, first, float (&)[kGroup])
 // with kAbsent for what lies past the row; one(token).
-template <class Source, bool kProbs_, bool kStreamed> struct Row {
-  static constexpr bool kProbs = kProbs_;
+// kRanks_: the maxima of its parts are kept, from which the largest values can be listed.
+template <class Source, bool kProbs_, bool kStreamed, bool kRanks_ = false> struct Row {
+  static constexpr bool kProbs = kProbs_, kRanks = kRanks_;
   static constexpr int kGroup = Source::kGroup;
   static constexpr float kAbsent = kProbs ? 0.0f : -INFINITY;
   static constexpr int kAhead = Source::kAhead;
@@ -34,9 +36,14 @@ template <class Source, bool kProbs_, bool kStreamed> struct Row {
   const int vocab, slice_length;
   int begin, length;    // of the slice at hand
   float base;           // log2(e) x top: what a logit's weight is relative to
+  float own_top;        // the largest value of this thread, once measured; unknown where rows stream through
+  float* own_masses;    // where rows stream through: the mass of each thread in each slice
+  Ranked* ranked;
 
-  JITGEN_FN Row(const Source& source, Team& team, float* held, int held_length, int vocab, int slice_length)
-      : source(source), team(team), held(held), held_length(held_length), vocab(vocab), slice_length(slice_length), base(0.0f) {
+  JITGEN_FN Row(const Source& source, Team& team, float* held, int held_length, int vocab, int slice_length,
+                float* own_masses = nullptr, Ranked* ranked = nullptr)
+      : source(source), team(team), held(held), held_length(held_length), vocab(vocab), slice_length(slice_length), base(0.0f),
+        own_top(INFINITY), own_masses(own_masses), ranked(ranked) {
     select(team.rank);
   }
 
@@ -58,6 +65,7 @@ template <class Source, bool kProbs_, bool kStreamed> struct Row {
     }
   }
 
+  JITGEN_FN float& own_mass_in(int slice) { return own_masses[slice * kThreads + threadIdx.x]; }
   JITGEN_FN float weight(float x) const { return kProbs ? x : exp2(::fmaf(x, kLog2E, -base)); }
 
   // ---- passes ----
@@ -131,6 +139,7 @@ template <class Source, bool kProbs_, bool kStreamed> struct Row {
       if (top > -INFINITY) sum *= exp2(scaled - warp_top * kLog2E);
       const float warps[2] = {warp_top, warp_sum(sum)};
       team.put(slice, warps);
+      keep_own(slice, top, sum);
     });
     team.sync();
     Measure m;
@@ -141,6 +150,9 @@ template <class Source, bool kProbs_, bool kStreamed> struct Row {
     m.parts = {rescaled(sums.x, tops.x), rescaled(sums.y, tops.y), rescaled(sums.z, tops.z), rescaled(sums.w, tops.w)};
     m.total = team.sum_of(m.parts);
     m.own = rescaled(sum, warp_top);
+    if (kStreamed)
+      for (int slice = team.rank; slice < team.slices; slice += team.size)
+        own_mass_in(slice) = rescaled(own_mass_in(slice), team.of_warp(0, slice));
     m.status = base == INFINITY ? kRowInfinite : m.total != m.total ? kRowNan : m.top < kLeastTop ? kRowEmpty : kRowOk;
     return m;
   }
@@ -160,6 +172,7 @@ template <class Source, bool kProbs_, bool kStreamed> struct Row {
       });
       const float warps[3] = {warp_sum(sum), warp_max(top), warp_min(least)};
       team.put(slice, warps);
+      keep_own(slice, top, sum);
     });
     team.sync();
     Measure m;
@@ -173,10 +186,19 @@ template <class Source, bool kProbs_, bool kStreamed> struct Row {
     return m;
   }
 
+  JITGEN_FN void keep_own(int slice, float top, float mass) {
+    if (kStreamed)
+      own_mass_in(slice) = mass;
+    else
+      own_top = top;
+    if (kRanks) ranked->put_tops(top);
+  }
+
   // ---- thresholds ----
   // Mass of the values >= threshold that this thread has in the slice at hand.
   JITGEN_FN float own_mass(float threshold) const {
     float own = 0.0f;
+    if (own_top < threshold) return own;
     const auto add = [&](const float (&x)[kGroup], int) {
       if (largest(x) >= threshold) {
 #pragma unroll
@@ -195,6 +217,7 @@ template <class Source, bool kProbs_, bool kStreamed> struct Row {
     team.open();
     each_slice([&](int slice) {
       own = own_mass(threshold);
+      if (kStreamed) own_mass_in(slice) = own;
       const float warps[1] = {warp_sum(own)};
       team.put(slice, warps);
     });
@@ -204,41 +227,61 @@ template <class Source, bool kProbs_, bool kStreamed> struct Row {
   }
 
   // Count and mass of the values > x.
-  JITGEN_FN void rank_of(float x, float& count, float& mass) const {
-    float sums[2] = {0.0f, 0.0f};
-    revisit([&](const float (&v)[kGroup], int) {
-      if (largest(v) > x) {
+  JITGEN_FN Mass mass_above(float x, float& count) {
+    float own_count = 0.0f, own = 0.0f;
+    if (own_top > x)
+      revisit([&](const float (&v)[kGroup], int) {
+        if (largest(v) > x) {
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
-          sums[0] += v[i] > x ? 1.0f : 0.0f;
-          sums[1] += v[i] > x ? weight(v[i]) : 0.0f;
+          for (int i = 0; i < kGroup; ++i) {
+            own_count += v[i] > x ? 1.0f : 0.0f;
+            own += v[i] > x ? weight(v[i]) : 0.0f;
+          }
         }
-      }
-    });
-    team.sum(sums);
-    count = sums[0], mass = sums[1];
+      });
+    const float warps[2] = {warp_sum(own), warp_sum(own_count)};
+    team.open();
+    team.put(team.rank, warps);
+    team.sync();
+    const float4 parts = team.take(0, 0.0f);
+    count = team.sum_of(team.take(1, 0.0f));
+    return {team.sum_of(parts), own, parts};
   }
 
   // Of the values from each pivot up to hi: their count or the sum of their weights, and the smallest.
-  template <bool kCount>
-  JITGEN_FN void evaluate(const Pivots& pivots, float hi, float (&f)[kPivots], float (&least)[kPivots]) const {
+  JITGEN_FN void evaluate(const Pivots& pivots, float hi, bool counts, float (&f)[kPivots], float (&least)[kPivots]) const {
     static_assert(kPivots == 4, "sum_and_least");
 #pragma unroll
     for (int i = 0; i < kPivots; ++i) f[i] = 0.0f, least[i] = INFINITY;
-    revisit([&](const float (&x)[kGroup], int) {
+    if (own_top >= pivots.at[0]) revisit([&](const float (&x)[kGroup], int) {
       float inside[kGroup];
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) inside[j] = x[j] < hi ? x[j] : -INFINITY;
       if (largest(inside) < pivots.at[0]) return;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
-        const float w = kCount ? 1.0f : weight(x[j]);
+        const float w = counts ? 1.0f : weight(x[j]);
 #pragma unroll
         for (int i = 0; i < kPivots; ++i)
           if (inside[j] >= pivots.at[i]) f[i] += w, least[i] = ::fminf(least[i], inside[j]);
       }
     });
     team.sum_and_least(f, least);
+  }
+
+  // Lists the k largest values and a few more, for all CTAs or the first alone; false, to all, where that takes a search.
+  template <bool kAll> JITGEN_FN bool rank_largest(int k) const {
+    if (k > kMostRanked) return false;
+    const float bound = ranked->bound_of(k);
+    if (!(bound > kAbsent)) return false;
+    return ranked->template make<kAll>(bound, [&](auto found) {
+      if (own_top < bound) return;
+      revisit([&](const float (&x)[kGroup], int first) {
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i)
+          if (x[i] >= bound) found(x[i], first + i);
+      });
+    });
   }
 
   // ---- drawing ----
@@ -253,8 +296,7 @@ template <class Source, bool kProbs_, bool kStreamed> struct Row {
     Pick pick = {slice % team.size == team.rank && place.warp % kWarps == team.warp, 0, 0.0f};
     if (!pick.known) return pick;
     if (kStreamed) select(slice);
-    // where rows stream through, a thread's mass was not kept for each of its slices: also where it has one, for equal results
-    const Share thread = find_share(kStreamed ? own_mass(threshold) : mass.own, place.rest, team.lane);
+    const Share thread = find_share(kStreamed ? own_mass_in(slice) : mass.own, place.rest, team.lane);
     double rest = thread.rest;
     const int owner = team.warp * 32 + thread.lane;
     for (int step = 0; (owner + step / kGroup * kThreads) * kGroup < length; step += 32) {

@@ -4,6 +4,7 @@
 // CTA where there are many rows. Partial results are kept by slice and warp, so the cut into CTAs does not show in them.
 // Sums and maxima over the row are trees of a fixed shape: within a warp by shuffles, then every warp hands its result to all
 // CTAs of the team, whose warps all add up the same numbers in the same order. One barrier is the whole price.
+// The kernel that includes this says before how many threads its CTAs have: jg::kThreads.
 #pragma once
 
 #include "jitgen/cuda_math.cuh"
@@ -14,7 +15,6 @@ JITGEN_FN int float_bits(float x) { return __float_as_int(x); }
 JITGEN_FN float bits_float(int bits) { return __int_as_float(bits); }
 
 constexpr int kMaxTeam = 8;      // CTAs and slices; larger clusters need an opt-in and leave multiprocessors idle
-constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTeamWarps = kMaxTeam * kWarps;
 constexpr int kSlots = 8;        // numbers that one exchange can carry
@@ -103,12 +103,16 @@ struct Team {
   }
   // Store into the same place of the shared memory of CTA `to`.
   template <class T> JITGEN_FN void store(T* place, T value, int to) const {
-    static_assert(sizeof(T) == 4, "one register");
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8, "one store");
 #if __CUDA_ARCH__ >= 900
     if (size > 1) {
       unsigned own = static_cast<unsigned>(__cvta_generic_to_shared(place)), remote;
       asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(own), "r"(to));
-      asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(remote), "r"(__builtin_bit_cast(unsigned, value)) : "memory");
+      if constexpr (sizeof(T) == 4)
+        asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(remote), "r"(__builtin_bit_cast(unsigned, value)) : "memory");
+      else
+        asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(remote), "l"(__builtin_bit_cast(unsigned long long, value))
+                     : "memory");
       return;
     }
 #endif
@@ -130,6 +134,9 @@ struct Team {
     if (4 * lane >= slices * kWarps) return make_float4(absent, absent, absent, absent);
     return *reinterpret_cast<const float4*>(&shared.slots[parity][slot][4 * lane]);
   }
+
+  // The number that this warp put for a slice.
+  JITGEN_FN float of_warp(int slot, int slice) const { return shared.slots[parity][slot][slice * kWarps + warp]; }
 
   // Sums of four numbers and minima of four others over the team, of what each thread has, one slice to a CTA.
   JITGEN_FN void sum_and_least(float (&sums)[4], float (&least)[4]) {

@@ -69,6 +69,13 @@ template <class Element, int kHalf, int kOutTiles> JITGEN_FN void store_row(cons
     if (is_row) *reinterpret_cast<uint4*>(row + (j + lane) * 16) = make_uint4(words[0], words[1], words[2], words[3]);
   }
 }
+// The same in float: a row that is to be merged with others.
+template <int kHalf, int kOutTiles> JITGEN_FN void store_float_row(const float (&o)[kOutTiles][4], float* row, int lane, bool is_row) {
+  if (!is_row) return;
+#pragma unroll
+  for (int j = 0; j < kOutTiles; ++j)
+    *reinterpret_cast<float2*>(row + 8 * j + 2 * lane) = make_float2(o[j][2 * kHalf], o[j][2 * kHalf + 1]);
+}
 
 // ---- pages ----
 // Where K and V of a key are, in bytes from row 0 of page 0; negative: nowhere.

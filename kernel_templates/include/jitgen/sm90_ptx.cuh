@@ -115,4 +115,8 @@ template <int kStages> struct RingPosition {
   }
 };
 
+// ---- programmatic dependent launch: no effect in a launch without the attribute ----
+JITGEN_FN void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+JITGEN_FN void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 }  // namespace jg

@@ -4,6 +4,7 @@
 //
 // row     one distribution over the vocabulary; token   an index in it
 // team    the CTAs of a row: a cluster on sm_90 and later; each holds a slice of the row in shared memory
+namespace jg { constexpr int kThreads = 256; }   // of a CTA; the headers are for any
 #include "jitgen/sampling_launch.cuh"
 #include "jitgen/sampling_row.cuh"
 
@@ -47,7 +48,7 @@ constexpr bool kProbs = false;
 constexpr bool kHold = true;       // whether the row is needed after the first pass
 constexpr bool kStreamed = false;   // whether its slices may be shared out in any way
 using Filters = jg::FilterSet<true, true, true, true>;
-constexpr int kBlocksPerProcessor = 2;
+constexpr int kBlocksPerProcessor = 3;
 
 // ---- processors ----
 struct Head {   // values known per row
@@ -92,7 +93,7 @@ struct Source {
   JITGEN_FN float one(int token) const { return finish(jg::widen(input.row[token]), token); }
 };
 
-using Values = jg::Row<Source, kProbs, kStreamed>;
+using Values = jg::Row<Source, kProbs, kStreamed, Filters::kTopK>;
 extern __shared__ __align__(16) float held[];
 
 __global__ void __launch_bounds__(jg::kThreads, kBlocksPerProcessor)
@@ -106,10 +107,12 @@ row_kernel(const __grid_constant__ Args args, int slice, int held_length) {
   const float temperature = args.temperature ? args.temperature[row] : static_cast<float>(args.temperature_value);
   const Source source = {args, make_head(args, row), {static_cast<const Element*>(args.x) + x_row * args.x_stride, vocab},
                          temperature > 0.0f ? 1.0f / temperature : 1.0f};
-  Values values(source, team, held, held_length, vocab, slice);
+  __shared__ jg::RankedShared largest;
+  jg::Ranked ranked(largest, team);
+  Values values(source, team, held, held_length, vocab, slice, nullptr, &ranked);
   const jg::RowFilters filters = jg::row_filters(args, row, temperature);
-  __shared__ double uniforms[2];   // read after the first exchange
-  if (threadIdx.x < 2) uniforms[threadIdx.x] = jg::uniform(jg::row_stream(args, row), threadIdx.x);
+  __shared__ double uniforms[jg::kTries + 1];   // read after the first exchange
+  if (threadIdx.x <= jg::kTries) uniforms[threadIdx.x] = jg::uniform(jg::row_stream(args, row), threadIdx.x);
   Values::Measure measure = values.measure<kHold>();
   if (!exists) measure.status = kRowNoIndex;
   const jg::Filtering<Filters, Values> filtering = {values, measure, filters, vocab};

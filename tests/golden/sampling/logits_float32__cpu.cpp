@@ -79,7 +79,8 @@ static void work_on_row(const Args& args, int row, int threads, float* scratch) 
   int64_t token = args.bad_token;
   if (ok) {
     const jg::Stream stream = jg::row_stream(args, row);
-    const double uniforms[2] = {jg::uniform(stream, 0), jg::uniform(stream, 1)};
+    double uniforms[jg::kTries + 1];
+    for (int i = 0; i <= jg::kTries; ++i) uniforms[i] = jg::uniform(stream, i);
     token = filtering.sample(uniforms).token;
   }
   if (args.out_is_wide)

@@ -3,6 +3,7 @@
 //
 // row     one distribution over the vocabulary; token   an index in it
 // team    the CTAs of a row: a cluster on sm_90 and later; each holds a slice of the row in shared memory
+namespace jg { constexpr int kThreads = 256; }   // of a CTA; the headers are for any
 #include "jitgen/sampling_launch.cuh"
 #include "jitgen/sampling_row.cuh"
 
@@ -43,7 +44,7 @@ constexpr bool kProbs = false;
 constexpr bool kHold = true;       // whether the row is needed after the first pass
 constexpr bool kStreamed = false;   // whether its slices may be shared out in any way
 using Filters = jg::FilterSet<true, false, false, false>;
-constexpr int kBlocksPerProcessor = 2;
+constexpr int kBlocksPerProcessor = 3;
 
 // ---- processors ----
 struct Head {   // values known per row
@@ -59,7 +60,7 @@ JITGEN_FN Head make_head(const Args& args, int row) {
 // ---- source: elements of a row, processed and divided by the temperature ----
 struct Source {
   static constexpr int kGroup = jg::Group<Element>::kSize;
-  static constexpr int kAhead = 4;   // groups a thread has in flight while it reads the row
+  static constexpr int kAhead = 8;   // groups a thread has in flight while it reads the row
   using Raw = jg::Packet<Element>;
   const Args& args;
   const Head head;
@@ -82,7 +83,7 @@ struct Source {
   JITGEN_FN float one(int token) const { return finish(jg::widen(input.row[token]), token); }
 };
 
-using Values = jg::Row<Source, kProbs, kStreamed>;
+using Values = jg::Row<Source, kProbs, kStreamed, Filters::kTopK>;
 extern __shared__ __align__(16) float held[];
 
 __global__ void __launch_bounds__(jg::kThreads, kBlocksPerProcessor)
@@ -96,7 +97,9 @@ row_kernel(const __grid_constant__ Args args, int slice, int held_length) {
   const float temperature = args.temperature ? args.temperature[row] : static_cast<float>(args.temperature_value);
   const Source source = {args, make_head(args, row), {static_cast<const Element*>(args.x) + x_row * args.x_stride, vocab},
                          temperature > 0.0f ? 1.0f / temperature : 1.0f};
-  Values values(source, team, held, held_length, vocab, slice);
+  __shared__ jg::RankedShared largest;
+  jg::Ranked ranked(largest, team);
+  Values values(source, team, held, held_length, vocab, slice, nullptr, &ranked);
   const jg::RowFilters filters = jg::row_filters(args, row, temperature);
   Values::Measure measure = values.measure<kHold>();
   if (!exists) measure.status = kRowNoIndex;

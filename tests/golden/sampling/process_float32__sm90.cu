@@ -4,6 +4,7 @@
 //
 // row     one distribution over the vocabulary; token   an index in it
 // team    the CTAs of a row: a cluster on sm_90 and later; each holds a slice of the row in shared memory
+namespace jg { constexpr int kThreads = 512; }   // of a CTA; the headers are for any
 #include "jitgen/sampling_launch.cuh"
 #include "jitgen/sampling_row.cuh"
 
@@ -92,7 +93,7 @@ struct Source {
   JITGEN_FN float one(int token) const { return finish(jg::widen(input.row[token]), token); }
 };
 
-using Values = jg::Row<Source, kProbs, kStreamed>;
+using Values = jg::Row<Source, kProbs, kStreamed, Filters::kTopK>;
 extern __shared__ __align__(16) float held[];
 
 __global__ void __launch_bounds__(jg::kThreads, kBlocksPerProcessor)

@@ -3,6 +3,7 @@
 //
 // row     one distribution over the vocabulary; token   an index in it
 // team    the CTAs of a row: a cluster on sm_90 and later; each holds a slice of the row in shared memory
+namespace jg { constexpr int kThreads = 256; }   // of a CTA; the headers are for any
 #include "jitgen/sampling_launch.cuh"
 #include "jitgen/sampling_row.cuh"
 
@@ -43,7 +44,7 @@ constexpr bool kProbs = true;
 constexpr bool kHold = true;       // whether the row is needed after the first pass
 constexpr bool kStreamed = false;   // whether its slices may be shared out in any way
 using Filters = jg::FilterSet<false, true, false, false>;
-constexpr int kBlocksPerProcessor = 2;
+constexpr int kBlocksPerProcessor = 3;
 
 // ---- processors ----
 struct Head {   // values known per row
@@ -82,7 +83,7 @@ struct Source {
   JITGEN_FN float one(int token) const { return finish(jg::widen(input.row[token]), token); }
 };
 
-using Values = jg::Row<Source, kProbs, kStreamed>;
+using Values = jg::Row<Source, kProbs, kStreamed, Filters::kTopK>;
 extern __shared__ __align__(16) float held[];
 
 __global__ void __launch_bounds__(jg::kThreads, kBlocksPerProcessor)

@@ -3,6 +3,7 @@
 //
 // node      a draft token, or -1: the context; its target row is that of the token after it
 // rejected  children of the node that were tried: each took its probabilities from the residual
+namespace jg { constexpr int kThreads = 512; }   // of a CTA; the headers are for any
 #include "jitgen/sampling_launch.cuh"
 #include "jitgen/sampling_row.cuh"
 #include "jitgen/sampling_verify.h"

@@ -1,0 +1,186 @@
+"""Cascades: keys that several requests share, listed once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from jitgen.errors import ShapeMismatch
+from jitgen.serving_pages import PageTable, as_int32, check_indices
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeLevel:
+    """Keys of one level of a cascade: those of each group of requests, in pages.
+
+    q_indptr      rows of the groups: group g has the rows q_indptr[g] to q_indptr[g + 1] of q, those of all its requests
+    page_table    pages of each group, in any form of jitgen.PageTable
+    kv_len        keys of each group at this level; 0 where its requests share none
+
+    Shapes:  q_indptr [groups + 1], kv_len [groups]; int32 or int64, on one device.
+    """
+
+    q_indptr: Tensor
+    page_table: PageTable
+    kv_len: Tensor
+
+    @classmethod
+    def of(cls, value: object) -> CascadeLevel:
+        """The level that ``value`` is, or that a triple (q_indptr, page_table, kv_len) stands for.
+
+        Errors:  ShapeMismatch, UnsupportedDtype; TypeError for anything else.
+        """
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, tuple | list) or len(value) != 3:
+            raise TypeError(f"a level is a {type(value).__name__}, expected (q_indptr, page_table, kv_len).")
+        q_indptr, page_table, kv_len = value
+        check_indices("q_indptr", q_indptr, 1)
+        check_indices("kv_len", kv_len, 1)
+        table = PageTable.of(page_table)
+        groups = kv_len.shape[0]
+        if groups == 0 or q_indptr.shape[0] != groups + 1 or table.batch < groups:
+            raise ShapeMismatch(
+                f"a level has kv_len of {groups} groups, q_indptr of {q_indptr.shape[0]} entries and page lists of "
+                f"{table.batch} groups. Expected groups, groups + 1 and groups, and one group at least."
+            )
+        return cls(as_int32(q_indptr), table, as_int32(kv_len))
+
+    @property
+    def size(self) -> int:
+        """Number of groups."""
+        return self.kv_len.shape[0]
+
+
+class Cascade:
+    """The keys of a batch in levels: level 0 is shared by the largest groups of requests, the last has each request's own.
+
+    A group is a run of neighbouring requests, so their rows of q are neighbours too. Every level divides the same rows: its
+    q_indptr starts with 0 and ends with the number of rows. The keys of a request are those of its groups, level after level,
+    and count on from one level to the next, so masks and biases see the same positions as without sharing. Pages of a group
+    need not be full at the end of a level.
+
+    Give it to ``Plan.update`` of a plan made with ``levels=``, and to ``paged_attention`` in the place of the page table. The
+    tensors of the levels may change in place between updates, also those captured in a CUDA graph; their shapes may not.
+
+    Errors:  ShapeMismatch, UnsupportedDtype; TypeError.
+    Cost:    a copy of the page lists, made again by every update; no wait for the device.
+    """
+
+    def __init__(self, levels: Sequence[object]) -> None:
+        self.levels = tuple(CascadeLevel.of(level) for level in levels)
+        if not self.levels:
+            raise ShapeMismatch("a cascade has no levels, expected one at least.")
+        devices = {t.device for level in self.levels for t in (level.q_indptr, level.kv_len, level.page_table.pages)}
+        if len(devices) > 1:
+            raise ShapeMismatch(f"the levels of a cascade are on {', '.join(sorted(map(str, devices)))}. Use one device.")
+        self.device = self.levels[0].kv_len.device
+        self.batch = self.levels[-1].size
+        sizes = [level.page_table.pages.numel() for level in self.levels]
+        self._first_page = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.pages = torch.empty(max(sum(sizes), 1), dtype=torch.int32, device=self.device)
+        self.kv_start = torch.zeros(self.num_entries, dtype=torch.int32, device=self.device)
+        self.refresh()
+
+    @property
+    def num_entries(self) -> int:
+        """Groups of all levels, and one between any two levels that has no rows: see Segments."""
+        return sum(level.size + 1 for level in self.levels) - 1
+
+    def refresh(self) -> None:
+        """Copy the page lists as they are now. ``Plan.update`` does it."""
+        at = 0
+        for level, first_page in zip(self.levels, self._first_page, strict=True):
+            table, size = level.page_table, level.size
+            self.pages[first_page : first_page + table.pages.numel()].view(table.pages.shape).copy_(table.pages)
+            if table.indptr is None:
+                start = torch.arange(size, dtype=torch.int32, device=self.device) * table.pages.shape[1]
+            else:
+                start = table.indptr[:size]
+            self.kv_start[at : at + size] = start + first_page
+            at += size + 1
+
+    @classmethod
+    def detect(cls, q_indptr: Tensor, page_table: object, kv_len: Tensor, page_size: int, *, min_pages: int = 8) -> Cascade:
+        """The cascade of two levels in which neighbouring requests share the pages that their lists begin with.
+
+        A group is a longest run of requests of which any two neighbours share ``min_pages`` full pages at least; it shares the
+        pages that all of them begin with. Requests in no such group share nothing. Last pages that are not full are not shared.
+
+        Shapes:  q_indptr [batch + 1]; page_table in any form; kv_len [batch].
+        Cost:    copies the page lists to the host, and waits for the device: for the host side of an engine, once a step.
+        """
+        table = PageTable.of(page_table)
+        lengths, rows = kv_len.tolist(), q_indptr.tolist()
+        lists = page_lists(table, [-(-n // page_size) for n in lengths])
+        full = [pages[: n // page_size] for pages, n in zip(lists, lengths, strict=True)]
+        groups = shared_runs(full, min_pages)
+        shared_rows = [rows[begin] for begin, _, _ in groups] + [rows[-1]]
+        prefix = {b: count for begin, end, count in groups for b in range(begin, end)}
+        own = [pages[prefix[b] :] for b, pages in enumerate(lists)]
+        own_len = [n - prefix[b] * page_size for b, n in enumerate(lengths)]
+        ints = _IntsOn(q_indptr.device)
+        shared = (
+            ints(shared_rows),
+            ints.csr([lists[begin][:count] for begin, _, count in groups]),
+            ints([count * page_size for _, _, count in groups]),
+        )
+        return cls([shared, (q_indptr, ints.csr(own), ints(own_len))])
+
+
+class _IntsOn:
+    """int32 tensors on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def csr(self, lists: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        indptr = [0]
+        for pages in lists:
+            indptr.append(indptr[-1] + len(pages))
+        return self(indptr), self([page for pages in lists for page in pages])
+
+
+def page_lists(table: PageTable, counts: Sequence[int]) -> list[list[int]]:
+    """The first ``counts[b]`` pages of every request, on the host."""
+    pages = table.pages.tolist()
+    if table.indptr is None:
+        return [pages[b][:count] for b, count in enumerate(counts)]
+    start = table.indptr.tolist()
+    return [pages[start[b] : start[b] + count] for b, count in enumerate(counts)]
+
+
+def shared_runs(lists: Sequence[Sequence[int]], least: int) -> list[tuple[int, int, int]]:
+    """Runs (begin, end, shared) of neighbouring lists that begin alike: all of a run share their first ``shared`` entries.
+
+    ``shared`` is 0 for a list that shares less than ``least`` with its neighbours, alone in its run.
+    """
+    runs: list[tuple[int, int, int]] = []
+    begin = 0
+    while begin < len(lists):
+        end, shared = begin + 1, len(lists[begin])
+        while end < len(lists):
+            common = common_length(lists[begin], lists[end], shared)
+            if common < least:
+                break
+            end, shared = end + 1, common
+        runs.append((begin, end, shared if end - begin > 1 else 0))
+        begin = end
+    return runs
+
+
+def common_length(a: Sequence[int], b: Sequence[int], limit: int) -> int:
+    """Entries, at most ``limit``, that two lists have in common at their beginning."""
+    count = 0
+    for x, y in zip(a[:limit], b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
