@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 
 from jitgen import ir
 from jitgen.abi import ArgField
+from jitgen.emit_early import ahead_loads, drop_relative, take_offset, take_relative
+from jitgen.emit_load import add_row_word
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis
 from jitgen.emit_norm import NormText, OutputText, emit_norm, emit_output
@@ -19,6 +21,8 @@ from jitgen.ir import Expr
 from jitgen.program import Program
 
 WITHIN_ONE = ("tanh", "tanh_approx", "sigmoid", "erf", "sin", "cos")  # functions whose values stay within [-1, 1]
+ELEMENT_NAMES = frozenset(("args", "head", "row", "col", "ahead", "odd", "relative", "score", "q_idx", "kv_idx"))  # parameters
+ELEMENT_BLOCKS = {"row": "row.", "col": "col.", "elem": ""}
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,18 @@ class HookText:
     col: BlockText = BlockText()
     lines: tuple[str, ...] = ()
     value: str = ""
+
+
+@dataclass(frozen=True)
+class EarlyText:
+    """What of a score is worked out before the logits are there: see emit_early.py."""
+
+    relative: HookText = HookText()  # over `distance`
+    flat: HookText = HookText()  # the hook where `relative` is the same in the whole tile, without it
+    level: HookText = HookText()  # what is added to all logits there, over `relative`
+    ahead: BlockText = BlockText()
+    paired: str = ""  # condition under which neighbouring columns may be read as one word
+    offset: HookText = HookText()  # over the first column of a tile
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,7 @@ class VariantSection:
     capture_checks: tuple[CaptureCheck, ...]
     head: BlockText
     score: HookText
+    early: EarlyText
     score_factor: HookText
     mask: HookText
     analysis: MaskAnalysisText
@@ -70,6 +87,17 @@ class VariantSection:
     raw_scores: bool
     has_score: bool
     score_is_bounded: bool
+    has_relative: bool
+    has_flat: bool
+    flat_is_plain: bool
+    has_ahead: bool
+    ahead_serves_batch: bool
+    has_offset: bool
+    has_distance_offset: bool
+    score_columns: bool
+    mask_columns: bool
+    looks_ahead: bool
+    has_early: bool
     has_mask: bool
     mask_scans: bool
     mask_spans_together: bool
@@ -90,11 +118,14 @@ def section_context(section: VariantSection, layout: str = "dense") -> dict[str,
     return {"layout": layout} | {f.name: getattr(section, f.name) for f in fields(section)}
 
 
-def emit_variant(program: Program, *, backend: str, raw_scores: bool = False) -> VariantSection:
+def emit_variant(
+    program: Program, *, backend: str, raw_scores: bool = False, early: frozenset[str] = frozenset()
+) -> VariantSection:
     """The variant section of ``program``; ``backend`` is 'cpu' or 'cuda'.
 
     With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
     both multiplications then join others, and a soft cap costs one of them an element instead of three.
+    ``early`` names the parts of a score that the template works out before: 'relative', 'ahead', 'offset' (emit_early.py).
 
     Errors:  UnsupportedVariant when an operation has no meaning where the program uses it.
     """
@@ -102,12 +133,19 @@ def emit_variant(program: Program, *, backend: str, raw_scores: bool = False) ->
     score = program.score if program.score is not ir.index("score") else None
     mask = program.mask if program.mask is not ir.TRUE else None
     norm = emit_norm(unit, program.norm)
-    factor = None
+    factor = relative = offset = None
+    if "relative" in early and score is not None:
+        score, relative = take_relative(score)
     if raw_scores and score is not None:
         score, factor = _raw_score(score, keep_units=program.norm is not None)
+    if "offset" in early and score is not None and program.norm is None:
+        score, offset = take_offset(score)
     analysis = emit_mask_analysis(unit, mask)
+    ahead = ahead_loads(score, program.slots) if "ahead" in early and score is not None else []
+    score_text, early_text = _emit_score(unit, score, relative, ahead, offset, keep_units=program.norm is not None)
     text = dict(
-        score=_emit_hook(unit, score),
+        score=score_text,
+        early=early_text,
         score_factor=_emit_value(unit, factor, {}),
         mask=_emit_hook(unit, mask),
         analysis=analysis,
@@ -116,6 +154,8 @@ def emit_variant(program: Program, *, backend: str, raw_scores: bool = False) ->
         lse=_emit_value(unit, program.lse, {"q_idx": "elem", "lse": "elem"}),
         output=emit_output(unit, program.output),
     )
+    shared = None if relative is not None or "columns" not in early else column_table(score_text.col, text["mask"].col)
+    looks_ahead = relative is not None or bool(ahead) or shared is not None
     return VariantSection(
         backend=backend,
         args=capture_fields(unit),
@@ -125,6 +165,17 @@ def emit_variant(program: Program, *, backend: str, raw_scores: bool = False) ->
         raw_scores=raw_scores,
         has_score=score is not None,
         score_is_bounded=score is not None and score.op in WITHIN_ONE,
+        has_relative=relative is not None,
+        has_flat=early_text.flat.value != "",
+        flat_is_plain=early_text.flat.value == "score" and not early_text.flat.lines,
+        has_ahead=bool(ahead),
+        ahead_serves_batch=bool(ahead) and not any("b" in n.deps for n in ahead),
+        has_offset=early_text.offset.value != "" or early_text.flat.value != "",
+        has_distance_offset=early_text.offset.value != "",
+        score_columns=shared == "score",
+        mask_columns=shared == "mask",
+        looks_ahead=looks_ahead,
+        has_early=looks_ahead or early_text.offset.value != "",
         has_mask=mask is not None,
         mask_scans=analysis.scans,
         mask_spans_together=analysis.spans_together,
@@ -139,6 +190,15 @@ def emit_variant(program: Program, *, backend: str, raw_scores: bool = False) ->
         has_lse_mod=program.lse is not None,
         has_output=program.output is not None,
     )
+
+
+def column_table(score: BlockText, mask: BlockText) -> str | None:
+    """The hook whose values per column are worth a table in shared memory, where a thread computes one for all rows: the score,
+    whose values every tile needs, else the mask. There is room for one value of 4 bytes."""
+    for name, block in (("score", score), ("mask", mask)):
+        if len(block.fields) == 1 and block.fields[0].split()[0] in ("int", "float"):
+            return name
+    return None
 
 
 def capture_fields(unit: Unit) -> tuple[ArgField, ...]:
@@ -180,17 +240,41 @@ def _emit_hook(unit: Unit, root: Expr | None) -> HookText:
     """A score or mask hook, split into rows, columns and elements."""
     if root is None:
         return HookText()
+    low = _element_lowering(unit, [split_floats(root, _level)])
+    return _hook_text(low, low.roots[0])
+
+
+def _element_lowering(unit: Unit, roots: list[Expr]) -> Lowering:
+    blocks = {level: Block(level, prefix, taken=set(ELEMENT_NAMES)) for level, prefix in ELEMENT_BLOCKS.items()}
+    return Lowering(unit, {"head": unit.head, **blocks}, HOOK_LEVELS, roots)
+
+
+def _hook_text(low: Lowering, root: Expr) -> HookText:
+    value = low.term(root, low.blocks["elem"]).text
+    return HookText(_block_text(low.blocks["row"]), _block_text(low.blocks["col"]), tuple(low.blocks["elem"].lines), value)
+
+
+def _emit_score(
+    unit: Unit, root: Expr | None, relative: Expr | None, ahead: list[Expr], offset: Expr | None, *, keep_units: bool
+) -> tuple[HookText, EarlyText]:
+    """The score hook, and what of it comes before; its forms share the values of rows and columns."""
+    if root is None:
+        return HookText(), EarlyText()
     root = split_floats(root, _level)
-    parameters = {"args", "head", "row", "col", "score", "q_idx", "kv_idx"}
-    blocks = {
-        "head": unit.head,
-        "row": Block("row", "row.", taken=set(parameters)),
-        "col": Block("col", "col.", taken=set(parameters)),
-        "elem": Block("elem", taken=set(parameters)),
-    }
-    low = Lowering(unit, blocks, HOOK_LEVELS, [root])
-    value = low.term(root, blocks["elem"]).text
-    return HookText(_block_text(blocks["row"]), _block_text(blocks["col"]), tuple(blocks["elem"].lines), value)
+    flat = drop_relative(root) if relative is not None and not keep_units else None
+    rest, level = flat if flat is not None and flat[0] is not None else (None, None)
+    low = _element_lowering(unit, [x for x in (root, offset, rest) if x is not None])
+    words = Block("elem", "ahead.", taken={"args", "head", "row", "kv_idx", "step", "last"})
+    paired = " & ".join(dict.fromkeys(add_row_word(low, node, words) for node in ahead))
+    score = _hook_text(low, root)
+    others = []
+    for other in (rest, offset):
+        low.blocks["elem"] = Block("elem", taken=set(ELEMENT_NAMES))
+        others.append(HookText() if other is None else _hook_text(low, other))
+    score = HookText(_block_text(low.blocks["row"]), _block_text(low.blocks["col"]), score.lines, score.value)
+    by_distance = _emit_value(unit, relative, {"distance": "elem"})
+    level_text = _emit_value(unit, level, {"relative": "elem"})
+    return score, EarlyText(by_distance, others[0], level_text, _block_text(words), paired, others[1])
 
 
 def _emit_value(unit: Unit, root: Expr | None, levels: dict[str, str]) -> HookText:

@@ -109,3 +109,19 @@ def _column_offset(low: Lowering, node: Expr, dim: int) -> Term:
         return term
     name = f"{low.unit.slot_names[node.attr]}_offset"
     return home.add_member(key, term.ctype, name, term.text, low.unit.comment(node.args[dim]))
+
+
+def add_row_word(low: Lowering, node: Expr, words: Block) -> str:
+    """Has ``words`` read two neighbouring columns of a row of a tensor, and the hook take the element from there; returns the
+    condition under which every such pair is an aligned word."""
+    slot, name = low.unit.slots[node.attr], low.unit.slot_names[node.attr]
+    last = next(d for d, index in enumerate(node.args) if "kv_idx" in index.deps)
+    dims = [d for d in range(slot.rank) if d != last and slot.layout[d] != "0"]
+    outer = tuple(d for d in dims if low.level(node.args[d]) == "head")
+    base = _pointer(low, node, "head", f"args.{name}", outer) if outer else f"args.{name}"
+    row = _pointer(low, node, "row", base, tuple(dims))
+    index_term(low, node, last, words)  # has the host check the size
+    text = f"jg::load_pair<kPaired>({row}, kv_idx, step, last)"
+    word = words.add_member((node, False), f"jg::Pair<{ELEMENT_CTYPE[slot.dtype]}>", name, text, low.unit.comment(node))
+    low.given[node] = Term(f"{word.text}.at(odd)", ATOM, "float")
+    return f"jg::is_paired({', '.join((f'args.{name}', *(f'args.{name}_stride{d}' for d in dims)))})"

@@ -18,10 +18,11 @@ from jitgen.program import Slot
 
 LEVELS = ("head", "row", "col", "elem")
 # Where a leaf begins to vary; leaves not listed are known per (b, h). A row and a column value meet in an element.
-HOOK_LEVELS = {"q_idx": "row", "kv_idx": "col", "score": "elem"}
+HOOK_LEVELS = {"q_idx": "row", "kv_idx": "col", **dict.fromkeys(("score", "relative", "step", "start", "distance"), "elem")}
 LEAF_TEXT = {
     **{n: f"head.{n}" for n in ("b", "h", "kv_h", "q_len", "kv_len", "num_q_heads", "num_kv_heads", "scale")},
-    **{n: n for n in ("q_idx", "kv_idx", "score", "lse")},
+    **{n: n for n in ("q_idx", "kv_idx", "score", "lse", "distance", "relative")},
+    **{n: f"kv_idx.{n}" for n in ("start", "step")},
     "o": "x",
     "d": "i",
     "head_dim_v": "kHeadDimV",
@@ -123,11 +124,12 @@ class Lowering:
     def __init__(self, unit: Unit, blocks: Mapping[str, Block], levels: Mapping[str, str], roots: Sequence[Expr]) -> None:
         from jitgen.emit_ops import print_op  # the two modules are one recursion
 
-        self.unit, self.ranges, self.blocks, self.levels = unit, unit.ranges, dict(blocks), levels
+        self.unit, self.ranges, self.blocks, self.levels, self.roots = unit, unit.ranges, dict(blocks), levels, roots
         self.print_op = print_op
         self.users = Counter(a for n in walk(*roots) for a in n.args)
         self.leaves = dict(LEAF_TEXT)
         self.host_checked = HOST_CHECKED
+        self.given: dict[Expr, Term] = {}  # values that the function is passed
 
     def level(self, node: Expr) -> str:
         return join_levels({self.levels.get(d, "head") for d in node.deps})
@@ -142,7 +144,7 @@ class Lowering:
 
         ``narrow``: the user is a comparison or a clamped index, so a long long from an outer block may be saturated.
         """
-        leaf = self.leaf(node)
+        leaf = self.given.get(node) or self.leaf(node)
         if leaf is not None:
             return leaf
         home = self.blocks[self.level(node)]
@@ -151,7 +153,7 @@ class Lowering:
         key = (node, narrow and self.ranges.is_wide(node)) if node.is_int else (node, False)
         if key in home.member_of or (not home.prefix and key in home.local_of):
             return home.find(key)  # type: ignore[return-value]
-        value = self.compute(node, home)
+        value = self.print_op(self, node, home, False) if home.prefix else self.compute(node, home)
         if not home.prefix:
             name = value.text.isidentifier() or value.text.removeprefix("state.").isidentifier()
             return value if name else home.add_local(key, value.ctype, self.suggest(node), value.text)
@@ -197,7 +199,7 @@ class Lowering:
     def name_loads(self, node: Expr, at: Block) -> None:
         """Reads what ``node`` loads in this block now, so that no load stands under a condition."""
         for n in walk(node):
-            if n.op == "load" and self.blocks[self.level(n)] is at and at.find((n, False)) is None:
+            if n.op == "load" and n not in self.given and self.blocks[self.level(n)] is at and at.find((n, False)) is None:
                 value = self.print_op(self, n, at, False)
                 at.add_local((n, False), value.ctype, self.suggest(n), value.text)
 

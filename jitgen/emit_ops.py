@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jitgen import ir
 from jitgen.emit_load import print_load
-from jitgen.emit_lower import NARROW_LIMIT, Block, Lowering, product
+from jitgen.emit_lower import HOOK_LEVELS, NARROW_LIMIT, Block, Lowering, product
 from jitgen.emit_text import (
     ATOM,
     BITAND,
@@ -22,7 +22,7 @@ from jitgen.emit_text import (
     int_literal,
 )
 from jitgen.errors import UnsupportedVariant
-from jitgen.ir import Expr, index
+from jitgen.ir import Expr, index, make, make_lin
 
 COMPARE = {"eq": ("==", EQUALITY), "ne": ("!=", EQUALITY), "lt": ("<", RELATION), "le": ("<=", RELATION)}
 LOGIC = {"and": ("&", BITAND), "or": ("|", BITOR), "bitand": ("&", BITAND), "bitor": ("|", BITOR), "bitxor": ("^", BITXOR)}
@@ -146,6 +146,10 @@ def print_neg(low: Lowering, node: Expr, at: Block, narrow: bool) -> Term:
 
 def print_compare(low: Lowering, node: Expr, at: Block) -> Term:
     symbol, prec = COMPARE[node.op]
+    bounded = _column_bound(low, node, at)
+    if bounded is not None:
+        left, right = bounded
+        return Term(f"{left.at(prec + 1)} {symbol} {right.at(prec + 1)}", prec, "bool")
     a, b = node.args
     narrow = [False, False]
     if at.level == "elem" and a.is_int:
@@ -155,6 +159,29 @@ def print_compare(low: Lowering, node: Expr, at: Block) -> Term:
         prec_inner = ATOM
         return Term(f"(int){left.at(prec_inner)} {symbol} (int){right.at(prec_inner)}", prec, "bool")
     return Term(f"{left.at(prec + 1)} {symbol} {right.at(prec + 1)}", prec, "bool")
+
+
+def _column_bound(low: Lowering, node: Expr, at: Block) -> tuple[Term, Term] | None:
+    """Sides of a comparison of a distance, with the column alone on one of them: the other is computed once per row."""
+    a, b = node.args
+    column = index("kv_idx")
+    if low.levels is not HOOK_LEVELS or at.level != "elem" or not a.is_int or column in (a, b):
+        return None
+    difference = make("sub", a, b)
+    if difference.op != "lin":
+        return None
+    constant, coeffs = difference.attr
+    rest = [(c, x) for c, x in zip(coeffs, difference.args, strict=True) if _bare(x) is not column]
+    sign = sum(c for c, x in zip(coeffs, difference.args, strict=True) if _bare(x) is column)
+    if abs(sign) != 1 or any(low.level(x) not in ("head", "row") for _, x in rest):
+        return None
+    bound = make_lin(-sign * constant, [(-sign * c, x) for c, x in rest], difference.dtype)
+    sides = low.term(column, at), low.term(bound, at, narrow=True)
+    return sides if sign > 0 else sides[::-1]
+
+
+def _bare(x: Expr) -> Expr:
+    return x.args[0] if x.op == "cast" and x.is_int else x
 
 
 def _below(low: Lowering, node: Expr) -> bool:

@@ -121,7 +121,7 @@ def cuda_spec(
                 f"family='sm90' needs compute capability 9.0 (architecture {SM90_ARCHS[0]}), the target is {target.arch}. "
                 "Leave family out, or use 'sm80'."
             )
-        tiles = sm90_tiles(*head_dims, program, q_len=q_len, for_groups=layout.endswith("_states"))
+        tiles = sm90_tiles(*head_dims, program, q_len=q_len, layout=layout)
     else:
         tiles = sm80_tiles(*head_dims)
     if kv_dtype and family != "decode":

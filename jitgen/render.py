@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jitgen.abi import ARGS_OF_LAYOUT, SCALE_ARGS, ArgField
 from jitgen.emit import VariantSection, emit_variant, section_context
+from jitgen.emit_early import early_parts
 from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directives
 from jitgen.paths import template_dir
 from jitgen.spec import KernelSpec
@@ -71,6 +72,17 @@ class KernelContext:
     packing: str  # log2 of the heads that share a row of a query tile, as an expression of group_size
     has_score: bool
     score_is_bounded: bool
+    has_relative: bool
+    has_flat: bool
+    flat_is_plain: bool
+    has_distance_offset: bool
+    has_ahead: bool
+    ahead_serves_batch: bool
+    has_offset: bool
+    score_columns: bool
+    mask_columns: bool
+    looks_ahead: bool
+    has_early: bool
     has_mask: bool
     mask_scans: bool
     mask_spans_together: bool
@@ -128,7 +140,8 @@ def template_of(spec: KernelSpec) -> str:
 def render_kernel(spec: KernelSpec) -> Source:
     """Generate the translation unit of ``spec``."""
     backend = spec.target.kind
-    section = emit_variant(spec.program, backend=backend, raw_scores=spec.family in RAW_SCORE_FAMILIES)
+    early = early_parts(spec.program, spec.layout, spec.head_dim_v) if spec.family == "sm90" else frozenset()
+    section = emit_variant(spec.program, backend=backend, raw_scores=spec.family in RAW_SCORE_FAMILIES, early=early)
     variant_text = render_template("attention/variant.h.jinja", section_context(section, spec.layout))
     context = kernel_context(spec, section, variant_text.rstrip("\n"))
     rendered = strip_marks(render_template(template_of(spec), _fields_of(context)))

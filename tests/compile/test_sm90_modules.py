@@ -50,6 +50,23 @@ def alibi() -> jitgen.Variant:
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + slopes[h] * (kv_idx - q_idx), mask_mod=causal)
 
 
+def clipped_bias() -> jitgen.Variant:
+    table = torch.zeros(32, 128)
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: s + table[h, torch.clamp(q_idx - kv_idx, 0, 127)], mask_mod=causal
+    )
+
+
+def dense_bias() -> jitgen.Variant:
+    bias = torch.zeros(32, 64, 64, dtype=torch.bfloat16)
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + bias[h, q_idx, kv_idx], mask_mod=causal)
+
+
+def sorted_documents() -> jitgen.Variant:
+    doc = jitgen.sorted(torch.zeros(8192, dtype=torch.int32))
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx))
+
+
 def every_hook() -> jitgen.Variant:
     doc, slopes, gate = torch.zeros(8192, dtype=torch.int32), torch.zeros(32), torch.zeros(32)
     return jitgen.Variant(
@@ -92,6 +109,9 @@ MODULES = [
     (soft_cap_window, "bfloat16", 128, 128),
     (alibi, "bfloat16", 96, 96),
     (alibi, "float16", 256, 256),
+    (clipped_bias, "bfloat16", 128, 128),
+    (dense_bias, "bfloat16", 128, 128),
+    (sorted_documents, "bfloat16", 128, 128),
     (stick_breaking, "bfloat16", 128, 128),
     (stick_breaking, "bfloat16", 256, 256),
 ]

@@ -122,6 +122,45 @@ def soft_cap() -> jitgen.Variant:
     return jitgen.Variant(score_mod=lambda score, b, h, q_idx, kv_idx: cap * torch.tanh(score / cap))
 
 
+def relative() -> jitgen.Variant:
+    table = torch.zeros(8, 128)
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + table[h, torch.clamp(q_idx - kv_idx, 0, 127)])
+
+
+def capped_relative() -> jitgen.Variant:
+    cap, table = 50.0, torch.zeros(8, 128)
+
+    def biased(score, b, h, q_idx, kv_idx):
+        return cap * torch.tanh(score / cap) + table[h, torch.clamp(q_idx - kv_idx, 0, 127)]
+
+    return jitgen.Variant(score_mod=biased)
+
+
+def biases() -> jitgen.Variant:
+    table, dense, slopes = torch.zeros(8, 128), torch.zeros(8, 512, 512, dtype=torch.float16), torch.zeros(8)
+
+    def biased(score, b, h, q_idx, kv_idx):
+        distance = torch.clamp(q_idx - kv_idx, 0, 127)
+        return score + table[h, distance] + dense[h, q_idx, kv_idx] + slopes[h] * (kv_idx - q_idx)
+
+    return jitgen.Variant(score_mod=biased, mask_mod=causal)
+
+
+def decay() -> jitgen.Variant:
+    table = torch.zeros(128)
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s * table[torch.clamp(q_idx - kv_idx, 0, 127)])
+
+
+def dense_bias() -> jitgen.Variant:
+    dense = torch.zeros(2, 8, 512, 512)
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + dense[b, h, q_idx, kv_idx])
+
+
+def forgetting() -> jitgen.Variant:
+    gates = torch.zeros(8, 512)
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + gates[h, q_idx] - gates[h, kv_idx], mask_mod=causal)
+
+
 class Case(NamedTuple):
     """A source to generate: a kernel of a family, or with family mask_tiles the module behind jitgen.mask_tiles."""
 
@@ -152,6 +191,13 @@ CASES: dict[str, Case] = {
     "alibi_pruned_sigmoid__sm90__float16": Case(alibi_pruned_sigmoid, "sm90", "float16", (128, 128)),
     "plain__sm90_fp8__float8_e4m3fn": Case(plain, "sm90_fp8", "float8_e4m3fn", (128, 128)),
     "every_hook__sm90_fp8__float8_e4m3fn": Case(every_hook, "sm90_fp8", "float8_e4m3fn", (64, 64)),
+    "relative__sm90__bfloat16": Case(relative, "sm90", "bfloat16", (128, 128)),
+    "capped_relative__sm90__float16": Case(capped_relative, "sm90", "float16", (64, 64)),
+    "biases__sm90__float16": Case(biases, "sm90", "float16", (128, 128)),
+    "decay__sm90__bfloat16": Case(decay, "sm90", "bfloat16", (128, 128)),
+    "dense_bias__sm90__bfloat16": Case(dense_bias, "sm90", "bfloat16", (128, 128)),
+    "forgetting__sm90__bfloat16": Case(forgetting, "sm90", "bfloat16", (128, 128)),
+    "biases__sm90_ragged__float16": Case(biases, "sm90", "float16", (128, 128), "ragged"),
     "plain__sm90_ragged__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128), "ragged"),
     "every_hook__sm90_paged__bfloat16": Case(every_hook, "sm90", "bfloat16", (64, 64), "paged"),
     "alibi_pruned_sigmoid__sm90_ragged__float16": Case(alibi_pruned_sigmoid, "sm90", "float16", (128, 128), "ragged"),

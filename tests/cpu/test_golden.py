@@ -32,6 +32,7 @@ PART_OF = {  # included, so they have the context of what includes them
     "attention/cpu_hooks.cpp.jinja": ("attention/cpu.cpp.jinja", "attention/cpu_serving.cpp.jinja"),
     "attention/sm80_hooks.cu.jinja": ("attention/sm80.cu.jinja", "attention/sm80_serving.cu.jinja"),
     "attention/sm90_products.cu.jinja": ("attention/sm90.cu.jinja", "attention/sm90_serving.cu.jinja"),
+    "attention/sm90_early.cu.jinja": ("attention/sm90.cu.jinja", "attention/sm90_serving.cu.jinja"),
     "attention/sm90_shape.cu.jinja": (
         "attention/sm90.cu.jinja",
         "attention/sm90_fp8.cu.jinja",

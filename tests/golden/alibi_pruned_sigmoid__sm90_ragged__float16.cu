@@ -472,7 +472,8 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Piece& pie
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float& x = s[j][2 * half + c];
-      x = score_elem(args, head, rows.score[half], col, x, rows.q_idx[half], kv_idx);
+      x = score_elem(args, head, rows.score[half], col, x,
+                     rows.q_idx[half], kv_idx);
     }
   }
   jg::scale_logits(s, rows.factor);
@@ -751,7 +752,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
           shape(jg::Constant<!kDescending>());
           moved = weigh_tile(args, head, softmax.rows[0], s, first_column(), factor);
           // Waited for before the exponentials, not after: packing and storing P then runs under them, and the other groups
-          // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch in update_maximum keeps ptxas from moving
+          // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch before it keeps ptxas from moving
           // the wait up to the top of the softmax.)
           jg::Wgmma<kHeadDimV>::wait<0>(o[0]);
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));

@@ -187,7 +187,8 @@ template <class Row> JITGEN_FN void output_row(const Args& args, const Head& hea
 }
 
 // ---- geometry ----
-using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, kHasMask>;
+constexpr int kTableBytes = kTileKv * 4;   // of a warp group: values by column
+using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, kHasMask, kTableBytes * (kTileQ / 64)>;
 using Control = jg::ControlBlock<kNumStages>;
 using KeyTile = jg::SpanTile<kHeadDim>;
 using ValueTile = jg::SpanTile<kHeadDimV>;
@@ -211,6 +212,7 @@ struct Shared {
   JITGEN_FN unsigned query(int group) const { return base + Tile::kQueryAt + group * Tile::kGroupQBytes; }
   JITGEN_FN unsigned barrier(unsigned offset, int stage = 0) const { return base + Tile::kControlAt + offset + 8 * stage; }
   JITGEN_FN unsigned step(int slot) const { return base + Tile::kControlAt + __builtin_offsetof(Control, step) + 4 * slot; }
+  JITGEN_FN unsigned table(int group) const { return base + Tile::kExtraAt + group * kTableBytes; }
   JITGEN_FN unsigned work(int slot) const { return base + Tile::kControlAt + __builtin_offsetof(Control, work) + 16 * slot; }
 };
 #define JG_BARRIER(name, ...) shared.barrier(__builtin_offsetof(Control, name), ##__VA_ARGS__)
@@ -254,11 +256,32 @@ JITGEN_FN Rows make_rows(const Args& args, const Head& head, int first_row) {
   return rows;
 }
 
+struct Early {
+  unsigned table;                         // shared-memory address of values by column
+};
+
+using SharedColumn = MaskCol;
+static_assert(sizeof(SharedColumn) == 4, "there is room for one word a column");
+
+// What the mask needs of each column of a tile, a column a thread.
+JITGEN_FN void share_columns(const Args& args, const Head& head, unsigned table, int first_kv) {
+  const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127;
+  const jg::ColumnCounter columns(first_kv, static_cast<int>(args.kv_len));
+#pragma unroll
+  for (int base = 0; base < kTileKv; base += 128) {
+    const int i = base + thread;
+    const SharedColumn column = mask_col(args, head, columns.clamped(i));
+    jg::store_shared_if(base + 128 <= kTileKv || i < kTileKv, table + 4 * i, jg::bits_of(column));
+  }
+}
+JITGEN_FN SharedColumn shared_column(unsigned first, int column) { return jg::from_bits<SharedColumn>(jg::load_shared(first + 4 * column)); }
+
 // Scores and masks one KV tile; `first_kv` is the column of element 0. kAtEnd: the tile may reach past kv_len.
 template <bool kAtEnd>
-JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows, Logits& s, int first_kv, bool partial) {
+JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows, Early& early, Logits& s, int first_kv, bool partial) {
   const int kv_len = static_cast<int>(args.kv_len);
   const jg::ColumnCounter columns(first_kv, kv_len);
+  const unsigned own_columns = early.table + 8 * (jg::stay(static_cast<int>(threadIdx.x)) & 3);
 #pragma unroll
   for (int column = 0; column < kTileKv / 4; ++column) {
     const int j = column / 2, c = column % 2;
@@ -267,16 +290,19 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float& x = s[j][2 * half + c];
-      x = score_elem(args, head, rows.score[half], col, x, rows.q_idx[half], kv_idx);
+      x = score_elem(args, head, rows.score[half], col, x,
+                     rows.q_idx[half], kv_idx);
     }
   }
-  if (!(rows.factor > 0.0f)) jg::scale_logits(s, rows.factor);   // it would turn the maximum into the minimum
+  if (!(rows.factor > 0.0f)) {   // it would turn the maximum into the minimum
+    jg::scale_logits(s, rows.factor);
+  }
   if (partial) {
 #pragma unroll
     for (int column = 0; column < kTileKv / 4; ++column) {
       const int j = column / 2, c = column % 2;
       const jg::Column kv_idx = kAtEnd ? columns.clamped(8 * j + c) : columns.at(8 * j + c);
-      const MaskCol col = mask_col(args, head, kv_idx);
+      const MaskCol col = shared_column(own_columns, 8 * j + c);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float& x = s[j][2 * half + c];
@@ -288,16 +314,16 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
     if (first_kv + kTileKv > kv_len) jg::mask_tail(s, first_kv, kv_len);
 }
 
-// ---- producer: one warp hands out query tiles, classifies KV tiles and issues every copy ----
+// ---- producer: one warp hands out query tiles, classifies KV tiles and issues the copies of K and V, another those of Q ----
 struct Maps { jg::Operand q, k, v, o; };
 
 JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& schedule, Shared shared) {
   const bool leader = (threadIdx.x & 31) == 0;
-  const unsigned long long keep = jg::policy_evict_last(), stream = jg::policy_evict_first();
+  const unsigned long long keep = jg::policy_evict_last();
   const int num_tiles = num_kv_tiles(args);
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(1);
-  unsigned q_parity = 1, o_parity = 1;
+  unsigned o_parity = 1;
   int query_tile = blockIdx.x;
   const auto publish = [&](int4 message) {
     jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity);
@@ -356,15 +382,6 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     } else {
       int next = visible.next();
       load_key(step, next);
-      // Each group's rows as soon as it is done with those before: the first group is most of a tile ahead of the last.
-#pragma unroll 1
-      for (int group = 0; group < Tile::kGroups; ++group) {
-        const unsigned full = JG_BARRIER(q_full, group);
-        jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
-        if (!leader) continue;
-        jg::barrier_expect(full, Tile::kGroupQBytes);
-        jg::tensor_load(shared.query(group), maps.q, full, first_row + 64 * group, work.head, work.batch, stream);
-      }
       // K runs one tile ahead of V: the product of the next tile can start while this V is on its way.
 #pragma unroll 1
       while (next >= 0) {
@@ -379,7 +396,6 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       take_query_tile();
       load_value(step, kv);
       kv.advance();
-      q_parity ^= 1;
     }
     o_parity ^= 1;
     query_tile = jg::uniform(query_tile);
@@ -388,6 +404,33 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   if (leader && schedule.counter >= 0) {
     int* counter = jg::tile_counters[schedule.counter];
     if (atomicAdd(&counter[1], 1) == static_cast<int>(gridDim.x) - 1) counter[0] = counter[1] = 0;   // ready for the next launch
+  }
+}
+
+// Q of each group as soon as it is done with the rows before: the first group is most of a tile ahead of the last, and none waits
+// for room in the ring of K and V.
+JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
+  const bool leader = (threadIdx.x & 31) == 0;
+  const unsigned long long stream = jg::policy_evict_first();
+  jg::RingPosition<2> slot(0);
+  unsigned q_parity = 1;
+#pragma unroll 1
+  for (;; slot.advance()) {
+    jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
+    const int4 work = jg::load_shared_int4(shared.work(slot.stage));
+    __syncwarp();
+    if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+    if (work.w == jg::kWorkStop) return;
+    if (work.w == jg::kWorkEmpty) continue;
+#pragma unroll 1
+    for (int group = 0; group < Tile::kGroups; ++group) {
+      const unsigned full = JG_BARRIER(q_full, group);
+      jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
+      if (!leader) continue;
+      jg::barrier_expect(full, Tile::kGroupQBytes);
+      jg::tensor_load(shared.query(group), maps.q, full, work.x + 64 * group, work.y, work.z, stream);
+    }
+    q_parity ^= 1;
   }
 }
 
@@ -509,17 +552,27 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     if (kind == jg::kWorkTile) {
       Logits s;
       Weights p;
+      Early early;
       float factor[2];
       int step, position = 0;
       // What the stage holds; without a mask the consumers count for themselves.
-      const auto read_step = [&] {
-        if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(kv.stage + kv.parity * kNumStages)));
+      const auto read_step = [&](const jg::RingPosition<kNumStages>& at) {
+        if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(at.stage + at.parity * kNumStages)));
         const int here = position++, last = here == num_tiles - 1 ? jg::kStepLast | 15 << jg::kNextAt : 0;
         return here << jg::kStepShift | last | (group_row > -64 ? kTileFull << 2 * group : 0);
       };
       const auto first_column = [&] { return kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + 2 * (thread & 3); };
       const auto shape = [&](auto at_end) {
-        shape_logits<decltype(at_end)::value>(args, head, rows, s, first_column(), jg::kind_of(step, group) == kTilePartial);
+        shape_logits<decltype(at_end)::value>(args, head, rows, early, s, first_column(), jg::kind_of(step, group) == kTilePartial);
+      };
+      // What can be said of the tile's scores before its logits are there.
+      const auto look_ahead = [&](auto at_end) {
+        if (jg::kind_of(step, group) != kTilePartial) return;
+        // Whoever has passed the turn barrier is done with the table of the tile before.
+        early.table = shared.table(group);
+        const int4 here = jg::load_shared_int4(shared.work(slot.stage));   // the head is made again: it would cost registers
+        share_columns(args, make_head(args, here.z, here.y), early.table, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv);
+        jg::named_sync(kGroupBarrier + group, 128);
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
@@ -544,7 +597,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
 #pragma unroll 1
       do {
         jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
-        step = read_step();
+        step = read_step(kv);
         take_turn();
         if (jg::kind_of(step, group) == kTileNone) {   // nothing to these rows: release it, and keep the order of turns
           pass_turn();
@@ -557,6 +610,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         // A run of visible tiles: the products of a tile overlap with those of the next.
         start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4));
         pass_turn();
+        look_ahead(jg::Constant<1>());
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
         shape(jg::Constant<1>());
@@ -581,13 +635,15 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           pass_turn();
           const int value_stage = kv.stage;
           kv = next;
-          step = read_step();
+          step = read_step(kv);
+          look_ahead(jg::Constant<!kDescending>());
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<!kDescending>());
-          moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
+          moved = jg::may_rise<kSlack>(softmax, s, units, shift) &&
+                  jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
           // Waited for before the exponentials, not after: packing and storing P then runs under them, and the other groups
-          // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch in update_maximum keeps ptxas from moving
+          // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch before it keeps ptxas from moving
           // the wait up to the top of the softmax.)
           jg::Wgmma<kHeadDimV>::wait<0>(o);
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
@@ -641,14 +697,16 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups);   // one arrival per consumer warp
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + 1);   // one arrival per warp
     }
     jg::barrier_init_fence();
   }
   __syncthreads();
   if (group == 0) {
     jg::give_registers<Tile::kProducerRegs>();
-    if (jg::uniform(threadIdx.x >> 5) == 0) produce(args, maps, schedule, shared);
+    const int warp = jg::uniform(threadIdx.x >> 5);
+    if (warp == 0) produce(args, maps, schedule, shared);
+    else if (warp == 1) load_queries(maps, shared);
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
     consume(args, maps, shared, group - 1);

@@ -141,16 +141,16 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
     if (first_kv + kTileKv > kv_len) jg::mask_tail(s, first_kv, kv_len);
 }
 
-// ---- producer: one warp hands out query tiles, classifies KV tiles and issues every copy ----
+// ---- producer: one warp hands out query tiles, classifies KV tiles and issues the copies of K and V, another those of Q ----
 struct Maps { jg::Operand q, k, v, o; };
 
 JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& schedule, Shared shared) {
   const bool leader = (threadIdx.x & 31) == 0;
-  const unsigned long long keep = jg::policy_evict_last(), stream = jg::policy_evict_first();
+  const unsigned long long keep = jg::policy_evict_last();
   const int num_tiles = num_kv_tiles(args);
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(1);
-  unsigned q_parity = 1, o_parity = 1;
+  unsigned o_parity = 1;
   int query_tile = blockIdx.x;
   const auto publish = [&](int4 message) {
     jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity);
@@ -202,15 +202,6 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     } else {
       int next = visible.next();
       load_key(step, next);
-      // Each group's rows as soon as it is done with those before: the first group is most of a tile ahead of the last.
-#pragma unroll 1
-      for (int group = 0; group < Tile::kGroups; ++group) {
-        const unsigned full = JG_BARRIER(q_full, group);
-        jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
-        if (!leader) continue;
-        jg::barrier_expect(full, Tile::kGroupQBytes);
-        jg::tensor_load(shared.query(group), maps.q, full, first_row + 64 * group, work.head, work.batch, stream);
-      }
       // K runs one tile ahead of V: the product of the next tile can start while this V is on its way.
 #pragma unroll 1
       while (next >= 0) {
@@ -225,7 +216,6 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       take_query_tile();
       load_value(step, kv);
       kv.advance();
-      q_parity ^= 1;
     }
     o_parity ^= 1;
     query_tile = jg::uniform(query_tile);
@@ -234,6 +224,33 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   if (leader && schedule.counter >= 0) {
     int* counter = jg::tile_counters[schedule.counter];
     if (atomicAdd(&counter[1], 1) == static_cast<int>(gridDim.x) - 1) counter[0] = counter[1] = 0;   // ready for the next launch
+  }
+}
+
+// Q of each group as soon as it is done with the rows before: the first group is most of a tile ahead of the last, and none waits
+// for room in the ring of K and V.
+JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
+  const bool leader = (threadIdx.x & 31) == 0;
+  const unsigned long long stream = jg::policy_evict_first();
+  jg::RingPosition<2> slot(0);
+  unsigned q_parity = 1;
+#pragma unroll 1
+  for (;; slot.advance()) {
+    jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
+    const int4 work = jg::load_shared_int4(shared.work(slot.stage));
+    __syncwarp();
+    if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+    if (work.w == jg::kWorkStop) return;
+    if (work.w == jg::kWorkEmpty) continue;
+#pragma unroll 1
+    for (int group = 0; group < Tile::kGroups; ++group) {
+      const unsigned full = JG_BARRIER(q_full, group);
+      jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
+      if (!leader) continue;
+      jg::barrier_expect(full, Tile::kGroupQBytes);
+      jg::tensor_load(shared.query(group), maps.q, full, work.x + 64 * group, work.y, work.z, stream);
+    }
+    q_parity ^= 1;
   }
 }
 
@@ -355,8 +372,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       float factor[2];
       int step, position = 0;
       // What the stage holds; without a mask the consumers count for themselves.
-      const auto read_step = [&] {
-        if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(kv.stage + kv.parity * kNumStages)));
+      const auto read_step = [&](const jg::RingPosition<kNumStages>& at) {
+        if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(at.stage + at.parity * kNumStages)));
         const int here = position++, last = here == num_tiles - 1 ? jg::kStepLast | 15 << jg::kNextAt : 0;
         return here << jg::kStepShift | last | (group_row > -64 ? kTileFull << 2 * group : 0);
       };
@@ -387,7 +404,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
 #pragma unroll 1
       do {
         jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
-        step = read_step();
+        step = read_step(kv);
         take_turn();
         if (jg::kind_of(step, group) == kTileNone) {   // nothing to these rows: release it, and keep the order of turns
           pass_turn();
@@ -424,13 +441,14 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           pass_turn();
           const int value_stage = kv.stage;
           kv = next;
-          step = read_step();
+          step = read_step(kv);
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<!kDescending>());
-          moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
+          moved = jg::may_rise<kSlack>(softmax, s, units, shift) &&
+                  jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
           // Waited for before the exponentials, not after: packing and storing P then runs under them, and the other groups
-          // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch in update_maximum keeps ptxas from moving
+          // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch before it keeps ptxas from moving
           // the wait up to the top of the softmax.)
           jg::Wgmma<kHeadDimV>::wait<0>(o);
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
@@ -484,14 +502,16 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups);   // one arrival per consumer warp
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + 1);   // one arrival per warp
     }
     jg::barrier_init_fence();
   }
   __syncthreads();
   if (group == 0) {
     jg::give_registers<Tile::kProducerRegs>();
-    if (jg::uniform(threadIdx.x >> 5) == 0) produce(args, maps, schedule, shared);
+    const int warp = jg::uniform(threadIdx.x >> 5);
+    if (warp == 0) produce(args, maps, schedule, shared);
+    else if (warp == 1) load_queries(maps, shared);
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
     consume(args, maps, shared, group - 1);

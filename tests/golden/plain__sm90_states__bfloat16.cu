@@ -637,9 +637,10 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<!kDescending>());
-          moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
+          moved = jg::may_rise<kSlack>(softmax, s, units, shift) &&
+                  jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
           // Waited for before the exponentials, not after: packing and storing P then runs under them, and the other groups
-          // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch in update_maximum keeps ptxas from moving
+          // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch before it keeps ptxas from moving
           // the wait up to the top of the softmax.)
           jg::Wgmma<kHeadDimV>::wait<0>(o[0]);
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));

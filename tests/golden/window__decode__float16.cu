@@ -98,10 +98,12 @@ JITGEN_FN Head make_head(const Args& args, const Request& request, int h) {
 
 // ---- mask: true where the key is visible ----
 struct MaskRow {
+  int sum_q;  // q_idx - a0_width
 };
 
 JITGEN_FN MaskRow mask_row(const Args& args, const Head& head, int q_idx) {
   MaskRow row;
+  row.sum_q = jg::narrow((long long)q_idx - head.a0_width);
   return row;
 }
 
@@ -115,7 +117,7 @@ JITGEN_FN MaskCol mask_col(const Args& args, const Head& head, jg::Column kv_idx
 
 JITGEN_FN bool mask_elem(const Args& args, const Head& head, const MaskRow& row, const MaskCol& col, int q_idx,
                          jg::Column kv_idx) {
-  return (kv_idx <= q_idx) & (q_idx - kv_idx < head.a0_width);
+  return (kv_idx <= q_idx) & (row.sum_q < kv_idx);
 }
 
 // ---- mask of a rectangle: the same expression over intervals ----

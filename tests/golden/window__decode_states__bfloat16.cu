@@ -89,7 +89,7 @@ JITGEN_FN Request make_request(const Args& args, int b) {
 struct Head {
   int b, h, kv_h, q_len, kv_len, num_q_heads, num_kv_heads;
   float scale;
-  int a2_kv_base_b2;  // a2_kv_base[b]
+  int a2_kv_base_b;  // a2_kv_base[b]
   int a1_entry_row_b;  // a1_entry_row[b]
   int a0_width;
 };
@@ -104,8 +104,7 @@ JITGEN_FN Head make_head(const Args& args, const Request& request, int h) {
   head.num_q_heads = (int)args.num_q_heads;
   head.num_kv_heads = (int)args.num_kv_heads;
   head.scale = (float)args.scale;
-  const int a2_kv_base_b = jg::load(args.a2_kv_base, head.b);
-  head.a2_kv_base_b2 = a2_kv_base_b;
+  head.a2_kv_base_b = jg::load(args.a2_kv_base, head.b);
   head.a1_entry_row_b = jg::load(args.a1_entry_row, head.b);
   head.a0_width = (int)args.a0_width;
   return head;
@@ -113,37 +112,35 @@ JITGEN_FN Head make_head(const Args& args, const Request& request, int h) {
 
 // ---- mask: true where the key is visible ----
 struct MaskRow {
-  long long sum_bq;  // a3_row_position[(a1_entry_row[b] + q_idx)] - a2_kv_base[b]
-  int a3_row_position_bq2;  // a3_row_position[(a1_entry_row[b] + q_idx)]
+  int sum_bq;  // a3_row_position[(a1_entry_row[b] + q_idx)] - a0_width - a2_kv_base[b]
+  int sum_bq2;  // a3_row_position[(a1_entry_row[b] + q_idx)] - a2_kv_base[b]
 };
 
 JITGEN_FN MaskRow mask_row(const Args& args, const Head& head, int q_idx) {
   MaskRow row;
   const int a3_row_position_bq = jg::load(args.a3_row_position, jg::clamp_index(jg::wrap_index((long long)head.a1_entry_row_b + q_idx, args.a3_row_position_size0), args.a3_row_position_size0));
-  row.sum_bq = (long long)a3_row_position_bq - head.a2_kv_base_b2;
-  row.a3_row_position_bq2 = a3_row_position_bq;
+  row.sum_bq = jg::narrow((long long)a3_row_position_bq - head.a0_width - head.a2_kv_base_b);
+  row.sum_bq2 = jg::narrow((long long)a3_row_position_bq - head.a2_kv_base_b);
   return row;
 }
 
 struct MaskCol {
-  long long sum_bk;  // a2_kv_base[b] + kv_idx
 };
 
 JITGEN_FN MaskCol mask_col(const Args& args, const Head& head, jg::Column kv_idx) {
   MaskCol col;
-  col.sum_bk = (long long)head.a2_kv_base_b2 + kv_idx;
   return col;
 }
 
 JITGEN_FN bool mask_elem(const Args& args, const Head& head, const MaskRow& row, const MaskCol& col, int q_idx,
                          jg::Column kv_idx) {
-  return (row.sum_bq - kv_idx < head.a0_width) & (col.sum_bk <= row.a3_row_position_bq2);
+  return (row.sum_bq < kv_idx) & (kv_idx <= row.sum_bq2);
 }
 
 // ---- mask of a rectangle: the same expression over intervals ----
 struct MaskSpan {
   int q_lo, q_hi;  // inclusive
-  jg::Bounds a3_row_position_bq2;  // a3_row_position[(a1_entry_row[b] + q_idx)]
+  jg::Bounds a3_row_position_bq;  // a3_row_position[(a1_entry_row[b] + q_idx)]
 };
 
 JITGEN_FN MaskSpan mask_span(const Args& args, const Head& head, int q_lo, int q_hi) {
@@ -151,16 +148,15 @@ JITGEN_FN MaskSpan mask_span(const Args& args, const Head& head, int q_lo, int q
   span.q_lo = q_lo;
   span.q_hi = q_hi;
   const jg::Bounds q_idx = {q_lo, q_hi};
-  const jg::Bounds a3_row_position_bq = jg::scan_together(args.a3_row_position, jg::axis(q_idx + head.a1_entry_row_b, args.a3_row_position_size0, 1));
-  span.a3_row_position_bq2 = a3_row_position_bq;
+  span.a3_row_position_bq = jg::scan_together(args.a3_row_position, jg::axis(q_idx + head.a1_entry_row_b, args.a3_row_position_size0, 1));
   return span;
 }
 
 JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span, int k_lo, int k_hi) {
   const jg::Bounds kv_idx = {k_lo, k_hi};
-  const jg::Truth part0 = kv_idx + head.a2_kv_base_b2 <= span.a3_row_position_bq2;  // (a2_kv_base[b] + kv_idx) <= a3_row_position[(a1_entry_row[b] + q_idx)]
+  const jg::Truth part0 = kv_idx + head.a2_kv_base_b <= span.a3_row_position_bq;  // (a2_kv_base[b] + kv_idx) <= a3_row_position[(a1_entry_row[b] + q_idx)]
   if (!part0.may) return kTileNone;
-  const jg::Truth part1 = span.a3_row_position_bq2 - kv_idx - head.a2_kv_base_b2 < head.a0_width;  // (a3_row_position[(a1_entry_row[b] + q_idx)] - a2_kv_base[b] - kv_idx)...
+  const jg::Truth part1 = span.a3_row_position_bq - kv_idx - head.a2_kv_base_b < head.a0_width;  // (a3_row_position[(a1_entry_row[b] + q_idx)] - a2_kv_base[b] - kv_idx)...
   return jg::tile_kind(jg::possible(part0) & part1);
 }
 

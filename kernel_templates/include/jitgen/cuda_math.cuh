@@ -37,8 +37,19 @@ JITGEN_FN const char* stay(const char* x) { asm volatile("" : "+l"(x)); return x
 struct Column {
   int index;
   float start, step;   // the index as a sum: what varies by thread and tile, and a constant
+  int first, offset;   // the same as integers
   JITGEN_FN operator int() const { return index; }
 };
+// Comparisons with a row's bound: it is brought to the thread's first column once, and compared with constants.
+#define JITGEN_COLUMN_RELATION(relation)                                                                                       \
+  JITGEN_FN bool operator relation(Column column, int x) { return column.offset relation x - column.first; }                   \
+  JITGEN_FN bool operator relation(int x, Column column) { return x - column.first relation column.offset; }                   \
+  JITGEN_FN bool operator relation(Column column, long long x) { return static_cast<long long>(column.index) relation x; }     \
+  JITGEN_FN bool operator relation(long long x, Column column) { return x relation static_cast<long long>(column.index); }
+JITGEN_COLUMN_RELATION(<)
+JITGEN_COLUMN_RELATION(<=)
+JITGEN_COLUMN_RELATION(>)
+JITGEN_COLUMN_RELATION(>=)
 JITGEN_FN float as_float(int x) { return static_cast<float>(x); }
 JITGEN_FN float as_float(Column x) { return x.start + x.step; }
 // In this order, because start - x is the same for all columns of a row.
@@ -50,9 +61,9 @@ struct ColumnCounter {
   int first, last;   // `last`: that of the keys
   float first_value;
   JITGEN_FN ColumnCounter(int first, int kv_len) : first(first), last(kv_len - 1), first_value(static_cast<float>(first)) {}
-  JITGEN_FN Column at(int offset) const { return {first + offset, first_value, static_cast<float>(offset)}; }
-  // The index of columns past the end is that of the last one, so that hooks read nothing outside of what they capture. Their
-  // float goes on: what comes of it is masked, and one more operation an element would be felt.
+  JITGEN_FN Column at(int offset) const { return {first + offset, first_value, static_cast<float>(offset), first, offset}; }
+  // The index of columns past the end is that of the last one, so that hooks read nothing outside of what they capture. The
+  // other forms go on: what comes of them is masked, and one more operation an element would be felt.
   JITGEN_FN Column clamped(int offset) const {
     Column c = at(offset);
     c.index = c.index < last ? c.index : last;
@@ -77,6 +88,58 @@ JITGEN_FN float load(const half16* p, long long i) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(__ldg(reinterpret_cast<const unsigned short*>(p) + i)));
   return value;
+}
+// Two neighbouring elements of a row, as they lie in memory.
+template <class T> struct Pair;
+template <> struct Pair<float> {
+  float2 values;
+  JITGEN_FN float at(int odd) const { return odd ? values.y : values.x; }
+};
+template <> struct Pair<bf16_16> {
+  unsigned bits;
+  JITGEN_FN float at(int odd) const { return __uint_as_float(odd ? bits & 0xffff0000u : bits << 16); }
+};
+template <> struct Pair<half16> {
+  unsigned bits;
+  JITGEN_FN float at(int odd) const {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<unsigned short>(odd ? bits >> 16 : bits)));
+    return value;
+  }
+};
+// Whether elements 2 i and 2 i + 1 of all rows are an aligned word.
+template <class T, class... Strides> JITGEN_FN bool is_paired(const T* p, Strides... strides) {
+  return reinterpret_cast<unsigned long long>(p) % (2 * sizeof(T)) == 0 && ((strides % 2 == 0) & ... & true);
+}
+// Elements i and i + 1 of a row whose last one is `last`, where i = first + step is even; constant steps become part of the
+// instruction. Volatile: read where it is written, long before it is used. A word whose second half is past the end of the row
+// is still inside of an allocation.
+template <bool kPaired> JITGEN_FN Pair<float> load_pair(const float* p, int first, int step, int last) {
+  Pair<float> pair;
+  p = p + first + step;
+  if (kPaired) {
+    asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(pair.values.x), "=f"(pair.values.y) : "l"(p));
+  } else {
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(pair.values.x) : "l"(p));
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(pair.values.y) : "l"(p + (first + step < last)));
+  }
+  return pair;
+}
+template <bool kPaired> JITGEN_FN unsigned load_pair_bits(const unsigned short* p, int first, int step, int last) {
+  unsigned bits;
+  p = p + first + step;
+  if (kPaired) {
+    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(bits) : "l"(p));
+  } else {
+    unsigned short low, high;
+    asm volatile("ld.global.nc.b16 %0, [%1];" : "=h"(low) : "l"(p));
+    asm volatile("ld.global.nc.b16 %0, [%1];" : "=h"(high) : "l"(p + (first + step < last)));
+    asm("mov.b32 %0, {%1, %2};" : "=r"(bits) : "h"(low), "h"(high));
+  }
+  return bits;
+}
+template <bool kPaired, class T> JITGEN_FN Pair<T> load_pair(const T* p, int first, int step, int last) {
+  return {load_pair_bits<kPaired>(reinterpret_cast<const unsigned short*>(p), first, step, last)};
 }
 JITGEN_FN long long clamp_index(long long i, long long size) { return i < 0 ? 0 : (i < size ? i : size - 1); }
 JITGEN_FN long long wrap_index(long long i, long long size) { return i < 0 ? i + size : i; }

@@ -34,7 +34,8 @@ template <int kStages> struct ControlBlock {
   int step[2 * kStages];      // which KV tile a stage holds, with flags: two laps, as no barrier guards its last reader
 };
 
-template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, bool kClassifies> struct Geometry {
+// kExtraBytes: of what a kernel has beside these, behind the control block.
+template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, bool kClassifies, int kExtraBytes = 0> struct Geometry {
   static constexpr int kGroups = kTileQ / 64;   // consumer warp groups, 64 query rows each
   static constexpr int kThreads = 128 * (kGroups + 1);
   static_assert(kTileQ % 64 == 0 && kGroups >= 2 && kGroups <= 4 && kTileKv % 16 == 0, "unsupported tile");
@@ -57,7 +58,7 @@ template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, boo
   static constexpr int kQueryAt = kKeyAt + kStages * kKeyBytes;
   static constexpr int kPAt = kQueryAt + kGroups * kGroupQBytes;
   static constexpr int kOwnOAt = kPAt + (kSharedP ? kGroups * kGroupPBytes : 0);
-  static constexpr int kLimit = 232448 - static_cast<int>(sizeof(ControlBlock<kStages>));   // 227 KiB per CTA
+  static constexpr int kLimit = 232448 - static_cast<int>(sizeof(ControlBlock<kStages>)) - kExtraBytes;   // 227 KiB per CTA
   // O has its own buffer when there is room; else each group's lies over its own P, and the next P waits for the store; else
   // it leaves in passes of kOutputCols columns through a buffer of that width (hd256: 1 to 3 % faster at 1k and 4k than over V); else all
   // of it lies over V, and the next V waits.
@@ -75,7 +76,8 @@ template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, boo
   static constexpr int kOutputAt = kOwnO ? kOwnOAt : kOutputOverP ? kPAt : 0;
   static constexpr int kOutputPitch = kOutputOverP ? kGroupPBytes : kGroupOBytes;
   static constexpr int kControlAt = kOwnOAt + (kOwnO ? kGroups * kGroupOBytes : 0);
-  static constexpr int kSharedBytes = kControlAt + static_cast<int>(sizeof(ControlBlock<kStages>));
+  static constexpr int kExtraAt = kControlAt + static_cast<int>(sizeof(ControlBlock<kStages>));
+  static constexpr int kSharedBytes = kExtraAt + kExtraBytes;
   static_assert(kControlAt <= kLimit, "tile does not fit in shared memory");
   static_assert(!kOutputOverV || kGroups * kGroupOBytes <= kKeyAt, "O does not fit over V");
   static_assert(kKeyBytes % 1024 == 0 && kValueBytes % 1024 == 0, "stages must stay 1024-byte aligned");

@@ -99,11 +99,18 @@ JITGEN_FN void store_matrix(unsigned address, const unsigned (&r)[4]) {
                ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 JITGEN_FN void store_shared(unsigned address, int value) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory"); }
+JITGEN_FN void store_shared_if(bool condition, unsigned address, int value) {   // without a branch, as barrier_arrive_if
+  asm volatile("{\n.reg .pred stores;\nsetp.ne.b32 stores, %2, 0;\n@stores st.shared.b32 [%0], %1;\n}"
+               ::"r"(address), "r"(value), "r"(static_cast<int>(condition)) : "memory");
+}
 JITGEN_FN int load_shared(unsigned address) {
   int value;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
   return value;
 }
+// A struct of one word as that word, and back.
+template <class T> JITGEN_FN int bits_of(const T& x) { int bits; __builtin_memcpy(&bits, &x, 4); return bits; }
+template <class T> JITGEN_FN T from_bits(int bits) { T x; __builtin_memcpy(&x, &bits, 4); return x; }
 JITGEN_FN void store_shared(unsigned address, int4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }

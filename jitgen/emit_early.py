@@ -1,0 +1,169 @@
+"""What of a score is known before the logits of a tile are: parts that a kernel works out while Q K^T runs.
+
+- *relative*: a part that depends on positions through ``q_idx - kv_idx`` alone, such as a bucketed bias. A tile has far fewer
+  distances than logits (191 for 64 x 128), so the part is evaluated once for each. Where it is the same for all of them,
+  as it may be far from the diagonal, and is a term of the score, it joins the offset.
+- *columns*: what a hook computes per column, once instead of by every thread that has a row.
+- *ahead*: an element of a captured tensor that is contiguous along kv_idx, such as a dense bias. Two neighbouring columns are
+  read as one word, and their latency passes under the product.
+- *offset*: a multiple of the distance, as in ALiBi. Up to the first column of a tile it is the same for a whole row of the tile
+  and joins the row's maximum; what is left is one fused multiply-add an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from jitgen import ir
+from jitgen.ir import Expr, walk
+from jitgen.program import Program, Slot
+
+POSITIONS = frozenset(("q_idx", "kv_idx"))
+PAIRED_DTYPES = ("float16", "bfloat16", "float32")  # of which two elements are one word
+_Q, _KV, _DISTANCE = ir.index("q_idx"), ir.index("kv_idx"), ir.index("distance")
+_AFFINE = frozenset(("index", "lin", "cast", "add", "sub", "mul", "neg"))
+
+
+def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str]:
+    """What of the above the sm90 kernel of a program does."""
+    parts = {"relative", "offset"} if layout == "dense" else {"offset"}  # rows of the others are heads as well
+    if layout == "dense" and head_dim_v < 256:  # whose descriptors take the uniform registers
+        parts.add("columns")
+    words = 0 if program.score is None else ahead_words(ahead_loads(program.score, program.slots), program.slots)
+    if words <= (2 if head_dim_v < 256 else 1):  # more would not stay in registers
+        parts.add("ahead")
+    return frozenset(parts)
+
+
+# ---- parts of the distance -----------------------------------------------------------------------------------------------
+
+
+def take_relative(score: Expr) -> tuple[Expr, Expr | None]:
+    """The score over the leaf 'relative', and what that stands for over the leaf 'distance'; None if there is no such part."""
+    parts = [part for part in _relative_parts(score) if _is_worth_a_table(part)]
+    if not parts:
+        return score, None
+    part = max(parts, key=lambda n: sum(1 for _ in walk(n)))
+    return ir.rebuild(score, lambda n: ir.index("relative") if n is part else None), of_distance(part)
+
+
+def _relative_parts(node: Expr) -> Iterator[Expr]:
+    """The largest floats below ``node`` that depend on the distance alone."""
+    if node.dtype == "f32" and POSITIONS <= node.deps and "score" not in node.deps and of_distance(node) is not None:
+        yield node
+    else:
+        for arg in node.args:
+            yield from _relative_parts(arg)
+
+
+def _is_worth_a_table(part: Expr) -> bool:
+    return any(n.op not in _AFFINE for n in walk(part) if n.deps & POSITIONS)
+
+
+def of_distance(root: Expr) -> Expr | None:
+    """``root`` over the leaf 'distance' (q_idx - kv_idx); None if it depends on positions in another way."""
+    done: dict[Expr, Expr] = {}
+    for node in walk(root):
+        args = tuple(done[a] for a in node.args)
+        if node.op == "lin":
+            done[node] = _lin_of_distance(node, args)
+        else:
+            done[node] = node if args == node.args else ir.remake(node, args)
+    return None if done[root].deps & POSITIONS else done[root]
+
+
+def _lin_of_distance(node: Expr, args: tuple[Expr, ...]) -> Expr:
+    constant, coeffs = node.attr
+    coefficient = {_position(a): c for c, a in zip(coeffs, node.args, strict=True)}
+    if coefficient.get(_Q, 0) == 0 or coefficient.get(_Q) != -coefficient.get(_KV, 0):
+        return node if args == node.args else ir.remake(node, args)
+    others = [(c, new) for c, old, new in zip(coeffs, node.args, args, strict=True) if _position(old) not in (_Q, _KV)]
+    return ir.make_lin(constant, [(coefficient[_Q], _DISTANCE), *others], node.dtype)
+
+
+def _position(term: Expr) -> Expr:
+    return term.args[0] if term.op == "cast" and term.args[0] in (_Q, _KV) else term
+
+
+def drop_relative(root: Expr) -> tuple[Expr | None, Expr] | None:
+    """``root`` without its term 'relative' (or a multiple of it), and that term; None if it has no such term. The rest is None
+    where nothing is left."""
+    leaf = ir.index("relative")
+    if root is leaf or (root.op == "mul" and leaf in root.args and not _other(root, leaf).deps & (POSITIONS | {"score"})):
+        return None, root
+    if root.op not in ("add", "sub", "neg") or root.dtype != "f32":
+        return None
+    for i, term in enumerate(root.args):
+        found = drop_relative(term)
+        if found is not None:
+            is_negative = root.op == "neg" or (root.op == "sub" and i == 1)
+            offset = ir.make("neg", found[1]) if is_negative else found[1]
+            return _without(root, i, found[0]), offset
+    return None
+
+
+def _without(root: Expr, i: int, rest: Expr | None) -> Expr | None:
+    if rest is not None:
+        return ir.make(root.op, *root.args[:i], rest, *root.args[i + 1 :])
+    if root.op == "neg":
+        return None
+    other = root.args[1 - i]
+    return ir.make("neg", other) if root.op == "sub" and i == 0 else other
+
+
+def _other(product: Expr, factor: Expr) -> Expr:
+    return product.args[1] if product.args[0] is factor else product.args[0]
+
+
+# ---- elements that can be read ahead ---------------------------------------------------------------------------------------
+
+
+def ahead_loads(score: Expr, slots: Sequence[Slot]) -> list[Expr]:
+    """Loads of a score that walk along a row of a captured tensor as kv_idx does."""
+    return [n for n in walk(score) if n.op == "load" and _is_row_load(n, slots[int(n.attr)])]
+
+
+def ahead_words(loads: Sequence[Expr], slots: Sequence[Slot]) -> int:
+    """Registers that two neighbouring columns take."""
+    return sum(2 if slots[int(n.attr)].dtype == "float32" else 1 for n in loads)
+
+
+def _is_row_load(node: Expr, slot: Slot) -> bool:
+    dims = [d for d, index in enumerate(node.args) if "kv_idx" in index.deps]
+    if slot.dtype not in PAIRED_DTYPES or len(dims) != 1 or "q_idx" not in node.deps:
+        return False
+    return node.args[dims[0]] is _KV and slot.layout[dims[0]] == "c"
+
+
+# ---- multiples of the distance ----------------------------------------------------------------------------------------------
+
+
+def take_offset(root: Expr) -> tuple[Expr, Expr | None]:
+    """``root`` with its multiple of the distance counted from the tile's first column (leaf 'step'), and what was left out
+    (over the leaf 'start', that column); None if no term of it is one."""
+    if root.op in ("add", "sub", "neg") and root.dtype == "f32":
+        for i, term in enumerate(root.args):
+            rest, offset = take_offset(term)
+            if offset is not None:
+                is_negative = root.op == "neg" or (root.op == "sub" and i == 1)
+                args = (*root.args[:i], rest, *root.args[i + 1 :])
+                return ir.make(root.op, *args), ir.make("neg", offset) if is_negative else offset
+    if root.op == "mul":
+        for distance, factor in (root.args, root.args[::-1]):
+            split = _split_distance(distance)
+            if split is not None and not factor.deps & (POSITIONS | {"score", "relative"}):
+                return ir.make("mul", split[0], factor), ir.make("mul", split[1], factor)
+    return _split_distance(root) or (root, None)
+
+
+def _split_distance(node: Expr) -> tuple[Expr, Expr] | None:
+    """``kv_idx - x`` of floats as the steps from the tile's first column, and the rest; the same for ``x - kv_idx``."""
+    if node.op != "sub":
+        return None
+    left, right = node.args
+    step, start, column = ir.index("step"), ir.index("start"), ir.cast(_KV, "f32")
+    if left is column and not right.deps & {"kv_idx", "score", "relative"}:
+        return step, ir.make("sub", start, right)
+    if right is column and not left.deps & {"kv_idx", "score", "relative"}:
+        return ir.make("neg", step), ir.make("sub", left, start)
+    return None

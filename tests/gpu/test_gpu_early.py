@@ -1,0 +1,104 @@
+"""Scores that the sm90 kernels work out before the logits, where it is delicate: odd lengths and strides, tables that are flat
+in some tiles, maxima that rise late."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gallery.rounding import largest_error, rounding_error
+
+import jitgen
+from jitgen import reference
+
+HEADS = 2
+LENGTHS = [(129, 129), (300, 777), (777, 1026), (64, 2048)]
+
+
+def causal(b, h, q_idx, kv_idx):
+    return kv_idx <= q_idx
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def dense(dtype, width=lambda kv: kv):
+    """A bias of each head, query and key; ``width`` is the length of its rows in memory."""
+
+    def make(kv_len):
+        bias = randn(HEADS, kv_len, width(kv_len), dtype=dtype)[:, :, :kv_len]
+        return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + bias[h, q_idx, kv_idx], mask_mod=causal)
+
+    return make
+
+
+def batched(kv_len):
+    bias = randn(2, 1, kv_len, kv_len, dtype=torch.float16)
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s * 0.5 - bias[b, 0, q_idx, kv_idx])
+
+
+def clipped(kv_len):
+    table = randn(HEADS, 64)
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + table[h, torch.clamp(q_idx - kv_idx, 0, 63)])
+
+
+def bounded(kv_len):
+    """Tables that are flat on both sides of the diagonal, under a soft cap and beside ALiBi."""
+    table, slopes, cap = randn(HEADS, 65), torch.rand(HEADS, device="cuda"), 5.0
+
+    def score(s, b, h, q_idx, kv_idx):
+        near = table[h, torch.clamp(q_idx - kv_idx, -32, 32) + 32]
+        return cap * torch.tanh(s / cap) + near + slopes[h] * (kv_idx - q_idx)
+
+    return jitgen.Variant(score_mod=score, mask_mod=causal)
+
+
+def decaying(kv_len):
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s * torch.exp2(-0.01 * torch.abs(q_idx - kv_idx)))
+
+
+def forgetting(kv_len):
+    gates = torch.cumsum(-torch.rand(HEADS, kv_len, device="cuda") * 0.1, 1)
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + gates[h, q_idx] - gates[h, kv_idx], mask_mod=causal)
+
+
+def steep(kv_len):
+    """ALiBi turned round: every tile that is visited later exceeds those before by far."""
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + 0.25 * (q_idx - kv_idx), mask_mod=causal)
+
+
+def documents(kv_len):
+    doc = jitgen.sorted(torch.arange(kv_len, device="cuda", dtype=torch.int32) // 50)
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx))
+
+
+VARIANTS = {
+    "dense_bf16": dense(torch.bfloat16),
+    "dense_fp32": dense(torch.float32),
+    "dense_padded": dense(torch.float16, lambda kv: kv + kv % 2),
+    "batched": batched,
+    "clipped": clipped,
+    "bounded": bounded,
+    "decaying": decaying,
+    "forgetting": forgetting,
+    "steep": steep,
+    "documents": documents,
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_early_scores_are_the_oracle(name):
+    torch.manual_seed(0)
+    for q_len, kv_len in LENGTHS:
+        q = randn(2, HEADS, q_len, 128, dtype=torch.float16)
+        k, v = randn(2, HEADS, kv_len, 128, dtype=torch.float16), randn(2, HEADS, kv_len, 128, dtype=torch.float16)
+        variant = VARIANTS[name](kv_len)
+        want, want_lse = reference.attention(q, k, v, variant, return_lse=True)
+        out = torch.full_like(q, torch.nan)
+        got, got_lse = jitgen.attention(q, k, v, variant, return_lse=True, out=out)
+        where = f"{name}, q_len {q_len}, kv_len {kv_len}"
+        atol = 5e-3 if name == "bounded" else 2e-4  # tanh.approx
+        torch.testing.assert_close(got_lse.double(), want_lse, rtol=1e-5, atol=atol, msg=lambda m: f"{where}: {m}")  # noqa: B023
+        allowed = 1.5 * rounding_error(q, k, v, variant, want, "absolute") + torch.finfo(q.dtype).eps * 1e-2
+        error = largest_error(got, want)
+        assert error <= allowed, f"{where}: error {error:.3g}, allowed {allowed:.3g}"
