@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from jitgen.emit_early import POSITIONS
+from jitgen.ir import Expr, walk
 from jitgen.program import Program
 from jitgen.spec import Tiles
-from jitgen.tiles_sm90 import hook_weight
 
 FP8_HEAD_DIMS = (64, 128, 256)
 
@@ -22,3 +23,12 @@ def fp8_tiles(head_dim: int, head_dim_v: int, program: Program | None = None, *,
     assert head_dim == head_dim_v, "padded_head_dims makes them equal"
     tile_q, tile_kv, num_stages = TILES[head_dim][0 if program is None else hook_weight(program)]
     return Tiles(tile_q, tile_kv, num_warps=4 + tile_q // 16, num_stages=num_stages)
+
+
+def hook_weight(program: Program) -> int:
+    """Column of TILES for a program's hooks."""
+    return 2 if _gathers_by_position(program.score) else int(_gathers_by_position(program.mask))
+
+
+def _gathers_by_position(root: Expr | None) -> bool:
+    return any(n.op == "load" and n.deps & POSITIONS for n in walk(root))

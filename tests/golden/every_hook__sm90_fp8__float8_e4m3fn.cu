@@ -266,10 +266,13 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float& x = s[j][2 * half + c];
-      x = score_elem(args, head, rows.score[half], col, x, rows.q_idx[half], kv_idx);
+      x = score_elem(args, head, rows.score[half], col, x,
+                     rows.q_idx[half], kv_idx);
     }
   }
-  if (!(rows.factor > 0.0f)) jg::scale_logits(s, rows.factor);   // it would turn the maximum into the minimum
+  if (!(rows.factor > 0.0f)) {   // it would turn the maximum into the minimum
+    jg::scale_logits(s, rows.factor);
+  }
   if (partial) {
 #pragma unroll
     for (int column = 0; column < kTileKv / 4; ++column) {
