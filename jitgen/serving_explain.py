@@ -50,9 +50,9 @@ def _explain_device(plan: Plan, c: KernelClass, values: list[object], rows: int)
 def _given_out(record: PlanRecord, num_ctas: int) -> str:
     at, count = record.given_out, len(record.tiles)
     return (
-        f"{count} tiles in each of {at.whole_groups + at.tail_groups} groups of heads, {record.length} units for {num_ctas} CTAs "
-        f"that take work as they come free; the last {at.tail_groups} group{'s' if at.tail_groups > 1 else ''} longest tile first, "
-        f"in up to {TAIL_PIECES} pieces where one is longer than a CTA's part of the rest"
+        f"{count} tiles in each of {at.whole_groups + at.tail_groups} groups of heads, {record.length} units for {num_ctas} "
+        f"CTAs that take work as they come free; in the last {at.tail_groups} groups the longest tile first, in up to "
+        f"{TAIL_PIECES} pieces where one is much longer than a CTA's part of the rest"
     )
 
 

@@ -162,8 +162,9 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
     if plan.family is None:
         where = (plan.device, plan.layout, plan.page_size, plan.max_kv_len)
         family = prefill_family(*where)
+        overlaps = family == "sm90" and can_overlap() and plan.segments is None
         return tuple(
-            replace(_cuda_class(plan, program, values, name, rows, DECODE_ROWS), overlaps=family == "sm90" and can_overlap() and plan.segments is None)
+            replace(_cuda_class(plan, program, values, name, rows, DECODE_ROWS), overlaps=overlaps)
             for name in ("decode", family)
         )
     return (_cuda_class(plan, program, values, plan.family, rows, 0),)

@@ -33,8 +33,8 @@ LAYERS = {
     "requests": ["portable", "manifest", "recording"],
     "building": ["loader", "nvcc", "build"],
     "calls": [
-        "checks", "runtime", "fp8", "layouts", "api", "reference", "mask_tiles", "flex", "op", "block_*", "serving*", "sampling*",
-        "rotary", "kv_*",
+        "checks", "runtime", "fp8", "layouts", "api", "reference", "mask_tiles", "flex", "op", "block_*", "serving*",
+        "sampling*", "rotary", "kv_*",
     ],
     "compat": ["compat*"],
     "tools": ["bench*", "show*", "doctor*", "demo", "prebuild*", "cli*", "__main__"],

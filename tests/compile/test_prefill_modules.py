@@ -21,6 +21,7 @@ ARCHS = {"sm80": ("80", "90"), "sm90": ("90a",)}
 # tile fills the registers, as that of the dense kernel does.
 SPILL = {128: 192}
 OTHER_SPILL = 48
+SM90_SPILL = 16  # of three consumer groups, at the first tile of an item: they have 160 registers, and the loop keeps to them
 LOCAL_IN_LOOP = 16  # accesses to local memory for each tile of keys, among more than 1300 instructions
 SASS = {
     "sm80": {"HMMA": "mma.sync", "LDSM": "ldmatrix", "LDGSTS": "cp.async"},
@@ -160,7 +161,9 @@ def module(request, tmp_path_factory):
 def test_attention_spills_no_more_than_its_head_dim_allows(module):
     found = module.spills("attention_kernel")
     assert len(found) == len(module.archs), module.output
-    allowed = SPILL.get(module.spec.head_dim, OTHER_SPILL) if module.spec.family == "sm80" else 0
+    allowed = SM90_SPILL if module.spec.tiles.tile_q == 192 else 0
+    if module.spec.family == "sm80":
+        allowed = SPILL.get(module.spec.head_dim, OTHER_SPILL)
     assert max(map(max, found)) <= allowed, module.output
 
 

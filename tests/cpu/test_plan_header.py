@@ -19,8 +19,9 @@ SOURCE = r"""
 #include "jitgen/plan.cuh"
 
 // What make_plan does, one tile after the other; every row sees every key. Returns the number of tiles.
-extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const jg::PlanShape* shape, int* starts, int* given_out,
-                           int* order) {   // in: tiles of the last groups; out: how many pieces they have
+// `order`: the tiles of the last groups; then how many pieces they have.
+extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const jg::PlanShape* shape, int* starts,
+                           int* given_out, int* order) {
   std::vector<jg::PlanTile> tiles;
   std::vector<int> first_tile;
   std::vector<unsigned> first_line;
@@ -48,7 +49,8 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
     is_even &= jg::is_better_even(tile.count, shape->fixed_cost + cost(tile)) && cost(tile) == cost(tiles[0]);
   unsigned long long beside = 0;
   for (int b = 0; b < batch; ++b)
-    if (q_len[b] > 0 && !jg::tiles_of_request(q_len[b], kv_len[b], *shape)) beside += static_cast<unsigned long long>(shape->beside) * kv_len[b];
+    if (q_len[b] > 0 && !jg::tiles_of_request(q_len[b], kv_len[b], *shape))
+      beside += static_cast<unsigned long long>(shape->beside) * kv_len[b];
   const int wanted = jg::shares_beside(asked, length, beside);
   const int used = jg::shares_in_use(asked, wanted, length, static_cast<int>(tiles.size()) * shape->groups, is_even);
   const jg::Line line = {first_tile.data(), first_line.data(), tiles.data(), batch, static_cast<int>(tiles.size())};
@@ -68,14 +70,16 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
     header.whole_groups = shape->groups - header.tail_groups;
     header.least_units = jg::least_units_of(items, *shape);
     for (int place = 0; place < num_tiles; ++place) {
-      const int at = order[place], wanted = jg::pieces_wanted(cost(tiles[at]), (places - line) * header.tail_groups, header.least_units, *shape);
+      const unsigned rest = (places - line) * header.tail_groups;
+      const int at = order[place], wanted = jg::pieces_wanted(cost(tiles[at]), rest, header.least_units, *shape);
       order[place] = jg::pieces_given(wanted, pieces, header, *shape);
       line += cost(tiles[at]) + shape->fixed_cost;
       pieces += wanted > 1 ? wanted : 0;
     }
     header.pieces = pieces;
   }
-  const int words[5] = {header.whole_groups, header.tail_groups, static_cast<int>(header.places), header.least_units, header.pieces};
+  const int places_of_group = static_cast<int>(header.places);
+  const int words[5] = {header.whole_groups, header.tail_groups, places_of_group, header.least_units, header.pieces};
   for (int i = 0; i < 5; ++i) given_out[i] = words[i];
   return num_tiles;
 }
