@@ -265,6 +265,7 @@ constexpr bool kDescending = kNormReverse;
 constexpr bool kRescaleEarly = kHeadDimV > 128;
 constexpr int kTurnBarrier = 1;   // named barrier: + group
 
+#define JG_TAKE_FN JITGEN_FN
 constexpr int kManyItems = 2;   // for each CTA: from so many on they are given out
 // ---- pieces ----
 // What a launch adds to Args.
@@ -315,7 +316,7 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int number) {
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], header.whole_groups + group, pieces, tiles[place].pieces * header.tail_groups + group * pieces};
 }
-JITGEN_FN Piece take_item(const Args& args, const Launch& launch) {
+JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
   const int items = header->tiles * launch.shape.groups, whole = header->tiles * header->whole_groups;
 #pragma unroll 1

@@ -191,6 +191,7 @@ constexpr unsigned kSharedBytes = kQueryBytes + kNumStages * kStageBytes;
 using Logits = float[kRowTiles][kColTiles][4];
 using Output = float[kRowTiles][kOutTiles][4];
 
+#define JG_TAKE_FN static __device__ __noinline__   // once an item, by one thread: inlined it would spill around it
 constexpr int kManyItems = jg::kNotForMany;   // shares of the line are 2 to 14 % faster on an H100, with 16 items for each CTA
 // ---- pieces ----
 // What a launch adds to Args.
@@ -241,7 +242,7 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int number) {
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], header.whole_groups + group, pieces, tiles[place].pieces * header.tail_groups + group * pieces};
 }
-JITGEN_FN Piece take_item(const Args& args, const Launch& launch) {
+JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
   const int items = header->tiles * launch.shape.groups, whole = header->tiles * header->whole_groups;
 #pragma unroll 1

@@ -185,6 +185,7 @@ constexpr int kSlack = 8;                         // growth of the maximum (expo
 constexpr bool kMaybeEmpty = true;
 constexpr int kSumBarrier = 1, kGroupBarrier = 2;   // named barriers; the second: + group
 
+#define JG_TAKE_FN JITGEN_FN
 constexpr int kManyItems = jg::kNotForMany;       // a CTA's share of the line, always: few items are that long
 // ---- pieces ----
 // What a launch adds to Args.
@@ -237,7 +238,7 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int number) {
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], header.whole_groups + group, pieces, tiles[place].pieces * header.tail_groups + group * pieces};
 }
-JITGEN_FN Piece take_item(const Args& args, const Launch& launch) {
+JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
   const int items = header->tiles * launch.shape.groups, whole = header->tiles * header->whole_groups;
 #pragma unroll 1

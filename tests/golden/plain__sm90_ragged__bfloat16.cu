@@ -129,6 +129,7 @@ constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = false;
 constexpr int kTurnBarrier = 1;   // named barrier: + group
 
+#define JG_TAKE_FN JITGEN_FN
 constexpr int kManyItems = 2;   // for each CTA: from so many on they are given out
 // ---- pieces ----
 // What a launch adds to Args.
@@ -179,7 +180,7 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int number) {
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], header.whole_groups + group, pieces, tiles[place].pieces * header.tail_groups + group * pieces};
 }
-JITGEN_FN Piece take_item(const Args& args, const Launch& launch) {
+JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
   const int items = header->tiles * launch.shape.groups, whole = header->tiles * header->whole_groups;
 #pragma unroll 1
@@ -328,7 +329,7 @@ JITGEN_FN void merge_pieces(const Args& args, const Piece& piece, int first, int
   write_output(args, piece, o, softmax, piece.first_row + thread / 32 * kWarpRows + 16 * row_tile, 8 * first_tile);
 }
 
-__global__ void __launch_bounds__(kRowThreads) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kRowThreads, 1) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
   const jg::PlanHeader& header = *jg::plan_header(args.plan);
   if (takes_items(args)) {
     if (header.pieces == 0) return;
