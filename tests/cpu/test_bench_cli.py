@@ -16,6 +16,8 @@ from jitgen.bench.peers import contenders
 
 CUDA_PEERS = ("sdpa-flash", "sdpa-cudnn", "fa3", "fa4", "flashinfer", "flex")
 
+SUITE_NAMES = "jit, cpu, dense, decode, cascade, sparse, cache, sampling, deploy, variants"
+
 
 @pytest.mark.parametrize(
     ("filters", "kept"),
@@ -45,8 +47,8 @@ def test_words_of_one_filter_and_of_several_count_alike(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no suite given. Name one or more of jit, cpu, dense, decode, cache, sampling, deploy, variants."),
-        (["speed"], "'speed' is not a suite. Use jit, cpu, dense, decode, cache, sampling, deploy, variants."),
+        ([], f"no suite given. Name one or more of {SUITE_NAMES}."),
+        (["speed"], f"'speed' is not a suite. Use {SUITE_NAMES}."),
         (["cpu", "--filter", "hd99"], r"--filter 'hd99' keeps no cell of cpu. Labels look like 'fp32 hd64 "),
         (["cpu", "--peers", "fa9"], "--peers: 'fa9' is not a peer. Use sdpa-flash, "),
         (["dense", "--device", "cpu", "--families", "sm90"], "--families: 'sm90' is not one for cpu. Use auto, cpu."),

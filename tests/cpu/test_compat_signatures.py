@@ -21,7 +21,7 @@ NOT_TAKEN = {
         "metadata cum_seq_lens_q block_tables seq_lens max_q_len query_layout kv_cache_layout lse_mode output_dtype "
         "output_scale scale_mode skip_softmax enable_pdl use_sinks"
     ),
-    "mla.BatchMLAPagedAttentionWrapper.run": "query kv_cache sinks skip_softmax_threshold_scale_factor bmm1_scale bmm2_scale",
+    "mla.BatchMLAPagedAttentionWrapper.run": "query kv_cache skip_softmax_threshold_scale_factor bmm1_scale bmm2_scale",
 }
 
 

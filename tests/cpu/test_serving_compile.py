@@ -76,10 +76,10 @@ def test_operators_pass_the_checks_of_torch():
     plan = batch.plan(causal)
     k, v, lists = batch.pages(16)
     indptr, indices = batch.csr(lists)
-    arguments = (batch.q, k.nan_to_num(), v.nan_to_num(), indices, indptr, plan.handle, 16, None, "NHD", True)
+    arguments = (batch.q, k.nan_to_num(), v.nan_to_num(), indices, indptr, plan.handle, 16, None, "NHD", True, None, None, [])
     torch.library.opcheck(torch.ops.jitgen.paged_attention, arguments)
     ragged = batch.plan(causal, layout="ragged")
-    torch.library.opcheck(torch.ops.jitgen.ragged_attention, (batch.q, *batch.ragged(), ragged.handle, 16, None, True))
+    torch.library.opcheck(torch.ops.jitgen.ragged_attention, (batch.q, *batch.ragged(), ragged.handle, 16, None, True, None, None, []))
 
 
 def test_what_a_graph_cannot_carry_stays_outside_of_it():
