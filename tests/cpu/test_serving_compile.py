@@ -79,7 +79,8 @@ def test_operators_pass_the_checks_of_torch():
     arguments = (batch.q, k.nan_to_num(), v.nan_to_num(), indices, indptr, plan.handle, 16, None, "NHD", True, None, None, [])
     torch.library.opcheck(torch.ops.jitgen.paged_attention, arguments)
     ragged = batch.plan(causal, layout="ragged")
-    torch.library.opcheck(torch.ops.jitgen.ragged_attention, (batch.q, *batch.ragged(), ragged.handle, 16, None, True, None, None, []))
+    arguments = (batch.q, *batch.ragged(), ragged.handle, 16, None, True, None, None, [])
+    torch.library.opcheck(torch.ops.jitgen.ragged_attention, arguments)
 
 
 def test_what_a_graph_cannot_carry_stays_outside_of_it():
