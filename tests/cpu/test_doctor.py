@@ -31,6 +31,7 @@ def by_name(findings) -> dict[str, Finding]:
 def without_cuda(monkeypatch):
     """A machine that has nothing of CUDA, so that a whole report is quick."""
     monkeypatch.setattr(doctor_cuda, "check_cuda", lambda: iter(()))
+    monkeypatch.setenv("COLUMNS", "100")  # workers of pytest-xdist say 80
 
 
 # ---- the whole report -----------------------------------------------------------------------------------------------
