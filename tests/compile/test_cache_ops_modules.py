@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from compiling import compile_source
 from disassembly import disassemble
 
 import jitgen
@@ -63,17 +62,7 @@ def module(request, tmp_path_factory):
     spec, directory = MODULES[name](), tmp_path_factory.mktemp("module")
     spec = RowsSpec(spec.streams, spec.places, cuda_target(arch), spec.slots)
     source = render_rows(spec)
-    for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
-        file = directory / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *spec.target.flags]
-    command += [f"-I{directory / 'include'}", "-cubin", "-o", str(directory / "kernel.cubin"), str(directory / "kernel.cu")]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=toolchain.clean_environment()
-    )
-    assert done.returncode == 0, done.stdout
-    return name, source.text, Path(directory / "kernel.cubin"), done.stdout
+    return name, source.text, *compile_source(source, directory, *spec.target.flags)
 
 
 def test_module_spills_nothing_and_fits_the_register_file(module):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from compiling import code_for, compile_source
 from disassembly import disassemble
 
 import jitgen
 from jitgen import toolchain
 from jitgen.families import cuda_spec
 from jitgen.render import render_kernel
-from jitgen.target import COMMON_FLAGS, cuda_target
+from jitgen.target import cuda_target
 
 ARCHS = ("80", "90")
 MAX_REGISTERS = 255
@@ -99,19 +99,7 @@ def compile_both(make, dtype, head_dim, head_dim_v, directory: Path) -> tuple[ob
     """Compile one module for both architectures: spec, fat binary, what ptxas says."""
     spec = cuda_spec(make().trace().program, dtype, (head_dim, head_dim_v), "sm80", cuda_target("8.0"))
     source = render_kernel(spec)
-    kernel, binary = directory / "kernel.cu", directory / "kernel.fatbin"
-    for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
-        file = directory / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-    command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *COMMON_FLAGS, *targets]
-    command += ["--threads=2", "-Xptxas=-v", f"-I{directory / 'include'}", "-fatbin", "-o", str(binary), str(kernel)]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=toolchain.clean_environment()
-    )
-    assert done.returncode == 0, done.stdout
-    return spec, binary, done.stdout
+    return spec, *compile_source(source, directory, *code_for(*ARCHS), "--threads=2", "-fatbin")
 
 
 def name_of(case) -> str:

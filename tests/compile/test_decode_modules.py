@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from compiling import compile_source
 from disassembly import disassemble
 
 import jitgen
 from jitgen import toolchain
 from jitgen.families import cuda_spec
 from jitgen.render import render_kernel
-from jitgen.target import COMMON_FLAGS, cuda_target
+from jitgen.target import cuda_target
 from jitgen.tiles_decode import SHARED_KIB, decode_tiles
 
 # Bytes a thread may spill: O^T of 128 registers leaves the merge, which runs once per request, short of a few.
@@ -101,19 +101,7 @@ def compile_case(case, directory: Path) -> tuple[object, Path, str]:
     target = cuda_target(arch)
     spec = cuda_spec(make().trace().program, dtype, dims, "decode", target, layout=layout, rows=rows, kv_dtype=kv_dtype)
     source = render_kernel(spec)
-    for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
-        file = directory / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    code = arch.replace(".", "")
-    command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *COMMON_FLAGS]
-    command += [f"-gencode=arch=compute_{code},code=sm_{code}", "-Xptxas=-v", f"-I{directory / 'include'}", "-cubin"]
-    command += ["-o", str(directory / "kernel.cubin"), str(directory / "kernel.cu")]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=toolchain.clean_environment()
-    )
-    assert done.returncode == 0, done.stdout
-    return spec, directory / "kernel.cubin", done.stdout
+    return spec, *compile_source(source, directory, *target.flags)
 
 
 @pytest.fixture(scope="module", params=MODULES, ids=name_of)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiling import compile_source
 from disassembly import disassemble
 from test_sm90_modules import (
     CONSUMER_REGISTERS,
@@ -15,7 +16,6 @@ from test_sm90_modules import (
     causal_only,
     every_hook,
     plain,
-    run,
     soft_cap_window,
 )
 
@@ -25,7 +25,7 @@ from jitgen.ir import walk
 from jitgen.program import Program
 from jitgen.render import render_kernel
 from jitgen.spec import FP8_DTYPE
-from jitgen.target import COMMON_FLAGS, cuda_target
+from jitgen.target import cuda_target
 from jitgen.tiles_fp8 import FP8_HEAD_DIMS
 
 pytestmark = pytest.mark.skipif(
@@ -60,14 +60,7 @@ class Module:
         program = scaled(make) if scales == "scaled" else make().trace().program
         self.spec = cuda_spec(program, FP8_DTYPE, (head_dim, head_dim), "sm90_fp8", cuda_target("9.0a"))
         source = render_kernel(self.spec)
-        for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
-            file = directory / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
-        self.binary = directory / "kernel.cubin"
-        command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *COMMON_FLAGS]
-        command += ["-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", f"-I{directory / 'include'}", "-cubin"]
-        self.output = run([*command, "-o", str(self.binary), str(directory / "kernel.cu")])
+        self.binary, self.output = compile_source(source, directory, *self.spec.target.flags)
         self._sass: dict[str, str] | None = None
 
     @property

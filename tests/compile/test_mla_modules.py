@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
 
 import pytest
 import torch
+from compiling import compile_source
 from disassembly import disassemble
 
 import jitgen
@@ -48,17 +48,7 @@ def module(request, tmp_path_factory):
     program, target = VARIANTS[request.param]().trace().program, cuda_target("9.0a")
     source = render_kernel(cuda_spec(program, "bfloat16", MLA_DIMS, "mla", target, layout="paged"))
     directory = tmp_path_factory.mktemp("module")
-    for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
-        file = directory / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *target.flags]
-    command += [f"-I{directory / 'include'}", "-cubin", "-o", str(directory / "kernel.cubin"), str(directory / "kernel.cu")]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=toolchain.clean_environment()
-    )
-    assert done.returncode == 0, done.stdout
-    return directory / "kernel.cubin", done.stdout
+    return compile_source(source, directory, *target.flags)
 
 
 def test_module_spills_nothing_and_serialises_no_product(module):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from compiling import code_for, compile_source
 from disassembly import disassemble
 
 import jitgen
 from jitgen import toolchain
 from jitgen.families import cuda_spec
 from jitgen.render import render_kernel
-from jitgen.target import COMMON_FLAGS, cuda_target
+from jitgen.target import cuda_target
 
 ARCHS = {"sm80": ("80", "90"), "sm90": ("90a",)}
 # Bytes that a thread of an sm80 module may spill, by head_dim, nearly all of them outside of the loop over keys: at 128 the
@@ -124,23 +124,7 @@ class Module:
         target = cuda_target("9.0a" if family == "sm90" else "8.0")
         self.spec = cuda_spec(make().trace().program, dtype, (head_dim, head_dim_v), family, target, layout=layout)
         source = render_kernel(self.spec)
-        for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
-            file = directory / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
-        self.binary = directory / "kernel.fatbin"
-        command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *COMMON_FLAGS]
-        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
-        command += ["--threads=2", "-Xptxas=-v", f"-I{directory / 'include'}", "-fatbin", "-o", str(self.binary)]
-        done = subprocess.run(
-            [*command, str(directory / "kernel.cu")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=toolchain.clean_environment(),
-        )
-        assert done.returncode == 0, done.stdout
-        self.output = done.stdout
+        self.binary, self.output = compile_source(source, directory, *code_for(*self.archs), "--threads=2", "-fatbin")
 
     def spills(self, kernel: str) -> list[tuple[int, ...]]:
         """Stack frame, spill stores and spill loads of a kernel, for each architecture."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from compiling import compile_source
 from disassembly import disassemble
 
 from jitgen import toolchain
@@ -59,17 +59,7 @@ def compile_module(options: dict, arch: str, directory: Path) -> tuple[SamplingS
         given["program"] = resolve_processors(given["program"]())[0]
     spec = SamplingSpec(target=cuda_target(arch), **given)
     source = render_sampling(spec)
-    for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
-        file = directory / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *spec.target.flags]
-    command += [f"-I{directory / 'include'}", "-cubin", "-o", str(directory / "kernel.cubin"), str(directory / "kernel.cu")]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=toolchain.clean_environment()
-    )
-    assert done.returncode == 0, done.stdout
-    return spec, source.text, directory / "kernel.cubin", done.stdout
+    return spec, source.text, *compile_source(source, directory, *spec.target.flags)
 
 
 @pytest.fixture(scope="module", params=[(name, arch) for name in MODULES for arch in ARCHS], ids="-sm".join)

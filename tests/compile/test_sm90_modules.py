@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from compiling import compile_source
 from disassembly import disassemble
 
 import jitgen
 from jitgen import toolchain
 from jitgen.render import render_kernel
 from jitgen.spec import KernelSpec
-from jitgen.target import COMMON_FLAGS, cuda_target
+from jitgen.target import cuda_target
 from jitgen.tiles_sm90 import sm90_tiles
 
 LAUNCH_REGISTERS = {384: 168, 512: 128, 640: 96}  # 65536 over the threads, rounded down to a multiple of 8
@@ -132,15 +132,7 @@ class Module:
         tiles = sm90_tiles(head_dim, head_dim_v, program, q_len=q_len[0] if q_len else 1 << 20)
         self.spec = KernelSpec("sm90", program, dtype, head_dim, head_dim_v, tiles, cuda_target("9.0a"))
         source = render_kernel(self.spec)
-        for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
-            file = directory / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
-        self.binary = directory / "kernel.cubin"
-        command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *COMMON_FLAGS]
-        command += ["-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", f"-I{directory / 'include'}", "-cubin"]
-        command += ["-o", str(self.binary), str(directory / "kernel.cu")]
-        self.output = run(command)
+        self.binary, self.output = compile_source(source, directory, *self.spec.target.flags)
         self._sass = None
 
     @property
@@ -152,12 +144,6 @@ class Module:
         if self._sass is None:
             self._sass = disassemble(self.binary).splitlines()
         return self._sass
-
-
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env=toolchain.clean_environment(), check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module", params=MODULES, ids=name_of)

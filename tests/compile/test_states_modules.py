@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-import subprocess
 
 import pytest
 import torch
+from compiling import compile_source
 
 import jitgen
 from jitgen import toolchain
 from jitgen.families import cuda_spec
 from jitgen.render import render_kernel
 from jitgen.serving_place import finishing, place
-from jitgen.target import COMMON_FLAGS, cuda_target
+from jitgen.target import cuda_target
 
 pytestmark = pytest.mark.skipif(
     toolchain.find_toolkit() is None or toolchain.find_cxx() is None,
@@ -64,17 +64,7 @@ def test_nothing_spills_and_products_are_not_serialised(family, make, head_dim, 
     arch = {"sm90": "9.0a", "decode": "9.0a"}.get(family, "8.0")
     spec = cuda_spec(program, "bfloat16", (head_dim, head_dim), family, cuda_target(arch), layout=layout)
     source = render_kernel(spec)
-    for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
-        file = tmp_path / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    number = arch.replace(".", "")
-    command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *COMMON_FLAGS]
-    command += [f"-gencode=arch=compute_{number},code=sm_{number}", "-Xptxas=-v", f"-I{tmp_path / 'include'}", "-cubin"]
-    command += ["-o", str(tmp_path / "kernel.cubin"), str(tmp_path / "kernel.cu")]
-    done = subprocess.run(command, capture_output=True, text=True, env=toolchain.clean_environment())
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output
+    _, output = compile_source(source, tmp_path, *spec.target.flags)
     found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", output)
     assert found and max(max(map(int, numbers)) for numbers in found) <= SPILL.get(family, 0), output
     assert not re.findall(r".*C75\d\d.*", output)

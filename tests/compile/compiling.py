@@ -1,0 +1,32 @@
+"""Generated CUDA sources, compiled as the loader does but to device code alone."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from jitgen import toolchain
+from jitgen.target import COMMON_FLAGS
+
+
+def code_for(*archs: str) -> list[str]:
+    """The flags of a CompileTarget, for several architectures such as '90a' at once."""
+    return [*COMMON_FLAGS, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs), "-Xptxas=-v"]
+
+
+def compile_source(source, directory: Path, *options: str) -> tuple[Path, str]:
+    """The binary, a cubin unless ``options`` say -fatbin, and what the compiler says; a source that fails fails the test."""
+    for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
+        file = directory / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    kind = "fatbin" if "-fatbin" in options else "cubin"
+    binary = directory / f"kernel.{kind}"
+    command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *options]
+    command += ["-cubin"] if kind == "cubin" else []
+    command += [f"-I{directory / 'include'}", "-o", str(binary), str(directory / "kernel.cu")]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=toolchain.clean_environment()
+    )
+    assert done.returncode == 0, done.stdout
+    return binary, done.stdout
