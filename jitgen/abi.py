@@ -19,7 +19,8 @@ class ArgField:
     format: str = "q"
 
 
-def _pointer(ctype: str, name: str, comment: str = "") -> ArgField:
+def pointer(ctype: str, name: str, comment: str = "") -> ArgField:
+    """A field that holds an address."""
     return ArgField(f"{ctype}*", name, comment, "P")
 
 
@@ -28,12 +29,12 @@ def _int(name: str, comment: str = "") -> ArgField:
 
 
 DENSE_ARGS: tuple[ArgField, ...] = (
-    _pointer("const void", "q", "[batch, num_q_heads, q_len, head_dim]"),
-    _pointer("const void", "k", "[batch, num_kv_heads, kv_len, head_dim]"),
-    _pointer("const void", "v", "[batch, num_kv_heads, kv_len, head_dim_v]"),
-    _pointer("void", "o", "[batch, num_q_heads, q_len, head_dim_v]"),
-    _pointer("float", "lse", "[batch, num_q_heads, q_len], contiguous; null when not wanted"),
-    _pointer("void", "workspace", "device scratch a family asks for; null otherwise"),
+    pointer("const void", "q", "[batch, num_q_heads, q_len, head_dim]"),
+    pointer("const void", "k", "[batch, num_kv_heads, kv_len, head_dim]"),
+    pointer("const void", "v", "[batch, num_kv_heads, kv_len, head_dim_v]"),
+    pointer("void", "o", "[batch, num_q_heads, q_len, head_dim_v]"),
+    pointer("float", "lse", "[batch, num_q_heads, q_len], contiguous; null when not wanted"),
+    pointer("void", "workspace", "device scratch a family asks for; null otherwise"),
     _int("stream", "CUDA stream"),
     _int("num_threads", "CPU threads; 0: the OpenMP default"),
     _int("batch"),
@@ -47,17 +48,17 @@ DENSE_ARGS: tuple[ArgField, ...] = (
 )
 
 SERVING_ARGS: tuple[ArgField, ...] = (
-    _pointer("const void", "q", "[total_q, num_q_heads, head_dim]: the rows of all requests, one after the other"),
-    _pointer("const void", "k", "ragged [total_kv, num_kv_heads, head_dim]; paged [pages, page_size, num_kv_heads, head_dim]"),
-    _pointer("const void", "v", "as k, with head_dim_v"),
-    _pointer("void", "o", "[total_q, num_q_heads, head_dim_v]"),
-    _pointer("float", "lse", "[total_q, num_q_heads], contiguous; null when not wanted"),
-    _pointer("void", "workspace", "partial results of requests that were cut; null when a family needs none"),
-    _pointer("const void", "plan", "what the planner wrote for these lengths"),
-    _pointer("const int", "q_indptr", "[batch + 1] first row of each request in q"),
-    _pointer("const int", "kv_len", "[batch] keys of each request"),
-    _pointer("const int", "kv_start", "[batch] ragged: first row in k; paged: first of its pages; null: b * page_list_stride"),
-    _pointer("const int", "pages", "page numbers in logical order; null when ragged"),
+    pointer("const void", "q", "[total_q, num_q_heads, head_dim]: the rows of all requests, one after the other"),
+    pointer("const void", "k", "ragged [total_kv, num_kv_heads, head_dim]; paged [pages, page_size, num_kv_heads, head_dim]"),
+    pointer("const void", "v", "as k, with head_dim_v"),
+    pointer("void", "o", "[total_q, num_q_heads, head_dim_v]"),
+    pointer("float", "lse", "[total_q, num_q_heads], contiguous; null when not wanted"),
+    pointer("void", "workspace", "partial results of requests that were cut; null when a family needs none"),
+    pointer("const void", "plan", "what the planner wrote for these lengths"),
+    pointer("const int", "q_indptr", "[batch + 1] first row of each request in q"),
+    pointer("const int", "kv_len", "[batch] keys of each request"),
+    pointer("const int", "kv_start", "[batch] ragged: first row in k; paged: first of its pages; null: b * page_list_stride"),
+    pointer("const int", "pages", "page numbers in logical order; null when ragged"),
     _int("stream", "CUDA stream"),
     _int("num_threads", "CPU threads; 0: the OpenMP default"),
     _int("batch"),
@@ -78,12 +79,12 @@ SERVING_ARGS: tuple[ArgField, ...] = (
 )
 
 # Requests in parts, each of which leaves a state: o and lse are float, and have a row for every row of every part.
-STATES_ARGS = (*SERVING_ARGS, _pointer("const int", "state_row", "[batch] first row of each entry in o and lse"))
+STATES_ARGS = (*SERVING_ARGS, pointer("const int", "state_row", "[batch] first row of each entry in o and lse"))
 
 # Behind the fields of the layout where K and V are stored in 8 bits.
 SCALE_ARGS: tuple[ArgField, ...] = (
-    _pointer("const float", "k_scale", "what a stored key is multiplied by; null: 1"),
-    _pointer("const float", "v_scale", "as k_scale, of a value"),
+    pointer("const float", "k_scale", "what a stored key is multiplied by; null: 1"),
+    pointer("const float", "v_scale", "as k_scale, of a value"),
     *(_int(f"{t}_scale_stride_{axis}", "elements between slots; 0: a slot has none of its own" if axis == "s" else "")
       for t in "kv" for axis in "sh"),
     ArgField("double", "k_factor", "multiplies all of k_scale", "d"),
@@ -91,14 +92,14 @@ SCALE_ARGS: tuple[ArgField, ...] = (
 )  # fmt: skip
 
 MERGE_ARGS: tuple[ArgField, ...] = (
-    _pointer("const float", "states", "[state rows, num_q_heads, head_dim_v], contiguous"),
-    _pointer("const float", "state_lse", "[state rows, num_q_heads], contiguous"),
-    _pointer("void", "o", "[total_q, num_q_heads, head_dim_v]"),
-    _pointer("float", "lse", "[total_q, num_q_heads], contiguous; null when not wanted"),
-    _pointer("const int", "row_state", "[num_levels, level_stride] state of each row of q at each level; negative: none"),
-    _pointer("const int", "row_request", "[total_q] request of each row of q"),
-    _pointer("const int", "q_indptr", "[batch + 1] first row of each request in q"),
-    _pointer("const int", "kv_len", "[batch] keys of each request, at all levels"),
+    pointer("const float", "states", "[state rows, num_q_heads, head_dim_v], contiguous"),
+    pointer("const float", "state_lse", "[state rows, num_q_heads], contiguous"),
+    pointer("void", "o", "[total_q, num_q_heads, head_dim_v]"),
+    pointer("float", "lse", "[total_q, num_q_heads], contiguous; null when not wanted"),
+    pointer("const int", "row_state", "[num_levels, level_stride] state of each row of q at each level; negative: none"),
+    pointer("const int", "row_request", "[total_q] request of each row of q"),
+    pointer("const int", "q_indptr", "[batch + 1] first row of each request in q"),
+    pointer("const int", "kv_len", "[batch] keys of each request, at all levels"),
     _int("stream", "CUDA stream"),
     _int("num_threads", "CPU threads; 0: the OpenMP default"),
     _int("batch"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -350,3 +351,30 @@ def with_slots(program: Program, found: Sequence[Capture]) -> tuple[Program, lis
     return Program(
         new(program.score), new(program.mask), new(program.sink), norm, new(program.output), new(program.lse), slots
     ), used
+
+
+# ---- functions that are no hooks of a variant: logit processors, transforms of appended rows --------------------------
+
+
+def trace_key(function: Any) -> object:
+    """What tells sets of traces apart: the code of a function, the type of anything else."""
+    if isinstance(function, functools.partial):
+        return (functools.partial, trace_key(function.func))
+    return function.__code__ if isinstance(function, FunctionType) else type(function)
+
+
+def check_parameters(what: str, function: Any, parameters: Sequence[str]) -> None:
+    """``function`` takes these positional parameters and no context.
+
+    Errors:  VariantError.
+    """
+    listed = ", ".join(parameters)
+    if not callable(function):
+        raise VariantError(f"{what} is {function!r} of type {type(function).__name__}, expected a function ({listed}).")
+    found = signature_of(function)
+    if not found.required <= len(parameters) <= found.accepted or found.context:
+        raise VariantError(
+            f"{what} '{name_of(function)}' takes {found.required} positional parameters"
+            f"{' and keyword-only ' + found.context[0] if found.context else ''}, expected {len(parameters)}: ({listed}). "
+            "Capture what else it needs."
+        )

@@ -6,15 +6,13 @@ The tracer is that of attention variants. ``k`` and ``v`` stand for an element o
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from jitgen import ir
 from jitgen.errors import UnsupportedVariant, VariantError
 from jitgen.guards import Path
-from jitgen.hooks import HookTracer, code_of, converted, name_of, signature_of, with_slots
+from jitgen.hooks import HookTracer, check_parameters, code_of, converted, name_of, trace_key, with_slots
 from jitgen.ir import Expr, walk
 from jitgen.location import definition_of, refuse
 from jitgen.program import Program, Slot
@@ -64,7 +62,7 @@ def resolve_transform(transform: Transform | None) -> tuple[TransformTrace, list
     """
     if transform is None:
         return NO_TRANSFORM, []
-    key = _identity(transform)
+    key = trace_key(transform)
     for trace in _traces.get(key, ()):
         values = trace.check(transform, {})
         if values is not None:
@@ -80,31 +78,9 @@ def resolve_transform(transform: Transform | None) -> tuple[TransformTrace, list
     return trace, values
 
 
-def _identity(transform: Any) -> object:
-    """What tells sets of traces apart: the code of a function, the type of anything else."""
-    if isinstance(transform, functools.partial):
-        return (functools.partial, _identity(transform.func))
-    return transform.__code__ if isinstance(transform, types.FunctionType) else type(transform)
-
-
-def check_transform(transform: Any) -> None:
-    """A transform is a function of five positional parameters."""
-    if not callable(transform):
-        raise VariantError(
-            f"transform is {transform!r} of type {type(transform).__name__}, expected a function ({', '.join(PARAMETERS)})."
-        )
-    found = signature_of(transform)
-    if not found.required <= len(PARAMETERS) <= found.accepted or found.context:
-        raise VariantError(
-            f"transform '{name_of(transform)}' takes {found.required} positional parameters"
-            f"{' and keyword-only ' + found.context[0] if found.context else ''}, expected 5: ({', '.join(PARAMETERS)}). "
-            "Capture what else it needs."
-        )
-
-
 def trace_transform(transform: Transform) -> TransformTrace:
     """Trace a transform, once for each of the two rows."""
-    check_transform(transform)
+    check_parameters("transform", transform, PARAMETERS)
     with trace_lock:
         tracing = HookTracer({})
         tracing.tracer.row_axis = "d"

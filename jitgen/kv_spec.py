@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from jitgen.abi import ArgField, pack_format
+from jitgen.abi import ArgField, pack_format, pointer
 from jitgen.ir import Expr, _attr_bytes
 from jitgen.program import Slot
 from jitgen.records import record
@@ -28,18 +28,14 @@ PLACES = {"rows": "kRows", "slots": "kSlots", "pages": "kPages"}
 SCALES = {"": "kNone", "given": "kGiven", "stored": "kStored"}
 
 
-def _pointer(ctype: str, name: str, comment: str = "") -> ArgField:
-    return ArgField(f"{ctype}*", name, comment, "P")
-
-
 TOKEN_ARGS: tuple[ArgField, ...] = (
-    _pointer("const void", "positions", "[num_tokens] position of each token; may be null"),
-    _pointer("const void", "batch_indices", "[num_tokens] request of each token; may be null"),
-    _pointer("const void", "slot_mapping", "[num_tokens] page * page_size + offset; null unless places are slots"),
-    _pointer("const int", "q_indptr", "[batch + 1] first token of each request, in place of positions and batch_indices"),
-    _pointer("const int", "lengths", "[batch] with q_indptr: position of the first token, or of the one after the last"),
-    _pointer("const int", "list_start", "[batch + 1] first entry of each request in pages; null: b * list_stride"),
-    _pointer("const int", "pages", "page numbers in logical order"),
+    pointer("const void", "positions", "[num_tokens] position of each token; may be null"),
+    pointer("const void", "batch_indices", "[num_tokens] request of each token; may be null"),
+    pointer("const void", "slot_mapping", "[num_tokens] page * page_size + offset; null unless places are slots"),
+    pointer("const int", "q_indptr", "[batch + 1] first token of each request, in place of positions and batch_indices"),
+    pointer("const int", "lengths", "[batch] with q_indptr: position of the first token, or of the one after the last"),
+    pointer("const int", "list_start", "[batch + 1] first entry of each request in pages; null: b * list_stride"),
+    pointer("const int", "pages", "page numbers in logical order"),
     ArgField("int64_t", "wide", "which indices are int64: 1 positions, 2 batch_indices, 4 slot_mapping"),
     ArgField("int64_t", "from_end", "1: lengths count from the end of a request's tokens"),
     ArgField("int64_t", "num_tokens"),
@@ -56,9 +52,9 @@ TOKEN_ARGS: tuple[ArgField, ...] = (
 def stream_args(name: str) -> tuple[ArgField, ...]:
     """The launch arguments of one stream of rows."""
     return (
-        _pointer("const void", name, "[num_tokens, heads, head_dim]"),
-        _pointer("void", f"{name}_out"),
-        _pointer("float", f"{name}_scale", "divides what is written: per head, or per slot and head; null: scale_value"),
+        pointer("const void", name, "[num_tokens, heads, head_dim]"),
+        pointer("void", f"{name}_out"),
+        pointer("float", f"{name}_scale", "divides what is written: per head, or per slot and head; null: scale_value"),
         ArgField("double", f"{name}_scale_value", format="d"),
         *(ArgField("int64_t", f"{name}_{n}") for n in ("heads", "heads_per_unit", "blocks", "stride_t", "stride_h")),
         *(ArgField("int64_t", f"{name}_out_stride_{n}") for n in "psh"),
@@ -154,7 +150,7 @@ class RowsSpec:
             found += stream_args(s.name)
         for r in self.rotations:
             if r.table:
-                found.append(_pointer("const void", f"table{r.number}", "[rows, rotary_dim]: cosines, then sines"))
+                found.append(pointer("const void", f"table{r.number}", "[rows, rotary_dim]: cosines, then sines"))
                 found += [ArgField("int64_t", f"table{r.number}_rows"), ArgField("int64_t", f"table{r.number}_stride")]
             else:
                 pairs = r.rotary_dim // 2

@@ -6,8 +6,6 @@ control flow. Captured values are launch arguments, so a new penalty or another 
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +17,7 @@ from jitgen.emit_lower import Block, Lowering, Unit
 from jitgen.emit_split import split_floats
 from jitgen.errors import VariantError
 from jitgen.guards import Path
-from jitgen.hooks import HookTracer, code_of, converted, name_of, signature_of, with_slots
+from jitgen.hooks import HookTracer, check_parameters, code_of, converted, name_of, trace_key, with_slots
 from jitgen.ir import Expr
 from jitgen.program import Program
 from jitgen.sampling_spec import NO_PROCESSOR
@@ -64,7 +62,7 @@ def resolve_processors(processors: Sequence[Processor]) -> tuple[Program, list[o
     """
     if not processors:
         return NO_PROCESSOR, []
-    key = tuple(_identity(p) for p in processors)
+    key = tuple(trace_key(p) for p in processors)
     for trace in _traces.get(key, ()):
         values = trace.check(*processors, {})
         if values is not None:
@@ -80,30 +78,6 @@ def resolve_processors(processors: Sequence[Processor]) -> tuple[Program, list[o
     return trace.program, values
 
 
-def _identity(processor: Any) -> object:
-    """What tells sets of traces apart: the code of a function, the type of anything else."""
-    if isinstance(processor, functools.partial):
-        return (functools.partial, _identity(processor.func))
-    if isinstance(processor, types.FunctionType):
-        return processor.__code__
-    return type(processor)
-
-
-def check_processor(processor: Any) -> None:
-    """A processor is a function of three positional parameters."""
-    if not callable(processor):
-        raise VariantError(
-            f"processor is {processor!r} of type {type(processor).__name__}, expected a function ({', '.join(PARAMETERS)})."
-        )
-    found = signature_of(processor)
-    if not found.required <= len(PARAMETERS) <= found.accepted or found.context:
-        raise VariantError(
-            f"processor '{name_of(processor)}' takes {found.required} positional parameters"
-            f"{' and keyword-only ' + found.context[0] if found.context else ''}, expected 3: ({', '.join(PARAMETERS)}). "
-            "Capture what else it needs."
-        )
-
-
 def trace_processors(processors: Sequence[Processor]) -> ProcessorTrace:
     """Trace processors, each on what the one before it returned."""
     with trace_lock:
@@ -111,7 +85,7 @@ def trace_processors(processors: Sequence[Processor]) -> ProcessorTrace:
         names = [f"p{i}" for i in range(len(processors))]
         logit = ir.index(_LOGIT)
         for name, processor in zip(names, processors, strict=True):
-            check_processor(processor)
+            check_parameters("processor", processor, PARAMETERS)
             logit = _trace_one(tracing, processor, Path(None, "root", name), logit)
         program, used = with_slots(Program(score=logit), tracing.captures.found)
         check = tracing.tracer.guards.compile((*names, "bound"), [c.path for c in used], tracing.tracer.scalar_paths)

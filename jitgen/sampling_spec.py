@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from jitgen.abi import ArgField, pack_format
+from jitgen.abi import ArgField, pack_format, pointer
 from jitgen.ir import _attr_bytes
 from jitgen.program import Program
 from jitgen.target import CompileTarget
@@ -31,23 +31,19 @@ NO_PROCESSOR = Program()
 _COPIED = ("op", "dtype", "out_dtype", "from_probs", "has_top_k", "has_top_p", "has_min_p", "top_k_first")
 
 
-def _pointer(ctype: str, name: str, comment: str = "") -> ArgField:
-    return ArgField(f"{ctype}*", name, comment, "P")
-
-
 def _pair(ctype: str, name: str, comment: str) -> tuple[ArgField, ArgField]:
     """A parameter given per row or, where the pointer is null, once for all rows."""
     is_float = ctype.endswith("float")
     number = ArgField("double" if is_float else "int64_t", f"{name}_value", format="d" if is_float else "q")
-    return _pointer(ctype, name, comment), number
+    return pointer(ctype, name, comment), number
 
 
 ROW_ARGS: tuple[ArgField, ...] = (
-    _pointer("const void", "x", "[rows, vocab]: logits or probabilities"),
-    _pointer("void", "out", "[batch]: tokens, or [batch, vocab]: values"),
-    _pointer("unsigned char", "status", "[batch]: why a row has no token; may be null"),
-    _pointer("bool", "valid", "[batch]: whether a row has a token; may be null"),
-    _pointer("const int", "indices", "[batch]: row of x for each row of the output; null: the same"),
+    pointer("const void", "x", "[rows, vocab]: logits or probabilities"),
+    pointer("void", "out", "[batch]: tokens, or [batch, vocab]: values"),
+    pointer("unsigned char", "status", "[batch]: why a row has no token; may be null"),
+    pointer("bool", "valid", "[batch]: whether a row has a token; may be null"),
+    pointer("const int", "indices", "[batch]: row of x for each row of the output; null: the same"),
     *_pair("const float", "temperature", "[batch]"),
     *_pair("const int", "top_k", "[batch]"),
     *_pair("const float", "top_p", "[batch]"),
@@ -68,15 +64,15 @@ ROW_ARGS: tuple[ArgField, ...] = (
 )
 
 VERIFY_ARGS: tuple[ArgField, ...] = (
-    _pointer("const void", "draft_probs", "[batch, num_draft, vocab]; null: the draft is certain of its tokens"),
-    _pointer("const void", "target_probs", "[batch, num_draft + 1, vocab]: after the context, then after each draft token"),
-    _pointer("const int", "draft_ids", "[batch, num_draft]"),
-    _pointer("const int", "parents", "[batch, num_draft]: draft token before each, -1: the context; null: a chain"),
-    _pointer("int", "ids", "[batch, num_draft + 1]: tokens, then -1"),
-    _pointer("int", "path", "[batch, num_draft]: the accepted draft tokens by number, then -1"),
-    _pointer("int", "accepted", "[batch]: draft tokens that pass, each by itself"),
-    _pointer("int", "emitted", "[batch]: draft tokens among ids"),
-    _pointer("unsigned char", "status", "[batch]: why a row has no last token; may be null"),
+    pointer("const void", "draft_probs", "[batch, num_draft, vocab]; null: the draft is certain of its tokens"),
+    pointer("const void", "target_probs", "[batch, num_draft + 1, vocab]: after the context, then after each draft token"),
+    pointer("const int", "draft_ids", "[batch, num_draft]"),
+    pointer("const int", "parents", "[batch, num_draft]: draft token before each, -1: the context; null: a chain"),
+    pointer("int", "ids", "[batch, num_draft + 1]: tokens, then -1"),
+    pointer("int", "path", "[batch, num_draft]: the accepted draft tokens by number, then -1"),
+    pointer("int", "accepted", "[batch]: draft tokens that pass, each by itself"),
+    pointer("int", "emitted", "[batch]: draft tokens among ids"),
+    pointer("unsigned char", "status", "[batch]: why a row has no last token; may be null"),
     *_pair("const int64_t", "seed", "[batch]"),
     *_pair("int64_t", "offset", "[batch]: first position of the stream"),
     ArgField("int64_t", "advance", "1: add kDrawsPerCall to the offsets"),

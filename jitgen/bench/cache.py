@@ -7,12 +7,14 @@ wrote was found equal to float64, but for the rounding of its type.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from jitgen.bench.config import BenchConfig
-from jitgen.bench.method import Call, Samples, TimeLimit, interleave, synchronize, time_limit
+from jitgen.bench.contest import time_right
+from jitgen.bench.method import Call, Samples
 from jitgen.bench.report import SuiteReport, Table
 
 HEADS, DIM, PAGE_SIZE = 8, 128, 16
@@ -198,30 +200,9 @@ def check(cell: CacheCell, data: Data, output: Any) -> str:
 
 def measure(cell: CacheCell, config: BenchConfig) -> tuple[dict[str, Samples], dict[str, str]]:
     """Times of the contenders whose output is right, and why the others have none."""
-    data, timer = make_data(cell, config), config.timer()
-    calls: dict[str, Call] = {}
-    absent: dict[str, str] = {}
-    for name in CONTENDERS:
-        if name != "copy" and not config.keeps_peer(name):
-            continue
-        try:
-            with time_limit(config.first_call_limit()):
-                call = PREPARE[name](cell, data)
-                output = call()
-                synchronize(config.device)
-            reason = "" if name == "copy" else check(cell, data, output)
-            if reason:
-                absent[name] = reason
-                continue
-            timer.warm_up(call)
-            calls[name] = timer.adapt(call)
-        except ImportError as error:
-            absent[name] = f"not installed ({error})"
-        except (Exception, TimeLimit) as error:
-            absent[name] = f"{type(error).__name__}: {error}"
-    found = interleave(calls, timer, config.budget(), config.seed)
-    absent |= {name: f"failed: {value}" for name, value in found.items() if isinstance(value, Exception)}
-    return {name: value for name, value in found.items() if isinstance(value, Samples)}, absent
+    data = make_data(cell, config)
+    kept = {name: partial(PREPARE[name], cell, data) for name in CONTENDERS if name == "copy" or config.keeps_peer(name)}
+    return time_right(kept, lambda name, output: "" if name == "copy" else check(cell, data, output), config)
 
 
 def run(config: BenchConfig) -> list[SuiteReport]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from jitgen.bench.check import Checker, poison
 from jitgen.bench.config import BenchConfig
@@ -120,3 +121,34 @@ def one_line(error: object) -> str:
     text = " ".join(str(error).split("\n")[0].split())
     shown = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return shown if len(shown) <= REASON_COLUMNS else shown[: REASON_COLUMNS - 3] + "..."
+
+
+def time_right(
+    contenders: Mapping[str, Callable[[], Callable[[], Any]]], check: Callable[[str, Any], str], config: BenchConfig
+) -> tuple[dict[str, Samples], dict[str, str]]:
+    """Times of the contenders whose output is right, and why the others have none.
+
+    Each is prepared, and gives the call; ``check`` says what is wrong about a contender's output, or nothing.
+    """
+    timer = config.timer()
+    calls: dict[str, Call] = {}
+    absent: dict[str, str] = {}
+    for name, prepare in contenders.items():
+        try:
+            with time_limit(config.first_call_limit()):
+                call = prepare()
+                output = call()
+                synchronize(config.device)
+            reason = check(name, output)
+            if reason:
+                absent[name] = reason
+                continue
+            timer.warm_up(call)
+            calls[name] = timer.adapt(call)
+        except ImportError as error:
+            absent[name] = f"not installed ({error})"
+        except (Exception, TimeLimit) as error:
+            absent[name] = f"{type(error).__name__}: {error}"
+    found = interleave(calls, timer, config.budget(), config.seed)
+    absent |= {name: f"failed: {value}" for name, value in found.items() if isinstance(value, Exception)}
+    return {name: value for name, value in found.items() if isinstance(value, Samples)}, absent

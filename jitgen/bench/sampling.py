@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from jitgen.bench.config import BenchConfig
-from jitgen.bench.method import Call, Samples, TimeLimit, interleave, synchronize, time_limit
+from jitgen.bench.contest import time_right
+from jitgen.bench.method import Call, Samples
 from jitgen.bench.report import SuiteReport, Table
 
 VOCAB = 128_256
@@ -179,30 +181,9 @@ def make_rows(cell: SamplingCell, config: BenchConfig) -> torch.Tensor:
 
 def measure(cell: SamplingCell, config: BenchConfig) -> tuple[dict[str, Samples], dict[str, str]]:
     """Times of the contenders whose output is right, and why the others have none."""
-    x, timer = make_rows(cell, config), config.timer()
-    calls: dict[str, Call] = {}
-    absent: dict[str, str] = {}
-    for name in CONTENDERS:
-        if not config.keeps_peer(name):
-            continue
-        try:
-            with time_limit(config.first_call_limit()):
-                call = PREPARE[name](cell, x)
-                output = call()
-                synchronize(config.device)
-            reason = check(cell, x, output)  # type: ignore[arg-type]
-            if reason:
-                absent[name] = reason
-                continue
-            timer.warm_up(call)
-            calls[name] = timer.adapt(call)
-        except ImportError as error:
-            absent[name] = f"not installed ({error})"
-        except (Exception, TimeLimit) as error:
-            absent[name] = f"{type(error).__name__}: {error}"
-    found = interleave(calls, timer, config.budget(), config.seed)
-    absent |= {name: f"failed: {value}" for name, value in found.items() if isinstance(value, Exception)}
-    return {name: value for name, value in found.items() if isinstance(value, Samples)}, absent
+    x = make_rows(cell, config)
+    kept = {name: partial(PREPARE[name], cell, x) for name in CONTENDERS if config.keeps_peer(name)}
+    return time_right(kept, lambda name, output: check(cell, x, output), config)
 
 
 def run(config: BenchConfig) -> list[SuiteReport]:
