@@ -557,8 +557,8 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       const int kinds = step & 0xff & ((1 << 2 * groups) - 1);
       return (piece.first_key + kv_tile(step >> jg::kStepShift, piece.num_tiles) * kTileKv) / 16 << jg::kStepShift | kinds;
     };
-    // A warp issues its boxes one after another, not each lane its own: that is a loop over lanes in machine code, at 100 cycles
-    // a box.
+    // A warp issues its boxes one after another, not each lane its own: that is a loop over lanes in machine code, and causal
+    // prefill of 16k was 4 to 9 % slower with pages of 16, and more with smaller ones.
     const auto load_tile = [&](const jg::Operand& map, unsigned dst, int span_bytes, int num_spans, unsigned barrier, int step, int page) {
       const int row = static_cast<int>(piece.kv_start) + key_of(step);
 #pragma unroll 1

@@ -443,8 +443,8 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       const int key = key_of(step) + lane * box_keys;
       return key < kv_len && lane * box_keys < kTileKv ? args.pages[piece.kv_start + launch.page_size.divide(key)] : static_cast<int>(args.num_pages);
     };
-    // A warp issues its boxes one after another, not each lane its own: that is a loop over lanes in machine code, at 100 cycles
-    // a box.
+    // A warp issues its boxes one after another, not each lane its own: that is a loop over lanes in machine code, and causal
+    // prefill of 16k was 4 to 9 % slower with pages of 16, and more with smaller ones.
     const auto load_tile = [&](const jg::Operand& map, unsigned dst, int span_bytes, int num_spans, unsigned barrier, int step, int page) {
       const int key = key_of(step) + lane * box_keys;
       const int row = key - launch.page_size.divide(key) * static_cast<int>(launch.page_size.value);

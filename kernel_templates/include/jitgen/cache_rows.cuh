@@ -35,13 +35,6 @@ template <class T, int kVec> struct Chunk {
   JITGEN_FN void store(T* p) const { *reinterpret_cast<Word*>(p) = word; }
 };
 
-JITGEN_FN float widen(float x) { return x; }
-JITGEN_FN float widen(bf16_16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
-JITGEN_FN float widen(half16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
-
-JITGEN_FN void round_to(float x, float& y) { y = x; }
-JITGEN_FN void round_to(float x, bf16_16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-JITGEN_FN void round_to(float x, half16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 JITGEN_FN void round_to(float x, int8& y) {
   int rounded;   // NaN becomes 0
   asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(rounded) : "f"(x));

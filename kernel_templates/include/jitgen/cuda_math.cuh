@@ -144,6 +144,14 @@ template <bool kPaired, class T> JITGEN_FN Pair<T> load_pair(const T* p, int fir
 JITGEN_FN long long clamp_index(long long i, long long size) { return i < 0 ? 0 : (i < size ? i : size - 1); }
 JITGEN_FN long long wrap_index(long long i, long long size) { return i < 0 ? i + size : i; }
 
+// ---- elements to and from float ----
+JITGEN_FN float widen(float x) { return x; }
+JITGEN_FN float widen(bf16_16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+JITGEN_FN float widen(half16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
+JITGEN_FN void round_to(float x, float& y) { y = x; }
+JITGEN_FN void round_to(float x, bf16_16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+JITGEN_FN void round_to(float x, half16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+
 // ---- hardware approximations ----
 JITGEN_FN float exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 JITGEN_FN float log2(float x) { float y; asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }

@@ -223,7 +223,8 @@ JITGEN_PLAN_FN int tail_groups_of(unsigned places, int most_cost, const PlanShap
 }
 // Results of pieces that wait to be joined, at most.
 JITGEN_PLAN_FN long long tail_slots(int shares) { return kTailPieces * static_cast<long long>(shares); }
-// A piece costs about as much as four units more than its own, and the fewer items there are, the more of them are cut.
+// A piece is taken to cost four units more than its own: simulated schedules then rank as measured ones did. The fewer items
+// there are, the more of them are cut.
 JITGEN_PLAN_FN int least_units_of(long long items, const PlanShape& shape) {
   if (shape.least_piece == kNeverCut) return kNeverCut;
   return items >= 4ll * shape.shares ? 24 : 48;

@@ -12,13 +12,6 @@ using float16 = half16;
 
 template <class T> struct Group { static constexpr int kSize = 16 / sizeof(T); };
 
-JITGEN_FN float widen(float x) { return x; }
-JITGEN_FN float widen(bf16_16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
-JITGEN_FN float widen(half16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
-JITGEN_FN void round_to(float x, float& y) { y = x; }
-JITGEN_FN void round_to(float x, bf16_16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-JITGEN_FN void round_to(float x, half16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-
 template <class T> union alignas(16) Packet { T values[Group<T>::kSize]; uint4 words; };
 
 JITGEN_FN bool is_aligned(const void* row) { return reinterpret_cast<unsigned long long>(row) % 16 == 0; }

@@ -8,17 +8,6 @@
 
 namespace jg {
 
-// P of one step of 16 keys as an A operand: the accumulators of S are already in its order, so it needs no shuffle.
-template <class Element, int kRowTiles, int kColTiles>
-JITGEN_FN void pack_weights(unsigned (&a)[kRowTiles][4], const float (&p)[kRowTiles][kColTiles][4], int step) {
-#pragma unroll
-  for (int i = 0; i < kRowTiles; ++i) {
-    a[i][0] = Element::pack(p[i][2 * step][0], p[i][2 * step][1]);
-    a[i][1] = Element::pack(p[i][2 * step][2], p[i][2 * step][3]);
-    a[i][2] = Element::pack(p[i][2 * step + 1][0], p[i][2 * step + 1][1]);
-    a[i][3] = Element::pack(p[i][2 * step + 1][2], p[i][2 * step + 1][3]);
-  }
-}
 // O += P V of one step. `v_address` is this lane's a-fragment address in the first of the 16 rows of V, at the first column
 // of O (the transposing load turns it into a B operand).
 template <class Element, int kHeadDimV, int kRowTiles, int kOutTiles>

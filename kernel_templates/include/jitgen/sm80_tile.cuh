@@ -118,21 +118,26 @@ JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragm
   }
 }
 
-// O += P V. The accumulators of S are already in the order of an A operand, so P needs no shuffle.
-// `v_address` is this lane's a-fragment address in the V tile (the transposing load turns it into a B operand).
+// P of one step of 16 keys as an A operand: the accumulators of S are already in its order, so it needs no shuffle.
+template <class Element, int kRowTiles, int kColTiles>
+JITGEN_FN void pack_weights(unsigned (&a)[kRowTiles][4], const float (&p)[kRowTiles][kColTiles][4], int step) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+    a[i][0] = Element::pack(p[i][2 * step][0], p[i][2 * step][1]);
+    a[i][1] = Element::pack(p[i][2 * step][2], p[i][2 * step][3]);
+    a[i][2] = Element::pack(p[i][2 * step + 1][0], p[i][2 * step + 1][1]);
+    a[i][3] = Element::pack(p[i][2 * step + 1][2], p[i][2 * step + 1][3]);
+  }
+}
+
+// O += P V. `v_address` is this lane's a-fragment address in the V tile (the transposing load turns it into a B operand).
 template <class Element, int kHeadDimV, int kRowTiles, int kColTiles, int kOutTiles>
 JITGEN_FN void multiply_pv(float (&o)[kRowTiles][kOutTiles][4], const float (&p)[kRowTiles][kColTiles][4], unsigned v_address) {
   using Tile = SwizzledTile<kHeadDimV>;
 #pragma unroll
   for (int step = 0; step < kColTiles / 2; ++step) {
     unsigned a[kRowTiles][4];
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-      a[i][0] = Element::pack(p[i][2 * step][0], p[i][2 * step][1]);
-      a[i][1] = Element::pack(p[i][2 * step][2], p[i][2 * step][3]);
-      a[i][2] = Element::pack(p[i][2 * step + 1][0], p[i][2 * step + 1][1]);
-      a[i][3] = Element::pack(p[i][2 * step + 1][2], p[i][2 * step + 1][3]);
-    }
+    pack_weights<Element>(a, p, step);
 #pragma unroll
     for (int j = 0; j < kOutTiles; j += 2) {
       unsigned b[4];
