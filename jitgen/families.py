@@ -111,7 +111,7 @@ def cuda_spec(
     elif family == "decode":
         tiles = decode_tiles(*head_dims, program, target, rows, 1 if kv_dtype else 2)
     elif family == "sm90_fp8":
-        tiles = fp8_tiles(*head_dims, program, q_len=q_len)
+        tiles = fp8_tiles(*head_dims, program)
         out_dtype = out_dtype or "bfloat16"
     elif family == "merge":
         tiles = Tiles(0, 0)

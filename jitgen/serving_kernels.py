@@ -61,9 +61,7 @@ class KernelClass:
         if index != torch._C._cuda_getDevice():
             with torch.cuda.device(index):
                 return self.launch_planner(plan, values)
-        own = pack_own(0, 0, 0, 0, 0, *self.addresses, *plan.lengths, _address(plan.kv_start), 0, stream_of(plan.device), 0,
-                       plan.batch, plan.num_q_heads, plan.num_kv_heads, plan.room[1], 0, 0, 0)  # fmt: skip
-        code = self.start_planner(own + self.fixed(plan, self.overlaps) + self.kernel.pack_tail(kernel_words(plan, values)))
+        code = self.start_planner(self.pack(plan, values, plan.batch, plan.room[1]))
         if code:
             self.kernel.raise_error(code)
 
@@ -82,17 +80,12 @@ class KernelClass:
 
         ``room`` stands for the workspace and its rows for the CTAs, as jitgen_pieces of the CPU kernel wants them.
         """
-        kernel = self.kernel
-        workspace, num_ctas = (self.workspace, self.num_ctas) if room is None else (room, room.shape[0])
-        lengths = (_address(plan.q_indptr), _address(plan.kv_len), _address(plan.kv_start), 0)
-        is_local = plan.q_index == "local" or plan.segments is not None
-        numbers = (batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, 0, 0, is_local, num_ctas,
-                   self.class_rows, split_number(plan), 0, 1.0, *([0] * NUM_STRIDES))  # fmt: skip
-        return kernel.pack(
-            0, 0, 0, 0, 0, _address(workspace), _address(self.plan), *lengths, stream_of(plan.device),
-            torch.get_num_threads() if plan.device.type == "cpu" else 0, *numbers,
-            *kernel_words(plan, values),
-        )  # fmt: skip
+        c = self if room is None else replace(self, workspace=room, num_ctas=room.shape[0])
+        threads = torch.get_num_threads() if plan.device.type == "cpu" else 0
+        own = pack_own(0, 0, 0, 0, 0, _address(c.workspace), _address(c.plan), _address(plan.q_indptr), _address(plan.kv_len),
+                       _address(plan.kv_start), 0, stream_of(plan.device), threads,
+                       batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, 0, 0)  # fmt: skip
+        return own + c.fixed(plan, c.overlaps) + c.kernel.pack_tail(kernel_words(plan, values))
 
 
 def kernel_words(plan: Plan, values: list[object]) -> list[object]:

@@ -18,7 +18,7 @@ TILES = {
 }
 
 
-def fp8_tiles(head_dim: int, head_dim_v: int, program: Program | None = None, *, q_len: int = 1 << 20) -> Tiles:
+def fp8_tiles(head_dim: int, head_dim_v: int, program: Program | None = None) -> Tiles:
     """Tiles of a kernel for one head dim of Q, K and V; ``program`` None: without hooks."""
     assert head_dim == head_dim_v, "padded_head_dims makes them equal"
     tile_q, tile_kv, num_stages = TILES[head_dim][0 if program is None else hook_weight(program)]
