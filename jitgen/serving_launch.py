@@ -81,6 +81,7 @@ class RecentCall:
     version: int  # of the plan: lengths are those of this update
     table: object  # what the call was given as page table, if it may be taken for ``lists`` again; None for ragged keys
     lists: PageTable | Cascade | None
+    lists_at: tuple[int, int] | None  # the fields kv_start and pages; None where each call makes them anew
     blocks: Blocks  # none where there is nothing to do
 
 
@@ -223,7 +224,7 @@ def _launch(
         q = _aligned(q, k | v, out)
         q_at = q.data_ptr()
     stream = stream_of(index)
-    last = blocks[0][0].pack_tail(tail)
+    last = blocks[0][0].pack_tail(tail) if tail else b""
     beside = None if plan.segments is None or len(blocks) < 2 else plan.segments.beside
     on = stream if beside is None else beside.fork()
     for kernel, memory, rest in blocks if beside is None else blocks[::-1]:  # the prefill kernel first
