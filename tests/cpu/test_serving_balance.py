@@ -245,11 +245,20 @@ def test_explain_needs_lengths():
 
 
 def test_shares_are_left_to_a_kernel_beside():
-    shape = PlanShape(128, 128, 4, 8, 4, 33, NEVER_CUT, 1, 2, 8, 0, 132, 0, 40)
+    shape = PlanShape(128, 128, 4, 8, 4, 33, NEVER_CUT, 1, 2, 8, 0, 132, beside_key=40 << 10)
     record = made([(64, 32768)] + [(1, 256)] * 64, shape)
     assert record.used == 112
     assert made([(64, 32768)], shape).used == 128
     assert made([(128, 32768)] + [(1, 128)] * 128, shape).used == 128  # 122 are wanted, 32 items are to be cut alike
+
+
+def test_decode_beside_a_prefill_ends_with_it_or_keeps_memory_busy():
+    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 0, 0, 1, 0, 132, beside_row=163, least_shares=55)
+    decodes = [(1, 4096)] * 64
+    assert made(decodes, shape).used == 132
+    assert made([(4096, 4096), (4096, 4096), *decodes], shape).used == 58
+    assert made([(512, 4096), *decodes], shape).used in range(121, 125)
+    assert made([(4096, 4096)] * 8 + decodes, shape).used == 55
 
 
 def test_tiles_of_a_shared_prefix_are_cut_at_the_same_keys():
