@@ -22,6 +22,7 @@ from jitgen.serving_launch import (
     launches_of,
     list_stride_of,
     looks_of,
+    maker_of,
     run,
 )
 from jitgen.serving_op import call_paged, call_ragged, check_traced
@@ -220,13 +221,13 @@ def _recall(
             f"the page table has {lists.batch} requests, plan.update was given {plan.num_requests}. Both must match."
         )
     blocks = blocks_of(plan, call, call.launches, total_q, list_stride_of(plan, lists))
-    lists_at = _addresses_of(plan, lists)
+    lists_at, new_out = _addresses_of(plan, lists), maker_of(plan, total_q)
     if is_compiling():  # Dynamo looks into every function that a call runs outside of a graph
-        return RecentCall(call, options, looks_of, total_q, plan.version, _NO_TABLE, lists, lists_at, blocks)
+        return RecentCall(call, options, looks_of, total_q, plan.version, _NO_TABLE, lists, lists_at, blocks, new_out)
     if looks_same is None:
         looks_same = looks_of(tensors)
     kept = table if lists is None or _is_same(lists, table) else _NO_TABLE
-    plan.recent = RecentCall(call, options, looks_same, total_q, plan.version, kept, lists, lists_at, blocks)
+    plan.recent = RecentCall(call, options, looks_same, total_q, plan.version, kept, lists, lists_at, blocks, new_out)
     return plan.recent
 
 
@@ -277,7 +278,6 @@ def _prepare(
     if not on_host and scale <= 0 and not uses_index(program, "scale"):
         # CUDA kernels take the maximum of q . k before they scale it
         q_factor, scale = (-1.0, -scale) if scale < 0 else (0.0, 1.0)
-    out_shape = (plan.num_q_heads, plan.head_dim_v)
     o_stride = (plan.num_q_heads * plan.head_dim_v, plan.head_dim_v)
     q_stride = q.stride()[:2]
     kernels = kernels_of(plan, program)
@@ -297,7 +297,6 @@ def _prepare(
         q_factor=q_factor,
         on_host=on_host,
         has_tensors=any(slot.kind == "tensor" for slot in program.slots),
-        out_like_q=tuple(q.shape[1:]) == out_shape and q.stride() == (*o_stride, 1),
     )
     if len(plan.calls) >= MAX_PREPARED_CALLS:
         plan.calls.clear()

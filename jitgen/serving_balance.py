@@ -35,6 +35,7 @@ class PlanShape:
     least_keys: int
     fixed_cost: int
     least_piece: int
+    whole_items: int
     many_items: int
     shares: int
     beside_key: int = 0
@@ -194,9 +195,12 @@ def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile], besi
         wanted = max(shape.shares * length // (length + (beside >> 20) + 1), shape.least_shares)
     items = len(tiles) * shape.groups
     costs = {_cost(tile, shape) for tile in tiles}
-    if len(costs) == 1 and all(tile.count > 1 or max(costs) <= SHORT_ITEM for tile in tiles):
+    is_better = shape.whole_items or all(tile.count > 1 or max(costs) <= SHORT_ITEM for tile in tiles)
+    if len(costs) == 1 and is_better:
         even = (wanted + items // 2) // items * items
         even -= items if even > shape.shares else 0
+        if even == 0 and shape.whole_items:
+            even = next(n for n in range(wanted, 0, -1) if items % n == 0)
         if 16 * even >= 15 * wanted:
             return min(even, length)
     largest = -(-length // wanted)

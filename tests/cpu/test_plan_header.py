@@ -40,12 +40,12 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
   bool is_even = true;
   const auto cost = [&](const jg::PlanTile& tile) { return jg::units_of({tile.begin, tile.end}, shape->unit_keys); };
   for (const jg::PlanTile& tile : tiles)
-    is_even &= jg::is_better_even(tile.count, shape->fixed_cost + cost(tile)) && cost(tile) == cost(tiles[0]);
+    is_even &= jg::is_better_even(*shape, tile.count, shape->fixed_cost + cost(tile)) && cost(tile) == cost(tiles[0]);
   unsigned long long beside = 0;
   for (int b = 0; b < batch; ++b)
     if (!jg::tiles_of_request(q_len[b], kv_len[b], *shape)) beside += jg::work_beside(q_len[b], kv_len[b], *shape);
   const int wanted = jg::shares_beside(*shape, length, beside);
-  const int used = jg::shares_in_use(shape->shares, wanted, length, static_cast<int>(tiles.size()) * shape->groups, is_even);
+  const int used = jg::shares_in_use(*shape, wanted, length, static_cast<int>(tiles.size()) * shape->groups, is_even);
   const jg::Line line = {first_tile.data(), first_line.data(), tiles.data(), batch, static_cast<int>(tiles.size())};
   for (int c = 0; c <= shape->shares; ++c) {
     const jg::Share share = jg::share_start(line, *shape, length, used, c);
@@ -110,6 +110,7 @@ shapes = st.builds(
     least_keys=st.integers(0, 1),
     fixed_cost=st.integers(0, 2),
     least_piece=st.sampled_from([0, 1, 3, NEVER_CUT]),
+    whole_items=st.integers(0, 1),
     many_items=st.sampled_from([0, 1, 2, NOT_FOR_MANY]),
     shares=st.sampled_from([1, 2, 7, 132]),
 )
@@ -123,7 +124,7 @@ def test_header_cuts_the_line_as_the_python_planner_does(header, lengths, shape,
     shape = replace(shape, beside_key=beside[0], beside_row=beside[1], least_shares=least)
     q_len, kv_len = ([n[i] for n in lengths] for i in (0, 1))
     starts = (ctypes.c_int * (4 * (shape.shares + 1)))()
-    numbers = (ctypes.c_int * 15)(*astuple(shape))
+    numbers = (ctypes.c_int * 16)(*astuple(shape))
     batch = len(lengths)
     plan = balance(q_len, kv_len, shape)
     given_out, order = (ctypes.c_int * 5)(), (ctypes.c_int * len(plan.tiles))(*(tile.at for tile in plan.tiles))

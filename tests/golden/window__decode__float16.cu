@@ -541,11 +541,14 @@ static jg::PlanShape plan_shape(const Args& args) {
   shape.least_keys = 0;
   shape.fixed_cost = 0;   // Q is there when an item begins; with a unit, page size 1 was 2 % slower under skew, 16 1 % faster
   shape.least_piece = kSplits && args.split ? 1 : jg::kNeverCut;
-  shape.many_items = 0;
+  shape.whole_items = 1, shape.many_items = 0;
   shape.shares = static_cast<int>(args.num_ctas);
-  // Memory is as busy with fewer CTAs; the others are left to a prefill. A cascade's prefill leaves room itself.
-  shape.company = args.programmatic ? shape.shares * 5 / 12 : 0;
-  shape.beside = 0;
+  // Beside a prefill: of it the products of kRowsOfKey rows with a key take as long as reading one, measured on an H100. Memory
+  // is nearly as busy with 5 of 12 CTAs, which are the least.
+  constexpr int kRowsOfKey = 400;
+  shape.beside_key = 0;
+  shape.beside_row = args.programmatic ? (shape.groups << 20) / (shape.unit_keys * kRowsOfKey) : 0;
+  shape.least_shares = (5 * shape.shares + 11) / 12;
   return shape;
 }
 

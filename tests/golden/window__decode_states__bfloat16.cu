@@ -572,11 +572,9 @@ static jg::PlanShape plan_shape(const Args& args) {
   shape.least_keys = 1;
   shape.fixed_cost = 0;   // Q is there when an item begins; with a unit, page size 1 was 2 % slower under skew, 16 1 % faster
   shape.least_piece = kSplits && args.split ? 1 : jg::kNeverCut;
-  shape.many_items = 0;
+  shape.whole_items = 1, shape.many_items = 0;
   shape.shares = static_cast<int>(args.num_ctas);
-  // Memory is as busy with fewer CTAs; the others are left to a prefill. A cascade's prefill leaves room itself.
-  shape.company = 0;
-  shape.beside = 0;
+  shape.beside_key = shape.beside_row = shape.least_shares = 0;   // a cascade's prefill leaves room itself
   return shape;
 }
 

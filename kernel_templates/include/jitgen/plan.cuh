@@ -43,6 +43,7 @@ struct PlanShape {
   int least_keys;     // 1: a request without keys has no tile, as nobody reads its results; 0: its rows are written
   int fixed_cost;     // of an item, in units
   int least_piece;    // units: a cut that would leave less of an item on one side moves to the nearer end of the item
+  int whole_items;    // 1: memory is the limit, so equal items are taken whole where that leaves few CTAs idle, however long they are
   int many_items;     // a kernel gives items out that must not be cut, and others from so many items a share on; 0: none
   int shares;
   // Where another kernel attends the requests outside of the class at the same time, shares are left to it:
@@ -131,21 +132,26 @@ JITGEN_PLAN_FN int shares_beside(const PlanShape& shape, unsigned length, unsign
   const int own = static_cast<int>(static_cast<unsigned long long>(shape.shares) * length / (length + (work >> 20) + 1));
   return work == 0 ? shape.shares : own > shape.least_shares ? own : shape.least_shares;
 }
-// Shares that have a part of the line, about `wanted`. Of equal items each gets the same number, at the price of up to one CTA
-// in sixteen: tiles of a request then visit the same keys at the same time, and all but one find them in L2, and short items
-// stay whole. Otherwise as few as leave the largest share as it is, so that cuts of equal items fall on their ends.
-JITGEN_PLAN_FN int shares_in_use(int shares, int wanted, unsigned length, int items, bool is_even) {
+// Shares that have a part of the line, about `wanted`. Of equal items each gets the same number, or, where they may stay whole,
+// each share the same number of them, at the price of up to one CTA in sixteen: tiles of a request then visit the same keys at
+// the same time, and all but one find them in L2, and nothing is left to merge. Otherwise as few as leave the largest share as
+// it is, so that cuts of equal items fall on their ends.
+JITGEN_PLAN_FN int shares_in_use(const PlanShape& shape, int wanted, unsigned length, int items, bool is_even) {
   if (length == 0) return 0;
   if (is_even && items > 0) {
     int even = (wanted + items / 2) / items * items;
-    if (even > shares) even -= items;
+    if (even > shape.shares) even -= items;
+    if (even == 0 && shape.whole_items)
+      for (even = wanted; items % even != 0 && 16 * even >= 15 * wanted; --even) {}
     if (16 * even >= 15 * wanted) return static_cast<unsigned>(even) < length ? even : static_cast<int>(length);
   }
   const unsigned largest = (length + wanted - 1) / wanted;
   return static_cast<int>((length + largest - 1) / largest);
 }
 constexpr int kShortItem = 16;   // units: a cut costs about as much
-JITGEN_PLAN_FN bool is_better_even(int tiles_of_request, int cost) { return tiles_of_request > 1 || cost <= kShortItem; }
+JITGEN_PLAN_FN bool is_better_even(const PlanShape& shape, int tiles_of_request, int cost) {
+  return shape.whole_items || tiles_of_request > 1 || cost <= kShortItem;
+}
 // The share that place x falls in: the inverse of `cut`.
 JITGEN_PLAN_FN unsigned share_of(unsigned x, unsigned length, unsigned shares) {
   return static_cast<unsigned>(((x + 1ull) * shares - 1) / length);
@@ -348,7 +354,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
     if (number < num_tiles) {
       tile.begin = keys.begin, tile.end = keys.end;
       cost = shape.fixed_cost + units_of(keys, shape.unit_keys);
-      is_even &= is_better_even(tile.count, cost) && (own_cost == 0 || cost == own_cost);
+      is_even &= is_better_even(shape, tile.count, cost) && (own_cost == 0 || cost == own_cost);
       own_cost = cost;
       own_most = cost > own_most ? cost : own_most;
     }
@@ -377,7 +383,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   __syncthreads();
 
   const unsigned length = static_cast<unsigned>(places) * shape.groups;
-  const int used = shares_in_use(shape.shares, shares_beside(shape, length, beside), length, items, is_even);
+  const int used = shares_in_use(shape, shares_beside(shape, length, beside), length, items, is_even);
   header.length = length, header.shares = used;
   const Line line = {first_tile, first_line, tiles, batch, num_tiles};
   for (int c = thread; c <= shape.shares; c += kPlanThreads) shares[c] = share_start(line, shape, length, used, c);
