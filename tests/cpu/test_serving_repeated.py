@@ -39,9 +39,10 @@ def renumbered(k, v, lists, seed):
     return k[order], v[order], [[place[p] for p in pages] for pages in lists]
 
 
-@pytest.mark.parametrize(  # a PageTable of int64 is a copy
-    ("form", "dtype"), [("object", torch.int32), *((f, t) for f in ("pair", "dense") for t in (torch.int32, torch.int64))], ids=str
-)
+FORMS = [(form, dtype) for form in ("pair", "dense") for dtype in (torch.int32, torch.int64)]
+
+
+@pytest.mark.parametrize(("form", "dtype"), [("object", torch.int32), *FORMS], ids=str)  # a PageTable of int64 is a copy
 def test_page_numbers_may_be_changed_in_place(batch, form, dtype):
     plan = batch.plan(causal)
     k, v, lists = batch.pages(PAGE_SIZE)
