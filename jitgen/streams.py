@@ -13,8 +13,13 @@ current_device = getattr(torch._C, "_cuda_getDevice", None)  # absent from a tor
 current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # of a device, by its number
 
 
+def cuda_index(device: torch.device) -> int | None:
+    """The number of a CUDA device; None for the CPU, whatever number it was given."""
+    return device.index if device.type == "cuda" else None
+
+
 def stream_of(index: int | None) -> int:
-    """The current stream of CUDA device ``index``; 0 for the CPU, whose index is None."""
+    """The current stream of CUDA device ``index``; 0 for the CPU, None."""
     return 0 if index is None else current_stream(index)  # type: ignore[misc]
 
 
