@@ -16,6 +16,7 @@ from jitgen.serving_checks import check_captures, check_query, check_results
 from jitgen.serving_kernels import KernelClass, pack_batch, pack_launch, tail_words
 from jitgen.serving_pages import PageTable
 from jitgen.serving_plan import Plan, check_lse
+from jitgen.serving_segments import Beside
 from jitgen.streams import call_on, current_device, current_stream, stream_of
 
 try:
@@ -152,23 +153,43 @@ def run(
         check_lse(call.program)
         lse = q.new_empty((recent.total_q, plan.num_q_heads), dtype=torch.float32) if lse is None else lse
     if blocks:
-        if call.mask_slots:
-            plan.check_values(call.mask_slots, call.program, values)
-        if call.has_tensors:
-            check_captures(plan, call.program, values)
-        if call.q_factor != 1.0:
-            q = _copy(q).mul_(call.q_factor)
-        tail = b""
-        if values or scales or call.merge is not None:
-            tail = blocks[0][0].pack_tail(tail_words(plan, call.program, values, scales))
-        results = out.data_ptr(), 0 if lse is None else lse.data_ptr()
-        if call.merge is None:
-            _launch(plan, call, blocks, q, keys, results, tail)
+        lse_at = 0 if lse is None else lse.data_ptr()
+        if call.merge is None and not values and not scales and call.q_factor == 1.0:
+            _start(call, index, blocks, q, keys, out.data_ptr(), lse_at)
         else:
-            _launch(plan, call, recent.blocks, q, keys, plan.segments.addresses, tail)  # type: ignore[union-attr]
-            o_stride = out.stride()[:2]
-            _merge(plan, call, results, recent.total_q, (*o_stride, *runtime.capture_words(call.program, values)))
+            _run_with_values(plan, recent, blocks, values, q, keys, scales, out, lse_at)
     return (out, lse) if want_lse else out  # type: ignore[return-value]
+
+
+def _run_with_values(
+    plan: Plan,
+    recent: RecentCall,
+    blocks: Blocks,
+    values: list[object],
+    q: Tensor,
+    keys: KeyAddresses,
+    scales: list[object],
+    out: Tensor,
+    lse_at: int,
+) -> None:
+    """Start the kernels for captured values or scales, for a q that must be changed, or for requests in parts."""
+    call = recent.call
+    if call.mask_slots:
+        plan.check_values(call.mask_slots, call.program, values)
+    if call.has_tensors:
+        check_captures(plan, call.program, values)
+    if call.q_factor != 1.0:
+        q = _copy(q).mul_(call.q_factor)
+    words = tail_words(plan, call.program, values, scales)
+    tail = blocks[0][0].pack_tail(words) if words else b""
+    if call.merge is None:
+        _start(call, plan.device_index, blocks, q, keys, out.data_ptr(), lse_at, tail)
+        return
+    segments = plan.segments
+    _start(call, plan.device_index, recent.blocks, q, keys, *segments.addresses, tail, segments.beside)  # type: ignore[union-attr]
+    o_stride = out.stride()[:2]
+    captures = runtime.capture_words(call.program, values)
+    _merge(plan, call, (out.data_ptr(), lse_at), recent.total_q, (*o_stride, *captures))
 
 
 def _check_results(plan: Plan, recent: RecentCall, q: Tensor, out: Tensor | None, lse: Tensor | None) -> Blocks:
@@ -219,32 +240,34 @@ def _merge(plan: Plan, call: PreparedCall, results: tuple[int, ...], total_q: in
         kernel.raise_error(code)
 
 
-def _launch(
-    plan: Plan,
+def _start(
     call: PreparedCall,
+    index: int | None,
     blocks: Blocks,
     q: Tensor,
     keys: KeyAddresses,
-    results: tuple[int, int],
-    tail: bytes,
+    out: int,
+    lse: int,
+    tail: bytes = b"",
+    beside: Beside | None = None,
 ) -> None:
-    """Start every kernel of the plan, in order, on the current stream. ``results``: fields o and lse; ``tail``: the last."""
+    """Start every kernel, in order, on the current stream. ``tail``: the last fields; ``beside``: for the second of two."""
     k, v, kv_start, pages = keys
-    out, lse = results
     q_at, threads, stream = q.data_ptr(), 0, 0
-    if call.on_host:
+    if index is None:
         threads = torch.get_num_threads()
     else:
-        stream = current_stream(plan.device_index)
+        stream = current_stream(index)
         if (q_at | k | v | out) & 15:
             q = _aligned(q, k | v, out)
             q_at = q.data_ptr()
-    beside = None if plan.segments is None or len(blocks) < 2 else plan.segments.beside
-    on = stream if beside is None else beside.fork()
-    for kernel, memory, rest in blocks if beside is None else blocks[::-1]:  # the prefill kernel first
+    on = stream
+    if beside is not None and len(blocks) > 1:
+        on, blocks = beside.fork(), blocks[::-1]  # the prefill kernel first
+    for kernel, memory, rest in blocks:
         code = kernel.launch(pack_launch(q_at, k, v, out, lse, memory, kv_start, pages, on, threads, rest) + tail)
-        on = stream
         if code:
             kernel.raise_error(code)
-    if beside is not None:
+        on = stream
+    if beside is not None and len(blocks) > 1:
         beside.join()
