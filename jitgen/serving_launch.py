@@ -85,6 +85,7 @@ class RecentCall:
     lists_at: tuple[int, int] | None  # the fields kv_start and pages; None where each call makes them anew
     blocks: Blocks  # none where there is nothing to do
     new_out: Callable[[], Tensor]  # with the plan's device current
+    start: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None  # see starter_of
 
 
 def launches_of(
@@ -127,6 +128,38 @@ def maker_of(plan: Plan, total_q: int) -> Callable[[], Tensor]:
         return partial(torch.empty, shape, dtype=plan.dtype, device=plan.device)
     strides = (plan.num_q_heads * plan.head_dim_v, plan.head_dim_v, 1)
     return partial(_empty_strided_cuda, shape, strides, plan.dtype)  # 1.1 us: torch.empty_like takes 1.7, and others more
+
+
+def starter_of(
+    plan: Plan, call: PreparedCall, blocks: Blocks, lists_at: tuple[int, int] | None, new_out: Callable[[], Tensor]
+) -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
+    """A call without captured values, scales and results to write to, as a function of q, k and v that returns the output.
+
+    The function does what ``run`` does, with all that it knows bound to it: 0.5 us less. It returns None, with nothing done,
+    where another device is current or memory is not aligned. There is none for the CPU, and for what is more than launches.
+    """
+    index = plan.device_index
+    if index is None or not blocks or lists_at is None or call.merge is not None or call.q_factor != 1.0:
+        return None
+    (kv_start, pages), v_offset = lists_at, call.v_offset
+    launches = [(kernel, kernel.launch, memory, rest) for kernel, memory, rest in blocks]
+
+    def start(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        if index != current_device():
+            return None
+        q_at, k_at = q.data_ptr(), k.data_ptr()
+        v_at = k_at + v_offset if v is k else v.data_ptr()
+        if (q_at | k_at | v_at) & 15:
+            return None
+        out = new_out()
+        out_at, stream = out.data_ptr(), current_stream(index)
+        for kernel, launch, memory, rest in launches:
+            code = launch(pack_launch(q_at, k_at, v_at, out_at, 0, memory, kv_start, pages, stream, 0, rest))
+            if code:
+                kernel.raise_error(code)
+        return out
+
+    return start
 
 
 def run(
