@@ -429,19 +429,21 @@ using Partial = jg::Partial<1, kOutTiles, kRowThreads>;
 constexpr int kMergeParts = kRowThreads / 32 * kOutTiles / kMergeTiles;   // CTAs for an item: warps of a group, halves, columns
 
 // Joins the pieces of one item that was cut: the one that share blockIdx.x + 1 begins inside of, if no earlier share does.
-// blockIdx.y: the twin; blockIdx.z: 16 rows and some columns. A request alone is cut into as many pieces as there are CTAs, so the
-// warps of a CTA take every fourth piece each, and then join what they have.
+// blockIdx.y: the twin; blockIdx.z: 16 rows and some columns. A request alone is cut into as many pieces as there are CTAs: then the
+// warps of a CTA take every fourth piece each, and join what they have. Of few pieces a warp takes all, and the CTA more rows.
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
-  constexpr int kWarps = kMergeThreads / 32, kColumnParts = kOutTiles / kMergeTiles;
+  constexpr int kWarps = kMergeThreads / 32, kColumnParts = kOutTiles / kMergeTiles, kFewPieces = 2 * kWarps;
   __shared__ float4 joined[kWarps][kMergeTiles + 1][32];
   const int first = blockIdx.x + 1, twin = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-  const int thread = blockIdx.z / kColumnParts * 32 + lane, first_tile = blockIdx.z % kColumnParts * kMergeTiles;   // of attention_kernel
   const Cut cut = twin < launch.twins && !takes_items(args) ? cut_at(args, launch, first) : Cut{0, 0, 0};
-  jg::wait_for_previous_kernel();   // before a return too: this kernel's end stands for both
-  if (cut.pieces == 0) return;
+  jg::wait_for_previous_kernel();   // before a return too: the end of this kernel stands for both
+  const bool few = cut.pieces <= kFewPieces;
+  const int part = few ? blockIdx.z * kWarps + warp : blockIdx.z;
+  if (cut.pieces == 0 || part >= kMergeParts) return;
   const jg::PlanTile& tile = jg::plan_tiles_of(args.plan, launch.shape.shares)[cut.tile];
   const Piece piece = make_piece(args, launch, tile, cut.group * launch.twins + twin, 0, -1);
-  const int row = piece.first_row + row_of(thread);
+  const int thread = part / kColumnParts * 32 + lane, first_tile = part % kColumnParts * kMergeTiles;   // of attention_kernel
+  const int row = piece.first_row + row_of(thread), first_column = thread / 128 * kHalf + 8 * first_tile;
   const float units = units_of(args, head_of(args, piece, row));
   // The first piece is the end of share `first` - 1; those behind it are the beginnings of their shares.
   const auto slot_of = [&](int i) { return (2 * (first - 1 + i) + (i == 0)) * launch.twins + twin; };
@@ -449,15 +451,20 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   softmax.init();
   float o[1][kMergeTiles][4] = {};
 #pragma unroll 2
-  for (int i = warp; i < cut.pieces; i += kWarps) Partial::add(args.workspace, slot_of(i), 0, first_tile, thread, o, softmax, units);
+  for (int i = few ? 0 : warp; i < cut.pieces; i += few ? 1 : kWarps) Partial::add(args.workspace, slot_of(i), 0, first_tile, thread, o, softmax, units);
+  jg::RowSoftmax all;
+  if (few) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) all.row_max[half] = softmax.row_max[0][half], all.row_sum[half] = softmax.row_sum[0][half];
+    write_output(args, piece, o[0], all, row, first_column);
+    return;
+  }
 
   joined[warp][kMergeTiles][lane] = make_float4(softmax.row_max[0][0], softmax.row_max[0][1], softmax.row_sum[0][0], softmax.row_sum[0][1]);
 #pragma unroll
   for (int j = 0; j < kMergeTiles; ++j) joined[warp][j][lane] = make_float4(o[0][j][0], o[0][j][1], o[0][j][2], o[0][j][3]);
   __syncthreads();
-
   constexpr int kTiles = kMergeTiles / kWarps;   // of this warp, from here on
-  jg::RowSoftmax all;
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) {
     const float4 state = joined[i][kMergeTiles][lane];
@@ -477,12 +484,12 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
     }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      const float4 part = joined[i][warp * kTiles + j][lane];
-      out[j][0] += part.x * weight[0], out[j][1] += part.y * weight[0];
-      out[j][2] += part.z * weight[1], out[j][3] += part.w * weight[1];
+      const float4 column = joined[i][warp * kTiles + j][lane];
+      out[j][0] += column.x * weight[0], out[j][1] += column.y * weight[0];
+      out[j][2] += column.z * weight[1], out[j][3] += column.w * weight[1];
     }
   }
-  write_output(args, piece, out, all, row, thread / 128 * kHalf + 8 * (first_tile + warp * kTiles));
+  write_output(args, piece, out, all, row, first_column + 8 * warp * kTiles);
 }
 
 // ---- producer ----
