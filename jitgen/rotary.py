@@ -86,6 +86,11 @@ class Rope:
             raise ShapeMismatch(f"rotary_dim is {dim}, the rows have {head_dim} elements. It must be even and not larger.")
         return dim
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What of it is compiled in."""
+        return self.rotary_dim, self.interleave, "" if self.cos_sin is None else str(self.cos_sin.dtype)
+
     def speeds(self, dim: int) -> tuple[float, ...]:
         """Turns of each pair from one position to the next, each as two floats that add up to it."""
         return _speeds(self.theta, self.scale, self.llama31, dim)
