@@ -24,8 +24,8 @@ SIZE_OF = {"float32": 4, "bfloat16": 2, "float16": 2, **dict.fromkeys(BYTES, 1)}
 ACCESS_BYTES = 16  # most bytes of one access to memory
 MAX_HEAD_DIM = 1024
 MAX_PAIRS = 384  # of all rotations of a launch: their speeds are launch arguments, of which there may be 4 kB
-PLACES = {"rows": "kRows", "slots": "kSlots", "pages": "kPages"}
-SCALES = {"": "kNone", "given": "kGiven", "stored": "kStored"}
+PLACES = {"rows": "kRows", "slots": "kSlots", "pages": "kPages", "from_pages": "kFromPages", "from_rows": "kFromRows"}
+SCALES = {"": "kNone", "given": "kGiven", "stored": "kStored", "read": "kRead"}
 
 
 TOKEN_ARGS: tuple[ArgField, ...] = (
@@ -81,7 +81,8 @@ class StreamSpec:
     out_dtype: str
     head_dim: int
     vec: int  # elements of one access to memory
-    scale: str = ""  # '' none; 'given' per head, or the same for all; 'stored' found for each row and written by slot
+    # '' none; 'given' per head, or the same for all; 'stored' found for each row and written by slot; 'read' of what is read
+    scale: str = ""
     rotation: Rotation | None = None
     before: Expr | None = None  # of the element 'o' of a row
     after: Expr | None = None
@@ -104,7 +105,7 @@ class RowsSpec:
     """One kernel. Numbers of tokens, heads and pages, strides and captured values are not in here."""
 
     streams: tuple[StreamSpec, ...]
-    places: str  # 'rows', 'slots' or 'pages': where rows go
+    places: str  # where rows go: 'rows', 'slots' or 'pages'; or where they come from: 'from_pages' or 'from_rows'
     target: CompileTarget
     slots: tuple[Slot, ...] = ()
 
@@ -121,7 +122,7 @@ class RowsSpec:
     @property
     def label(self) -> str:
         """Short description for progress lines and logs."""
-        to = "in place" if self.places == "rows" else f"to {self.places}"
+        to = "in place" if self.places == "rows" else self.places if self.places.startswith("from") else f"to {self.places}"
         what = ", ".join(f"{s.name} {s.dtype} hd{s.head_dim} as {s.out_dtype}" for s in self.streams)
         return f"rows {to}: {what}"
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding: jitgen.rope for rows of q and k, jitgen.Rope for transforms of jitgen.append."""
+"""Rotary position embedding: jitgen.rope for rows of q and k, jitgen.Rope for transforms of rows."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _TWO_PI = 2.0 * math.pi
 class Rope:
     """A rotation of pairs of elements of a row by angles that grow with the position.
 
-    In a transform of ``jitgen.append``, ``rope(k, pos)`` is the rotated row. Make one and keep it: another object is another
-    transform, which is traced again (and compiles nothing).
+    In a transform of ``jitgen.append``, and in the q_transform and k_transform of a variant, ``rope(k, pos)`` is the rotated
+    row. Make one and keep it: another object is another transform, which is traced again (and compiles nothing).
 
     theta, scale  pair i turns by ``position / scale * theta ** (-2 i / rotary_dim)`` radians
     rotary_dim    leading elements that are rotated, default the whole row; the others pass through
@@ -69,7 +69,8 @@ class Rope:
         rotations = getattr(tracer, "rotations", None)
         if rotations is None:
             raise VariantError(
-                "a jitgen.Rope was called outside of a transform of jitgen.append. Rotate tensors with jitgen.rope(q, k, ...)."
+                "a jitgen.Rope was called outside of a transform of rows, as jitgen.append and variants have. Rotate tensors with "
+                "jitgen.rope(q, k, ...)."
             )
         row, position = as_operand(x), as_operand(pos)
         if not isinstance(row, Expr) or not isinstance(position, Expr) or not position.is_int:
@@ -91,13 +92,16 @@ class Rope:
         """What of it is compiled in."""
         return self.rotary_dim, self.interleave, "" if self.cos_sin is None else str(self.cos_sin.dtype)
 
+    def frequencies(self, dim: int) -> list[float]:
+        """Radians by which each pair turns from one position to the next."""
+        return _frequencies(self.theta, self.scale, self.llama31, dim)
+
     def speeds(self, dim: int) -> tuple[float, ...]:
         """Turns of each pair from one position to the next, each as two floats that add up to it."""
         return _speeds(self.theta, self.scale, self.llama31, dim)
 
 
-@lru_cache(maxsize=256)
-def _speeds(theta: float, scale: float, llama31: Llama31 | None, dim: int) -> tuple[float, ...]:
+def _frequencies(theta: float, scale: float, llama31: Llama31 | None, dim: int) -> list[float]:
     found: list[float] = []
     for i in range(0, dim, 2):
         plain = theta ** (-i / dim)
@@ -106,6 +110,14 @@ def _speeds(theta: float, scale: float, llama31: Llama31 | None, dim: int) -> tu
             low, high, length = llama31
             s = min(max((plain * length / _TWO_PI - low) / (high - low), 0.0), 1.0)
             speed = (1.0 - s) * plain / scale + s * plain
+        found.append(speed)
+    return found
+
+
+@lru_cache(maxsize=256)
+def _speeds(theta: float, scale: float, llama31: Llama31 | None, dim: int) -> tuple[float, ...]:
+    found: list[float] = []
+    for speed in _frequencies(theta, scale, llama31, dim):
         first = _to_float32(speed / _TWO_PI)
         found += (first, _to_float32(speed / _TWO_PI - first))
     return tuple(found)

@@ -41,6 +41,14 @@ JITGEN_FN void round_to(float x, int8& y) {
   y.value = static_cast<signed char>(rounded < -127 ? -127 : rounded);
 }
 
+// 8-bit elements: exponent and mantissa in their places of a float, whose exponent has another bias. Codes of NaN and infinity
+// are not told apart from numbers.
+JITGEN_FN float widen(float8_e4m3fn x) {
+  return __uint_as_float((x.bits & 0x7fu) << 20 | (x.bits & 0x80u) << 24) * 0x1p120f;
+}
+JITGEN_FN float widen(float8_e5m2 x) { return __uint_as_float((x.bits & 0x7fu) << 21 | (x.bits & 0x80u) << 24) * 0x1p112f; }
+JITGEN_FN float widen(int8 x) { return static_cast<float>(x.value); }
+
 // Two values at once, as the conversion units take them.
 template <class T> JITGEN_FN void round_pair(float a, float b, T& first, T& second) {
   round_to(a, first);
@@ -178,7 +186,7 @@ template <class S> JITGEN_FN void store_row(const RowView<S>& row, typename S::O
 }
 
 template <class S> JITGEN_FN void scale_row(const Rows& rows, RowView<S>& row, const Place& place, int64_t h) {
-  if constexpr (S::kScale != Scale::kNone) {
+  if constexpr (S::kScale == Scale::kGiven || S::kScale == Scale::kStored) {
     float* const where = rows.scale + place.slot * rows.scale_stride_s + h * rows.scale_stride_h;
     float scale;
     if constexpr (S::kScale == Scale::kStored) {
@@ -221,15 +229,19 @@ template <class S, class Args> JITGEN_FN void move_rows(const Args& args, int64_
 
   const int64_t begin = (unit - token * units_per_token) * rows.heads_per_unit;
   const int64_t end = begin + rows.heads_per_unit < rows.num_heads ? begin + rows.heads_per_unit : rows.num_heads;
-  const auto* const from = static_cast<const typename S::In*>(rows.x) + token * rows.x_stride_t;
-  auto* const to = static_cast<typename S::Out*>(rows.out) + place.page * rows.out_stride_p + place.offset * rows.out_stride_s;
+  constexpr bool kGathers = is_gather(S::kPlaces);
+  const int64_t by_token = token * rows.x_stride_t, by_place = place.page * rows.out_stride_p + place.offset * rows.out_stride_s;
+  const auto* const from = static_cast<const typename S::In*>(rows.x) + (kGathers ? by_place : by_token);
+  auto* const to = static_cast<typename S::Out*>(rows.out) + (kGathers ? by_token : by_place);
+  const int64_t from_stride_h = kGathers ? rows.out_stride_h : rows.x_stride_h;
+  const int64_t to_stride_h = kGathers ? rows.x_stride_h : rows.out_stride_h;
   const auto load = [&](Input (&chunks)[Row::kRepeat][2], int64_t h) {
 #pragma unroll
     for (int r = 0; r < Row::kRepeat; ++r)
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
         const int pair = row.lane + r * Row::kLanes;
-        if (Row::has(pair, which)) chunks[r][which] = Input::load(from + h * rows.x_stride_h + Row::first(pair, which));
+        if (Row::has(pair, which)) chunks[r][which] = Input::load(from + h * from_stride_h + Row::first(pair, which));
       }
   };
   const auto work = [&](const Input (&chunks)[Row::kRepeat][2], int64_t h) {
@@ -239,11 +251,15 @@ template <class S, class Args> JITGEN_FN void move_rows(const Args& args, int64_
       for (int which = 0; which < 2; ++which)
 #pragma unroll
         for (int i = 0; i < S::kVec; ++i) row.x[r][which][i] = widen(chunks[r][which].values[i]);
+    if constexpr (S::kScale == Scale::kRead) {
+      const float scale = read_scale(rows, place, h);
+      row.each([&](float& v, int) { v *= scale; });
+    }
     S::before(args, row, place.b, static_cast<int>(h), place.pos);
     if constexpr (S::kRotary > 0) row.rotate(cosine, sine);
     S::after(args, row, place.b, static_cast<int>(h), place.pos);
     scale_row(rows, row, place, h);
-    store_row<S>(row, to + h * rows.out_stride_h);
+    store_row<S>(row, to + h * to_stride_h);
   };
   Input ahead[Row::kAhead][Row::kRepeat][2];
   int64_t h = begin;
