@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,16 @@ from jitgen.program import Program, uses_index
 from jitgen.serving_cascade import Cascade
 from jitgen.serving_checks import check_keys, check_query
 from jitgen.serving_kernels import kernels_of, merge_kernel
-from jitgen.serving_launch import PreparedCall, RecentCall, launches_of, run
+from jitgen.serving_launch import (
+    PreparedCall,
+    RecentCall,
+    blocks_of,
+    check_rows,
+    launches_of,
+    list_stride_of,
+    looks_of,
+    run,
+)
 from jitgen.serving_op import call_paged, call_ragged, check_traced
 from jitgen.serving_pages import KeyPlace, PageTable, cache_place, join_latent, latent_parts, latent_place, ragged_place
 from jitgen.serving_plan import Plan, default_scale
@@ -24,6 +34,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 _NO_SCALES: list[object] = []
+_NO_TABLE = object()
 MAX_PREPARED_CALLS = 256  # of one plan: its layers differ in little but the address of their cache
 
 
@@ -78,29 +89,33 @@ def paged_attention(
         check_traced(variant, out, lse, captures)
         return call_paged(q, kv_cache, page_table, plan, scale, kv_layout, return_lse, k_scale, v_scale)
     program, values = _resolve(plan, variant, captures)
-    if plan.is_latent and plan.device.type == "cpu":
+    if plan.is_latent and plan.device_index is None:
         kv_cache = join_latent(kv_cache)
-    table = page_table if type(page_table) in (PageTable, Cascade) else PageTable.of(page_table)
     pair = type(kv_cache) is tuple or type(kv_cache) is list
     tensors = (q, *kv_cache) if pair else (q, kv_cache)
-    options = (program, kv_layout, scale, pair, table.device)
+    options = (program, scale, kv_layout, pair)
     recent = plan.recent
-    if recent is not None and options == recent.options and recent.looks_same(*tensors):
-        call, total_q = recent.call, recent.total_q
-    else:
-        call, total_q = _prepared_paged(plan, kv_cache, tensors, options), q.shape[0]
-    if table.batch < plan.num_requests or plan.segments is not None:
-        start, pages, list_stride = _segment_lists(plan, table, call.page_size)
-    else:
+    if not (
+        recent is not None
+        and page_table is recent.table
+        and plan.version == recent.version
+        and options == recent.options
+        and recent.looks_same(*tensors)
+    ):
+        recent = _recall_paged(plan, kv_cache, page_table, tensors, options)
+    call, lists = recent.call, recent.lists
+    if call.merge is None and type(lists) is PageTable:
         if call.on_host:
-            _check_table(plan, table, call.page_size)
-        start = 0 if table.indptr is None else table.indptr.data_ptr()
-        pages, list_stride = table.pages.data_ptr(), table.list_stride
-    keys = (tensors[1].data_ptr(), tensors[-1].data_ptr() + call.v_offset, start, pages, list_stride)
+            _check_table(plan, lists, call.page_size)
+        start, pages = 0 if lists.indptr is None else lists.indptr.data_ptr(), lists.pages.data_ptr()
+    else:
+        start, pages = _segment_lists(plan, lists, call.page_size)
+    k = tensors[1].data_ptr()
+    keys = k, (tensors[2].data_ptr() if pair else k) + call.v_offset, start, pages
     scales = _NO_SCALES
     if plan.kv_dtype is not None or k_scale is not None or v_scale is not None:
         scales = scale_words(plan, call.numbers[3], call.numbers[2], k_scale, v_scale)
-    return run(plan, call, values, q, total_q, keys, scales, return_lse, out, lse)
+    return run(plan, recent, values, q, keys, scales, return_lse, out, lse)
 
 
 def ragged_attention(
@@ -137,15 +152,19 @@ def ragged_attention(
     program, values = _resolve(plan, variant, captures)
     options = (program, scale)
     recent = plan.recent
-    if recent is not None and options == recent.options and recent.looks_same(q, k, v):
-        call, total_q = recent.call, recent.total_q
-    else:
-        call, total_q = _prepared_ragged(plan, (q, k, v), options), q.shape[0]
-    keys = (k.data_ptr(), v.data_ptr(), plan.kv_start.data_ptr(), 0, 0)  # type: ignore[union-attr]
+    if not (
+        recent is not None
+        and plan.version == recent.version
+        and options == recent.options
+        and recent.looks_same(q, k, v)
+    ):
+        recent = _recall(plan, "ragged", (q, k, v), options, lambda: ragged_place(k, v), None, None)
+    keys = k.data_ptr(), v.data_ptr(), plan.kv_start.data_ptr(), 0  # type: ignore[union-attr]
     scales = _NO_SCALES
     if plan.kv_dtype is not None or k_scale is not None or v_scale is not None:
-        scales = scale_words(plan, call.numbers[3], call.numbers[2], k_scale, v_scale)
-    return run(plan, call, values, q, total_q, keys, scales, return_lse, out, lse)
+        numbers = recent.call.numbers
+        scales = scale_words(plan, numbers[3], numbers[2], k_scale, v_scale)
+    return run(plan, recent, values, q, keys, scales, return_lse, out, lse)
 
 
 def _resolve(plan: Plan, variant: object, captures: dict[str, object]) -> tuple[Program, list[object]]:
@@ -155,49 +174,71 @@ def _resolve(plan: Plan, variant: object, captures: dict[str, object]) -> tuple[
     return plan.trace_other(variant, captures) if captures or variant is not None else plan.trace()
 
 
-def _check_ready(plan: Plan, layout: str) -> None:
-    """The plan is one for this call, and knows lengths."""
+def _recall_paged(
+    plan: Plan,
+    kv_cache: object,
+    page_table: object,
+    tensors: tuple[Tensor, ...],
+    options: tuple[Program, float | None, str, bool],
+) -> RecentCall:
+    """A paged call that is unlike the last one, ready to be made."""
+    lists = page_table if isinstance(page_table, Cascade) else PageTable.of(page_table)
+    if lists.device != plan.device:
+        raise UnsupportedDevice(f"the page table is on {lists.device}, the plan on {plan.device}. Move it there.")
+
+    def find_place() -> KeyPlace:
+        parts = latent_parts(kv_cache) if plan.is_latent else None
+        if parts is None:
+            return cache_place(kv_cache, options[2])
+        return latent_place(parts, isinstance(kv_cache, Tensor), plan.device_index is None)
+
+    return _recall(plan, "paged", tensors, options, find_place, page_table, lists)
+
+
+def _recall(
+    plan: Plan,
+    layout: str,
+    tensors: tuple[Tensor, ...],
+    options: tuple[Any, ...],
+    find_place: Callable[[], KeyPlace],
+    table: object,
+    lists: PageTable | Cascade | None,
+) -> RecentCall:
+    """A call that is unlike the last one, ready to be made. ``options``: program, scale, and what else the call depends on."""
     if plan.layout != layout:
         raise PlanMismatch(f"the plan was made for layout={plan.layout!r}, this is the call for {layout!r} keys.")
     if plan.version == 0:
         raise PlanMismatch("the plan has no lengths yet. Call plan.update(q_indptr, kv_len) first.")
+    recent = plan.recent
+    if recent is not None and options == recent.options and recent.looks_same(*tensors):
+        call, looks_same = recent.call, recent.looks_same
+    else:
+        key = _key_of(tensors, options)
+        call = plan.calls.get(key)
+        if call is None:
+            call = _prepare(plan, key, options[0], tensors, find_place(), options[1])
+        check_grad(*tensors[:2], tensors[-1])
+        looks_same = None
+    total_q = check_rows(plan, tensors[0])
+    if isinstance(lists, PageTable) and plan.cascade is None and lists.batch < plan.num_requests:
+        raise PlanMismatch(
+            f"the page table has {lists.batch} requests, plan.update was given {plan.num_requests}. Both must match."
+        )
+    blocks = blocks_of(plan, call, call.launches, total_q, list_stride_of(plan, lists))
+    if is_compiling():  # Dynamo looks into every function that a call runs outside of a graph
+        return RecentCall(call, options, looks_of, total_q, plan.version, _NO_TABLE, lists, blocks)
+    if looks_same is None:
+        looks_same = looks_of(tensors)
+    kept = table if lists is None or _is_same(lists, table) else _NO_TABLE
+    plan.recent = RecentCall(call, options, looks_same, total_q, plan.version, kept, lists, blocks)
+    return plan.recent
 
 
-def _prepared_paged(
-    plan: Plan, kv_cache: object, tensors: tuple[Tensor, ...], options: tuple[Program, str, float | None, bool, torch.device]
-) -> PreparedCall:
-    """The prepared call for a paged call that is unlike the last one."""
-    program, kv_layout, scale, _, device = options
-    key = _key_of(tensors, options)
-    call = plan.calls.get(key)
-    if call is None:
-        _check_ready(plan, "paged")
-        if device != plan.device:
-            raise UnsupportedDevice(f"the page table is on {device}, the plan on {plan.device}. Move it there.")
-        parts = latent_parts(kv_cache) if plan.is_latent else None
-        if parts is None:
-            place = cache_place(kv_cache, kv_layout)
-        else:
-            place = latent_place(parts, isinstance(kv_cache, Tensor), plan.device.type == "cpu")
-        call = _prepare(plan, key, program, tensors, place, scale)
-    check_grad(*tensors[:2], tensors[-1])
-    if not is_compiling():  # Dynamo looks into every function that a call runs outside of a graph
-        plan.recent = RecentCall.of(call, options, *tensors)
-    return call
-
-
-def _prepared_ragged(plan: Plan, tensors: tuple[Tensor, Tensor, Tensor], options: tuple[Program, float | None]) -> PreparedCall:
-    """As ``_prepared_paged``, for a ragged call."""
-    program, scale = options
-    key = _key_of(tensors, options)
-    call = plan.calls.get(key)
-    if call is None:
-        _check_ready(plan, "ragged")
-        call = _prepare(plan, key, program, tensors, ragged_place(*tensors[1:]), scale)
-    check_grad(*tensors)
-    if not is_compiling():
-        plan.recent = RecentCall.of(call, options, *tensors)
-    return call
+def _is_same(lists: PageTable | Cascade, table: object) -> bool:
+    """Whether ``lists`` has the memory of ``table``, so that it may be used for it again."""
+    if isinstance(table, Tensor):
+        return lists.pages is table
+    return table is lists or (type(table) is tuple and lists.indptr is table[0] and lists.pages is table[1])
 
 
 def _key_of(tensors: tuple[Tensor, ...], options: tuple[object, ...]) -> tuple[object, ...]:
@@ -259,25 +300,21 @@ def _prepare(
     return call
 
 
-def _segment_lists(plan: Plan, table: PageTable | Cascade, page_size: int) -> tuple[int, int, int]:
-    """Addresses of kv_start and pages, and the stride of lists, where entries are parts of requests."""
-    if plan.cascade is not None or isinstance(table, Cascade):
-        if table is not plan.cascade:
-            given = "another Cascade than" if isinstance(table, Cascade) else f"a {type(table).__name__}, not the Cascade that"
+def _segment_lists(plan: Plan, lists: PageTable | Cascade, page_size: int) -> tuple[int, int]:
+    """Addresses of kv_start and pages where entries are parts of requests."""
+    if plan.cascade is not None or isinstance(lists, Cascade):
+        if lists is not plan.cascade:
+            given = "another Cascade than" if isinstance(lists, Cascade) else f"a {type(lists).__name__}, not the Cascade that"
             raise PlanMismatch(f"the page table is {given} plan.update was given. Give both the same.")
-        if plan.device.type == "cpu":
-            for level in table.levels:
+        if plan.device_index is None:
+            for level in lists.levels:
                 level.page_table.check_extent(level.kv_len, page_size)
-        return table.kv_start.data_ptr(), table.pages.data_ptr(), 0
-    if table.batch < plan.num_requests:
-        raise PlanMismatch(
-            f"the page table has {table.batch} requests, plan.update was given {plan.num_requests}. Both must match."
-        )
+        return lists.kv_start.data_ptr(), lists.pages.data_ptr()
     piece = int(plan.kv_split or 0)
     if piece % page_size:
         raise PlanMismatch(f"kv_split is {piece}, and pages have {page_size} keys. Pieces must be whole pages: use a multiple.")
-    plan.segments.list_starts(table, plan.num_requests, piece // page_size)  # type: ignore[union-attr]
-    return plan.segments.kv_start.data_ptr(), table.pages.data_ptr(), 0  # type: ignore[union-attr]
+    plan.segments.list_starts(lists, plan.num_requests, piece // page_size)  # type: ignore[union-attr]
+    return plan.segments.kv_start.data_ptr(), lists.pages.data_ptr()  # type: ignore[union-attr]
 
 
 def _check_table(plan: Plan, table: PageTable, page_size: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from jitgen.program import Program
 from jitgen.runtime import fields_of
 from jitgen.serving_balance import TAIL_PIECES, PlanRecord, read_plan
+from jitgen.serving_kernels import ask
 
 if TYPE_CHECKING:
     from jitgen.serving_kernels import KernelClass
@@ -28,17 +29,17 @@ def explain(plan: Plan, program: Program, values: list[object], rows: int) -> st
     parts = f"in {int((plan.kv_len > 0).sum())} parts; " if plan.segments is not None else ""  # type: ignore[operator]
     lines = [f"{total}; {parts}{heads}; split {plan.split}; {plan.device}"]
     for c in plan.classes:
-        lines += _explain_host(plan, c, values, rows) if c.plan is None else _explain_device(plan, c, values, rows)
+        lines += (_explain_host if c.plan is None else _explain_device)(plan, c, program, values, rows)
     return "\n".join(lines)
 
 
 # ---- CUDA: what the planner wrote ------------------------------------------------------------------------------------------
 
 
-def _explain_device(plan: Plan, c: KernelClass, values: list[object], rows: int) -> list[str]:
+def _explain_device(plan: Plan, c: KernelClass, program: Program, values: list[object], rows: int) -> list[str]:
     shares = c.num_ctas
     if c.name == "mla":  # whose CTAs take a share by twos
-        shares = c.kernel.function("jitgen_num_shares")(c.pack(plan, values, plan.max_batch, plan.max_tokens))
+        shares = ask(c.kernel, "jitgen_num_shares", c.pack(plan, program, values, plan.max_batch, plan.max_tokens), plan)
     record = read_plan(c.plan.cpu().numpy().tobytes(), shares)  # type: ignore[union-attr]
     if not record.tiles:
         return [f"{c.name}: no request"]
@@ -88,8 +89,8 @@ def _shares_table(record: PlanRecord, rows: int) -> list[str]:
 # ---- the CPU: the pieces that a call would make ----------------------------------------------------------------------------
 
 
-def _explain_host(plan: Plan, c: KernelClass, values: list[object], rows: int) -> list[str]:
-    pieces = host_pieces(plan, c, values)
+def _explain_host(plan: Plan, c: KernelClass, program: Program, values: list[object], rows: int) -> list[str]:
+    pieces = host_pieces(plan, c, program, values)
     if not len(pieces):
         return ["cpu: no request"]
     work = (pieces[:, 3] * pieces[:, 5] + 8) * (pieces[:, 7] - pieces[:, 6]).clamp(min=0)  # 8: what reading a key costs
@@ -113,17 +114,17 @@ def _explain_host(plan: Plan, c: KernelClass, values: list[object], rows: int) -
     return lines
 
 
-def host_pieces(plan: Plan, c: KernelClass, values: list[object]) -> torch.Tensor:
+def host_pieces(plan: Plan, c: KernelClass, program: Program, values: list[object]) -> torch.Tensor:
     """The pieces of a call on the CPU, int32 [pieces, PIECE_FIELDS]."""
-    count = _call_pieces(plan, c, values, torch.empty(0, PIECE_FIELDS, dtype=torch.int32))
+    count = _call_pieces(plan, c, program, values, torch.empty(0, PIECE_FIELDS, dtype=torch.int32))
     pieces = torch.empty(count, PIECE_FIELDS, dtype=torch.int32)
-    _call_pieces(plan, c, values, pieces)
+    _call_pieces(plan, c, program, values, pieces)
     return pieces
 
 
-def _call_pieces(plan: Plan, c: KernelClass, values: list[object], out: torch.Tensor) -> int:
+def _call_pieces(plan: Plan, c: KernelClass, program: Program, values: list[object], out: torch.Tensor) -> int:
     # the module leaves the number of pieces in the arguments themselves, in the field that says how many there is room for
-    packed = c.pack(plan, values, plan.batch, plan.max_tokens, room=out)
+    packed = c.pack(plan, program, values, plan.batch, plan.max_tokens, room=out)
     arguments = ctypes.create_string_buffer(packed, len(packed))
     code = c.kernel.function("jitgen_pieces")(arguments)
     if code:

@@ -20,6 +20,7 @@ from jitgen.program import Program
 from jitgen.serving_place import finishing, place
 from jitgen.serving_scales import no_scales, stored_dtype
 from jitgen.spec import MLA_DIMS
+from jitgen.streams import call_on, stream_of
 from jitgen.toolchain import driver_version
 
 if TYPE_CHECKING:
@@ -30,10 +31,25 @@ DECODE_ROWS = 32  # most rows (query rows * query heads of a KV head) of a reque
 ALL_ROWS = 1 << 30
 OVERLAP_DRIVER = (12, 3)  # least CUDA version of a driver whose graphs hold programmatic launches
 NUM_STRIDES = 10  # at the end of SERVING_ARGS
-# The fields of a launch in three runs: what may differ from call to call, what a plan and shapes fix, and the tail: all others.
-_FIRST_FIXED = [f.name for f in SERVING_ARGS].index("local_rows")
-pack_own = struct.Struct(pack_format(SERVING_ARGS[:_FIRST_FIXED])).pack
-pack_fixed = struct.Struct(pack_format(SERVING_ARGS[_FIRST_FIXED:])).pack
+
+
+def _fields_to(*names: str) -> list[str]:
+    """Formats of the runs of SERVING_ARGS that begin at these fields, the first at the first."""
+    starts = [[f.name for f in SERVING_ARGS].index(name) for name in names]
+    ends = [*starts[1:], len(SERVING_ARGS)]
+    return [pack_format(SERVING_ARGS[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+
+# The fields of a launch in runs. A call knows the first and the third. ``memory`` is that of the plan and its lengths;
+# ``batch``, numbers of the batch and the cache; ``fixed``, what a plan and shapes fix. Behind them comes the tail.
+_RESULTS, _MEMORY, _PLACE, _BATCH, _FIXED = _fields_to("q", "workspace", "kv_start", "batch", "local_rows")
+pack_memory = struct.Struct(_MEMORY).pack
+pack_batch = struct.Struct(_BATCH).pack
+pack_fixed = struct.Struct(_FIXED).pack
+# q, k, v, o, lse; memory as bytes; kv_start, pages, stream, num_threads; batch and fixed as bytes
+pack_launch = struct.Struct(
+    f"{_RESULTS}{struct.calcsize(_MEMORY)}s{_PLACE[1:]}{struct.calcsize(_BATCH) + struct.calcsize(_FIXED)}s"
+).pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +69,12 @@ class KernelClass:
     def name(self) -> str:
         return self.kernel.spec.family
 
-    def launch_planner(self, plan: Plan, values: list[object]) -> None:
+    def launch_planner(self, plan: Plan, program: Program, values: list[object]) -> None:
         """Start the planner for the lengths that ``plan`` holds, on the current stream."""
         if self.start_planner is None or plan.batch == 0:
             return
-        index = plan.device.index
-        if index != torch._C._cuda_getDevice():
-            with torch.cuda.device(index):
-                return self.launch_planner(plan, values)
-        code = self.start_planner(self.pack(plan, values, plan.batch, plan.room[1]))
+        packed = self.pack(plan, program, values, plan.batch, plan.room[1])
+        code = call_on(plan.device_index, self.start_planner, packed)
         if code:
             self.kernel.raise_error(code)
 
@@ -75,23 +88,25 @@ class KernelClass:
         """Whether a launch may begin before the kernel in front of it ends: both kinds wait for it themselves."""
         return self.overlaps or (self.name == "decode" and can_overlap())
 
-    def pack(self, plan: Plan, values: list[object], batch: int, total_q: int, *, room: Tensor | None = None) -> bytes:
+    def memory(self, plan: Plan) -> bytes:
+        """The fields from workspace to kv_len."""
+        return pack_memory(*self.addresses, *plan.lengths)
+
+    def pack(
+        self, plan: Plan, program: Program, values: list[object], batch: int, total_q: int, *, room: Tensor | None = None
+    ) -> bytes:
         """Arguments without q, k, v and the rest of what only a launch reads.
 
         ``room`` stands for the workspace and its rows for the CTAs, as jitgen_pieces of the CPU kernel wants them.
         """
-        c = self if room is None else replace(self, workspace=room, num_ctas=room.shape[0])
-        threads = torch.get_num_threads() if plan.device.type == "cpu" else 0
-        own = pack_own(0, 0, 0, 0, 0, _address(c.workspace), _address(c.plan), _address(plan.q_indptr), _address(plan.kv_len),
-                       _address(plan.kv_start), 0, stream_of(plan.device), threads,
-                       batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, 0, 0)  # fmt: skip
-        return own + c.fixed(plan, c.overlaps) + c.kernel.pack_tail(kernel_words(plan, values))
-
-
-def kernel_words(plan: Plan, values: list[object]) -> list[object]:
-    """The fields behind the strides, for the plan's own program: those of the segments, and the captures."""
-    program, _ = plan.trace()
-    return tail_words(plan, program, values, no_scales(plan))
+        c = self
+        if room is not None:
+            c = replace(self, addresses=(room.data_ptr(), 0), num_ctas=room.shape[0])
+        threads = torch.get_num_threads() if plan.device_index is None else 0
+        numbers = pack_batch(batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, 0, 0) + c.fixed(plan, c.overlaps)
+        kv_start = 0 if plan.kv_start is None else plan.kv_start.data_ptr()
+        own = pack_launch(0, 0, 0, 0, 0, c.memory(plan), kv_start, 0, stream_of(plan.device_index), threads, numbers)
+        return own + c.kernel.pack_tail(tail_words(plan, program, values, no_scales(plan)))
 
 
 def tail_words(plan: Plan, program: Program, values: list[object], scales: list[object]) -> list[object]:
@@ -115,22 +130,9 @@ def split_number(plan: Plan) -> int:
     return int(plan.split == "balanced")
 
 
-def stream_of(device: torch.device) -> int:
-    """The current stream of a CUDA device, 0 for the CPU."""
-    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def call(kernel: runtime.CompiledKernel, name: str, packed: bytes, device: torch.device, result: type = ctypes.c_int) -> int:
-    """Call an entry point on ``device``."""
-    function = kernel.function(name, result)
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return int(function(packed))
-    return int(function(packed))
+def ask(kernel: runtime.CompiledKernel, name: str, packed: bytes, plan: Plan, result: type = ctypes.c_int) -> int:
+    """What an entry point says about a launch on the plan's device."""
+    return int(call_on(plan.device_index, kernel.function(name, result), packed))
 
 
 def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[KernelClass, ...]:
@@ -188,16 +190,15 @@ def merge_kernel(plan: Plan, program: Program) -> runtime.CompiledKernel | None:
 def _cuda_class(plan: Plan, program: Program, values: list[object], family: str, rows: int, class_rows: int) -> KernelClass:
     kernel = _kernel(plan, program, family, rows)
     sizes = KernelClass(kernel, class_rows, 0, None, None)
-    device = plan.device
-    num_ctas = call(kernel, "jitgen_num_ctas", sizes.pack(plan, values, *plan.room), device)
+    num_ctas = ask(kernel, "jitgen_num_ctas", sizes.pack(plan, program, values, *plan.room), plan)
     if num_ctas < 0:
         kernel.raise_error(-num_ctas)
     sizes = KernelClass(kernel, class_rows, num_ctas, None, None)
-    packed = sizes.pack(plan, values, *plan.room)
-    bytes_of = {n: call(kernel, f"jitgen_{n}_bytes", packed, device, ctypes.c_longlong) for n in ("plan", "workspace")}
+    packed = sizes.pack(plan, program, values, *plan.room)
+    bytes_of = {n: ask(kernel, f"jitgen_{n}_bytes", packed, plan, ctypes.c_longlong) for n in ("plan", "workspace")}
     # all ones in the workspace mean that a partial result has not arrived
     memory = [
-        torch.full((-(-bytes_of[n] // 16) * 4,), fill, dtype=torch.int32, device=device)
+        torch.full((-(-bytes_of[n] // 16) * 4,), fill, dtype=torch.int32, device=plan.device)
         for n, fill in (("plan", 0), ("workspace", -1))
     ]
     addresses = memory[1].data_ptr(), memory[0].data_ptr()

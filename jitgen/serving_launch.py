@@ -10,9 +10,12 @@ import torch
 from jitgen import runtime
 from jitgen.errors import PlanMismatch, UnsupportedDevice
 from jitgen.program import Program
+from jitgen.serving_cascade import Cascade
 from jitgen.serving_checks import check_captures, check_query, check_results
-from jitgen.serving_kernels import pack_own, stream_of, tail_words
+from jitgen.serving_kernels import KernelClass, pack_batch, pack_launch, tail_words
+from jitgen.serving_pages import PageTable
 from jitgen.serving_plan import Plan, check_lse
+from jitgen.streams import call_on, stream_of
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -20,11 +23,9 @@ except ImportError:  # a torch without it, or with another of its kind
     TensorGuards = None
 
 Tensor = torch.Tensor
-current_device = getattr(torch._C, "_cuda_getDevice", None)  # absent from a torch for CPUs
-current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-
-# Of one kernel: the kernel, the fields workspace and plan, and the packed fields from local_rows on but for captures.
-Launches = tuple[tuple[runtime.CompiledKernel, int, int, bytes], ...]
+Launches = tuple[tuple[runtime.CompiledKernel, KernelClass, bytes], ...]  # a kernel, its class, the run ``fixed`` of its fields
+Blocks = tuple[tuple[runtime.CompiledKernel, bytes, bytes], ...]  # a kernel, the runs ``memory``, and ``batch`` and ``fixed``
+KeyAddresses = tuple[int, int, int, int]  # the fields k, v, kv_start, pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,37 +50,38 @@ class PreparedCall:
     out_like_q: bool  # the output is laid out as torch.empty_like(q) would be
 
 
+def looks_of(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
+    """Whether other tensors look like these, as a function of them, for what is called again and again.
+
+    It costs a microsecond to make: where torch has guards, they compare in 0.3 us and not in 1 us. Nothing looks like tensors
+    that require grad: whether they may be used depends on more than their looks.
+    """
+    if any(t.requires_grad for t in tensors):
+        return lambda *others: False
+    if TensorGuards is not None:
+        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[no-any-return]
+
+    def look(*tensors: Tensor) -> list[object]:
+        return [(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
+
+    looks = look(*tensors)
+    return lambda *others: looks == look(*others)
+
+
 @dataclass(frozen=True, slots=True)
 class RecentCall:
-    """The last call of a plan. One whose tensors look like its own needs neither a key nor a table."""
+    """The last call of a plan, ready to be made again: one with its options and page table, whose tensors look like its own,
+    lacks nothing but addresses."""
 
     call: PreparedCall
     options: tuple[object, ...]
     looks_same: Callable[..., bool]  # of the tensors of a call
     total_q: int
-
-    @classmethod
-    def of(cls, call: PreparedCall, options: tuple[object, ...], *tensors: Tensor) -> RecentCall | None:
-        """A record of a call, which costs a microsecond: where torch has guards, they compare in 0.3 us and not in 1 us.
-
-        There is none for tensors that require grad: whether they may be used depends on more than their looks.
-        """
-        total_q = tensors[0].shape[0]
-        if any(t.requires_grad for t in tensors):
-            return None
-        if TensorGuards is not None:
-            sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-            guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-            return cls(call, options, guards.check, total_q)
-
-        def looks_of(tensors: tuple[Tensor, ...]) -> list[object]:
-            return [(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
-
-        looks = looks_of(tensors)
-        return cls(call, options, lambda *others: looks == looks_of(others), total_q)
-
-
-KeyAddresses = tuple[int, int, int, int, int]  # k, v, kv_start, pages; and the field page_list_stride
+    version: int  # of the plan: lengths are those of this update
+    table: object  # what the call was given as page table, if it may be taken for ``lists`` again; None for ragged keys
+    lists: PageTable | Cascade | None
+    blocks: Blocks  # none where there is nothing to do
 
 
 def launches_of(
@@ -91,65 +93,85 @@ def launches_of(
     kv_stride: tuple[int, ...],
 ) -> Launches:
     """What the plan and the shapes of a call fix about its launches."""
+    strides = (*q_stride, *o_stride, *kv_stride)
     return tuple(
-        (kernel, *c.addresses, c.fixed(plan, c.programmatic, scale, (*q_stride, *o_stride, *kv_stride)))
-        for kernel, c in zip(kernels, plan.classes, strict=True)
+        (kernel, c, c.fixed(plan, c.programmatic, scale, strides)) for kernel, c in zip(kernels, plan.classes, strict=True)
     )
+
+
+def blocks_of(plan: Plan, call: PreparedCall, launches: Launches, total_q: int, list_stride: int) -> Blocks:
+    """What the lengths of the plan fix besides."""
+    if plan.batch == 0 or total_q == 0:
+        return ()
+    num_q_heads, num_kv_heads, page_size, num_pages = call.numbers
+    batch = pack_batch(plan.batch, num_q_heads, num_kv_heads, total_q, page_size, num_pages, list_stride)
+    return tuple((kernel, c.memory(plan), batch + fixed) for kernel, c, fixed in launches)
+
+
+def check_rows(plan: Plan, q: Tensor) -> int:
+    """Rows of q, which the plan must have been made and updated for."""
+    total_q = q.shape[0]
+    if total_q > plan.max_tokens or total_q < plan.rows:
+        check_query(plan, q)
+        raise PlanMismatch(f"q has {total_q} rows, plan.update was given {plan.rows}. Both must match, but for padding.")
+    return total_q
 
 
 def run(
     plan: Plan,
-    call: PreparedCall,
+    recent: RecentCall,
     values: list[object],
     q: Tensor,
-    total_q: int,
     keys: KeyAddresses,
     scales: list[object],
     want_lse: bool,
     out: Tensor | None,
     lse: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Check what the plan knows of the batch, allocate the results, and start the kernels on the current stream."""
-    if total_q > plan.max_tokens or total_q < plan.rows:
-        check_query(plan, q)
-        raise PlanMismatch(f"q has {total_q} rows, plan.update was given {plan.rows}. Both must match, but for padding.")
-    launches = call.launches
+    """Allocate the results, check what they and captured values can be wrong about, and start the kernels."""
+    call, total_q, blocks = recent.call, recent.total_q, recent.blocks
     if out is not None or lse is not None:
-        launches = _check_results(plan, call, q, out, lse)
+        blocks = _check_results(plan, recent, q, out, lse)
     if out is None:
         out = torch.empty_like(q) if call.out_like_q else q.new_empty((total_q, plan.num_q_heads, plan.head_dim_v))
     if want_lse or lse is not None:
         check_lse(call.program)
         lse = q.new_empty((total_q, plan.num_q_heads), dtype=torch.float32) if lse is None else lse
-    if plan.batch and total_q:
+    if blocks:
         if call.mask_slots:
             plan.check_values(call.mask_slots, call.program, values)
         if call.has_tensors:
             check_captures(plan, call.program, values)
         if call.q_factor != 1.0:
             q = _copy(q).mul_(call.q_factor)
-        lse_at = 0 if lse is None else lse.data_ptr()
-        results, tail = (out.data_ptr(), lse_at), scales
-        if call.merge is not None:
-            launches, results = call.launches, plan.segments.addresses  # type: ignore[union-attr]
-        if values or call.merge is not None:
+        results = out.data_ptr(), 0 if lse is None else lse.data_ptr()
+        if call.merge is None:
+            tail = tail_words(plan, call.program, values, scales) if values or scales else scales
+            _launch(plan, call, blocks, q, keys, results, tail)
+        else:
             tail = tail_words(plan, call.program, values, scales)
-        _launch(plan, call, total_q, q, keys, results, launches, tail)
-        if call.merge is not None:
+            _launch(plan, call, recent.blocks, q, keys, plan.segments.addresses, tail)  # type: ignore[union-attr]
             o_stride = out.stride()[:2]
-            _merge(plan, call, (out.data_ptr(), lse_at), total_q, (*o_stride, *runtime.capture_words(call.program, values)))
+            _merge(plan, call, results, total_q, (*o_stride, *runtime.capture_words(call.program, values)))
     return (out, lse) if want_lse else out  # type: ignore[return-value]
 
 
-def _check_results(plan: Plan, call: PreparedCall, q: Tensor, out: Tensor | None, lse: Tensor | None) -> Launches:
-    """``out=`` and ``lse=`` are as they must be; returns the launches for the strides of ``out``."""
+def _check_results(plan: Plan, recent: RecentCall, q: Tensor, out: Tensor | None, lse: Tensor | None) -> Blocks:
+    """``out=`` and ``lse=`` are as they must be; returns the blocks for the strides of ``out``."""
+    call = recent.call
     given = (q.shape[0], q.dtype, *[t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in (out, lse)])
     if given != plan.checked_results:
         check_results(plan, q, out, lse)
         plan.checked_results = given
     if out is None or out.stride()[:2] == call.o_stride:
-        return call.launches
-    return launches_of(plan, call.kernels, call.scale, call.q_stride, out.stride()[:2], call.kv_stride)
+        return recent.blocks
+    launches = launches_of(plan, call.kernels, call.scale, call.q_stride, out.stride()[:2], call.kv_stride)
+    return blocks_of(plan, call, launches, recent.total_q, list_stride_of(plan, recent.lists))
+
+
+def list_stride_of(plan: Plan, lists: PageTable | Cascade | None) -> int:
+    """The field page_list_stride."""
+    return lists.list_stride if plan.segments is None and type(lists) is PageTable else 0
 
 
 def _aligned(q: Tensor, keys: int, out: int) -> Tensor:
@@ -173,15 +195,11 @@ def _merge(plan: Plan, call: PreparedCall, results: tuple[int, ...], total_q: in
     """Join the states that the kernels have left of each row, on the current stream. ``rest``: fields from o_stride_s on."""
     kernel, segments = call.merge, plan.segments
     assert kernel is not None and segments is not None
-    stream, threads = (0, torch.get_num_threads()) if call.on_host else (stream_of(plan.device), 0)
+    stream, threads = stream_of(plan.device_index), torch.get_num_threads() if call.on_host else 0
     numbers = (stream, threads, plan.num_requests, *call.numbers[:2], total_q, segments.levels, segments.max_tokens,
                plan.q_index == "local", call.scale)  # fmt: skip
     packed = kernel.pack(*segments.addresses, *results, *segments.row_addresses, *numbers, *rest)
-    if call.on_host or plan.device.index == torch._C._cuda_getDevice():
-        code = kernel.launch(packed)
-    else:
-        with torch.cuda.device(plan.device.index):
-            code = kernel.launch(packed)
+    code = call_on(plan.device_index, kernel.launch, packed)
     if code:
         kernel.raise_error(code)
 
@@ -189,40 +207,30 @@ def _merge(plan: Plan, call: PreparedCall, results: tuple[int, ...], total_q: in
 def _launch(
     plan: Plan,
     call: PreparedCall,
-    total_q: int,
+    blocks: Blocks,
     q: Tensor,
     keys: KeyAddresses,
     results: tuple[int, int],
-    launches: Launches,
     tail: list[object],
 ) -> None:
     """Start every kernel of the plan, in order, on the current stream. ``results``: fields o and lse; ``tail``: the last."""
-    k, v, kv_start, pages, list_stride = keys
+    k, v, kv_start, pages = keys
     out, lse = results
-    q_at, stream, threads = q.data_ptr(), 0, 0
+    index, q_at, threads = plan.device_index, q.data_ptr(), 0
     if call.on_host:
         threads = torch.get_num_threads()
-    else:
-        index = plan.device_index
-        if index != current_device():
-            with torch.cuda.device(index):
-                return _launch(plan, call, total_q, q, keys, results, launches, tail)
-        if (q_at | k | v | out) & 15:
-            q = _aligned(q, k | v, out)
-            q_at = q.data_ptr()
-        stream = current_stream(index)
-    beside = None if plan.segments is None or len(launches) < 2 else plan.segments.beside
-    last = launches[0][0].pack_tail(tail)
-    q_indptr, kv_len = plan.lengths
-    num_q_heads, num_kv_heads, page_size, num_pages = call.numbers
+    elif (q_at | k | v | out) & 15:
+        q = _aligned(q, k | v, out)
+        q_at = q.data_ptr()
+    stream = stream_of(index)
+    last = blocks[0][0].pack_tail(tail)
+    beside = None if plan.segments is None or len(blocks) < 2 else plan.segments.beside
     on = stream if beside is None else beside.fork()
-    for kernel, workspace, planned, fixed in launches if beside is None else launches[::-1]:  # the prefill kernel first
-        own = pack_own(q_at, k, v, out, lse, workspace, planned, q_indptr, kv_len, kv_start, pages, on, threads,
-                       plan.batch, num_q_heads, num_kv_heads, total_q, page_size, num_pages, list_stride)  # fmt: skip
-        code = kernel.launch(own + fixed + last)
+    for kernel, memory, rest in blocks if beside is None else blocks[::-1]:  # the prefill kernel first
+        packed = pack_launch(q_at, k, v, out, lse, memory, kv_start, pages, on, threads, rest)
+        code = call_on(index, kernel.launch, packed + last)
         on = stream
         if code:
             kernel.raise_error(code)
     if beside is not None:
         beside.join()
-

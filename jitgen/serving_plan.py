@@ -193,7 +193,7 @@ class Plan:
         self._program, self._values = program, values
         check_captures(self, program, values)
         for c in self.classes:
-            c.launch_planner(self, values)
+            c.launch_planner(self, program, values)
         return self
 
     def _take_lengths(self, q_indptr: Tensor, kv_len: Tensor | None, kv_indptr: Tensor | None) -> None:

@@ -34,7 +34,7 @@ LAYERS = {
     "requests": ["portable", "manifest", "recording"],
     "building": ["loader", "nvcc", "build"],
     "calls": [
-        "checks", "runtime", "fp8", "layouts", "api", "reference", "mask_tiles", "flex", "op", "block_*", "serving*",
+        "checks", "runtime", "streams", "fp8", "layouts", "api", "reference", "mask_tiles", "flex", "op", "block_*", "serving*",
         "sampling*", "rotary", "kv_*",
     ],
     "compat": ["compat*"],

@@ -195,7 +195,7 @@ LENGTHS = [(1, 20000), (1, 3), (300, 900), (0, 50), (4, 0), (2, 700)]
 
 
 def pieces_of(batch, plan):
-    return host_pieces(plan, plan.classes[0], plan._values)
+    return host_pieces(plan, plan.classes[0], plan._program, plan._values)
 
 
 @pytest.mark.parametrize(
