@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -133,8 +134,7 @@ class RowsSpec:
     @cached_property
     def rotations(self) -> tuple[Rotation, ...]:
         """The rotations of the streams by number."""
-        found = {s.rotation.number: s.rotation for s in self.streams if s.rotation is not None}
-        return tuple(found[n] for n in sorted(found))
+        return rotations_of(self.streams)
 
     @cached_property
     def args(self) -> tuple[ArgField, ...]:
@@ -149,18 +149,30 @@ class RowsSpec:
         found = [*TOKEN_ARGS]
         for s in self.streams:
             found += stream_args(s.name)
-        for r in self.rotations:
-            if r.table:
-                found.append(pointer("const void", f"table{r.number}", "[rows, rotary_dim]: cosines, then sines"))
-                found += [ArgField("int64_t", f"table{r.number}_rows"), ArgField("int64_t", f"table{r.number}_stride")]
-            else:
-                pairs = r.rotary_dim // 2
-                found.append(ArgField("jg::Turns", f"turns{r.number}[{pairs}]", "of each pair", f"{2 * pairs}f"))
-        return tuple(found)
+        return (*found, *rotation_args(self.rotations))
 
     @property
     def pack_format(self) -> str:
         return pack_format(self.args)
+
+
+def rotations_of(streams: Sequence[StreamSpec]) -> tuple[Rotation, ...]:
+    """The rotations of streams by number."""
+    found = {s.rotation.number: s.rotation for s in streams if s.rotation is not None}
+    return tuple(found[n] for n in sorted(found))
+
+
+def rotation_args(rotations: Sequence[Rotation]) -> tuple[ArgField, ...]:
+    """The launch arguments of rotations."""
+    found: list[ArgField] = []
+    for r in rotations:
+        if r.table:
+            found.append(pointer("const void", f"table{r.number}", "[rows, rotary_dim]: cosines, then sines"))
+            found += [ArgField("int64_t", f"table{r.number}_rows"), ArgField("int64_t", f"table{r.number}_stride")]
+        else:
+            pairs = r.rotary_dim // 2
+            found.append(ArgField("jg::Turns", f"turns{r.number}[{pairs}]", "of each pair", f"{2 * pairs}f"))
+    return tuple(found)
 
 
 def widest_access(head_dim: int, rotation: Rotation | None, sizes: tuple[int, ...], aligned_to: int) -> int:

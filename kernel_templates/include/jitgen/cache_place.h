@@ -3,6 +3,7 @@
 #pragma once
 
 #include "jitgen/span.h"
+#include "jitgen/turns.h"
 
 #ifdef __CUDACC__
 #define JITGEN_ANYWHERE __host__ __device__ __forceinline__
@@ -11,10 +12,6 @@
 #endif
 
 namespace jg {
-
-// Angular speed of a pair, in turns for each position, as a sum of two floats: with one, the angle at position 100,000 would
-// be off by a hundredth.
-struct Turns { float high, low; };
 
 // Of what is written: none, read per head, found per row and stored by slot. kRead: of what is read, per head or by slot.
 enum class Scale { kNone, kGiven, kStored, kRead };
