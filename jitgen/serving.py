@@ -275,6 +275,11 @@ def _prepare(
     out_shape = (plan.num_q_heads, plan.head_dim_v)
     o_stride = (plan.num_q_heads * plan.head_dim_v, plan.head_dim_v)
     q_stride = q.stride()[:2]
+    if plan.stage is not None:
+        plan.stage.check(program)
+        q_stride = plan.stage.q_stride if plan.stage.changes_q else q_stride
+    elif program.rows is not None:
+        raise PlanMismatch("the variant transforms rows, the plan was made for one that does not. Make a plan with variant=.")
     kernels = kernels_of(plan, program)
     call = PreparedCall(
         program=program,

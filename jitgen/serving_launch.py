@@ -93,10 +93,11 @@ def launches_of(
     kv_stride: tuple[int, ...],
 ) -> Launches:
     """What the plan and the shapes of a call fix about its launches."""
-    strides = (*q_stride, *o_stride, *kv_stride)
-    return tuple(
-        (kernel, c, c.fixed(plan, c.programmatic, scale, strides)) for kernel, c in zip(kernels, plan.classes, strict=True)
-    )
+    launches = []
+    for kernel, c in zip(kernels, plan.classes, strict=True):
+        strides = (*q_stride, *o_stride, *(plan.stage.strides if c.staged else kv_stride))
+        launches.append((kernel, c, c.fixed(plan, c.programmatic, scale, strides)))
+    return tuple(launches)
 
 
 def blocks_of(plan: Plan, call: PreparedCall, launches: Launches, total_q: int, list_stride: int) -> Blocks:
@@ -104,8 +105,12 @@ def blocks_of(plan: Plan, call: PreparedCall, launches: Launches, total_q: int, 
     if plan.batch == 0 or total_q == 0:
         return ()
     num_q_heads, num_kv_heads, page_size, num_pages = call.numbers
-    batch = pack_batch(plan.batch, num_q_heads, num_kv_heads, total_q, page_size, num_pages, list_stride)
-    return tuple((kernel, c.memory(plan), batch + fixed) for kernel, c, fixed in launches)
+    own = plan.batch, num_q_heads, num_kv_heads, total_q
+    batch = pack_batch(*own, page_size, num_pages, list_stride)
+    if plan.stage is None:
+        return tuple((kernel, c.memory(plan), batch + fixed) for kernel, c, fixed in launches)
+    staged = pack_batch(*own, 0, plan.stage.capacity, 0)
+    return tuple((kernel, c.memory(plan), (staged if c.staged else batch) + fixed) for kernel, c, fixed in launches)
 
 
 def check_rows(plan: Plan, q: Tensor) -> int:
@@ -142,15 +147,21 @@ def run(
             plan.check_values(call.mask_slots, call.program, values)
         if call.has_tensors:
             check_captures(plan, call.program, values)
+        if plan.stage is not None and plan.stage.changes_q:
+            q = plan.stage.transform_q(call.program, values, q)
         if call.q_factor != 1.0:
             q = _copy(q).mul_(call.q_factor)
         results = out.data_ptr(), 0 if lse is None else lse.data_ptr()
-        if call.merge is None:
+        if plan.stage is not None:
+            parts = None if call.merge is None else plan.segments.addresses  # type: ignore[union-attr]
+            _launch_staged(plan, recent, blocks if parts is None else recent.blocks, values, q, keys, parts or results, scales)
+        elif call.merge is None:
             tail = tail_words(plan, call.program, values, scales) if values or scales else scales
             _launch(plan, call, blocks, q, keys, results, tail)
         else:
             tail = tail_words(plan, call.program, values, scales)
             _launch(plan, call, recent.blocks, q, keys, plan.segments.addresses, tail)  # type: ignore[union-attr]
+        if call.merge is not None:
             o_stride = out.stride()[:2]
             _merge(plan, call, results, total_q, (*o_stride, *runtime.capture_words(call.program, values)))
     return (out, lse) if want_lse else out  # type: ignore[return-value]
@@ -234,3 +245,25 @@ def _launch(
             kernel.raise_error(code)
     if beside is not None:
         beside.join()
+
+
+def _launch_staged(
+    plan: Plan,
+    recent: RecentCall,
+    blocks: Blocks,
+    values: list[object],
+    q: Tensor,
+    keys: KeyAddresses,
+    results: tuple[int, int],
+    scales: list[object],
+) -> None:
+    """As ``_launch``, where kernels differ in the keys that they read; those of the plan's stage are put there first."""
+    call, stage = recent.call, plan.stage
+    assert stage is not None
+    program, list_stride = call.program, list_stride_of(plan, recent.lists)
+    if any(c.staged for c in plan.classes):
+        stage.gather(program, values, call.numbers, call.kv_stride, keys, list_stride, scales)
+    in_stage = stage.k.data_ptr(), stage.v.data_ptr(), stage.start.data_ptr(), 0
+    for c, block in zip(plan.classes, blocks, strict=True):
+        tail = tail_words(plan, program, values, c.words(plan, program, scales))
+        _launch(plan, call, (block,), q, in_stage if c.staged else keys, results, tail)
