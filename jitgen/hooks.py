@@ -177,7 +177,7 @@ class HookTracer:
             return RowProgram()
         if check_hook(kind, hook).context:
             raise VariantError(
-                f"{kind} '{name_of(hook)}' asks for keyword-only context, and rows are transformed with none. Capture the value."
+                f"{kind} '{name_of(hook)}' asks for keyword-only context, and there is none for rows. Capture the value."
             )
         label, code = f"{kind} '{name_of(hook)}'", code_of(hook)
         call = self.captures.wrap(hook, Path(None, "root", kind), name_of(hook))

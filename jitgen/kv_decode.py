@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jitgen.abi import ArgField
+from jitgen.checks import dtype_name
 from jitgen.kv_launch import Turn
-from jitgen.kv_spec import RowsSpec, Rotation, StreamSpec, rotation_args, rotations_of
+from jitgen.kv_spec import Rotation, RowsSpec, StreamSpec, rotation_args, rotations_of
 from jitgen.program import Program, RowProgram, Slot
 from jitgen.records import record
 from jitgen.target import CompileTarget
-from jitgen.checks import dtype_name
 
 CHUNK = 8  # elements of 16 bits that a lane loads at once
 ROTATED_CHUNKS = 2 * CHUNK  # a rotation is of whole chunks

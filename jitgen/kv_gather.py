@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
+from jitgen.checks import dtype_name
+from jitgen.errors import UnsupportedDtype
 from jitgen.ir import walk
 from jitgen.kv_checks import check_row_captures
 from jitgen.kv_launch import Stream, prepare_rows
 from jitgen.kv_spec import FLOATS
 from jitgen.kv_tokens import Tokens
-from jitgen.checks import dtype_name
-from jitgen.errors import UnsupportedDtype
 from jitgen.program import Program, RowProgram
 
 Tensor = torch.Tensor

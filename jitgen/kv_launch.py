@@ -228,7 +228,10 @@ def turn_words(turns: Sequence[Turn]) -> list[object]:
     words: list[object] = []
     for turn, dim in turns:
         table = turn.cos_sin
-        words += turn.speeds(dim) if table is None else (table.data_ptr(), table.shape[0], table.stride(0))
+        if table is None:
+            words.append(struct.pack(f"{dim}f", *turn.speeds(dim)))
+        else:
+            words += (table.data_ptr(), table.shape[0], table.stride(0))
     return words
 
 

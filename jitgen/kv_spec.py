@@ -171,7 +171,7 @@ def rotation_args(rotations: Sequence[Rotation]) -> tuple[ArgField, ...]:
             found += [ArgField("int64_t", f"table{r.number}_rows"), ArgField("int64_t", f"table{r.number}_stride")]
         else:
             pairs = r.rotary_dim // 2
-            found.append(ArgField("jg::Turns", f"turns{r.number}[{pairs}]", "of each pair", f"{2 * pairs}f"))
+            found.append(ArgField("jg::Turns", f"turns{r.number}[{pairs}]", "of each pair", f"{8 * pairs}s"))
     return tuple(found)
 
 

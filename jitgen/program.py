@@ -122,8 +122,9 @@ class Program:
         if self.norm is not None:
             head += (self.norm.state_names, self.norm.state_init, self.norm.order)
         if self.rows is not None:
-            return hashlib.sha256(_attr_bytes((*head, self.rows.kinds())) + serialize((*self.roots(), *self.rows.roots()))).hexdigest()[:32]
-        return hashlib.sha256(_attr_bytes(head) + serialize(self.roots())).hexdigest()[:32]
+            head += (self.rows.kinds(),)
+        roots = self.roots() if self.rows is None else (*self.roots(), *self.rows.roots())
+        return hashlib.sha256(_attr_bytes(head) + serialize(roots)).hexdigest()[:32]
 
 
 @lru_cache(maxsize=256)

@@ -71,7 +71,8 @@ def run_program(
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     if program.rows is not None:
         q = transform_rows(program.rows.q, values, q, first=q_offset, dtype=dtype)
-        k, v = (transform_rows(p, values, t.expand(batch, -1, -1, -1), dtype=dtype) for p, t in ((program.rows.k, k), (program.rows.v, v)))
+        k = transform_rows(program.rows.k, values, k.expand(batch, -1, -1, -1), dtype=dtype)
+        v = transform_rows(program.rows.v, values, v.expand(batch, -1, -1, -1), dtype=dtype)
     k, v = (t.to(dtype).expand(batch, -1, -1, -1).repeat_interleave(num_q_heads // num_kv_heads, 1) for t in (k, v))
     leaves = index_leaves(batch, num_q_heads, num_kv_heads, q_len, kv_len, q_offset, scale, dtype, q.device)
     shape = (batch, num_q_heads, q_len, kv_len)

@@ -69,8 +69,8 @@ class Rope:
         rotations = getattr(tracer, "rotations", None)
         if rotations is None:
             raise VariantError(
-                "a jitgen.Rope was called outside of a transform of rows, as jitgen.append and variants have. Rotate tensors with "
-                "jitgen.rope(q, k, ...)."
+                "a jitgen.Rope was called outside of a transform of rows, as jitgen.append and variants have. Rotate tensors "
+                "with jitgen.rope(q, k, ...)."
             )
         row, position = as_operand(x), as_operand(pos)
         if not isinstance(row, Expr) or not isinstance(position, Expr) or not position.is_int:

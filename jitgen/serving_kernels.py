@@ -156,7 +156,7 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
     rows = min(most_rows or group, DECODE_ROWS)
     # what reads keys where they are stored; all others read the plan's stage
     in_place = plan.stage is None or plan.stage.fits_decode
-    staged = plan.stage is not None and (plan.stage.changes_keys or bool(stored_dtype(plan)))
+    staged = plan.stage is not None and (plan.stage.changes_keys or plan.stage.gathers_bytes)
     if stored_dtype(plan) and not staged:
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS),)
     if plan.levels > 1:
@@ -200,7 +200,8 @@ def merge_kernel(plan: Plan, program: Program) -> runtime.CompiledKernel | None:
     """The kernel that joins the segments of each row; None where requests are taken whole."""
     if plan.segments is None:
         return None
-    return runtime.get_kernel(merge_spec(finishing(without_rows(program)), dtype_name(plan.dtype), plan.head_dim_v, plan.device))
+    done = finishing(without_rows(program))
+    return runtime.get_kernel(merge_spec(done, dtype_name(plan.dtype), plan.head_dim_v, plan.device))
 
 
 def _cuda_class(

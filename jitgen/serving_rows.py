@@ -10,12 +10,10 @@ kernel of their own.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from jitgen import runtime
-from jitgen.checks import dtype_name
 from jitgen.errors import PlanMismatch, UnsupportedDevice, VariantError
 from jitgen.kv_checks import check_row_captures
 from jitgen.kv_decode import fits_decode, rows_in_decode, turns_in_decode
@@ -49,6 +47,7 @@ class Stage:
         self.changes_keys = program.rows is not None and program.rows.changes_keys
         dims = plan.head_dim, plan.head_dim_v
         on_gpu = self.device.type == "cuda"
+        self.gathers_bytes = bool(stored_dtype(plan)) and on_gpu and plan.max_kv_tokens is not None
         self.fits_decode = on_gpu and (not self.changes_keys or (not stored_dtype(plan) and fits_decode(program, *dims)))
         self.capacity = 0
         self.direct_rows = 0  # requests of no more rows (query rows * query heads of a KV head) are not staged
@@ -84,13 +83,13 @@ class Stage:
     def set_classes(self, classes: tuple[KernelClass, ...]) -> None:
         """Make room for the keys that the classes read from the stage."""
         staged = [c for c in classes if c.staged]
-        self.direct_rows = max((c.class_rows for c in classes if not c.staged), default=0) if len(staged) < len(classes) else 0
+        self.direct_rows = max((c.class_rows for c in classes if not c.staged), default=0)
         if not staged or self.device.type == "cpu":
             return
         if self.plan.max_kv_tokens is None:
             raise VariantError(
-                "the variant transforms keys or values, and the plan's prefill kernel reads transformed copies of them. Make the "
-                "plan with max_kv_tokens=, the most keys of all such requests in a step, or with max_q_len= for decode alone."
+                "the variant transforms keys or values, and a kernel of the plan reads transformed copies of them. Make the plan "
+                "with max_kv_tokens=, the most keys of all requests in a step, or with max_q_len= for decode alone."
             )
         self.capacity = self.plan.max_kv_tokens
         self._reserve(self.capacity)
@@ -175,8 +174,8 @@ class Stage:
         k, v, kv_start, pages = keys
         if self.device.type == "cuda" and (k | v) & 15:
             raise UnsupportedDevice(
-                "the memory of k or v does not start at a multiple of 16 bytes, which the cuda kernels need. Allocate the cache "
-                "as a tensor of its own, or slice it at such a place."
+                "the memory of k or v does not start at a multiple of 16 bytes, which the cuda kernels need. Allocate the "
+                "cache as a tensor of its own, or slice it at such a place."
             )
         if self.capacity == 0:
             return
@@ -194,7 +193,8 @@ class Stage:
                 self._stream(name, where, strides[3 * i : 3 * i + 3], target, p)
                 for i, (name, target, p) in enumerate((("k", self.k, rows.k), ("v", self.v, rows.v)))
             ]
-            call = self._keep(key, prepare_rows(streams, "from_pages" if pages else "from_rows", Tokens(self.capacity), self.device, placed))
+            places = "from_pages" if pages else "from_rows"
+            call = self._keep(key, prepare_rows(streams, places, Tokens(self.capacity), self.device, placed))
         of_scales = [(0, 0), (0, 0)] if not scales else [tuple(scales[2:4]), tuple(scales[4:6])]
         call = replace(
             call,

@@ -83,13 +83,6 @@ struct K {
   static constexpr jg::Places kPlaces = jg::Places::kPages;
   static constexpr jg::Scale kScale = jg::Scale::kStored;
 
-  JITGEN_ANYWHERE static jg::Rows rows(const Args& args) {
-    return {args.k, args.k_out, args.k_scale,
-            static_cast<float>(args.k_scale_value), args.k_heads,
-            args.k_heads_per_unit, args.k_stride_t, args.k_stride_h,
-            args.k_out_stride_p, args.k_out_stride_s, args.k_out_stride_h,
-            args.k_scale_stride_s, args.k_scale_stride_h};
-  }
   template <class Row> JITGEN_MEMBER static void before(const Args& args, Row& row, int b, int kv_h, int pos) {
     const Head head = make_head(args, b, kv_h);
     const float total = row.sum([&](float x, int i) {
@@ -115,6 +108,14 @@ struct K {
   JITGEN_MEMBER static void angle(const Args& args, int position, int pair, float& cosine, float& sine) {
     jg::turn(args.turns0[pair], position, cosine, sine);
   }
+
+  JITGEN_ANYWHERE static jg::Rows rows(const Args& args) {
+    return {args.k, args.k_out, args.k_scale,
+            static_cast<float>(args.k_scale_value), args.k_heads,
+            args.k_heads_per_unit, args.k_stride_t, args.k_stride_h,
+            args.k_out_stride_p, args.k_out_stride_s, args.k_out_stride_h,
+            args.k_scale_stride_s, args.k_scale_stride_h};
+  }
 };
 
 // ---- v: bfloat16 to float8_e4m3fn ----
@@ -127,13 +128,6 @@ struct V {
   static constexpr jg::Places kPlaces = jg::Places::kPages;
   static constexpr jg::Scale kScale = jg::Scale::kStored;
 
-  JITGEN_ANYWHERE static jg::Rows rows(const Args& args) {
-    return {args.v, args.v_out, args.v_scale,
-            static_cast<float>(args.v_scale_value), args.v_heads,
-            args.v_heads_per_unit, args.v_stride_t, args.v_stride_h,
-            args.v_out_stride_p, args.v_out_stride_s, args.v_out_stride_h,
-            args.v_scale_stride_s, args.v_scale_stride_h};
-  }
   template <class Row> JITGEN_MEMBER static void before(const Args& args, Row& row, int b, int kv_h, int pos) {
   }
 
@@ -144,6 +138,14 @@ struct V {
     return pos;
   }
   JITGEN_MEMBER static void angle(const Args& args, int position, int pair, float& cosine, float& sine) {
+  }
+
+  JITGEN_ANYWHERE static jg::Rows rows(const Args& args) {
+    return {args.v, args.v_out, args.v_scale,
+            static_cast<float>(args.v_scale_value), args.v_heads,
+            args.v_heads_per_unit, args.v_stride_t, args.v_stride_h,
+            args.v_out_stride_p, args.v_out_stride_s, args.v_out_stride_h,
+            args.v_scale_stride_s, args.v_scale_stride_h};
   }
 };
 
