@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from jitgen import ir
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
@@ -167,9 +168,14 @@ def rope(
              float16, any strides but unit stride along the head dim; returns both in their dtypes. Indices int32 or int64.
     Units:   angles in radians, exact to about 1e-6 at any position; arithmetic is float32.
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, GradNotSupported, CompileError.
-    Cost:    compiles once for each combination of dtypes, head dims and kinds of rotation; reads and writes memory once.
+    Cost:    compiles once for each combination of dtypes, head dims and kinds of rotation; reads and writes memory once. Inside
+             torch.compile the call is one operator.
     Source:  RoFormer (Su et al. 2021).
     """
+    if is_compiling():
+        from jitgen.kv_op import call_rope
+
+        return call_rope(q, k, positions, (theta, scale, rotary_dim, interleave, llama31), cos_sin, out)
     from jitgen.kv_tokens import form_of, low_bits
 
     targets = (None, None) if out is None else out
