@@ -88,8 +88,8 @@ class Stage:
             return
         if self.plan.max_kv_tokens is None:
             raise VariantError(
-                "the variant transforms keys or values, and a kernel of the plan reads transformed copies of them. Make the plan "
-                "with max_kv_tokens=, the most keys of all requests in a step, or with max_q_len= for decode alone."
+                "the variant transforms keys or values, and a kernel of the plan reads transformed copies of them. Make the "
+                "plan with max_kv_tokens=, the most keys of all requests in a step, or with max_q_len= for decode alone."
             )
         self.capacity = self.plan.max_kv_tokens
         self._reserve(self.capacity)

@@ -109,4 +109,5 @@ def test_operators_keep_the_rules_of_torch():
     caches = torch.zeros(1, 8, 1, 32), torch.zeros(1, 8, 1, 32)
     indices = [torch.arange(5), None, None, None, torch.arange(5)]
     handle = kv_op.register_transform(rotate_and_weigh)
-    torch.library.opcheck(kv_op.append_op, (*caches, k, k, None, None, indices, handle, None, None, [], "NHD"), test_utils=tests)
+    arguments = (*caches, k, k, None, None, indices, handle, None, None, [], "NHD")
+    torch.library.opcheck(kv_op.append_op, arguments, test_utils=tests)

@@ -18,7 +18,7 @@ enum class Scale { kNone, kGiven, kStored, kRead };
 // Where rows go: row of the token; slot mapping; request, position and page table. Or where they come from, to go to the row
 // of the token: a page table, or the rows from list_start on of each request.
 enum class Places { kRows, kSlots, kPages, kFromPages, kFromRows };
-constexpr bool is_gather(Places places) { return places == Places::kFromPages || places == Places::kFromRows; }
+template <Places kPlaces> constexpr bool kGathers = kPlaces == Places::kFromPages || kPlaces == Places::kFromRows;
 
 // The rows of one kind: those of all heads of a token lie at multiples of stride_h from each other. The strides of x are those
 // of tokens and heads, the strides of out those of places; a gather reads at places and writes by token.

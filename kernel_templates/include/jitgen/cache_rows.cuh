@@ -4,6 +4,7 @@
 // rotation; a team goes through heads of one token, so the angles of its pairs are computed once for all of them.
 #pragma once
 
+#include "jitgen/cuda_math.cuh"
 #include "jitgen/cache_place.h"
 #include "jitgen/row_view.cuh"
 
@@ -156,12 +157,12 @@ template <class S, class Args> JITGEN_FN void move_rows(const Args& args, int64_
 
   const int64_t begin = (unit - token * units_per_token) * rows.heads_per_unit;
   const int64_t end = begin + rows.heads_per_unit < rows.num_heads ? begin + rows.heads_per_unit : rows.num_heads;
-  constexpr bool kGathers = is_gather(S::kPlaces);
+  constexpr bool kReadsPlaces = kGathers<S::kPlaces>;
   const int64_t by_token = token * rows.x_stride_t, by_place = place.page * rows.out_stride_p + place.offset * rows.out_stride_s;
-  const auto* const from = static_cast<const typename S::In*>(rows.x) + (kGathers ? by_place : by_token);
-  auto* const to = static_cast<typename S::Out*>(rows.out) + (kGathers ? by_token : by_place);
-  const int64_t from_stride_h = kGathers ? rows.out_stride_h : rows.x_stride_h;
-  const int64_t to_stride_h = kGathers ? rows.x_stride_h : rows.out_stride_h;
+  const auto* const from = static_cast<const typename S::In*>(rows.x) + (kReadsPlaces ? by_place : by_token);
+  auto* const to = static_cast<typename S::Out*>(rows.out) + (kReadsPlaces ? by_token : by_place);
+  const int64_t from_stride_h = kReadsPlaces ? rows.out_stride_h : rows.x_stride_h;
+  const int64_t to_stride_h = kReadsPlaces ? rows.x_stride_h : rows.out_stride_h;
   const auto load = [&](Input (&chunks)[Row::kRepeat][2], int64_t h) {
 #pragma unroll
     for (int r = 0; r < Row::kRepeat; ++r)

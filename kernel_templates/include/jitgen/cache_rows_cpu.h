@@ -56,8 +56,8 @@ template <class S, class Args> static inline void move_token(const Args& args, c
   for (int64_t h = 0; h < rows.num_heads; ++h) {
     const int64_t by_token = token * rows.x_stride_t + h * rows.x_stride_h;
     const int64_t by_place = place.page * rows.out_stride_p + place.offset * rows.out_stride_s + h * rows.out_stride_h;
-    const In* const from = static_cast<const In*>(rows.x) + (is_gather(S::kPlaces) ? by_place : by_token);
-    Out* const to = static_cast<Out*>(rows.out) + (is_gather(S::kPlaces) ? by_token : by_place);
+    const In* const from = static_cast<const In*>(rows.x) + (kGathers<S::kPlaces> ? by_place : by_token);
+    Out* const to = static_cast<Out*>(rows.out) + (kGathers<S::kPlaces> ? by_token : by_place);
     for (int i = 0; i < S::kHeadDim; ++i) x[i] = to_float(from[i]);
     if constexpr (S::kScale == Scale::kRead) {
       const float scale = read_scale(rows, place, h);
