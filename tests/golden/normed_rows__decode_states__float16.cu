@@ -146,10 +146,11 @@ struct K {
     const Head head = make_head(args, b, 0);
     return static_cast<int>((long long)head.a2_kv_base_b + pos);
   }
+  static constexpr int kConstants = 0;
   JITGEN_MEMBER static void angle(const Args& args, int position, int pair, float& cosine, float& sine) {
     const int last = static_cast<int>(args.table0_rows) - 1;
     const int64_t row = position < 0 ? 0 : position < last ? position : last;
-    const auto* const entries = static_cast<const jg::float32*>(args.table0) + row * args.table0_stride;
+    const auto* const entries = static_cast<const float*>(args.table0) + row * args.table0_stride;
     cosine = jg::load(entries, pair);
     sine = jg::load(entries, pair + kRotary / 2);
   }
@@ -175,6 +176,7 @@ struct V {
   JITGEN_MEMBER static int position(const Args& args, int b, int pos) {
     return pos;
   }
+  static constexpr int kConstants = 0;
   JITGEN_MEMBER static void angle(const Args& args, int position, int pair, float& cosine, float& sine) {
   }
 

@@ -116,7 +116,7 @@ def test_a_rotation_that_decode_cannot_do_is_staged():
 
 
 def test_prefill_needs_room():
-    batch = Batch(MIXED, 8, 2, 128, dtype=torch.bfloat16, device=DEVICE)
+    batch = Batch([(1, 300), (900, 1025)], 8, 2, 128, dtype=torch.bfloat16, device=DEVICE)
     variant = rows_variant("rope", 128, 128, DEVICE)
     with pytest.raises(VariantError, match="max_kv_tokens"):
         batch.plan(variant)

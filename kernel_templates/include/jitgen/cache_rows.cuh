@@ -143,6 +143,8 @@ template <class S, class Args> JITGEN_FN void move_rows(const Args& args, int64_
   row.lane = static_cast<int>(threadIdx.x) % Row::kLanes;
   row.team = Row::kLanes == 32 ? ~0u : ((1u << (Row::kLanes % 32)) - 1) << (threadIdx.x % 32 / Row::kLanes * Row::kLanes);
 
+  if constexpr (S::kConstants > 0) row.load_constants(args);
+
   float cosine[Row::kRepeat][S::kVec], sine[Row::kRepeat][S::kVec];
   if constexpr (S::kRotary > 0) {
     const int position = S::position(args, place.b, place.pos);

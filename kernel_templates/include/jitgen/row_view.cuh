@@ -33,12 +33,26 @@ template <class S> struct Shape {
   }
 };
 
+// Place of an element: in the row, and among those of its lane.
+struct Element {
+  int index, repeat, which, i;
+  JITGEN_FN operator int() const { return index; }
+};
+
 // What the functions of a transform see of a row: the elements of this lane, and sums over the team.
 template <class S> struct RowView {
   using Row = Shape<S>;
   float x[Row::kRepeat][2][S::kVec];
+  float constants[S::kConstants > 0 ? S::kConstants : 1][Row::kRepeat][2][S::kVec];   // this lane's of captured rows
   int lane;
   unsigned team;   // mask of its lanes
+
+  JITGEN_FN float constant(int number, Element at) const { return constants[number][at.repeat][at.which][at.i]; }
+  template <class Args> JITGEN_FN void load_constants(const Args& args) {
+#pragma unroll
+    for (int number = 0; number < S::kConstants; ++number)
+      each([&](float&, Element at) { constants[number][at.repeat][at.which][at.i] = S::constant(args, number, at.index); });
+  }
 
   template <class F> JITGEN_FN void each(F f) {
 #pragma unroll
@@ -48,19 +62,19 @@ template <class S> struct RowView {
         const int pair = lane + r * Row::kLanes, first = Row::first(pair, which);
         if (!Row::has(pair, which)) continue;
 #pragma unroll
-        for (int i = 0; i < S::kVec; ++i) f(x[r][which][i], first + i);
+        for (int i = 0; i < S::kVec; ++i) f(x[r][which][i], Element{first + i, r, which, i});
       }
   }
   template <class F> JITGEN_FN float sum(F f) {
     float total = 0.0f;
-    each([&](float v, int i) { total += f(v, i); });
+    each([&](float v, Element i) { total += f(v, i); });
 #pragma unroll
     for (int step = Row::kLanes / 2; step > 0; step /= 2) total += __shfl_xor_sync(team, total, step);
     return total;
   }
   template <class F> JITGEN_FN float max(F f) {
     float most = -INFINITY;
-    each([&](float v, int i) { most = jg::max(most, f(v, i)); });
+    each([&](float v, Element i) { most = jg::max(most, f(v, i)); });
 #pragma unroll
     for (int step = Row::kLanes / 2; step > 0; step /= 2) most = jg::max(most, __shfl_xor_sync(team, most, step));
     return most;

@@ -105,6 +105,7 @@ struct K {
     const Head head = make_head(args, b, 0);
     return static_cast<int>((long long)pos - head.a1_start_b);
   }
+  static constexpr int kConstants = 0;
   JITGEN_MEMBER static void angle(const Args& args, int position, int pair, float& cosine, float& sine) {
     jg::turn(args.turns0[pair], position, cosine, sine);
   }
@@ -137,6 +138,7 @@ struct V {
   JITGEN_MEMBER static int position(const Args& args, int b, int pos) {
     return pos;
   }
+  static constexpr int kConstants = 0;
   JITGEN_MEMBER static void angle(const Args& args, int position, int pair, float& cosine, float& sine) {
   }
 

@@ -86,18 +86,18 @@ struct K {
 
   template <class Row> JITGEN_MEMBER static void before(const Args& args, Row& row, int b, int kv_h, int pos) {
     const Head head = make_head(args, b, kv_h);
-    const float total = row.sum([&](float x, int i) {
+    const float total = row.sum([&](float x, jg::Element i) {
       return x * x;
     });
     const float rsqrt_value = jg::rsqrt(1e-06f + total / 128.0f);
-    row.each([&](float& x, int i) {
-      x = x * jg::load(args.a0_weight, i) * rsqrt_value;
+    row.each([&](float& x, jg::Element i) {
+      x = x * row.constant(0, i) * rsqrt_value;
     });
   }
 
   template <class Row> JITGEN_MEMBER static void after(const Args& args, Row& row, int b, int kv_h, int pos) {
     const Head head = make_head(args, b, kv_h);
-    row.each([&](float& x, int i) {
+    row.each([&](float& x, jg::Element i) {
       x = x * 2.0f;
     });
   }
@@ -105,6 +105,11 @@ struct K {
   JITGEN_MEMBER static int position(const Args& args, int b, int pos) {
     const Head head = make_head(args, b, 0);
     return static_cast<int>((long long)pos - head.a1_start_b);
+  }
+  static constexpr int kConstants = 1;   // captured rows of which a lane holds its elements
+  JITGEN_MEMBER static float constant(const Args& args, int number, int i) {
+    if (number == 0) return jg::load(args.a0_weight, i);
+    return 0.0f;
   }
   JITGEN_MEMBER static void angle(const Args& args, int position, int pair, float& cosine, float& sine) {
     jg::turn(args.turns0[pair], position, cosine, sine);
@@ -138,6 +143,7 @@ struct V {
   JITGEN_MEMBER static int position(const Args& args, int b, int pos) {
     return pos;
   }
+  static constexpr int kConstants = 0;
   JITGEN_MEMBER static void angle(const Args& args, int position, int pair, float& cosine, float& sine) {
   }
 

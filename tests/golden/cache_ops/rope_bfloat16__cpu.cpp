@@ -72,6 +72,7 @@ struct Q {
   JITGEN_MEMBER static int position(const Args& args, int b, int pos) {
     return pos;
   }
+  static constexpr int kConstants = 0;
   JITGEN_MEMBER static void angle(const Args& args, int position, int pair, float& cosine, float& sine) {
     jg::turn(args.turns0[pair], position, cosine, sine);
   }
@@ -104,6 +105,7 @@ struct K {
   JITGEN_MEMBER static int position(const Args& args, int b, int pos) {
     return pos;
   }
+  static constexpr int kConstants = 0;
   JITGEN_MEMBER static void angle(const Args& args, int position, int pair, float& cosine, float& sine) {
     jg::turn(args.turns0[pair], position, cosine, sine);
   }
