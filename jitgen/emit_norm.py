@@ -89,7 +89,8 @@ class RowLowering(Lowering):
         if outer is not None:
             self.blocks["elem"] = outer
         varying = "largest" if function == "max" else "total"
-        call = [f"row.{function}([&](float x, {self.place} i) {{", *(f"  {line}" for line in lines), f"  return {value};", "});"]
+        head = f"row.{function}([&](float x, {self.place} i) {{"
+        call = [head, *(f"  {line}" for line in lines), f"  return {value};", "});"]
         name = self.body.add_local((node, False), "float", varying, " ".join(p.strip() for p in call[:-1]))
         self.body.lines.pop()
         self.body.lines += [f"const float {name.text} = {call[0]}", *call[1:]]
