@@ -14,7 +14,7 @@ from jitgen.errors import ShapeMismatch, UnsupportedDevice, VariantError
 from jitgen.families import choose_spec, padded_head_dims
 from jitgen.fp8 import Scale, negated, output_dtype, with_scales, workspace_bytes
 from jitgen.layouts import check_out, expanded_stride, finished, is_row_aligned, needs_adapting, pad_columns, stride_like
-from jitgen.program import Program, direct_indices, uses_index
+from jitgen.program import Program, direct_indices, uses_index, without_rows
 from jitgen.records import record
 from jitgen.variant import Variant, resolve
 
@@ -60,7 +60,7 @@ def attention(
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, GradNotSupported; UnsupportedVariant when a hook cannot be
              expressed; CompileError, ToolchainMissing on the first use of a variant.
     Cost:    compiles once per variant, head dim and dtype; later calls launch one kernel, 8-bit ones another that transposes
-             v into a workspace of its size.
+             v into a workspace of its size. q_transform, k_transform and v_transform are one more each, which copies.
     Source:  online softmax (Milakov & Gimelshein 2018), tiled as in FlashAttention (Dao et al. 2022).
     """
     program, values, variant_q_index = resolve_hooks(variant, score_mod, mask_mod, sink)
@@ -68,6 +68,10 @@ def attention(
     if q_index not in (None, "local", "absolute"):
         raise VariantError(f"q_index={q_index!r} is not a convention. Use 'local' or 'absolute'.")
     local = (q_index or variant_q_index) == "local"
+    if program.rows is not None:
+        if scale_q is not None or scale_k is not None or scale_v is not None:
+            raise VariantError("the variant transforms rows, and scales were given too. Multiply by them in the transforms.")
+        program, q, k, v = with_transformed_rows(program, values, q, k, v, local)
     if scale_q is not None or scale_k is not None or scale_v is not None:
         check_tensors(q, k, v)
         program, values = with_scales(program, values, q, k, (scale_q, scale_k, scale_v))
@@ -88,6 +92,16 @@ def resolve_hooks(
         raise VariantError("variant and separate hooks were both given. Put score_mod, mask_mod and sink into the Variant.")
     variant = Variant.of(variant)
     return *variant.resolve(), variant.q_index
+
+
+def with_transformed_rows(
+    program: Program, values: list[object], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, local: bool
+) -> tuple[Program, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The program without the transforms of rows, and copies of q, k and v that these have been through."""
+    from jitgen.kv_gather import transform_dense
+
+    check_tensors(q, k, v)
+    return without_rows(program), *transform_dense(program, values, q, k, v, 0 if local else k.shape[2] - q.shape[2])
 
 
 @record

@@ -89,13 +89,15 @@ class RowLowering(Lowering):
         if outer is not None:
             self.blocks["elem"] = outer
         varying = "largest" if function == "max" else "total"
-        call = [f"row.{function}([&](float x, int i) {{", *(f"  {line}" for line in lines), f"  return {value};", "});"]
+        head = f"row.{function}([&](float x, {self.place} i) {{"
+        call = [head, *(f"  {line}" for line in lines), f"  return {value};", "});"]
         name = self.body.add_local((node, False), "float", varying, " ".join(p.strip() for p in call[:-1]))
         self.body.lines.pop()
         self.body.lines += [f"const float {name.text} = {call[0]}", *call[1:]]
         return name
 
     in_weight = False
+    place = "int"  # type of the index of an element
 
     def rewrite_each(self, root: Expr, masked: str | None) -> None:
         """Replaces every element of the row by ``root`` of it."""
@@ -104,14 +106,14 @@ class RowLowering(Lowering):
             raise UnsupportedVariant(f"the weight uses {len(sums)} different row_cumsum, expected at most 1. Combine them.")
         for node in sums:
             *lines, value = self.element(node.args[0], "0.0f")
-            self._call("row.cumsum([&](float x, int i) {", lines, f"return {value};")
+            self._call(f"row.cumsum([&](float x, {self.place} i) {{", lines, f"return {value};")
         self.in_weight = True
         *lines, value = self.element(root, masked)
         self.in_weight = False
         if sums:
-            self._call("row.each_with_cumsum([&](float& x, int i, float inclusive) {", lines, f"x = {value};")
+            self._call(f"row.each_with_cumsum([&](float& x, {self.place} i, float inclusive) {{", lines, f"x = {value};")
         else:
-            self._call("row.each([&](float& x, int i) {", lines, f"x = {value};")
+            self._call(f"row.each([&](float& x, {self.place} i) {{", lines, f"x = {value};")
 
     def _call(self, head: str, lines: list[str], last: str) -> None:
         self.body.lines += [head, *(f"  {line}" for line in (*lines, last)), "});"]

@@ -37,6 +37,7 @@ def choose_spec(
 ) -> KernelSpec:
     """The kernel for these types on this device. ``family`` forces one; otherwise the best that supports the program.
     ``out_dtype`` is that of the output, where it is not dtype."""
+    check_rows(program)
     if family is not None and family not in FAMILIES:
         raise VariantError(f"family={family!r} is not a kernel family. Use one of {', '.join(FAMILIES)}.")
     if device.type == "cpu":
@@ -67,6 +68,7 @@ def serving_spec(
 ) -> KernelSpec:
     """A kernel of a plan. ``family`` None is the best prefill kernel; ``rows`` share a KV head in a decode step.
     ``kv_dtype``: of K and V, if it is not ``dtype``."""
+    check_rows(program)
     if family is not None and family not in SERVING_FAMILIES:
         raise VariantError(f"family={family!r} is not a family of serving kernels. Use one of {', '.join(SERVING_FAMILIES)}.")
     if device.type == "cpu":
@@ -103,6 +105,7 @@ def cuda_spec(
     out_dtype: str = "",
 ) -> KernelSpec:
     """A CUDA spec of a given family; also used for compile-only checks, where there is no device."""
+    check_rows(program)
     check_fp8(program, dtype, family, target)
     if (family == "mla") != (head_dims == MLA_DIMS) and family != "merge":
         raise VariantError(f"family={family!r} and head dims {head_dims} do not go together: 'mla' is for {MLA_DIMS} only.")
@@ -127,6 +130,15 @@ def cuda_spec(
     if kv_dtype and family != "decode":
         raise VariantError(f"family={family!r} does not read a cache of {kv_dtype}. Leave family out, or use 'decode'.")
     return KernelSpec(family, program, dtype, *head_dims, tiles, target, layout, kv_dtype, out_dtype)
+
+
+def check_rows(program: Program) -> None:
+    """No kernel but those for rows, and for decode in pages, transforms rows: they are given transformed ones."""
+    if program.rows is not None:
+        raise VariantError(
+            "a kernel was asked for by itself for a variant that transforms rows of q, k or v. Such variants take several: "
+            "call jitgen.attention or make a jitgen.Plan, and record what they ask for."
+        )
 
 
 def check_fp8(program: Program, dtype: str, family: str, target: CompileTarget) -> None:

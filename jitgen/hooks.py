@@ -18,8 +18,9 @@ from jitgen.guards import Path
 from jitgen.ir import Expr
 from jitgen.location import definition_of, refuse
 from jitgen.norms import OnlineNorm
-from jitgen.program import NormProgram, Program
+from jitgen.program import NormProgram, Program, RowHooks, RowProgram
 from jitgen.records import record
+from jitgen.row_hooks import row_arguments, split_rotation, trace_row
 from jitgen.symbols import Sym, as_operand
 from jitgen.trace import Tracer, trace_lock
 
@@ -31,8 +32,12 @@ POSITIONAL: dict[str, tuple[str, ...]] = {
     "softmax": (),
     "output_transform": ("o", "lse", "b", "h", "q_idx"),
     "lse_transform": ("lse", "b", "h", "q_idx"),
+    "q_transform": ("q", "b", "h", "q_idx"),
+    "k_transform": ("k", "b", "kv_h", "kv_idx"),
+    "v_transform": ("v", "b", "kv_h", "kv_idx"),
 }
 HOOKS = tuple(POSITIONAL)
+ROW_TRANSFORMS = HOOKS[-3:]
 Check = Callable[..., "list[object] | None"]
 
 
@@ -166,6 +171,27 @@ class HookTracer:
 
         return self.tracer.run("sink", None, lambda: wrapped[Sym(ir.index("h"))] if per_head else wrapped, finish)[0]
 
+    def row(self, kind: str, hook: Any) -> RowProgram:
+        """A transform of the rows of q, k or v."""
+        if hook is None:
+            return RowProgram()
+        if check_hook(kind, hook).context:
+            raise VariantError(
+                f"{kind} '{name_of(hook)}' asks for keyword-only context, and there is none for rows. Capture the value."
+            )
+        label, code = f"{kind} '{name_of(hook)}'", code_of(hook)
+        call = self.captures.wrap(hook, Path(None, "root", kind), name_of(hook))
+        root, rope = trace_row(
+            self.tracer, label, code, lambda: call(*row_arguments()), lambda returned: converted(returned, "f32", label, code)
+        )
+        return split_rotation(root, rope, label, code)
+
+    def rows(self, *hooks: Any) -> RowHooks | None:
+        """The transforms of the rows of q, k and v; None without any."""
+        if all(hook is None for hook in hooks):
+            return None
+        return RowHooks(*(self.row(kind, hook) for kind, hook in zip(ROW_TRANSFORMS, hooks, strict=True)))
+
     # ---- softmax replacements ----
     def norm(self, norm: OnlineNorm | None) -> NormProgram | None:
         """An instance of an OnlineNorm subclass."""
@@ -260,7 +286,7 @@ def trace_hooks(hooks: Sequence[Any], bound: Mapping[str, object]) -> Trace:
     Errors:  VariantError, UnsupportedVariant.
     Cost:    about a millisecond a hook.
     """
-    score_mod, mask_mod, sink, softmax, output_transform, lse_transform = hooks
+    score_mod, mask_mod, sink, softmax, output_transform, lse_transform, *row_transforms = hooks
     if softmax is not None and sink is not None:
         raise VariantError("sink and softmax were both given; a sink belongs to softmax. Put its weight into the OnlineNorm.")
     with trace_lock:
@@ -277,6 +303,7 @@ def trace_hooks(hooks: Sequence[Any], bound: Mapping[str, object]) -> Trace:
             norm=norm,
             output=tracing.output(output_transform),
             lse=tracing.value("lse_transform", lse_transform, "f32"),
+            rows=tracing.rows(*row_transforms),
         )
         check_lse(program)
         program, used = with_slots(program, tracing.captures.found)
@@ -326,11 +353,13 @@ def _is_excluded(e: Expr) -> bool:
 def with_slots(program: Program, found: Sequence[Capture]) -> tuple[Program, list[Capture]]:
     """The program over the captures it reads, numbered by first use; a capture nobody reads is no launch argument."""
     number: dict[int, int] = {}
-    for node in ir.walk(*program.roots()):
+    rows = program.rows
+    roots = (*program.roots(), *(() if rows is None else rows.roots()))
+    for node in ir.walk(*roots):
         if node.op in ("scalar", "load"):
             number.setdefault(int(str(node.attr)), len(number))
     done: dict[Expr, Expr] = {}
-    for node in ir.walk(*program.roots()):
+    for node in ir.walk(*roots):
         args = tuple(done[a] for a in node.args)
         if node.op == "scalar":
             done[node] = ir.scalar(number[int(str(node.attr))], node.dtype)
@@ -347,9 +376,11 @@ def with_slots(program: Program, found: Sequence[Capture]) -> tuple[Program, lis
     if norm is not None:
         weight, rescale, *next_state, finalize, lse = map(new, norm.roots())
         norm = NormProgram(norm.state_names, norm.state_init, weight, rescale, tuple(next_state), finalize, lse, norm.order)  # type: ignore[arg-type]
+    if rows is not None:
+        rows = RowHooks(*(RowProgram(new(p.before), p.rope, new(p.position), new(p.after)) for p in (rows.q, rows.k, rows.v)))
     slots = tuple(c.as_slot() for c in used)
     return Program(
-        new(program.score), new(program.mask), new(program.sink), norm, new(program.output), new(program.lse), slots
+        new(program.score), new(program.mask), new(program.sink), norm, new(program.output), new(program.lse), slots, rows
     ), used
 
 

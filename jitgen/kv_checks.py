@@ -9,10 +9,10 @@ import torch
 from jitgen.checks import dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.ir import walk
-from jitgen.kv_hooks import RowProgram, TransformTrace
+from jitgen.kv_hooks import TransformTrace
 from jitgen.kv_spec import BYTES, FLOATS
 from jitgen.kv_tokens import Tokens
-from jitgen.program import Slot
+from jitgen.program import RowProgram, Slot
 from jitgen.serving_pages import KV_LAYOUTS
 
 Tensor = torch.Tensor
@@ -72,16 +72,23 @@ def check_reads(trace: TransformTrace, tokens: Tokens) -> None:
 
 def check_captures(trace: TransformTrace, values: Sequence[object], rows: tuple[Tensor, Tensor]) -> None:
     """Captured tensors are on the device of the rows and reach as far as heads and elements are indexed."""
-    for slot, value in zip(trace.slots, values, strict=True):
-        if slot.kind == "tensor" and value.device != rows[0].device:  # type: ignore[attr-defined]
+    check_row_captures(trace.slots, values, list(zip((trace.k, trace.v), rows, strict=True)))
+
+
+def check_row_captures(slots: Sequence[Slot], values: Sequence[object], rows: Sequence[tuple[RowProgram, Tensor]]) -> None:
+    """The same for any transforms, each with rows [..., heads, head_dim] that it is for."""
+    used = {int(str(n.attr)) for p, _ in rows for n in walk(*p.roots()) if n.op == "load"}
+    device = rows[0][1].device
+    for i, (slot, value) in enumerate(zip(slots, values, strict=True)):
+        if i in used and value.device != device:  # type: ignore[attr-defined]
             raise UnsupportedDevice(
-                f"captured tensor '{slot.name}' is on {value.device}, the rows are on {rows[0].device}. "  # type: ignore[attr-defined]
-                f"Move it with {slot.name}.to({str(rows[0].device)!r})."
+                f"captured tensor '{slot.name}' is on {value.device}, the rows are on {device}. "  # type: ignore[attr-defined]
+                f"Move it with {slot.name}.to({str(device)!r})."
             )
-    for program, x in zip((trace.k, trace.v), rows, strict=True):
-        least = {"kv_h": x.shape[1], "d": x.shape[2]}
+    for program, x in rows:
+        least = {"kv_h": x.shape[-2], "d": x.shape[-1]}
         for i, dim, index in _direct_indices(program):
-            _check_reach(trace.slots[i], values[i], dim, index, least[index])  # type: ignore[arg-type]
+            _check_reach(slots[i], values[i], dim, index, least[index])  # type: ignore[arg-type]
 
 
 def _direct_indices(program: RowProgram) -> set[tuple[int, int, str]]:

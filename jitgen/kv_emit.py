@@ -7,22 +7,35 @@ from jitgen.emit import capture_fields
 from jitgen.emit_lower import Unit
 from jitgen.emit_norm import RowLowering
 from jitgen.emit_split import split_floats
-from jitgen.ir import Expr
-from jitgen.kv_spec import PLACES, SCALES, RowsSpec, StreamsContext, StreamSpec, StreamText, heads_ahead
+from jitgen.emit_text import ATOM, Term
+from jitgen.ir import Expr, walk
+from jitgen.kv_spec import (
+    PLACES,
+    SCALES,
+    RowsSpec,
+    StreamsContext,
+    StreamSpec,
+    StreamText,
+    heads_ahead,
+    rounds_itself,
+)
 from jitgen.target import CompileTarget
 
 ELEMENT = ("o", "d")
 # The host knows how many heads and elements of a row there are; requests and positions are clamped to what is captured.
 HOST_CHECKED = frozenset(("kv_h", "d"))
+TABLE_TYPES = {"bfloat16": "jg::bf16_16", "float16": "jg::half16", "float32": "float"}
+MAX_CONSTANTS = 2  # rows of which lanes hold their elements: 16 registers each for a head_dim of 128
 
 
-def emit_streams(spec: RowsSpec) -> StreamsContext:
-    """What the template of the streams prints.
+def emit_streams(spec: RowsSpec, *, holds_constants: bool = False) -> StreamsContext:
+    """What the template of the streams prints. ``holds_constants``: a lane keeps its elements of captured rows for all rows
+    that it works on, as it does on a GPU where it has registers for them.
 
     Errors:  UnsupportedVariant when an operation has no meaning for a row.
     """
     unit = Unit(spec.slots)
-    streams = tuple(_stream(unit, s, spec.target) for s in spec.streams)
+    streams = tuple(_stream(unit, s, spec.target, holds_constants) for s in spec.streams)
     return StreamsContext(
         args_fields=spec.own_args + capture_fields(unit),
         has_transform=any(s.before or s.after or not s.position_is_own for s in streams),
@@ -33,8 +46,9 @@ def emit_streams(spec: RowsSpec) -> StreamsContext:
     )
 
 
-def _stream(unit: Unit, s: StreamSpec, target: CompileTarget) -> StreamText:
+def _stream(unit: Unit, s: StreamSpec, target: CompileTarget, holds_constants: bool) -> StreamText:
     turn = s.rotation
+    held = _constants(unit, s) if holds_constants and not rounds_itself(s, target) else {}
     lines, position = _position(unit, s.position)
     is_own = position == "pos"
     return StreamText(
@@ -50,9 +64,10 @@ def _stream(unit: Unit, s: StreamSpec, target: CompileTarget) -> StreamText:
         scale=SCALES[s.scale],
         turns=f"turns{turn.number}" if turn and not turn.table else "",
         table=f"table{turn.number}" if turn and turn.table else "",
-        table_dtype={"bfloat16": "bf16_16", "float16": "half16"}.get(turn.table, "float32") if turn and turn.table else "",
-        before=_row(unit, s.before, s.head_dim),
-        after=_row(unit, s.after, s.head_dim),
+        table_dtype=TABLE_TYPES[turn.table] if turn and turn.table else "",
+        constants=tuple(f"jg::load(args.{unit.slot_names[n.attr]}, i)" for n in held),
+        before=_row(unit, s.before, s.head_dim, held),
+        after=_row(unit, s.after, s.head_dim, held),
         position_is_own=is_own,
         position_lines=lines,
         position=position,
@@ -67,7 +82,16 @@ def _lowering(unit: Unit, root: Expr, elements: tuple[str, ...]) -> RowLowering:
     return low
 
 
-def _row(unit: Unit, root: Expr | None, head_dim: int) -> tuple[str, ...]:
+def _constants(unit: Unit, s: StreamSpec) -> dict[Expr, int]:
+    """Elements of captured rows that are the same for every head and token, by number."""
+    found: dict[Expr, int] = {}
+    for n in walk(s.before, s.after):
+        if n.op == "load" and n.args == (ir.index("d"),) and n.dtype == "f32" and unit.slots[n.attr].layout == "c":
+            found.setdefault(n, len(found))
+    return dict(list(found.items())[:MAX_CONSTANTS])
+
+
+def _row(unit: Unit, root: Expr | None, head_dim: int, held: dict[Expr, int]) -> tuple[str, ...]:
     """Statements that replace every element of a row."""
     if root is None:
         return ()
@@ -75,6 +99,9 @@ def _row(unit: Unit, root: Expr | None, head_dim: int) -> tuple[str, ...]:
     root = ir.rebuild(root, lambda n: ir.const(head_dim) if n is length else None)
     root = split_floats(root, _lowering(unit, root, ELEMENT).level)
     low = _lowering(unit, root, ELEMENT)
+    if held:
+        low.place = "jg::Element"
+        low.given.update({n: Term(f"row.constant({number}, i)", ATOM, "float") for n, number in held.items()})
     low.rewrite_each(root, None)
     return tuple(low.body.lines)
 

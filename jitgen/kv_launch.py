@@ -28,6 +28,7 @@ from jitgen.kv_spec import (
     widest_access,
 )
 from jitgen.kv_tokens import Tokens
+from jitgen.program import Program
 from jitgen.rotary import Rope
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
 
@@ -53,6 +54,12 @@ class Stream:
     scale_address: int = 0
     scale_value: float = 1.0
     scale_strides: tuple[int, int] = (0, 0)  # slot, head
+    gathers: bool = False  # x lies in places, with the strides ``out_strides``, and ``written`` is by token
+
+    @property
+    def by_token(self) -> Tensor:
+        """The rows that are numbered by token: [num_tokens, heads, head_dim]."""
+        return self.written if self.gathers else self.x
 
     def words(self) -> tuple[int, int, int, float]:
         """What of it a call is given each time."""
@@ -64,6 +71,14 @@ class Stream:
         return cls(name, x, written, written.data_ptr(), (0, *written.stride()[:2]), rope)
 
 
+    @classmethod
+    def gathered(cls, name: str, x: Tensor, written: Tensor, program: RowProgram) -> Stream:
+        """Rows of x [pages, page_size, heads, head_dim], written by token."""
+        s = cls(name, x, written, written.data_ptr(), x.stride()[:3], program.rope, program)
+        s.gathers = True
+        return s
+
+
 # ---- kernels ----------------------------------------------------------------------------------------------------------
 
 
@@ -71,7 +86,7 @@ class Stream:
 class _Table:
     """Kernels by what calls differ in."""
 
-    found: dict[tuple[object, ...], tuple[runtime.CompiledKernel, TransformTrace]] = field(default_factory=dict)
+    found: dict[tuple[object, ...], tuple[runtime.CompiledKernel, TransformTrace | Program]] = field(default_factory=dict)
     loaded: dict[tuple[str, CompileTarget], runtime.CompiledKernel] = field(default_factory=dict)
     targets: dict[torch.device, CompileTarget] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -108,11 +123,11 @@ Turn = tuple[Rope, int]  # a rotation and the elements of a row that it rotates
 
 
 def _get_kernel(
-    streams: Sequence[Stream], turns: list[Turn], places: str, trace: TransformTrace, device: torch.device
+    streams: Sequence[Stream], turns: list[Turn], places: str, trace: TransformTrace | Program, device: torch.device
 ) -> runtime.CompiledKernel:
     """The kernel for these rows; each of ``turns`` is a rotation of the launch, by its number."""
     shapes = [
-        (s.name, s.x.dtype, s.written.dtype, s.x.shape[2], _alignment(s), s.scale, id(s.program), _number(s, turns))
+        (s.name, s.x.dtype, s.written.dtype, s.x.shape[-1], _alignment(s), s.scale, id(s.program), _number(s, turns))
         for s in streams
     ]
     kinds = [(dim, r.interleave, r.cos_sin is not None and r.cos_sin.dtype) for r, dim in turns]
@@ -129,8 +144,8 @@ def _get_kernel(
 
 def _turns_of(streams: Sequence[Stream]) -> list[Turn]:
     """The different rotations of a launch."""
-    found = {(id(s.rope), s.x.shape[2]): s for s in streams if s.rope is not None}
-    turns = [(s.rope, s.rope.dim_of(s.x.shape[2])) for s in found.values()]  # type: ignore[union-attr]
+    found = {(id(s.rope), s.x.shape[-1]): s for s in streams if s.rope is not None}
+    turns = [(s.rope, s.rope.dim_of(s.x.shape[-1])) for s in found.values()]  # type: ignore[union-attr]
     return list({(id(r), dim): (r, dim) for r, dim in turns}.values())  # type: ignore[misc]
 
 
@@ -138,13 +153,13 @@ def _number(s: Stream, turns: list[Turn]) -> int:
     """Which of the launch's rotations a stream has; -1 for none."""
     if s.rope is None:
         return -1
-    return next(i for i, (r, dim) in enumerate(turns) if r is s.rope and dim == s.rope.dim_of(s.x.shape[2]))
+    return next(i for i, (r, dim) in enumerate(turns) if r is s.rope and dim == s.rope.dim_of(s.x.shape[-1]))
 
 
 def _alignment(s: Stream) -> int:
     """Elements by whose multiples all rows lie apart, and from address 0; at most what one access needs."""
     x_size, out_size = s.x.element_size(), s.written.element_size()
-    return math.gcd(16, s.x.data_ptr() // x_size, s.out_address // out_size, *s.out_strides, *_strides(s.x))
+    return math.gcd(16, s.x.data_ptr() // x_size, s.out_address // out_size, *s.out_strides, *_strides(s.by_token))
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
@@ -153,7 +168,7 @@ def _strides(x: Tensor) -> tuple[int, int]:
 
 
 def _stream_spec(s: Stream, turns: list[Turn]) -> StreamSpec:
-    head_dim, number, rotation = s.x.shape[2], _number(s, turns), None
+    head_dim, number, rotation = s.x.shape[-1], _number(s, turns), None
     if number >= 0:
         turn, dim = turns[number]
         table = "" if turn.cos_sin is None else dtype_name(turn.cos_sin.dtype)
@@ -182,7 +197,7 @@ class RowsCall:
     rows: tuple[tuple[int, ...], ...]  # of each stream
     turns: bytes  # of rotations: speeds of pairs, or the address of a table, which is kept alive elsewhere
     pack_captures: Callable[..., bytes]
-    trace: TransformTrace
+    trace: TransformTrace | Program  # whose slots the captures have
     device: torch.device
 
     def run(self, tokens: Sequence[int], streams: Sequence[tuple[int, int, int, float]], values: Sequence[object]) -> None:
@@ -208,8 +223,24 @@ class RowsCall:
             self.kernel.raise_error(code)
 
 
+def turn_words(turns: Sequence[Turn]) -> list[object]:
+    """The launch arguments of rotations: speeds of pairs, or a table."""
+    words: list[object] = []
+    for turn, dim in turns:
+        table = turn.cos_sin
+        if table is None:
+            words.append(struct.pack(f"{dim}f", *turn.speeds(dim)))
+        else:
+            words += (table.data_ptr(), table.shape[0], table.stride(0))
+    return words
+
+
 def prepare_rows(
-    streams: Sequence[Stream], places: str, tokens: Tokens, device: torch.device, trace: TransformTrace = NO_TRANSFORM
+    streams: Sequence[Stream],
+    places: str,
+    tokens: Tokens,
+    device: torch.device,
+    trace: TransformTrace | Program = NO_TRANSFORM,
 ) -> RowsCall | None:
     """The call that moves the rows of all streams; None where there is no token.
 
@@ -224,18 +255,14 @@ def prepare_rows(
     kernel = _get_kernel(streams, turns, places, trace, device)
     spec = kernel.spec
     num_fields = len(TOKEN_ARGS) + sum(len(stream_args(s.name)) for s in streams)
-    heads = [(s.x.shape[1], _heads_per_unit(s.x), 0, *s.x.stride()[:2]) for s in streams]
-    of_turns = [
-        turn.speeds(dim) if turn.cos_sin is None else (turn.cos_sin.data_ptr(), turn.cos_sin.shape[0], turn.cos_sin.stride(0))
-        for turn, dim in turns
-    ]
+    heads = [(s.by_token.shape[1], _heads_per_unit(s.by_token), 0, *s.by_token.stride()[:2]) for s in streams]
     own = spec.own_args  # type: ignore[attr-defined]
     return RowsCall(
         kernel,
         struct.Struct(pack_format(own[:num_fields])).pack,
         tokens.numbers(),
         tuple((*h, *s.out_strides, *s.scale_strides) for h, s in zip(heads, streams, strict=True)),
-        struct.pack(pack_format(own[num_fields:]), *(word for words in of_turns for word in words)),
+        struct.pack(pack_format(own[num_fields:]), *turn_words(turns)),
         struct.Struct(pack_format(runtime.capture_fields(trace))).pack,  # type: ignore[arg-type]
         trace,
         device,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -24,8 +25,8 @@ SIZE_OF = {"float32": 4, "bfloat16": 2, "float16": 2, **dict.fromkeys(BYTES, 1)}
 ACCESS_BYTES = 16  # most bytes of one access to memory
 MAX_HEAD_DIM = 1024
 MAX_PAIRS = 384  # of all rotations of a launch: their speeds are launch arguments, of which there may be 4 kB
-PLACES = {"rows": "kRows", "slots": "kSlots", "pages": "kPages"}
-SCALES = {"": "kNone", "given": "kGiven", "stored": "kStored"}
+PLACES = {"rows": "kRows", "slots": "kSlots", "pages": "kPages", "from_pages": "kFromPages", "from_rows": "kFromRows"}
+SCALES = {"": "kNone", "given": "kGiven", "stored": "kStored", "read": "kRead"}
 
 
 TOKEN_ARGS: tuple[ArgField, ...] = (
@@ -81,7 +82,8 @@ class StreamSpec:
     out_dtype: str
     head_dim: int
     vec: int  # elements of one access to memory
-    scale: str = ""  # '' none; 'given' per head, or the same for all; 'stored' found for each row and written by slot
+    # '' none; 'given' per head, or the same for all; 'stored' found for each row and written by slot; 'read' of what is read
+    scale: str = ""
     rotation: Rotation | None = None
     before: Expr | None = None  # of the element 'o' of a row
     after: Expr | None = None
@@ -104,7 +106,7 @@ class RowsSpec:
     """One kernel. Numbers of tokens, heads and pages, strides and captured values are not in here."""
 
     streams: tuple[StreamSpec, ...]
-    places: str  # 'rows', 'slots' or 'pages': where rows go
+    places: str  # where rows go: 'rows', 'slots' or 'pages'; or where they come from: 'from_pages' or 'from_rows'
     target: CompileTarget
     slots: tuple[Slot, ...] = ()
 
@@ -121,7 +123,7 @@ class RowsSpec:
     @property
     def label(self) -> str:
         """Short description for progress lines and logs."""
-        to = "in place" if self.places == "rows" else f"to {self.places}"
+        to = "in place" if self.places == "rows" else self.places if self.places.startswith("from") else f"to {self.places}"
         what = ", ".join(f"{s.name} {s.dtype} hd{s.head_dim} as {s.out_dtype}" for s in self.streams)
         return f"rows {to}: {what}"
 
@@ -132,8 +134,7 @@ class RowsSpec:
     @cached_property
     def rotations(self) -> tuple[Rotation, ...]:
         """The rotations of the streams by number."""
-        found = {s.rotation.number: s.rotation for s in self.streams if s.rotation is not None}
-        return tuple(found[n] for n in sorted(found))
+        return rotations_of(self.streams)
 
     @cached_property
     def args(self) -> tuple[ArgField, ...]:
@@ -148,18 +149,30 @@ class RowsSpec:
         found = [*TOKEN_ARGS]
         for s in self.streams:
             found += stream_args(s.name)
-        for r in self.rotations:
-            if r.table:
-                found.append(pointer("const void", f"table{r.number}", "[rows, rotary_dim]: cosines, then sines"))
-                found += [ArgField("int64_t", f"table{r.number}_rows"), ArgField("int64_t", f"table{r.number}_stride")]
-            else:
-                pairs = r.rotary_dim // 2
-                found.append(ArgField("jg::Turns", f"turns{r.number}[{pairs}]", "of each pair", f"{2 * pairs}f"))
-        return tuple(found)
+        return (*found, *rotation_args(self.rotations))
 
     @property
     def pack_format(self) -> str:
         return pack_format(self.args)
+
+
+def rotations_of(streams: Sequence[StreamSpec]) -> tuple[Rotation, ...]:
+    """The rotations of streams by number."""
+    found = {s.rotation.number: s.rotation for s in streams if s.rotation is not None}
+    return tuple(found[n] for n in sorted(found))
+
+
+def rotation_args(rotations: Sequence[Rotation]) -> tuple[ArgField, ...]:
+    """The launch arguments of rotations."""
+    found: list[ArgField] = []
+    for r in rotations:
+        if r.table:
+            found.append(pointer("const void", f"table{r.number}", "[rows, rotary_dim]: cosines, then sines"))
+            found += [ArgField("int64_t", f"table{r.number}_rows"), ArgField("int64_t", f"table{r.number}_stride")]
+        else:
+            pairs = r.rotary_dim // 2
+            found.append(ArgField("jg::Turns", f"turns{r.number}[{pairs}]", "of each pair", f"{8 * pairs}s"))
+    return tuple(found)
 
 
 def widest_access(head_dim: int, rotation: Rotation | None, sizes: tuple[int, ...], aligned_to: int) -> int:
@@ -183,8 +196,12 @@ def heads_ahead(stream: StreamSpec, target: CompileTarget) -> int:
     """Heads that a lane loads at once: fewer where it has more than two chunks of each, or no instruction to round to float8,
     which takes registers."""
     chunks = -(-stream.head_dim // (64 * stream.vec))
-    rounds = target.kind == "cuda" and stream.out_dtype.startswith("float8") and target.compute_capability < (8, 9)
-    return max(1, HEADS_AHEAD // (2 if rounds else 1) // chunks)
+    return max(1, HEADS_AHEAD // (2 if rounds_itself(stream, target) else 1) // chunks)
+
+
+def rounds_itself(stream: StreamSpec, target: CompileTarget) -> bool:
+    """Whether the GPU lacks the instruction to round to what is written, so that registers are scarce."""
+    return target.kind == "cuda" and stream.out_dtype.startswith("float8") and target.compute_capability < (8, 9)
 
 
 @dataclass(frozen=True)
@@ -204,6 +221,7 @@ class StreamText:
     turns: str  # name of the launch argument with the speeds of pairs
     table: str  # or of that with cosines and sines
     table_dtype: str
+    constants: tuple[str, ...]  # what a lane reads once of captured rows, for its element i
     before: tuple[str, ...]
     after: tuple[str, ...]
     position_is_own: bool  # the rotation is by the token's position
@@ -245,7 +263,7 @@ def render_rows(spec: RowsSpec) -> Source:
     from jitgen.linemap import strip_marks, with_line_directives
     from jitgen.render import Source, reached_headers, render_template
 
-    section = emit_streams(spec)
+    section = emit_streams(spec, holds_constants=spec.target.kind == "cuda")
     text = render_template("cache_ops/streams.h.jinja", {f.name: getattr(section, f.name) for f in fields(section)})
     lines = [f"generated by jitgen {__version__} from {spec.template}: do not edit", spec.label]
     context = RowsContext(

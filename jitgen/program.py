@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import field
-from functools import cached_property
+from dataclasses import field, replace
+from functools import cached_property, lru_cache
+from typing import Any
 
 from jitgen.ir import Expr, _attr_bytes, serialize, walk
 from jitgen.records import record
@@ -52,6 +53,49 @@ class NormProgram:
         return (self.weight, self.rescale, *self.next_state, self.finalize, self.lse)
 
 
+@record
+class RowProgram:
+    """What a transform makes of one row: ``before`` a rotation, the ``position`` it is by, and ``after`` it.
+
+    Expressions of the element ``o`` of the row, its place ``d``, ``b``, ``kv_h`` (the head of the row, also of a query) and
+    ``q_idx`` (the position of the row). None stands for the element as it is, and for that position.
+    """
+
+    before: Expr | None = None
+    rope: Any = None  # a jitgen.Rope
+    position: Expr | None = None
+    after: Expr | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether rows stay as they are."""
+        return self.before is None and self.rope is None
+
+    def roots(self) -> tuple[Expr | None, ...]:
+        return (self.before, self.position, self.after)
+
+
+@record
+class RowHooks:
+    """Transforms of the rows of q, k and v, in front of everything else."""
+
+    q: RowProgram = RowProgram()
+    k: RowProgram = RowProgram()
+    v: RowProgram = RowProgram()
+
+    @property
+    def changes_keys(self) -> bool:
+        """Whether rows of k or v are transformed, and not of q alone."""
+        return not (self.k.is_empty and self.v.is_empty)
+
+    def roots(self) -> tuple[Expr | None, ...]:
+        return (*self.q.roots(), *self.k.roots(), *self.v.roots())
+
+    def kinds(self) -> tuple[object, ...]:
+        """What of the rotations is compiled in."""
+        return tuple(None if p.rope is None else p.rope.kind for p in (self.q, self.k, self.v))
+
+
 @record(eq=False)
 class Program:
     """The hooks of one variant as expressions. Absent hooks are None. Compared by identity; ``id`` is the content."""
@@ -63,6 +107,7 @@ class Program:
     output: Expr | None = None
     lse: Expr | None = None
     slots: tuple[Slot, ...] = ()
+    rows: RowHooks | None = None  # seen by nothing that asks for ``roots``, the hooks of logits and results
 
     def roots(self) -> tuple[Expr | None, ...]:
         return (self.score, self.mask, self.sink, self.output, self.lse, *(self.norm.roots() if self.norm else ()))
@@ -76,7 +121,16 @@ class Program:
         head: tuple[object, ...] = tuple(s.signature() for s in self.slots)
         if self.norm is not None:
             head += (self.norm.state_names, self.norm.state_init, self.norm.order)
-        return hashlib.sha256(_attr_bytes(head) + serialize(self.roots())).hexdigest()[:32]
+        if self.rows is not None:
+            head += (self.rows.kinds(),)
+        roots = self.roots() if self.rows is None else (*self.roots(), *self.rows.roots())
+        return hashlib.sha256(_attr_bytes(head) + serialize(roots)).hexdigest()[:32]
+
+
+@lru_cache(maxsize=256)
+def without_rows(program: Program) -> Program:
+    """The program for rows that have been transformed."""
+    return program if program.rows is None else replace(program, rows=None)
 
 
 def uses_index(program: Program, name: str) -> bool:

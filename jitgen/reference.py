@@ -14,7 +14,8 @@ import torch
 from jitgen.errors import VariantError
 from jitgen.evaluate import evaluate
 from jitgen.ir import Expr
-from jitgen.program import NormProgram, Program
+from jitgen.program import NormProgram, Program, RowProgram
+from jitgen.rotary import Rope
 
 Tensor = torch.Tensor
 
@@ -68,6 +69,10 @@ def run_program(
     batch, num_q_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    if program.rows is not None:
+        q = transform_rows(program.rows.q, values, q, first=q_offset, dtype=dtype)
+        k = transform_rows(program.rows.k, values, k.expand(batch, -1, -1, -1), dtype=dtype)
+        v = transform_rows(program.rows.v, values, v.expand(batch, -1, -1, -1), dtype=dtype)
     k, v = (t.to(dtype).expand(batch, -1, -1, -1).repeat_interleave(num_q_heads // num_kv_heads, 1) for t in (k, v))
     leaves = index_leaves(batch, num_q_heads, num_kv_heads, q_len, kv_len, q_offset, scale, dtype, q.device)
     shape = (batch, num_q_heads, q_len, kv_len)
@@ -93,6 +98,47 @@ def run_program(
     if program.lse is not None:
         lse = evaluate(program.lse, values, row).to(dtype).expand(*shape[:3], 1)
     return out, None if lse is None else lse.squeeze(-1)
+
+
+def transform_rows(
+    program: RowProgram, values: Sequence[Any], x: Tensor, *, first: int = 0, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Rows [batch, heads, length, head_dim] as a transform leaves them; ``first`` is the position of the first row."""
+    batch, heads, length, dim = x.shape
+    leaves = {
+        "b": torch.arange(batch, device=x.device).view(-1, 1, 1, 1),
+        "kv_h": torch.arange(heads, device=x.device).view(1, -1, 1, 1),
+        "q_idx": torch.arange(first, first + length, device=x.device).view(1, 1, -1, 1),
+        "d": torch.arange(dim, device=x.device),
+        "head_dim_v": torch.tensor(dim, device=x.device),
+        "o": x.to(dtype),
+    }
+
+    def done(root: Expr | None) -> Tensor:
+        return leaves["o"] if root is None else evaluate(root, values, leaves).to(dtype).expand(x.shape)
+
+    leaves["o"] = done(program.before)
+    if program.rope is not None:
+        position = leaves["q_idx"] if program.position is None else evaluate(program.position, values, leaves)
+        leaves["o"] = rotate(program.rope, leaves["o"], position)
+    return done(program.after)
+
+
+def rotate(rope: Rope, x: Tensor, position: Tensor) -> Tensor:
+    """The rotated rows of x [..., head_dim]; positions broadcast to [..., 1]."""
+    dim = rope.dim_of(x.shape[-1])
+    if rope.cos_sin is not None:
+        row = position.squeeze(-1).clamp(0, rope.cos_sin.shape[0] - 1).long()
+        cos, sin = rope.cos_sin.to(x.device, x.dtype)[row].chunk(2, -1)
+    else:
+        angle = position.to(x.dtype) * torch.tensor(rope.frequencies(dim), dtype=x.dtype, device=x.device)
+        cos, sin = angle.cos(), angle.sin()
+    half = dim // 2
+    pairs = (slice(0, dim, 2), slice(1, dim, 2)) if rope.interleave else (slice(0, half), slice(half, dim))
+    one, other = (x[..., p] for p in pairs)
+    turned = x.clone()
+    turned[..., pairs[0]], turned[..., pairs[1]] = one * cos - other * sin, other * cos + one * sin
+    return turned
 
 
 def index_leaves(

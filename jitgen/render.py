@@ -55,6 +55,9 @@ class KernelContext:
     header_comment: str
     args_fields: tuple[ArgField, ...]
     variant_section: str
+    rows_section: str  # transforms of K and V inside of the kernel
+    transforms_keys: bool
+    transforms_values: bool
     layout: str  # 'dense', 'ragged' or 'paged'
     has_states: bool  # results are parts of rows, in float, to be merged
     head_dim: int
@@ -157,13 +160,22 @@ def _mapped(rendered: Rendered) -> str:
     return with_line_directives(rendered, "kernel_templates")
 
 
+def args_before_captures(spec: KernelSpec) -> tuple[ArgField, ...]:
+    """The fields of ``struct Args`` in front of the captures."""
+    own = ARGS_OF_LAYOUT[spec.layout] + (SCALE_ARGS if spec.kv_dtype else ())
+    return own if spec.rows is None else own + spec.rows.args
+
+
 def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str) -> KernelContext:
     """Template context of a spec."""
     flags = {f.name: getattr(section, f.name) for f in fields(KernelContext) if f.type == "bool" and hasattr(section, f.name)}
     return KernelContext(
         header_comment=_header_comment(spec),
-        args_fields=ARGS_OF_LAYOUT[spec.layout] + (SCALE_ARGS if spec.kv_dtype else ()) + section.args,
+        args_fields=args_before_captures(spec) + section.args,
         variant_section=variant_text,
+        rows_section="" if spec.rows is None else spec.rows.section(spec.program.slots, spec.target),
+        transforms_keys=spec.rows is not None and "k" in spec.rows.names,
+        transforms_values=spec.rows is not None and "v" in spec.rows.names,
         layout=spec.layout.removesuffix("_states"),
         has_states=spec.layout.endswith("_states"),
         head_dim=spec.head_dim,

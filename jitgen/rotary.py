@@ -1,4 +1,4 @@
-"""Rotary position embedding: jitgen.rope for rows of q and k, jitgen.Rope for transforms of jitgen.append."""
+"""Rotary position embedding: jitgen.rope for rows of q and k, jitgen.Rope for transforms of rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from jitgen import ir
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
@@ -25,8 +26,8 @@ _TWO_PI = 2.0 * math.pi
 class Rope:
     """A rotation of pairs of elements of a row by angles that grow with the position.
 
-    In a transform of ``jitgen.append``, ``rope(k, pos)`` is the rotated row. Make one and keep it: another object is another
-    transform, which is traced again (and compiles nothing).
+    In a transform of ``jitgen.append``, and in the q_transform and k_transform of a variant, ``rope(k, pos)`` is the rotated
+    row. Make one and keep it: another object is another transform, which is traced again (and compiles nothing).
 
     theta, scale  pair i turns by ``position / scale * theta ** (-2 i / rotary_dim)`` radians
     rotary_dim    leading elements that are rotated, default the whole row; the others pass through
@@ -69,7 +70,8 @@ class Rope:
         rotations = getattr(tracer, "rotations", None)
         if rotations is None:
             raise VariantError(
-                "a jitgen.Rope was called outside of a transform of jitgen.append. Rotate tensors with jitgen.rope(q, k, ...)."
+                "a jitgen.Rope was called outside of a transform of rows, as jitgen.append and variants have. Rotate tensors "
+                "with jitgen.rope(q, k, ...)."
             )
         row, position = as_operand(x), as_operand(pos)
         if not isinstance(row, Expr) or not isinstance(position, Expr) or not position.is_int:
@@ -86,13 +88,21 @@ class Rope:
             raise ShapeMismatch(f"rotary_dim is {dim}, the rows have {head_dim} elements. It must be even and not larger.")
         return dim
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What of it is compiled in."""
+        return self.rotary_dim, self.interleave, "" if self.cos_sin is None else str(self.cos_sin.dtype)
+
+    def frequencies(self, dim: int) -> list[float]:
+        """Radians by which each pair turns from one position to the next."""
+        return _frequencies(self.theta, self.scale, self.llama31, dim)
+
     def speeds(self, dim: int) -> tuple[float, ...]:
         """Turns of each pair from one position to the next, each as two floats that add up to it."""
         return _speeds(self.theta, self.scale, self.llama31, dim)
 
 
-@lru_cache(maxsize=256)
-def _speeds(theta: float, scale: float, llama31: Llama31 | None, dim: int) -> tuple[float, ...]:
+def _frequencies(theta: float, scale: float, llama31: Llama31 | None, dim: int) -> list[float]:
     found: list[float] = []
     for i in range(0, dim, 2):
         plain = theta ** (-i / dim)
@@ -101,6 +111,14 @@ def _speeds(theta: float, scale: float, llama31: Llama31 | None, dim: int) -> tu
             low, high, length = llama31
             s = min(max((plain * length / _TWO_PI - low) / (high - low), 0.0), 1.0)
             speed = (1.0 - s) * plain / scale + s * plain
+        found.append(speed)
+    return found
+
+
+@lru_cache(maxsize=256)
+def _speeds(theta: float, scale: float, llama31: Llama31 | None, dim: int) -> tuple[float, ...]:
+    found: list[float] = []
+    for speed in _frequencies(theta, scale, llama31, dim):
         first = _to_float32(speed / _TWO_PI)
         found += (first, _to_float32(speed / _TWO_PI - first))
     return tuple(found)
@@ -150,9 +168,14 @@ def rope(
              float16, any strides but unit stride along the head dim; returns both in their dtypes. Indices int32 or int64.
     Units:   angles in radians, exact to about 1e-6 at any position; arithmetic is float32.
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, GradNotSupported, CompileError.
-    Cost:    compiles once for each combination of dtypes, head dims and kinds of rotation; reads and writes memory once.
+    Cost:    compiles once for each combination of dtypes, head dims and kinds of rotation; reads and writes memory once. Inside
+             torch.compile the call is one operator.
     Source:  RoFormer (Su et al. 2021).
     """
+    if is_compiling():
+        from jitgen.kv_op import call_rope
+
+        return call_rope(q, k, positions, (theta, scale, rotary_dim, interleave, llama31), cos_sin, out)
     from jitgen.kv_tokens import form_of, low_bits
 
     targets = (None, None) if out is None else out

@@ -83,7 +83,8 @@ def get_kernel(spec: KernelSpec) -> CompiledKernel:
 
 def fields_of(spec: KernelSpec) -> tuple[ArgField, ...]:
     """The fields of ``struct Args`` in the kernel of ``spec``."""
-    return ARGS_OF_LAYOUT[spec.layout] + (SCALE_ARGS if spec.kv_dtype else ()) + capture_fields(spec.program)
+    own = ARGS_OF_LAYOUT[spec.layout] + (SCALE_ARGS if spec.kv_dtype else ())
+    return own + (() if spec.rows is None else spec.rows.args) + capture_fields(spec.program)
 
 
 def respecify(spec: KernelSpec, program: Program) -> KernelSpec:

@@ -288,11 +288,16 @@ def _prepare(
         q_factor, scale = (-1.0, -scale) if scale < 0 else (0.0, 1.0)
     o_stride = (plan.num_q_heads * plan.head_dim_v, plan.head_dim_v)
     q_stride = q.stride()[:2]
-    kernels = kernels_of(plan, program)
+    if plan.stage is not None:
+        plan.stage.check(program)
+        q_stride = plan.stage.q_stride if plan.stage.changes_q else q_stride
+    elif program.rows is not None:
+        raise PlanMismatch("the variant transforms rows, the plan was made for one that does not. Make a plan with variant=.")
+    kernels, merge = kernels_of(plan, program), merge_kernel(plan, program)
     call = PreparedCall(
         program=program,
         kernels=kernels,
-        merge=merge_kernel(plan, program),
+        merge=merge,
         page_size=place.page_size,
         v_offset=place.v_offset,
         numbers=(plan.num_q_heads, plan.num_kv_heads, place.page_size, place.num_pages),
@@ -305,6 +310,7 @@ def _prepare(
         q_factor=q_factor,
         on_host=on_host,
         has_tensors=any(slot.kind == "tensor" for slot in program.slots),
+        is_plain=merge is None and plan.stage is None and q_factor == 1.0,
     )
     if len(plan.calls) >= MAX_PREPARED_CALLS:
         plan.calls.clear()

@@ -9,6 +9,7 @@ import torch
 
 from jitgen.errors import ShapeMismatch
 from jitgen.serving_pages import PageTable, as_int32, check_indices
+from jitgen.serving_tree import Path, SharedRun, shared_runs_of
 
 Tensor = torch.Tensor
 
@@ -130,6 +131,65 @@ class Cascade:
             ints([count * page_size for _, _, count in groups]),
         )
         return cls([shared, (q_indptr, ints.csr(own), ints(own_len))])
+
+
+    @classmethod
+    def of_tree(
+        cls,
+        q_indptr: Tensor,
+        paths: Sequence[Path],
+        kv_len: Sequence[int],
+        page_size: int,
+        *,
+        min_pages: int = 8,
+        max_levels: int = 2,
+    ) -> Cascade:
+        """The cascade of requests whose prefixes an engine keeps in a tree, as the radix cache of SGLang does.
+
+        A request is a path: its nodes from the root on, each a pair of what tells it from others (the node itself, its id)
+        and its pages, the last of which are the request's own. Neighbouring requests with the same nodes in front share
+        their pages at level 0, those that go on together at level 1, and so on for ``max_levels`` in all, the last of which
+        has what each request has alone; a level takes ``min_pages`` full pages at least, and what is less is left to the
+        levels below. Order the requests as a depth-first walk finds them, so that those that share are neighbours. ::
+
+            def path(node, own_pages):  # SGLang: req.last_node, and the pages of the tokens that are in no node yet
+                nodes = []
+                while node.parent is not None:
+                    nodes.append((node.id, node.value[::page_size] // page_size))
+                    node = node.parent
+                return [*reversed(nodes), (object(), own_pages)]
+
+        Shapes:  q_indptr [batch + 1] on the plan's device; paths and kv_len of each request, on the host.
+        Errors:  ShapeMismatch.
+        Cost:    in nodes, besides copying page lists; no copy from the device, and no wait for it.
+        """
+        batch = len(paths)
+        if q_indptr.shape[0] != batch + 1 or len(kv_len) != batch or batch == 0 or max_levels < 1:
+            raise ShapeMismatch(
+                f"q_indptr has {q_indptr.shape[0]} entries, kv_len {len(kv_len)}, paths {batch}, and max_levels is "
+                f"{max_levels}. Expected batch + 1, batch, batch, and a positive number."
+            )
+        lists = [[int(page) for _, pages in path for page in pages] for path in paths]
+        for b, (pages, keys) in enumerate(zip(lists, kv_len, strict=True)):
+            if len(pages) * page_size < keys:
+                raise ShapeMismatch(
+                    f"request {b} has kv_len {keys}, and its path {len(pages)} pages of {page_size}. Append its new pages."
+                )
+        runs = shared_runs_of(paths, [keys // page_size for keys in kv_len], max_levels - 1, min_pages)
+        ints, levels, done = _IntsOn(q_indptr.device), [], [0] * batch
+        for level in range(max((run.level + 1 for run in runs), default=0)):
+            of_begin = {run.begin: run for run in runs if run.level == level}
+            begins, pages, begin = [], [], 0
+            while begin < batch:
+                run = of_begin.get(begin, SharedRun(level, begin, begin + 1, 0, 0))
+                begins.append(begin)
+                pages.append(lists[begin][run.first : run.last])
+                done[begin : run.end] = [run.last or done[begin]] * (run.end - begin)
+                begin = run.end
+            levels.append((q_indptr[ints([*begins, batch])], ints.csr(pages), ints([len(p) * page_size for p in pages])))
+        own = [pages[n:] for pages, n in zip(lists, done, strict=True)]
+        own_len = [keys - n * page_size for keys, n in zip(kv_len, done, strict=True)]
+        return cls([*levels, (q_indptr, ints.csr(own), ints(own_len))])
 
 
 class _IntsOn:

@@ -16,10 +16,10 @@ from jitgen.abi import SERVING_ARGS, pack_format
 from jitgen.checks import dtype_name
 from jitgen.errors import VariantError
 from jitgen.families import merge_spec, prefill_family, serving_spec
-from jitgen.program import Program
+from jitgen.program import Program, without_rows
 from jitgen.serving_place import finishing, place
 from jitgen.serving_scales import no_scales, stored_dtype
-from jitgen.spec import MLA_DIMS
+from jitgen.spec import MLA_DIMS, KernelSpec
 from jitgen.streams import call_on, stream_of
 from jitgen.toolchain import driver_version
 
@@ -64,6 +64,7 @@ class KernelClass:
     addresses: tuple[int, int] = (0, 0)  # the fields workspace and plan
     start_planner: Callable[[bytes], int] | None = None
     overlaps: bool = False  # the decode and the prefill kernel of a plan run at the same time
+    staged: bool = False  # it reads keys and values that the plan's stage holds
 
     @property
     def name(self) -> str:
@@ -106,7 +107,11 @@ class KernelClass:
         numbers = pack_batch(batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, 0, 0) + c.fixed(plan, c.overlaps)
         kv_start = 0 if plan.kv_start is None else plan.kv_start.data_ptr()
         own = pack_launch(0, 0, 0, 0, 0, c.memory(plan), kv_start, 0, stream_of(plan.device_index), threads, numbers)
-        return own + c.kernel.pack_tail(tail_words(plan, program, values, no_scales(plan)))
+        return own + c.kernel.pack_tail(tail_words(plan, program, values, c.words(plan, program, no_scales(plan))))
+
+    def words(self, plan: Plan, program: Program, scales: list[object]) -> list[object]:
+        """The fields in front of the captures, from scales on."""
+        return scales if plan.stage is None else plan.stage.words(self, program, scales)
 
 
 def tail_words(plan: Plan, program: Program, values: list[object], scales: list[object]) -> list[object]:
@@ -140,7 +145,8 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
     if plan.device.type == "cpu":
         if plan.family not in (None, "cpu"):
             raise VariantError(f"family={plan.family!r} needs a plan on cuda, this one is on cpu. Leave family out.")
-        return (KernelClass(_kernel(plan, program, "cpu", 0), ALL_ROWS, 0, None, None),)
+        staged = plan.stage is not None and plan.stage.changes_keys
+        return (KernelClass(_kernel(plan, program, "cpu", 0, staged), ALL_ROWS, 0, None, None, staged=staged),)
     if (plan.head_dim, plan.head_dim_v) == MLA_DIMS:
         if plan.family not in (None, "mla"):
             raise VariantError(f"family={plan.family!r} has no kernel for head dims {MLA_DIMS}. Leave family out.")
@@ -148,52 +154,65 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
     group = plan.num_q_heads // plan.num_kv_heads
     most_rows = group * plan.max_q_len if plan.max_q_len else None
     rows = min(most_rows or group, DECODE_ROWS)
-    if stored_dtype(plan):
+    # what reads keys where they are stored; all others read the plan's stage
+    in_place = plan.stage is None or plan.stage.fits_decode
+    staged = plan.stage is not None and (plan.stage.changes_keys or plan.stage.gathers_bytes)
+    if stored_dtype(plan) and not staged:
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS),)
     if plan.levels > 1:
         most_rows = None  # a group has the rows of many requests
     if plan.family == "decode" or (plan.family is None and most_rows is not None and most_rows <= DECODE_ROWS):
-        return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS),)
+        return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS, not in_place),)
     if plan.family is None:
-        where = (plan.device, plan.layout, plan.page_size, plan.max_kv_len)
+        where = (plan.device, "ragged" if staged else plan.layout, plan.page_size, plan.max_kv_len)
         family = prefill_family(*where)
         overlaps = family == "sm90" and can_overlap() and plan.segments is None
         return tuple(
-            replace(_cuda_class(plan, program, values, name, rows, DECODE_ROWS), overlaps=overlaps)
-            for name in ("decode", family)
+            replace(_cuda_class(plan, program, values, name, rows, DECODE_ROWS, is_staged), overlaps=overlaps)
+            for name, is_staged in (("decode", not in_place), (family, staged))
         )
-    return (_cuda_class(plan, program, values, plan.family, rows, 0),)
+    return (_cuda_class(plan, program, values, plan.family, rows, 0, staged),)
 
 
 def kernels_of(plan: Plan, program: Program) -> tuple[runtime.CompiledKernel, ...]:
     """The kernels of the plan's classes for another program, whose mask is the plan's."""
-    program = program if plan.segments is None else place(program)[0]
-    return tuple(runtime.get_kernel(runtime.respecify(c.kernel.spec, program)) for c in plan.classes)
+    return tuple(runtime.get_kernel(_specified(plan, c.kernel.spec, program, c.staged)) for c in plan.classes)
 
 
-def _kernel(plan: Plan, program: Program, family: str, rows: int) -> runtime.CompiledKernel:
+def _specified(plan: Plan, spec: KernelSpec, program: Program, staged: bool) -> KernelSpec:
+    """The spec for another program."""
+    placed = program if plan.segments is None else place(program)[0]
+    return runtime.respecify(spec, placed) if plan.stage is None else plan.stage.specify(spec, placed, staged)
+
+
+def _kernel(plan: Plan, program: Program, family: str, rows: int, staged: bool = False) -> runtime.CompiledKernel:
     dims = (plan.head_dim, plan.head_dim_v)
-    layout = plan.layout if plan.segments is None else f"{plan.layout}_states"
-    program = program if plan.segments is None else place(program)[0]
-    stored = stored_dtype(plan)
-    spec = serving_spec(program, dtype_name(plan.dtype), dims, plan.device, layout, family=family, rows=rows, kv_dtype=stored)
-    return runtime.get_kernel(spec)
+    layout = "ragged" if staged else plan.layout
+    if plan.segments is not None:
+        layout = f"{layout}_states"
+    dtype, stored = dtype_name(plan.dtype), "" if staged else stored_dtype(plan)
+    bare = without_rows(program)
+    spec = serving_spec(bare, dtype, dims, plan.device, layout, family=family, rows=rows, kv_dtype=stored)
+    return runtime.get_kernel(_specified(plan, spec, program, staged))
 
 
 def merge_kernel(plan: Plan, program: Program) -> runtime.CompiledKernel | None:
     """The kernel that joins the segments of each row; None where requests are taken whole."""
     if plan.segments is None:
         return None
-    return runtime.get_kernel(merge_spec(finishing(program), dtype_name(plan.dtype), plan.head_dim_v, plan.device))
+    done = finishing(without_rows(program))
+    return runtime.get_kernel(merge_spec(done, dtype_name(plan.dtype), plan.head_dim_v, plan.device))
 
 
-def _cuda_class(plan: Plan, program: Program, values: list[object], family: str, rows: int, class_rows: int) -> KernelClass:
-    kernel = _kernel(plan, program, family, rows)
-    sizes = KernelClass(kernel, class_rows, 0, None, None)
+def _cuda_class(
+    plan: Plan, program: Program, values: list[object], family: str, rows: int, class_rows: int, staged: bool = False
+) -> KernelClass:
+    kernel = _kernel(plan, program, family, rows, staged)
+    sizes = KernelClass(kernel, class_rows, 0, None, None, staged=staged)
     num_ctas = ask(kernel, "jitgen_num_ctas", sizes.pack(plan, program, values, *plan.room), plan)
     if num_ctas < 0:
         kernel.raise_error(-num_ctas)
-    sizes = KernelClass(kernel, class_rows, num_ctas, None, None)
+    sizes = replace(sizes, num_ctas=num_ctas)
     packed = sizes.pack(plan, program, values, *plan.room)
     bytes_of = {n: ask(kernel, f"jitgen_{n}_bytes", packed, plan, ctypes.c_longlong) for n in ("plan", "workspace")}
     # all ones in the workspace mean that a partial result has not arrived
@@ -202,4 +221,5 @@ def _cuda_class(plan: Plan, program: Program, values: list[object], family: str,
         for n, fill in (("plan", 0), ("workspace", -1))
     ]
     addresses = memory[1].data_ptr(), memory[0].data_ptr()
-    return KernelClass(kernel, class_rows, num_ctas, *memory, addresses, kernel.function("jitgen_plan"))
+    planner = kernel.function("jitgen_plan")
+    return KernelClass(kernel, class_rows, num_ctas, *memory, addresses, planner, staged=staged)

@@ -49,6 +49,7 @@ class PreparedCall:
     q_factor: float  # of what the kernel gets as q; 1.0 but for scales that are not positive
     on_host: bool
     has_tensors: bool  # among the captures
+    is_plain: bool  # q goes to the kernels as it is, and they write the results
 
 
 def looks_of(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
@@ -97,10 +98,11 @@ def launches_of(
     kv_stride: tuple[int, ...],
 ) -> Launches:
     """What the plan and the shapes of a call fix about its launches."""
-    strides = (*q_stride, *o_stride, *kv_stride)
-    return tuple(
-        (kernel, c, c.fixed(plan, c.programmatic, scale, strides)) for kernel, c in zip(kernels, plan.classes, strict=True)
-    )
+    launches = []
+    for kernel, c in zip(kernels, plan.classes, strict=True):
+        strides = (*q_stride, *o_stride, *(plan.stage.strides if c.staged else kv_stride))
+        launches.append((kernel, c, c.fixed(plan, c.programmatic, scale, strides)))
+    return tuple(launches)
 
 
 def blocks_of(plan: Plan, call: PreparedCall, launches: Launches, total_q: int, list_stride: int) -> Blocks:
@@ -108,8 +110,12 @@ def blocks_of(plan: Plan, call: PreparedCall, launches: Launches, total_q: int, 
     if plan.batch == 0 or total_q == 0:
         return ()
     num_q_heads, num_kv_heads, page_size, num_pages = call.numbers
-    batch = pack_batch(plan.batch, num_q_heads, num_kv_heads, total_q, page_size, num_pages, list_stride)
-    return tuple((kernel, c.memory(plan), batch + fixed) for kernel, c, fixed in launches)
+    own = plan.batch, num_q_heads, num_kv_heads, total_q
+    batch = pack_batch(*own, page_size, num_pages, list_stride)
+    if plan.stage is None:
+        return tuple((kernel, c.memory(plan), batch + fixed) for kernel, c, fixed in launches)
+    staged = pack_batch(*own, 0, plan.stage.capacity, 0)
+    return tuple((kernel, c.memory(plan), (staged if c.staged else batch) + fixed) for kernel, c, fixed in launches)
 
 
 def check_rows(plan: Plan, q: Tensor) -> int:
@@ -139,7 +145,7 @@ def starter_of(
     where another device is current or memory is not aligned. There is none for the CPU, and for what is more than launches.
     """
     index = plan.device_index
-    if index is None or not blocks or lists_at is None or call.merge is not None or call.q_factor != 1.0:
+    if index is None or not blocks or lists_at is None or not call.is_plain:
         return None
     (kv_start, pages), v_offset = lists_at, call.v_offset
     launches = [(kernel, kernel.launch, memory, rest) for kernel, memory, rest in blocks]
@@ -187,7 +193,7 @@ def run(
         lse = q.new_empty((recent.total_q, plan.num_q_heads), dtype=torch.float32) if lse is None else lse
     if blocks:
         lse_at = 0 if lse is None else lse.data_ptr()
-        if call.merge is None and not values and not scales and call.q_factor == 1.0:
+        if call.is_plain and not values and not scales:
             _start(call, index, blocks, q, keys, out.data_ptr(), lse_at)
         else:
             _run_with_values(plan, recent, blocks, values, q, keys, scales, out, lse_at)
@@ -211,18 +217,22 @@ def _run_with_values(
         plan.check_values(call.mask_slots, call.program, values)
     if call.has_tensors:
         check_captures(plan, call.program, values)
+    if plan.stage is not None and plan.stage.changes_q:
+        q = plan.stage.transform_q(call.program, values, q)
     if call.q_factor != 1.0:
         q = _copy(q).mul_(call.q_factor)
-    words = tail_words(plan, call.program, values, scales)
-    tail = blocks[0][0].pack_tail(words) if words else b""
-    if call.merge is None:
-        _start(call, plan.device_index, blocks, q, keys, out.data_ptr(), lse_at, tail)
-        return
-    segments = plan.segments
-    _start(call, plan.device_index, recent.blocks, q, keys, *segments.addresses, tail, segments.beside)  # type: ignore[union-attr]
-    o_stride = out.stride()[:2]
-    captures = runtime.capture_words(call.program, values)
-    _merge(plan, call, (out.data_ptr(), lse_at), recent.total_q, (*o_stride, *captures))
+    segments, results, beside = plan.segments, (out.data_ptr(), lse_at), None
+    if segments is not None:
+        blocks, results, beside = recent.blocks, segments.addresses, segments.beside
+    if plan.stage is not None:
+        _start_staged(plan, recent, blocks, values, q, keys, results, scales)
+    else:
+        words = tail_words(plan, call.program, values, scales)
+        tail = blocks[0][0].pack_tail(words) if words else b""
+        _start(call, plan.device_index, blocks, q, keys, *results, tail, beside)
+    if call.merge is not None:
+        captures = runtime.capture_words(call.program, values)
+        _merge(plan, call, (out.data_ptr(), lse_at), recent.total_q, (*out.stride()[:2], *captures))
 
 
 def _check_results(plan: Plan, recent: RecentCall, q: Tensor, out: Tensor | None, lse: Tensor | None) -> Blocks:
@@ -304,3 +314,26 @@ def _start(
         on = stream
     if beside is not None and len(blocks) > 1:
         beside.join()
+
+
+def _start_staged(
+    plan: Plan,
+    recent: RecentCall,
+    blocks: Blocks,
+    values: list[object],
+    q: Tensor,
+    keys: KeyAddresses,
+    results: tuple[int, int],
+    scales: list[object],
+) -> None:
+    """As ``_start``, where kernels differ in the keys that they read; those of the plan's stage are put there first."""
+    call, stage = recent.call, plan.stage
+    assert stage is not None
+    program, list_stride = call.program, list_stride_of(plan, recent.lists)
+    if any(c.staged for c in plan.classes):
+        stage.gather(program, values, call.numbers, call.kv_stride, keys, list_stride, scales)
+    in_stage = stage.k.data_ptr(), stage.v.data_ptr(), stage.start.data_ptr(), 0
+    for c, block in zip(plan.classes, blocks, strict=True):
+        words = tail_words(plan, program, values, c.words(plan, program, scales))
+        tail = block[0].pack_tail(words) if words else b""
+        _start(call, plan.device_index, (block,), q, in_stage if c.staged else keys, *results, tail)

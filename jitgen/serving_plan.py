@@ -16,6 +16,7 @@ from jitgen.serving_checks import check_captures, check_lengths, check_plan_numb
 from jitgen.serving_kernels import DECODE_ROWS, KernelClass, make_classes
 from jitgen.serving_op import register_plan
 from jitgen.serving_pages import as_int32, check_indices
+from jitgen.serving_rows import Stage, make_stage
 from jitgen.serving_segments import check_cascade, make_segments
 from jitgen.spec import MLA_DIMS
 from jitgen.streams import cuda_index
@@ -43,7 +44,11 @@ class Plan:
                   that of Ampere is used, at about half the speed
     kv_dtype      dtype of the keys and values in the cache, if not ``dtype``: torch.float8_e4m3fn, torch.float8_e5m2 or
                   torch.int8, with scales that each call is given. On a GPU such plans have the decode kernel only, which
-                  takes long prefills at its own speed
+                  takes long prefills at its own speed, unless max_kv_tokens is given
+    max_kv_tokens most keys, over all requests, that are gathered in a step on a GPU: those of requests with more query rows
+                  than the decode kernel takes, of plans with a kv_dtype or a variant with k_transform or v_transform. They
+                  are dequantised and transformed into memory that the plan holds, for the prefill kernel; requests beyond it
+                  would give wrong results, which update notices with check=True
     split         'balanced': long requests are cut along their keys so that all CTAs are busy equally long. 'fixed': cut at
                   multiples of ``kv_split`` keys, so a request's result does not depend on what else is in the batch, bit by
                   bit. On a GPU requests of more rows than the decode kernel takes (32, counted once for each query head of a
@@ -78,6 +83,7 @@ class Plan:
         split: str = "balanced",
         kv_split: int | None = None,
         levels: int = 1,
+        max_kv_tokens: int | None = None,
         device: torch.device | str | None = None,
         family: str | None = None,
     ) -> None:
@@ -88,6 +94,7 @@ class Plan:
         self.layout, self.family = layout, family
         self.max_q_len, self.max_kv_len, self.page_size = max_q_len, max_kv_len, page_size
         self.split, self.kv_split, self.levels = split, kv_split, levels
+        self.max_kv_tokens = max_kv_tokens
         self.device = _complete(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         check_plan_numbers(self)
         self.is_latent = (self.head_dim, self.head_dim_v) == MLA_DIMS  # absorbed MLA: the values are in the rows of keys
@@ -113,7 +120,16 @@ class Plan:
         self.request_lengths: Any = (None, None)  # q_indptr and kv_len of requests, where entries are parts of them
         self._program, self._values = self.trace()
         self.segments = make_segments(self, self._program)
-        self.classes: tuple[KernelClass, ...] = make_classes(self, self._program, self._values)
+        self.stage: Stage | None = None
+        self.classes: tuple[KernelClass, ...] = ()
+        self._choose_kernels(self._program, self._values)
+
+    def _choose_kernels(self, program: Program, values: list[object]) -> None:
+        """The kernels for a program, and what they need of it in front of them."""
+        self.stage = make_stage(self, program)
+        self.classes = make_classes(self, program, values)
+        if self.stage is not None:
+            self.stage.set_classes(self.classes)
 
     def __repr__(self) -> str:
         heads = f"{self.num_q_heads}/{self.num_kv_heads} heads of {self.head_dim}"
@@ -124,6 +140,7 @@ class Plan:
     def workspace_bytes(self) -> int:
         """Memory of the device that the plan holds: what the planner writes, and partial results. Lengths do not change it."""
         states = 0 if self.segments is None else self.segments.nbytes
+        states += 0 if self.stage is None else self.stage.nbytes
         return states + sum(c.plan.nbytes + c.workspace.nbytes for c in self.classes if c.plan is not None)
 
     @property
@@ -191,11 +208,13 @@ class Plan:
         self.lengths = (self.q_indptr.data_ptr(), self.kv_len.data_ptr())  # type: ignore[union-attr]
         self.version, self.checked_values = self.version + 1, []
         if program is not self._program:
-            self.classes = make_classes(self, program, values)
+            self._choose_kernels(program, values)
             self.calls.clear()
             self.recent = None
         self._program, self._values = program, values
         check_captures(self, program, values)
+        if self.stage is not None:
+            self.stage.update(bool(check))
         for c in self.classes:
             c.launch_planner(self, program, values)
         return self

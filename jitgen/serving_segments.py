@@ -109,9 +109,11 @@ class Segments:
 
     def fields(self, program: Program, values: list[object]) -> list[object]:
         """Fields of a kernel behind the strides: state_row, and what ``program`` captures once it is placed."""
-        placed, names = place(program)
-        tables = [self._tables[name] for name in names]
-        return [self.state_row.data_ptr(), *runtime.capture_words(placed, [*values, *tables])]
+        return [self.state_row.data_ptr(), *runtime.capture_words(place(program)[0], [*values, *self.tables(program)])]
+
+    def tables(self, program: Program) -> list[object]:
+        """What ``program`` captures once it is placed, besides its own captures."""
+        return [self._tables[name] for name in place(program)[1]]
 
     # ---- filling the tables: torch operations of fixed addresses, which a CUDA graph may hold ----
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
+from typing import Any
 
 from jitgen.ir import _attr_bytes
 from jitgen.program import Program
@@ -43,6 +44,7 @@ class KernelSpec:
     layout: str = "dense"  # 'dense', 'ragged' or 'paged': how requests and their keys are addressed
     kv_dtype: str = ""  # of K and V where it is one of STORED_DTYPES; empty: dtype
     out_dtype: str = ""  # of the output; empty: dtype
+    rows: Any = None  # transforms of K and V inside of a decode kernel: kv_decode.DecodeRows
 
     @cached_property
     def digest(self) -> str:
@@ -55,6 +57,8 @@ class KernelSpec:
         )  # fmt: skip
         if self.out_dtype:
             shape += (self.out_dtype,)
+        if self.rows is not None:
+            shape += self.rows.shape()
         return hashlib.sha256(_attr_bytes(shape)).hexdigest()[:32]
 
     @property
@@ -64,4 +68,5 @@ class KernelSpec:
         layout = "" if self.layout == "dense" else f" {self.layout}"
         stored = f" from {self.kv_dtype}" if self.kv_dtype else ""
         out = f" to {self.out_dtype}" if self.out_dtype else ""
-        return f"attention {self.family}{layout} {self.dtype}{stored}{out} hd{dims}"
+        rows = f", {' and '.join(self.rows.names)} transformed" if self.rows is not None else ""
+        return f"attention {self.family}{layout} {self.dtype}{stored}{out} hd{dims}{rows}"

@@ -40,6 +40,9 @@ class Variant:
     softmax           subclass or instance of OnlineNorm, in place of softmax
     output_transform  (o, lse, b, h, q_idx) -> row              on the finished row
     lse_transform     (lse, b, h, q_idx) -> float               on the finished logsumexp
+    q_transform       (q, b, h, q_idx) -> row                   on rows of q, before q . k: a jitgen.Rope, norms, biases
+    k_transform       (k, b, kv_h, kv_idx) -> row               on rows of k, each time they are read
+    v_transform       (v, b, kv_h, kv_idx) -> row               as k_transform, of v
     q_index           'absolute' or 'local': what q_idx counts; by default the entry point decides
 
     Hooks are traced here, so that what cannot be expressed is refused where it is defined.
@@ -61,9 +64,13 @@ class Variant:
         softmax: type[OnlineNorm] | OnlineNorm | None = None,
         output_transform: Callable[..., Any] | None = None,
         lse_transform: Callable[..., Any] | None = None,
+        q_transform: Callable[..., Any] | None = None,
+        k_transform: Callable[..., Any] | None = None,
+        v_transform: Callable[..., Any] | None = None,
         q_index: str | None = None,
     ) -> None:
-        given = (score_mod, mask_mod, sink, _instance(softmax), output_transform, lse_transform)
+        transforms = (q_transform, k_transform, v_transform)
+        given = (score_mod, mask_mod, sink, _instance(softmax), output_transform, lse_transform, *transforms)
         if definition is not None:
             if any(hook is not None for hook in given):
                 raise VariantError("a definition and separate hooks were both given. Use one of the two.")
@@ -221,11 +228,12 @@ def resolve(score_mod: object = None, mask_mod: object = None, sink: object = No
     Errors:  VariantError, UnsupportedVariant.
     Cost:    about a microsecond when nothing has changed.
     """
-    trace, values = _find((score_mod, mask_mod, sink, None, None, None), _NOTHING)
+    trace, values = _find((score_mod, mask_mod, sink, *_NO_OTHERS), _NOTHING)
     return trace.program, values
 
 
 _NOTHING: Mapping[str, object] = {}
+_NO_OTHERS = (None,) * (len(HOOKS) - 3)
 _FUNCTION = types.FunctionType
 
 

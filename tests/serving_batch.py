@@ -10,6 +10,7 @@ import torch
 
 import jitgen
 from jitgen import reference
+from jitgen.ir import walk
 from jitgen.program import uses_index
 
 Tensor = torch.Tensor
@@ -112,6 +113,8 @@ class Batch:
         """Output and logsumexp (NaN if the variant has none) of the oracle, row by row as the calls return them."""
         variant = jitgen.Variant() if variant is None else jitgen.Variant.of(variant)
         program = variant.trace().program
+        of_rows = () if program.rows is None else program.rows.roots()
+        reads_request = uses_index(program, "b") or any(n.op == "index" and n.attr == "b" for n in walk(*of_rows))
         has_lse = program.norm is None or program.norm.lse is not None
         out = torch.zeros(self.total_q, self.num_q_heads, self.head_dim_v, dtype=torch.float64, device=self.device)
         lse = torch.full((self.total_q, self.num_q_heads), math.nan, dtype=torch.float64, device=self.device)
@@ -120,7 +123,7 @@ class Batch:
             if rows:
                 place = slice(at, at + rows)
                 # the oracle numbers the requests it is given: a variant that reads b gets as many copies as come before
-                copies = b + 1 if uses_index(program, "b") else 1
+                copies = b + 1 if reads_request else 1
                 inputs = [t.transpose(0, 1).expand(copies, -1, -1, -1) for t in (self.q[place], self.k[b], self.v[b])]
                 got = reference.attention(*inputs, variant, scale=scale, q_index=q_index, return_lse=has_lse)
                 one = got[0] if has_lse else got

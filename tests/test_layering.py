@@ -23,6 +23,7 @@ LAYERS = {
         "captures",
         "norms",
         "rows",
+        "row_hooks",
         "masks",
         "hooks",
         "variant",

@@ -27,6 +27,7 @@ OPS = {
     "append_norm_rope": (torch.bfloat16, True, True),
     "append_rope_fp8": (torch.float8_e4m3fn, False, True),
     "append_rope_fp8_rows": (torch.float8_e4m3fn, False, True),  # with a scale found for each row
+    "append_norm_rope_fp8_rows": (torch.float8_e4m3fn, True, True),
     "rope": (None, False, True),
 }
 SCALE = 0.05

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from disassembly import disassemble
 import jitgen
 from jitgen import toolchain
 from jitgen.families import cuda_spec
+from jitgen.kv_decode import rows_in_decode
+from jitgen.program import without_rows
 from jitgen.render import render_kernel
 from jitgen.target import cuda_target
 from jitgen.tiles_decode import SHARED_KIB, decode_tiles
@@ -70,6 +73,19 @@ def stick_breaking() -> jitgen.Variant:
     return jitgen.Variant(mask_mod=causal, softmax=StickBreaking)
 
 
+def rotated() -> jitgen.Variant:
+    rope = jitgen.Rope()
+    return jitgen.Variant(mask_mod=causal, k_transform=lambda k, b, h, pos: rope(k, pos))
+
+
+def normed_rows() -> jitgen.Variant:
+    rope, weight, value_weight = jitgen.Rope(rotary_dim=64, interleave=True), torch.zeros(64), torch.zeros(64)
+    return jitgen.Variant(
+        k_transform=lambda k, b, h, pos: rope(k * torch.rsqrt((k * k).mean() + 1e-6) * weight[0], pos) + weight[h],
+        v_transform=lambda v, b, h, pos: v * value_weight[h],
+    )
+
+
 # variant, dtype, head dims, packed rows, layout, architecture, dtype of K and V in a cache of 8 bits
 MODULES = [
     (plain, "bfloat16", (128, 128), 8, "paged", "9.0a", ""),
@@ -87,6 +103,11 @@ MODULES = [
     (every_hook, "float16", (256, 256), 8, "paged", "9.0a", "float8_e5m2"),
     (stick_breaking, "bfloat16", (64, 64), 8, "ragged", "9.0a", "int8"),
     (alibi_window, "bfloat16", (192, 128), 16, "paged", "8.0", "int8"),
+    (rotated, "bfloat16", (128, 128), 8, "paged", "9.0a", ""),
+    (rotated, "float16", (256, 256), 8, "paged", "9.0a", ""),
+    (rotated, "bfloat16", (128, 128), 8, "ragged", "8.0", ""),
+    (normed_rows, "bfloat16", (128, 128), 8, "paged", "9.0a", ""),
+    (normed_rows, "float16", (192, 128), 16, "ragged", "8.0", ""),
 ]
 
 
@@ -99,7 +120,10 @@ def compile_case(case, directory: Path) -> tuple[object, Path, str]:
     """One module: spec, cubin, what ptxas says."""
     make, dtype, dims, rows, layout, arch, kv_dtype = case
     target = cuda_target(arch)
-    spec = cuda_spec(make().trace().program, dtype, dims, "decode", target, layout=layout, rows=rows, kv_dtype=kv_dtype)
+    program = make().trace().program
+    spec = cuda_spec(without_rows(program), dtype, dims, "decode", target, layout=layout, rows=rows, kv_dtype=kv_dtype)
+    if program.rows is not None:
+        spec = replace(spec, rows=rows_in_decode(program, dtype, *dims))
     source = render_kernel(spec)
     return spec, *compile_source(source, directory, *target.flags)
 

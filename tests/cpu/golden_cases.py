@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -10,8 +11,9 @@ import torch
 
 import jitgen
 from jitgen.families import cpu_tiles, cuda_spec
+from jitgen.kv_decode import rows_in_decode
 from jitgen.mask_tiles import render_mask_tiles
-from jitgen.program import Program
+from jitgen.program import Program, without_rows
 from jitgen.render import Source, render_kernel
 from jitgen.serving_place import finishing, place
 from jitgen.spec import KernelSpec, Tiles
@@ -161,6 +163,19 @@ def forgetting() -> jitgen.Variant:
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + gates[h, q_idx] - gates[h, kv_idx], mask_mod=causal)
 
 
+def rotated() -> jitgen.Variant:
+    rope = jitgen.Rope()
+    return jitgen.Variant(k_transform=lambda k, b, h, pos: rope(k, pos))
+
+
+def normed_rows() -> jitgen.Variant:
+    rope, weight = jitgen.Rope(cos_sin=torch.zeros(512, 64)), torch.zeros(128)
+    return jitgen.Variant(
+        k_transform=lambda k, b, h, pos: rope(k * torch.rsqrt((k * k).mean() + 1e-6) * weight, pos),
+        v_transform=lambda v, b, h, pos: v * weight,
+    )
+
+
 class Case(NamedTuple):
     """A source to generate: a kernel of a family, or with family mask_tiles the module behind jitgen.mask_tiles."""
 
@@ -206,6 +221,8 @@ CASES: dict[str, Case] = {
     "soft_cap__decode__float16": Case(soft_cap, "decode", "float16", (96, 96), "paged"),
     "every_hook__decode__bfloat16": Case(every_hook, "decode", "bfloat16", (256, 256), "paged"),
     "alibi_pruned_sigmoid__decode__bfloat16": Case(alibi_pruned_sigmoid, "decode", "bfloat16", (128, 128), "paged"),
+    "rotated__decode__bfloat16": Case(rotated, "decode", "bfloat16", (128, 128), "paged"),
+    "normed_rows__decode_states__float16": Case(normed_rows, "decode", "float16", (128, 128), "paged_states"),
     "window__cpu_states__float32": Case(window, "cpu", "float32", (64, 64), "paged_states"),
     "plain__sm90_states__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128), "paged_states"),
     "window__decode_states__bfloat16": Case(window, "decode", "bfloat16", (128, 128), "ragged_states"),
@@ -253,7 +270,9 @@ def case_spec(name: str) -> KernelSpec:
     target = TARGETS[case.family]()
     if case.family == "merge_cpu":
         return KernelSpec("merge_cpu", program, case.dtype, *case.head_dims, Tiles(0, 0), target, case.layout)
-    return cuda_spec(program, case.dtype, case.head_dims, case.family, target, layout=case.layout, kv_dtype=case.kv_dtype)
+    bare = without_rows(program)
+    spec = cuda_spec(bare, case.dtype, case.head_dims, case.family, target, layout=case.layout, kv_dtype=case.kv_dtype)
+    return spec if program.rows is None else replace(spec, rows=rows_in_decode(program, case.dtype, *case.head_dims))
 
 
 def case_source(name: str) -> Source:

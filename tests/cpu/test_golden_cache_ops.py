@@ -10,6 +10,7 @@ import json
 import os
 from pathlib import Path
 
+import golden_cases
 import pytest
 import torch
 from template_checks import assert_both_ways, assert_tidy, record_branches, template_names
@@ -19,6 +20,7 @@ from jitgen import portable
 from jitgen.kv_hooks import trace_transform
 from jitgen.kv_launch import module_path
 from jitgen.kv_spec import Rotation, RowsSpec, StreamSpec, render_rows
+from jitgen.render import render_kernel
 from jitgen.target import cpu_target, cuda_target
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "cache_ops"
@@ -89,7 +91,8 @@ def test_generated_source_is_tidy(name):
 
 @pytest.fixture(scope="module")
 def branches():
-    return record_branches(lambda: [render_rows(spec) for spec in CASES.values()])
+    in_decode = [golden_cases.case_spec(name) for name in ("rotated__decode__bfloat16", "normed_rows__decode_states__float16")]
+    return record_branches(lambda: [*map(render_rows, CASES.values()), *map(render_kernel, in_decode)])
 
 
 @pytest.mark.parametrize("template", template_names("cache_ops"))

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "jitgen/span.h"
+#include "jitgen/turns.h"
 
 #ifdef __CUDACC__
 #define JITGEN_ANYWHERE __host__ __device__ __forceinline__
@@ -12,14 +13,15 @@
 
 namespace jg {
 
-// Angular speed of a pair, in turns for each position, as a sum of two floats: with one, the angle at position 100,000 would
-// be off by a hundredth.
-struct Turns { float high, low; };
+// Of what is written: none, read per head, found per row and stored by slot. kRead: of what is read, per head or by slot.
+enum class Scale { kNone, kGiven, kStored, kRead };
+// Where rows go: row of the token; slot mapping; request, position and page table. Or where they come from, to go to the row
+// of the token: a page table, or the rows from list_start on of each request.
+enum class Places { kRows, kSlots, kPages, kFromPages, kFromRows };
+template <Places kPlaces> constexpr bool kGathers = kPlaces == Places::kFromPages || kPlaces == Places::kFromRows;
 
-enum class Scale { kNone, kGiven, kStored };   // of what is written: none, read per head, found per row and stored by slot
-enum class Places { kRows, kSlots, kPages };   // row of the token; slot mapping; request, position and page table
-
-// The rows of one kind: those of all heads of a token lie at multiples of stride_h from each other.
+// The rows of one kind: those of all heads of a token lie at multiples of stride_h from each other. The strides of x are those
+// of tokens and heads, the strides of out those of places; a gather reads at places and writes by token.
 struct Rows {
   const void* x;
   void* out;
@@ -37,6 +39,11 @@ struct Place {
   bool exists;                  // false: the token is skipped
   bool is_wrong;                // it names a page, a slot or a request that is not there
 };
+
+// What a row that is read is multiplied by.
+JITGEN_FN float read_scale(const Rows& rows, const Place& place, int64_t h) {
+  return rows.scale_value * (rows.scale ? rows.scale[place.slot * rows.scale_stride_s + h * rows.scale_stride_h] : 1.0f);
+}
 
 JITGEN_FN int64_t index_at(const void* indices, int64_t i, bool is_wide) {
   return is_wide ? static_cast<const int64_t*>(indices)[i] : static_cast<const int*>(indices)[i];
@@ -61,7 +68,7 @@ template <Places kPlaces, class Args> JITGEN_FN Place find_place(const Args& arg
   if (args.q_indptr) {
     b = request_of(args.q_indptr, static_cast<int>(args.batch), token);
     place.exists = args.batch > 0 && token >= args.q_indptr[0] && token < args.q_indptr[args.batch];
-    if (place.exists) pos = args.lengths[b] + token - args.q_indptr[b + args.from_end];
+    if (place.exists) pos = (args.lengths ? args.lengths[b] : 0) + token - args.q_indptr[b + args.from_end];
   } else {
     if (args.positions) pos = index_at(args.positions, token, args.wide & kWidePositions);
     if (args.batch_indices) b = index_at(args.batch_indices, token, args.wide & kWideRequests);
@@ -73,17 +80,23 @@ template <Places kPlaces, class Args> JITGEN_FN Place find_place(const Args& arg
     place.offset = place.slot - place.page * args.page_size;
     place.is_wrong = place.exists && place.page >= args.num_pages;
   }
-  if (kPlaces == Places::kPages) {
-    place.exists = place.exists && b >= 0 && pos >= 0;
-    place.is_wrong = place.exists && (b >= args.batch || pos > 0x7fffffff);
+  if (kPlaces == Places::kFromRows && place.exists) {
+    place.offset = place.slot = args.list_start[b] + token - args.q_indptr[b];
+    place.page = 0;
+    place.is_wrong = place.offset < 0 || place.offset >= args.num_pages * args.page_size;
+  }
+  if (kPlaces == Places::kPages || kPlaces == Places::kFromPages) {
+    const int64_t at = kPlaces == Places::kFromPages && place.exists ? token - args.q_indptr[b] : pos;   // in the list
+    place.exists = place.exists && b >= 0 && at >= 0;
+    place.is_wrong = place.exists && (b >= args.batch || at > 0x7fffffff);
     if (place.exists && !place.is_wrong) {
-      const int64_t number = static_cast<unsigned>(pos) / static_cast<unsigned>(args.page_size);
+      const int64_t number = static_cast<unsigned>(at) / static_cast<unsigned>(args.page_size);
       const int64_t start = args.list_start ? args.list_start[b] : b * args.list_stride;
       const int64_t length = args.list_start ? args.list_start[b + 1] - start : args.list_length;
-      place.is_wrong = number >= length;
+      place.is_wrong = kPlaces == Places::kPages && number >= length;   // lists to gather from are trusted
       if (!place.is_wrong) place.page = args.pages[start + number];
       place.is_wrong = place.is_wrong || place.page < 0 || place.page >= args.num_pages;
-      place.offset = pos - number * args.page_size;
+      place.offset = at - number * args.page_size;
       place.slot = place.page * args.page_size + place.offset;
     }
   }

@@ -6,6 +6,7 @@
 
 #include "jitgen/cuda_math.cuh"
 #include "jitgen/cache_place.h"
+#include "jitgen/row_view.cuh"
 
 namespace jg {
 
@@ -40,6 +41,14 @@ JITGEN_FN void round_to(float x, int8& y) {
   asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(rounded) : "f"(x));
   y.value = static_cast<signed char>(rounded < -127 ? -127 : rounded);
 }
+
+// 8-bit elements: exponent and mantissa in their places of a float, whose exponent has another bias. Codes of NaN and infinity
+// are not told apart from numbers.
+JITGEN_FN float widen(float8_e4m3fn x) {
+  return __uint_as_float((x.bits & 0x7fu) << 20 | (x.bits & 0x80u) << 24) * 0x1p120f;
+}
+JITGEN_FN float widen(float8_e5m2 x) { return __uint_as_float((x.bits & 0x7fu) << 21 | (x.bits & 0x80u) << 24) * 0x1p112f; }
+JITGEN_FN float widen(int8 x) { return static_cast<float>(x.value); }
 
 // Two values at once, as the conversion units take them.
 template <class T> JITGEN_FN void round_pair(float a, float b, T& first, T& second) {
@@ -83,79 +92,6 @@ JITGEN_FN void turn(Turns turns, int position, float& cosine, float& sine) {
   sincospif(2.0f * ((product - ::rintf(product)) + rest), &sine, &cosine);
 }
 
-// ---- shape of a row ----
-constexpr int power_above(int n) { return n <= 1 ? 1 : 2 * power_above((n + 1) / 2); }
-
-template <class S> struct Shape {
-  static constexpr int kVec = S::kVec, kChunks = S::kHeadDim / kVec;
-  static constexpr int kTurned = S::kRotary / (2 * kVec);          // pairs of chunks that are rotated
-  static constexpr int kRest = (kChunks - 2 * kTurned + 1) / 2;   // pairs of the others, the last one perhaps half
-  static constexpr int kPairs = kTurned + kRest;
-  static constexpr int kLanes = power_above(kPairs) < 32 ? power_above(kPairs) : 32;   // of a team
-  static constexpr int kRepeat = (kPairs + kLanes - 1) / kLanes;                       // pairs of a lane
-  static constexpr bool kWhole = kPairs == kLanes * kRepeat && kChunks % 2 == 0;   // every lane has all of its chunks
-  static constexpr int kAhead = S::kAhead;   // heads that are loaded before one is worked on
-  static_assert(S::kHeadDim % kVec == 0 && S::kRotary % (2 * kVec) == 0, "chunks do not fit the row");
-
-  // First element of one of the two chunks of a pair.
-  JITGEN_FN static int first(int pair, int which) {
-    if (pair < kTurned) return (S::kInterleave ? 2 * pair + which : pair + which * kTurned) * kVec;
-    return (kTurned + pair + which * kRest) * kVec;
-  }
-  JITGEN_FN static bool has(int pair, int which) {
-    return kWhole || (pair < kPairs && (which == 0 || pair < kTurned || kTurned + pair + kRest < kChunks));
-  }
-};
-
-// What the functions of a transform see of a row: the elements of this lane, and sums over the team.
-template <class S> struct RowView {
-  using Row = Shape<S>;
-  float x[Row::kRepeat][2][S::kVec];
-  int lane;
-  unsigned team;   // mask of its lanes
-
-  template <class F> JITGEN_FN void each(F f) {
-#pragma unroll
-    for (int r = 0; r < Row::kRepeat; ++r)
-#pragma unroll
-      for (int which = 0; which < 2; ++which) {
-        const int pair = lane + r * Row::kLanes, first = Row::first(pair, which);
-        if (!Row::has(pair, which)) continue;
-#pragma unroll
-        for (int i = 0; i < S::kVec; ++i) f(x[r][which][i], first + i);
-      }
-  }
-  template <class F> JITGEN_FN float sum(F f) {
-    float total = 0.0f;
-    each([&](float v, int i) { total += f(v, i); });
-#pragma unroll
-    for (int step = Row::kLanes / 2; step > 0; step /= 2) total += __shfl_xor_sync(team, total, step);
-    return total;
-  }
-  template <class F> JITGEN_FN float max(F f) {
-    float most = -INFINITY;
-    each([&](float v, int i) { most = jg::max(most, f(v, i)); });
-#pragma unroll
-    for (int step = Row::kLanes / 2; step > 0; step /= 2) most = jg::max(most, __shfl_xor_sync(team, most, step));
-    return most;
-  }
-  // Pairs of elements, in each pair of chunks that is rotated.
-  JITGEN_FN void rotate(const float (&cosine)[Row::kRepeat][S::kVec], const float (&sine)[Row::kRepeat][S::kVec]) {
-#pragma unroll
-    for (int r = 0; r < Row::kRepeat; ++r) {
-      if (lane + r * Row::kLanes >= Row::kTurned) continue;
-#pragma unroll
-      for (int i = 0; i < S::kVec; ++i) {
-        float& first = S::kInterleave ? x[r][2 * i / S::kVec][2 * i % S::kVec] : x[r][0][i];
-        float& second = S::kInterleave ? x[r][(2 * i + 1) / S::kVec][(2 * i + 1) % S::kVec] : x[r][1][i];
-        const float turned = first * cosine[r][i] - second * sine[r][i];
-        second = second * cosine[r][i] + first * sine[r][i];
-        first = turned;
-      }
-    }
-  }
-};
-
 // ---- the rows of a CTA, for the stream S of the generated file ----
 template <class S> JITGEN_FN void store_row(const RowView<S>& row, typename S::Out* to) {
   using Row = Shape<S>;
@@ -178,7 +114,7 @@ template <class S> JITGEN_FN void store_row(const RowView<S>& row, typename S::O
 }
 
 template <class S> JITGEN_FN void scale_row(const Rows& rows, RowView<S>& row, const Place& place, int64_t h) {
-  if constexpr (S::kScale != Scale::kNone) {
+  if constexpr (S::kScale == Scale::kGiven || S::kScale == Scale::kStored) {
     float* const where = rows.scale + place.slot * rows.scale_stride_s + h * rows.scale_stride_h;
     float scale;
     if constexpr (S::kScale == Scale::kStored) {
@@ -207,6 +143,8 @@ template <class S, class Args> JITGEN_FN void move_rows(const Args& args, int64_
   row.lane = static_cast<int>(threadIdx.x) % Row::kLanes;
   row.team = Row::kLanes == 32 ? ~0u : ((1u << (Row::kLanes % 32)) - 1) << (threadIdx.x % 32 / Row::kLanes * Row::kLanes);
 
+  if constexpr (S::kConstants > 0) row.load_constants(args);
+
   float cosine[Row::kRepeat][S::kVec], sine[Row::kRepeat][S::kVec];
   if constexpr (S::kRotary > 0) {
     const int position = S::position(args, place.b, place.pos);
@@ -221,15 +159,19 @@ template <class S, class Args> JITGEN_FN void move_rows(const Args& args, int64_
 
   const int64_t begin = (unit - token * units_per_token) * rows.heads_per_unit;
   const int64_t end = begin + rows.heads_per_unit < rows.num_heads ? begin + rows.heads_per_unit : rows.num_heads;
-  const auto* const from = static_cast<const typename S::In*>(rows.x) + token * rows.x_stride_t;
-  auto* const to = static_cast<typename S::Out*>(rows.out) + place.page * rows.out_stride_p + place.offset * rows.out_stride_s;
+  constexpr bool kReadsPlaces = kGathers<S::kPlaces>;
+  const int64_t by_token = token * rows.x_stride_t, by_place = place.page * rows.out_stride_p + place.offset * rows.out_stride_s;
+  const auto* const from = static_cast<const typename S::In*>(rows.x) + (kReadsPlaces ? by_place : by_token);
+  auto* const to = static_cast<typename S::Out*>(rows.out) + (kReadsPlaces ? by_token : by_place);
+  const int64_t from_stride_h = kReadsPlaces ? rows.out_stride_h : rows.x_stride_h;
+  const int64_t to_stride_h = kReadsPlaces ? rows.x_stride_h : rows.out_stride_h;
   const auto load = [&](Input (&chunks)[Row::kRepeat][2], int64_t h) {
 #pragma unroll
     for (int r = 0; r < Row::kRepeat; ++r)
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
         const int pair = row.lane + r * Row::kLanes;
-        if (Row::has(pair, which)) chunks[r][which] = Input::load(from + h * rows.x_stride_h + Row::first(pair, which));
+        if (Row::has(pair, which)) chunks[r][which] = Input::load(from + h * from_stride_h + Row::first(pair, which));
       }
   };
   const auto work = [&](const Input (&chunks)[Row::kRepeat][2], int64_t h) {
@@ -239,11 +181,15 @@ template <class S, class Args> JITGEN_FN void move_rows(const Args& args, int64_
       for (int which = 0; which < 2; ++which)
 #pragma unroll
         for (int i = 0; i < S::kVec; ++i) row.x[r][which][i] = widen(chunks[r][which].values[i]);
+    if constexpr (S::kScale == Scale::kRead) {
+      const float scale = read_scale(rows, place, h);
+      row.each([&](float& v, int) { v *= scale; });
+    }
     S::before(args, row, place.b, static_cast<int>(h), place.pos);
     if constexpr (S::kRotary > 0) row.rotate(cosine, sine);
     S::after(args, row, place.b, static_cast<int>(h), place.pos);
     scale_row(rows, row, place, h);
-    store_row<S>(row, to + h * rows.out_stride_h);
+    store_row<S>(row, to + h * to_stride_h);
   };
   Input ahead[Row::kAhead][Row::kRepeat][2];
   int64_t h = begin;

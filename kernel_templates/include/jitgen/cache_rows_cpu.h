@@ -54,10 +54,15 @@ template <class S, class Args> static inline void move_token(const Args& args, c
   const int position = S::position(args, place.b, place.pos);
   for (int i = 0; i < S::kRotary / 2; ++i) S::angle(args, position, i, cosine[i], sine[i]);
   for (int64_t h = 0; h < rows.num_heads; ++h) {
-    const In* const from = static_cast<const In*>(rows.x) + token * rows.x_stride_t + h * rows.x_stride_h;
-    Out* const to = static_cast<Out*>(rows.out) + place.page * rows.out_stride_p + place.offset * rows.out_stride_s +
-                    h * rows.out_stride_h;
+    const int64_t by_token = token * rows.x_stride_t + h * rows.x_stride_h;
+    const int64_t by_place = place.page * rows.out_stride_p + place.offset * rows.out_stride_s + h * rows.out_stride_h;
+    const In* const from = static_cast<const In*>(rows.x) + (kGathers<S::kPlaces> ? by_place : by_token);
+    Out* const to = static_cast<Out*>(rows.out) + (kGathers<S::kPlaces> ? by_token : by_place);
     for (int i = 0; i < S::kHeadDim; ++i) x[i] = to_float(from[i]);
+    if constexpr (S::kScale == Scale::kRead) {
+      const float scale = read_scale(rows, place, h);
+      for (int i = 0; i < S::kHeadDim; ++i) x[i] *= scale;
+    }
     RowView<S::kHeadDim> row = {x};
     S::before(args, row, place.b, static_cast<int>(h), place.pos);
     for (int i = 0; i < S::kRotary / 2; ++i) {
@@ -68,7 +73,7 @@ template <class S, class Args> static inline void move_token(const Args& args, c
       first = turned;
     }
     S::after(args, row, place.b, static_cast<int>(h), place.pos);
-    if constexpr (S::kScale != Scale::kNone) {
+    if constexpr (S::kScale == Scale::kGiven || S::kScale == Scale::kStored) {
       float* const scale = rows.scale + place.slot * rows.scale_stride_s + h * rows.scale_stride_h;
       if constexpr (S::kScale == Scale::kStored) {
         const float most = row.max([](float v, int) { return v < 0.0f ? -v : v; });

@@ -77,7 +77,11 @@ JITGEN_FN void tensor_store(const Operand& t, unsigned src, int row, int span, i
 JITGEN_FN void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 JITGEN_FN void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 // Orders ordinary writes to shared memory before reads by the copy engine and the tensor cores.
-JITGEN_FN void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+JITGEN_FN void fence_async_proxy() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 JITGEN_FN unsigned long long policy_evict_first() {
   unsigned long long p;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));

@@ -83,13 +83,6 @@ struct K {
   static constexpr jg::Places kPlaces = jg::Places::kPages;
   static constexpr jg::Scale kScale = jg::Scale::kStored;
 
-  JITGEN_ANYWHERE static jg::Rows rows(const Args& args) {
-    return {args.k, args.k_out, args.k_scale,
-            static_cast<float>(args.k_scale_value), args.k_heads,
-            args.k_heads_per_unit, args.k_stride_t, args.k_stride_h,
-            args.k_out_stride_p, args.k_out_stride_s, args.k_out_stride_h,
-            args.k_scale_stride_s, args.k_scale_stride_h};
-  }
   template <class Row> JITGEN_MEMBER static void before(const Args& args, Row& row, int b, int kv_h, int pos) {
     const Head head = make_head(args, b, kv_h);
     const float total = row.sum([&](float x, int i) {
@@ -112,8 +105,17 @@ struct K {
     const Head head = make_head(args, b, 0);
     return static_cast<int>((long long)pos - head.a1_start_b);
   }
+  static constexpr int kConstants = 0;
   JITGEN_MEMBER static void angle(const Args& args, int position, int pair, float& cosine, float& sine) {
     jg::turn(args.turns0[pair], position, cosine, sine);
+  }
+
+  JITGEN_ANYWHERE static jg::Rows rows(const Args& args) {
+    return {args.k, args.k_out, args.k_scale,
+            static_cast<float>(args.k_scale_value), args.k_heads,
+            args.k_heads_per_unit, args.k_stride_t, args.k_stride_h,
+            args.k_out_stride_p, args.k_out_stride_s, args.k_out_stride_h,
+            args.k_scale_stride_s, args.k_scale_stride_h};
   }
 };
 
@@ -127,13 +129,6 @@ struct V {
   static constexpr jg::Places kPlaces = jg::Places::kPages;
   static constexpr jg::Scale kScale = jg::Scale::kStored;
 
-  JITGEN_ANYWHERE static jg::Rows rows(const Args& args) {
-    return {args.v, args.v_out, args.v_scale,
-            static_cast<float>(args.v_scale_value), args.v_heads,
-            args.v_heads_per_unit, args.v_stride_t, args.v_stride_h,
-            args.v_out_stride_p, args.v_out_stride_s, args.v_out_stride_h,
-            args.v_scale_stride_s, args.v_scale_stride_h};
-  }
   template <class Row> JITGEN_MEMBER static void before(const Args& args, Row& row, int b, int kv_h, int pos) {
   }
 
@@ -143,7 +138,16 @@ struct V {
   JITGEN_MEMBER static int position(const Args& args, int b, int pos) {
     return pos;
   }
+  static constexpr int kConstants = 0;
   JITGEN_MEMBER static void angle(const Args& args, int position, int pair, float& cosine, float& sine) {
+  }
+
+  JITGEN_ANYWHERE static jg::Rows rows(const Args& args) {
+    return {args.v, args.v_out, args.v_scale,
+            static_cast<float>(args.v_scale_value), args.v_heads,
+            args.v_heads_per_unit, args.v_stride_t, args.v_stride_h,
+            args.v_out_stride_p, args.v_out_stride_s, args.v_out_stride_h,
+            args.v_scale_stride_s, args.v_scale_stride_h};
   }
 };
 

@@ -64,13 +64,6 @@ struct Q {
   static constexpr jg::Places kPlaces = jg::Places::kRows;
   static constexpr jg::Scale kScale = jg::Scale::kNone;
 
-  JITGEN_ANYWHERE static jg::Rows rows(const Args& args) {
-    return {args.q, args.q_out, args.q_scale,
-            static_cast<float>(args.q_scale_value), args.q_heads,
-            args.q_heads_per_unit, args.q_stride_t, args.q_stride_h,
-            args.q_out_stride_p, args.q_out_stride_s, args.q_out_stride_h,
-            args.q_scale_stride_s, args.q_scale_stride_h};
-  }
   template <class Row> JITGEN_MEMBER static void before(const Args& args, Row& row, int b, int kv_h, int pos) {
   }
 
@@ -80,8 +73,17 @@ struct Q {
   JITGEN_MEMBER static int position(const Args& args, int b, int pos) {
     return pos;
   }
+  static constexpr int kConstants = 0;
   JITGEN_MEMBER static void angle(const Args& args, int position, int pair, float& cosine, float& sine) {
     jg::turn(args.turns0[pair], position, cosine, sine);
+  }
+
+  JITGEN_ANYWHERE static jg::Rows rows(const Args& args) {
+    return {args.q, args.q_out, args.q_scale,
+            static_cast<float>(args.q_scale_value), args.q_heads,
+            args.q_heads_per_unit, args.q_stride_t, args.q_stride_h,
+            args.q_out_stride_p, args.q_out_stride_s, args.q_out_stride_h,
+            args.q_scale_stride_s, args.q_scale_stride_h};
   }
 };
 
@@ -95,13 +97,6 @@ struct K {
   static constexpr jg::Places kPlaces = jg::Places::kRows;
   static constexpr jg::Scale kScale = jg::Scale::kNone;
 
-  JITGEN_ANYWHERE static jg::Rows rows(const Args& args) {
-    return {args.k, args.k_out, args.k_scale,
-            static_cast<float>(args.k_scale_value), args.k_heads,
-            args.k_heads_per_unit, args.k_stride_t, args.k_stride_h,
-            args.k_out_stride_p, args.k_out_stride_s, args.k_out_stride_h,
-            args.k_scale_stride_s, args.k_scale_stride_h};
-  }
   template <class Row> JITGEN_MEMBER static void before(const Args& args, Row& row, int b, int kv_h, int pos) {
   }
 
@@ -111,8 +106,17 @@ struct K {
   JITGEN_MEMBER static int position(const Args& args, int b, int pos) {
     return pos;
   }
+  static constexpr int kConstants = 0;
   JITGEN_MEMBER static void angle(const Args& args, int position, int pair, float& cosine, float& sine) {
     jg::turn(args.turns0[pair], position, cosine, sine);
+  }
+
+  JITGEN_ANYWHERE static jg::Rows rows(const Args& args) {
+    return {args.k, args.k_out, args.k_scale,
+            static_cast<float>(args.k_scale_value), args.k_heads,
+            args.k_heads_per_unit, args.k_stride_t, args.k_stride_h,
+            args.k_out_stride_p, args.k_out_stride_s, args.k_out_stride_h,
+            args.k_scale_stride_s, args.k_scale_stride_h};
   }
 };
 

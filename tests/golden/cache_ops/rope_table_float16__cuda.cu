@@ -52,13 +52,6 @@ struct Q {
   static constexpr jg::Places kPlaces = jg::Places::kRows;
   static constexpr jg::Scale kScale = jg::Scale::kNone;
 
-  JITGEN_ANYWHERE static jg::Rows rows(const Args& args) {
-    return {args.q, args.q_out, args.q_scale,
-            static_cast<float>(args.q_scale_value), args.q_heads,
-            args.q_heads_per_unit, args.q_stride_t, args.q_stride_h,
-            args.q_out_stride_p, args.q_out_stride_s, args.q_out_stride_h,
-            args.q_scale_stride_s, args.q_scale_stride_h};
-  }
   template <class Row> JITGEN_MEMBER static void before(const Args& args, Row& row, int b, int kv_h, int pos) {
   }
 
@@ -68,12 +61,21 @@ struct Q {
   JITGEN_MEMBER static int position(const Args& args, int b, int pos) {
     return pos;
   }
+  static constexpr int kConstants = 0;
   JITGEN_MEMBER static void angle(const Args& args, int position, int pair, float& cosine, float& sine) {
     const int last = static_cast<int>(args.table0_rows) - 1;
     const int64_t row = position < 0 ? 0 : position < last ? position : last;
-    const auto* const entries = static_cast<const jg::float32*>(args.table0) + row * args.table0_stride;
+    const auto* const entries = static_cast<const float*>(args.table0) + row * args.table0_stride;
     cosine = jg::load(entries, pair);
     sine = jg::load(entries, pair + kRotary / 2);
+  }
+
+  JITGEN_ANYWHERE static jg::Rows rows(const Args& args) {
+    return {args.q, args.q_out, args.q_scale,
+            static_cast<float>(args.q_scale_value), args.q_heads,
+            args.q_heads_per_unit, args.q_stride_t, args.q_stride_h,
+            args.q_out_stride_p, args.q_out_stride_s, args.q_out_stride_h,
+            args.q_scale_stride_s, args.q_scale_stride_h};
   }
 };
 
