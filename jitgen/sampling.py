@@ -15,9 +15,10 @@ from jitgen.checks import dtype_name
 from jitgen.errors import VariantError
 from jitgen.sampling_checks import check_indices, check_output, check_rows, row_parameter
 from jitgen.sampling_hooks import Processor, resolve_processors
-from jitgen.sampling_launch import address, capture_words, current_stream, get_kernel, launch, team_of
+from jitgen.sampling_launch import address, capture_words, get_kernel, launch, team_of
 from jitgen.sampling_processors import Penalties, processors_of
 from jitgen.sampling_random import Generators, Streams, resolve_streams
+from jitgen.streams import cuda_index, stream_of
 
 ORDERS = ("top_k_first", "joint")
 # Status of a row, by code; rows that are not 'ok' have no token.
@@ -218,7 +219,7 @@ def run(
         x.data_ptr(), out.data_ptr(), address(status), address(valid), address(indices),
         address(temperatures), temperature, address(top_ks), k, address(top_ps), p, address(min_ps), least,
         address(streams.seed), streams.seed_value, address(streams.offset), streams.offset_value, streams.advance, bad_token,
-        out.dtype == torch.int64, current_stream(device), torch.get_num_threads(), team_of(vocab, device), batch, x.shape[0],
+        out.dtype == torch.int64, stream_of(cuda_index(device)), torch.get_num_threads(), team_of(vocab, device), batch, x.shape[0],
         vocab, x.stride(0), out.stride(0) if out.dim() == 2 else 1, *words,
     ))  # fmt: skip
 

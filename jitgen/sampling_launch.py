@@ -12,6 +12,7 @@ from jitgen import runtime
 from jitgen.errors import ShapeMismatch, UnsupportedDevice
 from jitgen.program import Program, direct_indices
 from jitgen.sampling_spec import SamplingSpec, render_sampling, team_size
+from jitgen.streams import call_on, cuda_index
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
 
 _kernels: dict[tuple[str, CompileTarget], runtime.CompiledKernel] = {}
@@ -73,22 +74,12 @@ def team_of(vocab: int, device: torch.device) -> int:
     return team
 
 
-def current_stream(device: torch.device) -> int:
-    """The stream a kernel for this device goes to; 0 on the CPU."""
-    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-
-
 def launch(kernel: runtime.CompiledKernel, device: torch.device, words: Sequence[object]) -> None:
     """Pack the arguments and start the kernel.
 
     Errors:  LaunchError.
     """
-    packed = kernel.pack(*words)
-    if device.type == "cpu" or device.index == torch._C._cuda_getDevice():
-        code = kernel.launch(packed)
-    else:
-        with torch.cuda.device(device):
-            code = kernel.launch(packed)
+    code = call_on(cuda_index(device), kernel.launch, kernel.pack(*words))
     if code:
         kernel.raise_error(code)
 

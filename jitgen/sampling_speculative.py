@@ -9,9 +9,10 @@ import torch
 from jitgen.checks import dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.sampling_checks import check_output, check_rows
-from jitgen.sampling_launch import address, current_stream, get_kernel, launch, team_of
+from jitgen.sampling_launch import address, get_kernel, launch, team_of
 from jitgen.sampling_random import Generators, resolve_streams
 from jitgen.sampling_spec import NO_PROCESSOR
+from jitgen.streams import cuda_index, stream_of
 
 MAX_DRAFT = 62  # one position of the stream for each, and one for the last token
 
@@ -72,7 +73,7 @@ def speculative_verify(
         address(draft_probs), target_probs.data_ptr(), address(draft_ids), address(parents),
         *(t.data_ptr() for t in (result.ids, result.path, result.accepted, result.emitted)), address(status),
         address(streams.seed), streams.seed_value, address(streams.offset), streams.offset_value, streams.advance,
-        current_stream(device), torch.get_num_threads(), team_of(vocab, device), batch, vocab, num_draft,
+        stream_of(cuda_index(device)), torch.get_num_threads(), team_of(vocab, device), batch, vocab, num_draft,
         *((0, 0) if draft_probs is None else draft_probs.stride()[:2]), *target_probs.stride()[:2],
     ))  # fmt: skip
     return result

@@ -22,6 +22,7 @@ from jitgen.serving_launch import (
     launches_of,
     list_stride_of,
     looks_of,
+    maker_of,
     run,
 )
 from jitgen.serving_op import call_paged, call_ragged, check_traced
@@ -88,7 +89,9 @@ def paged_attention(
     if is_compiling():
         check_traced(variant, out, lse, captures)
         return call_paged(q, kv_cache, page_table, plan, scale, kv_layout, return_lse, k_scale, v_scale)
-    program, values = _resolve(plan, variant, captures)
+    if type(plan) is not Plan:
+        raise TypeError(f"plan is a {type(plan).__name__}, expected a jitgen.Plan.")
+    program, values = plan.trace_other(variant, captures) if captures or variant is not None else plan.trace()
     if plan.is_latent and plan.device_index is None:
         kv_cache = join_latent(kv_cache)
     pair = type(kv_cache) is tuple or type(kv_cache) is list
@@ -103,15 +106,13 @@ def paged_attention(
         and recent.looks_same(*tensors)
     ):
         recent = _recall_paged(plan, kv_cache, page_table, tensors, options)
-    call, lists = recent.call, recent.lists
-    if call.merge is None and type(lists) is PageTable:
-        if call.on_host:
-            _check_table(plan, lists, call.page_size)
-        start, pages = 0 if lists.indptr is None else lists.indptr.data_ptr(), lists.pages.data_ptr()
-    else:
-        start, pages = _segment_lists(plan, lists, call.page_size)
+    call, lists_at = recent.call, recent.lists_at
+    if lists_at is None:
+        lists_at = _segment_lists(plan, recent.lists, call.page_size)
+    elif call.on_host:
+        _check_table(plan, recent.lists, call.page_size)
     k = tensors[1].data_ptr()
-    keys = k, (tensors[2].data_ptr() if pair else k) + call.v_offset, start, pages
+    keys = k, (tensors[2].data_ptr() if pair else k) + call.v_offset, *lists_at
     scales = _NO_SCALES
     if plan.kv_dtype is not None or k_scale is not None or v_scale is not None:
         scales = scale_words(plan, call.numbers[3], call.numbers[2], k_scale, v_scale)
@@ -149,7 +150,9 @@ def ragged_attention(
     if is_compiling():
         check_traced(variant, out, lse, captures)
         return call_ragged(q, k, v, plan, scale, return_lse, k_scale, v_scale)
-    program, values = _resolve(plan, variant, captures)
+    if type(plan) is not Plan:
+        raise TypeError(f"plan is a {type(plan).__name__}, expected a jitgen.Plan.")
+    program, values = plan.trace_other(variant, captures) if captures or variant is not None else plan.trace()
     options = (program, scale)
     recent = plan.recent
     if not (
@@ -159,19 +162,12 @@ def ragged_attention(
         and recent.looks_same(q, k, v)
     ):
         recent = _recall(plan, "ragged", (q, k, v), options, lambda: ragged_place(k, v), None, None)
-    keys = k.data_ptr(), v.data_ptr(), plan.kv_start.data_ptr(), 0  # type: ignore[union-attr]
+    keys = k.data_ptr(), v.data_ptr(), *recent.lists_at
     scales = _NO_SCALES
     if plan.kv_dtype is not None or k_scale is not None or v_scale is not None:
         numbers = recent.call.numbers
         scales = scale_words(plan, numbers[3], numbers[2], k_scale, v_scale)
     return run(plan, recent, values, q, keys, scales, return_lse, out, lse)
-
-
-def _resolve(plan: Plan, variant: object, captures: dict[str, object]) -> tuple[Program, list[object]]:
-    """Program and captured values of a call."""
-    if type(plan) is not Plan:
-        raise TypeError(f"plan is a {type(plan).__name__}, expected a jitgen.Plan.")
-    return plan.trace_other(variant, captures) if captures or variant is not None else plan.trace()
 
 
 def _recall_paged(
@@ -225,13 +221,23 @@ def _recall(
             f"the page table has {lists.batch} requests, plan.update was given {plan.num_requests}. Both must match."
         )
     blocks = blocks_of(plan, call, call.launches, total_q, list_stride_of(plan, lists))
+    lists_at, new_out = _addresses_of(plan, lists), maker_of(plan, total_q)
     if is_compiling():  # Dynamo looks into every function that a call runs outside of a graph
-        return RecentCall(call, options, looks_of, total_q, plan.version, _NO_TABLE, lists, blocks)
+        return RecentCall(call, options, looks_of, total_q, plan.version, _NO_TABLE, lists, lists_at, blocks, new_out)
     if looks_same is None:
         looks_same = looks_of(tensors)
     kept = table if lists is None or _is_same(lists, table) else _NO_TABLE
-    plan.recent = RecentCall(call, options, looks_same, total_q, plan.version, kept, lists, blocks)
+    plan.recent = RecentCall(call, options, looks_same, total_q, plan.version, kept, lists, lists_at, blocks, new_out)
     return plan.recent
+
+
+def _addresses_of(plan: Plan, lists: PageTable | Cascade | None) -> tuple[int, int] | None:
+    """Addresses of kv_start and pages until the next update; None where a call must make them."""
+    if lists is None:
+        return plan.kv_start.data_ptr(), 0  # type: ignore[union-attr]
+    if plan.segments is not None or isinstance(lists, Cascade):
+        return None
+    return 0 if lists.indptr is None else lists.indptr.data_ptr(), lists.pages.data_ptr()
 
 
 def _is_same(lists: PageTable | Cascade, table: object) -> bool:
@@ -272,7 +278,6 @@ def _prepare(
     if not on_host and scale <= 0 and not uses_index(program, "scale"):
         # CUDA kernels take the maximum of q . k before they scale it
         q_factor, scale = (-1.0, -scale) if scale < 0 else (0.0, 1.0)
-    out_shape = (plan.num_q_heads, plan.head_dim_v)
     o_stride = (plan.num_q_heads * plan.head_dim_v, plan.head_dim_v)
     q_stride = q.stride()[:2]
     if plan.stage is not None:
@@ -297,7 +302,6 @@ def _prepare(
         q_factor=q_factor,
         on_host=on_host,
         has_tensors=any(slot.kind == "tensor" for slot in program.slots),
-        out_like_q=tuple(q.shape[1:]) == out_shape and q.stride() == (*o_stride, 1),
     )
     if len(plan.calls) >= MAX_PREPARED_CALLS:
         plan.calls.clear()

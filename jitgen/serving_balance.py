@@ -35,10 +35,12 @@ class PlanShape:
     least_keys: int
     fixed_cost: int
     least_piece: int
+    whole_items: int
     many_items: int
     shares: int
-    company: int = 0
-    beside: int = 0
+    beside_key: int = 0
+    beside_row: int = 0
+    least_shares: int = 1
 
 
 @dataclass(frozen=True)
@@ -136,10 +138,9 @@ def balance(q_len: Sequence[int], kv_len: Sequence[int], shape: PlanShape, visib
     tiles = _make_tiles(q_len, kv_len, shape, visible or (lambda b, first, last: (0, kv_len[b])))
     places = tiles[-1].line + _cost(tiles[-1], shape) if tiles else 0
     length = places * shape.groups
-    asked = shape.company if _has_company(q_len, kv_len, tiles, shape) else shape.shares
     in_class = {t.request for t in tiles}
-    beside = sum(kv_len[b] for b, rows in enumerate(q_len) if rows > 0 and b not in in_class) * shape.beside
-    used = shares_in_use(shape, length, tiles, asked, beside)
+    beside = sum(_work_beside(rows, kv_len[b], shape) for b, rows in enumerate(q_len) if b not in in_class)
+    used = shares_in_use(shape, length, tiles, beside)
     requests = [t.request for t in tiles if t.index == 0]
     first_tile = {tiles[i].request: i for i in range(len(tiles)) if tiles[i].index == 0}
     starts = [tiles[first_tile[b]].line for b in requests] + [places]
@@ -177,27 +178,29 @@ def _pieces_wanted(tile: PlanTile, line: int, given_out: GivenOut, shape: PlanSh
     return max(min(wanted, TAIL_PIECES, units // given_out.least_units), 1)
 
 
-def _has_company(q_len: Sequence[int], kv_len: Sequence[int], tiles: Sequence[PlanTile], shape: PlanShape) -> bool:
-    """Whether the requests of another kernel are work for a tenth of the time of these or more: see has_company in plan.cuh."""
-    own = {t.request for t in tiles}
-    keys = sum(kv_len[b] for b in own)
-    others = sum(q * shape.class_pack * kv_len[b] for b, q in enumerate(q_len) if q > 0 and b not in own)
-    return shape.company > 0 and others > 0 and others >= 40 * keys
+def _work_beside(q_len: int, kv_len: int, shape: PlanShape) -> int:
+    """What a request outside of the class costs another kernel, in 2^-20 of a unit: see work_beside in plan.cuh."""
+    return (shape.beside_key + q_len * shape.class_pack * shape.beside_row) * kv_len if q_len > 0 else 0
 
 
-def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile], asked: int, beside: int = 0) -> int:
-    """Shares that have a part of the line, of those asked for: fewer where equal items are cut alike so, or none gets longer.
+def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile], beside: int = 0) -> int:
+    """Shares that have a part of the line: fewer where equal items are cut alike so, or none gets longer.
 
-    ``beside``: work of another kernel at the same time, in 1/1024 of a unit.
+    ``beside``: work of another kernel at the same time, in 2^-20 of a unit.
     """
     if length == 0:
         return 0
-    wanted = asked if beside == 0 else max(asked * length // (length + beside // 1024 + 1), 1)
+    wanted = shape.shares
+    if beside:
+        wanted = max(shape.shares * length // (length + (beside >> 20) + 1), shape.least_shares)
     items = len(tiles) * shape.groups
     costs = {_cost(tile, shape) for tile in tiles}
-    if len(costs) == 1 and all(tile.count > 1 or max(costs) <= SHORT_ITEM for tile in tiles):
+    is_better = shape.whole_items or all(tile.count > 1 or max(costs) <= SHORT_ITEM for tile in tiles)
+    if len(costs) == 1 and is_better:
         even = (wanted + items // 2) // items * items
-        even -= items if even > asked else 0
+        even -= items if even > shape.shares else 0
+        if even == 0 and shape.whole_items:
+            even = next(n for n in range(wanted, 0, -1) if items % n == 0)
         if 16 * even >= 15 * wanted:
             return min(even, length)
     largest = -(-length // wanted)

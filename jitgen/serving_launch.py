@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,12 +16,12 @@ from jitgen.serving_checks import check_captures, check_query, check_results
 from jitgen.serving_kernels import KernelClass, pack_batch, pack_launch, tail_words
 from jitgen.serving_pages import PageTable
 from jitgen.serving_plan import Plan, check_lse
-from jitgen.streams import call_on, stream_of
+from jitgen.streams import call_on, current_device, current_stream, stream_of
 
 try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # a torch without it, or with another of its kind
-    TensorGuards = None
+    from torch._C._dynamo.guards import TensorGuards, _empty_strided_cuda
+except ImportError:  # a torch without them, or with others of their kind
+    TensorGuards = _empty_strided_cuda = None
 
 Tensor = torch.Tensor
 Launches = tuple[tuple[runtime.CompiledKernel, KernelClass, bytes], ...]  # a kernel, its class, the run ``fixed`` of its fields
@@ -47,7 +48,6 @@ class PreparedCall:
     q_factor: float  # of what the kernel gets as q; 1.0 but for scales that are not positive
     on_host: bool
     has_tensors: bool  # among the captures
-    out_like_q: bool  # the output is laid out as torch.empty_like(q) would be
 
 
 def looks_of(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
@@ -81,7 +81,9 @@ class RecentCall:
     version: int  # of the plan: lengths are those of this update
     table: object  # what the call was given as page table, if it may be taken for ``lists`` again; None for ragged keys
     lists: PageTable | Cascade | None
+    lists_at: tuple[int, int] | None  # the fields kv_start and pages; None where each call makes them anew
     blocks: Blocks  # none where there is nothing to do
+    new_out: Callable[[], Tensor]  # with the plan's device current
 
 
 def launches_of(
@@ -122,6 +124,15 @@ def check_rows(plan: Plan, q: Tensor) -> int:
     return total_q
 
 
+def maker_of(plan: Plan, total_q: int) -> Callable[[], Tensor]:
+    """What allocates an output, with the plan's device current."""
+    shape = (total_q, plan.num_q_heads, plan.head_dim_v)
+    if plan.device_index is None or _empty_strided_cuda is None:
+        return partial(torch.empty, shape, dtype=plan.dtype, device=plan.device)
+    strides = (plan.num_q_heads * plan.head_dim_v, plan.head_dim_v, 1)
+    return partial(_empty_strided_cuda, shape, strides, plan.dtype)  # 1.1 us: torch.empty_like takes 1.7, and others more
+
+
 def run(
     plan: Plan,
     recent: RecentCall,
@@ -134,14 +145,17 @@ def run(
     lse: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Allocate the results, check what they and captured values can be wrong about, and start the kernels."""
-    call, total_q, blocks = recent.call, recent.total_q, recent.blocks
+    index = plan.device_index
+    if index is not None and index != current_device():
+        return call_on(index, run, plan, recent, values, q, keys, scales, want_lse, out, lse)
+    call, blocks = recent.call, recent.blocks
     if out is not None or lse is not None:
         blocks = _check_results(plan, recent, q, out, lse)
     if out is None:
-        out = torch.empty_like(q) if call.out_like_q else q.new_empty((total_q, plan.num_q_heads, plan.head_dim_v))
+        out = recent.new_out()
     if want_lse or lse is not None:
         check_lse(call.program)
-        lse = q.new_empty((total_q, plan.num_q_heads), dtype=torch.float32) if lse is None else lse
+        lse = q.new_empty((recent.total_q, plan.num_q_heads), dtype=torch.float32) if lse is None else lse
     if blocks:
         if call.mask_slots:
             plan.check_values(call.mask_slots, call.program, values)
@@ -152,18 +166,18 @@ def run(
         if call.q_factor != 1.0:
             q = _copy(q).mul_(call.q_factor)
         results = out.data_ptr(), 0 if lse is None else lse.data_ptr()
-        if plan.stage is not None:
-            parts = None if call.merge is None else plan.segments.addresses  # type: ignore[union-attr]
-            _launch_staged(plan, recent, blocks if parts is None else recent.blocks, values, q, keys, parts or results, scales)
-        elif call.merge is None:
-            tail = tail_words(plan, call.program, values, scales) if values or scales else scales
-            _launch(plan, call, blocks, q, keys, results, tail)
+        where = results if call.merge is None else plan.segments.addresses  # type: ignore[union-attr]
+        blocks = blocks if call.merge is None else recent.blocks
+        if plan.stage is None:
+            tail = b""
+            if values or scales or call.merge is not None:
+                tail = blocks[0][0].pack_tail(tail_words(plan, call.program, values, scales))
+            _launch(plan, call, blocks, q, keys, where, tail)
         else:
-            tail = tail_words(plan, call.program, values, scales)
-            _launch(plan, call, recent.blocks, q, keys, plan.segments.addresses, tail)  # type: ignore[union-attr]
+            _launch_staged(plan, recent, blocks, values, q, keys, where, scales)
         if call.merge is not None:
             o_stride = out.stride()[:2]
-            _merge(plan, call, results, total_q, (*o_stride, *runtime.capture_words(call.program, values)))
+            _merge(plan, call, results, recent.total_q, (*o_stride, *runtime.capture_words(call.program, values)))
     return (out, lse) if want_lse else out  # type: ignore[return-value]
 
 
@@ -210,7 +224,7 @@ def _merge(plan: Plan, call: PreparedCall, results: tuple[int, ...], total_q: in
     numbers = (stream, threads, plan.num_requests, *call.numbers[:2], total_q, segments.levels, segments.max_tokens,
                plan.q_index == "local", call.scale)  # fmt: skip
     packed = kernel.pack(*segments.addresses, *results, *segments.row_addresses, *numbers, *rest)
-    code = call_on(plan.device_index, kernel.launch, packed)
+    code = kernel.launch(packed)
     if code:
         kernel.raise_error(code)
 
@@ -222,24 +236,23 @@ def _launch(
     q: Tensor,
     keys: KeyAddresses,
     results: tuple[int, int],
-    tail: list[object],
+    tail: bytes,
 ) -> None:
     """Start every kernel of the plan, in order, on the current stream. ``results``: fields o and lse; ``tail``: the last."""
     k, v, kv_start, pages = keys
     out, lse = results
-    index, q_at, threads = plan.device_index, q.data_ptr(), 0
+    q_at, threads, stream = q.data_ptr(), 0, 0
     if call.on_host:
         threads = torch.get_num_threads()
-    elif (q_at | k | v | out) & 15:
-        q = _aligned(q, k | v, out)
-        q_at = q.data_ptr()
-    stream = stream_of(index)
-    last = blocks[0][0].pack_tail(tail)
+    else:
+        stream = current_stream(plan.device_index)
+        if (q_at | k | v | out) & 15:
+            q = _aligned(q, k | v, out)
+            q_at = q.data_ptr()
     beside = None if plan.segments is None or len(blocks) < 2 else plan.segments.beside
     on = stream if beside is None else beside.fork()
     for kernel, memory, rest in blocks if beside is None else blocks[::-1]:  # the prefill kernel first
-        packed = pack_launch(q_at, k, v, out, lse, memory, kv_start, pages, on, threads, rest)
-        code = call_on(index, kernel.launch, packed + last)
+        code = kernel.launch(pack_launch(q_at, k, v, out, lse, memory, kv_start, pages, on, threads, rest) + tail)
         on = stream
         if code:
             kernel.raise_error(code)
@@ -265,5 +278,5 @@ def _launch_staged(
         stage.gather(program, values, call.numbers, call.kv_stride, keys, list_stride, scales)
     in_stage = stage.k.data_ptr(), stage.v.data_ptr(), stage.start.data_ptr(), 0
     for c, block in zip(plan.classes, blocks, strict=True):
-        tail = tail_words(plan, program, values, c.words(plan, program, scales))
+        tail = block[0].pack_tail(tail_words(plan, program, values, c.words(plan, program, scales)))
         _launch(plan, call, (block,), q, in_stage if c.staged else keys, results, tail)

@@ -19,6 +19,7 @@ from jitgen.serving_pages import as_int32, check_indices
 from jitgen.serving_rows import Stage, make_stage
 from jitgen.serving_segments import check_cascade, make_segments
 from jitgen.spec import MLA_DIMS
+from jitgen.streams import cuda_index
 from jitgen.variant import Tracker, Variant
 
 Tensor = torch.Tensor
@@ -104,7 +105,7 @@ class Plan:
         self.version = 0  # counts updates
         self.calls: dict[tuple[object, ...], Any] = {}  # prepared calls, by shapes and strides
         self.recent: Any = None  # the last of them
-        self.device_index = self.device.index
+        self.device_index = cuda_index(self.device)
         self.checked_table: tuple[Tensor | None, object] = (None, None)
         self.checked_values: list[object] = []
         self.checked_results: object = None

@@ -142,7 +142,7 @@ class Tracker:
     Cost:    a fraction of a microsecond when nothing has changed.
     """
 
-    __slots__ = ("_bound", "_hooks", "trace")
+    __slots__ = ("_bound", "_check", "_hooks", "trace")
 
     def __init__(self, variant: Variant) -> None:
         self._hooks, self._bound = variant._hooks, variant._bound
@@ -150,11 +150,12 @@ class Tracker:
 
     def values(self) -> list[object]:
         """Captured values as they are now. ``trace`` is another one afterwards if a hook or its captures ask for that."""
-        values = self.trace.check(*self._hooks, self._bound)  # fails too for a function that was reloaded in place
+        values = self._check()  # fails too for a function that was reloaded in place
         return self._retrace() if values is None else values
 
     def _retrace(self) -> list[object]:
         self.trace, values = _find(self._hooks, self._bound)
+        self._check = functools.partial(self.trace.check, *self._hooks, self._bound)
         return values
 
 

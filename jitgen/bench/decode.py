@@ -32,6 +32,8 @@ from jitgen.bench.results import FAILED, UNSUPPORTED, WRONG
 from jitgen.bench.tables import NONE, ms_text, ratio_text
 
 CUDA_BATCHES = ((1, 1024), (1, 4096), (8, 1024), (8, 4096), (16, 8192), (128, 1024), (128, 4096))
+LARGE_BATCHES = CUDA_BATCHES[-3:]
+OTHER_HEADS = (dict(num_q_heads=8), dict(num_q_heads=64), dict(head_dim=64), dict(head_dim=256))
 CPU_BATCHES = ((1, 4096), (8, 1024), (16, 1024))
 QUICK_BATCHES = {"cuda": ((8, 1024), (16, 8192)), "cpu": ((1, 2048), (8, 256))}
 PLAN_SAMPLES = 9
@@ -66,7 +68,7 @@ class DecodeResult:
 
 
 def cells(config: BenchConfig) -> list[DecodeCell]:
-    """All batches with lengths of every kind; one request has one length."""
+    """All batches with lengths of every kind, large ones also in pages of one key; one request has one length."""
     batches = QUICK_BATCHES[config.device] if config.quick else CUDA_BATCHES if config.device == "cuda" else CPU_BATCHES
     dtype = "bfloat16" if config.device == "cuda" else "float32"
     found = [
@@ -75,7 +77,8 @@ def cells(config: BenchConfig) -> list[DecodeCell]:
         for lengths in (LENGTHS if batch > 1 else ("const",))
     ]
     if config.device == "cuda" and not config.quick:
-        found += [DecodeCell(128, 1024, lengths, page_size=1) for lengths in ("const", "zipf")]
+        found += [DecodeCell(*batch, lengths, page_size=1) for batch in LARGE_BATCHES for lengths in LENGTHS]
+        found += [DecodeCell(128, 4096, "const", **heads) for heads in OTHER_HEADS]
         found.append(DecodeCell(66, 4096, "const", prefills=2))
     return found
 

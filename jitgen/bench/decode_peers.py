@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -140,14 +141,15 @@ def prepare_jitgen(problem: DecodeProblem) -> DecodeCalls:
     return DecodeCalls(lambda: plan.update(problem.q_indptr, problem.kv_len), run)
 
 
-def prepare_flashinfer(problem: DecodeProblem) -> DecodeCalls:
-    """FlashInfer's decode wrapper, on tensor cores where query heads share KV heads."""
+def prepare_flashinfer(problem: DecodeProblem, backend: str = "") -> DecodeCalls:
+    """FlashInfer's decode wrapper: as it is by default, or on tensor cores with one of its backends."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     cell = problem.cell
     _refuse_prefills(cell)
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=problem.q.device)
-    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=cell.num_q_heads // cell.num_kv_heads >= 4)
+    options = {"use_tensor_cores": True, "backend": backend} if backend else {}
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", **options)
     last = (problem.kv_len - 1) % cell.page_size + 1
 
     def plan() -> None:
@@ -258,6 +260,8 @@ def prepare_sdpa(problem: DecodeProblem) -> DecodeCalls:
 
 PEERS: dict[str, tuple[Callable[[DecodeProblem], DecodeCalls], tuple[str, ...]]] = {
     "flashinfer": (prepare_flashinfer, ("cuda",)),
+    "flashinfer-fa2": (partial(prepare_flashinfer, backend="fa2"), ("cuda",)),
+    "flashinfer-fa3": (partial(prepare_flashinfer, backend="fa3"), ("cuda",)),
     "flashinfer-persistent": (prepare_flashinfer_persistent, ("cuda",)),
     "flashinfer-pod": (prepare_flashinfer_pod, ("cuda",)),
     "flashinfer-two": (prepare_flashinfer_two, ("cuda",)),

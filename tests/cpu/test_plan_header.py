@@ -37,22 +37,15 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
     }
   }
   const unsigned length = places * shape->groups;
-  unsigned long long others = 0, own = 0;
-  for (int b = 0; b < batch; ++b) {
-    if (jg::tiles_of_request(q_len[b], kv_len[b], *shape)) own += kv_len[b];
-    else if (q_len[b] > 0) others += static_cast<unsigned long long>(q_len[b]) * shape->class_pack * kv_len[b];
-  }
-  const int asked = shape->company > 0 && jg::has_company(others, own) ? shape->company : shape->shares;
   bool is_even = true;
   const auto cost = [&](const jg::PlanTile& tile) { return jg::units_of({tile.begin, tile.end}, shape->unit_keys); };
   for (const jg::PlanTile& tile : tiles)
-    is_even &= jg::is_better_even(tile.count, shape->fixed_cost + cost(tile)) && cost(tile) == cost(tiles[0]);
+    is_even &= jg::is_better_even(*shape, tile.count, shape->fixed_cost + cost(tile)) && cost(tile) == cost(tiles[0]);
   unsigned long long beside = 0;
   for (int b = 0; b < batch; ++b)
-    if (q_len[b] > 0 && !jg::tiles_of_request(q_len[b], kv_len[b], *shape))
-      beside += static_cast<unsigned long long>(shape->beside) * kv_len[b];
-  const int wanted = jg::shares_beside(asked, length, beside);
-  const int used = jg::shares_in_use(asked, wanted, length, static_cast<int>(tiles.size()) * shape->groups, is_even);
+    if (!jg::tiles_of_request(q_len[b], kv_len[b], *shape)) beside += jg::work_beside(q_len[b], kv_len[b], *shape);
+  const int wanted = jg::shares_beside(*shape, length, beside);
+  const int used = jg::shares_in_use(*shape, wanted, length, static_cast<int>(tiles.size()) * shape->groups, is_even);
   const jg::Line line = {first_tile.data(), first_line.data(), tiles.data(), batch, static_cast<int>(tiles.size())};
   for (int c = 0; c <= shape->shares; ++c) {
     const jg::Share share = jg::share_start(line, *shape, length, used, c);
@@ -117,6 +110,7 @@ shapes = st.builds(
     least_keys=st.integers(0, 1),
     fixed_cost=st.integers(0, 2),
     least_piece=st.sampled_from([0, 1, 3, NEVER_CUT]),
+    whole_items=st.integers(0, 1),
     many_items=st.sampled_from([0, 1, 2, NOT_FOR_MANY]),
     shares=st.sampled_from([1, 2, 7, 132]),
 )
@@ -124,12 +118,13 @@ lengths = st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 200)), 
 
 
 @settings(max_examples=300, deadline=None)
-@given(lengths, shapes, st.booleans(), st.sampled_from([0, 40]))
-def test_header_cuts_the_line_as_the_python_planner_does(header, lengths, shape, has_company, beside):
-    shape = replace(shape, company=shape.shares * 5 // 12 if has_company else 0, beside=beside)
+@given(lengths, shapes, st.sampled_from([(0, 0), (40 << 10, 0), (0, 163), (1000, 7)]), st.booleans())
+def test_header_cuts_the_line_as_the_python_planner_does(header, lengths, shape, beside, keeps_some):
+    least = max(shape.shares * 5 // 12, 1) if keeps_some else 1
+    shape = replace(shape, beside_key=beside[0], beside_row=beside[1], least_shares=least)
     q_len, kv_len = ([n[i] for n in lengths] for i in (0, 1))
     starts = (ctypes.c_int * (4 * (shape.shares + 1)))()
-    numbers = (ctypes.c_int * 14)(*astuple(shape))
+    numbers = (ctypes.c_int * 16)(*astuple(shape))
     batch = len(lengths)
     plan = balance(q_len, kv_len, shape)
     given_out, order = (ctypes.c_int * 5)(), (ctypes.c_int * len(plan.tiles))(*(tile.at for tile in plan.tiles))

@@ -127,7 +127,7 @@ def test_items_given_out_are_all_there_and_their_pieces_have_room(lengths, shape
 )
 def test_items_given_out_end_nearly_together(lengths, most):
     """CTAs that take the next piece as they finish one: the last is done soon after the mean."""
-    shape = PlanShape(192, 128, 4, 8, 4, 1, NEVER_CUT, 0, 2, 8, 2, 132)
+    shape = PlanShape(192, 128, 4, 8, 4, 1, NEVER_CUT, 0, 2, 8, 0, 2, 132)
 
     def causal(b, first, last):
         q_len, kv_len = lengths[b]
@@ -145,7 +145,7 @@ def test_items_given_out_end_nearly_together(lengths, most):
 
 def test_skewed_batches_are_balanced():
     lengths = [(1, 60000)] + [(1, 200)] * 63
-    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 0, 1, 1, 0, 132)
+    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 0, 1, 1, 0, 0, 132)
     loads = share_loads(made(lengths, shape))
     assert max(loads) <= 1.02 * sum(loads) / len(loads) + 1
 
@@ -154,10 +154,18 @@ def test_skewed_batches_are_balanced():
     ("batch", "keys", "unit", "used", "load"), [(8, 1024, 64, 128, 4), (1, 4096, 128, 128, 2), (1, 1024, 128, 64, 1)]
 )
 def test_cuts_of_equal_items_fall_on_their_ends(batch, keys, unit, used, load):
-    shape = PlanShape(8, unit, 4, 4 if batch > 1 else 8, 4, 1, 32, 0, 0, 1, 0, 132)
+    shape = PlanShape(8, unit, 4, 4 if batch > 1 else 8, 4, 1, 32, 0, 0, 1, 1, 0, 132)
     record = made([(1, keys)] * batch, shape)
     assert record.used == used
     assert all(len(record.segments(shape, c)) == 1 and share_loads(record)[c] == load for c in range(used))
+
+
+def test_equal_items_stay_whole_where_few_ctas_are_idle_for_it():
+    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 0, 0, 1, 1, 0, 132)
+    record = made([(1, 1024)] * 128, shape)  # 256 items
+    assert record.used == 128
+    assert all([first for _, _, first, _ in record.segments(shape, c)] == [0, 0] for c in range(128))
+    assert made([(1, 1024)] * 75, shape).used == 130  # 150 items have no divisor from 124 to 132: 4800 units, 37 each
 
 
 @pytest.mark.parametrize(
@@ -245,15 +253,24 @@ def test_explain_needs_lengths():
 
 
 def test_shares_are_left_to_a_kernel_beside():
-    shape = PlanShape(128, 128, 4, 8, 4, 33, NEVER_CUT, 1, 2, 8, 0, 132, 0, 40)
+    shape = PlanShape(128, 128, 4, 8, 4, 33, NEVER_CUT, 1, 2, 8, 0, 0, 132, beside_key=40 << 10)
     record = made([(64, 32768)] + [(1, 256)] * 64, shape)
     assert record.used == 112
     assert made([(64, 32768)], shape).used == 128
     assert made([(128, 32768)] + [(1, 128)] * 128, shape).used == 128  # 122 are wanted, 32 items are to be cut alike
 
 
+def test_decode_beside_a_prefill_ends_with_it_or_keeps_memory_busy():
+    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 0, 0, 1, 1, 0, 132, beside_row=163, least_shares=55)
+    decodes = [(1, 3500 + 20 * b) for b in range(64)]
+    assert made(decodes, shape).used > 128
+    assert made([(512, 4096), *decodes], shape).used in range(120, 125)
+    assert made([(4096, 4096), (4096, 4096), *decodes], shape).used in range(57, 60)
+    assert made([(4096, 4096)] * 8 + decodes, shape).used == 55
+
+
 def test_tiles_of_a_shared_prefix_are_cut_at_the_same_keys():
-    shape = PlanShape(128, 128, 4, 8, 4, 33, NEVER_CUT, 1, 2, 8, 2, 132)
+    shape = PlanShape(128, 128, 4, 8, 4, 33, NEVER_CUT, 1, 2, 8, 0, 2, 132)
     record = made([(64, 32768)], shape)  # 256 packed rows in two tiles for each of 8 heads
     assert record.used == 128
     cuts = {(t, g): set() for t in range(2) for g in range(8)}

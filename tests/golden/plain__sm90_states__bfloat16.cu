@@ -749,7 +749,7 @@ static int start_attention(const Args& args, const Launch& launch) {
 
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
-constexpr int kDecodeCost = 5;       // of a key of a KV head in the decode kernel, in 1/1024 of a KV tile: measured on an H100
+constexpr int kDecodeCost = 5 << 10;   // of a key of a KV head in the decode kernel, in 2^-20 of a KV tile: measured on an H100
 constexpr int kLeastPiece = 8;       // KV tiles: a cut costs the partial results of both sides
 
 static Launch make_launch(const Args& args, int num_ctas = 0) {
@@ -763,7 +763,8 @@ static Launch make_launch(const Args& args, int num_ctas = 0) {
   shape.class_pack = group_size, shape.least_rows = static_cast<int>(args.class_rows) + 1, shape.most_rows = 0x7fffffff;
   shape.least_keys = 1;
   shape.fixed_cost = kFixedCost, shape.shares = static_cast<int>(args.num_ctas);
-  shape.beside = args.split ? kDecodeCost * static_cast<int>(args.num_kv_heads) : 0;   // see serving_launch.py
+  shape.beside_key = args.split ? kDecodeCost * static_cast<int>(args.num_kv_heads) : 0;   // see serving_launch.py
+  shape.least_shares = 1;
   shape.least_piece = args.split ? kLeastPiece : jg::kNeverCut;
   shape.many_items = kManyItems;
   launch.key_step = key_step(args);

@@ -285,9 +285,9 @@ JITGEN_FN void load_query(const Args& args, const jg::DecodeSetup& setup, const 
 }
 
 // ---- hooks on the logits of a unit ----
-// From q . k to logits, times kUnits; keys that are not visible become -inf.
+// From q . k to logits, times kUnits; keys that are not visible become -inf. is_edge: some keys are not of the tile.
 JITGEN_FN void apply_hooks(const Args& args, const jg::DecodeSetup& setup, const jg::PlanTile& tile, int kv_h, int lane,
-                           float (&s)[kTiles][4], int first) {
+                           float (&s)[kTiles][4], int first, bool is_edge) {
   const int own_key = first + lane / 4;
   const Request request = request_of(args, tile);
   const jg::ColumnCounter columns(own_key, tile.kv_len);
@@ -308,7 +308,7 @@ JITGEN_FN void apply_hooks(const Args& args, const jg::DecodeSetup& setup, const
         if (!mask_elem(args, head, mask_of_row, mask_col(args, head, kv_idx), q_idx, kv_idx)) x = -INFINITY;
       }
     }
-  if (first >= tile.begin && first + jg::kUnitKeys <= tile.end) return;
+  if (!is_edge) return;
 #pragma unroll
   for (int i = 0; i < 4 * kTiles; ++i) {
     const int key = own_key + i % 4 / 2 * 8;
@@ -403,7 +403,7 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
   if (warp >= setup.heads * setup.kv_warps) return;
   const Place place = {warp, lane, warp / setup.kv_warps, warp % setup.kv_warps, jg::shared_address(shared)};
   const Loader loader(place.shared + warp * kRingBytes, place.shared + kBarriersAt + warp * kNumStages * 8,
-                      place.shared + kScalesAt + warp * kNumStages * jg::kScaleBytes, lane, setup);
+                      place.shared + kScalesAt + warp * kNumStages * jg::kScaleBytes, lane, setup, args);
   if constexpr (kTensorCopies) jg::wait_for_previous_kernel();
 
   const jg::Share* const shares = jg::plan_shares(setup.plan);
@@ -482,12 +482,13 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
       loader.wait(stage, parity);
     }
     if (filled && first < here.tile.end) {
-      if (Loader::by_engine(setup) && (first < here.tile.begin || first + jg::kUnitKeys > here.tile.end))
+      const bool is_edge = first < here.tile.begin || first + jg::kUnitKeys > here.tile.end;
+      if (Loader::by_engine(setup) && is_edge)
         jg::zero_rows<kValueCols>(loader.ring + offset + Loader::kKeyBytes, here.tile.begin - first, here.tile.end - first,
                                  lane);
       float s[kTiles][4];
       jg::multiply_keys<Element, kHeadDim>(s, key_at + offset, query);
-      apply_hooks(args, setup, here.tile, kv_head(here.group), lane, s, first);
+      apply_hooks(args, setup, here.tile, kv_head(here.group), lane, s, first, is_edge);
       state.update(s, o);
       jg::multiply_values<Element>(o, s, value_at + offset);
     }
@@ -540,11 +541,14 @@ static jg::PlanShape plan_shape(const Args& args) {
   shape.least_keys = 0;
   shape.fixed_cost = 0;   // Q is there when an item begins; with a unit, page size 1 was 2 % slower under skew, 16 1 % faster
   shape.least_piece = kSplits && args.split ? 1 : jg::kNeverCut;
-  shape.many_items = 0;
+  shape.whole_items = 1, shape.many_items = 0;
   shape.shares = static_cast<int>(args.num_ctas);
-  // Memory is as busy with fewer CTAs; the others are left to a prefill. A cascade's prefill leaves room itself.
-  shape.company = args.programmatic ? shape.shares * 5 / 12 : 0;
-  shape.beside = 0;
+  // Beside a prefill: of it the products of kRowsOfKey rows with a key take as long as reading one, measured on an H100. Memory
+  // is nearly as busy with 5 of 12 CTAs, which are the least.
+  constexpr int kRowsOfKey = 400;
+  shape.beside_key = 0;
+  shape.beside_row = args.programmatic ? (shape.groups << 20) / (shape.unit_keys * kRowsOfKey) : 0;
+  shape.least_shares = (5 * shape.shares + 11) / 12;
   return shape;
 }
 
@@ -558,9 +562,16 @@ static bool copies_by_engine(const Args& args) {
          aligned(args.v, args.v_stride_p, args.v_stride_s, args.v_stride_h);
 }
 
+// Tensor maps are kept by the address they begin at: every layer of a model has a cache of its own, and making a map again in
+// each step would take a microsecond of each call's two or three.
+constexpr unsigned kKeptMaps = 128;
+static unsigned map_of(const void* base) {   // the upper bits of a product, below kKeptMaps
+  return static_cast<unsigned>(reinterpret_cast<unsigned long long>(base) * 0x9e3779b97f4a7c15ull >> 57);
+}
+
 extern "C" int jitgen_launch(const Args* args) {
-  static thread_local jg::OperandMap<kKeyCols> keys;
-  static thread_local jg::OperandMap<kValueCols> values;
+  static thread_local jg::OperandMap<kKeyCols> key_maps[kKeptMaps];
+  static thread_local jg::OperandMap<kValueCols> value_maps[kKeptMaps];
   if (args->batch <= 0 || args->num_q_heads <= 0 || args->total_q <= 0) return 0;
   int num_sms = 0;
   const cudaError_t error = jg::prepare_device(reinterpret_cast<const void*>(decode_kernel), kSharedBytes, num_sms);
@@ -582,6 +593,8 @@ extern "C" int jitgen_launch(const Args* args) {
     const int64_t heads = args->num_kv_heads;
     const jg::TensorKey k = {args->k, rows, heads, pages, args->k_stride_s, args->k_stride_h, args->k_stride_p};
     const jg::TensorKey v = {args->v, rows, heads, pages, args->v_stride_s, args->v_stride_h, args->v_stride_p};
+    jg::OperandMap<kKeyCols>& keys = key_maps[map_of(args->k)];
+    jg::OperandMap<kValueCols>& values = value_maps[map_of(args->v)];
     int code = keys.update(k, kIsBf16, jg::kUnitKeys);
     if (!code) code = values.update(v, kIsBf16, jg::kUnitKeys);
     if (code) return code;

@@ -77,10 +77,20 @@ template <int kKeyCols, int kValueCols, int kBytes, int kStages, bool kTensorCop
   unsigned ring, barriers, scales;   // of this warp; scales: only of 8-bit elements
   int lane;
   unsigned long long policy;
+  const float* own_scales;           // those that this lane copies: of K in lanes 0 to 15, of V in the others; null: all 1
+  int scale_stride_s, scale_stride_h;
+  unsigned slots;                    // of the cache
 
-  JITGEN_FN UnitLoader(unsigned ring, unsigned barriers, unsigned scales, int lane, const DecodeSetup& setup)
+  template <class Args>
+  JITGEN_FN UnitLoader(unsigned ring, unsigned barriers, unsigned scales, int lane, const DecodeSetup& setup, const Args& args)
       : ring(ring), barriers(barriers), scales(scales), lane(lane) {
     policy = setup.evict_first ? policy_evict_first() : policy_evict_normal();
+    if constexpr (kBytes == 1) {
+      own_scales = lane < 16 ? args.k_scale : args.v_scale;
+      scale_stride_s = static_cast<int>(lane < 16 ? args.k_scale_stride_s : args.v_scale_stride_s);
+      scale_stride_h = static_cast<int>(lane < 16 ? args.k_scale_stride_h : args.v_scale_stride_h);
+      slots = static_cast<unsigned>(args.num_pages) * setup.page_size.value;
+    }
     if (lane == 0) {
 #pragma unroll
       for (int stage = 0; stage < kStages; ++stage) barrier_init(barriers + 8 * stage, arrivals(setup));
@@ -127,7 +137,7 @@ template <int kKeyCols, int kValueCols, int kBytes, int kStages, bool kTensorCop
           }
         }
         if (has_slot_scales(setup)) {
-          copy_scales(args, setup, stage, {place.page, place.row + (lane & 15), place.head});
+          copy_scales(setup, stage, {place.page, place.row + (lane & 15), place.head});
           barrier_arrive_on_copies(barrier);
         }
         return;
@@ -140,25 +150,19 @@ template <int kKeyCols, int kValueCols, int kBytes, int kStages, bool kTensorCop
     const long long v_at = valid ? place.page * (args.v_stride_p * kBytes) + place.row * (args.v_stride_s * kBytes) : -1;
     copy_rows<kKeyCols>(to, static_cast<const char*>(args.k) + place.head * (args.k_stride_h * kBytes), k_at);
     copy_rows<kValueCols>(to + kKeyBytes, static_cast<const char*>(args.v) + place.head * (args.v_stride_h * kBytes), v_at);
-    if (has_slot_scales(setup)) copy_scales(args, setup, stage, place);
+    if (has_slot_scales(setup)) copy_scales(setup, stage, place);
     barrier_arrive_on_copies(barrier);
   }
-  // Scales of the keys of a unit, of which this lane's is at `place`: lanes 0 to 15 copy those of K, the others those of V.
-  template <class Args>
-  JITGEN_FN void copy_scales(const Args& args, const DecodeSetup& setup, int stage, const KeyPlace& place) const {
-    if constexpr (kBytes == 1) {
-      const unsigned to = scales + stage * kScaleBytes + lane * 4;
-      const float* const base = lane < 16 ? args.k_scale : args.v_scale;
-      if (!base) {
-        store_shared_float(to, 1.0f);
-        return;
-      }
-      const long long slot = static_cast<long long>(place.page) * static_cast<int>(setup.page_size.value) + place.row;
-      const bool valid = place.page >= 0 && slot < args.num_pages * setup.page_size.value;
-      const long long at = (valid ? slot : 0) * (lane < 16 ? args.k_scale_stride_s : args.v_scale_stride_s) +
-                           place.head * (lane < 16 ? args.k_scale_stride_h : args.v_scale_stride_h);
-      cp_async_4(to, base + at, valid);
+  // Scales of the keys of a unit, of which this lane's is at `place`.
+  JITGEN_FN void copy_scales(const DecodeSetup& setup, int stage, const KeyPlace& place) const {
+    const unsigned to = scales + stage * kScaleBytes + lane * 4;
+    if (!own_scales) {
+      store_shared_float(to, 1.0f);
+      return;
     }
+    const unsigned slot = place.page * setup.page_size.value + place.row;
+    const bool valid = place.page >= 0 && slot < slots;
+    cp_async_4(to, own_scales + place.head * scale_stride_h + static_cast<long long>(valid ? slot : 0) * scale_stride_s, valid);
   }
   // The 16 rows of a tile, `at` bytes behind the base; lane i has that of row i, negative for one that reads as zeros.
   template <int kCols> JITGEN_FN void copy_rows(unsigned to, const char* base, long long at) const {

@@ -31,10 +31,16 @@ JITGEN_FN unsigned add_pairs(float16, unsigned a, unsigned b) {
   asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
+// (w & mask) | set as one instruction: with two constants the compiler makes it two, 4 of 11 in each word of integers.
+JITGEN_FN unsigned masked_or(unsigned w, unsigned mask, unsigned set) {
+  unsigned r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(w), "r"(mask), "r"(set));
+  return r;
+}
 // kBase: 2^7 in bfloat16, 2^10 in float16, where one unit of the mantissa is 1.
 template <class Element, unsigned kBase> struct CountedBits {
   static JITGEN_FN unsigned even(unsigned w) {
-    return add_pairs(Element(), (w & 0x007f007fu) | kBase, (w & 0x00800080u) | kBase | 0x80008000u);
+    return add_pairs(Element(), masked_or(w, 0x007f007fu, kBase), masked_or(w, 0x00800080u, kBase | 0x80008000u));
   }
   static JITGEN_FN unsigned odd(unsigned w) { return even(w >> 8); }
 };

@@ -43,11 +43,12 @@ struct PlanShape {
   int least_keys;     // 1: a request without keys has no tile, as nobody reads its results; 0: its rows are written
   int fixed_cost;     // of an item, in units
   int least_piece;    // units: a cut that would leave less of an item on one side moves to the nearer end of the item
+  int whole_items;    // 1: memory is the limit, so equal items are taken whole where that leaves few CTAs idle, however long they are
   int many_items;     // a kernel gives items out that must not be cut, and others from so many items a share on; 0: none
   int shares;
-  int company;        // shares that are enough where the requests of another kernel are worked on at the same time; 0: none is
-  int beside;         // what a key of a request outside of the class costs, in 1/1024 of a unit, where another kernel attends
-                      // these at the same time and shares are left to it; 0: none are
+  // Where another kernel attends the requests outside of the class at the same time, shares are left to it:
+  int beside_key, beside_row;   // what a key of such a request costs, and more for each packed row, in 2^-20 of a unit; or 0
+  int least_shares;             // that stay
 };
 constexpr int kTailPieces = 4;
 constexpr int kNotForMany = 0x7fffffff;   // as many_items: only items that must not be cut are given out
@@ -121,30 +122,36 @@ JITGEN_PLAN_FN int units_of(KeyRange keys, int unit_keys) {
 JITGEN_PLAN_FN unsigned cut(unsigned share, unsigned length, unsigned shares) {
   return static_cast<unsigned>(static_cast<unsigned long long>(share) * length / shares);
 }
-// Whether the requests of another kernel are work for a tenth of the time of these or more: `rows_keys` is the sum of rows times
-// keys of theirs, rows packed, `keys` that of the keys of these, which are read at the speed of memory. On an H100 a key takes
-// as long as the products of 400 rows with one.
-JITGEN_PLAN_FN bool has_company(unsigned long long rows_keys, unsigned long long keys) { return rows_keys > 0 && rows_keys >= 40 * keys; }
-// Shares, of `shares`, for a line beside other work, so that both end together.
-JITGEN_PLAN_FN int shares_beside(int shares, unsigned length, unsigned long long work) {
-  const int own = static_cast<int>(static_cast<unsigned long long>(shares) * length / (length + work / 1024 + 1));
-  return work == 0 ? shares : own > 1 ? own : 1;
+// What a request outside of the class costs the other kernel, in 2^-20 of a unit of this one.
+JITGEN_PLAN_FN unsigned long long work_beside(int q_len, int kv_len, const PlanShape& shape) {
+  const unsigned long long rows = static_cast<unsigned long long>(q_len) * shape.class_pack;
+  return q_len > 0 ? (shape.beside_key + rows * shape.beside_row) * kv_len : 0;
 }
-// Shares that have a part of the line, about `wanted`. Of equal items each gets the same number, at the price of up to one CTA
-// in sixteen: tiles of a request then visit the same keys at the same time, and all but one find them in L2, and short items
-// stay whole. Otherwise as few as leave the largest share as it is, so that cuts of equal items fall on their ends.
-JITGEN_PLAN_FN int shares_in_use(int shares, int wanted, unsigned length, int items, bool is_even) {
+// Shares for a line beside other work, so that both end together.
+JITGEN_PLAN_FN int shares_beside(const PlanShape& shape, unsigned length, unsigned long long work) {
+  const int own = static_cast<int>(static_cast<unsigned long long>(shape.shares) * length / (length + (work >> 20) + 1));
+  return work == 0 ? shape.shares : own > shape.least_shares ? own : shape.least_shares;
+}
+// Shares that have a part of the line, about `wanted`. Of equal items each gets the same number, or, where they may stay whole,
+// each share the same number of them, at the price of up to one CTA in sixteen: tiles of a request then visit the same keys at
+// the same time, and all but one find them in L2, and nothing is left to merge. Otherwise as few as leave the largest share as
+// it is, so that cuts of equal items fall on their ends.
+JITGEN_PLAN_FN int shares_in_use(const PlanShape& shape, int wanted, unsigned length, int items, bool is_even) {
   if (length == 0) return 0;
   if (is_even && items > 0) {
     int even = (wanted + items / 2) / items * items;
-    if (even > shares) even -= items;
+    if (even > shape.shares) even -= items;
+    if (even == 0 && shape.whole_items)
+      for (even = wanted; items % even != 0 && 16 * even >= 15 * wanted; --even) {}
     if (16 * even >= 15 * wanted) return static_cast<unsigned>(even) < length ? even : static_cast<int>(length);
   }
   const unsigned largest = (length + wanted - 1) / wanted;
   return static_cast<int>((length + largest - 1) / largest);
 }
 constexpr int kShortItem = 16;   // units: a cut costs about as much
-JITGEN_PLAN_FN bool is_better_even(int tiles_of_request, int cost) { return tiles_of_request > 1 || cost <= kShortItem; }
+JITGEN_PLAN_FN bool is_better_even(const PlanShape& shape, int tiles_of_request, int cost) {
+  return shape.whole_items || tiles_of_request > 1 || cost <= kShortItem;
+}
 // The share that place x falls in: the inverse of `cut`.
 JITGEN_PLAN_FN unsigned share_of(unsigned x, unsigned length, unsigned shares) {
   return static_cast<unsigned>(((x + 1ull) * shares - 1) / length);
@@ -313,28 +320,14 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   PlanTile* const tiles = const_cast<PlanTile*>(plan_tiles_of(plan, shape.shares));
   const int thread = threadIdx.x;
 
-  __shared__ unsigned long long others, own;   // see has_company
   __shared__ unsigned long long beside;
   if (thread == 0) beside = 0;
-  int asked = shape.shares;
-  if (!kGivesOut && shape.company > 0) {
-    if (thread == 0) others = own = 0;
-    __syncthreads();
-    for (int b = thread; b < batch; b += kPlanThreads) {
-      const int q_len = q_indptr[b + 1] - q_indptr[b], keys = kv_len[b];
-      const unsigned long long rows = static_cast<unsigned long long>(q_len) * shape.class_pack;
-      if (tiles_of_request(q_len, keys, shape)) atomicAdd(&own, static_cast<unsigned long long>(keys));
-      else if (q_len > 0) atomicAdd(&others, rows * keys);
-    }
-    __syncthreads();
-    if (has_company(others, own)) asked = shape.company;
-  }
   __syncthreads();
   int num_tiles = 0, total;
   for (int first = 0; first < batch; first += kPlanThreads, num_tiles += total) {
-    const int b = first + thread, count = b < batch ? tiles_of_request(q_indptr[b + 1] - q_indptr[b], kv_len[b], shape) : 0;
-    if (shape.beside && b < batch && count == 0 && q_indptr[b + 1] > q_indptr[b])
-      atomicAdd(&beside, static_cast<unsigned long long>(shape.beside) * kv_len[b]);
+    const int b = first + thread, q_len = b < batch ? q_indptr[b + 1] - q_indptr[b] : 0, keys = b < batch ? kv_len[b] : 0;
+    const int count = tiles_of_request(q_len, keys, shape);
+    if ((shape.beside_key || shape.beside_row) && count == 0 && q_len > 0) atomicAdd(&beside, work_beside(q_len, keys, shape));
     const int before = num_tiles + scan_block(count, total) - count;
     if (b < batch) first_tile[b] = before;
   }
@@ -361,7 +354,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
     if (number < num_tiles) {
       tile.begin = keys.begin, tile.end = keys.end;
       cost = shape.fixed_cost + units_of(keys, shape.unit_keys);
-      is_even &= is_better_even(tile.count, cost) && (own_cost == 0 || cost == own_cost);
+      is_even &= is_better_even(shape, tile.count, cost) && (own_cost == 0 || cost == own_cost);
       own_cost = cost;
       own_most = cost > own_most ? cost : own_most;
     }
@@ -390,7 +383,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
   __syncthreads();
 
   const unsigned length = static_cast<unsigned>(places) * shape.groups;
-  const int used = shares_in_use(asked, shares_beside(asked, length, beside), length, items, is_even);
+  const int used = shares_in_use(shape, shares_beside(shape, length, beside), length, items, is_even);
   header.length = length, header.shares = used;
   const Line line = {first_tile, first_line, tiles, batch, num_tiles};
   for (int c = thread; c <= shape.shares; c += kPlanThreads) shares[c] = share_start(line, shape, length, used, c);
