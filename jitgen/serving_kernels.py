@@ -103,9 +103,11 @@ class KernelClass:
         c = self
         if room is not None:
             c = replace(self, addresses=(room.data_ptr(), 0), num_ctas=room.shape[0])
-        threads = torch.get_num_threads() if plan.device_index is None else 0
-        numbers = pack_batch(batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, 0, 0) + c.fixed(plan, c.overlaps)
-        kv_start = 0 if plan.kv_start is None else plan.kv_start.data_ptr()
+        threads, no_bound = (torch.get_num_threads(), 1 << 62) if plan.device_index is None else (0, 0)  # of rows of k
+        own = pack_batch(batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, no_bound, 0)
+        numbers = own + c.fixed(plan, c.overlaps)
+        starts = plan.stage.start if c.staged else plan.kv_start  # type: ignore[union-attr]
+        kv_start = 0 if starts is None else starts.data_ptr()
         own = pack_launch(0, 0, 0, 0, 0, c.memory(plan), kv_start, 0, stream_of(plan.device_index), threads, numbers)
         return own + c.kernel.pack_tail(tail_words(plan, program, values, c.words(plan, program, no_scales(plan))))
 

@@ -109,6 +109,12 @@ def test_positions_count_on_through_the_levels_of_a_cascade(name):
     assert_close(got, shared.whole.expected(variant))
 
 
+def test_plans_of_ragged_and_of_transformed_keys_explain_themselves():
+    batch = Batch(LENGTHS, head_dim=32)
+    for options in ({"layout": "ragged"}, {"variant": rows_variant("rope", 32, 32)}):
+        assert "5 requests, 42 query rows, 212 keys" in batch.plan(**options).explain()
+
+
 def test_captured_values_may_change():
     factor = 2.0
     variant = jitgen.Variant(k_transform=lambda k, b, h, pos: k * factor, mask_mod=causal)

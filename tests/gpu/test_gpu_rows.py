@@ -44,7 +44,8 @@ def check(batch, got, want, factor=1.0):
     assert off.max().item() <= factor * ERRORS[batch.dtype]
     assert torch.equal(lse.isfinite(), want[1].isfinite())
     finite = want[1].isfinite()
-    assert (lse.double() - want[1])[finite].abs().max().item() <= factor * 2e-3
+    allowed = factor * 2e-3 * (want[1].abs() / 4).clamp(min=1)  # elements near the middle of two may be rounded either way
+    assert ((lse.double() - want[1]).abs() <= allowed)[finite].all()
 
 
 def attend(name, lengths, heads=(8, 2), head_dim=128, page_size=16, dtype=torch.bfloat16, hnd=False, **options):
@@ -189,9 +190,9 @@ def attend_stored(kv_dtype, kind, variant=None, page_size=16, layout="paged", **
     plan = batch.plan(used, layout=layout, kv_dtype=kv_dtype, max_kv_tokens=4096, **options)
     assert len(plan.classes) == 2
     got = batch.attend(plan, page_size)
-    batch.k, batch.v = ([t.to(batch.dtype) for t in rows] for rows in (batch.k, batch.v))
     if variant is not None:
         batch = transformed(batch, variant)
+    batch.k, batch.v = ([t.to(batch.dtype) for t in rows] for rows in (batch.k, batch.v))
     check(batch, got, batch.expected(jitgen.Variant(mask_mod=causal)), 2.0)
 
 

@@ -129,6 +129,13 @@ template <class S> JITGEN_FN void scale_row(const Rows& rows, RowView<S>& row, c
   }
 }
 
+// A kernel that waits for the end of this one itself may be launched by now.
+JITGEN_FN void start_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 template <class S, class Args> JITGEN_FN void move_rows(const Args& args, int64_t block) {
   using Row = Shape<S>;
   using Input = Chunk<typename S::In, S::kVec>;

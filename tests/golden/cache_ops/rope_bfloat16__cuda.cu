@@ -122,6 +122,7 @@ struct K {
 
 // ---- kernel: CTAs of the first stream, then those of the next ----
 __global__ void __launch_bounds__(jg::kThreads, 2) rows_kernel(const __grid_constant__ Args args) {
+  jg::start_next_kernel();
   int64_t block = blockIdx.x;
   if (block < args.q_blocks) return jg::move_rows<Q>(args, block);
   block -= args.q_blocks;
