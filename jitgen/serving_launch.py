@@ -161,8 +161,9 @@ def run(
             plan.check_values(call.mask_slots, call.program, values)
         if call.has_tensors:
             check_captures(plan, call.program, values)
-        if plan.stage is not None and plan.stage.changes_q:
-            q = plan.stage.transform_q(call.program, values, q)
+        if plan.stage is not None:
+            plan.stage.check_captures(call.program, values)
+            q = plan.stage.transform_q(call.program, values, q) if plan.stage.changes_q else q
         if call.q_factor != 1.0:
             q = _copy(q).mul_(call.q_factor)
         results = out.data_ptr(), 0 if lse is None else lse.data_ptr()
