@@ -85,7 +85,9 @@ def paged_attention(
     Errors:  PlanMismatch, ShapeMismatch, UnsupportedDtype, UnsupportedDevice, GradNotSupported; on the CPU also LaunchError
              for a page number that the cache does not have. On a GPU page numbers and lengths are trusted.
     Cost:    compiles nothing that the plan has not; one launch for each of the plan's kernels, no wait, no allocation but
-             for the results. Inside torch.compile the call is one operator, without variant=, out=, lse= and captures.
+             for the results. A variant's q_transform is one launch more and a copy of q; so are transforms of keys and values
+             where the plan gathers these (see max_kv_tokens of jitgen.Plan). Inside torch.compile the call is one operator,
+             without variant=, out=, lse= and captures.
     """
     if is_compiling():
         check_traced(variant, out, lse, captures)

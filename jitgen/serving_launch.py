@@ -217,8 +217,9 @@ def _run_with_values(
         plan.check_values(call.mask_slots, call.program, values)
     if call.has_tensors:
         check_captures(plan, call.program, values)
-    if plan.stage is not None and plan.stage.changes_q:
-        q = plan.stage.transform_q(call.program, values, q)
+    if plan.stage is not None:
+        plan.stage.check_captures(call.program, values)
+        q = plan.stage.transform_q(call.program, values, q) if plan.stage.changes_q else q
     if call.q_factor != 1.0:
         q = _copy(q).mul_(call.q_factor)
     segments, results, beside = plan.segments, (out.data_ptr(), lse_at), None

@@ -55,6 +55,7 @@ class Stage:
         self.no_lengths = torch.zeros(plan.max_batch, dtype=torch.int32, device=self.device)
         self.k, self.v = (self._rows(0, dim) for dim in dims)
         self._prepared: dict[tuple[object, ...], RowsCall] = {}
+        self._checked: dict[tuple[object, ...], Program] = {}
 
     @property
     def nbytes(self) -> int:
@@ -138,6 +139,20 @@ class Stage:
 
     # ---- launches ----
 
+    def check_captures(self, program: Program, values: list[object]) -> None:
+        """Captured tensors reach as far as transforms index them; looked at again only where their shapes have changed."""
+        rows = program.rows
+        key = (id(program), *[value.shape for value in values if isinstance(value, Tensor)])
+        if rows is None or key in self._checked:
+            return
+        plan = self.plan
+        shapes = [(plan.num_q_heads, plan.head_dim), (plan.num_kv_heads, plan.head_dim), (plan.num_kv_heads, plan.head_dim_v)]
+        like = [torch.empty(0, *shape, dtype=plan.dtype, device=self.device) for shape in shapes]
+        check_row_captures(program.slots, values, list(zip((rows.q, rows.k, rows.v), like, strict=True)))
+        if len(self._checked) >= MAX_PREPARED:
+            self._checked.clear()
+        self._checked[key] = program  # which keeps its id its own
+
     def transform_q(self, program: Program, values: list[object], q: Tensor) -> Tensor:
         """A copy of q after q_transform; rows of padding are not written."""
         assert program.rows is not None
@@ -149,7 +164,6 @@ class Stage:
         key = ("q", id(program), q.shape[0], q.stride(), q.data_ptr() & 63)
         call = self._prepared.get(key)
         if call is None:
-            check_row_captures(program.slots, values, [(program.rows.q, q)])
             p = program.rows.q
             stream = Stream("q", q, written, written.data_ptr(), (0, *written.stride()[:2]), p.rope, p)
             tokens = Tokens(q.shape[0], q_indptr=q_indptr, lengths=lengths, from_end=not is_local)
@@ -188,7 +202,6 @@ class Stage:
         key = ("kv", id(placed), strides, where, self.capacity)
         call = self._prepared.get(key)
         if call is None:
-            check_row_captures(program.slots, values, [(rows.k, self.k), (rows.v, self.v)])
             streams = [
                 self._stream(name, where, strides[3 * i : 3 * i + 3], target, p)
                 for i, (name, target, p) in enumerate((("k", self.k, rows.k), ("v", self.v, rows.v)))

@@ -11,7 +11,7 @@ from stored_batch import StoredBatch
 
 import jitgen
 from jitgen import reference
-from jitgen.errors import PlanMismatch, UnsupportedVariant, VariantError
+from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedVariant, VariantError
 
 LENGTHS = [(5, 37), (1, 130), (0, 9), (33, 33), (3, 3)]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -162,6 +162,19 @@ def test_a_plan_is_made_for_the_rows_that_are_transformed():
     plain = batch.plan(jitgen.Variant(mask_mod=causal), layout="ragged")
     with pytest.raises(PlanMismatch, match="transforms rows, the plan was made for one that does not"):
         jitgen.ragged_attention(batch.q, *batch.ragged(), plain, variant=rows_variant("q only", 32, 32))
+
+
+def test_captured_rows_reach_as_far_as_they_are_read():
+    weight = torch.ones(32)
+    variant = jitgen.Variant(k_transform=lambda k, b, h, pos: k * weight)
+    batch = Batch([(3, 9)], head_dim=32)
+    plan = batch.plan(variant, layout="ragged")
+    jitgen.ragged_attention(batch.q, *batch.ragged(), plan)
+    with pytest.raises(ShapeMismatch, match="'weight' has size 16 along axis 0, which runs along a row of 32 elements"):
+        jitgen.ragged_attention(batch.q, *batch.ragged(), plan, weight=torch.ones(16))
+    k = torch.randn(1, 2, 5, 32)
+    with pytest.raises(ShapeMismatch, match="'weight' has size 16"):
+        jitgen.attention(k, k, k, variant.bind(weight=torch.ones(16)))
 
 
 def test_latent_rows_are_key_and_value():
