@@ -5,12 +5,10 @@ There is no GPU: a library that prints how it is called stands in for the driver
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,7 +107,7 @@ def test_first_launch_prepares_and_the_second_only_launches(driver: Path, module
     lines = launch(driver, "sm80", modules["sm80"], times=2)
     kernel = lines.index(next(line for line in lines if line.startswith("cuLibraryGetKernel 1 ")))
     assert lines[:3] == ["cuInit", "cuDevicePrimaryCtxRetain 0", "cuCtxSetCurrent"]
-    assert lines[3:5] == ["mode 2", "cuLibraryLoadData ba55ed50"] and lines[kernel + 1] == "mode 0"
+    assert lines[3:5] == ["mode 2", "cuLibraryLoadData 464c457f"] and lines[kernel + 1] == "mode 0"
     attribute, first, code, second, again = lines[kernel + 2 :]
     assert re.fullmatch(r"cuKernelSetAttribute 8 \d+ 1 0", attribute)
     # 3 tiles of 128 rows for each of 2 heads, 4 warps, the shared memory asked for, the stream, the batch size
@@ -127,7 +125,7 @@ def test_error_of_the_driver_reaches_the_caller_and_is_not_kept(driver: Path, mo
     assert launch(driver, "sm80", modules["sm80"], fail="cuLaunchKernel")[-1] == "code 2 out of memory"
     lines = launch(driver, "sm80", modules["sm80"], times=2, fail="cuLibraryLoadData")
     assert [line for line in lines if line.startswith("code")] == ["code 2 out of memory"] * 2
-    assert lines.count("cuLibraryLoadData ba55ed50") == 2
+    assert lines.count("cuLibraryLoadData 464c457f") == 2
 
 
 def test_missing_driver_is_named(tmp_path: Path, modules: dict[str, Path]) -> None:
@@ -135,33 +133,18 @@ def test_missing_driver_is_named(tmp_path: Path, modules: dict[str, Path]) -> No
     assert launch(tmp_path, "sm80", modules["sm80"])[-1].startswith("code 35 libcuda.so.1 is missing or older")
 
 
-def test_function_that_the_small_runtime_lacks_brings_the_whole_one(tmp_path: Path) -> None:
-    source = 'extern "C" int jitgen_launch(const void*) { void* p = nullptr; return cudaMalloc(&p, 16) + cudaFree(p); }\n'
-    module = build.build(source, name="sm80_whole", target=cuda_target("8.0"), includes={}, label="a test", directory=tmp_path)
-    assert "has no cudaFree, cudaMalloc" in (tmp_path / "build.log").read_text()
-    assert module.stat().st_size > MAX_BYTES
-    assert hasattr(ctypes.CDLL(str(module)), "jitgen_launch")
+def test_function_of_cuda_that_the_small_runtime_lacks_is_named(tmp_path: Path) -> None:
+    source = 'extern "C" int jitgen_launch(const void*) { void* p = nullptr; return cudaMalloc(&p, 16); }\n'
+    with pytest.raises(CompileError, match="cudaMalloc.* was not declared"):
+        build.build(source, name="sm80_lacks", target=cuda_target("8.0"), includes={}, label="a test", directory=tmp_path)
 
 
-@pytest.fixture
-def torch_with_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
-    """Let torch's loader believe that torch was built with CUDA; returns what links against the libraries it names then."""
-    monkeypatch.setattr("torch.version.cuda", toolchain.require_toolkit().version.rpartition(".")[0])
-    for name in ("c10_cuda", "torch_cuda"):
-        (tmp_path / f"lib{name}.a").write_text("!<arch>\n")
-    return (f"-L{tmp_path}",)
-
-
-def test_torch_with_cuda_builds_the_same_small_module(torch_with_cuda: tuple[str, ...], tmp_path: Path, driver: Path) -> None:
-    spec = spec_of("sm80")
-    target = replace(spec.target, link_flags=(*torch_with_cuda, *spec.target.link_flags))
-    source = render_kernel(spec)
-    out = tmp_path / "out"
-    out.mkdir()
-    module = build.build(source.text, name="sm80_torch", target=target, includes=source.includes, label="a test", directory=out)
-    assert module.stat().st_size <= MAX_BYTES
-    assert launch(driver, "sm80", module)[-1] == "code 0 no error"
-    assert "ptxas info" in (out / "build.log").read_text()
+def test_kernels_are_found_by_the_names_that_nvcc_gives_them(modules: dict[str, Path], driver: Path) -> None:
+    """The host's part works them out from the types of their parameters."""
+    for family, module in modules.items():
+        asked = [line.split()[2] for line in launch(driver, family, module) if line.startswith("cuLibraryGetKernel")]
+        compiled = re.findall(r"Compiling entry function '(\w+)'", (module.parent / "build.log").read_text())
+        assert asked and set(asked) <= set(compiled)
 
 
 def test_undefined_function_of_another_kind_is_a_compile_error(tmp_path: Path) -> None:

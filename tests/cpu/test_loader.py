@@ -29,7 +29,8 @@ def compile_with(outcome: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise outcome
 
     monkeypatch.setattr("torch.utils.cpp_extension.load", load)
-    loader.compile_module([tmp_path / "kernel.cpp"], tmp_path, cpu_target("portable"), "kernel", tmp_path)
+    (tmp_path / "kernel.cpp").write_text("int kernel;\n")
+    loader.compile_module(tmp_path / "kernel.cpp", {}, cpu_target("portable"), "kernel", tmp_path)
 
 
 @pytest.mark.parametrize(
