@@ -1,4 +1,4 @@
-"""Building: a rendered source becomes a shared library, through torch's extension loader or nvcc itself."""
+"""Building: a rendered source becomes a shared library."""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ struct dim3 {
 enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost = 2 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0 };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4, cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
@@ -125,13 +126,13 @@ struct Here {};  // known to no other module; its name closes that of a kernel's
 struct Kernel {
   const void* host;
   const char *name, *type;
-  void* handle;
+  void* handle = nullptr;
   Kernel* next;
 
   inline static Kernel* first = nullptr;
   template <class... Args>
   Kernel(const char* name, void (*kernel)(Args...))
-      : host(reinterpret_cast<const void*>(kernel)), name(name), type(typeid(void(Args..., Here)).name()), handle(nullptr), next(first) {
+      : host(reinterpret_cast<const void*>(kernel)), name(name), type(typeid(void(Args..., Here)).name()), next(first) {
     first = this;
   }
 };
@@ -146,7 +147,8 @@ Kernel* find_kernel(const void* host) {
   return kernel;
 }
 
-// The name that compilers give the kernel: _Z, its own with the length, its parameters. Those are in its type: F v, they, Here, E.
+// The name that compilers give the kernel: _Z, its own with the length, its parameters. Those are in its type, which is F v,
+// the parameters, Here, E.
 bool mangle(const Kernel& kernel, char (&out)[512]) {
   const size_t length = strlen(kernel.name), parameters = strlen(kernel.type) - strlen(typeid(Here).name()) - 3;
   if (length + parameters > sizeof(out) - 16) return false;
@@ -209,7 +211,8 @@ template <class... Args> struct Configured {
   }
 };
 template <class... Args>
-Configured<Args...> configure(void (*kernel)(Args...), dim3 grid, dim3 block, size_t shared_bytes = 0, cudaStream_t stream = nullptr) {
+Configured<Args...> configure(void (*kernel)(Args...), dim3 grid, dim3 block, size_t shared_bytes = 0,
+                              cudaStream_t stream = nullptr) {
   return {address_of(kernel), grid, block, shared_bytes, stream};
 }
 
@@ -222,12 +225,19 @@ template <class T> struct Exactly { using Type = T; };
 namespace {
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* kernel, void** args) {
-  struct DriverConfig { dim3 grid, block; unsigned shared_bytes; cudaStream_t stream; cudaLaunchAttribute* attributes; unsigned count; };
+  struct DriverConfig {
+    dim3 grid, block;
+    unsigned shared_bytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute* attributes;
+    unsigned num_attributes;
+  };
   static jg_runtime::Driver<const DriverConfig*, void*, void**, void**> cuLaunchKernelEx{"cuLaunchKernelEx"};
   void* handle = nullptr;
   const int error = jg_runtime::resolve(kernel, &handle);
   if (error) return jg_runtime::report(error);
-  const DriverConfig config = {c->gridDim, c->blockDim, static_cast<unsigned>(c->dynamicSmemBytes), c->stream, c->attrs, c->numAttrs};
+  const DriverConfig config = {c->gridDim, c->blockDim, static_cast<unsigned>(c->dynamicSmemBytes),
+                               c->stream,  c->attrs,    c->numAttrs};
   return jg_runtime::report(cuLaunchKernelEx(&config, handle, args, nullptr));
 }
 template <class... Args>
@@ -255,15 +265,11 @@ template <class Host> cudaError_t cudaFuncSetAttribute(Host kernel, cudaFuncAttr
 }
 template <class Host>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Host kernel, int threads, size_t shared_bytes) {
-  static jg_runtime::Driver<int*, void*, int, size_t, unsigned> occupancy{"cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags"};
+  static jg_runtime::Driver<int*, void*, int, size_t, unsigned> occupancy{
+      "cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags"};
   void* handle = nullptr;
   const int error = jg_runtime::resolve(jg_runtime::address_of(kernel), &handle);
   return jg_runtime::report(error ? error : occupancy(blocks, handle, threads, shared_bytes, 0));
-}
-cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t stream) {
-  static jg_runtime::Driver<void*, unsigned char, size_t, void*> cuMemsetD8Async{"cuMemsetD8Async"};
-  const int error = jg_runtime::ensure_context();
-  return jg_runtime::report(error ? error : cuMemsetD8Async(pointer, static_cast<unsigned char>(value), bytes, stream));
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
   static jg_runtime::Driver<void*, cudaStreamCaptureStatus*> cuStreamIsCapturing{"cuStreamIsCapturing"};
@@ -275,12 +281,26 @@ cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
   const int error = jg_runtime::ensure_context();
   return jg_runtime::report(error ? error : cuStreamGetId(stream, id));
 }
-cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long flags, cudaDriverEntryPointQueryResult* found) {
+cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long flags,
+                                    cudaDriverEntryPointQueryResult* found) {
   static jg_runtime::Driver<const char*, void**, int, unsigned long long, int*> cuGetProcAddress{"cuGetProcAddress_v2"};
   int result = 0;
   const int error = cuGetProcAddress(name, function, 12000, flags, &result);
   if (found) *found = static_cast<cudaDriverEntryPointQueryResult>(result);
   return jg_runtime::report(error);
+}
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  static jg_runtime::Driver<void**, size_t> cuMemAlloc{"cuMemAlloc_v2"};
+  const int error = jg_runtime::ensure_context();
+  return jg_runtime::report(error ? error : cuMemAlloc(memory, bytes));
+}
+cudaError_t cudaFree(void* memory) {
+  static jg_runtime::Driver<void*> cuMemFree{"cuMemFree_v2"};
+  return jg_runtime::report(cuMemFree(memory));
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {   // the driver sees which way
+  static jg_runtime::Driver<void*, const void*, size_t> cuMemcpy{"cuMemcpy"};
+  return jg_runtime::report(cuMemcpy(to, from, bytes));
 }
 cudaError_t cudaGetLastError() {
   const int error = jg_runtime::last_error;
