@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jitgen import toolchain
+from jitgen.build import CUDA_RUNTIME
 from jitgen.errors import ToolchainMissing
 from jitgen.host_part import host_headers, host_part
 from jitgen.target import CompileTarget
@@ -27,7 +28,6 @@ from jitgen.toolchain import CompilerFailed
 # The loader reads the environment and a global, so one at a time within a process.
 _lock = threading.Lock()
 
-CUDA_RUNTIME = "jitgen/driver_runtime.h"  # what the host's part of a CUDA module has in place of CUDA's headers
 # How a CUDA module's host part is compiled. __CUDACC__: it is to see what nvcc would show it.
 HOST_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-w", "-D__CUDACC__", "-include", CUDA_RUNTIME)
 COMPILED = "compiled"  # directory of the objects

@@ -17,6 +17,7 @@ import jitgen
 from jitgen import build, runtime, toolchain
 from jitgen.errors import CompileError
 from jitgen.families import cuda_spec
+from jitgen.render import render_kernel
 from jitgen.target import cuda_target
 
 HERE = Path(__file__).parent
@@ -144,6 +145,20 @@ def test_kernels_are_found_by_the_names_that_nvcc_gives_them(modules: dict[str, 
         asked = [line.split()[2] for line in launch(driver, family, module) if line.startswith("cuLibraryGetKernel")]
         compiled = re.findall(r"Compiling entry function '(\w+)'", (module.parent / "build.log").read_text())
         assert asked and set(asked) <= set(compiled)
+
+
+@pytest.mark.parametrize("planted", ["JITGEN_FN int f() { return nonsense; }", "cudaError_t f() { return cudaDeviceReset(); }"])
+def test_error_is_reported_at_the_line_of_the_template(planted: str, tmp_path: Path) -> None:
+    """Of device code by nvcc, of the launcher's where it has no such function by the C++ compiler."""
+    source = render_kernel(spec_of("sm80"))
+    at = source.mapped_text.index("// ---- launcher ----")
+    number = source.mapped_text[:at].rpartition("#line ")[2].split()[0]
+    lines_after = source.mapped_text[:at].rpartition("#line ")[2].count("\n") - 1
+    text = source.mapped_text[:at] + planted + source.mapped_text[at:]
+    with pytest.raises(CompileError, match=rf"sm80\.cu\.jinja[:(]{int(number) + lines_after}\D"):
+        build.build(
+            text, name="sm80_planted", target=cuda_target("8.0"), includes=source.includes, label="a test", directory=tmp_path
+        )
 
 
 def test_undefined_function_of_another_kind_is_a_compile_error(tmp_path: Path) -> None:
