@@ -161,7 +161,7 @@ def _link(sources: list[Path], target: CompileTarget, name: str, scratch: Path) 
         # Clang's OpenMP runtime must be named. GCC's is not: its functions are found in the one that torch has loaded,
         # so that both share their threads, and a prebuilt module needs no libgomp of the system's.
         flags.append("-fopenmp")
-    with _lock, _loader_environment(_linker(sources, flags, scratch)):
+    with _lock, _loader_environment(_write_linker(sources, flags, scratch)):
         from torch.utils import cpp_extension
 
         try:
@@ -180,21 +180,24 @@ def _link(sources: list[Path], target: CompileTarget, name: str, scratch: Path) 
     return Path(module)
 
 
-def _linker(sources: list[Path], flags: list[str], scratch: Path) -> Path:
+def _write_linker(sources: list[Path], flags: list[str], scratch: Path) -> Path:
     """What the loader takes for its compiler: has every object already, and links without the libraries of torch's.
 
     A module needs none of them, and to look through their symbols takes the linker longer than all the rest.
     """
+    link = shlex.join([_cxx(), "-shared", *(f"{source.stem}.o" for source in sources), *flags])
     script = scratch / "linker"
-    link = shlex.join([_cxx(), "-shared", *(f"{COMPILED}/{source.stem}.o" for source in sources), *flags])
-    script.write_text(f"""#!/bin/sh
+    script.write_text(f"""\
+#!/bin/sh
 for out; do :; done
 case " $* " in
-*" -c "*) exec ln "{COMPILED}/$out" "$out" ;;
+*" -c "*) exec mv "{COMPILED}/$out" "$out" ;;
 *) exec {link} -o "$out" ;;
 esac
 """)
     script.chmod(0o700)
+    if not os.access(script, os.X_OK):
+        raise _not_for_programs(scratch)
     return script
 
 
@@ -204,8 +207,12 @@ def _load_failure(error: OSError, scratch: Path) -> Exception:
     if error.errno is not None or error.__cause__ is None:
         return error  # of a file, not of loading
     if "failed to map segment" in reason:
-        return OSError(errno.EACCES, "libraries there cannot be loaded, as if it were mounted noexec", str(scratch))
+        return _not_for_programs(scratch)
     return CompilerFailed(f"error: the library does not load: {reason}")
+
+
+def _not_for_programs(directory: Path) -> OSError:
+    return OSError(errno.EACCES, "libraries there cannot be loaded, as if it were mounted noexec", str(directory))
 
 
 @contextmanager
