@@ -31,14 +31,14 @@ _lock = threading.Lock()
 # How a CUDA module's host part is compiled. __CUDACC__: it is to see what nvcc would show it.
 HOST_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-w", "-D__CUDACC__", "-include", CUDA_RUNTIME)
 COMPILED = "compiled"  # directory of the objects
-# Device code as data: what nvcc made is taken in unchanged, under the name that driver_runtime.h knows.
+# Device code as data: what nvcc made, under the name that driver_runtime.h knows and in the section where CUDA's tools look.
 DEVICE_OBJECT = """\
-.section .rodata
+.section .nv_fatbin,"a"
 .globl jitgen_binary
 .hidden jitgen_binary
 .balign 64
 jitgen_binary:
-.incbin "kernel.cubin"
+.incbin "kernel.fatbin"
 .section .note.GNU-stack,"",%progbits
 """
 
@@ -131,7 +131,7 @@ def _start_cuda(
 ) -> list[Path]:
     """Start nvcc on the device code alone; then, as that takes longer, make the host's part and compile it."""
     nvcc, include = str(toolchain.require_toolkit().nvcc), f"-I{kernel.parent / 'include'}"
-    compilers.start([nvcc, "-ccbin", _cxx(), *target.flags, include, "-cubin", "-o", "kernel.cubin", str(kernel)])
+    compilers.start([nvcc, "-ccbin", _cxx(), *target.flags, include, "-fatbin", "-o", "kernel.fatbin", str(kernel)])
     texts = {f"host/{path}": text for path, text in host_headers(includes).items()}
     texts |= {"host.cpp": host_part(kernel.read_text()), "device.s": DEVICE_OBJECT}
     for path, text in texts.items():
