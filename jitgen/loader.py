@@ -54,18 +54,20 @@ def compile_module(
     """
     toolchain.require_cxx(), toolchain.require_ninja()
     (scratch / COMPILED).mkdir()
+    sources = [kernel] if target.kind == "cpu" else [scratch / "host.cpp", scratch / "device.s"]
+    linker = _write_linker(sources, target, scratch)
     with _Compilers(scratch) as compilers:
         if target.kind == "cuda":
-            sources = _start_cuda(compilers, kernel, includes, target, scratch)
+            _start_cuda(compilers, kernel, includes, target, scratch)
         else:
-            sources = _start_cpu(compilers, kernel, target)
+            _start_cpu(compilers, kernel, target)
         from torch.utils import cpp_extension  # noqa: F401 - here, as it takes time that the compilers run in
 
         output = compilers.finish()
         if target.kind == "cuda":
             compilers.start([_cxx(), "-c", "device.s", "-o", f"{COMPILED}/device.o"])
             compilers.finish()
-    return _link(sources, target, name, scratch), output
+    return _link(sources, linker, name, scratch), output
 
 
 # ---- compilers ----
@@ -120,26 +122,25 @@ def _cxx() -> str:
     return str(toolchain.require_cxx().path)
 
 
-def _start_cpu(compilers: _Compilers, kernel: Path, target: CompileTarget) -> list[Path]:
+def _start_cpu(compilers: _Compilers, kernel: Path, target: CompileTarget) -> None:
     include = f"-I{kernel.parent / 'include'}"
     compilers.start([_cxx(), *target.flags, "-fmax-errors=20", include, "-c", str(kernel), "-o", f"{COMPILED}/kernel.o"])
-    return [kernel]
 
 
-def _start_cuda(
-    compilers: _Compilers, kernel: Path, includes: Mapping[str, str], target: CompileTarget, scratch: Path
-) -> list[Path]:
+def _start_cuda(compilers: _Compilers, kernel: Path, includes: Mapping[str, str], target: CompileTarget, scratch: Path) -> None:
     """Start nvcc on the device code alone; then, as that takes longer, make the host's part and compile it."""
     nvcc, include = str(toolchain.require_toolkit().nvcc), f"-I{kernel.parent / 'include'}"
     compilers.start([nvcc, "-ccbin", _cxx(), *target.flags, include, "-fatbin", "-o", "kernel.fatbin", str(kernel)])
-    texts = {f"host/{path}": text for path, text in host_headers(includes).items()}
-    texts |= {"host.cpp": host_part(kernel.read_text()), "device.s": DEVICE_OBJECT}
+    try:
+        texts = {f"host/{path}": text for path, text in host_headers(includes).items()}
+        texts |= {"host.cpp": host_part(kernel.read_text()), "device.s": DEVICE_OBJECT}
+    except ValueError as error:
+        raise CompilerFailed(f"error: {error}") from error
     for path, text in texts.items():
         file = scratch / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     compilers.start([_cxx(), *HOST_FLAGS, "-Ihost", "-c", "host.cpp", "-o", f"{COMPILED}/host.o"])
-    return [scratch / "host.cpp", scratch / "device.s"]
 
 
 def _refusal(output: str) -> Exception:
@@ -152,8 +153,12 @@ def _refusal(output: str) -> Exception:
 # ---- linking ----
 
 
-def _link(sources: list[Path], target: CompileTarget, name: str, scratch: Path) -> Path:
-    """The library, linked and opened by torch's loader."""
+def _write_linker(sources: list[Path], target: CompileTarget, scratch: Path) -> Path:
+    """What the loader takes for its compiler: has every object already, and links without the libraries of torch's.
+
+    A module needs none of them, and to look through their symbols takes the linker longer than all the rest.
+    Errors:  OSError where files cannot be started, and so libraries not loaded.
+    """
     flags = list(target.link_flags)
     if target.kind == "cuda":
         flags.append("-ldl")
@@ -161,7 +166,25 @@ def _link(sources: list[Path], target: CompileTarget, name: str, scratch: Path) 
         # Clang's OpenMP runtime must be named. GCC's is not: its functions are found in the one that torch has loaded,
         # so that both share their threads, and a prebuilt module needs no libgomp of the system's.
         flags.append("-fopenmp")
-    with _lock, _loader_environment(_write_linker(sources, flags, scratch)):
+    link = shlex.join([_cxx(), "-shared", *(f"{source.stem}.o" for source in sources), *flags])
+    script = scratch / "linker"
+    script.write_text(f"""\
+#!/bin/sh
+for out; do :; done
+case " $* " in
+*" -c "*) exec mv "{COMPILED}/$out" "$out" ;;
+*) exec {link} -o "$out" ;;
+esac
+""")
+    script.chmod(0o700)
+    if not os.access(script, os.X_OK):
+        raise _not_for_programs(scratch)
+    return script
+
+
+def _link(sources: list[Path], linker: Path, name: str, scratch: Path) -> Path:
+    """The library, linked and opened by torch's loader."""
+    with _lock, _loader_environment(linker):
         from torch.utils import cpp_extension
 
         try:
@@ -178,27 +201,6 @@ def _link(sources: list[Path], target: CompileTarget, name: str, scratch: Path) 
         except OSError as error:
             raise _load_failure(error, scratch) from error
     return Path(module)
-
-
-def _write_linker(sources: list[Path], flags: list[str], scratch: Path) -> Path:
-    """What the loader takes for its compiler: has every object already, and links without the libraries of torch's.
-
-    A module needs none of them, and to look through their symbols takes the linker longer than all the rest.
-    """
-    link = shlex.join([_cxx(), "-shared", *(f"{source.stem}.o" for source in sources), *flags])
-    script = scratch / "linker"
-    script.write_text(f"""\
-#!/bin/sh
-for out; do :; done
-case " $* " in
-*" -c "*) exec mv "{COMPILED}/$out" "$out" ;;
-*) exec {link} -o "$out" ;;
-esac
-""")
-    script.chmod(0o700)
-    if not os.access(script, os.X_OK):
-        raise _not_for_programs(scratch)
-    return script
 
 
 def _load_failure(error: OSError, scratch: Path) -> Exception:
