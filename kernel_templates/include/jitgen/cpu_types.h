@@ -132,6 +132,17 @@ JITGEN_FN Vec load_vec(const half16* p) {
 }
 #endif
 JITGEN_FN void store_vec(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
+template <class T> JITGEN_FN void store_vec(T* p, Vec v) {
+#pragma omp simd
+  for (int i = 0; i < kVec; ++i) from_float(v[i], p[i]);
+}
+#if defined(__AVX512BF16__)
+JITGEN_FN void store_vec(bf16_16* p, Vec v) {
+  VecU16 bits;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(v));
+  *reinterpret_cast<VecU16Unaligned*>(p) = bits;
+}
+#endif
 
 // ---- rows of K or V: row(j) is the address of key j ----
 template <class T> struct StridedRows {
