@@ -12,6 +12,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#define JITGEN_FAST_TANH 1
 #include "jitgen/cpu_gemm.h"
 #include "jitgen/cpu_pack.h"
 #include "jitgen/cpu_rows.h"
