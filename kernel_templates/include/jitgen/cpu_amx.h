@@ -260,7 +260,8 @@ template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct Products {
   }
 
   // As jg::softmax_rows, of logits that are still to be multiplied with factor > 0; the weights become bfloat16.
-  static void softmax_rows(float* logits, int rows, int begin, int end, float factor, SoftmaxState* states, float* rescale) {
+  static void softmax_rows(float* logits, int rows, int begin, int end, float factor, SoftmaxState* states, float* rescale,
+                           Ahead& ahead) {
     const int whole_end = static_cast<int>(round_up(end, kTileDepth));
     float tile_max[kSoftmaxRows], base[kSoftmaxRows], sum[kSoftmaxRows];
     for (int r = 0; r < rows; ++r) {
@@ -277,6 +278,7 @@ template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct Products {
     const Vec factor_log2 = splat(factor * kLog2E);
     for (int r = 0; r < rows; ++r) {
       float* row = logits + r * kLogitFloats;
+      ahead.ask();
       const Vec base_log2 = splat(base[r] * kLog2E);
       Vec sum0 = {}, sum1 = {};
       for (int j = begin; j < whole_end; j += kTileDepth) {

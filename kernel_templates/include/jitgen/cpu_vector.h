@@ -41,7 +41,8 @@ template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct Products {
   static void values(const float* weights, const float* v, int rows, int begin, int end, float* out, const float* factor) {
     value_panels<kPaddedDimV, kTileKv>(weights, v, static_cast<int>(ceil_div(rows, kBlockRows)), begin, end, out, factor);
   }
-  static void softmax_rows(float* logits, int rows, int begin, int end, float, SoftmaxState* states, float* rescale) {
+  static void softmax_rows(float* logits, int rows, int begin, int end, float, SoftmaxState* states, float* rescale, Ahead& ahead) {
+    for (int r = 0; r < rows; ++r) ahead.ask();
     jg::softmax_rows<kLogitFloats>(logits, rows, begin, end, states, rescale);
   }
   static void scale_logits(float*, int, int, float) {}

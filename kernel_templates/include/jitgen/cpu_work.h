@@ -149,6 +149,10 @@ template <class Products, int kTileKv> struct TileStore {
     return {tile, tile + kValues};
   }
 
+  bool is_packed(int wave, int64_t slot, int64_t tile) const {
+    return tiles && __atomic_load_n(states + slot * num_tiles + tile, __ATOMIC_RELAXED) > 2 * wave;
+  }
+
   // k, v: first key of the tile. slot: number of the KV head within the wave. own: memory of this thread for one tile.
   PackedTile get(int wave, int64_t slot, int64_t tile, const T* k, const T* v, int keys, float* own) const {
     if (!tiles) return pack(k, v, keys, own);
