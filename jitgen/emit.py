@@ -6,6 +6,7 @@ The section is the same text for CPU and CUDA. Its statements are made here and 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 
 from jitgen import ir
@@ -13,7 +14,7 @@ from jitgen.abi import ArgField
 from jitgen.emit_early import ahead_loads, drop_relative, take_offset, take_relative
 from jitgen.emit_load import add_row_word
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
-from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis
+from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis, position_parts
 from jitgen.emit_norm import NormText, OutputText, emit_norm, emit_output
 from jitgen.emit_split import divided, outer_factor, split_floats
 from jitgen.emit_text import ELEMENT_CTYPE
@@ -79,6 +80,7 @@ class VariantSection:
     early: EarlyText
     score_factor: HookText
     mask: HookText
+    mask_positions: HookText  # the part of the mask that reads no tensor
     analysis: MaskAnalysisText
     sink: HookText
     norm: NormText
@@ -99,6 +101,7 @@ class VariantSection:
     looks_ahead: bool
     has_early: bool
     has_mask: bool
+    has_mask_positions: bool
     mask_scans: bool
     mask_spans_together: bool
     mask_reads_head: bool
@@ -125,7 +128,8 @@ def emit_variant(
 
     With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
     both multiplications then join others, and a soft cap costs one of them an element instead of three.
-    ``early`` names the parts of a score that the template works out before: 'relative', 'ahead', 'offset' (emit_early.py).
+    ``early`` names the parts of a score that the template works out before: 'relative', 'ahead', 'offset' (emit_early.py), and
+    'positions' where it tells tiles whose mask positions decide alone.
 
     Errors:  UnsupportedVariant when an operation has no meaning where the program uses it.
     """
@@ -140,21 +144,25 @@ def emit_variant(
         score, factor = _raw_score(score, keep_units=program.norm is not None)
     if "offset" in early and score is not None and program.norm is None:
         score, offset = take_offset(score)
-    analysis = emit_mask_analysis(unit, mask)
+    positions = position_parts(mask) if "positions" in early else []
+    analysis = emit_mask_analysis(unit, mask, by_positions="positions" in early)
     ahead = ahead_loads(score, program.slots) if "ahead" in early and score is not None else []
     score_text, early_text = _emit_score(unit, score, relative, ahead, offset, keep_units=program.norm is not None)
+    factor_text = _emit_value(unit, factor, {})
+    mask_text, positions_text = _emit_mask(unit, mask, positions)
     text = dict(
         score=score_text,
         early=early_text,
-        score_factor=_emit_value(unit, factor, {}),
-        mask=_emit_hook(unit, mask),
+        score_factor=factor_text,
+        mask=mask_text,
+        mask_positions=positions_text,
         analysis=analysis,
         sink=_emit_value(unit, program.sink, {}),
         norm=norm,
         lse=_emit_value(unit, program.lse, {"q_idx": "elem", "lse": "elem"}),
         output=emit_output(unit, program.output),
     )
-    shared = None if relative is not None or "columns" not in early else column_table(score_text.col, text["mask"].col)
+    shared = None if relative is not None or "columns" not in early else column_table(score_text.col, mask_text.col)
     looks_ahead = relative is not None or bool(ahead) or shared is not None
     return VariantSection(
         backend=backend,
@@ -177,6 +185,7 @@ def emit_variant(
         looks_ahead=looks_ahead,
         has_early=looks_ahead or early_text.offset.value != "",
         has_mask=mask is not None,
+        has_mask_positions=bool(positions),
         mask_scans=analysis.scans,
         mask_spans_together=analysis.spans_together,
         mask_reads_head=mask is not None and not mask.deps.isdisjoint(("h", "kv_h")),
@@ -236,12 +245,15 @@ def _level(node: Expr) -> str:
     return join_levels({HOOK_LEVELS.get(d, "head") for d in node.deps})
 
 
-def _emit_hook(unit: Unit, root: Expr | None) -> HookText:
-    """A score or mask hook, split into rows, columns and elements."""
+def _emit_mask(unit: Unit, root: Expr | None, positions: list[Expr]) -> tuple[HookText, HookText]:
+    """The mask hook, split into rows, columns and elements, and the conjunction of some of its parts over the same values."""
     if root is None:
-        return HookText()
-    low = _element_lowering(unit, [split_floats(root, _level)])
-    return _hook_text(low, low.roots[0])
+        return HookText(), HookText()
+    alone = [functools.reduce(lambda a, b: ir.make("and", a, b), positions)] if positions else []
+    low = _element_lowering(unit, [split_floats(root, _level), *alone])
+    mask = _hook_text(low, low.roots[0])
+    low.blocks["elem"] = Block("elem", taken=set(ELEMENT_NAMES))
+    return mask, _hook_text(low, alone[0]) if alone else HookText()
 
 
 def _element_lowering(unit: Unit, roots: list[Expr]) -> Lowering:
