@@ -131,6 +131,7 @@ constexpr int kOutTiles = kHeadDimV / kColumnWarps / 8;
 static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0 && kHeadDimV <= kHeadDim, "unsupported tile");
 // Q stays in registers while it fits next to S and O with room to load ahead; beyond that it is read again per KV tile.
 constexpr bool kHoldsQuery = kRowTiles * (kHeadDim / 16 + kColTiles + kOutTiles) * 4 <= 176;
+// (Two steps of warp pairs stay: 1 to 3 % without a mask; with one it is under 1 %, and registers are spilled for it.)
 constexpr int kHeldSteps = kHoldsQuery ? kHeadDim / 16 : 0;   // of 16 columns
 // With two stages the copies of the next tile start before Q K^T; behind it where Q is read again, because registers are short
 // in it (2 % at head dim 128, while it costs 4 % at 64; with a norm in place of softmax it makes spills).
