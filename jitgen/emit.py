@@ -20,7 +20,8 @@ from jitgen.emit_text import ELEMENT_CTYPE
 from jitgen.ir import Expr
 from jitgen.program import Program
 
-WITHIN_ONE = ("tanh", "tanh_approx", "sigmoid", "erf", "sin", "cos")  # functions whose values stay within [-1, 1]
+CAPS = ("tanh", "tanh_approx")
+WITHIN_ONE = (*CAPS, "sigmoid", "erf", "sin", "cos")  # functions whose values stay within [-1, 1]
 ELEMENT_NAMES = frozenset(("args", "head", "row", "col", "ahead", "odd", "relative", "score", "q_idx", "kv_idx"))  # parameters
 ELEMENT_BLOCKS = {"row": "row.", "col": "col.", "elem": ""}
 
@@ -87,6 +88,7 @@ class VariantSection:
     raw_scores: bool
     has_score: bool
     score_is_bounded: bool
+    score_is_capped: bool
     has_relative: bool
     has_flat: bool
     flat_is_plain: bool
@@ -125,7 +127,7 @@ def emit_variant(
 
     With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
     both multiplications then join others, and a soft cap costs one of them an element instead of three.
-    ``early`` names the parts of a score that the template works out before: 'relative', 'ahead', 'offset' (emit_early.py).
+    ``early`` names what of a score the template takes over (emit_early.py): 'relative', 'columns', 'ahead', 'cap', 'offset'.
 
     Errors:  UnsupportedVariant when an operation has no meaning where the program uses it.
     """
@@ -142,7 +144,10 @@ def emit_variant(
         score, offset = take_offset(score)
     analysis = emit_mask_analysis(unit, mask)
     ahead = ahead_loads(score, program.slots) if "ahead" in early and score is not None else []
-    score_text, early_text = _emit_score(unit, score, relative, ahead, offset, keep_units=program.norm is not None)
+    is_capped = "cap" in early and score is not None and score.op in CAPS
+    score_text, early_text = _emit_score(
+        unit, score, relative, ahead, offset, keep_units=program.norm is not None, is_capped=is_capped
+    )
     text = dict(
         score=score_text,
         early=early_text,
@@ -165,6 +170,7 @@ def emit_variant(
         raw_scores=raw_scores,
         has_score=score is not None,
         score_is_bounded=score is not None and score.op in WITHIN_ONE,
+        score_is_capped=is_capped,
         has_relative=relative is not None,
         has_flat=early_text.flat.value != "",
         flat_is_plain=early_text.flat.value == "score" and not early_text.flat.lines,
@@ -255,7 +261,14 @@ def _hook_text(low: Lowering, root: Expr) -> HookText:
 
 
 def _emit_score(
-    unit: Unit, root: Expr | None, relative: Expr | None, ahead: list[Expr], offset: Expr | None, *, keep_units: bool
+    unit: Unit,
+    root: Expr | None,
+    relative: Expr | None,
+    ahead: list[Expr],
+    offset: Expr | None,
+    *,
+    keep_units: bool,
+    is_capped: bool,
 ) -> tuple[HookText, EarlyText]:
     """The score hook, and what of it comes before; its forms share the values of rows and columns."""
     if root is None:
@@ -263,6 +276,8 @@ def _emit_score(
     root = split_floats(root, _level)
     flat = drop_relative(root) if relative is not None and not keep_units else None
     rest, level = flat if flat is not None and flat[0] is not None else (None, None)
+    if is_capped:
+        root = root.args[0]
     low = _element_lowering(unit, [x for x in (root, offset, rest) if x is not None])
     words = Block("elem", "ahead.", taken={"args", "head", "row", "kv_idx", "step", "last"})
     paired = " & ".join(dict.fromkeys(add_row_word(low, node, words) for node in ahead))

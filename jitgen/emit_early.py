@@ -6,6 +6,8 @@
 - *columns*: what a hook computes per column, once instead of by every thread that has a row.
 - *ahead*: an element of a captured tensor that is contiguous along kv_idx, such as a dense bias. Two neighbouring columns are
   read as one word, and their latency passes under the product.
+- *cap*: a tanh around the whole score. The template bends a tile at once, and by a polynomial where all of it is far from the cap:
+  the unit that knows tanh has the exponentials to compute.
 - *offset*: a multiple of the distance, as in ALiBi. Up to the first column of a tile it is the same for a whole row of the tile
   and joins the row's maximum; what is left is one fused multiply-add an element.
 """
@@ -27,6 +29,8 @@ _AFFINE = frozenset(("index", "lin", "cast", "add", "sub", "mul", "neg"))
 def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str]:
     """What of the above the sm90 kernel of a program does."""
     parts = {"relative", "offset"} if layout == "dense" else {"offset"}  # rows of the others are heads as well
+    if layout == "dense":
+        parts.add("cap")
     if layout == "dense" and head_dim_v < 256:  # whose descriptors take the uniform registers
         parts.add("columns")
     words = 0 if program.score is None else ahead_words(ahead_loads(program.score, program.slots), program.slots)

@@ -129,6 +129,21 @@ template <int kStages> struct RingPosition {
   JITGEN_FN void advance() {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
+  JITGEN_FN RingPosition before() const {
+    RingPosition at(stage == 0 ? parity ^ 1 : parity);
+    at.stage = stage == 0 ? kStages - 1 : stage - 1;
+    return at;
+  }
+};
+
+// The same of a reader, in one register; for 2 or 4 stages.
+template <unsigned kStages> struct CountedPosition {
+  static_assert((kStages & kStages - 1) == 0);
+  unsigned count = 0;
+  JITGEN_FN unsigned stage() const { return count & kStages - 1; }
+  JITGEN_FN unsigned parity() const { return count / kStages & 1; }
+  JITGEN_FN CountedPosition next() const { return {count + 1}; }
+  JITGEN_FN void advance() { ++count; }
 };
 
 // ---- programmatic dependent launch: no effect in a launch without the attribute ----

@@ -33,6 +33,9 @@ JITGEN_FN QueryTile query_tile_at(unsigned index, const Schedule& schedule, unsi
 
 // Messages from the producer to the consumers: {first row, head, batch, kind}.
 constexpr int kWorkStop = -1, kWorkEmpty = 0, kWorkTile = 1;   // kWorkEmpty: no visible key, write O = 0 and LSE = -inf
+// kWorkTile with what the first KV tile is to each warp group, and that of a group.
+JITGEN_FN int work_of_tile(int step) { return kWorkTile | (step & 0xff) << 1; }
+JITGEN_FN int first_kind_of(int work, int group) { return work >> (2 * group + 1) & 3; }
 
 // What a stage holds, in one word: the visiting position of its KV tile above kStepShift; for each warp group what the tile
 // is to its 64 rows (two bits from 2 * group: kTileNone, kTilePartial, kTileFull), and whether the next tile is nothing to
