@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 from jitgen import ir
 from jitgen.abi import ArgField
-from jitgen.emit_early import ahead_loads, drop_relative, take_offset, take_relative
+from jitgen.emit_early import ahead_loads, can_stage, drop_relative, take_offset, take_relative
 from jitgen.emit_load import add_row_word
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis
@@ -53,6 +53,8 @@ class EarlyText:
     level: HookText = HookText()  # what is added to all logits there, over `relative`
     ahead: BlockText = BlockText()
     paired: str = ""  # condition under which neighbouring columns may be read as one word
+    rows: tuple[str, ...] = ()  # addresses of the rows that are read so
+    chunked: str = ""  # condition under which eight columns may be
     offset: HookText = HookText()  # over the first column of a tile
 
 
@@ -93,6 +95,7 @@ class VariantSection:
     has_flat: bool
     flat_is_plain: bool
     has_ahead: bool
+    ahead_is_staged: bool
     ahead_serves_batch: bool
     has_offset: bool
     has_distance_offset: bool
@@ -160,7 +163,8 @@ def emit_variant(
         output=emit_output(unit, program.output),
     )
     shared = None if relative is not None or "columns" not in early else column_table(score_text.col, text["mask"].col)
-    looks_ahead = relative is not None or bool(ahead) or shared is not None
+    is_staged = "staged" in early and relative is None and shared is None and can_stage(ahead, program.slots)
+    looks_ahead = relative is not None or (bool(ahead) and not is_staged) or shared is not None
     return VariantSection(
         backend=backend,
         args=capture_fields(unit),
@@ -175,6 +179,7 @@ def emit_variant(
         has_flat=early_text.flat.value != "",
         flat_is_plain=early_text.flat.value == "score" and not early_text.flat.lines,
         has_ahead=bool(ahead),
+        ahead_is_staged=is_staged,
         ahead_serves_batch=bool(ahead) and not any("b" in n.deps for n in ahead),
         has_offset=early_text.offset.value != "" or early_text.flat.value != "",
         has_distance_offset=early_text.offset.value != "",
@@ -280,7 +285,8 @@ def _emit_score(
         root = root.args[0]
     low = _element_lowering(unit, [x for x in (root, offset, rest) if x is not None])
     words = Block("elem", "ahead.", taken={"args", "head", "row", "kv_idx", "step", "last"})
-    paired = " & ".join(dict.fromkeys(add_row_word(low, node, words) for node in ahead))
+    rows = dict.fromkeys(add_row_word(low, node, words) for node in ahead)
+    paired, chunked = (" & ".join(dict.fromkeys(f"jg::{name}({at})" for _, at in rows)) for name in ("is_paired", "is_chunked"))
     score = _hook_text(low, root)
     others = []
     for other in (rest, offset):
@@ -289,7 +295,8 @@ def _emit_score(
     score = HookText(_block_text(low.blocks["row"]), _block_text(low.blocks["col"]), score.lines, score.value)
     by_distance = _emit_value(unit, relative, {"distance": "elem"})
     level_text = _emit_value(unit, level, {"relative": "elem"})
-    return score, EarlyText(by_distance, others[0], level_text, _block_text(words), paired, others[1])
+    row_texts = tuple(row for row, _ in rows)
+    return score, EarlyText(by_distance, others[0], level_text, _block_text(words), paired, row_texts, chunked, others[1])
 
 
 def _emit_value(unit: Unit, root: Expr | None, levels: dict[str, str]) -> HookText:

@@ -262,6 +262,13 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
     if (first_kv + kTileKv > kv_len) jg::mask_tail(s, first_kv, kv_len);
 }
 
+// What a stage holds (sm90_schedule.cuh). Without a mask the readers count for themselves; `position`: of the next tile.
+JITGEN_FN int read_step(Shared shared, jg::CountedPosition<kNumStages> at, int& position, int num_tiles, int group, int group_row) {
+  if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(at.count & 2 * kNumStages - 1)));
+  const int here = position++, last = here == num_tiles - 1 ? jg::kStepLast | 15 << jg::kNextAt : 0;
+  return here << jg::kStepShift | last | (group_row > -64 ? kTileFull << 2 * group : 0);
+}
+
 // ---- producer: one warp hands out query tiles, classifies KV tiles and issues the copies of K and V, another those of Q ----
 struct Maps { jg::Operand q, k, v, o; };
 
@@ -509,12 +516,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     } else {
       float factor[2];
       int step, position = 0;
-      // What the stage holds; without a mask the consumers count for themselves.
-      const auto read_step = [&](jg::CountedPosition<kNumStages> at) {
-        if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(at.count & 2 * kNumStages - 1)));
-        const int here = position++, last = here == num_tiles - 1 ? jg::kStepLast | 15 << jg::kNextAt : 0;
-        return here << jg::kStepShift | last | (group_row > -64 ? kTileFull << 2 * group : 0);
-      };
       const auto first_column = [&] { return kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + 2 * (thread & 3); };
       const auto shape = [&](auto at_end) {
         shape_logits<decltype(at_end)::value>(args, head, rows, early, s, first_column(), jg::kind_of(step, group) == kTilePartial);
@@ -566,7 +567,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
 #pragma unroll 1
       do {
         if (!has_begun) jg::barrier_wait(JG_BARRIER(k_full, kv.stage()), kv.parity());
-        step = read_step(kv);
+        step = read_step(shared, kv, position, num_tiles, group, group_row);
         if (!has_begun) {
           take_turn();
           if (jg::kind_of(step, group) == kTileNone) {   // nothing to these rows: release it, and keep the order of turns
@@ -602,7 +603,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::barrier_wait(JG_BARRIER(k_full, next.stage()), next.parity());
           take_turn();
           start_qk(s, q_operand, k_operand + (next.stage() * Tile::kKeyBytes >> 4));
-          step = read_step(next);
+          step = read_step(shared, next, position, num_tiles, group, group_row);
           weigh_tile_distances();   // what it reads of captured tensors arrives while the products are issued
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
           jg::barrier_wait(JG_BARRIER(v_full, kv.stage()), kv.parity());

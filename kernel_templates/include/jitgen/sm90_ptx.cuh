@@ -119,6 +119,11 @@ JITGEN_FN int4 load_shared_int4(unsigned address) {
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
   return v;
 }
+// An arrival when the asynchronous copies that this thread has begun are complete.
+JITGEN_FN void copies_arrive(unsigned barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // The same value in all lanes, in a form the compiler knows to be uniform.
 JITGEN_FN int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 

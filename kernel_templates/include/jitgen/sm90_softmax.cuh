@@ -179,6 +179,22 @@ template <class Element, int kColTiles> JITGEN_FN void pack_tile(unsigned (&p)[k
 #pragma unroll
     for (int r = 0; r < 4; ++r) p[step][r] = Element::pack(s[2 * step + r / 2][r % 2 * 2], s[2 * step + r / 2][r % 2 * 2 + 1]);
 }
+// Copies a group of 8 elements of 16 bits, of which the first `present` are of the row. kAligned: by an asynchronous copy, which reads
+// all of the 16 bytes or nothing; copies_arrive tells its end.
+template <bool kAligned> JITGEN_FN void copy_chunk(unsigned to, const unsigned short* from, int present) {
+  if constexpr (kAligned) {
+    cp_async_16(to, from, present > 0);
+  } else {
+    int words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int low = 2 * i < present ? __ldg(from + 2 * i) : 0, high = 2 * i + 1 < present ? __ldg(from + 2 * i + 1) : 0;
+      words[i] = low | high << 16;
+    }
+    store_shared(to, make_int4(words[0], words[1], words[2], words[3]));
+  }
+}
+
 // Writes a packed 64-row tile of a warp group to shared memory in the layout of the copy engine and of wgmma. The swizzle makes
 // the addresses of a span differ in single bits: they are worked out here, and only the first takes a register through the KV loop.
 template <int kCols> JITGEN_FN void store_tile(unsigned address, const unsigned (*p)[4], int warp, int lane) {
