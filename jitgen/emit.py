@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 from jitgen import ir
 from jitgen.abi import ArgField
-from jitgen.emit_early import ahead_loads, can_stage, drop_relative, take_offset, take_relative
+from jitgen.emit_early import ahead_loads, can_stage, drop_relative, level_marks, take_offset, take_relative
 from jitgen.emit_load import add_row_word
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis
@@ -51,6 +51,7 @@ class EarlyText:
     relative: HookText = HookText()  # over `distance`
     flat: HookText = HookText()  # the hook where `relative` is the same in the whole tile, without it
     level: HookText = HookText()  # what is added to all logits there, over `relative`
+    marks: tuple[HookText, ...] = ()  # over `distance`: where all are the same at both ends of a tile, `relative` is level
     ahead: BlockText = BlockText()
     paired: str = ""  # condition under which neighbouring columns may be read as one word
     rows: tuple[str, ...] = ()  # addresses of the rows that are read so
@@ -94,6 +95,7 @@ class VariantSection:
     has_relative: bool
     has_flat: bool
     flat_is_plain: bool
+    flat_is_marked: bool
     has_ahead: bool
     ahead_is_staged: bool
     ahead_serves_batch: bool
@@ -178,6 +180,7 @@ def emit_variant(
         has_relative=relative is not None,
         has_flat=early_text.flat.value != "",
         flat_is_plain=early_text.flat.value == "score" and not early_text.flat.lines,
+        flat_is_marked=bool(early_text.marks),
         has_ahead=bool(ahead),
         ahead_is_staged=is_staged,
         ahead_serves_batch=bool(ahead) and not any("b" in n.deps for n in ahead),
@@ -296,7 +299,11 @@ def _emit_score(
     by_distance = _emit_value(unit, relative, {"distance": "elem"})
     level_text = _emit_value(unit, level, {"relative": "elem"})
     row_texts = tuple(row for row, _ in rows)
-    return score, EarlyText(by_distance, others[0], level_text, _block_text(words), paired, row_texts, chunked, others[1])
+    marks = level_marks(relative) if flat is not None and relative is not None else None
+    mark_texts = tuple(_emit_value(unit, mark, {"distance": "elem"}) for mark in marks or ())
+    return score, EarlyText(
+        by_distance, others[0], level_text, mark_texts, _block_text(words), paired, row_texts, chunked, others[1]
+    )
 
 
 def _emit_value(unit: Unit, root: Expr | None, levels: dict[str, str]) -> HookText:

@@ -89,6 +89,56 @@ def _position(term: Expr) -> Expr:
     return term.args[0] if term.op == "cast" and term.args[0] in (_Q, _KV) else term
 
 
+# Operations that never fall where their operand rises.
+_RISING = frozenset(("cast", "floor", "ceil", "round", "trunc", "sign", "relu", "exp", "exp2", "log", "log2", "log1p", "sqrt"))
+
+
+def level_marks(node: Expr) -> tuple[Expr, ...] | None:
+    """Values of 'distance' that tell where ``node`` is level: if each is the same at both ends of a range of distances, so is
+    ``node`` in all of it. None if there are none."""
+    if "distance" not in node.deps:
+        return ()
+    if _direction(node) is not None:
+        return (node,)
+    parts = [level_marks(arg) for arg in (node.args[:1] if node.op == "where" else node.args)]
+    if any(part is None for part in parts):
+        return None
+    marks = tuple(dict.fromkeys(mark for part in parts for mark in part or ()))
+    if node.op != "where":
+        return marks or None
+    return None if None in map(_direction, node.args[1:]) else (*marks, node)
+
+
+def _direction(node: Expr) -> int | None:
+    """1 if ``node`` never falls as the distance grows, -1 if it never rises, 0 if it does not depend on it; else None."""
+    if "distance" not in node.deps:
+        return 0
+    if node is _DISTANCE:
+        return 1
+    args = [_direction(arg) for arg in node.args]
+    if None in args:
+        return None
+    signs = [sign for sign in args if sign is not None]
+    if node.op in _RISING:
+        return signs[0]
+    if node.op in ("add", "min", "max"):
+        return _common(signs)
+    if node.op == "lin":
+        return _common([sign if c > 0 else -sign for c, sign in zip(node.attr[1], signs, strict=True)])
+    if node.op in ("sub", "lt", "le"):  # of booleans, true counts as more
+        return _common([signs[0], -signs[1]] if node.op == "sub" else [-signs[0], signs[1]])
+    if node.op in ("neg", "not"):
+        return -signs[0]
+    if node.op in ("mul", "truediv", "floordiv") and node.args[1].op == "const" and node.args[1].attr != 0:
+        return signs[0] if node.args[1].attr > 0 else -signs[0]
+    return None
+
+
+def _common(signs: Sequence[int]) -> int | None:
+    found = {sign for sign in signs if sign != 0}
+    return found.pop() if len(found) == 1 else None
+
+
 def drop_relative(root: Expr) -> tuple[Expr | None, Expr] | None:
     """``root`` without its term 'relative' (or a multiple of it), and that term; None if it has no such term. The rest is None
     where nothing is left."""

@@ -76,6 +76,7 @@ class KernelContext:
     has_relative: bool
     has_flat: bool
     flat_is_plain: bool
+    flat_is_marked: bool
     has_distance_offset: bool
     has_ahead: bool
     ahead_is_staged: bool
