@@ -6,10 +6,10 @@
 - *columns*: what a hook computes per column, once instead of by every thread that has a row.
 - *ahead*: an element of a captured tensor that is contiguous along kv_idx, such as a dense bias. Two neighbouring columns are
   read as one word, and their latency passes under the product.
-- *staged*: the same copied to shared memory, by warps that have nothing else to do. There is room for one tensor of 16 bits, where
-  no table lies.
-- *cap*: a tanh around the whole score. The template bends a tile at once, and by a polynomial where all of it is far from the cap:
-  the unit that knows tanh has the exponentials to compute.
+- *staged*: the same copied to shared memory, by warps that have nothing else to do. There is room for one tensor of 16 bits,
+  where no table lies.
+- *cap*: a tanh around the whole score. The template bends a tile at once, and by a polynomial where all of it is far from the
+  cap: the unit that knows tanh has the exponentials to compute.
 - *offset*: a multiple of the distance, as in ALiBi. Up to the first column of a tile it is the same for a whole row of the tile
   and joins the row's maximum; what is left is one fused multiply-add an element.
 """
@@ -89,6 +89,8 @@ def _position(term: Expr) -> Expr:
     return term.args[0] if term.op == "cast" and term.args[0] in (_Q, _KV) else term
 
 
+# Operations that may stay where their operand rises: without one of them two distances never have the same value.
+_RESTING = frozenset(("min", "max", "floordiv", "floor", "ceil", "round", "trunc", "relu", "sign", "lt", "le"))
 # Operations that never fall where their operand rises.
 _RISING = frozenset(("cast", "floor", "ceil", "round", "trunc", "sign", "relu", "exp", "exp2", "log", "log2", "log1p", "sqrt"))
 
@@ -99,7 +101,7 @@ def level_marks(node: Expr) -> tuple[Expr, ...] | None:
     if "distance" not in node.deps:
         return ()
     if _direction(node) is not None:
-        return (node,)
+        return (node,) if any(n.op in _RESTING or _truncates(n) for n in walk(node)) else None
     parts = [level_marks(arg) for arg in (node.args[:1] if node.op == "where" else node.args)]
     if any(part is None for part in parts):
         return None
@@ -132,6 +134,10 @@ def _direction(node: Expr) -> int | None:
     if node.op in ("mul", "truediv", "floordiv") and node.args[1].op == "const" and node.args[1].attr != 0:
         return signs[0] if node.args[1].attr > 0 else -signs[0]
     return None
+
+
+def _truncates(node: Expr) -> bool:
+    return node.op == "cast" and node.is_int and not node.args[0].is_int
 
 
 def _common(signs: Sequence[int]) -> int | None:

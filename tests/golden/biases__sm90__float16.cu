@@ -137,6 +137,16 @@ JITGEN_FN float score_relative(const Args& args, const Head& head, int distance)
   return jg::load(head.a1_table, jg::clamp_index(jg::min(jg::max(0, distance), 127), (int)args.a1_table_size1));
 }
 
+JITGEN_FN auto score_mark1(const Args& args, const Head& head, int distance) {
+  return jg::min(jg::max(0, distance), 127);
+}
+// Whether it is the same for all distances from `first` to `last`: what it depends on rises or falls only.
+JITGEN_FN bool score_is_level(const Args& args, const Head& head, int first, int last) {
+  bool is_level = true;
+  is_level &= score_mark1(args, head, first) == score_mark1(args, head, last);
+  return is_level;
+}
+
 // Where that part is the same in a whole tile: what is added to all of its scores,
 JITGEN_FN float score_level(const Args& args, const Head& head, float relative) {
   return head.inv_index_value2 * relative;
@@ -311,28 +321,21 @@ template <bool kAtEnd> JITGEN_FN void read_ahead(const Args& args, const Head& h
 JITGEN_FN void weigh_distances(const Args& args, const Head& head, Early& early, int first) {
   const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127;
   early.level = score_relative(args, head, first);
+  early.is_flat = jg::uniform(score_is_level(args, head, first - (kTileKv - 1), first + 63));
+  if (early.is_flat) return;
 #pragma unroll
   for (int round = 0; round < kDistanceRounds; ++round)
     early.by_distance[round] = score_relative(args, head, first + 63 - 128 * round - thread);
 }
-// Writes them to the table. Behind it each warp says whether all of its own are the level.
-constexpr int kVerdictAt = (kTileKv + 64) * 4;
+// Writes them to the table.
 JITGEN_FN void share_distances(const Early& early, unsigned table) {
   const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127;
-  bool is_flat = true;
 #pragma unroll
   for (int round = 0; round < kDistanceRounds; ++round) {
     const int i = 128 * round + thread;
     const bool is_entry = 128 * round + 128 <= kDistances || i < kDistances;
     jg::store_shared_if(is_entry, table + 4 * i, __float_as_int(early.by_distance[round]));
-    is_flat &= (early.by_distance[round] == early.level) | !is_entry;
   }
-  is_flat = __all_sync(0xffffffffu, is_flat);
-  jg::store_shared_if(thread % 32 == 0, table + kVerdictAt + thread / 8, is_flat);
-}
-JITGEN_FN bool is_flat_table(unsigned table) {
-  const int4 verdicts = jg::load_shared_int4(table + kVerdictAt);
-  return jg::uniform(verdicts.x & verdicts.y & verdicts.z & verdicts.w);
 }
 
 // Scores and masks one KV tile; `first_kv` is the column of element 0. kAtEnd: the tile may reach past kv_len.
@@ -646,7 +649,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   Logits s;
   Weights p;
   Early early;
-  bool has_begun = false;   // whether S of the first KV tile is there
+  int step = 0;   // what the stage holds; or, between query tiles, whether S of the first KV tile is there
 #pragma unroll 1
   for (;;) {
     jg::barrier_wait(JG_BARRIER(work_full, slot.stage()), slot.parity());
@@ -660,13 +663,13 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     Output o;
 #pragma unroll
     for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
-    if (!has_begun) jg::barrier_wait(JG_BARRIER(q_full, group), slot.count & 1);
+    if (!(step & jg::kStepBegun)) jg::barrier_wait(JG_BARRIER(q_full, group), slot.count & 1);
     if (kind == jg::kWorkEmpty) {
       jg::barrier_arrive_if(leader, JG_BARRIER(q_empty, group));
     } else {
       int foreseen = -1;   // the visiting position that `early` is of
       float factor[2];
-      int step, position = 0;
+      int position = 0;
       const auto first_column = [&] { return kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + 2 * (thread & 3); };
       const auto shape = [&](auto at_end) {
         shape_logits<decltype(at_end)::value>(args, head, rows, early, s, first_column(), jg::kind_of(step, group) == kTilePartial);
@@ -681,12 +684,15 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       const auto look_ahead = [&](auto at_end) {
         if (step >> jg::kStepShift != foreseen)
           read_ahead<decltype(at_end)::value>(args, head, rows, early, first_column(), static_cast<int>(args.kv_len));
+        if (early.is_flat) {
+          early.level = score_level(args, head, early.level);
+          return;
+        }
+        early.level = 0.0f;
         // Whoever has passed the turn barrier is done with the table of the tile before.
         early.table = shared.table(group);
         share_distances(early, early.table);
         jg::named_sync(kGroupBarrier + group, 128);
-        early.is_flat = is_flat_table(early.table);
-        early.level = early.is_flat ? score_level(args, head, early.level) : 0.0f;
       };
       // Once the words of a tile are used, those of the tile that follows it in most masks are read: before its product begins.
       const auto look_further = [&] {
@@ -726,9 +732,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       };
 #pragma unroll 1
       do {
-        if (!has_begun) jg::barrier_wait(JG_BARRIER(k_full, kv.stage()), kv.parity());
+        const int begun = step & jg::kStepBegun;
+        if (!begun) jg::barrier_wait(JG_BARRIER(k_full, kv.stage()), kv.parity());
         step = read_step(shared, kv, position, num_tiles, group, group_row);
-        if (!has_begun) {
+        if (!begun) {
           take_turn();
           if (jg::kind_of(step, group) == kTileNone) {   // nothing to these rows: release it, and keep the order of turns
             pass_turn();
@@ -745,8 +752,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         weigh_tile_distances();
         look_ahead(jg::Constant<1>());
         jg::Wgmma<kTileKv>::wait<0>(s);
-        release_key(has_begun);
-        has_begun = false;
+        release_key(begun != 0);
         shape(jg::Constant<1>());
         look_further();
         const float units = jg::exponent_units(rows.factor);
@@ -760,7 +766,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         moved = false;
 #pragma unroll 1
         while (!jg::is_next_skipped(step, group)) {
-          const jg::CountedPosition<kNumStages> next = kv.next();
+          // Uniform, or each product would fetch its descriptors from ordinary registers (5 % of long rows).
+          const jg::CountedPosition<kNumStages> here = {static_cast<unsigned>(jg::uniform(kv.count))}, next = here.next();
           jg::barrier_wait(JG_BARRIER(k_full, next.stage()), next.parity());
           take_turn();
           start_qk(s, q_operand, k_operand + (next.stage() * Tile::kKeyBytes >> 4));
@@ -768,7 +775,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           weigh_tile_distances();   // what it reads of captured tensors arrives while the products are issued
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
           jg::barrier_wait(JG_BARRIER(v_full, kv.stage()), kv.parity());
-          start_pv(o, p, p_operand, v_operand + (kv.stage() * Tile::kValueBytes >> 4));
+          start_pv(o, p, p_operand, v_operand + (here.stage() * Tile::kValueBytes >> 4));
           pass_turn();
           const int value_stage = kv.stage();
           kv = next;
@@ -792,8 +799,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         jg::barrier_wait(JG_BARRIER(v_full, kv.stage()), kv.parity());
         const int value_stage = kv.stage();
         kv.advance();
-        has_begun = kMerges && (step & jg::kStepLast) && sees_next_work();
-        if (has_begun) {
+        if (kMerges && (step & jg::kStepLast) && sees_next_work()) {
+          step |= jg::kStepBegun;
           jg::barrier_wait(JG_BARRIER(q_full, group), slot.next().count & 1);
           jg::barrier_wait(JG_BARRIER(k_full, kv.stage()), kv.parity());
           take_turn();

@@ -522,7 +522,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   Logits s;
   Weights p;
   Early early;
-  bool has_begun = false;   // whether S of the first KV tile is there
+  int step = 0;   // what the stage holds; or, between query tiles, whether S of the first KV tile is there
 #pragma unroll 1
   for (;;) {
     jg::barrier_wait(JG_BARRIER(work_full, slot.stage()), slot.parity());
@@ -536,12 +536,12 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     Output o;
 #pragma unroll
     for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
-    if (!has_begun) jg::barrier_wait(JG_BARRIER(q_full, group), slot.count & 1);
+    if (!(step & jg::kStepBegun)) jg::barrier_wait(JG_BARRIER(q_full, group), slot.count & 1);
     if (kind == jg::kWorkEmpty) {
       jg::barrier_arrive_if(leader, JG_BARRIER(q_empty, group));
     } else {
       float factor[2];
-      int step, position = 0;
+      int position = 0;
       const auto first_column = [&] { return kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + 2 * (thread & 3); };
       const auto shape = [&](auto at_end) {
         shape_logits<decltype(at_end)::value>(args, head, rows, early, s, first_column(), jg::kind_of(step, group) == kTilePartial);
@@ -585,9 +585,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       };
 #pragma unroll 1
       do {
-        if (!has_begun) jg::barrier_wait(JG_BARRIER(k_full, kv.stage()), kv.parity());
+        const int begun = step & jg::kStepBegun;
+        if (!begun) jg::barrier_wait(JG_BARRIER(k_full, kv.stage()), kv.parity());
         step = read_step(shared, kv, position, num_tiles, group, group_row);
-        if (!has_begun) {
+        if (!begun) {
           take_turn();
           if (jg::kind_of(step, group) == kTileNone) {   // nothing to these rows: release it, and keep the order of turns
             pass_turn();
@@ -603,8 +604,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         }
         look_ahead(jg::Constant<1>());
         jg::Wgmma<kTileKv>::wait<0>(s);
-        release_key(has_begun);
-        has_begun = false;
+        release_key(begun != 0);
         shape(jg::Constant<1>());
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
@@ -617,13 +617,14 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         moved = false;
 #pragma unroll 1
         while (!jg::is_next_skipped(step, group)) {
-          const jg::CountedPosition<kNumStages> next = kv.next();
+          // Uniform, or each product would fetch its descriptors from ordinary registers (5 % of long rows).
+          const jg::CountedPosition<kNumStages> here = {static_cast<unsigned>(jg::uniform(kv.count))}, next = here.next();
           jg::barrier_wait(JG_BARRIER(k_full, next.stage()), next.parity());
           take_turn();
           start_qk(s, q_operand, k_operand + (next.stage() * Tile::kKeyBytes >> 4));
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
           jg::barrier_wait(JG_BARRIER(v_full, kv.stage()), kv.parity());
-          start_pv(o, p, p_operand, v_operand + (kv.stage() * Tile::kValueBytes >> 4));
+          start_pv(o, p, p_operand, v_operand + (here.stage() * Tile::kValueBytes >> 4));
           pass_turn();
           const int value_stage = kv.stage();
           kv = next;
@@ -647,8 +648,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         jg::barrier_wait(JG_BARRIER(v_full, kv.stage()), kv.parity());
         const int value_stage = kv.stage();
         kv.advance();
-        has_begun = kMerges && (step & jg::kStepLast) && sees_next_work();
-        if (has_begun) {
+        if (kMerges && (step & jg::kStepLast) && sees_next_work()) {
+          step |= jg::kStepBegun;
           jg::barrier_wait(JG_BARRIER(q_full, group), slot.next().count & 1);
           jg::barrier_wait(JG_BARRIER(k_full, kv.stage()), kv.parity());
           take_turn();
