@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 from jitgen import ir
 from jitgen.abi import ArgField
-from jitgen.emit_early import ahead_loads, can_stage, drop_relative, level_marks, take_offset, take_relative
+from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_offset, take_relative, take_scale
 from jitgen.emit_load import add_row_word
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis
@@ -54,8 +54,7 @@ class EarlyText:
     marks: tuple[HookText, ...] = ()  # over `distance`: where all are the same at both ends of a tile, `relative` is level
     ahead: BlockText = BlockText()
     paired: str = ""  # condition under which neighbouring columns may be read as one word
-    rows: tuple[str, ...] = ()  # addresses of the rows that are read so
-    chunked: str = ""  # condition under which eight columns may be
+    cap_scale: HookText = HookText()  # what the argument of the cap is still to be multiplied by
     offset: HookText = HookText()  # over the first column of a tile
 
 
@@ -97,7 +96,6 @@ class VariantSection:
     flat_is_plain: bool
     flat_is_marked: bool
     has_ahead: bool
-    ahead_is_staged: bool
     ahead_serves_batch: bool
     has_offset: bool
     has_distance_offset: bool
@@ -165,8 +163,7 @@ def emit_variant(
         output=emit_output(unit, program.output),
     )
     shared = None if relative is not None or "columns" not in early else column_table(score_text.col, text["mask"].col)
-    is_staged = "staged" in early and relative is None and shared is None and can_stage(ahead, program.slots)
-    looks_ahead = relative is not None or (bool(ahead) and not is_staged) or shared is not None
+    looks_ahead = relative is not None or bool(ahead) or shared is not None
     return VariantSection(
         backend=backend,
         args=capture_fields(unit),
@@ -182,7 +179,6 @@ def emit_variant(
         flat_is_plain=early_text.flat.value == "score" and not early_text.flat.lines,
         flat_is_marked=bool(early_text.marks),
         has_ahead=bool(ahead),
-        ahead_is_staged=is_staged,
         ahead_serves_batch=bool(ahead) and not any("b" in n.deps for n in ahead),
         has_offset=early_text.offset.value != "" or early_text.flat.value != "",
         has_distance_offset=early_text.offset.value != "",
@@ -284,12 +280,13 @@ def _emit_score(
     root = split_floats(root, _level)
     flat = drop_relative(root) if relative is not None and not keep_units else None
     rest, level = flat if flat is not None and flat[0] is not None else (None, None)
+    cap_scale = None
     if is_capped:
-        root = root.args[0]
+        root, cap_scale = take_scale(root.args[0])
     low = _element_lowering(unit, [x for x in (root, offset, rest) if x is not None])
+    scale_text = _emit_value(unit, cap_scale, {})
     words = Block("elem", "ahead.", taken={"args", "head", "row", "kv_idx", "step", "last"})
-    rows = dict.fromkeys(add_row_word(low, node, words) for node in ahead)
-    paired, chunked = (" & ".join(dict.fromkeys(f"jg::{name}({at})" for _, at in rows)) for name in ("is_paired", "is_chunked"))
+    paired = " & ".join(dict.fromkeys(add_row_word(low, node, words) for node in ahead))
     score = _hook_text(low, root)
     others = []
     for other in (rest, offset):
@@ -298,12 +295,9 @@ def _emit_score(
     score = HookText(_block_text(low.blocks["row"]), _block_text(low.blocks["col"]), score.lines, score.value)
     by_distance = _emit_value(unit, relative, {"distance": "elem"})
     level_text = _emit_value(unit, level, {"relative": "elem"})
-    row_texts = tuple(row for row, _ in rows)
     marks = level_marks(relative) if flat is not None and relative is not None else None
     mark_texts = tuple(_emit_value(unit, mark, {"distance": "elem"}) for mark in marks or ())
-    return score, EarlyText(
-        by_distance, others[0], level_text, mark_texts, _block_text(words), paired, row_texts, chunked, others[1]
-    )
+    return score, EarlyText(by_distance, others[0], level_text, mark_texts, _block_text(words), paired, scale_text, others[1])
 
 
 def _emit_value(unit: Unit, root: Expr | None, levels: dict[str, str]) -> HookText:

@@ -6,8 +6,6 @@
 - *columns*: what a hook computes per column, once instead of by every thread that has a row.
 - *ahead*: an element of a captured tensor that is contiguous along kv_idx, such as a dense bias. Two neighbouring columns are
   read as one word, and their latency passes under the product.
-- *staged*: the same copied to shared memory, by warps that have nothing else to do. There is room for one tensor of 16 bits,
-  where no table lies.
 - *cap*: a tanh around the whole score. The template bends a tile at once, and by a polynomial where all of it is far from the
   cap: the unit that knows tanh has the exponentials to compute.
 - *offset*: a multiple of the distance, as in ALiBi. Up to the first column of a tile it is the same for a whole row of the tile
@@ -30,7 +28,7 @@ _AFFINE = frozenset(("index", "lin", "cast", "add", "sub", "mul", "neg"))
 
 def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str]:
     """What of the above the sm90 kernel of a program does."""
-    parts = {"relative", "staged", "cap", "offset"} if layout == "dense" else {"offset"}  # rows of the others are heads as well
+    parts = {"relative", "cap", "offset"} if layout == "dense" else {"offset"}  # rows of the others are heads as well
     if layout == "dense" and head_dim_v < 256:  # whose descriptors take the uniform registers
         parts.add("columns")
     words = 0 if program.score is None else ahead_words(ahead_loads(program.score, program.slots), program.slots)
@@ -175,6 +173,19 @@ def _other(product: Expr, factor: Expr) -> Expr:
     return product.args[1] if product.args[0] is factor else product.args[0]
 
 
+# ---- soft caps -----------------------------------------------------------------------------------------------------------
+
+
+def take_scale(argument: Expr) -> tuple[Expr, Expr]:
+    """The logit where it is multiplied by something known per head, and that; else the argument as it is, and 1."""
+    logit = ir.index("score")
+    if argument.op == "mul" and logit in argument.args:
+        scale = _other(argument, logit)
+        if not scale.deps & (POSITIONS | {"score", "relative"}):
+            return logit, scale
+    return argument, ir.const(1.0)
+
+
 # ---- elements that can be read ahead ---------------------------------------------------------------------------------------
 
 
@@ -186,11 +197,6 @@ def ahead_loads(score: Expr, slots: Sequence[Slot]) -> list[Expr]:
 def ahead_words(loads: Sequence[Expr], slots: Sequence[Slot]) -> int:
     """Registers that two neighbouring columns take."""
     return sum(2 if slots[int(n.attr)].dtype == "float32" else 1 for n in loads)
-
-
-def can_stage(loads: Sequence[Expr], slots: Sequence[Slot]) -> bool:
-    """Whether shared memory has room for what they read: one tensor of 16-bit elements."""
-    return len(loads) == 1 and slots[int(loads[0].attr)].dtype != "float32"
 
 
 def _is_row_load(node: Expr, slot: Slot) -> bool:

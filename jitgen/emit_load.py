@@ -111,9 +111,9 @@ def _column_offset(low: Lowering, node: Expr, dim: int) -> Term:
     return home.add_member(key, term.ctype, name, term.text, low.unit.comment(node.args[dim]))
 
 
-def add_row_word(low: Lowering, node: Expr, words: Block) -> tuple[str, str]:
+def add_row_word(low: Lowering, node: Expr, words: Block) -> str:
     """Has ``words`` read two neighbouring columns of a row of a tensor, and the hook take the element from there; returns the
-    address of the row, and the arguments of the functions that say whether groups of elements are aligned."""
+    condition under which every such pair is an aligned word."""
     slot, name = low.unit.slots[node.attr], low.unit.slot_names[node.attr]
     last = next(d for d, index in enumerate(node.args) if "kv_idx" in index.deps)
     dims = [d for d in range(slot.rank) if d != last and slot.layout[d] != "0"]
@@ -124,4 +124,4 @@ def add_row_word(low: Lowering, node: Expr, words: Block) -> tuple[str, str]:
     text = f"jg::load_pair<kPaired>({row}, kv_idx, step, last)"
     word = words.add_member((node, False), f"jg::Pair<{ELEMENT_CTYPE[slot.dtype]}>", name, text, low.unit.comment(node))
     low.given[node] = Term(f"{word.text}.at(odd)", ATOM, "float")
-    return row, ", ".join((f"args.{name}", *(f"args.{name}_stride{d}" for d in dims)))
+    return f"jg::is_paired({', '.join((f'args.{name}', *(f'args.{name}_stride{d}' for d in dims)))})"

@@ -79,7 +79,6 @@ class KernelContext:
     flat_is_marked: bool
     has_distance_offset: bool
     has_ahead: bool
-    ahead_is_staged: bool
     ahead_serves_batch: bool
     has_offset: bool
     score_columns: bool

@@ -25,9 +25,6 @@ TILES = {
 SHORT_TILES = {(64, 64): (2048, ((256, 64, 4), (256, 64, 4), (128, 128, 2), (128, 96, 2), (192, 96, 2), (128, 64, 2)))}
 
 
-# In the dense kernel, which has S of the next query tile beside what it finishes: with 128 columns the gathers would spill.
-DENSE_TILES = {(64, 64, SEARCHING): (192, 112, 2)}
-
 # For groups of requests that share keys, in place of the first: they have 64 rows, or 2 or 4 times as many, more often than
 # 192, and the rest of a tile is idle.
 GROUP_TILES = {(128, 128): (128, 128, 2)}
@@ -43,8 +40,6 @@ def sm90_tiles(
     tiles = table[weight]
     if layout.endswith("_states") and weight == PLAIN:  # groups of requests
         tiles = GROUP_TILES.get((head_dim, head_dim_v), tiles)
-    if layout == "dense" and table is not short:
-        tiles = DENSE_TILES.get((head_dim, head_dim_v, weight), tiles)
     tile_q, tile_kv, num_stages = tiles
     return Tiles(tile_q, tile_kv, num_warps=4 + tile_q // 16, num_stages=num_stages)
 

@@ -156,11 +156,6 @@ def dense_bias() -> jitgen.Variant:
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + dense[b, h, q_idx, kv_idx])
 
 
-def staged_bias() -> jitgen.Variant:
-    dense = torch.zeros(8, 512, 512, dtype=torch.bfloat16)
-    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + dense[h, q_idx, kv_idx], mask_mod=causal)
-
-
 def forgetting() -> jitgen.Variant:
     gates = torch.zeros(8, 512)
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + gates[h, q_idx] - gates[h, kv_idx], mask_mod=causal)
@@ -201,7 +196,6 @@ CASES: dict[str, Case] = {
     "biases__sm90__float16": Case(biases, "sm90", "float16", (128, 128)),
     "decay__sm90__bfloat16": Case(decay, "sm90", "bfloat16", (128, 128)),
     "dense_bias__sm90__bfloat16": Case(dense_bias, "sm90", "bfloat16", (128, 128)),
-    "staged_bias__sm90__bfloat16": Case(staged_bias, "sm90", "bfloat16", (128, 128)),
     "forgetting__sm90__bfloat16": Case(forgetting, "sm90", "bfloat16", (128, 128)),
     "biases__sm90_ragged__float16": Case(biases, "sm90", "float16", (128, 128), "ragged"),
     "plain__sm90_ragged__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128), "ragged"),

@@ -84,8 +84,6 @@ constexpr bool kRescaleEarly = kHeadDimV > 128;
 // Growth of the maximum (exponents of two) below which O is left alone.
 constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = kHasMask || false;
-// A query tile begins while the one before ends: the first Q K^T is issued beside the last P V.
-constexpr bool kMerges = !Tile::kOutputOverV;
 constexpr int kTurnBarrier = 1, kAllConsumersBarrier = 5, kGroupBarrier = 6;   // named barriers: + group
 
 // Shared-memory addresses of a CTA.
@@ -143,13 +141,6 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
     if (first_kv + kTileKv > kv_len) jg::mask_tail(s, first_kv, kv_len);
 }
 
-// What a stage holds (sm90_schedule.cuh). Without a mask the readers count for themselves; `position`: of the next tile.
-JITGEN_FN int read_step(Shared shared, jg::CountedPosition<kNumStages> at, int& position, int num_tiles, int group, int group_row) {
-  if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(at.count & 2 * kNumStages - 1)));
-  const int here = position++, last = here == num_tiles - 1 ? jg::kStepLast | 15 << jg::kNextAt : 0;
-  return here << jg::kStepShift | last | (group_row > -64 ? kTileFull << 2 * group : 0);
-}
-
 // ---- producer: one warp hands out query tiles, classifies KV tiles and issues the copies of K and V, another those of Q ----
 struct Maps { jg::Operand q, k, v, o; };
 
@@ -161,8 +152,6 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   jg::RingPosition<2> slot(1);
   unsigned o_parity = 1;
   int query_tile = blockIdx.x;
-  // V of the last KV tile of a query tile is copied behind the first K of the next query tile, as it is in the middle of one.
-  int held = -1, held_kv_h = 0, held_batch = 0;   // its first row, or none; the stage is that before `kv`
   const auto publish = [&](int4 message) {
     jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity);
     if (leader) {
@@ -170,20 +159,6 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       jg::barrier_arrive(JG_BARRIER(work_full, slot.stage));
     }
     slot.advance();
-  };
-  const auto load_value = [&](int row, int kv_h, int batch, const jg::RingPosition<kNumStages>& at) {
-    const unsigned full = JG_BARRIER(v_full, at.stage);
-    if (Tile::kOutputOverV) jg::barrier_wait(JG_BARRIER(o_done), o_parity);   // passes at once after the first V
-    jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
-    if (!leader) return;
-    jg::barrier_expect(full, Tile::kValueBytes);
-    jg::tensor_load(shared.value(at.stage), maps.v, full, row, kv_h, batch, keep);
-  };
-  const auto load_held_value = [&] {
-    if (held < 0) return;
-    load_value(held, held_kv_h, held_batch, kv.before());
-    held = -1;
-    o_parity ^= 1;
   };
   // Taken one query tile ahead, just before the last copy of the present one: earlier would commit the CTA too soon.
   const auto take_query_tile = [&] {
@@ -208,19 +183,25 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
       jg::tensor_load(shared.key(kv.stage), maps.k, full, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch, keep);
     };
+    const auto load_value = [&](int step, const jg::RingPosition<kNumStages>& at) {
+      const unsigned full = JG_BARRIER(v_full, at.stage);
+      if (Tile::kOutputOverV) jg::barrier_wait(JG_BARRIER(o_done), o_parity);   // passes at once after the first V
+      jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
+      if (!leader) return;
+      jg::barrier_expect(full, Tile::kValueBytes);
+      jg::tensor_load(shared.value(at.stage), maps.v, full, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch, keep);
+    };
+
     int step = visible.next();
-    if (!kMerges || step < 0) load_held_value();
     // With O over V, copies into V wait until O of the query tile before has left. An empty tile copies nothing, so the
     // wait comes before the consumers hear of it: they could finish it and take the barrier two phases ahead.
-    if (Tile::kOutputOverV && step < 0) {
-      jg::barrier_wait(JG_BARRIER(o_done), o_parity);
-      o_parity ^= 1;
-    }
-    publish(make_int4(first_row, work.head, work.batch, step < 0 ? jg::kWorkEmpty : jg::work_of_tile(step)));
-    if (step >= 0) {
+    if (Tile::kOutputOverV && step < 0) jg::barrier_wait(JG_BARRIER(o_done), o_parity);
+    publish(make_int4(first_row, work.head, work.batch, step < 0 ? jg::kWorkEmpty : jg::kWorkTile));
+    if (step < 0) {
+      take_query_tile();
+    } else {
       int next = visible.next();
       load_key(step, next);
-      load_held_value();
       // K runs one tile ahead of V: the product of the next tile can start while this V is on its way.
 #pragma unroll 1
       while (next >= 0) {
@@ -228,19 +209,18 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
         const int after = visible.next();
         kv.advance();
         load_key(next, after);
-        load_value(kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch, at);
+        load_value(step, at);
         step = next;
         next = after;
       }
-      held = kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv;
-      held_kv_h = head.kv_h, held_batch = work.batch;
+      take_query_tile();
+      load_value(step, kv);
       kv.advance();
     }
-    take_query_tile();
+    o_parity ^= 1;
     query_tile = jg::uniform(query_tile);
   }
   publish(make_int4(0, 0, 0, jg::kWorkStop));
-  load_held_value();
   if (leader && schedule.counter >= 0) {
     int* counter = jg::tile_counters[schedule.counter];
     if (atomicAdd(&counter[1], 1) == static_cast<int>(gridDim.x) - 1) counter[0] = counter[1] = 0;   // ready for the next launch
@@ -255,24 +235,22 @@ JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
   jg::RingPosition<2> slot(0);
   unsigned q_parity = 1;
 #pragma unroll 1
-  for (;; slot.advance(), q_parity ^= 1) {
+  for (;; slot.advance()) {
     jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
     const int4 work = jg::load_shared_int4(shared.work(slot.stage));
     __syncwarp();
     if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     if (work.w == jg::kWorkStop) return;
+    if (work.w == jg::kWorkEmpty) continue;
 #pragma unroll 1
     for (int group = 0; group < Tile::kGroups; ++group) {
       const unsigned full = JG_BARRIER(q_full, group);
       jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
       if (!leader) continue;
-      if (work.w == jg::kWorkEmpty) {   // the parities go on
-        jg::barrier_arrive(full);
-        continue;
-      }
       jg::barrier_expect(full, Tile::kGroupQBytes);
       jg::tensor_load(shared.query(group), maps.q, full, work.x + 64 * group, work.y, work.z, stream);
     }
+    q_parity ^= 1;
   }
 }
 
@@ -370,17 +348,15 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   const unsigned long long k_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.key(0), 16);
   const unsigned long long v_operand = jg::matrix_descriptor<ValueTile::kSpanBytes>(shared.value(0), kTileKv * ValueTile::kSpanBytes);
   const unsigned long long p_operand = jg::matrix_descriptor<WeightTile::kSpanBytes>(p_shared, 16);
-  jg::CountedPosition<kNumStages> kv;
-  jg::CountedPosition<2> slot;
+  jg::RingPosition<kNumStages> kv(0);
+  jg::RingPosition<2> slot(0);
+  unsigned q_parity = 0;
   // The groups issue their products in turn, so that the softmax of one runs under the products of another.
   if (group == 0) jg::named_arrive(kTurnBarrier, 256);
-  Logits s;
-  Weights p;
-  int step = 0;   // what the stage holds; or, between query tiles, whether S of the first KV tile is there
 #pragma unroll 1
   for (;;) {
-    jg::barrier_wait(JG_BARRIER(work_full, slot.stage()), slot.parity());
-    const int4 work = jg::load_shared_int4(shared.work(slot.stage()));
+    jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
+    const int4 work = jg::load_shared_int4(shared.work(slot.stage));
     const int kind = jg::uniform(work.w);
     if (kind == jg::kWorkStop) break;
     const int group_row = work.x + group * 64;
@@ -390,32 +366,27 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     Output o;
 #pragma unroll
     for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
-    if (!(step & jg::kStepBegun)) jg::barrier_wait(JG_BARRIER(q_full, group), slot.count & 1);
-    if (kind == jg::kWorkEmpty) {
-      jg::barrier_arrive_if(leader, JG_BARRIER(q_empty, group));
-    } else {
+    if (kind == jg::kWorkTile) {
+      Logits s;
+      Weights p;
       float factor[2];
-      int position = 0;
+      int step, position = 0;
+      // What the stage holds; without a mask the consumers count for themselves.
+      const auto read_step = [&](const jg::RingPosition<kNumStages>& at) {
+        if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(at.stage + at.parity * kNumStages)));
+        const int here = position++, last = here == num_tiles - 1 ? jg::kStepLast | 15 << jg::kNextAt : 0;
+        return here << jg::kStepShift | last | (group_row > -64 ? kTileFull << 2 * group : 0);
+      };
       const auto first_column = [&] { return kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + 2 * (thread & 3); };
       const auto shape = [&](auto at_end) {
         shape_logits<decltype(at_end)::value>(args, head, rows, s, first_column(), jg::kind_of(step, group) == kTilePartial);
       };
-      // And Q after the last one: the next Q is loaded under the rest of this tile.
-      const auto release_key = [&](bool is_released = false) {
-        jg::barrier_arrive_if(leader && !is_released, JG_BARRIER(k_empty, kv.stage()));
+      const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
+        jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
         jg::barrier_arrive_if(leader && (step & jg::kStepLast), JG_BARRIER(q_empty, group));
       };
       const auto take_turn = [&] { jg::named_sync(kTurnBarrier + group, 256); };
       const auto pass_turn = [&] { jg::named_arrive(kTurnBarrier + (group + 1 == Tile::kGroups ? 0 : group + 1), 256); };
-      // Whether the next query tile begins with a KV tile that the rows of this group see.
-      const auto sees_next_work = [&] {
-        const jg::CountedPosition<2> next = slot.next();
-        jg::barrier_wait(JG_BARRIER(work_full, next.stage()), next.parity());
-        const int4 work = jg::load_shared_int4(shared.work(next.stage()));
-        const int kind = jg::uniform(work.w);
-        if constexpr (kHasMask) return kind > 0 && jg::first_kind_of(kind, group) != kTileNone;
-        return kind > 0 && jg::uniform(work.x) + group * 64 > -64;
-      };
       // Before the first P of a tile where O before it lay: until the copy engine has read O, which it does under Q K^T.
       const auto await_store = [&] {
         jg::bulk_wait_read();   // only the leader has copies to wait for
@@ -429,27 +400,25 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           __syncwarp();
         }
       };
+      jg::barrier_wait(JG_BARRIER(q_full, group), q_parity);
 #pragma unroll 1
       do {
-        const int begun = step & jg::kStepBegun;
-        if (!begun) jg::barrier_wait(JG_BARRIER(k_full, kv.stage()), kv.parity());
-        step = read_step(shared, kv, position, num_tiles, group, group_row);
-        if (!begun) {
-          take_turn();
-          if (jg::kind_of(step, group) == kTileNone) {   // nothing to these rows: release it, and keep the order of turns
-            pass_turn();
-            release_key();
-            jg::barrier_wait(JG_BARRIER(v_full, kv.stage()), kv.parity());
-            if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage()));
-            kv.advance();
-            continue;
-          }
-          // A run of visible tiles: the products of a tile overlap with those of the next.
-          start_qk(s, q_operand, k_operand + (kv.stage() * Tile::kKeyBytes >> 4));
+        jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
+        step = read_step(kv);
+        take_turn();
+        if (jg::kind_of(step, group) == kTileNone) {   // nothing to these rows: release it, and keep the order of turns
           pass_turn();
+          release_key();
+          jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
+          if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
+          kv.advance();
+          continue;
         }
+        // A run of visible tiles: the products of a tile overlap with those of the next.
+        start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4));
+        pass_turn();
         jg::Wgmma<kTileKv>::wait<0>(s);
-        release_key(begun != 0);
+        release_key();
         shape(jg::Constant<1>());
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
@@ -462,18 +431,18 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         moved = false;
 #pragma unroll 1
         while (!jg::is_next_skipped(step, group)) {
-          // Uniform, or each product would fetch its descriptors from ordinary registers (5 % of long rows).
-          const jg::CountedPosition<kNumStages> here = {static_cast<unsigned>(jg::uniform(kv.count))}, next = here.next();
-          jg::barrier_wait(JG_BARRIER(k_full, next.stage()), next.parity());
+          jg::RingPosition<kNumStages> next = kv;
+          next.advance();
+          jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
           take_turn();
-          start_qk(s, q_operand, k_operand + (next.stage() * Tile::kKeyBytes >> 4));
+          start_qk(s, q_operand, k_operand + (next.stage * Tile::kKeyBytes >> 4));
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
-          jg::barrier_wait(JG_BARRIER(v_full, kv.stage()), kv.parity());
-          start_pv(o, p, p_operand, v_operand + (here.stage() * Tile::kValueBytes >> 4));
+          jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
+          start_pv(o, p, p_operand, v_operand + (kv.stage * Tile::kValueBytes >> 4));
           pass_turn();
-          const int value_stage = kv.stage();
+          const int value_stage = kv.stage;
           kv = next;
-          step = read_step(shared, kv, position, num_tiles, group, group_row);
+          step = read_step(kv);
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<!kDescending>());
@@ -489,35 +458,23 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           keep_weights();
         }
         if (kRescaleEarly && moved) jg::rescale_output(o, factor);
-        jg::barrier_wait(JG_BARRIER(v_full, kv.stage()), kv.parity());
-        const int value_stage = kv.stage();
-        kv.advance();
-        if (kMerges && (step & jg::kStepLast) && sees_next_work()) {
-          step |= jg::kStepBegun;
-          jg::barrier_wait(JG_BARRIER(q_full, group), slot.next().count & 1);
-          jg::barrier_wait(JG_BARRIER(k_full, kv.stage()), kv.parity());
-          take_turn();
-          start_qk(s, q_operand, k_operand + (kv.stage() * Tile::kKeyBytes >> 4));
-          start_pv(o, p, p_operand, v_operand + (value_stage * Tile::kValueBytes >> 4));
-          pass_turn();
-          jg::Wgmma<kTileKv>::wait<0>(s);
-          jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage()));
-        } else {
-          start_pv(o, p, p_operand, v_operand + (value_stage * Tile::kValueBytes >> 4));
-        }
+        jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
+        start_pv(o, p, p_operand, v_operand + (kv.stage * Tile::kValueBytes >> 4));
         jg::Wgmma<kHeadDimV>::wait<0>(o);
-        if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
+        if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
+        kv.advance();
       } while (!(step & jg::kStepLast));
+      q_parity ^= 1;
     }
 
     // The message is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
-    const int4 done = jg::load_shared_int4(shared.work(jg::stay(static_cast<int>(slot.count)) & 1));
+    const int4 done = jg::load_shared_int4(shared.work(slot.stage));
     __syncwarp();
-    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage()));
+    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     slot.advance();
-    const int done_row = jg::uniform(done.x) + group * 64, h = jg::uniform(done.y), b = jg::uniform(done.z);
-    finish_rows(args, make_head(args, b, h), softmax, o, done_row);
-    store_output(args, maps, shared, o, group, done_row, h, b);
+    const int done_row = done.x + group * 64;
+    finish_rows(args, make_head(args, done.z, done.y), softmax, o, done_row);
+    store_output(args, maps, shared, o, group, done_row, done.y, done.z);
   }
   if (leader) jg::bulk_wait_read();   // shared memory must outlive the copy
 }

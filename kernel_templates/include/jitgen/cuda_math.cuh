@@ -111,10 +111,6 @@ template <> struct Pair<half16> {
 template <class T, class... Strides> JITGEN_FN bool is_paired(const T* p, Strides... strides) {
   return reinterpret_cast<unsigned long long>(p) % (2 * sizeof(T)) == 0 && ((strides % 2 == 0) & ... & true);
 }
-// Whether elements 8 i to 8 i + 7 of all rows of 16-bit elements are an aligned group of 16 bytes.
-template <class T, class... Strides> JITGEN_FN bool is_chunked(const T* p, Strides... strides) {
-  return reinterpret_cast<unsigned long long>(p) % 16 == 0 && ((strides % 8 == 0) & ... & true);
-}
 // Elements i and i + 1 of a row whose last one is `last`, where i = first + step is even; constant steps become part of the
 // instruction. Volatile: read where it is written, long before it is used. A word whose second half is past the end of the row
 // is still inside of an allocation.

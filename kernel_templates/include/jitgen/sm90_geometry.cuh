@@ -34,8 +34,8 @@ template <int kStages> struct ControlBlock {
   int step[2 * kStages];      // which KV tile a stage holds, with flags: two laps, as no barrier guards its last reader
 };
 
-// kExtraBytes: of what a kernel has beside these, behind the control block. kCopies: the producer copies rows of a captured tensor.
-template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, bool kClassifies, int kExtraBytes = 0, bool kCopies = false> struct Geometry {
+// kExtraBytes: of what a kernel has beside these, behind the control block.
+template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, bool kClassifies, int kExtraBytes = 0> struct Geometry {
   static constexpr int kGroups = kTileQ / 64;   // consumer warp groups, 64 query rows each
   static constexpr int kThreads = 128 * (kGroups + 1);
   static_assert(kTileQ % 64 == 0 && kGroups >= 2 && kGroups <= 4 && kTileKv % 16 == 0, "unsupported tile");
@@ -44,8 +44,8 @@ template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, boo
   // 504, 512 and 480. More would hang the kernel. A producer that classifies tiles by captured tensors spills with 24.
   // Consumers of three groups have no room for P beside O and S from head_dim_v 96 on: P goes through shared memory
   // (192 x 128 with P in registers spills 560 B and serialises wgmma).
-  static constexpr int kProducerRegs = kGroups == 2 ? (kCopies ? 56 : kClassifies ? 40 : 24) : 32;
-  static constexpr int kConsumerRegs = kGroups == 2 ? (kCopies ? 224 : kClassifies ? 232 : 240) : kGroups == 3 ? 160 : 112;
+  static constexpr int kProducerRegs = kGroups == 2 ? (kClassifies ? 40 : 24) : 32;
+  static constexpr int kConsumerRegs = kGroups == 2 ? (kClassifies ? 232 : 240) : kGroups == 3 ? 160 : 112;
   static constexpr bool kSharedP = kGroups >= 3 && kHeadDimV >= 96;
   static_assert(!kSharedP || kTileKv % 64 == 0, "P tiles are spans of 64 columns");
 

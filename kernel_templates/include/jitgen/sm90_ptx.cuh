@@ -119,11 +119,6 @@ JITGEN_FN int4 load_shared_int4(unsigned address) {
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
   return v;
 }
-// An arrival when the asynchronous copies that this thread has begun are complete.
-JITGEN_FN void copies_arrive(unsigned barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
 // The same value in all lanes, in a form the compiler knows to be uniform.
 JITGEN_FN int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
@@ -134,21 +129,6 @@ template <int kStages> struct RingPosition {
   JITGEN_FN void advance() {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
-  JITGEN_FN RingPosition before() const {
-    RingPosition at(stage == 0 ? parity ^ 1 : parity);
-    at.stage = stage == 0 ? kStages - 1 : stage - 1;
-    return at;
-  }
-};
-
-// The same of a reader, in one register; for 2 or 4 stages.
-template <unsigned kStages> struct CountedPosition {
-  static_assert((kStages & kStages - 1) == 0);
-  unsigned count = 0;
-  JITGEN_FN unsigned stage() const { return count & kStages - 1; }
-  JITGEN_FN unsigned parity() const { return count / kStages & 1; }
-  JITGEN_FN CountedPosition next() const { return {count + 1}; }
-  JITGEN_FN void advance() { ++count; }
 };
 
 // ---- programmatic dependent launch: no effect in a launch without the attribute ----

@@ -33,15 +33,11 @@ JITGEN_FN QueryTile query_tile_at(unsigned index, const Schedule& schedule, unsi
 
 // Messages from the producer to the consumers: {first row, head, batch, kind}.
 constexpr int kWorkStop = -1, kWorkEmpty = 0, kWorkTile = 1;   // kWorkEmpty: no visible key, write O = 0 and LSE = -inf
-// kWorkTile with what the first KV tile is to each warp group, and that of a group.
-JITGEN_FN int work_of_tile(int step) { return kWorkTile | (step & 0xff) << 1; }
-JITGEN_FN int first_kind_of(int work, int group) { return work >> (2 * group + 1) & 3; }
 
 // What a stage holds, in one word: the visiting position of its KV tile above kStepShift; for each warp group what the tile
 // is to its 64 rows (two bits from 2 * group: kTileNone, kTilePartial, kTileFull), and whether the next tile is nothing to
 // it (a bit from kNextAt + group; set too when there is no next one); whether this tile is the last.
 constexpr int kNextAt = 8, kStepLast = 1 << 12, kStepShift = 13;
-constexpr int kStepBegun = 1 << 31;   // of a reader: the products of the step after this one are there
 JITGEN_FN int kind_of(int step, int group) { return step >> 2 * group & 3; }
 JITGEN_FN bool is_next_skipped(int step, int group) { return step >> (kNextAt + group) & 1; }
 // The bits of the groups to which the tile with these kinds is nothing.

@@ -125,29 +125,34 @@ JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], float 
     }
 }
 
-// tanh of all logits. The unit that has tanh has the exponentials too, and both together take as long as the products: where no
-// logit of a warp is near the cap, it is a polynomial.
-template <int kColTiles> JITGEN_FN void cap_logits(float (&s)[kColTiles][4]) {
+// tanh(scale * logit). The unit that has tanh has the exponentials too, and both together take as long as the products. Every other
+// logit is therefore a polynomial, where none of those of the warp is near the cap.
+template <int kColTiles> JITGEN_FN void cap_logits(float (&s)[kColTiles][4], float scale) {
   constexpr float kNear = 0.75f;   // to there the polynomial is good to 2^-12, twice as good as tanh.approx
-  float largest[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  float largest[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) largest[e] = ::fmaxf(largest[e], ::fabsf(s[j][e]));
-  const float top = ::fmaxf(::fmaxf(largest[0], largest[1]), ::fmaxf(largest[2], largest[3]));
-  if (JITGEN_FAST_TANH && __all_sync(0xffffffffu, top <= kNear)) {
+    for (int e = 0; e < 4; e += 2) {
+      largest[e / 2] = ::fmaxf(largest[e / 2], ::fabsf(s[j][e]));
+      s[j][e + 1] = tanh(scale * s[j][e + 1]);
+    }
+  const bool is_near = ::fmaxf(largest[0], largest[1]) * ::fabsf(scale) <= kNear;
+  if (JITGEN_FAST_TANH && __all_sync(0xffffffffu, is_near)) {
+    const float square_of_scale = scale * scale, first = 0.99978514f * scale;
+    const float third = -0.32629587f * scale * square_of_scale, fifth = 0.09735367f * scale * square_of_scale * square_of_scale;
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
+      for (int e = 0; e < 4; e += 2) {
         const float square = s[j][e] * s[j][e];
-        s[j][e] *= ::fmaf(square, ::fmaf(square, 0.09735367f, -0.32629587f), 0.99978514f);
+        s[j][e] *= ::fmaf(square, ::fmaf(square, fifth, third), first);
       }
   } else {
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[j][e] = tanh(s[j][e]);
+      for (int e = 0; e < 4; e += 2) s[j][e] = tanh(scale * s[j][e]);
   }
 }
 
@@ -179,22 +184,6 @@ template <class Element, int kColTiles> JITGEN_FN void pack_tile(unsigned (&p)[k
 #pragma unroll
     for (int r = 0; r < 4; ++r) p[step][r] = Element::pack(s[2 * step + r / 2][r % 2 * 2], s[2 * step + r / 2][r % 2 * 2 + 1]);
 }
-// Copies a group of 8 elements of 16 bits, of which the first `present` are of the row. kAligned: by an asynchronous copy, which reads
-// all of the 16 bytes or nothing; copies_arrive tells its end.
-template <bool kAligned> JITGEN_FN void copy_chunk(unsigned to, const unsigned short* from, int present) {
-  if constexpr (kAligned) {
-    cp_async_16(to, from, present > 0);
-  } else {
-    int words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int low = 2 * i < present ? __ldg(from + 2 * i) : 0, high = 2 * i + 1 < present ? __ldg(from + 2 * i + 1) : 0;
-      words[i] = low | high << 16;
-    }
-    store_shared(to, make_int4(words[0], words[1], words[2], words[3]));
-  }
-}
-
 // Writes a packed 64-row tile of a warp group to shared memory in the layout of the copy engine and of wgmma. The swizzle makes
 // the addresses of a span differ in single bits: they are worked out here, and only the first takes a register through the KV loop.
 template <int kCols> JITGEN_FN void store_tile(unsigned address, const unsigned (*p)[4], int warp, int lane) {
