@@ -120,7 +120,7 @@ def _direction(node: Expr) -> int | None:
         return None
     signs = [sign for sign in args if sign is not None]
     if node.op in _RISING:
-        return signs[0]
+        return None if node.dtype == "bool" else signs[0]
     if node.op in ("add", "min", "max"):
         return _common(signs)
     if node.op == "lin":

@@ -137,7 +137,8 @@ template <int kColTiles> JITGEN_FN void cap_logits(float (&s)[kColTiles][4], flo
       largest[e / 2] = ::fmaxf(largest[e / 2], ::fabsf(s[j][e]));
       s[j][e + 1] = tanh(scale * s[j][e + 1]);
     }
-  const bool is_near = ::fmaxf(largest[0], largest[1]) * ::fabsf(scale) <= kNear;
+  const float size = ::fabsf(scale);
+  const bool is_near = (::fmaxf(largest[0], largest[1]) * size <= kNear) & (size > 1e-7f) & (size < 1e7f);   // its powers are normal numbers
   if (JITGEN_FAST_TANH && __all_sync(0xffffffffu, is_near)) {
     const float square_of_scale = scale * scale, first = 0.99978514f * scale;
     const float third = -0.32629587f * scale * square_of_scale, fifth = 0.09735367f * scale * square_of_scale * square_of_scale;
