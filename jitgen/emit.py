@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 from jitgen import ir
 from jitgen.abi import ArgField
-from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_offset, take_relative, take_scale
+from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_offset, take_relative
 from jitgen.emit_load import add_row_word
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis
@@ -54,7 +54,6 @@ class EarlyText:
     marks: tuple[HookText, ...] = ()  # over `distance`: where all are the same at both ends of a tile, `relative` is level
     ahead: BlockText = BlockText()
     paired: str = ""  # condition under which neighbouring columns may be read as one word
-    cap_scale: HookText = HookText()  # what the argument of the cap is still to be multiplied by
     offset: HookText = HookText()  # over the first column of a tile
 
 
@@ -280,11 +279,9 @@ def _emit_score(
     root = split_floats(root, _level)
     flat = drop_relative(root) if relative is not None and not keep_units else None
     rest, level = flat if flat is not None and flat[0] is not None else (None, None)
-    cap_scale = None
     if is_capped:
-        root, cap_scale = take_scale(root.args[0])
+        root = root.args[0]
     low = _element_lowering(unit, [x for x in (root, offset, rest) if x is not None])
-    scale_text = _emit_value(unit, cap_scale, {})
     words = Block("elem", "ahead.", taken={"args", "head", "row", "kv_idx", "step", "last"})
     paired = " & ".join(dict.fromkeys(add_row_word(low, node, words) for node in ahead))
     score = _hook_text(low, root)
@@ -297,7 +294,7 @@ def _emit_score(
     level_text = _emit_value(unit, level, {"relative": "elem"})
     marks = level_marks(relative) if flat is not None and relative is not None else None
     mark_texts = tuple(_emit_value(unit, mark, {"distance": "elem"}) for mark in marks or ())
-    return score, EarlyText(by_distance, others[0], level_text, mark_texts, _block_text(words), paired, scale_text, others[1])
+    return score, EarlyText(by_distance, others[0], level_text, mark_texts, _block_text(words), paired, others[1])
 
 
 def _emit_value(unit: Unit, root: Expr | None, levels: dict[str, str]) -> HookText:

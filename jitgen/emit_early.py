@@ -173,19 +173,6 @@ def _other(product: Expr, factor: Expr) -> Expr:
     return product.args[1] if product.args[0] is factor else product.args[0]
 
 
-# ---- soft caps -----------------------------------------------------------------------------------------------------------
-
-
-def take_scale(argument: Expr) -> tuple[Expr, Expr]:
-    """The logit where it is multiplied by something known per head, and that; else the argument as it is, and 1."""
-    logit = ir.index("score")
-    if argument.op == "mul" and logit in argument.args:
-        scale = _other(argument, logit)
-        if not scale.deps & (POSITIONS | {"score", "relative"}):
-            return logit, scale
-    return argument, ir.const(1.0)
-
-
 # ---- elements that can be read ahead ---------------------------------------------------------------------------------------
 
 

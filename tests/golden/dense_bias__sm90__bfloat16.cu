@@ -535,7 +535,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
-        moved = moved && jg::has_weights(softmax);
         jg::weigh_columns(softmax, s, units, shift);
         if constexpr (Tile::kOutputOverP) await_store();
         keep_weights();

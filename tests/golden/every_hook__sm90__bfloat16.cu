@@ -110,14 +110,9 @@ JITGEN_FN ScoreCol score_col(const Args& args, const Head& head, jg::Column kv_i
   return col;
 }
 
-// What score_elem is still to be multiplied by before tanh is taken of it.
-JITGEN_FN float score_cap_scale(const Args& args, const Head& head) {
-  return head.product;
-}
-
 JITGEN_FN float score_elem(const Args& args, const Head& head, const ScoreRow& row, const ScoreCol& col, float score,
                            int q_idx, jg::Column kv_idx) {
-  return score;
+  return score * head.product;
 }
 
 JITGEN_FN float score_factor(const Args& args, const Head& head) {
@@ -299,7 +294,7 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
                      rows.q_idx[half], kv_idx);
     }
   }
-  jg::cap_logits(s, score_cap_scale(args, head));
+  jg::cap_logits(s);
   if (!(rows.factor > 0.0f)) {   // it would turn the maximum into the minimum
     jg::scale_logits(s, rows.factor);
   }
@@ -623,7 +618,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
-        moved = moved && jg::has_weights(softmax);
         jg::weigh_columns(softmax, s, units, shift);
         if constexpr (Tile::kOutputOverP) await_store();
         keep_weights();

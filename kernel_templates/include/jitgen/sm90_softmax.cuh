@@ -77,8 +77,6 @@ template <bool kMaybeEmpty, int kSlack, int kColTiles>
 JITGEN_FN bool update_maximum(RowSoftmax& state, const float (&s)[kColTiles][4], float units, const float (&offset)[2], float (&shift)[2], float (&factor)[2]) {
   return update_maximum_from<kMaybeEmpty, kSlack, true>(state, s, units, offset, shift, factor);
 }
-// Whether a row of the warp has a weight yet. O is zero otherwise, whatever becomes of the maximum.
-JITGEN_FN bool has_weights(const RowSoftmax& state) { return __any_sync(0xffffffffu, state.row_sum[0] != 0.0f | state.row_sum[1] != 0.0f); }
 // Whether update_maximum has anything to do: whether a row has no maximum yet, or a logit may exceed it by more than kSlack. Most
 // tiles raise none. Positive floats compare as integers do, negative ones stay below every positive limit, and the integer
 // maximum takes three operands: half the instructions of update_maximum, and no shuffle (8 % of hd64, 2 to 3 % of hd128).
@@ -106,7 +104,6 @@ template <int kSlack, int kColTiles>
 JITGEN_FN bool may_rise(const RowSoftmax& state, const float (&s)[kColTiles][4], float units, const float (&offset)[2], float (&shift)[2]) {
   return may_rise_from<kSlack, true>(state, s, units, offset, shift);
 }
-
 // `shift` as update_maximum would leave it if no logit exceeded the maximum.
 JITGEN_FN void shift_by_maximum(const RowSoftmax& state, float units, float (&shift)[2]) {
   shift[0] = state.row_max[0] * units, shift[1] = state.row_max[1] * units;
@@ -125,35 +122,29 @@ JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], float 
     }
 }
 
-// tanh(scale * logit). The unit that has tanh has the exponentials too, and both together take as long as the products. Every other
-// logit is therefore a polynomial, where none of those of the warp is near the cap.
-template <int kColTiles> JITGEN_FN void cap_logits(float (&s)[kColTiles][4], float scale) {
+// tanh of all logits. The unit that has tanh has the exponentials too, and both together take as long as the products: where no
+// logit of a warp is near the cap, it is a polynomial (7 % of hd128 causal 4k, with the maximum that is kept).
+template <int kColTiles> JITGEN_FN void cap_logits(float (&s)[kColTiles][4]) {
   constexpr float kNear = 0.75f;   // to there the polynomial is good to 2^-12, twice as good as tanh.approx
-  float largest[2] = {0.0f, 0.0f};
+  float largest[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
-    for (int e = 0; e < 4; e += 2) {
-      largest[e / 2] = ::fmaxf(largest[e / 2], ::fabsf(s[j][e]));
-      s[j][e + 1] = tanh(scale * s[j][e + 1]);
-    }
-  const float size = ::fabsf(scale);
-  const bool is_near = (::fmaxf(largest[0], largest[1]) * size <= kNear) & (size > 1e-7f) & (size < 1e7f);   // its powers are normal numbers
-  if (JITGEN_FAST_TANH && __all_sync(0xffffffffu, is_near)) {
-    const float square_of_scale = scale * scale, first = 0.99978514f * scale;
-    const float third = -0.32629587f * scale * square_of_scale, fifth = 0.09735367f * scale * square_of_scale * square_of_scale;
+    for (int e = 0; e < 4; ++e) largest[e] = ::fmaxf(largest[e], ::fabsf(s[j][e]));
+  const float top = ::fmaxf(::fmaxf(largest[0], largest[1]), ::fmaxf(largest[2], largest[3]));
+  if (JITGEN_FAST_TANH && __all_sync(0xffffffffu, top <= kNear)) {
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; e += 2) {
+      for (int e = 0; e < 4; ++e) {
         const float square = s[j][e] * s[j][e];
-        s[j][e] *= ::fmaf(square, ::fmaf(square, fifth, third), first);
+        s[j][e] *= ::fmaf(square, ::fmaf(square, 0.09735367f, -0.32629587f), 0.99978514f);
       }
   } else {
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; e += 2) s[j][e] = tanh(scale * s[j][e]);
+      for (int e = 0; e < 4; ++e) s[j][e] = tanh(s[j][e]);
   }
 }
 
@@ -185,14 +176,11 @@ template <class Element, int kColTiles> JITGEN_FN void pack_tile(unsigned (&p)[k
 #pragma unroll
     for (int r = 0; r < 4; ++r) p[step][r] = Element::pack(s[2 * step + r / 2][r % 2 * 2], s[2 * step + r / 2][r % 2 * 2 + 1]);
 }
-// Writes a packed 64-row tile of a warp group to shared memory in the layout of the copy engine and of wgmma. The swizzle makes
-// the addresses of a span differ in single bits: they are worked out here, and only the first takes a register through the KV loop.
+// Writes a packed 64-row tile of a warp group to shared memory in the layout of the copy engine and of wgmma.
 template <int kCols> JITGEN_FN void store_tile(unsigned address, const unsigned (*p)[4], int warp, int lane) {
-  constexpr int kSteps = SpanTile<kCols>::kSpan / 16;
-  const unsigned first = stay(static_cast<int>(address + SpanTile<kCols>::chunk_offset(warp * 16 + (lane & 15), lane >> 4, 64)));
 #pragma unroll
   for (int step = 0; step < kCols / 16; ++step)
-    store_matrix((first ^ step % kSteps * 32) + step / kSteps * 64 * SpanTile<kCols>::kSpanBytes, p[step]);
+    store_matrix(address + SpanTile<kCols>::chunk_offset(warp * 16 + (lane & 15), 2 * step + (lane >> 4), 64), p[step]);
 }
 
 }  // namespace jg
