@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from jitgen import ir
 from jitgen.abi import ArgField
-from jitgen.emit_early import ahead_loads, drop_relative, take_offset, take_relative
+from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_offset, take_relative
 from jitgen.emit_load import add_row_word
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis, position_parts
@@ -21,7 +21,8 @@ from jitgen.emit_text import ELEMENT_CTYPE
 from jitgen.ir import Expr
 from jitgen.program import Program
 
-WITHIN_ONE = ("tanh", "tanh_approx", "sigmoid", "erf", "sin", "cos")  # functions whose values stay within [-1, 1]
+CAPS = ("tanh", "tanh_approx")
+WITHIN_ONE = (*CAPS, "sigmoid", "erf", "sin", "cos")  # functions whose values stay within [-1, 1]
 ELEMENT_NAMES = frozenset(("args", "head", "row", "col", "ahead", "odd", "relative", "score", "q_idx", "kv_idx"))  # parameters
 ELEMENT_BLOCKS = {"row": "row.", "col": "col.", "elem": ""}
 
@@ -51,6 +52,7 @@ class EarlyText:
     relative: HookText = HookText()  # over `distance`
     flat: HookText = HookText()  # the hook where `relative` is the same in the whole tile, without it
     level: HookText = HookText()  # what is added to all logits there, over `relative`
+    marks: tuple[HookText, ...] = ()  # over `distance`: where all are the same at both ends of a tile, `relative` is level
     ahead: BlockText = BlockText()
     paired: str = ""  # condition under which neighbouring columns may be read as one word
     offset: HookText = HookText()  # over the first column of a tile
@@ -89,9 +91,11 @@ class VariantSection:
     raw_scores: bool
     has_score: bool
     score_is_bounded: bool
+    score_is_capped: bool
     has_relative: bool
     has_flat: bool
     flat_is_plain: bool
+    flat_is_marked: bool
     has_ahead: bool
     ahead_serves_batch: bool
     has_offset: bool
@@ -128,7 +132,7 @@ def emit_variant(
 
     With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
     both multiplications then join others, and a soft cap costs one of them an element instead of three.
-    ``early`` names the parts of a score that the template works out before: 'relative', 'ahead', 'offset' (emit_early.py), and
+    ``early`` names what of a score the template takes over (emit_early.py): 'relative', 'columns', 'ahead', 'cap', 'offset'; and
     'positions' where it tells tiles whose mask positions decide alone.
 
     Errors:  UnsupportedVariant when an operation has no meaning where the program uses it.
@@ -147,7 +151,10 @@ def emit_variant(
     positions = position_parts(mask) if "positions" in early else []
     analysis = emit_mask_analysis(unit, mask, by_positions="positions" in early)
     ahead = ahead_loads(score, program.slots) if "ahead" in early and score is not None else []
-    score_text, early_text = _emit_score(unit, score, relative, ahead, offset, keep_units=program.norm is not None)
+    is_capped = "cap" in early and score is not None and score.op in CAPS
+    score_text, early_text = _emit_score(
+        unit, score, relative, ahead, offset, keep_units=program.norm is not None, is_capped=is_capped
+    )
     factor_text = _emit_value(unit, factor, {})
     mask_text, positions_text = _emit_mask(unit, mask, positions)
     text = dict(
@@ -173,9 +180,11 @@ def emit_variant(
         raw_scores=raw_scores,
         has_score=score is not None,
         score_is_bounded=score is not None and score.op in WITHIN_ONE,
+        score_is_capped=is_capped,
         has_relative=relative is not None,
         has_flat=early_text.flat.value != "",
         flat_is_plain=early_text.flat.value == "score" and not early_text.flat.lines,
+        flat_is_marked=bool(early_text.marks),
         has_ahead=bool(ahead),
         ahead_serves_batch=bool(ahead) and not any("b" in n.deps for n in ahead),
         has_offset=early_text.offset.value != "" or early_text.flat.value != "",
@@ -267,7 +276,14 @@ def _hook_text(low: Lowering, root: Expr) -> HookText:
 
 
 def _emit_score(
-    unit: Unit, root: Expr | None, relative: Expr | None, ahead: list[Expr], offset: Expr | None, *, keep_units: bool
+    unit: Unit,
+    root: Expr | None,
+    relative: Expr | None,
+    ahead: list[Expr],
+    offset: Expr | None,
+    *,
+    keep_units: bool,
+    is_capped: bool,
 ) -> tuple[HookText, EarlyText]:
     """The score hook, and what of it comes before; its forms share the values of rows and columns."""
     if root is None:
@@ -275,6 +291,8 @@ def _emit_score(
     root = split_floats(root, _level)
     flat = drop_relative(root) if relative is not None and not keep_units else None
     rest, level = flat if flat is not None and flat[0] is not None else (None, None)
+    if is_capped:
+        root = root.args[0]
     low = _element_lowering(unit, [x for x in (root, offset, rest) if x is not None])
     words = Block("elem", "ahead.", taken={"args", "head", "row", "kv_idx", "step", "last"})
     paired = " & ".join(dict.fromkeys(add_row_word(low, node, words) for node in ahead))
@@ -286,7 +304,9 @@ def _emit_score(
     score = HookText(_block_text(low.blocks["row"]), _block_text(low.blocks["col"]), score.lines, score.value)
     by_distance = _emit_value(unit, relative, {"distance": "elem"})
     level_text = _emit_value(unit, level, {"relative": "elem"})
-    return score, EarlyText(by_distance, others[0], level_text, _block_text(words), paired, others[1])
+    marks = level_marks(relative) if flat is not None and relative is not None else None
+    mark_texts = tuple(_emit_value(unit, mark, {"distance": "elem"}) for mark in marks or ())
+    return score, EarlyText(by_distance, others[0], level_text, mark_texts, _block_text(words), paired, others[1])
 
 
 def _emit_value(unit: Unit, root: Expr | None, levels: dict[str, str]) -> HookText:

@@ -75,9 +75,11 @@ class KernelContext:
     packing: str  # log2 of the heads that share a row of a query tile, as an expression of group_size
     has_score: bool
     score_is_bounded: bool
+    score_is_capped: bool
     has_relative: bool
     has_flat: bool
     flat_is_plain: bool
+    flat_is_marked: bool
     has_distance_offset: bool
     has_ahead: bool
     ahead_serves_batch: bool

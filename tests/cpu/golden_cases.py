@@ -133,7 +133,7 @@ def capped_relative() -> jitgen.Variant:
     cap, table = 50.0, torch.zeros(8, 128)
 
     def biased(score, b, h, q_idx, kv_idx):
-        return cap * torch.tanh(score / cap) + table[h, torch.clamp(q_idx - kv_idx, 0, 127)]
+        return cap * torch.tanh(score / cap) + table[h, torch.clamp(torch.abs(q_idx - kv_idx), 0, 127)]
 
     return jitgen.Variant(score_mod=biased)
 
