@@ -14,7 +14,7 @@ JITGEN_FN void load_query_box(unsigned dst, const Operand& t, unsigned barrier, 
       "[%0], [%1, {%3, %4, %5, %3}], [%2], %6;"
       ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(head), "r"(row), "l"(policy) : "memory");
 }
-// A box of each lane's own, as load_box.
+// A box of each lane's own: rows of one span of columns. A box outside of the tensor is zero.
 JITGEN_FN void load_own_box(unsigned dst, const Operand& t, unsigned barrier, int row, int span, int head, int page, unsigned long long policy) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
@@ -22,24 +22,27 @@ JITGEN_FN void load_own_box(unsigned dst, const Operand& t, unsigned barrier, in
       ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(row), "r"(span), "r"(head * t.head_step), "r"(page * t.batch_step), "l"(policy)
       : "memory");
 }
-// A box of K or V: rows of one span of columns. A box outside of the tensor is zero. Called by a whole warp with equal values.
-JITGEN_FN void load_box(unsigned dst, const Operand& t, unsigned barrier, int row, int span, int head, int page, unsigned long long policy) {
+// A box of a page in a PageMap: all columns of the keys from 8 * group on. kNowhere as its place: zeros. Called by a whole warp
+// with equal values.
+constexpr int kNowhere = 0x7fffffff;
+JITGEN_FN void load_page_box(unsigned dst, const Operand& t, unsigned barrier, int group, int place, unsigned long long policy) {
   asm volatile(
       "{\n.reg .pred elected;\nelect.sync _|elected, 0xffffffff;\n"
       "@elected cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;\n}"
-      ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(row), "r"(span), "r"(head * t.head_step), "r"(page * t.batch_step), "l"(policy)
-      : "memory");
+      "[%0], [%1, {%3, %3, %3, %4, %5}], [%2], %6;\n}"
+      ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(group), "r"(place), "l"(policy) : "memory");
 }
 // Zeroes rows [first, rows) of a tile, by a warp: what lies behind a request's last key may be NaN, and a weight of zero
-// would make NaN of it.
-template <int kCols> JITGEN_FN void clear_rows(unsigned tile, int first, int rows, int lane) {
+// would make NaN of it. `span_rows`: rows of a span that stand together.
+template <int kCols> JITGEN_FN void clear_rows(unsigned tile, int first, int rows, int span_rows, int lane) {
   using Tile = SpanTile<kCols>;
+  constexpr int kChunks = Tile::kSpanBytes / 16, kSpans = kCols / Tile::kSpan;
 #pragma unroll 1
-  for (int span = 0; span < kCols / Tile::kSpan; ++span)
-#pragma unroll 1
-    for (unsigned at = (span * rows + first) * Tile::kSpanBytes + 16 * lane; at < (span + 1) * rows * Tile::kSpanBytes; at += 16 * 32)
-      store_shared(tile + at, make_int4(0, 0, 0, 0));
+  for (int i = lane; i < (rows - first) * kSpans * kChunks; i += 32) {
+    const int chunk = i % kChunks, span = i / kChunks % kSpans, row = first + i / (kChunks * kSpans);
+    const int block = row / span_rows, inside = row - block * span_rows;
+    store_shared(tile + ((block * kSpans + span) * span_rows + inside) * Tile::kSpanBytes + 16 * chunk, make_int4(0, 0, 0, 0));
+  }
 }
 
 // ---- host ----
@@ -59,6 +62,43 @@ inline int box_keys(int64_t page_size, int tile_keys, int least = 8) {
   while (page_size % (2 * keys) == 0 && tile_keys % (2 * keys) == 0) keys *= 2;
   return keys;
 }
+
+// The map of a paged cache for boxes of keys of one page. A box holds groups of 8 keys, in each of them the spans of columns one
+// after the other: so all of its columns come at once, and a tile of boxes is one of 8-row spans whatever the page size is. Pages
+// and heads are one axis, as multiples of what their strides have in common: the place of a page and head on it is
+// page * batch_step + head * head_step.
+template <int kCols> struct PageMap {
+  TensorKey key = {};
+  Operand operand = {};
+
+  int update(const TensorKey& wanted, bool is_bf16, unsigned keys) {
+    if (key.base == wanted.base && key.rows == wanted.rows && key.heads == wanted.heads && key.batch == wanted.batch &&
+        key.stride_s == wanted.stride_s && key.stride_h == wanted.stride_h && key.stride_b == wanted.stride_b)
+      return 0;
+    static const EncodeTiled encode = find_encoder();
+    if (!encode) return kErrorNoEncoder;
+    using Tile = SpanTile<kCols>;
+    using u64 = unsigned long long;
+    const int64_t page = wanted.batch > 1 ? wanted.stride_b : 0, head = wanted.heads > 1 ? wanted.stride_h : 0;
+    int64_t unit = page, rest = head;
+    while (rest != 0) {
+      const int64_t next = unit % rest;
+      unit = rest, rest = next;
+    }
+    unit = unit != 0 ? unit : 8;
+    operand.batch_step = static_cast<int>(page / unit), operand.head_step = static_cast<int>(head / unit);
+    const u64 places = (wanted.batch - 1) * (page / unit) + (wanted.heads - 1) * (head / unit) + 1, row = wanted.stride_s * 2;
+    const u64 sizes[5] = {Tile::kSpan, 8, kCols / Tile::kSpan, static_cast<u64>(wanted.rows) / 8, places};
+    const u64 strides[4] = {row, Tile::kSpanBytes, 8 * row, static_cast<u64>(unit) * 2};
+    const unsigned box[5] = {Tile::kSpan, 8, kCols / Tile::kSpan, keys / 8, 1}, ones[5] = {1, 1, 1, 1, 1};
+    key.base = nullptr;
+    void* const base = const_cast<void*>(wanted.base);
+    if (row == 0 || encode(&operand.map, is_bf16 ? 9 : 6, 5, base, sizes, strides, box, ones, 0, Tile::kSpan == 64 ? 3 : 2, 3, 0))
+      return kErrorTensorMap;
+    key = wanted;
+    return 0;
+  }
+};
 
 // The map of q [rows, heads, kCols]; box of 2^packing heads and the queries of a tile.
 template <int kCols> struct QueryMap {
