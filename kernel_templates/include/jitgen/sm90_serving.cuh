@@ -14,6 +14,11 @@ JITGEN_FN void load_query_box(unsigned dst, const Operand& t, unsigned barrier, 
       "[%0], [%1, {%3, %4, %5, %3}], [%2], %6;"
       ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(head), "r"(row), "l"(policy) : "memory");
 }
+// Its counterpart for O: one span of columns.
+JITGEN_FN void store_output_box(const Operand& t, unsigned src, int head, int row, int span) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+               ::"l"(&t.map), "r"(src), "r"(0), "r"(head), "r"(row), "r"(span) : "memory");
+}
 // A box of each lane's own: rows of one span of columns. A box outside of the tensor is zero.
 JITGEN_FN void load_own_box(unsigned dst, const Operand& t, unsigned barrier, int row, int span, int head, int page, unsigned long long policy) {
   asm volatile(
@@ -100,13 +105,13 @@ template <int kCols> struct PageMap {
   }
 };
 
-// The map of q [rows, heads, kCols]; box of 2^packing heads and the queries of a tile.
+// The map of q or o [rows, heads, kCols]; a box of 2^packing heads has tile_rows packed rows and `spans` spans of columns.
 template <int kCols> struct QueryMap {
   TensorKey key = {};
   int packing = -1;
   Operand operand = {};
 
-  int update(const TensorKey& wanted, bool is_bf16, int wanted_packing, unsigned tile_rows) {
+  int update(const TensorKey& wanted, bool is_bf16, int wanted_packing, unsigned tile_rows, unsigned spans) {
     using Tile = SpanTile<kCols>;
     using u64 = unsigned long long;
     if (packing == wanted_packing && key.base == wanted.base && key.rows == wanted.rows && key.heads == wanted.heads &&
@@ -118,7 +123,7 @@ template <int kCols> struct QueryMap {
     const u64 rows = wanted.rows, heads = wanted.heads;
     const u64 sizes[4] = {Tile::kSpan, heads, rows, kCols / Tile::kSpan};
     const u64 strides[3] = {bytes(heads, wanted.stride_h), bytes(rows, wanted.stride_s), Tile::kSpanBytes};
-    const unsigned box[4] = {Tile::kSpan, 1u << wanted_packing, tile_rows >> wanted_packing, kCols / Tile::kSpan}, ones[4] = {1, 1, 1, 1};
+    const unsigned box[4] = {Tile::kSpan, 1u << wanted_packing, tile_rows >> wanted_packing, spans}, ones[4] = {1, 1, 1, 1};
     packing = -1;
     void* const base = const_cast<void*>(wanted.base);
     if (strides[0] == 0 || strides[1] == 0 ||
