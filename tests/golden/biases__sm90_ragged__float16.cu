@@ -261,7 +261,9 @@ static int launch_planner(const Args& args, const jg::PlanShape& shape) {
 using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, true>;
 using KeyTile = jg::SpanTile<kHeadDim>;
 using ValueTile = jg::SpanTile<kHeadDimV>;
+using OutputTile = jg::SpanTile<kHeadDimV>;
 using WeightTile = jg::SpanTile<Tile::kSharedP ? kTileKv : 64>;   // P in shared memory
+constexpr int kSpanRows = kTileKv, kEightKeys = 8 * KeyTile::kSpanBytes, kEightValues = 8 * ValueTile::kSpanBytes;
 constexpr int kThreads = Tile::kThreads, kRowThreads = 128 * Tile::kGroups;
 [[maybe_unused]] constexpr int kWarpRows = 16, kRowTiles = 1;
 constexpr int kOutTiles = kHeadDimV / 8;
@@ -274,6 +276,9 @@ constexpr bool kRescaleEarly = kHeadDimV > 128;
 constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = true;
 constexpr int kTurnBarrier = 1;   // named barrier: + group
+
+// O leaves by the copy engine where P lay in shared memory, otherwise from registers.
+constexpr bool kCopiesOutput = Tile::kSharedP && kHeadDimV <= kTileKv;
 
 #define JG_TAKE_FN JITGEN_FN
 constexpr int kManyItems = 2;   // for each CTA: from so many on they are given out
@@ -387,11 +392,11 @@ JITGEN_FN Head own_head(const Args& args, const Piece& piece) {
   return make_head(args, piece.request, (piece.group << piece.packing) + jg::packed_head(row, piece.packing));
 }
 
-// ---- shared memory: V stages, K stages, Q, P, control; O leaves from registers ----
+// ---- shared memory: V stages, K stages, Q, P, control ----
 struct Control {
   unsigned long long q_full[Tile::kGroups], q_empty[Tile::kGroups], tail_full;
   unsigned long long k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
-  unsigned long long piece_full[2], work_full[2], work_empty[2];
+  unsigned long long step_full[2 * kNumStages], piece_full[2], work_full[2], work_empty[2];
   Piece piece[2];
   int kind[2];                // of the pieces: kWorkTile, kWorkEmpty, kWorkStop
   int step[2 * kNumStages];   // first key of the KV tile that a stage holds, with flags: two laps, as no barrier guards its last reader
@@ -429,8 +434,9 @@ JITGEN_FN float logit_factor(const Args& args, const Head& head) { return score_
 // A factor that is not positive is applied to S itself, as it would turn the running maximum into a minimum.
 JITGEN_FN float exponent_units(float factor) { return factor > 0.0f ? factor * jg::kLog2E : jg::kLog2E; }
 
-// Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp, kColumnTiles * 8 columns from first_out on.
-template <int kTiles, int kColumnTiles>
+// Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp, kColumnTiles * 8 columns from first_out on. kStores: O is
+// written too, otherwise the caller does that.
+template <int kTiles, int kColumnTiles, bool kStores = true>
 JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][kColumnTiles][4],
                             jg::OnlineSoftmax<kTiles>& softmax, int warp_row, int first_out = 0) {
   const Head head = own_head(args, piece);
@@ -448,7 +454,8 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTi
       for (int j = 0; j < kColumnTiles; ++j) o[i][j][2 * kHalf] *= factor, o[i][j][2 * kHalf + 1] *= factor;
       const long long q_row = piece.request.q_start + jg::packed_query(row, piece.packing);
       const bool is_row = row < num_rows;
-      jg::store_row<Element, kHalf>(o[i], static_cast<char*>(args.o) + (q_row * args.o_stride_s + head.h * args.o_stride_h + first_out) * 2, lane % 4, is_row);
+      if constexpr (kStores)
+        jg::store_row<Element, kHalf>(o[i], static_cast<char*>(args.o) + (q_row * args.o_stride_s + head.h * args.o_stride_h + first_out) * 2, lane % 4, is_row);
       if (args.lse && is_row && first_column == 0 && first_out == 0) args.lse[q_row * args.num_q_heads + head.h] = lse;
     });
 }
@@ -589,10 +596,10 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Piece& pie
     if (first_kv + kTileKv > kv_len) jg::mask_tail(s, first_kv, kv_len);
 }
 
-// ---- producer ----
-struct Maps { jg::Operand q, k, v; };
+// ---- producers: a warp hands out pieces, one copies K, one V, one Q ----
+struct Maps { jg::Operand q, k, v, o; };
 
-// One warp walks the CTA's part of the line, pieces ahead of the others.
+// A warp walks the CTA's part of the line, pieces ahead of the others.
 JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
   jg::RingPosition<2> slot(1);
   Cursor at = share_begin(args, launch, blockIdx.x);
@@ -609,16 +616,19 @@ JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
     is_piece = jg::uniform(is_piece);
     slot.advance();
   }
+  jg::wait_for_previous_kernel();   // a decode kernel that may still run: it has waited for all before it
 }
 
-// Another one classifies the KV tiles of a piece and issues every copy. A tile comes in boxes of box_keys keys.
-JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
-  const int lane = threadIdx.x & 31;
-  const bool leader = lane == 0;
-  const unsigned long long keep = jg::policy_evict_last(), stream = jg::policy_evict_first();
+JITGEN_FN int kv_head(const Launch& launch, const Piece& piece) { return (piece.group << piece.packing) / launch.shape.class_pack; }
+JITGEN_FN void copy_tile(const jg::Operand& map, unsigned dst, unsigned barrier, const Piece& piece, int kv_h, int step) {
+  if ((threadIdx.x & 31) == 0) jg::tensor_load(dst, map, barrier, static_cast<int>(piece.kv_start) + key_of(step), kv_h, 0, jg::policy_evict_last());
+}
+
+// Another one classifies the KV tiles of pieces, and copies K.
+JITGEN_FN void load_keys(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
+  const bool leader = (threadIdx.x & 31) == 0;
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(0);
-  unsigned q_parity = 1, tail_parity = 0;
 #pragma unroll 1
   for (;; slot.advance()) {
     jg::barrier_wait(JG_BARRIER(piece_full, slot.stage), slot.parity);
@@ -632,7 +642,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       publish(jg::kWorkStop);
       break;
     }
-    const int kv_len = piece.request.kv_len, kv_h = (piece.group << piece.packing) / launch.shape.class_pack;
+    const int kv_len = piece.request.kv_len;
     const Head head = make_head(args, piece.request, piece.group << piece.packing);
     const auto span_of = [&](int group, int count) {
       const int row = piece.first_row + 64 * group;
@@ -651,71 +661,95 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       const int kinds = step & 0xff & ((1 << 2 * groups) - 1);
       return (piece.first_key + kv_tile(step >> jg::kStepShift, piece.num_tiles) * kTileKv) / 16 << jg::kStepShift | kinds;
     };
-    // A warp issues its boxes one after another, not each lane its own: that is a loop over lanes in machine code, and causal
-    // prefill of 16k was 4 to 9 % slower with pages of 16, and more with smaller ones.
-    const auto load_tile = [&](const jg::Operand& map, unsigned dst, int span_bytes, int num_spans, unsigned barrier, int step, int page) {
-      const int row = static_cast<int>(piece.kv_start) + key_of(step);
+    int step = next_step();
+    publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);
+    const int kv_h = kv_head(launch, piece);
 #pragma unroll 1
-      for (int span = 0; span < num_spans; ++span)
-        jg::load_box(dst + span * kTileKv * span_bytes, map, barrier, row, span, kv_h, page, keep);
-    };
-    const auto load_key = [&](int step, int page, int next) {
-      const unsigned full = JG_BARRIER(k_full, kv.stage);
+    while (step >= 0) {
+      const int next = next_step();
+      const unsigned full = JG_BARRIER(k_full, kv.stage), place = kv.stage + (kv.parity ^ 1) * kNumStages;
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
       if (leader) {
         const int flags = next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
-        jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags);
+        jg::store_shared(shared.step(place), step | flags);
+        jg::barrier_arrive(JG_BARRIER(step_full, place));
         jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
       }
-      __syncwarp();
-      load_tile(maps.k, shared.key(kv.stage), KeyTile::kSpanBytes, kHeadDim / KeyTile::kSpan, full, step, page);
-    };
-    const auto load_value = [&](int step, int page, const jg::RingPosition<kNumStages>& at) {
-      const int num_keys = kv_len - key_of(step);
-      const unsigned full = JG_BARRIER(v_full, at.stage), arrived = num_keys < kTileKv ? JG_BARRIER(tail_full) : full;
-      jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
-      if (leader) jg::barrier_expect(arrived, Tile::kValueBytes);
-      __syncwarp();
-      load_tile(maps.v, shared.value(at.stage), ValueTile::kSpanBytes, kHeadDimV / ValueTile::kSpan, arrived, step, page);
-      if (num_keys >= kTileKv) return;
-      jg::barrier_wait(arrived, tail_parity);
-      tail_parity ^= 1;
-      jg::clear_rows<kHeadDimV>(shared.value(at.stage), num_keys, kTileKv, lane);
-      jg::fence_async_proxy();
-      __syncwarp();
-      if (leader) jg::barrier_arrive(full);
-    };
+      copy_tile(maps.k, shared.key(kv.stage), full, piece, kv_h, step);
+      step = next;
+      kv.advance();
+    }
+  }
+}
 
-    int step = next_step();
-    publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);
-    if (step < 0) continue;
-    int next = next_step();
-    int page = 0, next_page = 0;
-    load_key(step, page, next);
-    // Each group's rows as soon as it is done with those before.
+// V of the tiles whose K that warp copies.
+JITGEN_FN void load_values(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
+  const int lane = threadIdx.x & 31;
+  const bool leader = lane == 0;
+  jg::RingPosition<kNumStages> kv(1);
+  jg::RingPosition<2 * kNumStages> place(0);
+  jg::RingPosition<2> slot(0);
+  unsigned tail_parity = 0;
+#pragma unroll 1
+  for (;; slot.advance()) {
+    jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
+    const int kind = shared.control->kind[slot.stage];
+    if (kind == jg::kWorkStop) return;
+    const Piece& piece = shared.control->piece[slot.stage];
+    const int kv_h = kv_head(launch, piece);
+    int step = kind == jg::kWorkEmpty ? jg::kStepLast : 0;
+#pragma unroll 1
+    while (!(step & jg::kStepLast)) {
+      jg::barrier_wait(JG_BARRIER(step_full, place.stage), place.parity);
+      step = jg::load_shared(shared.step(place.stage));
+      const int num_keys = piece.request.kv_len - key_of(step);
+      const unsigned full = JG_BARRIER(v_full, kv.stage), arrived = num_keys < kTileKv ? JG_BARRIER(tail_full) : full;
+      jg::barrier_wait(JG_BARRIER(v_empty, kv.stage), kv.parity);
+      if (leader) jg::barrier_expect(arrived, Tile::kValueBytes);
+      copy_tile(maps.v, shared.value(kv.stage), arrived, piece, kv_h, step);
+      if (num_keys < kTileKv) {
+        jg::barrier_wait(arrived, tail_parity);
+        tail_parity ^= 1;
+        jg::clear_rows<kHeadDimV>(shared.value(kv.stage), num_keys, kTileKv, kSpanRows, lane);
+        jg::fence_async_proxy();
+        __syncwarp();
+        if (leader) jg::barrier_arrive(full);
+      }
+      place.advance();
+      kv.advance();
+    }
+    __syncwarp();
+    if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+  }
+}
+
+// Q of each group as soon as it is done with the rows before: the first group is most of a tile ahead of the last.
+JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
+  const bool leader = (threadIdx.x & 31) == 0;
+  const unsigned long long stream = jg::policy_evict_first();
+  jg::RingPosition<2> slot(0);
+#pragma unroll 1
+  for (;; slot.advance()) {
+    jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
+    const int kind = shared.control->kind[slot.stage];
+    if (kind == jg::kWorkStop) return;
+    const Piece& piece = shared.control->piece[slot.stage];
+    const int head = piece.group << piece.packing, row = piece.request.q_start + jg::packed_query(piece.first_row, piece.packing);
+    const int group_rows = jg::packed_query(64, piece.packing);
+    __syncwarp();
+    if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
 #pragma unroll 1
     for (int group = 0; group < Tile::kGroups; ++group) {
       const unsigned full = JG_BARRIER(q_full, group);
-      jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
+      jg::barrier_wait(JG_BARRIER(q_empty, group), slot.stage ^ 1);
       if (!leader) continue;
+      if (kind == jg::kWorkEmpty) {   // its turn passes without a copy
+        jg::barrier_arrive(full);
+        continue;
+      }
       jg::barrier_expect(full, Tile::kGroupQBytes);
-      jg::load_query_box(shared.query(group), maps.q, full, piece.group << piece.packing,
-                         piece.request.q_start + jg::packed_query(piece.first_row + 64 * group, piece.packing), stream);
+      jg::load_query_box(shared.query(group), maps.q, full, head, row + group * group_rows, stream);
     }
-    // K runs one tile ahead of V: the product of the next tile can start while this V is on its way.
-#pragma unroll 1
-    while (next >= 0) {
-      const jg::RingPosition<kNumStages> at = kv;
-      const int after = next_step();
-      kv.advance();
-      load_key(next, next_page, after);
-      load_value(step, page, at);
-      step = next;
-      next = after;
-    }
-    load_value(step, page, kv);
-    kv.advance();
-    q_parity ^= 1;
   }
 }
 
@@ -744,17 +778,53 @@ JITGEN_FN void start_pv(float (&o)[kHeadDimV / 8][4], const Weights& p, unsigned
 
 using Softmax = jg::RowSoftmax;
 
-JITGEN_FN void consume(const Args& args, Shared shared, int group) {
+// Until the copy engine has read what a warp gave it to store: only one lane has copies to wait for.
+JITGEN_FN void await_copies() {
+  jg::bulk_wait_read();
+  __syncwarp();
+}
+// Each warp stores its own 16 rows of O, so the warps wait for none but themselves.
+JITGEN_FN void copy_output(const Args& args, const Maps& maps, const Piece& piece, Shared shared, const Output& o, int warp_row) {
+  const int here = jg::stay(static_cast<int>(threadIdx.x)), thread = here & 127, warp = thread >> 5, lane = thread & 31;
+  const unsigned address = shared.base + Tile::kPAt + (here / 128 - 1) * Tile::kGroupPBytes;   // anew: no register is free in the KV loop
+  const int rows = (piece.request.q_len << piece.packing) - warp_row, first_head = piece.group << piece.packing;
+  unsigned packed[kHeadDimV / 16][4];
+  jg::pack_tile<Element>(packed, o[0]);
+  await_copies();   // an item without keys has had no P
+  jg::store_tile<kHeadDimV>(address, packed, warp, lane);
+  jg::fence_async_proxy();
+  __syncwarp();
+  if (rows >= 16) {
+    if (lane == 0) {
+      const int row = piece.request.q_start + jg::packed_query(warp_row, piece.packing);
+#pragma unroll
+      for (int span = 0; span < kHeadDimV / OutputTile::kSpan; ++span)
+        jg::store_output_box(maps.o, address + (span * 64 + warp * 16) * OutputTile::kSpanBytes, first_head, row, span);
+      jg::bulk_commit();
+    }
+    return;
+  }
+  // The end of a request: a box would reach into the rows of the next.
+  constexpr int kChunks = kHeadDimV / 8;
+#pragma unroll 1
+  for (int i = lane; i < rows * kChunks; i += 32) {
+    const int row = warp_row + i / kChunks, chunk = i % kChunks;
+    const int4 values = jg::load_shared_int4(address + OutputTile::chunk_offset(warp * 16 + i / kChunks, chunk, 64));
+    const long long at = (piece.request.q_start + jg::packed_query(row, piece.packing)) * args.o_stride_s + (first_head + jg::packed_head(row, piece.packing)) * args.o_stride_h;
+    *reinterpret_cast<int4*>(static_cast<char*>(args.o) + (at + 8 * chunk) * 2) = values;
+  }
+}
+
+JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int group) {
   const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5;
   const bool leader = thread == 0;
   const unsigned p_shared = shared.base + Tile::kPAt + group * Tile::kGroupPBytes;
   const unsigned long long q_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.query(group), 16);
-  const unsigned long long k_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.key(0), 16);
-  const unsigned long long v_operand = jg::matrix_descriptor<ValueTile::kSpanBytes>(shared.value(0), kTileKv * ValueTile::kSpanBytes);
+  const unsigned long long k_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.key(0), 16, kEightKeys);
+  const unsigned long long v_operand = jg::matrix_descriptor<ValueTile::kSpanBytes>(shared.value(0), kSpanRows * ValueTile::kSpanBytes, kEightValues);
   const unsigned long long p_operand = jg::matrix_descriptor<WeightTile::kSpanBytes>(p_shared, 16);
   jg::RingPosition<kNumStages> kv(0);
   jg::RingPosition<2> slot(0);
-  unsigned q_parity = 0;
   // The groups issue their products in turn, so that the softmax of one runs under the products of another.
   if (group == 0) jg::named_arrive(kTurnBarrier, 256);
 #pragma unroll 1
@@ -769,7 +839,10 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
     Output o;
 #pragma unroll
     for (int j = 0; j < kOutTiles; ++j) o[0][j][0] = o[0][j][1] = o[0][j][2] = o[0][j][3] = 0.0f;
-    if (kind == jg::kWorkTile) {
+    jg::barrier_wait(JG_BARRIER(q_full, group), slot.stage);   // Q has one buffer: its parity is the slot
+    if (kind == jg::kWorkEmpty) {
+      if (leader) jg::barrier_arrive(JG_BARRIER(q_empty, group));
+    } else {
       Logits s;
       Weights p;
       Early early;
@@ -797,7 +870,6 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
           __syncwarp();
         }
       };
-      jg::barrier_wait(JG_BARRIER(q_full, group), q_parity);
 #pragma unroll 1
       do {
         jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
@@ -822,6 +894,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
         float shift[2];
         bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, early.offset, shift, factor);
         jg::weigh_columns(softmax, s, units, shift);
+        if constexpr (kCopiesOutput) await_copies();   // O before lay where P comes to; it has left under Q K^T
         keep_weights();
         if (moved) jg::rescale_output(o[0], factor);
         moved = false;
@@ -861,7 +934,6 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
       } while (!(step & jg::kStepLast));
-      q_parity ^= 1;
     }
 
     // The piece is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
@@ -870,12 +942,15 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
     jg::OnlineSoftmax<1> finished;
 #pragma unroll
     for (int half = 0; half < 2; ++half) finished.row_max[0][half] = softmax.row_max[half], finished.row_sum[0][half] = softmax.row_sum[half];
-    if (done.slot < 0) write_output(args, done, o, finished, warp_row);
-    else Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, finished);
+    if (done.slot < 0) {
+      write_output<1, kOutTiles, !kCopiesOutput>(args, done, o, finished, warp_row);
+      if constexpr (kCopiesOutput) copy_output(args, maps, done, shared, o, warp_row);
+    } else Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, finished);
     __syncwarp();
     if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     slot.advance();
   }
+  if constexpr (kCopiesOutput) jg::bulk_wait_read();   // shared memory must outlive the copies
 }
 
 // ---- kernel ----
@@ -889,6 +964,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::prefetch_tensor_map(maps.q);
     jg::prefetch_tensor_map(maps.k);
     jg::prefetch_tensor_map(maps.v);
+    if (kCopiesOutput) jg::prefetch_tensor_map(maps.o);
     for (int group = 0; group < Tile::kGroups; ++group) {
       jg::barrier_init(JG_BARRIER(q_full, group), 1);
       jg::barrier_init(JG_BARRIER(q_empty, group), 1);
@@ -900,10 +976,11 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
       jg::barrier_init(JG_BARRIER(v_empty, stage), Tile::kGroups);
     }
+    for (int place = 0; place < 2 * kNumStages; ++place) jg::barrier_init(JG_BARRIER(step_full, place), 1);
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(piece_full, slot), 1);
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups);   // one arrival per consumer warp
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + 2);   // one arrival per warp that reads pieces
     }
     jg::barrier_init_fence();
   }
@@ -911,12 +988,13 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
   if (group == 0) {
     jg::give_registers<Tile::kProducerRegs>();
     const int warp = jg::uniform(threadIdx.x >> 5);
-    if (warp == 0) produce(args, maps, launch, box_keys, shared);
-    if (warp == 1) hand_out(args, launch, shared);
-    if (warp == 2) jg::wait_for_previous_kernel();   // a decode kernel that may still run: it has waited for all before it
+    if (warp == 0) load_keys(args, maps, launch, box_keys, shared);
+    else if (warp == 1) hand_out(args, launch, shared);
+    else if (warp == 2) load_queries(maps, shared);
+    else load_values(args, maps, launch, box_keys, shared);
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
-    consume(args, shared, group - 1);
+    consume(args, maps, shared, group - 1);
   }
 }
 
@@ -926,6 +1004,7 @@ static int key_step(const Args& args) { return 16; }
 
 static int start_attention(const Args& args, const Launch& launch) {
   static thread_local jg::QueryMap<kHeadDim> q;
+  static thread_local jg::QueryMap<kHeadDimV> o;
   static thread_local jg::OperandMap<kHeadDim> k;
   static thread_local jg::OperandMap<kHeadDimV> v;
   const int keys = box_keys_of(args);
@@ -935,11 +1014,13 @@ static int start_attention(const Args& args, const Launch& launch) {
   const int64_t rows = no_keys ? 1 : args.num_pages;
   const int64_t pages = 1, heads = args.num_kv_heads;
   const jg::TensorKey q_key = {args.q, args.total_q, args.num_q_heads, 1, args.q_stride_s, args.q_stride_h, 0};
+  const jg::TensorKey o_key = {args.o, args.total_q, args.num_q_heads, 1, args.o_stride_s, args.o_stride_h, 0};
   const jg::TensorKey k_key = {no_keys ? args.q : args.k, rows, heads, pages, args.k_stride_s, args.k_stride_h, args.k_stride_p};
   const jg::TensorKey v_key = {no_keys ? args.q : args.v, rows, heads, pages, args.v_stride_s, args.v_stride_h, args.v_stride_p};
-  int code = q.update(q_key, kIsBf16, launch.packing, 64);
-  if (!code) code = k.update(k_key, kIsBf16, keys, KeyTile::kSpan);
-  if (!code) code = v.update(v_key, kIsBf16, keys, ValueTile::kSpan);
+  int code = q.update(q_key, kIsBf16, launch.packing, 64, kHeadDim / KeyTile::kSpan);
+  if (!code && kCopiesOutput) code = o.update(o_key, kIsBf16, launch.packing, 16, 1);
+  if (!code) code = k.update(k_key, kIsBf16, keys);
+  if (!code) code = v.update(v_key, kIsBf16, keys);
   if (code) return code;
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args.stream);
   cudaLaunchAttribute overlap;
@@ -949,7 +1030,7 @@ static int start_attention(const Args& args, const Launch& launch) {
   config.gridDim = dim3(static_cast<unsigned>(launch.num_ctas)), config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kSharedBytes, config.stream = stream;
   config.attrs = &overlap, config.numAttrs = args.programmatic ? 1 : 0;
-  return cudaLaunchKernelEx(&config, attention_kernel, Maps{q.operand, k.operand, v.operand}, args, launch, keys);
+  return cudaLaunchKernelEx(&config, attention_kernel, Maps{q.operand, k.operand, v.operand, o.operand}, args, launch, keys);
 }
 
 // ---- launcher ----
