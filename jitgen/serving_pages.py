@@ -78,8 +78,10 @@ class PageTable:
         )
 
     def starts(self, count: int, stride: int | None = None) -> Tensor:
-        """First entry of each of the first ``count`` lists in the page numbers of all, int32 [count]; ``stride``: of the lists of
-        the dense form, if not as they are."""
+        """First entry of each of the first ``count`` lists in the page numbers of all, int32 [count].
+
+        ``stride`` is that of the lists of the dense form, if they are not where they were.
+        """
         if self.indptr is not None:
             return self.indptr[:count]
         return torch.arange(count, dtype=torch.int32, device=self.device) * (self.list_stride if stride is None else stride)
