@@ -53,7 +53,8 @@ class BlockLists:
         is_plain = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] and q.shape[-1] in CUDA_HEAD_DIMS
         strides = [s for t in (q, k, v) for s in t.stride()[1:3]]
         has_rows = all(t.stride(3) == 1 for t in (q, k, v)) and all(s % 8 == 0 for s in strides)
-        return is_hopper(q.device) and is_plain and has_rows and not (k.data_ptr() | v.data_ptr()) & 15 and reads_no_position(program)
+        is_aligned = not (k.data_ptr() | v.data_ptr()) & 15
+        return is_plain and has_rows and is_aligned and is_hopper(q.device) and reads_no_position(program)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, variant: Variant, scale: float | None, out: Tensor | None, want_lse: bool
@@ -75,7 +76,7 @@ class BlockLists:
         return t.as_strided((length // columns, columns, heads, dim), (columns * row, row, head, 1))
 
     def _plan(self, q: Tensor, v: Tensor, variant: Variant) -> Plan:
-        """The plan for a call. It counts the work that is given out, so launches that may run at the same time have their own."""
+        """The plan for a call. It counts work that is given out, so launches that may run at the same time have their own."""
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             self.captured.append(self._make_plan(q, v, variant))
             return self.captured[-1]
