@@ -278,7 +278,7 @@ constexpr bool kMaybeEmpty = true;
 constexpr int kTurnBarrier = 1;   // named barrier: + group
 
 // O leaves by the copy engine where P lay in shared memory, otherwise from registers.
-constexpr bool kCopiesOutput = Tile::kSharedP && kHeadDimV <= kTileKv;
+constexpr bool kCopiesOutput = false;
 
 #define JG_TAKE_FN JITGEN_FN
 constexpr int kManyItems = 2;   // for each CTA: from so many on they are given out
@@ -396,7 +396,7 @@ JITGEN_FN Head own_head(const Args& args, const Piece& piece) {
 struct Control {
   unsigned long long q_full[Tile::kGroups], q_empty[Tile::kGroups], tail_full;
   unsigned long long k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
-  unsigned long long step_full[2 * kNumStages], piece_full[2], work_full[2], work_empty[2];
+  unsigned long long piece_full[2], work_full[2], work_empty[2];
   Piece piece[2];
   int kind[2];                // of the pieces: kWorkTile, kWorkEmpty, kWorkStop
   int step[2 * kNumStages];   // first key of the KV tile that a stage holds, with flags: two laps, as no barrier guards its last reader
@@ -596,10 +596,10 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Piece& pie
     if (first_kv + kTileKv > kv_len) jg::mask_tail(s, first_kv, kv_len);
 }
 
-// ---- producers: a warp hands out pieces, one copies K, one V, one Q ----
+// ---- producer ----
 struct Maps { jg::Operand q, k, v, o; };
 
-// A warp walks the CTA's part of the line, pieces ahead of the others.
+// One warp walks the CTA's part of the line, pieces ahead of the others.
 JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
   jg::RingPosition<2> slot(1);
   Cursor at = share_begin(args, launch, blockIdx.x);
@@ -616,19 +616,41 @@ JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
     is_piece = jg::uniform(is_piece);
     slot.advance();
   }
-  jg::wait_for_previous_kernel();   // a decode kernel that may still run: it has waited for all before it
 }
 
-JITGEN_FN int kv_head(const Launch& launch, const Piece& piece) { return (piece.group << piece.packing) / launch.shape.class_pack; }
-JITGEN_FN void copy_tile(const jg::Operand& map, unsigned dst, unsigned barrier, const Piece& piece, int kv_h, int step) {
-  if ((threadIdx.x & 31) == 0) jg::tensor_load(dst, map, barrier, static_cast<int>(piece.kv_start) + key_of(step), kv_h, 0, jg::policy_evict_last());
-}
-
-// Another one classifies the KV tiles of pieces, and copies K.
-JITGEN_FN void load_keys(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
-  const bool leader = (threadIdx.x & 31) == 0;
+// Another one classifies the KV tiles of a piece and issues every copy.
+JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
+  const int lane = threadIdx.x & 31;
+  const bool leader = lane == 0;
+  const unsigned long long keep = jg::policy_evict_last();
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(0);
+  unsigned tail_parity = 0;
+  const auto kv_head = [&](const Piece& piece) { return (piece.group << piece.packing) / launch.shape.class_pack; };
+  // A warp issues its boxes one after another, not each lane its own: that is a loop over lanes in machine code, and causal
+  // prefill of 16k was 4 to 9 % slower with pages of 16, and more with smaller ones.
+  const auto load_tile = [&](const jg::Operand& map, unsigned dst, int row_bytes, unsigned barrier, const Piece& piece, int kv_h, int step, int page) {
+    constexpr int kSpan = KeyTile::kSpan;   // that of values is the same
+#pragma unroll 1
+    for (int span = 0; span < row_bytes / (2 * kSpan); ++span)
+      jg::load_box(dst + span * kTileKv * 2 * kSpan, map, barrier, static_cast<int>(piece.kv_start) + key_of(step), span, kv_h, 0, keep);
+  };
+  const auto load_value = [&](const Piece& piece, int kv_h, int step, int page, const jg::RingPosition<kNumStages>& at) {
+    const int num_keys = piece.request.kv_len - key_of(step);
+    const unsigned full = JG_BARRIER(v_full, at.stage), arrived = num_keys < kTileKv ? JG_BARRIER(tail_full) : full;
+    jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
+    if (leader) jg::barrier_expect(arrived, Tile::kValueBytes);
+    __syncwarp();
+    load_tile(maps.v, shared.value(at.stage), kHeadDimV * 2, arrived, piece, kv_h, step, page);
+    if (num_keys >= kTileKv) return;
+    jg::barrier_wait(arrived, tail_parity);
+    tail_parity ^= 1;
+    jg::clear_rows<kHeadDimV>(shared.value(at.stage), num_keys, kTileKv, kSpanRows, lane);
+    jg::fence_async_proxy();
+    __syncwarp();
+    if (leader) jg::barrier_arrive(full);
+  };
+  unsigned q_parity = 1;
 #pragma unroll 1
   for (;; slot.advance()) {
     jg::barrier_wait(JG_BARRIER(piece_full, slot.stage), slot.parity);
@@ -642,7 +664,7 @@ JITGEN_FN void load_keys(const Args& args, const Maps& maps, const Launch& launc
       publish(jg::kWorkStop);
       break;
     }
-    const int kv_len = piece.request.kv_len;
+    const int kv_len = piece.request.kv_len, kv_h = kv_head(piece);
     const Head head = make_head(args, piece.request, piece.group << piece.packing);
     const auto span_of = [&](int group, int count) {
       const int row = piece.first_row + 64 * group;
@@ -661,95 +683,48 @@ JITGEN_FN void load_keys(const Args& args, const Maps& maps, const Launch& launc
       const int kinds = step & 0xff & ((1 << 2 * groups) - 1);
       return (piece.first_key + kv_tile(step >> jg::kStepShift, piece.num_tiles) * kTileKv) / 16 << jg::kStepShift | kinds;
     };
-    int step = next_step();
-    publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);
-    const int kv_h = kv_head(launch, piece);
-#pragma unroll 1
-    while (step >= 0) {
-      const int next = next_step();
-      const unsigned full = JG_BARRIER(k_full, kv.stage), place = kv.stage + (kv.parity ^ 1) * kNumStages;
+    const auto load_key = [&](int step, int page, int next) {
+      const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
       if (leader) {
         const int flags = next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
-        jg::store_shared(shared.step(place), step | flags);
-        jg::barrier_arrive(JG_BARRIER(step_full, place));
+        jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags);
         jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
       }
-      copy_tile(maps.k, shared.key(kv.stage), full, piece, kv_h, step);
-      step = next;
-      kv.advance();
-    }
-  }
-}
-
-// V of the tiles whose K that warp copies.
-JITGEN_FN void load_values(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
-  const int lane = threadIdx.x & 31;
-  const bool leader = lane == 0;
-  jg::RingPosition<kNumStages> kv(1);
-  jg::RingPosition<2 * kNumStages> place(0);
-  jg::RingPosition<2> slot(0);
-  unsigned tail_parity = 0;
-#pragma unroll 1
-  for (;; slot.advance()) {
-    jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
-    const int kind = shared.control->kind[slot.stage];
-    if (kind == jg::kWorkStop) return;
-    const Piece& piece = shared.control->piece[slot.stage];
-    const int kv_h = kv_head(launch, piece);
-    int step = kind == jg::kWorkEmpty ? jg::kStepLast : 0;
-#pragma unroll 1
-    while (!(step & jg::kStepLast)) {
-      jg::barrier_wait(JG_BARRIER(step_full, place.stage), place.parity);
-      step = jg::load_shared(shared.step(place.stage));
-      const int num_keys = piece.request.kv_len - key_of(step);
-      const unsigned full = JG_BARRIER(v_full, kv.stage), arrived = num_keys < kTileKv ? JG_BARRIER(tail_full) : full;
-      jg::barrier_wait(JG_BARRIER(v_empty, kv.stage), kv.parity);
-      if (leader) jg::barrier_expect(arrived, Tile::kValueBytes);
-      copy_tile(maps.v, shared.value(kv.stage), arrived, piece, kv_h, step);
-      if (num_keys < kTileKv) {
-        jg::barrier_wait(arrived, tail_parity);
-        tail_parity ^= 1;
-        jg::clear_rows<kHeadDimV>(shared.value(kv.stage), num_keys, kTileKv, kSpanRows, lane);
-        jg::fence_async_proxy();
-        __syncwarp();
-        if (leader) jg::barrier_arrive(full);
-      }
-      place.advance();
-      kv.advance();
-    }
-    __syncwarp();
-    if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
-  }
-}
-
-// Q of each group as soon as it is done with the rows before: the first group is most of a tile ahead of the last.
-JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
-  const bool leader = (threadIdx.x & 31) == 0;
-  const unsigned long long stream = jg::policy_evict_first();
-  jg::RingPosition<2> slot(0);
-#pragma unroll 1
-  for (;; slot.advance()) {
-    jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
-    const int kind = shared.control->kind[slot.stage];
-    if (kind == jg::kWorkStop) return;
-    const Piece& piece = shared.control->piece[slot.stage];
-    const int head = piece.group << piece.packing, row = piece.request.q_start + jg::packed_query(piece.first_row, piece.packing);
-    const int group_rows = jg::packed_query(64, piece.packing);
-    __syncwarp();
-    if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+      __syncwarp();
+      load_tile(maps.k, shared.key(kv.stage), kHeadDim * 2, full, piece, kv_h, step, page);
+    };
+    int step = next_step();
+    publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);
+    if (step < 0) continue;
+    int next = next_step();
+    int page = 0, next_page = 0;
+    load_key(step, page, next);
+    // Each group's rows as soon as it is done with those before. In a warp of its own, as with pages, and with the last V behind the
+    // next K, ragged prefill was 2 to 4 % slower (five shapes), paged prefill of block lists 2 to 4 % faster.
 #pragma unroll 1
     for (int group = 0; group < Tile::kGroups; ++group) {
       const unsigned full = JG_BARRIER(q_full, group);
-      jg::barrier_wait(JG_BARRIER(q_empty, group), slot.stage ^ 1);
+      jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
       if (!leader) continue;
-      if (kind == jg::kWorkEmpty) {   // its turn passes without a copy
-        jg::barrier_arrive(full);
-        continue;
-      }
       jg::barrier_expect(full, Tile::kGroupQBytes);
-      jg::load_query_box(shared.query(group), maps.q, full, head, row + group * group_rows, stream);
+      jg::load_query_box(shared.query(group), maps.q, full, piece.group << piece.packing,
+                         piece.request.q_start + jg::packed_query(piece.first_row + 64 * group, piece.packing), jg::policy_evict_first());
     }
+    q_parity ^= 1;
+    // K runs one tile ahead of V: the product of the next tile can start while this V is on its way.
+#pragma unroll 1
+    while (next >= 0) {
+      const jg::RingPosition<kNumStages> at = kv;
+      const int after = next_step();
+      kv.advance();
+      load_key(next, next_page, after);
+      load_value(piece, kv_h, step, page, at);
+      step = next;
+      next = after;
+    }
+    load_value(piece, kv_h, step, page, kv);
+    kv.advance();
   }
 }
 
@@ -778,43 +753,6 @@ JITGEN_FN void start_pv(float (&o)[kHeadDimV / 8][4], const Weights& p, unsigned
 
 using Softmax = jg::RowSoftmax;
 
-// Until the copy engine has read what a warp gave it to store: only one lane has copies to wait for.
-JITGEN_FN void await_copies() {
-  jg::bulk_wait_read();
-  __syncwarp();
-}
-// Each warp stores its own 16 rows of O, so the warps wait for none but themselves.
-JITGEN_FN void copy_output(const Args& args, const Maps& maps, const Piece& piece, Shared shared, const Output& o, int warp_row) {
-  const int here = jg::stay(static_cast<int>(threadIdx.x)), thread = here & 127, warp = thread >> 5, lane = thread & 31;
-  const unsigned address = shared.base + Tile::kPAt + (here / 128 - 1) * Tile::kGroupPBytes;   // anew: no register is free in the KV loop
-  const int rows = (piece.request.q_len << piece.packing) - warp_row, first_head = piece.group << piece.packing;
-  unsigned packed[kHeadDimV / 16][4];
-  jg::pack_tile<Element>(packed, o[0]);
-  await_copies();   // an item without keys has had no P
-  jg::store_tile<kHeadDimV>(address, packed, warp, lane);
-  jg::fence_async_proxy();
-  __syncwarp();
-  if (rows >= 16) {
-    if (lane == 0) {
-      const int row = piece.request.q_start + jg::packed_query(warp_row, piece.packing);
-#pragma unroll
-      for (int span = 0; span < kHeadDimV / OutputTile::kSpan; ++span)
-        jg::store_output_box(maps.o, address + (span * 64 + warp * 16) * OutputTile::kSpanBytes, first_head, row, span);
-      jg::bulk_commit();
-    }
-    return;
-  }
-  // The end of a request: a box would reach into the rows of the next.
-  constexpr int kChunks = kHeadDimV / 8;
-#pragma unroll 1
-  for (int i = lane; i < rows * kChunks; i += 32) {
-    const int row = warp_row + i / kChunks, chunk = i % kChunks;
-    const int4 values = jg::load_shared_int4(address + OutputTile::chunk_offset(warp * 16 + i / kChunks, chunk, 64));
-    const long long at = (piece.request.q_start + jg::packed_query(row, piece.packing)) * args.o_stride_s + (first_head + jg::packed_head(row, piece.packing)) * args.o_stride_h;
-    *reinterpret_cast<int4*>(static_cast<char*>(args.o) + (at + 8 * chunk) * 2) = values;
-  }
-}
-
 JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int group) {
   const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5;
   const bool leader = thread == 0;
@@ -824,25 +762,23 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   const unsigned long long v_operand = jg::matrix_descriptor<ValueTile::kSpanBytes>(shared.value(0), kSpanRows * ValueTile::kSpanBytes, kEightValues);
   const unsigned long long p_operand = jg::matrix_descriptor<WeightTile::kSpanBytes>(p_shared, 16);
   jg::RingPosition<kNumStages> kv(0);
-  jg::RingPosition<2> slot(0);
+  unsigned laps = 0;   // slot of pieces: bit 0; its parity: bit 1; that of Q: bit 2. In one register, as none is free
+  const auto slot = [&] { return laps & 1; };
   // The groups issue their products in turn, so that the softmax of one runs under the products of another.
   if (group == 0) jg::named_arrive(kTurnBarrier, 256);
 #pragma unroll 1
   for (;;) {
-    jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
-    const int kind = jg::uniform(shared.control->kind[slot.stage]);
+    jg::barrier_wait(JG_BARRIER(work_full, slot()), laps >> 1 & 1);
+    const int kind = jg::uniform(shared.control->kind[slot()]);
     if (kind == jg::kWorkStop) break;
-    const Piece& piece = shared.control->piece[slot.stage];
+    const Piece& piece = shared.control->piece[slot()];
     const Head head = own_head(args, piece);
     const Rows rows = make_rows(args, head, piece, own_row(piece.first_row + group * 64));
     Softmax softmax;
     Output o;
 #pragma unroll
     for (int j = 0; j < kOutTiles; ++j) o[0][j][0] = o[0][j][1] = o[0][j][2] = o[0][j][3] = 0.0f;
-    jg::barrier_wait(JG_BARRIER(q_full, group), slot.stage);   // Q has one buffer: its parity is the slot
-    if (kind == jg::kWorkEmpty) {
-      if (leader) jg::barrier_arrive(JG_BARRIER(q_empty, group));
-    } else {
+    if (kind == jg::kWorkTile) {
       Logits s;
       Weights p;
       Early early;
@@ -870,6 +806,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           __syncwarp();
         }
       };
+      jg::barrier_wait(JG_BARRIER(q_full, group), laps >> 2);
 #pragma unroll 1
       do {
         jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
@@ -894,7 +831,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         float shift[2];
         bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, early.offset, shift, factor);
         jg::weigh_columns(softmax, s, units, shift);
-        if constexpr (kCopiesOutput) await_copies();   // O before lay where P comes to; it has left under Q K^T
         keep_weights();
         if (moved) jg::rescale_output(o[0], factor);
         moved = false;
@@ -934,23 +870,22 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
       } while (!(step & jg::kStepLast));
+      laps ^= 4;
     }
 
     // The piece is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
-    const Piece& done = shared.control->piece[slot.stage];
+    const Piece& done = shared.control->piece[slot()];
     const int warp_row = done.first_row + (jg::stay(static_cast<int>(threadIdx.x)) - 128) / 32 * 16;
     jg::OnlineSoftmax<1> finished;
 #pragma unroll
     for (int half = 0; half < 2; ++half) finished.row_max[0][half] = softmax.row_max[half], finished.row_sum[0][half] = softmax.row_sum[half];
     if (done.slot < 0) {
       write_output<1, kOutTiles, !kCopiesOutput>(args, done, o, finished, warp_row);
-      if constexpr (kCopiesOutput) copy_output(args, maps, done, shared, o, warp_row);
     } else Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, finished);
     __syncwarp();
-    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
-    slot.advance();
+    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
+    laps ^= laps & 1 ? 3 : 1;
   }
-  if constexpr (kCopiesOutput) jg::bulk_wait_read();   // shared memory must outlive the copies
 }
 
 // ---- kernel ----
@@ -976,11 +911,10 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
       jg::barrier_init(JG_BARRIER(v_empty, stage), Tile::kGroups);
     }
-    for (int place = 0; place < 2 * kNumStages; ++place) jg::barrier_init(JG_BARRIER(step_full, place), 1);
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(piece_full, slot), 1);
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + 2);   // one arrival per warp that reads pieces
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups);   // one arrival per warp that reads pieces
     }
     jg::barrier_init_fence();
   }
@@ -988,10 +922,9 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
   if (group == 0) {
     jg::give_registers<Tile::kProducerRegs>();
     const int warp = jg::uniform(threadIdx.x >> 5);
-    if (warp == 0) load_keys(args, maps, launch, box_keys, shared);
-    else if (warp == 1) hand_out(args, launch, shared);
-    else if (warp == 2) load_queries(maps, shared);
-    else load_values(args, maps, launch, box_keys, shared);
+    if (warp == 0) produce(args, maps, launch, box_keys, shared);
+    if (warp == 1) hand_out(args, launch, shared);
+    if (warp == 3) jg::wait_for_previous_kernel();   // a decode kernel that may still run: it has waited for all before it
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
     consume(args, maps, shared, group - 1);
@@ -1019,8 +952,8 @@ static int start_attention(const Args& args, const Launch& launch) {
   const jg::TensorKey v_key = {no_keys ? args.q : args.v, rows, heads, pages, args.v_stride_s, args.v_stride_h, args.v_stride_p};
   int code = q.update(q_key, kIsBf16, launch.packing, 64, kHeadDim / KeyTile::kSpan);
   if (!code && kCopiesOutput) code = o.update(o_key, kIsBf16, launch.packing, 16, 1);
-  if (!code) code = k.update(k_key, kIsBf16, keys);
-  if (!code) code = v.update(v_key, kIsBf16, keys);
+  if (!code) code = k.update(k_key, kIsBf16, keys, KeyTile::kSpan);
+  if (!code) code = v.update(v_key, kIsBf16, keys, ValueTile::kSpan);
   if (code) return code;
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args.stream);
   cudaLaunchAttribute overlap;

@@ -253,7 +253,7 @@ JITGEN_FN Head own_head(const Args& args, const Piece& piece) {
 struct Control {
   unsigned long long q_full[Tile::kGroups], q_empty[Tile::kGroups], tail_full;
   unsigned long long k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
-  unsigned long long step_full[2 * kNumStages], piece_full[2], work_full[2], work_empty[2];
+  unsigned long long piece_full[2], work_full[2], work_empty[2];
   Piece piece[2];
   int kind[2];                // of the pieces: kWorkTile, kWorkEmpty, kWorkStop
   int step[2 * kNumStages];   // first key of the KV tile that a stage holds, with flags: two laps, as no barrier guards its last reader
@@ -393,10 +393,10 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Piece& pie
     if (first_kv + kTileKv > kv_len) jg::mask_tail(s, first_kv, kv_len);
 }
 
-// ---- producers: a warp hands out pieces, one copies K, one V, one Q ----
+// ---- producer ----
 struct Maps { jg::Operand q, k, v, o; };
 
-// A warp walks the CTA's part of the line, pieces ahead of the others.
+// One warp walks the CTA's part of the line, pieces ahead of the others.
 JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
   jg::RingPosition<2> slot(1);
   Cursor at = share_begin(args, launch, blockIdx.x);
@@ -413,33 +413,53 @@ JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
     is_piece = jg::uniform(is_piece);
     slot.advance();
   }
-  jg::wait_for_previous_kernel();   // a decode kernel that may still run: it has waited for all before it
 }
 
-JITGEN_FN int kv_head(const Launch& launch, const Piece& piece) { return (piece.group << piece.packing) / launch.shape.class_pack; }
-// Page of the box of this lane, in a tile that comes in boxes of box_keys keys; -1: it has no key.
-JITGEN_FN int look_up_box(const Args& args, const Launch& launch, const Piece& piece, int box_keys, int step) {
-  const int first = static_cast<int>(threadIdx.x & 31) * box_keys, key = key_of(step) + first;
-  return key < piece.request.kv_len && first < kTileKv ? args.pages[piece.kv_start + launch.page_size.divide(key)] : -1;
-}
-// A warp issues its boxes one after another, not each lane its own: that is a loop over lanes in machine code, and causal
-// prefill of 16k was 4 to 9 % slower with pages of 16, and more with smaller ones.
-JITGEN_FN void copy_tile(const Launch& launch, const jg::Operand& map, unsigned dst, int row_bytes, unsigned barrier, int kv_h, int box_keys, int step, int page) {
+// Another one classifies the KV tiles of a piece and issues the copies of K and V. A tile comes in boxes of box_keys keys.
+JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
+  const int lane = threadIdx.x & 31;
+  const bool leader = lane == 0;
   const unsigned long long keep = jg::policy_evict_last();
-  const int key = key_of(step) + static_cast<int>(threadIdx.x & 31) * box_keys;
-  const int group = (key - launch.page_size.divide(key) * static_cast<int>(launch.page_size.value)) / 8;
-  const int place = page < 0 ? jg::kNowhere : page * map.batch_step + kv_h * map.head_step;
-  const int num_boxes = kTileKv / box_keys;
-#pragma unroll 4
-  for (int box = 0; box < num_boxes; ++box)
-    jg::load_page_box(dst + box * box_keys * row_bytes, map, barrier, __shfl_sync(0xffffffffu, group, box), __shfl_sync(0xffffffffu, place, box), keep);
-}
-
-// Another one classifies the KV tiles of pieces, and copies K.
-JITGEN_FN void load_keys(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
-  const bool leader = (threadIdx.x & 31) == 0;
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(0);
+  unsigned tail_parity = 0;
+  const auto kv_head = [&](const Piece& piece) { return (piece.group << piece.packing) / launch.shape.class_pack; };
+  // A warp issues its boxes one after another, not each lane its own: that is a loop over lanes in machine code, and causal
+  // prefill of 16k was 4 to 9 % slower with pages of 16, and more with smaller ones.
+  const auto load_tile = [&](const jg::Operand& map, unsigned dst, int row_bytes, unsigned barrier, const Piece& piece, int kv_h, int step, int page) {
+    const int key = key_of(step) + lane * box_keys;
+    const int group = (key - launch.page_size.divide(key) * static_cast<int>(launch.page_size.value)) / 8;
+    const int place = page < 0 ? jg::kNowhere : page * map.batch_step + kv_h * map.head_step;
+    const int num_boxes = kTileKv / box_keys;
+#pragma unroll 4
+    for (int box = 0; box < num_boxes; ++box)
+      jg::load_page_box(dst + box * box_keys * row_bytes, map, barrier, __shfl_sync(0xffffffffu, group, box), __shfl_sync(0xffffffffu, place, box), keep);
+  };
+  const auto load_value = [&](const Piece& piece, int kv_h, int step, int page, const jg::RingPosition<kNumStages>& at) {
+    const int num_keys = piece.request.kv_len - key_of(step);
+    const unsigned full = JG_BARRIER(v_full, at.stage), arrived = num_keys < kTileKv ? JG_BARRIER(tail_full) : full;
+    jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
+    if (leader) jg::barrier_expect(arrived, Tile::kValueBytes);
+    __syncwarp();
+    load_tile(maps.v, shared.value(at.stage), kHeadDimV * 2, arrived, piece, kv_h, step, page);
+    if (num_keys >= kTileKv) return;
+    jg::barrier_wait(arrived, tail_parity);
+    tail_parity ^= 1;
+    jg::clear_rows<kHeadDimV>(shared.value(at.stage), num_keys, kTileKv, kSpanRows, lane);
+    jg::fence_async_proxy();
+    __syncwarp();
+    if (leader) jg::barrier_arrive(full);
+  };
+  // V of the last tile of a piece is copied after the first K of the next: so the copies of one piece follow those of another as
+  // they do inside of a piece, and what the next one has to look up is looked up before its first K could be copied.
+  int owed = -1, owed_page = 0;
+  jg::RingPosition<kNumStages> owed_at(1);
+  const auto copy_owed = [&] {
+    if (owed < 0) return;
+    const Piece& piece = shared.control->piece[slot.stage ^ 1];
+    load_value(piece, kv_head(piece), owed, owed_page, owed_at);
+    owed = -1;
+  };
 #pragma unroll 1
   for (;; slot.advance()) {
     jg::barrier_wait(JG_BARRIER(piece_full, slot.stage), slot.parity);
@@ -451,8 +471,10 @@ JITGEN_FN void load_keys(const Args& args, const Maps& maps, const Launch& launc
     };
     if (piece.first_row < 0) {
       publish(jg::kWorkStop);
+      copy_owed();
       break;
     }
+    const int kv_len = piece.request.kv_len, kv_h = kv_head(piece);
     jg::AllPositions visible(piece.num_tiles);
     // Groups behind the last row have nothing to do.
     const int groups = jg::min(((piece.request.q_len << piece.packing) - piece.first_row + 63) / 64, Tile::kGroups);
@@ -462,79 +484,56 @@ JITGEN_FN void load_keys(const Args& args, const Maps& maps, const Launch& launc
       const int kinds = 0xaa & ((1 << 2 * groups) - 1);
       return (piece.first_key + kv_tile(step >> jg::kStepShift, piece.num_tiles) * kTileKv) / 16 << jg::kStepShift | kinds;
     };
-    int step = next_step();
-    publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);
-    const int kv_h = kv_head(launch, piece);
-    int page = step < 0 ? 0 : look_up_box(args, launch, piece, box_keys, step);
-#pragma unroll 1
-    while (step >= 0) {
-      const int next = next_step();
-      const int next_page = next < 0 ? 0 : look_up_box(args, launch, piece, box_keys, next);   // read while the copy waits for room
-      const unsigned full = JG_BARRIER(k_full, kv.stage), place = kv.stage + (kv.parity ^ 1) * kNumStages;
+    // Page of this lane's box; -1: it has no key.
+    const auto look_up = [&](int step) {
+      const int key = key_of(step) + lane * box_keys;
+      return key < kv_len && lane * box_keys < kTileKv ? args.pages[piece.kv_start + launch.page_size.divide(key)] : -1;
+    };
+    const auto load_key = [&](int step, int page, int next) {
+      const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
       if (leader) {
         const int flags = next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
-        jg::store_shared(shared.step(place), step | flags);
-        jg::barrier_arrive(JG_BARRIER(step_full, place));
+        jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags);
         jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
       }
       __syncwarp();
-      copy_tile(launch, maps.k, shared.key(kv.stage), kHeadDim * 2, full, kv_h, box_keys, step, page);
-      page = next_page;
+      load_tile(maps.k, shared.key(kv.stage), kHeadDim * 2, full, piece, kv_h, step, page);
+    };
+    int step = next_step();
+    publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);
+    if (step < 0) copy_owed();
+    if (step < 0) continue;
+    int next = next_step();
+    int page = look_up(step), next_page = next < 0 ? 0 : look_up(next);
+    load_key(step, page, next);
+    copy_owed();
+    // K runs one tile ahead of V: the product of the next tile can start while this V is on its way.
+#pragma unroll 1
+    while (next >= 0) {
+      const jg::RingPosition<kNumStages> at = kv;
+      const int after = next_step();
+      const int after_page = after < 0 ? 0 : look_up(after);   // read under the copies
+      kv.advance();
+      load_key(next, next_page, after);
+      load_value(piece, kv_h, step, page, at);
       step = next;
-      kv.advance();
+      next = after;
+      page = next_page;
+      next_page = after_page;
     }
+    owed = step, owed_page = page, owed_at = kv;
+    kv.advance();
   }
 }
 
-// V of the tiles whose K that warp copies.
-JITGEN_FN void load_values(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
-  const int lane = threadIdx.x & 31;
-  const bool leader = lane == 0;
-  jg::RingPosition<kNumStages> kv(1);
-  jg::RingPosition<2 * kNumStages> place(0);
-  jg::RingPosition<2> slot(0);
-  unsigned tail_parity = 0;
-#pragma unroll 1
-  for (;; slot.advance()) {
-    jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
-    const int kind = shared.control->kind[slot.stage];
-    if (kind == jg::kWorkStop) return;
-    const Piece& piece = shared.control->piece[slot.stage];
-    const int kv_h = kv_head(launch, piece);
-    int step = kind == jg::kWorkEmpty ? jg::kStepLast : 0;
-#pragma unroll 1
-    while (!(step & jg::kStepLast)) {
-      jg::barrier_wait(JG_BARRIER(step_full, place.stage), place.parity);
-      step = jg::load_shared(shared.step(place.stage));
-      const int page = look_up_box(args, launch, piece, box_keys, step);
-      const int num_keys = piece.request.kv_len - key_of(step);
-      const unsigned full = JG_BARRIER(v_full, kv.stage), arrived = num_keys < kTileKv ? JG_BARRIER(tail_full) : full;
-      jg::barrier_wait(JG_BARRIER(v_empty, kv.stage), kv.parity);
-      if (leader) jg::barrier_expect(arrived, Tile::kValueBytes);
-      __syncwarp();
-      copy_tile(launch, maps.v, shared.value(kv.stage), kHeadDimV * 2, arrived, kv_h, box_keys, step, page);
-      if (num_keys < kTileKv) {
-        jg::barrier_wait(arrived, tail_parity);
-        tail_parity ^= 1;
-        jg::clear_rows<kHeadDimV>(shared.value(kv.stage), num_keys, kTileKv, kSpanRows, lane);
-        jg::fence_async_proxy();
-        __syncwarp();
-        if (leader) jg::barrier_arrive(full);
-      }
-      place.advance();
-      kv.advance();
-    }
-    __syncwarp();
-    if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
-  }
-}
-
-// Q of each group as soon as it is done with the rows before: the first group is most of a tile ahead of the last.
+// Q of each group as soon as it is done with the rows before: the first group is most of a tile ahead of the last, and none waits
+// for room in the ring of K and V.
 JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
   const bool leader = (threadIdx.x & 31) == 0;
   const unsigned long long stream = jg::policy_evict_first();
   jg::RingPosition<2> slot(0);
+  unsigned q_parity = 1;
 #pragma unroll 1
   for (;; slot.advance()) {
     jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
@@ -545,18 +544,16 @@ JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
     const int group_rows = jg::packed_query(64, piece.packing);
     __syncwarp();
     if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+    if (kind == jg::kWorkEmpty) continue;
 #pragma unroll 1
     for (int group = 0; group < Tile::kGroups; ++group) {
       const unsigned full = JG_BARRIER(q_full, group);
-      jg::barrier_wait(JG_BARRIER(q_empty, group), slot.stage ^ 1);
+      jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
       if (!leader) continue;
-      if (kind == jg::kWorkEmpty) {   // its turn passes without a copy
-        jg::barrier_arrive(full);
-        continue;
-      }
       jg::barrier_expect(full, Tile::kGroupQBytes);
       jg::load_query_box(shared.query(group), maps.q, full, head, row + group * group_rows, stream);
     }
+    q_parity ^= 1;
   }
 }
 
@@ -594,25 +591,23 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   const unsigned long long v_operand = jg::matrix_descriptor<ValueTile::kSpanBytes>(shared.value(0), kSpanRows * ValueTile::kSpanBytes, kEightValues);
   const unsigned long long p_operand = jg::matrix_descriptor<WeightTile::kSpanBytes>(p_shared, 16);
   jg::RingPosition<kNumStages> kv(0);
-  jg::RingPosition<2> slot(0);
+  unsigned laps = 0;   // slot of pieces: bit 0; its parity: bit 1; that of Q: bit 2. In one register, as none is free
+  const auto slot = [&] { return laps & 1; };
   // The groups issue their products in turn, so that the softmax of one runs under the products of another.
   if (group == 0) jg::named_arrive(kTurnBarrier, 256);
 #pragma unroll 1
   for (;;) {
-    jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
-    const int kind = jg::uniform(shared.control->kind[slot.stage]);
+    jg::barrier_wait(JG_BARRIER(work_full, slot()), laps >> 1 & 1);
+    const int kind = jg::uniform(shared.control->kind[slot()]);
     if (kind == jg::kWorkStop) break;
-    const Piece& piece = shared.control->piece[slot.stage];
+    const Piece& piece = shared.control->piece[slot()];
     const Head head = own_head(args, piece);
     const Rows rows = make_rows(args, head, piece, own_row(piece.first_row + group * 64));
     Softmax softmax;
     Output o;
 #pragma unroll
     for (int j = 0; j < kOutTiles; ++j) o[0][j][0] = o[0][j][1] = o[0][j][2] = o[0][j][3] = 0.0f;
-    jg::barrier_wait(JG_BARRIER(q_full, group), slot.stage);   // Q has one buffer: its parity is the slot
-    if (kind == jg::kWorkEmpty) {
-      if (leader) jg::barrier_arrive(JG_BARRIER(q_empty, group));
-    } else {
+    if (kind == jg::kWorkTile) {
       Logits s;
       Weights p;
       float factor[2];
@@ -636,6 +631,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           __syncwarp();
         }
       };
+      jg::barrier_wait(JG_BARRIER(q_full, group), laps >> 2);
 #pragma unroll 1
       do {
         jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
@@ -697,10 +693,11 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
       } while (!(step & jg::kStepLast));
+      laps ^= 4;
     }
 
     // The piece is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
-    const Piece& done = shared.control->piece[slot.stage];
+    const Piece& done = shared.control->piece[slot()];
     const int warp_row = done.first_row + (jg::stay(static_cast<int>(threadIdx.x)) - 128) / 32 * 16;
     jg::OnlineSoftmax<1> finished;
 #pragma unroll
@@ -709,10 +706,9 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       write_output<1, kOutTiles, !kCopiesOutput>(args, done, o, finished, warp_row);
     } else Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, finished);
     __syncwarp();
-    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
-    slot.advance();
+    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
+    laps ^= laps & 1 ? 3 : 1;
   }
-  if constexpr (kCopiesOutput) jg::bulk_wait_read();   // shared memory must outlive the copies
 }
 
 // ---- kernel ----
@@ -738,11 +734,10 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
       jg::barrier_init(JG_BARRIER(v_empty, stage), Tile::kGroups);
     }
-    for (int place = 0; place < 2 * kNumStages; ++place) jg::barrier_init(JG_BARRIER(step_full, place), 1);
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(piece_full, slot), 1);
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + 2);   // one arrival per warp that reads pieces
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + 1);   // one arrival per warp that reads pieces
     }
     jg::barrier_init_fence();
   }
@@ -750,10 +745,10 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
   if (group == 0) {
     jg::give_registers<Tile::kProducerRegs>();
     const int warp = jg::uniform(threadIdx.x >> 5);
-    if (warp == 0) load_keys(args, maps, launch, box_keys, shared);
-    else if (warp == 1) hand_out(args, launch, shared);
-    else if (warp == 2) load_queries(maps, shared);
-    else load_values(args, maps, launch, box_keys, shared);
+    if (warp == 0) produce(args, maps, launch, box_keys, shared);
+    if (warp == 1) hand_out(args, launch, shared);
+    if (warp == 2) load_queries(maps, shared);
+    if (warp == 3) jg::wait_for_previous_kernel();   // a decode kernel that may still run: it has waited for all before it
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
     consume(args, maps, shared, group - 1);
