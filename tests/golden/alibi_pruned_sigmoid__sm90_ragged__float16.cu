@@ -782,7 +782,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     // The piece is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
     const Piece& done = shared.control->piece[slot()];
     const int warp_row = done.first_row + (jg::stay(static_cast<int>(threadIdx.x)) - 128) / 32 * 16;
-    write_output<1, kOutTiles, !kCopiesOutput>(args, done, o, softmax.rows, warp_row);
+    const auto write = [&](auto& state) {
+      write_output<1, kOutTiles, !kCopiesOutput>(args, done, o, state, warp_row);
+    };
+    write(softmax.rows);
     __syncwarp();
     if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
     laps ^= laps & 1 ? 3 : 1;

@@ -699,12 +699,14 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     // The piece is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
     const Piece& done = shared.control->piece[slot()];
     const int warp_row = done.first_row + (jg::stay(static_cast<int>(threadIdx.x)) - 128) / 32 * 16;
+    const auto write = [&](auto& state) {
+      write_output<1, kOutTiles, !kCopiesOutput>(args, done, o, state, warp_row);
+    };
     jg::OnlineSoftmax<1> finished;
 #pragma unroll
     for (int half = 0; half < 2; ++half) finished.row_max[0][half] = softmax.row_max[half], finished.row_sum[0][half] = softmax.row_sum[half];
-    if (done.slot < 0) {
-      write_output<1, kOutTiles, !kCopiesOutput>(args, done, o, finished, warp_row);
-    } else Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, finished);
+    if (done.slot < 0) write(finished);
+    else Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, finished);
     __syncwarp();
     if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
     laps ^= laps & 1 ? 3 : 1;

@@ -158,14 +158,6 @@ JITGEN_FN const int* words_of(const int* base, Axis i) {
   const int* first = base + i.lo;
   return i.stride == 1 && (reinterpret_cast<unsigned long long>(first) & 15) == 0 && extent(i) % 4 == 0 ? first : nullptr;
 }
-// The same for bytes without sign, sixteen a load.
-template <class T> JITGEN_FN const uint4* bytes_of(const T*, Axis) { return nullptr; }
-JITGEN_FN const uint4* bytes_of(const unsigned char* base, Axis i) {
-  const unsigned char* first = base + i.lo;
-  const bool fits = i.stride == 1 && (reinterpret_cast<unsigned long long>(first) & 15) == 0 && extent(i) % 16 == 0;
-  return fits ? reinterpret_cast<const uint4*>(first) : nullptr;
-}
-JITGEN_FN const uint4* bytes_of(const bool* base, Axis i) { return bytes_of(reinterpret_cast<const unsigned char*>(base), i); }
 #endif
 // Least and largest element of a box of a tensor.
 template <class T> JITGEN_FN Bounds scan(const T* base, Axis i) {
@@ -181,17 +173,6 @@ template <class T> JITGEN_FN Bounds scan(const T* base, Axis i) {
       hi = most(hi, most(most(four.x, four.y), most(four.z, four.w)));
     }
     return {lo, hi};
-  }
-  if (const uint4* first = bytes_of(base, i)) {
-    unsigned lo = ~0u, hi = 0u;
-#pragma unroll 1
-    for (int n = 0; n < static_cast<int>(extent(i) / 16); ++n) {
-      const uint4 four = __ldg(first + n);
-      lo = __vminu4(lo, __vminu4(__vminu4(four.x, four.y), __vminu4(four.z, four.w)));
-      hi = __vmaxu4(hi, __vmaxu4(__vmaxu4(four.x, four.y), __vmaxu4(four.z, four.w)));
-    }
-    lo = __vminu4(lo, lo >> 16), hi = __vmaxu4(hi, hi >> 16);
-    return {least(static_cast<int>(lo & 255), static_cast<int>(lo >> 8 & 255)), most(static_cast<int>(hi & 255), static_cast<int>(hi >> 8 & 255))};
   }
 #endif
   const T* first = base + i.lo * i.stride;
