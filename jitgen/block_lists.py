@@ -23,8 +23,6 @@ Tensor = torch.Tensor
 POSITIONS = frozenset(("b", "q_idx", "kv_idx", "q_len", "kv_len", "ctx_len"))
 PAGE_STEP = 16  # keys: the kernels copy whole boxes of pages of a multiple of it
 MAX_PLANS = 16
-TILE_ROWS = 192  # query rows, of all heads that share keys, that a CTA of the kernel works on at a time
-MANY_TILES = 16  # for each CTA: so many end nearly together, and cutting the last ones gains less than it costs
 
 
 @dataclass
@@ -36,7 +34,7 @@ class BlockLists:
     lengths: tuple[int, int]
     block: tuple[int, int]
     plans: dict[tuple[object, ...], tuple[Plan, Variant]] = field(default_factory=dict)
-    captured: list[Plan] = field(default_factory=list)  # of launches in CUDA graphs: each has its own, made in the graph
+    captured: list[Plan] = field(default_factory=list)  # that CUDA graphs use: kept
 
     @property
     def num_rows(self) -> int:
@@ -76,29 +74,28 @@ class BlockLists:
         return t.as_strided((length // columns, columns, heads, dim), (columns * row, row, head, 1))
 
     def _plan(self, q: Tensor, v: Tensor, variant: Variant) -> Plan:
-        """The plan for a call. It counts work that is given out, so launches that may run at the same time have their own."""
-        if q.is_cuda and torch.cuda.is_current_stream_capturing():
-            self.captured.append(self._make_plan(q, v, variant))
-            return self.captured[-1]
+        """The plan for a call. It counts work that is given out, so calls on different streams have their own; a call in a CUDA
+        graph that is being captured takes that of the calls before it."""
+        key = (id(variant), q.shape[1], v.shape[1], q.shape[3], v.shape[3], q.dtype, q.device)
         stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
-        key = (id(variant), stream, q.shape[1], v.shape[1], q.shape[3], v.shape[3], q.dtype, q.device)
-        if key not in self.plans:
+        is_captured = q.is_cuda and torch.cuda.is_current_stream_capturing()
+        if is_captured:
+            stream = next((known for known, *rest in self.plans if tuple(rest) == key), stream)
+        if (stream, *key) not in self.plans:
+            starts = torch.arange(self.num_rows + 1, dtype=torch.int32, device=q.device) * self.block[0]
+            plan = Plan(
+                self.num_rows, self.lengths[0], q.shape[1], v.shape[1], q.shape[3], head_dim_v=v.shape[3], dtype=q.dtype,
+                variant=variant, max_q_len=min(self.block[0], self.lengths[0]), page_size=self.block[1], device=q.device,
+                family="sm90" if q.is_cuda else None,
+            )  # fmt: skip
             if len(self.plans) >= MAX_PLANS:
                 self.plans.clear()
-            self.plans[key] = self._make_plan(q, v, variant), variant  # the variant keeps its id
-        return self.plans[key][0]
-
-    def _make_plan(self, q: Tensor, v: Tensor, variant: Variant) -> Plan:
-        rows, length = self.block[0], self.lengths[0]
-        tiles = self.num_rows * v.shape[1] * -(-rows * (q.shape[1] // v.shape[1]) // TILE_ROWS)
-        is_long = q.is_cuda and tiles >= MANY_TILES * torch.cuda.get_device_properties(q.device).multi_processor_count
-        plan = Plan(
-            self.num_rows, length, q.shape[1], v.shape[1], q.shape[3], head_dim_v=v.shape[3], dtype=q.dtype, variant=variant,
-            max_q_len=min(rows, length), page_size=self.block[1], device=q.device, family="sm90" if q.is_cuda else None,
-            split="none" if is_long else "balanced",
-        )  # fmt: skip
-        starts = torch.arange(self.num_rows + 1, dtype=torch.int32, device=q.device) * rows
-        return plan.update(starts.clamp(max=length), self.indptr.diff() * self.block[1])
+            plan.update(starts.clamp(max=self.lengths[0]), self.indptr.diff() * self.block[1])
+            self.plans[(stream, *key)] = plan, variant  # the variant keeps its id
+        plan = self.plans[(stream, *key)][0]
+        if is_captured:
+            self.captured.append(plan)
+        return plan
 
 
 def is_hopper(device: torch.device) -> bool:

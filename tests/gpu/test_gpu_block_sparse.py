@@ -61,11 +61,11 @@ def test_lists_of_each_head():
     assert_is_exact(inputs(1000, 1152), blocks, keep)
 
 
-def test_a_graph_walks_lists_with_a_plan_of_its_own():
+def test_a_graph_walks_lists_as_a_call_does():
     _, indptr, indices = random_blocks(8, 9)
     blocks = jitgen.BlockSparse.bsr(indptr, indices, (1000, 1152), (128, 128))
     qkv = inputs(1000, 1152)
-    jitgen.block_sparse_attention(*qkv, blocks)  # compiles
+    jitgen.block_sparse_attention(*qkv, blocks)  # compiles, and plans
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = jitgen.block_sparse_attention(*qkv, blocks)
@@ -75,7 +75,7 @@ def test_a_graph_walks_lists_with_a_plan_of_its_own():
         out.fill_(torch.nan)
         graph.replay()
         assert torch.equal(out, jitgen.block_sparse_attention(*qkv, blocks))
-    assert len(blocks.lists.captured) == 1
+    assert len(blocks.lists.plans) == 1
 
 
 def test_a_column_that_does_not_exist_is_found_later():
