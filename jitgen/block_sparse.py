@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jitgen.api import attention
+from jitgen.block_lists import BlockLists
 from jitgen.errors import ShapeMismatch, UnsupportedDtype, VariantError
 from jitgen.masks import and_masks, static
+from jitgen.serving_pages import as_int32
 from jitgen.variant import Variant
 
 if TYPE_CHECKING:
@@ -38,8 +40,10 @@ class BlockSparse:
         local_mask_mod: Callable[..., Any],
         lengths: tuple[int, int],
         check: LateCheck | None = None,
+        lists: BlockLists | None = None,
     ) -> None:
         self.mask_mod, self._local_mask_mod, self.lengths, self._check = mask_mod, local_mask_mod, lengths, check
+        self.lists = lists
         self._variants: dict[tuple[int, ...], tuple[Variant, object]] = {}
 
     @classmethod
@@ -80,13 +84,18 @@ class BlockSparse:
             )
         check_integers(indptr=indptr, indices=indices)
         classes, slots, wrong = bsr_tables(indptr, indices, kv_len // columns, mask is not None or packed_mask is not None)
-        message = f"indices has a block column outside 0 .. {kv_len // columns - 1} (kv_len {kv_len}, blocks of {columns})."
+        message = (
+            f"indices has a block column outside 0 .. {kv_len // columns - 1} (kv_len {kv_len}, blocks of {columns}), or one "
+            "twice in a block row."
+        )
         bits = block_bits(mask, packed_mask, indices.shape[0], rows * columns, indices.device)
         mods = (
             block_mask_mod(classes, slots, bits, rows, columns, per_query_head=per_query_head, local=local)
             for local in (False, True)
         )
-        return cls(*mods, lengths, LateCheck(wrong, message))
+        whole = indptr.dim() == 1 and bits is None
+        lists = BlockLists(as_int32(indptr).clone(), as_int32(indices).clone(), lengths, block) if whole else None
+        return cls(*mods, lengths, LateCheck(wrong, message), lists)
 
     @classmethod
     def variable(cls, chosen: Tensor, row_sizes: Tensor, column_sizes: Tensor, lengths: tuple[int, int]) -> BlockSparse:
@@ -128,6 +137,13 @@ class BlockSparse:
         if self._check is not None:
             self._check.look()
 
+    def unmasked(self, score_mod: object = None, sink: object = None) -> Variant:
+        """A variant of these hooks for calls that are given the lists and need no mask; remembered by their identity."""
+        key = (id(score_mod), id(sink))
+        if key not in self._variants:
+            self._variants[key] = Variant(score_mod=score_mod, sink=sink), (score_mod, sink)
+        return self._variants[key][0]
+
     def variant(self, score_mod: object = None, mask_mod: object = None, sink: object = None) -> Variant:
         """These blocks as a variant, with other hooks; remembered by their identity."""
         key = (id(score_mod), id(mask_mod), id(sink))
@@ -158,7 +174,9 @@ def block_sparse_attention(
 
     Shapes:  as jitgen.attention; q_len and kv_len are those of ``blocks``, the same for all of the batch.
     Errors:  as jitgen.attention; ShapeMismatch for other lengths, and for lists that a GPU has found wrong.
-    Cost:    as jitgen.attention, for the tiles that have visible blocks.
+    Cost:    as jitgen.attention, for the tiles that have visible blocks. On compute capability 9.0 lists of whole blocks are
+             walked by the prefill kernel of serving, for one sequence and hooks that read no positions; it has a plan for
+             each set of hooks, made on first use.
     """
     if not isinstance(blocks, BlockSparse):
         raise VariantError(f"blocks is a {type(blocks).__name__}, expected a jitgen.BlockSparse.")
@@ -168,15 +186,29 @@ def block_sparse_attention(
             f"{blocks.lengths[1]}. Make blocks for these lengths."
         )
     blocks.check()
+    lists = blocks.lists if mask_mod is None else None
+    if lists is not None:
+        plain = blocks.unmasked(score_mod, sink)
+        if lists.serve(q, k, v, plain.trace().program):
+            check_out(out, q, v)
+            found, lse = lists.attend(q, k, v, plain, scale, out, return_lse)
+            return (found, lse) if return_lse else found  # type: ignore[return-value]
     variant = blocks.variant(score_mod, mask_mod, sink)
     return attention(q, k, v, variant, scale=scale, return_lse=return_lse, out=out)
+
+
+def check_out(out: Tensor | None, q: Tensor, v: Tensor) -> None:
+    """``out=`` is what a call would have allocated."""
+    shape = (*q.shape[:3], v.shape[3])
+    if out is not None and (tuple(out.shape) != shape or out.dtype != q.dtype or out.device != q.device):
+        raise ShapeMismatch(f"out has shape {tuple(out.shape)} of {out.dtype} on {out.device}, expected {shape} as q has them.")
 
 
 # ---- blocks of one size -----------------------------------------------------------------------------------------------------
 
 
 def bsr_tables(indptr: Tensor, indices: Tensor, num_columns: int, has_bits: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Class of each block and, with bits, its place in the list; and whether the list has a column that does not exist.
+    """Class of each block and, with bits, its place in the list; and whether a list has a column that does not exist, or twice.
 
     Shapes:  indptr [..., block rows + 1], indices [nnz]; returns uint8 and int32 [..., block rows, num_columns], and a bool.
     """
@@ -192,11 +224,12 @@ def bsr_tables(indptr: Tensor, indices: Tensor, num_columns: int, has_bits: bool
     place = torch.where(used & ~wrong, row * num_columns + indices.long(), spare)
     classes = torch.zeros(spare + 1, dtype=torch.uint8, device=indices.device)
     classes.scatter_(0, place, PARTIAL if has_bits else FULL)
+    is_twice = classes[:-1].count_nonzero() != (used & ~wrong).sum()
     slots = None
     if has_bits:
         slots = torch.zeros(spare + 1, dtype=torch.int32, device=indices.device).scatter_(0, place, listed.int())
         slots = slots[:-1].view(*shape, num_columns)
-    return classes[:-1].view(*shape, num_columns), slots, wrong.any()
+    return classes[:-1].view(*shape, num_columns), slots, wrong.any() | is_twice
 
 
 def block_bits(

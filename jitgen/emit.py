@@ -132,8 +132,8 @@ def emit_variant(
 
     With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
     both multiplications then join others, and a soft cap costs one of them an element instead of three.
-    ``early`` names what of a score the template takes over (emit_early.py): 'relative', 'columns', 'ahead', 'cap', 'offset'; and
-    'positions' where it tells tiles whose mask positions decide alone.
+    ``early`` names what of a score the template takes over (emit_early.py): 'relative', 'columns', 'ahead', 'cap', 'offset';
+    and 'positions' where it tells tiles whose mask positions decide alone.
 
     Errors:  UnsupportedVariant when an operation has no meaning where the program uses it.
     """

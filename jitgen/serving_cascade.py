@@ -98,11 +98,7 @@ class Cascade:
         for level, first_page in zip(self.levels, self._first_page, strict=True):
             table, size = level.page_table, level.size
             self.pages[first_page : first_page + table.pages.numel()].view(table.pages.shape).copy_(table.pages)
-            if table.indptr is None:
-                start = torch.arange(size, dtype=torch.int32, device=self.device) * table.pages.shape[1]
-            else:
-                start = table.indptr[:size]
-            self.kv_start[at : at + size] = start + first_page
+            self.kv_start[at : at + size] = table.starts(size, table.pages.shape[-1]) + first_page
             at += size + 1
 
     @classmethod
@@ -210,11 +206,9 @@ class _IntsOn:
 
 def page_lists(table: PageTable, counts: Sequence[int]) -> list[list[int]]:
     """The first ``counts[b]`` pages of every request, on the host."""
-    pages = table.pages.tolist()
-    if table.indptr is None:
-        return [pages[b][:count] for b, count in enumerate(counts)]
-    start = table.indptr.tolist()
-    return [pages[start[b] : start[b] + count] for b, count in enumerate(counts)]
+    pages = table.pages.flatten().tolist()
+    starts = table.starts(len(counts), table.pages.shape[-1]).tolist()
+    return [pages[start : start + count] for start, count in zip(starts, counts, strict=True)]
 
 
 def shared_runs(lists: Sequence[Sequence[int]], least: int) -> list[tuple[int, int, int]]:

@@ -77,6 +77,15 @@ class PageTable:
             "or a pair (indptr, indices)."
         )
 
+    def starts(self, count: int, stride: int | None = None) -> Tensor:
+        """First entry of each of the first ``count`` lists in the page numbers of all, int32 [count].
+
+        ``stride`` is that of the lists of the dense form, if they are not where they were.
+        """
+        if self.indptr is not None:
+            return self.indptr[:count]
+        return torch.arange(count, dtype=torch.int32, device=self.device) * (self.list_stride if stride is None else stride)
+
     def kv_len(self, last_page_len: Tensor, page_size: int) -> Tensor:
         """Keys of each request from the number of keys in its last page, as FlashInfer gives them; for ``Plan.update``.
 

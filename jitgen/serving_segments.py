@@ -166,9 +166,7 @@ class Segments:
     def list_starts(self, table: PageTable, batch: int, pages: int) -> None:
         """First entry in the page lists of pieces of ``pages`` pages."""
         level = torch.arange(self.levels, dtype=torch.int32, device=self.device)[:, None]
-        of_request = torch.arange(batch, dtype=torch.int32, device=self.device) * table.list_stride
-        start = of_request if table.indptr is None else table.indptr[:batch]
-        self.kv_start[: self.levels * (batch + 1)].view(self.levels, -1)[:, :-1] = start + level * pages
+        self.kv_start[: self.levels * (batch + 1)].view(self.levels, -1)[:, :-1] = table.starts(batch) + level * pages
 
     def _request_of_row(self, q_indptr: Tensor) -> Tensor:
         found = torch.searchsorted(q_indptr[1:], self._row, right=True, out_int32=True)

@@ -61,9 +61,10 @@ class Blocks:
         return torch.einsum("rhgk,khd->rhgd", weights, self.v.double()).reshape(CHECKED, num_q, dim)
 
     def contenders(self) -> Mapping[str, Callable[[], Callable[[], torch.Tensor]]]:
-        """Ours and FlashInfer's."""
-        found: dict[str, Callable[[], Callable[[], torch.Tensor]]] = {"jitgen": self.ours}
-        return found | ({"flashinfer": self.flashinfer} if self.device == "cuda" else {})
+        """Ours, the same blocks as a mask of ordinary attention, and FlashInfer's by both of its backends."""
+        found: dict[str, Callable[[], Callable[[], torch.Tensor]]] = {"jitgen": self.ours, "jitgen-mask": self.by_mask}
+        peers = {f"flashinfer-{backend}": partial(self.flashinfer, backend) for backend in ("fa2", "fa3")}
+        return found | (peers if self.device == "cuda" else {})
 
     def ours(self) -> Callable[[], torch.Tensor]:
         blocks = jitgen.BlockSparse.bsr(self.indptr, self.indices, (self.length, self.length), (self.block, self.block))
@@ -74,13 +75,19 @@ class Blocks:
 
         return run
 
-    def flashinfer(self) -> Callable[[], torch.Tensor]:
+    def by_mask(self) -> Callable[[], torch.Tensor]:
+        blocks = jitgen.BlockSparse.bsr(self.indptr, self.indices, (self.length, self.length), (self.block, self.block))
+        qkv = [t.transpose(0, 1)[None] for t in (self.q, self.k, self.v)]
+        return lambda: jitgen.attention(*qkv, mask_mod=blocks.mask_mod)[0].transpose(0, 1)  # type: ignore[arg-type,index]
+
+    def flashinfer(self, backend: str) -> Callable[[], torch.Tensor]:
         from flashinfer import BlockSparseAttentionWrapper
 
-        wrapper = BlockSparseAttentionWrapper(torch.empty(256 << 20, dtype=torch.uint8, device=self.device))
+        workspace = torch.empty(256 << 20, dtype=torch.uint8, device=self.device)
+        wrapper = BlockSparseAttentionWrapper(workspace, backend=backend)
         wrapper.plan(
             self.indptr, self.indices, self.length, self.length, self.block, self.block, *self.heads,
-            q_data_type=self.q.dtype, kv_data_type=self.q.dtype,
+            q_data_type=self.q.dtype, kv_data_type=self.q.dtype, o_data_type=self.q.dtype,
         )  # fmt: skip
         return lambda: wrapper.run(self.q, self.k, self.v)
 

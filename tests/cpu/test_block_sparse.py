@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import jitgen
+from jitgen import block_lists
 from jitgen.errors import ShapeMismatch, UnsupportedDtype, VariantError
 
 
@@ -121,10 +122,52 @@ def test_serving_calls_take_the_mask():
     torch.testing.assert_close(out.double(), want[0].transpose(0, 1), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("rows, columns, q_len, kv_len", [(1, 16, 13, 32), (16, 16, 70, 96), (128, 32, 300, 320)])
+@pytest.mark.parametrize("hooks", ["none", "sink and cap"])
+def test_lists_are_walked_by_the_serving_kernels_too(monkeypatch, rows, columns, q_len, kv_len, hooks):
+    used = []
+    monkeypatch.setattr(block_lists, "is_hopper", lambda device: used.append(device) or True)
+    chosen = random_blocks(-(-q_len // rows), kv_len // columns)
+    blocks = jitgen.BlockSparse.bsr(*lists(chosen), (q_len, kv_len), (rows, columns))
+    q, k, v = (t.half() for t in inputs(q_len, kv_len, dim=64, batch=1))
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    keep = spread(chosen, rows, columns, q_len)
+    for _ in range(2):
+        if hooks == "none":
+            out, lse = jitgen.block_sparse_attention(q, k, v, blocks, return_lse=True)
+            want, want_lse = exact(q, k, v, keep)
+        else:
+            sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+            cap = lambda score, b, h, q_idx, kv_idx: 1.5 * torch.tanh(score / 1.5)  # noqa: E731
+            out, lse = jitgen.block_sparse_attention(q, k, v, blocks, score_mod=cap, sink=sinks, return_lse=True)
+            variant = blocks.variant(cap, None, sinks)
+            want, want_lse = jitgen.reference.attention(q, k, v, variant, return_lse=True)
+        torch.testing.assert_close(out.double(), want.double(), atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(lse.double(), want_lse.double(), atol=2e-3, rtol=2e-3)
+    assert used and blocks.lists.plans
+
+
+def test_hooks_that_read_positions_keep_to_the_mask(monkeypatch):
+    monkeypatch.setattr(block_lists, "is_hopper", lambda device: True)
+    chosen = random_blocks(5, 6)
+    blocks = jitgen.BlockSparse.bsr(*lists(chosen), (70, 96), (16, 16))
+    q, k, v = (t.half() for t in inputs(70, 96, dim=64, batch=1))
+
+    def far(score, b, h, q_idx, kv_idx):
+        return score - 0.01 * (q_idx - kv_idx)
+
+    out = jitgen.block_sparse_attention(q, k, v, blocks, score_mod=far)
+    want = jitgen.reference.attention(q, k, v, blocks.variant(far))
+    torch.testing.assert_close(out.double(), want.double(), atol=2e-3, rtol=2e-3)
+    assert not blocks.lists.plans
+
+
 def test_wrong_lists_are_named():
     indptr, indices = lists(random_blocks(5, 6))
     with pytest.raises(ShapeMismatch, match=r"outside 0 \.\. 5"):
         jitgen.BlockSparse.bsr(indptr, indices + 3, (70, 96), (16, 16))
+    with pytest.raises(ShapeMismatch, match="or one twice in a block row"):
+        jitgen.BlockSparse.bsr(torch.tensor([0, 2, 2, 2, 2, 2]), torch.tensor([3, 3]), (70, 96), (16, 16))
     with pytest.raises(ShapeMismatch, match="blocks have 20 columns, which must divide it"):
         jitgen.BlockSparse.bsr(indptr, indices, (70, 96), (16, 20))
     with pytest.raises(ShapeMismatch, match=r"indptr has shape \(6,\), expected \[8\]"):

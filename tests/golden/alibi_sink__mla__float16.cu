@@ -585,7 +585,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       if (num_keys >= kTileKv) return;
       jg::barrier_wait(arrived, tail_parity);
       tail_parity ^= 1;
-      jg::clear_rows<kHalf>(tile + first_span * kSpanBytes, num_keys, kTileKv, lane);
+      jg::clear_rows<kHalf>(tile + first_span * kSpanBytes, num_keys, kTileKv, kTileKv, lane);
       jg::fence_async_proxy();
       __syncwarp();
       if (leader) jg::barrier_arrive(full);

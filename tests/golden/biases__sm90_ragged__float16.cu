@@ -262,7 +262,9 @@ static int launch_planner(const Args& args, const jg::PlanShape& shape) {
 using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, true>;
 using KeyTile = jg::SpanTile<kHeadDim>;
 using ValueTile = jg::SpanTile<kHeadDimV>;
+using OutputTile = jg::SpanTile<kHeadDimV>;
 using WeightTile = jg::SpanTile<Tile::kSharedP ? kTileKv : 64>;   // P in shared memory
+constexpr int kSpanRows = kTileKv, kEightKeys = 8 * KeyTile::kSpanBytes, kEightValues = 8 * ValueTile::kSpanBytes;
 constexpr int kThreads = Tile::kThreads, kRowThreads = 128 * Tile::kGroups;
 [[maybe_unused]] constexpr int kWarpRows = 16, kRowTiles = 1;
 constexpr int kOutTiles = kHeadDimV / 8;
@@ -275,6 +277,9 @@ constexpr bool kRescaleEarly = kHeadDimV > 128;
 constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = true;
 constexpr int kTurnBarrier = 1;   // named barrier: + group
+
+// O leaves by the copy engine where P lay in shared memory, otherwise from registers.
+constexpr bool kCopiesOutput = false;
 
 #define JG_TAKE_FN JITGEN_FN
 constexpr int kManyItems = 2;   // for each CTA: from so many on they are given out
@@ -407,7 +412,7 @@ JITGEN_FN Head own_head(const Args& args, const Piece& piece) {
   return make_head(args, piece.request, (piece.group << piece.packing) + jg::packed_head(row, piece.packing));
 }
 
-// ---- shared memory: V stages, K stages, Q, P, control; O leaves from registers ----
+// ---- shared memory: V stages, K stages, Q, P, control ----
 struct Control {
   unsigned long long q_full[Tile::kGroups], q_empty[Tile::kGroups], tail_full;
   unsigned long long k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
@@ -449,8 +454,9 @@ JITGEN_FN float logit_factor(const Args& args, const Head& head) { return score_
 // A factor that is not positive is applied to S itself, as it would turn the running maximum into a minimum.
 JITGEN_FN float exponent_units(float factor) { return factor > 0.0f ? factor * jg::kLog2E : jg::kLog2E; }
 
-// Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp, kColumnTiles * 8 columns from first_out on.
-template <int kTiles, int kColumnTiles>
+// Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp, kColumnTiles * 8 columns from first_out on. kStores: O is
+// written too, otherwise the caller does that.
+template <int kTiles, int kColumnTiles, bool kStores = true>
 JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][kColumnTiles][4],
                             jg::OnlineSoftmax<kTiles>& softmax, int warp_row, int first_out = 0) {
   const Head head = own_head(args, piece);
@@ -468,7 +474,8 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTi
       for (int j = 0; j < kColumnTiles; ++j) o[i][j][2 * kHalf] *= factor, o[i][j][2 * kHalf + 1] *= factor;
       const long long q_row = piece.request.q_start + jg::packed_query(row, piece.packing);
       const bool is_row = row < num_rows;
-      jg::store_row<Element, kHalf>(o[i], static_cast<char*>(args.o) + (q_row * args.o_stride_s + head.h * args.o_stride_h + first_out) * 2, lane % 4, is_row);
+      if constexpr (kStores)
+        jg::store_row<Element, kHalf>(o[i], static_cast<char*>(args.o) + (q_row * args.o_stride_s + head.h * args.o_stride_h + first_out) * 2, lane % 4, is_row);
       if (args.lse && is_row && first_column == 0 && first_out == 0) args.lse[q_row * args.num_q_heads + head.h] = lse;
     });
 }
@@ -603,7 +610,7 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Piece& pie
 }
 
 // ---- producer ----
-struct Maps { jg::Operand q, k, v; };
+struct Maps { jg::Operand q, k, v, o; };
 
 // One warp walks the CTA's part of the line, pieces ahead of the others.
 JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
@@ -624,14 +631,39 @@ JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
   }
 }
 
-// Another one classifies the KV tiles of a piece and issues every copy. A tile comes in boxes of box_keys keys.
+// Another one classifies the KV tiles of a piece and issues every copy.
 JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
   const int lane = threadIdx.x & 31;
   const bool leader = lane == 0;
-  const unsigned long long keep = jg::policy_evict_last(), stream = jg::policy_evict_first();
+  const unsigned long long keep = jg::policy_evict_last();
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(0);
-  unsigned q_parity = 1, tail_parity = 0;
+  unsigned tail_parity = 0;
+  const auto kv_head = [&](const Piece& piece) { return (piece.group << piece.packing) / launch.shape.class_pack; };
+  // A warp issues its boxes one after another, not each lane its own: that is a loop over lanes in machine code, and causal
+  // prefill of 16k was 4 to 9 % slower with pages of 16, and more with smaller ones.
+  const auto load_tile = [&](const jg::Operand& map, unsigned dst, int row_bytes, unsigned barrier, const Piece& piece, int kv_h, int step, int page) {
+    constexpr int kSpan = KeyTile::kSpan;   // that of values is the same
+#pragma unroll 1
+    for (int span = 0; span < row_bytes / (2 * kSpan); ++span)
+      jg::load_box(dst + span * kTileKv * 2 * kSpan, map, barrier, static_cast<int>(piece.kv_start) + key_of(step), span, kv_h, 0, keep);
+  };
+  const auto load_value = [&](const Piece& piece, int kv_h, int step, int page, const jg::RingPosition<kNumStages>& at) {
+    const int num_keys = piece.request.kv_len - key_of(step);
+    const unsigned full = JG_BARRIER(v_full, at.stage), arrived = num_keys < kTileKv ? JG_BARRIER(tail_full) : full;
+    jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
+    if (leader) jg::barrier_expect(arrived, Tile::kValueBytes);
+    __syncwarp();
+    load_tile(maps.v, shared.value(at.stage), kHeadDimV * 2, arrived, piece, kv_h, step, page);
+    if (num_keys >= kTileKv) return;
+    jg::barrier_wait(arrived, tail_parity);
+    tail_parity ^= 1;
+    jg::clear_rows<kHeadDimV>(shared.value(at.stage), num_keys, kTileKv, kSpanRows, lane);
+    jg::fence_async_proxy();
+    __syncwarp();
+    if (leader) jg::barrier_arrive(full);
+  };
+  unsigned q_parity = 1;
 #pragma unroll 1
   for (;; slot.advance()) {
     jg::barrier_wait(JG_BARRIER(piece_full, slot.stage), slot.parity);
@@ -645,7 +677,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       publish(jg::kWorkStop);
       break;
     }
-    const int kv_len = piece.request.kv_len, kv_h = (piece.group << piece.packing) / launch.shape.class_pack;
+    const int kv_len = piece.request.kv_len, kv_h = kv_head(piece);
     const Head head = make_head(args, piece.request, piece.group << piece.packing);
     const auto span_of = [&](int group, int count) {
       const int row = piece.first_row + 64 * group;
@@ -664,14 +696,6 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       const int kinds = step & 0xff & ((1 << 2 * groups) - 1);
       return (piece.first_key + kv_tile(step >> jg::kStepShift, piece.num_tiles) * kTileKv) / 16 << jg::kStepShift | kinds;
     };
-    // A warp issues its boxes one after another, not each lane its own: that is a loop over lanes in machine code, and causal
-    // prefill of 16k was 4 to 9 % slower with pages of 16, and more with smaller ones.
-    const auto load_tile = [&](const jg::Operand& map, unsigned dst, int span_bytes, int num_spans, unsigned barrier, int step, int page) {
-      const int row = static_cast<int>(piece.kv_start) + key_of(step);
-#pragma unroll 1
-      for (int span = 0; span < num_spans; ++span)
-        jg::load_box(dst + span * kTileKv * span_bytes, map, barrier, row, span, kv_h, page, keep);
-    };
     const auto load_key = [&](int step, int page, int next) {
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
@@ -681,31 +705,16 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
         jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
       }
       __syncwarp();
-      load_tile(maps.k, shared.key(kv.stage), KeyTile::kSpanBytes, kHeadDim / KeyTile::kSpan, full, step, page);
+      load_tile(maps.k, shared.key(kv.stage), kHeadDim * 2, full, piece, kv_h, step, page);
     };
-    const auto load_value = [&](int step, int page, const jg::RingPosition<kNumStages>& at) {
-      const int num_keys = kv_len - key_of(step);
-      const unsigned full = JG_BARRIER(v_full, at.stage), arrived = num_keys < kTileKv ? JG_BARRIER(tail_full) : full;
-      jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
-      if (leader) jg::barrier_expect(arrived, Tile::kValueBytes);
-      __syncwarp();
-      load_tile(maps.v, shared.value(at.stage), ValueTile::kSpanBytes, kHeadDimV / ValueTile::kSpan, arrived, step, page);
-      if (num_keys >= kTileKv) return;
-      jg::barrier_wait(arrived, tail_parity);
-      tail_parity ^= 1;
-      jg::clear_rows<kHeadDimV>(shared.value(at.stage), num_keys, kTileKv, lane);
-      jg::fence_async_proxy();
-      __syncwarp();
-      if (leader) jg::barrier_arrive(full);
-    };
-
     int step = next_step();
     publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);
     if (step < 0) continue;
     int next = next_step();
     int page = 0, next_page = 0;
     load_key(step, page, next);
-    // Each group's rows as soon as it is done with those before.
+    // Each group's rows as soon as it is done with those before. In a warp of its own, as with pages, and with the last V behind the
+    // next K, ragged prefill was 2 to 4 % slower (five shapes), paged prefill of block lists 2 to 4 % faster.
 #pragma unroll 1
     for (int group = 0; group < Tile::kGroups; ++group) {
       const unsigned full = JG_BARRIER(q_full, group);
@@ -713,8 +722,9 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       if (!leader) continue;
       jg::barrier_expect(full, Tile::kGroupQBytes);
       jg::load_query_box(shared.query(group), maps.q, full, piece.group << piece.packing,
-                         piece.request.q_start + jg::packed_query(piece.first_row + 64 * group, piece.packing), stream);
+                         piece.request.q_start + jg::packed_query(piece.first_row + 64 * group, piece.packing), jg::policy_evict_first());
     }
+    q_parity ^= 1;
     // K runs one tile ahead of V: the product of the next tile can start while this V is on its way.
 #pragma unroll 1
     while (next >= 0) {
@@ -722,13 +732,12 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       const int after = next_step();
       kv.advance();
       load_key(next, next_page, after);
-      load_value(step, page, at);
+      load_value(piece, kv_h, step, page, at);
       step = next;
       next = after;
     }
-    load_value(step, page, kv);
+    load_value(piece, kv_h, step, page, kv);
     kv.advance();
-    q_parity ^= 1;
   }
 }
 
@@ -757,25 +766,25 @@ JITGEN_FN void start_pv(float (&o)[kHeadDimV / 8][4], const Weights& p, unsigned
 
 using Softmax = jg::RowSoftmax;
 
-JITGEN_FN void consume(const Args& args, Shared shared, int group) {
+JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int group) {
   const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5;
   const bool leader = thread == 0;
   const unsigned p_shared = shared.base + Tile::kPAt + group * Tile::kGroupPBytes;
   const unsigned long long q_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.query(group), 16);
-  const unsigned long long k_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.key(0), 16);
-  const unsigned long long v_operand = jg::matrix_descriptor<ValueTile::kSpanBytes>(shared.value(0), kTileKv * ValueTile::kSpanBytes);
+  const unsigned long long k_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.key(0), 16, kEightKeys);
+  const unsigned long long v_operand = jg::matrix_descriptor<ValueTile::kSpanBytes>(shared.value(0), kSpanRows * ValueTile::kSpanBytes, kEightValues);
   const unsigned long long p_operand = jg::matrix_descriptor<WeightTile::kSpanBytes>(p_shared, 16);
   jg::RingPosition<kNumStages> kv(0);
-  jg::RingPosition<2> slot(0);
-  unsigned q_parity = 0;
+  unsigned laps = 0;   // slot of pieces: bit 0; its parity: bit 1; that of Q: bit 2. In one register, as none is free
+  const auto slot = [&] { return laps & 1; };
   // The groups issue their products in turn, so that the softmax of one runs under the products of another.
   if (group == 0) jg::named_arrive(kTurnBarrier, 256);
 #pragma unroll 1
   for (;;) {
-    jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
-    const int kind = jg::uniform(shared.control->kind[slot.stage]);
+    jg::barrier_wait(JG_BARRIER(work_full, slot()), laps >> 1 & 1);
+    const int kind = jg::uniform(shared.control->kind[slot()]);
     if (kind == jg::kWorkStop) break;
-    const Piece& piece = shared.control->piece[slot.stage];
+    const Piece& piece = shared.control->piece[slot()];
     const Head head = own_head(args, piece);
     const Rows rows = make_rows(args, head, piece, own_row(piece.first_row + group * 64));
     Softmax softmax;
@@ -810,7 +819,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
           __syncwarp();
         }
       };
-      jg::barrier_wait(JG_BARRIER(q_full, group), q_parity);
+      jg::barrier_wait(JG_BARRIER(q_full, group), laps >> 2);
 #pragma unroll 1
       do {
         jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
@@ -874,20 +883,23 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
       } while (!(step & jg::kStepLast));
-      q_parity ^= 1;
+      laps ^= 4;
     }
 
     // The piece is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
-    const Piece& done = shared.control->piece[slot.stage];
+    const Piece& done = shared.control->piece[slot()];
     const int warp_row = done.first_row + (jg::stay(static_cast<int>(threadIdx.x)) - 128) / 32 * 16;
+    const auto write = [&](auto& state) {
+      write_output<1, kOutTiles, !kCopiesOutput>(args, done, o, state, warp_row);
+    };
     jg::OnlineSoftmax<1> finished;
 #pragma unroll
     for (int half = 0; half < 2; ++half) finished.row_max[0][half] = softmax.row_max[half], finished.row_sum[0][half] = softmax.row_sum[half];
-    if (done.slot < 0) write_output(args, done, o, finished, warp_row);
+    if (done.slot < 0) write(finished);
     else Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, finished);
     __syncwarp();
-    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
-    slot.advance();
+    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
+    laps ^= laps & 1 ? 3 : 1;
   }
 }
 
@@ -902,6 +914,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::prefetch_tensor_map(maps.q);
     jg::prefetch_tensor_map(maps.k);
     jg::prefetch_tensor_map(maps.v);
+    if (kCopiesOutput) jg::prefetch_tensor_map(maps.o);
     for (int group = 0; group < Tile::kGroups; ++group) {
       jg::barrier_init(JG_BARRIER(q_full, group), 1);
       jg::barrier_init(JG_BARRIER(q_empty, group), 1);
@@ -916,7 +929,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(piece_full, slot), 1);
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups);   // one arrival per consumer warp
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups);   // one arrival per warp that reads pieces
     }
     jg::barrier_init_fence();
   }
@@ -926,10 +939,10 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     const int warp = jg::uniform(threadIdx.x >> 5);
     if (warp == 0) produce(args, maps, launch, box_keys, shared);
     if (warp == 1) hand_out(args, launch, shared);
-    if (warp == 2) jg::wait_for_previous_kernel();   // a decode kernel that may still run: it has waited for all before it
+    if (warp == 3) jg::wait_for_previous_kernel();   // a decode kernel that may still run: it has waited for all before it
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
-    consume(args, shared, group - 1);
+    consume(args, maps, shared, group - 1);
   }
 }
 
@@ -939,6 +952,7 @@ static int key_step(const Args& args) { return 16; }
 
 static int start_attention(const Args& args, const Launch& launch) {
   static thread_local jg::QueryMap<kHeadDim> q;
+  static thread_local jg::QueryMap<kHeadDimV> o;
   static thread_local jg::OperandMap<kHeadDim> k;
   static thread_local jg::OperandMap<kHeadDimV> v;
   const int keys = box_keys_of(args);
@@ -948,9 +962,11 @@ static int start_attention(const Args& args, const Launch& launch) {
   const int64_t rows = no_keys ? 1 : args.num_pages;
   const int64_t pages = 1, heads = args.num_kv_heads;
   const jg::TensorKey q_key = {args.q, args.total_q, args.num_q_heads, 1, args.q_stride_s, args.q_stride_h, 0};
+  const jg::TensorKey o_key = {args.o, args.total_q, args.num_q_heads, 1, args.o_stride_s, args.o_stride_h, 0};
   const jg::TensorKey k_key = {no_keys ? args.q : args.k, rows, heads, pages, args.k_stride_s, args.k_stride_h, args.k_stride_p};
   const jg::TensorKey v_key = {no_keys ? args.q : args.v, rows, heads, pages, args.v_stride_s, args.v_stride_h, args.v_stride_p};
-  int code = q.update(q_key, kIsBf16, launch.packing, 64);
+  int code = q.update(q_key, kIsBf16, launch.packing, 64, kHeadDim / KeyTile::kSpan);
+  if (!code && kCopiesOutput) code = o.update(o_key, kIsBf16, launch.packing, 16, 1);
   if (!code) code = k.update(k_key, kIsBf16, keys, KeyTile::kSpan);
   if (!code) code = v.update(v_key, kIsBf16, keys, ValueTile::kSpan);
   if (code) return code;
@@ -962,7 +978,7 @@ static int start_attention(const Args& args, const Launch& launch) {
   config.gridDim = dim3(static_cast<unsigned>(launch.num_ctas)), config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kSharedBytes, config.stream = stream;
   config.attrs = &overlap, config.numAttrs = args.programmatic ? 1 : 0;
-  return cudaLaunchKernelEx(&config, attention_kernel, Maps{q.operand, k.operand, v.operand}, args, launch, keys);
+  return cudaLaunchKernelEx(&config, attention_kernel, Maps{q.operand, k.operand, v.operand, o.operand}, args, launch, keys);
 }
 
 constexpr bool kEarlyMerge = false;

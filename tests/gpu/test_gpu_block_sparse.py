@@ -1,4 +1,4 @@
-"""Block lists on CUDA against attention with the mask written out."""
+"""Block lists on CUDA against attention with the mask written out: walked by the serving kernels, and as a mask."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ def test_lists_of_whole_blocks(rows, columns, q_len, kv_len, head_dim):
     keep = chosen.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[:q_len]
     qkv = inputs(q_len, kv_len, dim=head_dim)
     assert_is_exact(qkv, blocks, keep)
+    blocks.lists = None
+    assert_is_exact(qkv, blocks, keep)
     if q_len <= kv_len:
         row, key = torch.arange(q_len)[:, None] + kv_len - q_len, torch.arange(kv_len)
         assert_is_exact(qkv, blocks, keep & (key <= row), mask_mod=lambda b, h, q_idx, kv_idx: kv_idx <= q_idx)
@@ -57,6 +59,23 @@ def test_lists_of_each_head():
     blocks = jitgen.BlockSparse.bsr(indptr, indices, (1000, 1152), (128, 128))
     keep = chosen.repeat_interleave(128, 1).repeat_interleave(128, 2)[:, :1000].repeat_interleave(4, 0)
     assert_is_exact(inputs(1000, 1152), blocks, keep)
+
+
+def test_a_graph_walks_lists_as_a_call_does():
+    _, indptr, indices = random_blocks(8, 9)
+    blocks = jitgen.BlockSparse.bsr(indptr, indices, (1000, 1152), (128, 128))
+    qkv = inputs(1000, 1152)
+    jitgen.block_sparse_attention(*qkv, blocks)  # compiles, and plans
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = jitgen.block_sparse_attention(*qkv, blocks)
+    for seed in range(3):
+        for t in qkv:
+            t.copy_(torch.randn(t.shape, generator=torch.Generator().manual_seed(seed)).to(t))
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, jitgen.block_sparse_attention(*qkv, blocks))
+    assert len(blocks.lists.plans) == 1
 
 
 def test_a_column_that_does_not_exist_is_found_later():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from jitgen.api import attention
+from jitgen.block_lists import BlockLists
 from jitgen.block_sparse import LateCheck
 from jitgen.compat.flashinfer._batch import Heads
 from jitgen.compat.flashinfer._hooks import Options, Scale, hooks_for, softmax_scale
@@ -25,6 +26,7 @@ class SparseWrapper:
         self.device = check_workspace(float_workspace_buffer)
         self._planned: tuple[Heads, Options, bool] | None = None
         self._check: LateCheck | None = None
+        self._lists: BlockLists | None = None  # of whole blocks that all heads share, if the plan is of such
         self._made: dict[tuple[object, ...], tuple[Variant, object]] = {}
 
     def reset_workspace_buffer(
@@ -65,6 +67,11 @@ class SparseWrapper:
         scale = softmax_scale(options, heads.dim_qk, *scales[:2])
         q, k, v = (t.unsqueeze(0) for t in qkv)
         same = out.dtype == q.dtype
+        if self._lists is not None and same:
+            plain = self._variant(None, options, scales)
+            if self._lists.serve(q, k, v, plain.trace().program):
+                _, lse = self._lists.attend(q, k, v, plain, scale, out.unsqueeze(0), True)
+                return lse[0]  # type: ignore[index]
         variant = self._variant(mask_mod, options, scales)
         found, lse = attention(q, k, v, variant, scale=scale, return_lse=True, out=out.unsqueeze(0) if same else None)
         if not same:
@@ -72,7 +79,7 @@ class SparseWrapper:
         return lse[0]
 
     def _variant(
-        self, mask_mod: Callable[..., Any], options: Options, scales: tuple[Scale, Scale, Scale]
+        self, mask_mod: Callable[..., Any] | None, options: Options, scales: tuple[Scale, Scale, Scale]
     ) -> Variant:
         """The variant of a call, remembered as long as the plan."""
         key = (id(mask_mod), id(options), *(x if isinstance(x, int | float | None) else id(x) for x in scales))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from jitgen.block_lists import BlockLists
 from jitgen.block_sparse import LateCheck, block_bits, block_mask_mod, bsr_tables, tile_classes, variable_mask_mod
 from jitgen.compat.flashinfer._batch import Heads
 from jitgen.compat.flashinfer._hooks import Options, Scale
@@ -15,6 +16,7 @@ from jitgen.compat.flashinfer._inputs import result
 from jitgen.compat.flashinfer._options import attention_dtypes
 from jitgen.compat.flashinfer._sparse_wrapper import SparseWrapper, check_tensor, finished
 from jitgen.errors import ShapeMismatch, UnsupportedOption
+from jitgen.serving_pages import as_int32
 
 Dtype = str | torch.dtype | None
 
@@ -89,11 +91,15 @@ class BlockSparseAttentionWrapper(SparseWrapper):
         classes, slots, wrong = bsr_tables(
             indptr.to(self.device), indices.to(self.device), N // C, mask is not None or packed_mask is not None
         )
-        message = f"indices has a block column outside 0 .. {N // C - 1} (N={N}, C={C})."
+        message = f"indices has a block column outside 0 .. {N // C - 1} (N={N}, C={C}), or one twice in a block row."
         self._check = LateCheck(wrong, message)
         bits = block_bits(mask, packed_mask, indices.shape[0], R * C, self.device)
         self._mask_mod = block_mask_mod(classes, slots, bits, R, C, causal=causal, local=True)
         self._sizes = (M, N)
+        self._lists = None
+        if bits is None and not causal:
+            lists = (as_int32(t.to(self.device)).clone() for t in (indptr, indices))
+            self._lists = BlockLists(*lists, (M, N), (R, C))
         options = Options(None, -1, logits_soft_cap, pos_encoding_mode, sm_scale, rope_scale, rope_theta)
         self._adopt(Heads(num_qo_heads, num_kv_heads, head_dim, head_dim, q_dtype, o_dtype), options, causal)
 

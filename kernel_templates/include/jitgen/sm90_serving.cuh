@@ -14,6 +14,11 @@ JITGEN_FN void load_query_box(unsigned dst, const Operand& t, unsigned barrier, 
       "[%0], [%1, {%3, %4, %5, %3}], [%2], %6;"
       ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(head), "r"(row), "l"(policy) : "memory");
 }
+// Its counterpart for O: one span of columns.
+JITGEN_FN void store_output_box(const Operand& t, unsigned src, int head, int row, int span) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+               ::"l"(&t.map), "r"(src), "r"(0), "r"(head), "r"(row), "r"(span) : "memory");
+}
 // A box of each lane's own, as load_box.
 JITGEN_FN void load_own_box(unsigned dst, const Operand& t, unsigned barrier, int row, int span, int head, int page, unsigned long long policy) {
   asm volatile(
@@ -31,15 +36,27 @@ JITGEN_FN void load_box(unsigned dst, const Operand& t, unsigned barrier, int ro
       ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(row), "r"(span), "r"(head * t.head_step), "r"(page * t.batch_step), "l"(policy)
       : "memory");
 }
+// A box of a page in a PageMap: all columns of the keys from 8 * group on. kNowhere as its place: zeros. Called by a whole warp
+// with equal values.
+constexpr int kNowhere = 0x7fffffff;
+JITGEN_FN void load_page_box(unsigned dst, const Operand& t, unsigned barrier, int group, int place, unsigned long long policy) {
+  asm volatile(
+      "{\n.reg .pred elected;\nelect.sync _|elected, 0xffffffff;\n"
+      "@elected cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %3, %3, %4, %5}], [%2], %6;\n}"
+      ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(group), "r"(place), "l"(policy) : "memory");
+}
 // Zeroes rows [first, rows) of a tile, by a warp: what lies behind a request's last key may be NaN, and a weight of zero
-// would make NaN of it.
-template <int kCols> JITGEN_FN void clear_rows(unsigned tile, int first, int rows, int lane) {
+// would make NaN of it. `span_rows`: rows of a span that stand together.
+template <int kCols> JITGEN_FN void clear_rows(unsigned tile, int first, int rows, int span_rows, int lane) {
   using Tile = SpanTile<kCols>;
+  constexpr int kChunks = Tile::kSpanBytes / 16, kSpans = kCols / Tile::kSpan;
 #pragma unroll 1
-  for (int span = 0; span < kCols / Tile::kSpan; ++span)
-#pragma unroll 1
-    for (unsigned at = (span * rows + first) * Tile::kSpanBytes + 16 * lane; at < (span + 1) * rows * Tile::kSpanBytes; at += 16 * 32)
-      store_shared(tile + at, make_int4(0, 0, 0, 0));
+  for (int i = lane; i < (rows - first) * kSpans * kChunks; i += 32) {
+    const int chunk = i % kChunks, span = i / kChunks % kSpans, row = first + i / (kChunks * kSpans);
+    const int block = row / span_rows, inside = row - block * span_rows;
+    store_shared(tile + ((block * kSpans + span) * span_rows + inside) * Tile::kSpanBytes + 16 * chunk, make_int4(0, 0, 0, 0));
+  }
 }
 
 // ---- host ----
@@ -60,13 +77,50 @@ inline int box_keys(int64_t page_size, int tile_keys, int least = 8) {
   return keys;
 }
 
-// The map of q [rows, heads, kCols]; box of 2^packing heads and the queries of a tile.
+// The map of a paged cache for boxes of keys of one page. A box holds groups of 8 keys, in each of them the spans of columns one
+// after the other: so all of its columns come at once, and a tile of boxes is one of 8-row spans whatever the page size is. Pages
+// and heads are one axis, as multiples of what their strides have in common: the place of a page and head on it is
+// page * batch_step + head * head_step.
+template <int kCols> struct PageMap {
+  TensorKey key = {};
+  Operand operand = {};
+
+  int update(const TensorKey& wanted, bool is_bf16, unsigned keys) {
+    if (key.base == wanted.base && key.rows == wanted.rows && key.heads == wanted.heads && key.batch == wanted.batch &&
+        key.stride_s == wanted.stride_s && key.stride_h == wanted.stride_h && key.stride_b == wanted.stride_b)
+      return 0;
+    static const EncodeTiled encode = find_encoder();
+    if (!encode) return kErrorNoEncoder;
+    using Tile = SpanTile<kCols>;
+    using u64 = unsigned long long;
+    const int64_t page = wanted.batch > 1 ? wanted.stride_b : 0, head = wanted.heads > 1 ? wanted.stride_h : 0;
+    int64_t unit = page, rest = head;
+    while (rest != 0) {
+      const int64_t next = unit % rest;
+      unit = rest, rest = next;
+    }
+    unit = unit != 0 ? unit : 8;
+    operand.batch_step = static_cast<int>(page / unit), operand.head_step = static_cast<int>(head / unit);
+    const u64 places = (wanted.batch - 1) * (page / unit) + (wanted.heads - 1) * (head / unit) + 1, row = wanted.stride_s * 2;
+    const u64 sizes[5] = {Tile::kSpan, 8, kCols / Tile::kSpan, static_cast<u64>(wanted.rows) / 8, places};
+    const u64 strides[4] = {row, Tile::kSpanBytes, 8 * row, static_cast<u64>(unit) * 2};
+    const unsigned box[5] = {Tile::kSpan, 8, kCols / Tile::kSpan, keys / 8, 1}, ones[5] = {1, 1, 1, 1, 1};
+    key.base = nullptr;
+    void* const base = const_cast<void*>(wanted.base);
+    if (row == 0 || encode(&operand.map, is_bf16 ? 9 : 6, 5, base, sizes, strides, box, ones, 0, Tile::kSpan == 64 ? 3 : 2, 3, 0))
+      return kErrorTensorMap;
+    key = wanted;
+    return 0;
+  }
+};
+
+// The map of q or o [rows, heads, kCols]; a box of 2^packing heads has tile_rows packed rows and `spans` spans of columns.
 template <int kCols> struct QueryMap {
   TensorKey key = {};
   int packing = -1;
   Operand operand = {};
 
-  int update(const TensorKey& wanted, bool is_bf16, int wanted_packing, unsigned tile_rows) {
+  int update(const TensorKey& wanted, bool is_bf16, int wanted_packing, unsigned tile_rows, unsigned spans) {
     using Tile = SpanTile<kCols>;
     using u64 = unsigned long long;
     if (packing == wanted_packing && key.base == wanted.base && key.rows == wanted.rows && key.heads == wanted.heads &&
@@ -78,7 +132,7 @@ template <int kCols> struct QueryMap {
     const u64 rows = wanted.rows, heads = wanted.heads;
     const u64 sizes[4] = {Tile::kSpan, heads, rows, kCols / Tile::kSpan};
     const u64 strides[3] = {bytes(heads, wanted.stride_h), bytes(rows, wanted.stride_s), Tile::kSpanBytes};
-    const unsigned box[4] = {Tile::kSpan, 1u << wanted_packing, tile_rows >> wanted_packing, kCols / Tile::kSpan}, ones[4] = {1, 1, 1, 1};
+    const unsigned box[4] = {Tile::kSpan, 1u << wanted_packing, tile_rows >> wanted_packing, spans}, ones[4] = {1, 1, 1, 1};
     packing = -1;
     void* const base = const_cast<void*>(wanted.base);
     if (strides[0] == 0 || strides[1] == 0 ||

@@ -8,10 +8,12 @@
 namespace jg {
 
 // ---- shared-memory descriptors (PTX ISA, matrix descriptor format) ----
-// kSpanBytes: the swizzle span, 128 or 64. `lead` is the byte distance between spans along N of a transposed operand.
-template <int kSpanBytes> JITGEN_FN unsigned long long matrix_descriptor(unsigned address, unsigned lead) {
-  constexpr unsigned long long kSwizzle = kSpanBytes == 128 ? 1 : 2, kEightRows = 8 * kSpanBytes;
-  return (address & 0x3ffff) >> 4 | static_cast<unsigned long long>(lead >> 4) << 16 | (kEightRows >> 4) << 32 | kSwizzle << 62;
+// kSpanBytes: the swizzle span, 128 or 64. `lead` is the byte distance between spans along N of a transposed operand,
+// `eight_rows` that between groups of 8 rows.
+template <int kSpanBytes>
+JITGEN_FN unsigned long long matrix_descriptor(unsigned address, unsigned lead, unsigned long long eight_rows = 8 * kSpanBytes) {
+  constexpr unsigned long long kSwizzle = kSpanBytes == 128 ? 1 : 2;
+  return (address & 0x3ffff) >> 4 | static_cast<unsigned long long>(lead >> 4) << 16 | (eight_rows >> 4) << 32 | kSwizzle << 62;
 }
 // Before the first wgmma of a batch whenever its registers were written by ordinary instructions.
 JITGEN_FN void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

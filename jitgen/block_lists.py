@@ -1,0 +1,109 @@
+"""Attention over listed blocks by the serving kernels: each block row is a request, whose pages are its block columns.
+
+The kernels then walk the lists themselves and see nothing else; tiles hold the query heads of a KV head together, so a block
+row fills them, and the planner divides long lists among the CTAs. It takes hooks that read no positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.compiler import is_compiling
+
+from jitgen.families import CUDA_HEAD_DIMS, prefill_family
+from jitgen.program import Program
+from jitgen.serving import paged_attention
+from jitgen.serving_checks import MAX_CUDA_BATCH
+from jitgen.serving_pages import PageTable
+from jitgen.serving_plan import Plan
+from jitgen.variant import Variant
+
+Tensor = torch.Tensor
+POSITIONS = frozenset(("b", "q_idx", "kv_idx", "q_len", "kv_len", "ctx_len"))
+PAGE_STEP = 16  # keys: the kernels copy whole boxes of pages of a multiple of it
+MAX_PLANS = 16
+
+
+@dataclass
+class BlockLists:
+    """Block columns of each block row, the same for all heads, with the plans that were made for them."""
+
+    indptr: Tensor
+    indices: Tensor
+    lengths: tuple[int, int]
+    block: tuple[int, int]
+    plans: dict[tuple[object, ...], tuple[Plan, Variant]] = field(default_factory=dict)
+    captured: list[Plan] = field(default_factory=list)  # that CUDA graphs use: kept
+
+    @property
+    def num_rows(self) -> int:
+        """Number of block rows."""
+        return self.indptr.shape[0] - 1
+
+    def serve(self, q: Tensor, k: Tensor, v: Tensor, program: Program) -> bool:
+        """Whether these kernels take a call, and are the faster way.
+
+        Shapes:  as jitgen.attention.
+        """
+        if is_compiling() or q.shape[0] != 1 or self.block[1] % PAGE_STEP or self.num_rows > MAX_CUDA_BATCH:
+            return False
+        is_plain = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] and q.shape[-1] in CUDA_HEAD_DIMS
+        strides = [s for t in (q, k, v) for s in t.stride()[1:3]]
+        has_rows = all(t.stride(3) == 1 for t in (q, k, v)) and all(s % 8 == 0 for s in strides)
+        is_aligned = not (k.data_ptr() | v.data_ptr()) & 15
+        return is_plain and has_rows and is_aligned and is_hopper(q.device) and reads_no_position(program)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, variant: Variant, scale: float | None, out: Tensor | None, want_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [1, num_q_heads, q_len, head_dim_v] and logsumexp [1, num_q_heads, q_len] of a call that ``serve`` allows."""
+        plan = self._plan(q, v, variant)
+        out = q.new_empty(*q.shape[:3], v.shape[3]) if out is None else out
+        caches = tuple(self._pages(t) for t in (k, v))
+        table = PageTable.csr(self.indptr, self.indices)
+        rows = q[0].transpose(0, 1), out[0].transpose(0, 1)
+        lse = q.new_empty(rows[0].shape[:2], dtype=torch.float32) if want_lse else None
+        paged_attention(rows[0], caches, table, plan, scale=scale, out=rows[1], lse=lse)  # type: ignore[arg-type]
+        return out, None if lse is None else lse.T.contiguous()[None]
+
+    def _pages(self, t: Tensor) -> Tensor:
+        """Keys or values as pages of one block column each."""
+        _, heads, length, dim = t.shape
+        columns, row, head = self.block[1], t.stride(2), t.stride(1)
+        return t.as_strided((length // columns, columns, heads, dim), (columns * row, row, head, 1))
+
+    def _plan(self, q: Tensor, v: Tensor, variant: Variant) -> Plan:
+        """The plan for a call. It counts work that is given out, so calls on different streams have their own; a call in a CUDA
+        graph that is being captured takes that of the calls before it."""
+        key = (id(variant), q.shape[1], v.shape[1], q.shape[3], v.shape[3], q.dtype, q.device)
+        stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
+        is_captured = q.is_cuda and torch.cuda.is_current_stream_capturing()
+        if is_captured:
+            stream = next((known for known, *rest in self.plans if tuple(rest) == key), stream)
+        if (stream, *key) not in self.plans:
+            starts = torch.arange(self.num_rows + 1, dtype=torch.int32, device=q.device) * self.block[0]
+            plan = Plan(
+                self.num_rows, self.lengths[0], q.shape[1], v.shape[1], q.shape[3], head_dim_v=v.shape[3], dtype=q.dtype,
+                variant=variant, max_q_len=min(self.block[0], self.lengths[0]), page_size=self.block[1], device=q.device,
+                family="sm90" if q.is_cuda else None,
+            )  # fmt: skip
+            if len(self.plans) >= MAX_PLANS:
+                self.plans.clear()
+            plan.update(starts.clamp(max=self.lengths[0]), self.indptr.diff() * self.block[1])
+            self.plans[(stream, *key)] = plan, variant  # the variant keeps its id
+        plan = self.plans[(stream, *key)][0]
+        if is_captured:
+            self.captured.append(plan)
+        return plan
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether the prefill kernel of compute capability 9.0 runs there, which these lists are faster with."""
+    return device.type == "cuda" and prefill_family(device, "paged", PAGE_STEP, None) == "sm90"
+
+
+def reads_no_position(program: Program) -> bool:
+    """Whether the hooks mean the same to a block row alone, and need no mask."""
+    roots = (program.score, program.sink, program.output, program.lse)
+    return program.mask is None and program.norm is None and all(r is None or POSITIONS.isdisjoint(r.deps) for r in roots)
