@@ -318,12 +318,9 @@ template <bool kAtEnd> JITGEN_FN void read_ahead(const Args& args, const Head& h
 // column - row = i - 63, so that neighbouring columns have neighbouring entries. `first`: the distance of row 0 and column 0.
 JITGEN_FN void weigh_distances(const Args& args, const Head& head, Early& early, int first) {
   const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127;
+  early.level = score_relative(args, head, first);
   early.is_flat = jg::uniform(score_is_level(args, head, first - (kTileKv - 1), first + 63));
-  if (early.is_flat) {
-    early.level = score_relative(args, head, first);
-    return;
-  }
-  early.level = 0.0f;
+  if (early.is_flat) return;
 #pragma unroll
   for (int round = 0; round < kDistanceRounds; ++round)
     early.by_distance[round] = score_relative(args, head, first + 63 - 128 * round - thread);
@@ -672,6 +669,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           early.level = score_level(args, head, early.level);
           return;
         }
+        early.level = 0.0f;
         // Whoever has passed the turn barrier is done with the table of the tile before.
         early.table = shared.table(group);
         share_distances(early, early.table);

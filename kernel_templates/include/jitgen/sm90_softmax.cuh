@@ -176,11 +176,14 @@ template <class Element, int kColTiles> JITGEN_FN void pack_tile(unsigned (&p)[k
 #pragma unroll
     for (int r = 0; r < 4; ++r) p[step][r] = Element::pack(s[2 * step + r / 2][r % 2 * 2], s[2 * step + r / 2][r % 2 * 2 + 1]);
 }
-// Writes a packed 64-row tile of a warp group to shared memory in the layout of the copy engine and of wgmma.
+// Writes a packed 64-row tile of a warp group to shared memory in the layout of the copy engine and of wgmma. The swizzle makes
+// the addresses of a span differ in single bits: they are worked out here, and only the first takes a register through the KV loop.
 template <int kCols> JITGEN_FN void store_tile(unsigned address, const unsigned (*p)[4], int warp, int lane) {
+  constexpr int kSteps = SpanTile<kCols>::kSpan / 16;
+  const unsigned first = stay(static_cast<int>(address + SpanTile<kCols>::chunk_offset(warp * 16 + (lane & 15), lane >> 4, 64)));
 #pragma unroll
   for (int step = 0; step < kCols / 16; ++step)
-    store_matrix(address + SpanTile<kCols>::chunk_offset(warp * 16 + (lane & 15), 2 * step + (lane >> 4), 64), p[step]);
+    store_matrix((first ^ step % kSteps * 32) + step / kSteps * 64 * SpanTile<kCols>::kSpanBytes, p[step]);
 }
 
 }  // namespace jg
