@@ -9,10 +9,10 @@ from jitgen.spec import Tiles
 
 FP8_HEAD_DIMS = (64, 128, 256)
 
-# head_dim -> (tile_q, tile_kv, stages) by what hooks need of the registers, as in tiles_sm90: little, a producer that
+# head_dim -> (tile_q, tile_kv, stages) by what hooks need of the registers: little, scores of their own or a producer that
 # searches, gathers of each element.
 TILES = {
-    64: ((192, 128, 3), (192, 128, 3), (192, 64, 3)),
+    64: ((192, 128, 3), (192, 64, 3), (192, 64, 3)),
     128: ((192, 128, 2), (128, 128, 2), (128, 128, 2)),
     256: ((128, 64, 2), (128, 64, 2), (128, 64, 2)),
 }
@@ -21,13 +21,19 @@ TILES = {
 def fp8_tiles(head_dim: int, head_dim_v: int, program: Program | None = None) -> Tiles:
     """Tiles of a kernel for one head dim of Q, K and V; ``program`` None: without hooks."""
     assert head_dim == head_dim_v, "padded_head_dims makes them equal"
-    tile_q, tile_kv, num_stages = TILES[head_dim][0 if program is None else hook_weight(program)]
+    tile_q, tile_kv, num_stages = TILES[head_dim][0 if program is None else hook_weight(program, head_dim)]
     return Tiles(tile_q, tile_kv, num_warps=4 + tile_q // 16, num_stages=num_stages)
 
 
-def hook_weight(program: Program) -> int:
-    """Column of TILES for a program's hooks."""
-    return 2 if _gathers_by_position(program.score) else int(_gathers_by_position(program.mask))
+def hook_weight(program: Program, head_dim: int) -> int:
+    """Column of TILES for a program's hooks. Three groups of head dim 128 spill with scores that are more than scaled."""
+    if _gathers_by_position(program.score):
+        return 2
+    return int(_gathers_by_position(program.mask) or (head_dim == 128 and not _only_scales(program.score)))
+
+
+def _only_scales(root: Expr | None) -> bool:
+    return all(n.op in ("mul", "index", "load", "scalar", "const") for n in walk(root))
 
 
 def _gathers_by_position(root: Expr | None) -> bool:

@@ -82,6 +82,9 @@ using Logits = float[kTileKv / 8][4];      // accumulators of one consumer threa
 using Output = float[kHeadDimV / 8][4];
 // O of a wide head is rescaled while Q K^T runs: the multiplications are too many to hide after P V.
 constexpr bool kRescaleEarly = kHeadDimV > 128;
+// When sums are kept: before the exponentials, or after them, when S is no more, where hooks leave few registers.
+constexpr bool kSumsFirst = Tile::kSharedP;
+static_assert(!kSumsFirst || !kRescaleEarly, "O must be up to date when it is added to the sums");
 constexpr bool kMaybeEmpty = kHasMask || false;
 constexpr int kTurnBarrier = 1, kGroupBarrier = 5;   // named barriers: + group
 
@@ -171,14 +174,12 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     const Head head = make_head(args, work.batch, work.head);
     const int first_row = work.tile * kTileQ - schedule.absent_rows;
     jg::AllPositions visible(num_tiles);
-    int visited = 0;
     const auto load_key = [&](int step, int next) {
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
       if (!leader) return;
       if (kHasMask) {
-        const bool ends_run = ++visited % jg::kHeldTiles == 0;
-        const int flags = (next < 0 ? jg::kStepLast : 0) | (next < 0 || ends_run ? 15 : jg::skipped_groups(next)) << jg::kNextAt;
+        const int flags = (next < 0 ? jg::kStepLast : 0) | (next < 0 ? 15 : jg::skipped_groups(next)) << jg::kNextAt;
         jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags);
       }
       jg::barrier_expect(full, Tile::kTileBytes);   // also publishes the step
@@ -239,7 +240,7 @@ JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 32; ++step)
-    QueryProduct::shared(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), step != 0);
+    QueryProduct::shared(s, jg::operand_at(q, KeyTile::step_offset(step, 64)), jg::operand_at(k, KeyTile::step_offset(step, kTileKv)), step != 0);
   jg::wgmma_commit();
 }
 // O += P V, with P in registers or in shared memory.
@@ -249,9 +250,9 @@ JITGEN_FN void start_pv(Output& o, const Weights& p, unsigned long long p_shared
 #pragma unroll
   for (int step = 0; step < kTileKv / 32; ++step)
     if constexpr (Tile::kSharedP)
-      ValueProduct::shared(o, p_shared + WeightTile::step_offset(step, 64), v + ValueTile::step_offset(step, kHeadDimV), 1);
+      ValueProduct::shared(o, jg::operand_at(p_shared, WeightTile::step_offset(step, 64)), jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), 1);
     else
-      ValueProduct::registers(o, p[step], v + ValueTile::step_offset(step, kHeadDimV), 1);
+      ValueProduct::registers(o, p[step], jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), 1);
   jg::wgmma_commit();
 }
 
@@ -336,6 +337,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     Output o;
 #pragma unroll
     for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+    int held = 0;            // tiles whose products are in O and not in the sums
     bool has_sums = false;   // whether part of O is in shared memory
     if (kind == jg::kWorkTile) {
       Logits s;
@@ -345,8 +347,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       // What the stage holds; without a mask the consumers count for themselves.
       const auto read_step = [&] {
         if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(kv.stage + kv.parity * kNumStages)));
-        const int here = position++, last = here == num_tiles - 1 ? jg::kStepLast : 0;
-        return here << jg::kStepShift | last | (last || here % jg::kHeldTiles == jg::kHeldTiles - 1 ? 15 << jg::kNextAt : 0) | (group_row > -64 ? kTileFull << 2 * group : 0);
+        const int here = position++, last = here == num_tiles - 1 ? jg::kStepLast | 15 << jg::kNextAt : 0;
+        return here << jg::kStepShift | last | (group_row > -64 ? kTileFull << 2 * group : 0);
       };
       const auto first_column = [&] { return kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + 2 * (thread & 3); };
       const auto shape = [&](auto at_end) {
@@ -359,7 +361,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       const auto take_turn = [&] { jg::named_sync(kTurnBarrier + group, 256); };
       const auto pass_turn = [&] { jg::named_arrive(kTurnBarrier + (group + 1 == Tile::kGroups ? 0 : group + 1), 256); };
       const auto find_maximum = [&](float units, float (&shift)[2]) {
-        const bool moved = jg::update_maximum<kMaybeEmpty, jg::kSlackBits>(softmax, s, units, shift, factor);
+        const bool moved = jg::may_rise<jg::kSlackBits>(softmax, s, units, shift) &&
+                           jg::update_maximum<kMaybeEmpty, jg::kSlackBits>(softmax, s, units, shift, factor);
         shift[0] -= jg::kWeightBits, shift[1] -= jg::kWeightBits;
         return moved;
       };
@@ -372,7 +375,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::named_sync(kGroupBarrier + group, 128);
         }
         jg::store_sums(o, sums, softmax.row_max);
-        has_sums = true;
+        has_sums = true, held = 0;
       };
       const auto keep_weights = [&] {
         jg::pack_fp8_tile(p, s);
@@ -398,7 +401,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           continue;
         }
         // A run of visible tiles: the products of a tile overlap with those of the next.
-        start_qk(s, q_operand, k_operand + (kv.stage * Tile::kTileBytes >> 4));
+        start_qk(s, q_operand, jg::operand_at(k_operand, kv.stage * (Tile::kTileBytes >> 4)));
         pass_turn();
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
@@ -416,10 +419,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           next.advance();
           jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
           take_turn();
-          start_qk(s, q_operand, k_operand + (next.stage * Tile::kTileBytes >> 4));
+          start_qk(s, q_operand, jg::operand_at(k_operand, next.stage * (Tile::kTileBytes >> 4)));
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
           jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
-          start_pv(o, p, p_operand, v_operand + (kv.stage * Tile::kTileBytes >> 4));
+          start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)));
           pass_turn();
           const int value_stage = kv.stage;
           kv = next;
@@ -431,17 +434,25 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::Wgmma<kHeadDimV>::wait<0>(o);   // before the exponentials, as in sm90.cu.jinja
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
           if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
+          ++held;
+          if (kSumsFirst && held >= jg::kHeldTiles) keep_sums();
           jg::weigh_columns(softmax, s, units, shift);
           keep_weights();
+          if (!kSumsFirst && held >= jg::kHeldTiles) {
+            if (kRescaleEarly && moved) jg::rescale_output(o, factor), moved = false;
+            keep_sums();
+          }
         }
         if (kRescaleEarly && moved) jg::rescale_output(o, factor);
         jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
-        start_pv(o, p, p_operand, v_operand + (kv.stage * Tile::kTileBytes >> 4));
+        start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)));
         jg::Wgmma<kHeadDimV>::wait<0>(o);
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
         if (step & jg::kStepLast) break;
-        keep_sums();
+        ++held;
+        // With P in shared memory no register is free for this: O of rows that see no two tiles in succession stays as it is.
+        if (!Tile::kSharedP && held >= jg::kHeldTiles) keep_sums();
       }
       q_parity ^= 1;
     }

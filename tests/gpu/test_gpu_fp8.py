@@ -1,6 +1,6 @@
 """The 8-bit kernel against attention in float64 on the dequantised inputs.
 
-The yardstick is float64 attention whose weights alone are rounded to e4m3, with the maximum of a row at 2**4.
+The yardstick is float64 attention whose weights alone are rounded to e4m3, measured from the maxima that the kernel keeps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from jitgen import reference, runtime
 from jitgen.errors import UnsupportedDtype, UnsupportedVariant, VariantError
 
 E4M3 = torch.float8_e4m3fn
-TIMES_ROUNDED = 1.2  # error allowed, as a multiple of the yardstick's: 2-norms against float64
+TIMES_ROUNDED = 1.05  # error allowed, as a multiple of the yardstick's: 2-norms against float64
+TILE_KV, SLACK_BITS = 128, 4  # of the kernel; tiles of 64 keys move the yardstick by 2 %
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 hopper = pytest.mark.skipif(not HOPPER, reason="the sm90_fp8 family needs compute capability 9.0")
 
@@ -55,22 +56,37 @@ def relative_error(got, want):
 
 
 def rounded_attention(q, k, v, mask_mod=None, q_offset=None):
-    """Plain attention with weights rounded to e4m3, all else float64."""
+    """Attention in float64 but for the weights, which are rounded to e4m3 as the kernel's are.
+
+    It measures them from the maximum of the keys visited so far, in tiles from the last key on, which becomes 2**4; a maximum
+    is kept until another exceeds it by more than 4 bits. So the largest weight of a row is a power of two, and has no error,
+    only where no maximum was kept: peaked rows lose a quarter by that.
+    """
     group = q.shape[1] // k.shape[1]
     k, v = (t.double().expand(q.shape[0], -1, -1, -1).repeat_interleave(group, 1) for t in (k, v))
-    logits = q.double() @ k.mT / math.sqrt(q.shape[3])
+    logits = q.double() @ k.mT * (math.log2(math.e) / math.sqrt(q.shape[3]))
     if mask_mod is not None:
         offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
         rows = torch.arange(q.shape[2], device="cuda")[:, None] + offset
         logits = logits.masked_fill(~mask_mod(0, 0, rows, torch.arange(k.shape[2], device="cuda")), -math.inf)
-    top = logits.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
-    weights = torch.exp(logits - top) * 2**4
-    return torch.nan_to_num(weights.float().to(E4M3).double() @ v / weights.sum(-1, keepdim=True))
+    kept = torch.full_like(logits[..., :1], -math.inf)
+    total, out = torch.zeros_like(kept), v.new_zeros(*q.shape[:3], v.shape[3])
+    for first in reversed(range(0, k.shape[2], TILE_KV)):
+        tile = logits[..., first : first + TILE_KV]
+        top = tile.amax(-1, keepdim=True)
+        origin = torch.where(top > kept + SLACK_BITS, top, kept)
+        factor = torch.exp2(kept - origin).nan_to_num()  # both -inf: nothing so far
+        weights = torch.exp2(tile - origin.nan_to_num(neginf=0.0)) * 2**4
+        out = out * factor + weights.float().to(E4M3).double() @ v[:, :, first : first + TILE_KV]
+        total, kept = total * factor + weights.sum(-1, keepdim=True), origin
+    return torch.nan_to_num(out / total)
 
 
 def assert_as_accurate_as_rounded_weights(got, want, yardstick):
-    error, bound = relative_error(got, want), TIMES_ROUNDED * relative_error(yardstick, want)
-    assert error <= bound + torch.finfo(got.dtype).eps / 2, f"error {error:.4f}, of rounded weights {bound / TIMES_ROUNDED:.4f}"
+    """The rounding of the output is independent of that of the weights: their squares add."""
+    error, rounded = relative_error(got, want), relative_error(yardstick, want)
+    bound = math.hypot(TIMES_ROUNDED * rounded, torch.finfo(got.dtype).eps / 2)
+    assert error <= bound, f"error {error:.4f}, of rounded weights {rounded:.4f}"
 
 
 def poison(like):

@@ -34,6 +34,11 @@ JG_DEFINE_FP8_WGMMA(128, 64, "64", "65", "66", "67", "68", "69")
 JG_DEFINE_FP8_WGMMA(192, 96, "96", "97", "98", "99", "100", "101")
 JG_DEFINE_FP8_WGMMA(256, 128, "128", "129", "130", "131", "132", "133")
 
+// The descriptor of an operand `offset` further on, in units of 16 bytes. The address is in the lower half: no carry to add.
+JITGEN_FN unsigned long long operand_at(unsigned long long descriptor, unsigned offset) {
+  return descriptor & 0xffffffff00000000ull | static_cast<unsigned>(static_cast<unsigned>(descriptor) + offset);
+}
+
 // ---- P ----
 // Weights reach 448, the largest e4m3: exponents are counted from the row maximum plus kWeightBits, and the maximum is kept
 // until another exceeds it by kSlackBits. 4 + 4: weights below 2^-10 (at worst, else 2^-14) of the largest lose precision,
