@@ -768,7 +768,7 @@ static int start_attention(const Args& args, const Launch& launch) {
   const jg::TensorKey q_key = {args.q, args.total_q, args.num_q_heads, 1, args.q_stride_s, args.q_stride_h, 0};
   const jg::TensorKey k_key = {no_keys ? args.q : args.k, args.page_size, 1, pages, args.k_stride_s, 0, args.k_stride_p};
   const jg::TensorKey v_key = {no_keys ? args.q : args.v, args.page_size, 1, pages, args.v_stride_s, 0, args.v_stride_p};
-  int code = q.update(q_key, kIsBf16, launch.packing, kTileQ);
+  int code = q.update(q_key, kIsBf16, launch.packing, kTileQ, kHeadDim / KeyTile::kSpan);
   if (!code) code = k.update(k_key, kIsBf16, keys, 64);
   if (!code) code = v.update(v_key, kIsBf16, keys, 64);
   if (code) return code;
