@@ -175,7 +175,8 @@ static int launch_planner(const Args& args, const jg::PlanShape& shape) {
 }
 
 // ---- geometry ----
-constexpr int kThreads = 32 * kNumWarps, kRowThreads = kThreads;
+constexpr int kThreads = 32 * kNumWarps;
+[[maybe_unused]] constexpr int kRowThreads = kThreads;
 constexpr int kWarpRows = kTileQ / kNumWarps;
 constexpr int kRowTiles = kWarpRows / 16;      // 16-row accumulator tiles of a warp
 constexpr int kColTiles = kTileKv / 8;
@@ -541,7 +542,7 @@ static int start_attention(const Args& args, const Launch& launch) {
   return cudaGetLastError();
 }
 
-constexpr bool kEarlyMerge = false;
+[[maybe_unused]] constexpr bool kEarlyMerge = false;
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 

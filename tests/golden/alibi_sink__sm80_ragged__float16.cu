@@ -170,7 +170,8 @@ static int launch_planner(const Args& args, const jg::PlanShape& shape) {
 }
 
 // ---- geometry ----
-constexpr int kThreads = 32 * kNumWarps, kRowThreads = kThreads;
+constexpr int kThreads = 32 * kNumWarps;
+[[maybe_unused]] constexpr int kRowThreads = kThreads;
 constexpr int kWarpRows = kTileQ / kNumWarps;
 constexpr int kRowTiles = kWarpRows / 16;      // 16-row accumulator tiles of a warp
 constexpr int kColTiles = kTileKv / 8;
@@ -588,7 +589,7 @@ static int start_attention(const Args& args, const Launch& launch) {
   return cudaGetLastError();
 }
 
-constexpr bool kEarlyMerge = false;
+[[maybe_unused]] constexpr bool kEarlyMerge = false;
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 constexpr int kLeastPiece = 8;       // KV tiles: a cut costs the partial results of both sides

@@ -265,7 +265,8 @@ using ValueTile = jg::SpanTile<kHeadDimV>;
 using OutputTile = jg::SpanTile<kHeadDimV>;
 using WeightTile = jg::SpanTile<Tile::kSharedP ? kTileKv : 64>;   // P in shared memory
 constexpr int kSpanRows = kTileKv, kEightKeys = 8 * KeyTile::kSpanBytes, kEightValues = 8 * ValueTile::kSpanBytes;
-constexpr int kThreads = Tile::kThreads, kRowThreads = 128 * Tile::kGroups;
+constexpr int kThreads = Tile::kThreads;
+[[maybe_unused]] constexpr int kRowThreads = 128 * Tile::kGroups;
 [[maybe_unused]] constexpr int kWarpRows = 16, kRowTiles = 1;
 constexpr int kOutTiles = kHeadDimV / 8;
 using Logits = float[kTileKv / 8][4];      // accumulators of one consumer thread: sm90_wgmma.cuh has the layout
@@ -677,7 +678,8 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       publish(jg::kWorkStop);
       break;
     }
-    const int kv_len = piece.request.kv_len, kv_h = kv_head(piece);
+    [[maybe_unused]] const int kv_len = piece.request.kv_len;
+    const int kv_h = kv_head(piece);
     const Head head = make_head(args, piece.request, piece.group << piece.packing);
     const auto span_of = [&](int group, int count) {
       const int row = piece.first_row + 64 * group;
@@ -981,7 +983,7 @@ static int start_attention(const Args& args, const Launch& launch) {
   return cudaLaunchKernelEx(&config, attention_kernel, Maps{q.operand, k.operand, v.operand, o.operand}, args, launch, keys);
 }
 
-constexpr bool kEarlyMerge = false;
+[[maybe_unused]] constexpr bool kEarlyMerge = false;
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 constexpr int kLeastPiece = 8;       // KV tiles: a cut costs the partial results of both sides

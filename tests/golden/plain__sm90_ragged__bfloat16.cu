@@ -119,7 +119,8 @@ using ValueTile = jg::SpanTile<kHeadDimV>;
 using OutputTile = jg::SpanTile<kHeadDimV>;
 using WeightTile = jg::SpanTile<Tile::kSharedP ? kTileKv : 64>;   // P in shared memory
 constexpr int kSpanRows = kTileKv, kEightKeys = 8 * KeyTile::kSpanBytes, kEightValues = 8 * ValueTile::kSpanBytes;
-constexpr int kThreads = Tile::kThreads, kRowThreads = 128 * Tile::kGroups;
+constexpr int kThreads = Tile::kThreads;
+[[maybe_unused]] constexpr int kRowThreads = 128 * Tile::kGroups;
 [[maybe_unused]] constexpr int kWarpRows = 16, kRowTiles = 1;
 constexpr int kOutTiles = kHeadDimV / 8;
 using Logits = float[kTileKv / 8][4];      // accumulators of one consumer thread: sm90_wgmma.cuh has the layout
@@ -471,7 +472,8 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       publish(jg::kWorkStop);
       break;
     }
-    const int kv_len = piece.request.kv_len, kv_h = kv_head(piece);
+    [[maybe_unused]] const int kv_len = piece.request.kv_len;
+    const int kv_h = kv_head(piece);
     jg::AllPositions visible(piece.num_tiles);
     // Groups behind the last row have nothing to do.
     const int groups = jg::min(((piece.request.q_len << piece.packing) - piece.first_row + 63) / 64, Tile::kGroups);
@@ -760,7 +762,7 @@ static int start_attention(const Args& args, const Launch& launch) {
   return cudaLaunchKernelEx(&config, attention_kernel, Maps{q.operand, k.operand, v.operand, o.operand}, args, launch, keys);
 }
 
-constexpr bool kEarlyMerge = false;
+[[maybe_unused]] constexpr bool kEarlyMerge = false;
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 constexpr int kLeastPiece = 8;       // KV tiles: a cut costs the partial results of both sides
