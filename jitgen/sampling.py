@@ -219,8 +219,8 @@ def run(
         x.data_ptr(), out.data_ptr(), address(status), address(valid), address(indices),
         address(temperatures), temperature, address(top_ks), k, address(top_ps), p, address(min_ps), least,
         address(streams.seed), streams.seed_value, address(streams.offset), streams.offset_value, streams.advance, bad_token,
-        out.dtype == torch.int64, stream_of(cuda_index(device)), torch.get_num_threads(), team_of(vocab, device), batch, x.shape[0],
-        vocab, x.stride(0), out.stride(0) if out.dim() == 2 else 1, *words,
+        out.dtype == torch.int64, stream_of(cuda_index(device)), torch.get_num_threads(), team_of(vocab, device), batch,
+        x.shape[0], vocab, x.stride(0), out.stride(0) if out.dim() == 2 else 1, *words,
     ))  # fmt: skip
 
 

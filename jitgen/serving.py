@@ -24,6 +24,7 @@ from jitgen.serving_launch import (
     looks_of,
     maker_of,
     run,
+    starter_of,
 )
 from jitgen.serving_op import call_paged, call_ragged, check_traced
 from jitgen.serving_pages import KeyPlace, PageTable, cache_place, join_latent, latent_parts, latent_place, ragged_place
@@ -108,6 +109,11 @@ def paged_attention(
         and recent.looks_same(*tensors)
     ):
         recent = _recall_paged(plan, kv_cache, page_table, tensors, options)
+    has_scales = plan.kv_dtype is not None or k_scale is not None or v_scale is not None
+    if recent.start is not None and not (values or has_scales or return_lse) and out is None and lse is None:
+        found = recent.start(q, tensors[1], tensors[-1])
+        if found is not None:
+            return found
     call, lists_at = recent.call, recent.lists_at
     if lists_at is None:
         lists_at = _segment_lists(plan, recent.lists, call.page_size)
@@ -115,9 +121,7 @@ def paged_attention(
         _check_table(plan, recent.lists, call.page_size)
     k = tensors[1].data_ptr()
     keys = k, (tensors[2].data_ptr() if pair else k) + call.v_offset, *lists_at
-    scales = _NO_SCALES
-    if plan.kv_dtype is not None or k_scale is not None or v_scale is not None:
-        scales = scale_words(plan, call.numbers[3], call.numbers[2], k_scale, v_scale)
+    scales = scale_words(plan, call.numbers[3], call.numbers[2], k_scale, v_scale) if has_scales else _NO_SCALES
     return run(plan, recent, values, q, keys, scales, return_lse, out, lse)
 
 
@@ -164,11 +168,14 @@ def ragged_attention(
         and recent.looks_same(q, k, v)
     ):
         recent = _recall(plan, "ragged", (q, k, v), options, lambda: ragged_place(k, v), None, None)
+    has_scales = plan.kv_dtype is not None or k_scale is not None or v_scale is not None
+    if recent.start is not None and not (values or has_scales or return_lse) and out is None and lse is None:
+        found = recent.start(q, k, v)
+        if found is not None:
+            return found
     keys = k.data_ptr(), v.data_ptr(), *recent.lists_at
-    scales = _NO_SCALES
-    if plan.kv_dtype is not None or k_scale is not None or v_scale is not None:
-        numbers = recent.call.numbers
-        scales = scale_words(plan, numbers[3], numbers[2], k_scale, v_scale)
+    numbers = recent.call.numbers
+    scales = scale_words(plan, numbers[3], numbers[2], k_scale, v_scale) if has_scales else _NO_SCALES
     return run(plan, recent, values, q, keys, scales, return_lse, out, lse)
 
 
@@ -224,12 +231,13 @@ def _recall(
         )
     blocks = blocks_of(plan, call, call.launches, total_q, list_stride_of(plan, lists))
     lists_at, new_out = _addresses_of(plan, lists), maker_of(plan, total_q)
+    start = starter_of(plan, call, blocks, lists_at, new_out)
     if is_compiling():  # Dynamo looks into every function that a call runs outside of a graph
-        return RecentCall(call, options, looks_of, total_q, plan.version, _NO_TABLE, lists, lists_at, blocks, new_out)
+        return RecentCall(call, options, looks_of, total_q, plan.version, _NO_TABLE, lists, lists_at, blocks, new_out, start)
     if looks_same is None:
         looks_same = looks_of(tensors)
     kept = table if lists is None or _is_same(lists, table) else _NO_TABLE
-    plan.recent = RecentCall(call, options, looks_same, total_q, plan.version, kept, lists, lists_at, blocks, new_out)
+    plan.recent = RecentCall(call, options, looks_same, total_q, plan.version, kept, lists, lists_at, blocks, new_out, start)
     return plan.recent
 
 
@@ -287,11 +295,11 @@ def _prepare(
         q_stride = plan.stage.q_stride if plan.stage.changes_q else q_stride
     elif program.rows is not None:
         raise PlanMismatch("the variant transforms rows, the plan was made for one that does not. Make a plan with variant=.")
-    kernels = kernels_of(plan, program)
+    kernels, merge = kernels_of(plan, program), merge_kernel(plan, program)
     call = PreparedCall(
         program=program,
         kernels=kernels,
-        merge=merge_kernel(plan, program),
+        merge=merge,
         page_size=place.page_size,
         v_offset=place.v_offset,
         numbers=(plan.num_q_heads, plan.num_kv_heads, place.page_size, place.num_pages),
@@ -304,6 +312,7 @@ def _prepare(
         q_factor=q_factor,
         on_host=on_host,
         has_tensors=any(slot.kind == "tensor" for slot in program.slots),
+        is_plain=merge is None and plan.stage is None and q_factor == 1.0,
     )
     if len(plan.calls) >= MAX_PREPARED_CALLS:
         plan.calls.clear()

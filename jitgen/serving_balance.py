@@ -195,7 +195,7 @@ def shares_in_use(shape: PlanShape, length: int, tiles: Sequence[PlanTile], besi
         wanted = max(shape.shares * length // (length + (beside >> 20) + 1), shape.least_shares)
     items = len(tiles) * shape.groups
     costs = {_cost(tile, shape) for tile in tiles}
-    is_better = shape.whole_items or all(tile.count > 1 or max(costs) <= SHORT_ITEM for tile in tiles)
+    is_better = all(tile.count > 1 or max(costs) <= max(SHORT_ITEM, shape.whole_items) for tile in tiles)
     if len(costs) == 1 and is_better:
         even = (wanted + items // 2) // items * items
         even -= items if even > shape.shares else 0

@@ -16,6 +16,7 @@ from jitgen.serving_checks import check_captures, check_query, check_results
 from jitgen.serving_kernels import KernelClass, pack_batch, pack_launch, tail_words
 from jitgen.serving_pages import PageTable
 from jitgen.serving_plan import Plan, check_lse
+from jitgen.serving_segments import Beside
 from jitgen.streams import call_on, current_device, current_stream, stream_of
 
 try:
@@ -48,6 +49,7 @@ class PreparedCall:
     q_factor: float  # of what the kernel gets as q; 1.0 but for scales that are not positive
     on_host: bool
     has_tensors: bool  # among the captures
+    is_plain: bool  # q goes to the kernels as it is, and they write the results
 
 
 def looks_of(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
@@ -84,6 +86,7 @@ class RecentCall:
     lists_at: tuple[int, int] | None  # the fields kv_start and pages; None where each call makes them anew
     blocks: Blocks  # none where there is nothing to do
     new_out: Callable[[], Tensor]  # with the plan's device current
+    start: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None  # see starter_of
 
 
 def launches_of(
@@ -133,6 +136,38 @@ def maker_of(plan: Plan, total_q: int) -> Callable[[], Tensor]:
     return partial(_empty_strided_cuda, shape, strides, plan.dtype)  # 1.1 us: torch.empty_like takes 1.7, and others more
 
 
+def starter_of(
+    plan: Plan, call: PreparedCall, blocks: Blocks, lists_at: tuple[int, int] | None, new_out: Callable[[], Tensor]
+) -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
+    """A call without captured values, scales and results to write to, as a function of q, k and v that returns the output.
+
+    The function does what ``run`` does, with all that it knows bound to it: 0.5 us less. It returns None, with nothing done,
+    where another device is current or memory is not aligned. There is none for the CPU, and for what is more than launches.
+    """
+    index = plan.device_index
+    if index is None or not blocks or lists_at is None or not call.is_plain:
+        return None
+    (kv_start, pages), v_offset = lists_at, call.v_offset
+    launches = [(kernel, kernel.launch, memory, rest) for kernel, memory, rest in blocks]
+
+    def start(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        if index != current_device():
+            return None
+        q_at, k_at = q.data_ptr(), k.data_ptr()
+        v_at = k_at + v_offset if v is k else v.data_ptr()
+        if (q_at | k_at | v_at) & 15:
+            return None
+        out = new_out()
+        out_at, stream = out.data_ptr(), current_stream(index)
+        for kernel, launch, memory, rest in launches:
+            code = launch(pack_launch(q_at, k_at, v_at, out_at, 0, memory, kv_start, pages, stream, 0, rest))
+            if code:
+                kernel.raise_error(code)
+        return out
+
+    return start
+
+
 def run(
     plan: Plan,
     recent: RecentCall,
@@ -157,29 +192,48 @@ def run(
         check_lse(call.program)
         lse = q.new_empty((recent.total_q, plan.num_q_heads), dtype=torch.float32) if lse is None else lse
     if blocks:
-        if call.mask_slots:
-            plan.check_values(call.mask_slots, call.program, values)
-        if call.has_tensors:
-            check_captures(plan, call.program, values)
-        if plan.stage is not None:
-            plan.stage.check_captures(call.program, values)
-            q = plan.stage.transform_q(call.program, values, q) if plan.stage.changes_q else q
-        if call.q_factor != 1.0:
-            q = _copy(q).mul_(call.q_factor)
-        results = out.data_ptr(), 0 if lse is None else lse.data_ptr()
-        where = results if call.merge is None else plan.segments.addresses  # type: ignore[union-attr]
-        blocks = blocks if call.merge is None else recent.blocks
-        if plan.stage is None:
-            tail = b""
-            if values or scales or call.merge is not None:
-                tail = blocks[0][0].pack_tail(tail_words(plan, call.program, values, scales))
-            _launch(plan, call, blocks, q, keys, where, tail)
+        lse_at = 0 if lse is None else lse.data_ptr()
+        if call.is_plain and not values and not scales:
+            _start(call, index, blocks, q, keys, out.data_ptr(), lse_at)
         else:
-            _launch_staged(plan, recent, blocks, values, q, keys, where, scales)
-        if call.merge is not None:
-            o_stride = out.stride()[:2]
-            _merge(plan, call, results, recent.total_q, (*o_stride, *runtime.capture_words(call.program, values)))
+            _run_with_values(plan, recent, blocks, values, q, keys, scales, out, lse_at)
     return (out, lse) if want_lse else out  # type: ignore[return-value]
+
+
+def _run_with_values(
+    plan: Plan,
+    recent: RecentCall,
+    blocks: Blocks,
+    values: list[object],
+    q: Tensor,
+    keys: KeyAddresses,
+    scales: list[object],
+    out: Tensor,
+    lse_at: int,
+) -> None:
+    """Start the kernels for captured values or scales, for a q that must be changed, or for requests in parts."""
+    call = recent.call
+    if call.mask_slots:
+        plan.check_values(call.mask_slots, call.program, values)
+    if call.has_tensors:
+        check_captures(plan, call.program, values)
+    if plan.stage is not None:
+        plan.stage.check_captures(call.program, values)
+        q = plan.stage.transform_q(call.program, values, q) if plan.stage.changes_q else q
+    if call.q_factor != 1.0:
+        q = _copy(q).mul_(call.q_factor)
+    segments, results, beside = plan.segments, (out.data_ptr(), lse_at), None
+    if segments is not None:
+        blocks, results, beside = recent.blocks, segments.addresses, segments.beside
+    if plan.stage is not None:
+        _start_staged(plan, recent, blocks, values, q, keys, results, scales)
+    else:
+        words = tail_words(plan, call.program, values, scales)
+        tail = blocks[0][0].pack_tail(words) if words else b""
+        _start(call, plan.device_index, blocks, q, keys, *results, tail, beside)
+    if call.merge is not None:
+        captures = runtime.capture_words(call.program, values)
+        _merge(plan, call, (out.data_ptr(), lse_at), recent.total_q, (*out.stride()[:2], *captures))
 
 
 def _check_results(plan: Plan, recent: RecentCall, q: Tensor, out: Tensor | None, lse: Tensor | None) -> Blocks:
@@ -230,38 +284,40 @@ def _merge(plan: Plan, call: PreparedCall, results: tuple[int, ...], total_q: in
         kernel.raise_error(code)
 
 
-def _launch(
-    plan: Plan,
+def _start(
     call: PreparedCall,
+    index: int | None,
     blocks: Blocks,
     q: Tensor,
     keys: KeyAddresses,
-    results: tuple[int, int],
-    tail: bytes,
+    out: int,
+    lse: int,
+    tail: bytes = b"",
+    beside: Beside | None = None,
 ) -> None:
-    """Start every kernel of the plan, in order, on the current stream. ``results``: fields o and lse; ``tail``: the last."""
+    """Start every kernel, in order, on the current stream. ``tail``: the last fields; ``beside``: for the second of two."""
     k, v, kv_start, pages = keys
-    out, lse = results
     q_at, threads, stream = q.data_ptr(), 0, 0
-    if call.on_host:
+    if index is None:
         threads = torch.get_num_threads()
     else:
-        stream = current_stream(plan.device_index)
+        stream = current_stream(index)
         if (q_at | k | v | out) & 15:
             q = _aligned(q, k | v, out)
             q_at = q.data_ptr()
-    beside = None if plan.segments is None or len(blocks) < 2 else plan.segments.beside
-    on = stream if beside is None else beside.fork()
-    for kernel, memory, rest in blocks if beside is None else blocks[::-1]:  # the prefill kernel first
+    on = stream
+    if beside is not None and len(blocks) > 1:
+        on, blocks = beside.fork(), blocks[::-1]  # the prefill kernel first
+    for kernel, memory, rest in blocks:
         code = kernel.launch(pack_launch(q_at, k, v, out, lse, memory, kv_start, pages, on, threads, rest) + tail)
-        on = stream
         if code:
             kernel.raise_error(code)
-    if beside is not None:
+        on = stream
+    if beside is not None and len(blocks) > 1:
         beside.join()
 
 
-def _launch_staged(
+def _start_staged(
     plan: Plan,
     recent: RecentCall,
     blocks: Blocks,
@@ -271,7 +327,7 @@ def _launch_staged(
     results: tuple[int, int],
     scales: list[object],
 ) -> None:
-    """As ``_launch``, where kernels differ in the keys that they read; those of the plan's stage are put there first."""
+    """As ``_start``, where kernels differ in the keys that they read; those of the plan's stage are put there first."""
     call, stage = recent.call, plan.stage
     assert stage is not None
     program, list_stride = call.program, list_stride_of(plan, recent.lists)
@@ -279,5 +335,6 @@ def _launch_staged(
         stage.gather(program, values, call.numbers, call.kv_stride, keys, list_stride, scales)
     in_stage = stage.k.data_ptr(), stage.v.data_ptr(), stage.start.data_ptr(), 0
     for c, block in zip(plan.classes, blocks, strict=True):
-        tail = block[0].pack_tail(tail_words(plan, program, values, c.words(plan, program, scales)))
-        _launch(plan, call, (block,), q, in_stage if c.staged else keys, results, tail)
+        words = tail_words(plan, program, values, c.words(plan, program, scales))
+        tail = block[0].pack_tail(words) if words else b""
+        _start(call, plan.device_index, (block,), q, in_stage if c.staged else keys, *results, tail)

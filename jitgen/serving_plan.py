@@ -157,8 +157,11 @@ class Plan:
 
     def trace(self) -> tuple[Program, list[object]]:
         """Program of the plan's variant, and the captured values as they are now."""
-        values = self._tracker.values()
-        return self._tracker.trace.program, values
+        tracker = self._tracker
+        values = tracker.check()
+        if values is None:
+            values = tracker.retrace()
+        return tracker.trace.program, values
 
     def trace_other(self, variant: object, captures: dict[str, object]) -> tuple[Program, list[object]]:
         """As ``trace``, of a call's own variant and with captured values replaced by name."""

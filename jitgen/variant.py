@@ -139,23 +139,22 @@ class Variant:
 class Tracker:
     """The trace of one variant, checked at every call without being looked up: what a plan holds.
 
+    ``check()`` returns the captured values as they are now, or None if a hook or its captures ask for another trace: then
+    ``retrace()`` makes that, and returns the values.
+
     Cost:    a fraction of a microsecond when nothing has changed.
     """
 
-    __slots__ = ("_bound", "_check", "_hooks", "trace")
+    __slots__ = ("_bound", "_hooks", "check", "trace")
 
     def __init__(self, variant: Variant) -> None:
         self._hooks, self._bound = variant._hooks, variant._bound
-        self._retrace()
+        self.retrace()
 
-    def values(self) -> list[object]:
-        """Captured values as they are now. ``trace`` is another one afterwards if a hook or its captures ask for that."""
-        values = self._check()  # fails too for a function that was reloaded in place
-        return self._retrace() if values is None else values
-
-    def _retrace(self) -> list[object]:
+    def retrace(self) -> list[object]:
         self.trace, values = _find(self._hooks, self._bound)
-        self._check = functools.partial(self.trace.check, *self._hooks, self._bound)
+        # fails too for a function that was reloaded in place
+        self.check: Callable[[], list[object] | None] = functools.partial(self.trace.check, *self._hooks, self._bound)
         return values
 
 

@@ -110,7 +110,7 @@ shapes = st.builds(
     least_keys=st.integers(0, 1),
     fixed_cost=st.integers(0, 2),
     least_piece=st.sampled_from([0, 1, 3, NEVER_CUT]),
-    whole_items=st.integers(0, 1),
+    whole_items=st.sampled_from([0, 64]),
     many_items=st.sampled_from([0, 1, 2, NOT_FOR_MANY]),
     shares=st.sampled_from([1, 2, 7, 132]),
 )

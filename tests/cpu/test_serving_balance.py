@@ -151,20 +151,21 @@ def test_skewed_batches_are_balanced():
 
 
 @pytest.mark.parametrize(
-    ("batch", "keys", "unit", "used", "load"), [(8, 1024, 64, 128, 4), (1, 4096, 128, 128, 2), (1, 1024, 128, 64, 1)]
+    ("batch", "keys", "unit", "used", "load"), [(8, 1024, 128, 128, 4), (1, 4096, 128, 128, 2), (1, 1024, 128, 64, 1)]
 )
 def test_cuts_of_equal_items_fall_on_their_ends(batch, keys, unit, used, load):
-    shape = PlanShape(8, unit, 4, 4 if batch > 1 else 8, 4, 1, 32, 0, 0, 1, 1, 0, 132)
+    shape = PlanShape(8, unit, 4, 8, 4, 1, 32, 0, 0, 1, 64, 0, 132)
     record = made([(1, keys)] * batch, shape)
     assert record.used == used
     assert all(len(record.segments(shape, c)) == 1 and share_loads(record)[c] == load for c in range(used))
 
 
 def test_equal_items_stay_whole_where_few_ctas_are_idle_for_it():
-    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 0, 0, 1, 1, 0, 132)
+    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 0, 0, 1, 64, 0, 132)
     record = made([(1, 1024)] * 128, shape)  # 256 items
     assert record.used == 128
     assert all([first for _, _, first, _ in record.segments(shape, c)] == [0, 0] for c in range(128))
+    assert made([(1, 4096)] * 128, shape).used == 132  # long ones are cut
     assert made([(1, 1024)] * 75, shape).used == 130  # 150 items have no divisor from 124 to 132: 4800 units, 37 each
 
 
@@ -261,7 +262,7 @@ def test_shares_are_left_to_a_kernel_beside():
 
 
 def test_decode_beside_a_prefill_ends_with_it_or_keeps_memory_busy():
-    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 0, 0, 1, 1, 0, 132, beside_row=163, least_shares=55)
+    shape = PlanShape(8, 32, 4, 2, 4, 1, 32, 0, 0, 1, 64, 0, 132, beside_row=163, least_shares=55)
     decodes = [(1, 3500 + 20 * b) for b in range(64)]
     assert made(decodes, shape).used > 128
     assert made([(512, 4096), *decodes], shape).used in range(120, 125)

@@ -2,6 +2,7 @@
 // attention sm90 ragged float16 hd128
 // score = (score + (f32((kv_idx - q_idx)) * slopes[h]))
 // mask = kept[h]
+#include "jitgen/cuda_launch.cuh"
 #include "jitgen/plan.cuh"
 #include "jitgen/sm80_serving.cuh"
 #include "jitgen/sm90_host.cuh"
@@ -359,6 +360,25 @@ JITGEN_FN Piece take_of_share(const Args& args, const Launch& launch, Cursor& at
   at.unit = is_cut ? end.unit : 0;
   if (!is_cut) jg::next_item(tile, launch.shape.groups, at.tile, at.group);
   return piece;
+}
+
+// The pieces of an item that shares cut: the first is the end of share `first` - 1, the others are the beginnings of `first` and of the
+// shares behind it. None: that share does not begin inside of an item, or an earlier one begins inside of the same.
+struct Cut { int tile, group, pieces; };
+JITGEN_FN Cut cut_at(const Args& args, const Launch& launch, int first) {   // whole warps call it
+  constexpr unsigned kAll = 0xffffffffu;
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  Cursor at = share_begin(args, launch, first - 1 + lane);   // one look is enough, unless 32 shares are one item
+  Cut cut = {__shfl_sync(kAll, at.tile, 1), __shfl_sync(kAll, at.group, 1), 0};
+  const auto is_inside = [&] { return at.tile == cut.tile && at.group == cut.group && at.unit > 0; };
+  unsigned pieces = __ballot_sync(kAll, is_inside() != (lane == 0));
+  while (pieces == kAll) {
+    cut.pieces += 32;
+    at = share_begin(args, launch, first - 1 + cut.pieces + lane);
+    pieces = __ballot_sync(kAll, is_inside());
+  }
+  cut.pieces += __ffs(~pieces) - 1;
+  return cut.pieces > 1 ? cut : Cut{0, 0, 0};
 }
 
 // The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
@@ -854,6 +874,7 @@ static int start_attention(const Args& args, const Launch& launch) {
   return cudaLaunchKernelEx(&config, attention_kernel, Maps{q.operand, k.operand, v.operand}, args, launch, keys);
 }
 
+constexpr bool kEarlyMerge = false;
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 

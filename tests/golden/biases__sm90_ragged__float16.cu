@@ -2,6 +2,7 @@
 // attention sm90 ragged float16 hd128
 // score = ((f32((kv_idx - q_idx)) * slopes[h]) + ((score + table[h, min(127, max((q_idx - kv_idx), 0))]) + dense[h, q_idx, kv_idx]))
 // mask = (kv_idx <= q_idx)
+#include "jitgen/cuda_launch.cuh"
 #include "jitgen/plan.cuh"
 #include "jitgen/sm80_serving.cuh"
 #include "jitgen/sm90_host.cuh"
@@ -371,6 +372,25 @@ JITGEN_FN Piece take_of_share(const Args& args, const Launch& launch, Cursor& at
   return piece;
 }
 
+// The pieces of an item that shares cut: the first is the end of share `first` - 1, the others are the beginnings of `first` and of the
+// shares behind it. None: that share does not begin inside of an item, or an earlier one begins inside of the same.
+struct Cut { int tile, group, pieces; };
+JITGEN_FN Cut cut_at(const Args& args, const Launch& launch, int first) {   // whole warps call it
+  constexpr unsigned kAll = 0xffffffffu;
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  Cursor at = share_begin(args, launch, first - 1 + lane);   // one look is enough, unless 32 shares are one item
+  Cut cut = {__shfl_sync(kAll, at.tile, 1), __shfl_sync(kAll, at.group, 1), 0};
+  const auto is_inside = [&] { return at.tile == cut.tile && at.group == cut.group && at.unit > 0; };
+  unsigned pieces = __ballot_sync(kAll, is_inside() != (lane == 0));
+  while (pieces == kAll) {
+    cut.pieces += 32;
+    at = share_begin(args, launch, first - 1 + cut.pieces + lane);
+    pieces = __ballot_sync(kAll, is_inside());
+  }
+  cut.pieces += __ffs(~pieces) - 1;
+  return cut.pieces > 1 ? cut : Cut{0, 0, 0};
+}
+
 // The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
 JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
   return takes_items(args) ? take_item(args, launch) : take_of_share(args, launch, at);
@@ -457,6 +477,7 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTi
 using Partial = jg::Partial<kRowTiles, kOutTiles, kRowThreads>;
 
 constexpr int kMergeTiles = 4;   // of 8 columns, of a thread
+constexpr int kMergeThreads = kRowThreads, kMergeParts = kOutTiles / kMergeTiles;   // of a CTA; CTAs for the columns of an item
 
 // Joins the pieces of one item, in the order of their keys. A warp takes 16 rows and some of their columns. The results of the
 // first piece are in slot `first`, those of the others from the slot behind it on, `step` apart.
@@ -475,7 +496,7 @@ JITGEN_FN void merge_pieces(const Args& args, const Piece& piece, int first, int
   write_output(args, piece, o, softmax, piece.first_row + thread / 32 * kWarpRows + 16 * row_tile, 8 * first_tile);
 }
 
-__global__ void __launch_bounds__(kRowThreads, 1) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kMergeThreads, 1) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
   const jg::PlanHeader& header = *jg::plan_header(args.plan);
   if (takes_items(args)) {
     if (header.pieces == 0) return;
@@ -488,20 +509,12 @@ __global__ void __launch_bounds__(kRowThreads, 1) merge_kernel(const __grid_cons
     }
     return;
   }
-  // The item that share blockIdx.x + 1 begins inside of, if no earlier share does. Share c has slots 2 c, for an item that it
-  // begins inside of, and 2 c + 1, for one that it leaves unfinished.
+  // Share c has slots 2 c, for an item that it begins inside of, and 2 c + 1, for one that it leaves unfinished.
   const int first = blockIdx.x + 1;
-  const Cursor cut = share_begin(args, launch, first);
-  const auto is_inside = [&](int share) {
-    const Cursor at = share_begin(args, launch, share);
-    return at.tile == cut.tile && at.group == cut.group && at.unit > 0;
-  };
-  if (!is_inside(first) || is_inside(first - 1)) return;
+  const Cut cut = cut_at(args, launch, first);
+  if (cut.pieces == 0) return;
   const Piece piece = make_piece(args, launch, jg::plan_tiles_of(args.plan, launch.shape.shares)[cut.tile], cut.group, 0, -1);
-  int last = first;   // the share behind the pieces
-  for (unsigned inside = ~0u; inside == ~0u; last += __ffs(~inside) ? __ffs(~inside) - 1 : 32)
-    inside = __ballot_sync(0xffffffffu, is_inside(last + static_cast<int>(threadIdx.x) % 32));
-  merge_pieces(args, piece, 2 * first - 1, last - first + 1, 2);
+  merge_pieces(args, piece, 2 * first - 1, cut.pieces, 2);
 }
 
 // ---- hooks on a tile of logits ----
@@ -952,6 +965,7 @@ static int start_attention(const Args& args, const Launch& launch) {
   return cudaLaunchKernelEx(&config, attention_kernel, Maps{q.operand, k.operand, v.operand}, args, launch, keys);
 }
 
+constexpr bool kEarlyMerge = false;
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 constexpr int kLeastPiece = 8;       // KV tiles: a cut costs the partial results of both sides
@@ -998,8 +1012,10 @@ extern "C" int jitgen_launch(const Args* args) {
   const Launch launch = make_launch(*args, num_ctas);
   const int code = start_attention(*args, launch);
   if (code) return code;
-  if (args->split && launch.shape.shares > 1)
-    merge_kernel<<<dim3(launch.shape.shares - 1, kRowTiles, kOutTiles / kMergeTiles), kRowThreads, 0, reinterpret_cast<cudaStream_t>(args->stream)>>>(*args, launch);
+  if (args->split && launch.shape.shares > 1) {
+    const dim3 grid(launch.shape.shares - 1, kRowTiles, kMergeParts);
+    return jg::launch_kernel(merge_kernel, grid, kMergeThreads, 0, reinterpret_cast<void*>(args->stream), kEarlyMerge, *args, launch);
+  }
   return cudaGetLastError();
 }
 extern "C" int jitgen_plan(const Args* args) { return launch_planner(*args, make_launch(*args).shape); }

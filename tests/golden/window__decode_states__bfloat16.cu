@@ -435,6 +435,10 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
   const Place place = {warp, lane, warp / setup.kv_warps, warp % setup.kv_warps, jg::shared_address(shared)};
   const Loader loader(place.shared + warp * kRingBytes, place.shared + kBarriersAt + warp * kNumStages * 8,
                       place.shared + kScalesAt + warp * kNumStages * jg::kScaleBytes, lane, setup, args);
+  if constexpr (kQueryAhead) {
+    if (place.slice == 0 && lane < kQueries) jg::barrier_init(place.query_barrier(lane), 32 * setup.kv_warps);
+    place.sync(setup);
+  }
   if constexpr (kTensorCopies) jg::wait_for_previous_kernel();
 
   const jg::Share* const shares = jg::plan_shares(setup.plan);
@@ -448,11 +452,6 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
     return b < 32 ? __shfl_sync(0xffffffffu, early_start, b) : __ldg(setup.kv_start + b);
   };
   const auto kv_head = [&](int group) { return group * setup.heads + place.slot; };
-  if constexpr (kQueryAhead) {
-    if (place.slice == 0 && lane < kQueries) jg::barrier_init(place.query_barrier(lane), 32 * setup.kv_warps);
-    place.sync(setup);
-    ask_for_query(args, setup, place, share.first, kv_head(share.group), 0);
-  }
 
   // ---- places of the next units: kNumStages page numbers are on their way ----
   jg::UnitCursor ahead(share, setup.shape), here(share, setup.shape);
@@ -481,6 +480,7 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
   };
 #pragma unroll 1
   for (int i = 0; i < kNumStages; ++i) find_next();
+  if constexpr (kQueryAhead) ask_for_query(args, setup, place, share.first, kv_head(share.group), 0);   // K and V take longer
 
   // ---- units: multiply one, and ask for the one that takes its stage; the first kNumStages are only asked for ----
   Output o;
@@ -554,7 +554,7 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
 // Key heads of a CTA: the fewer, the more CTAs and warps share one request. From 16 requests on shares are long, and pieces
 // should be few; measured on an H100. Where requests are never cut their results must not depend on the batch at all.
 static int heads_per_cta(const Args& args) {
-  const int wanted = !kSplits ? kMaxHeads : args.batch >= 16 || !args.split ? 4 : args.batch >= 2 ? 2 : 1;
+  const int wanted = !kSplits ? kMaxHeads : args.batch >= 16 || !args.split ? 4 : 1;
   int heads = wanted < kMaxHeads ? wanted : kMaxHeads;
   while (args.num_kv_heads % heads) heads /= 2;
   return heads;
@@ -572,7 +572,7 @@ static jg::PlanShape plan_shape(const Args& args) {
   shape.least_keys = 1;
   shape.fixed_cost = 0;   // Q is there when an item begins; with a unit, page size 1 was 2 % slower under skew, 16 1 % faster
   shape.least_piece = kSplits && args.split ? 1 : jg::kNeverCut;
-  shape.whole_items = 1, shape.many_items = 0;
+  shape.whole_items = 64, shape.many_items = 0;
   shape.shares = static_cast<int>(args.num_ctas);
   shape.beside_key = shape.beside_row = shape.least_shares = 0;   // a cascade's prefill leaves room itself
   return shape;

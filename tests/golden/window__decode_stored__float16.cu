@@ -557,7 +557,7 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
 // Key heads of a CTA: the fewer, the more CTAs and warps share one request. From 16 requests on shares are long, and pieces
 // should be few; measured on an H100. Where requests are never cut their results must not depend on the batch at all.
 static int heads_per_cta(const Args& args) {
-  const int wanted = !kSplits ? kMaxHeads : args.batch >= 16 || !args.split ? 4 : args.batch >= 2 ? 2 : 1;
+  const int wanted = !kSplits ? kMaxHeads : args.batch >= 16 || !args.split ? 4 : 1;
   int heads = wanted < kMaxHeads ? wanted : kMaxHeads;
   while (args.num_kv_heads % heads) heads /= 2;
   return heads;
@@ -575,7 +575,7 @@ static jg::PlanShape plan_shape(const Args& args) {
   shape.least_keys = 0;
   shape.fixed_cost = 0;   // Q is there when an item begins; with a unit, page size 1 was 2 % slower under skew, 16 1 % faster
   shape.least_piece = kSplits && args.split ? 1 : jg::kNeverCut;
-  shape.whole_items = 1, shape.many_items = 0;
+  shape.whole_items = 64, shape.many_items = 0;
   shape.shares = static_cast<int>(args.num_ctas);
   // Beside a prefill: of it the products of kRowsOfKey rows with a key take as long as reading one, measured on an H100. Memory
   // is nearly as busy with 5 of 12 CTAs, which are the least.

@@ -4,6 +4,7 @@
 //
 // part    half of the columns of a KV tile; the first one to be loaded has the rotated columns with it
 // owner   the warp group that computes the weights of a tile: stages take turns
+#include "jitgen/cuda_launch.cuh"
 #include "jitgen/plan.cuh"
 #include "jitgen/sm80_serving.cuh"
 #include "jitgen/sm90_host.cuh"
@@ -194,7 +195,8 @@ static int launch_planner(const Args& args, const jg::PlanShape& shape) {
 // ---- geometry ----
 using KeyTile = jg::SpanTile<kHeadDim>;
 constexpr int kThreads = 384, kRowThreads = 256;
-constexpr int kMergeTiles = 4, kRowTiles = 2;   // of the merge: tiles of 8 columns of each half that a CTA joins; twins
+constexpr int kRowTiles = 2;                     // of the merge's grid: twins
+constexpr int kMergeThreads = 128, kMergeTiles = 16;   // of a CTA of the merge; column tiles that it joins, for 16 rows
 constexpr int kHalf = kHeadDimV / 2;             // columns of O that a warp group has
 constexpr int kOutTiles = kHalf / 8, kSpans = kHalf / 64;
 constexpr int kSpanBytes = kTileKv * 128;
@@ -309,6 +311,25 @@ JITGEN_FN Piece take_of_share(const Args& args, const Launch& launch, Cursor& at
   return piece;
 }
 
+// The pieces of an item that shares cut: the first is the end of share `first` - 1, the others are the beginnings of `first` and of the
+// shares behind it. None: that share does not begin inside of an item, or an earlier one begins inside of the same.
+struct Cut { int tile, group, pieces; };
+JITGEN_FN Cut cut_at(const Args& args, const Launch& launch, int first) {   // whole warps call it
+  constexpr unsigned kAll = 0xffffffffu;
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  Cursor at = share_begin(args, launch, first - 1 + lane);   // one look is enough, unless 32 shares are one item
+  Cut cut = {__shfl_sync(kAll, at.tile, 1), __shfl_sync(kAll, at.group, 1), 0};
+  const auto is_inside = [&] { return at.tile == cut.tile && at.group == cut.group && at.unit > 0; };
+  unsigned pieces = __ballot_sync(kAll, is_inside() != (lane == 0));
+  while (pieces == kAll) {
+    cut.pieces += 32;
+    at = share_begin(args, launch, first - 1 + cut.pieces + lane);
+    pieces = __ballot_sync(kAll, is_inside());
+  }
+  cut.pieces += __ffs(~pieces) - 1;
+  return cut.pieces > 1 ? cut : Cut{0, 0, 0};
+}
+
 // The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
 JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
   return takes_items(args) ? take_item(args, launch) : take_of_share(args, launch, at);
@@ -355,10 +376,8 @@ JITGEN_FN int kv_tile(int position, int num_tiles) { return num_tiles - 1 - posi
 JITGEN_FN int key_of(int step) { return static_cast<int>(static_cast<unsigned>(step) >> jg::kStepShift) * 16; }
 
 // First row of this thread in the tile; the second is 8 below.
-JITGEN_FN int own_row() {
-  const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127;
-  return thread / 32 * 16 + thread % 32 / 4;
-}
+JITGEN_FN int row_of(int thread) { return (thread & 127) / 32 * 16 + thread % 32 / 4; }
+JITGEN_FN int own_row() { return row_of(jg::stay(static_cast<int>(threadIdx.x))); }
 
 // ---- hooks on a tile of logits ----
 // What the hooks need of the two rows of a thread, which may belong to two heads.
@@ -407,14 +426,14 @@ JITGEN_FN void shape_logits(const Args& args, const Rows& rows, Logits& s, int f
 }
 
 // ---- epilogue: normalise, write LSE and O ----
-// Of the two rows of a thread, columns from `column` on.
+// Of the two rows of a thread, the first of which is `first`, columns from `column` on.
 template <int kTiles>
-JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][4], const jg::RowSoftmax& softmax, int column) {
+JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][4], const jg::RowSoftmax& softmax, int first, int column) {
   const int lane = jg::stay(static_cast<int>(threadIdx.x)) % 32;
   const int num_rows = piece.request.q_len << piece.packing;
   jg::for_each_half([&](auto half_constant) {
     constexpr int kSide = decltype(half_constant)::value;
-    const int row = piece.first_row + own_row() + 8 * kSide;
+    const int row = first + 8 * kSide;
     const Head head = head_of(args, piece, row);
     float factor;
     float lse = softmax.finish(kSide, units_of(args, head), -INFINITY, factor);
@@ -431,50 +450,70 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTi
 // ---- merge ----
 using Partial = jg::Partial<1, kOutTiles, kRowThreads>;
 
+constexpr int kMergeParts = kRowThreads / 32 * kOutTiles / kMergeTiles;   // CTAs for an item: warps of a group, halves, columns
+
 // Joins the pieces of one item that was cut: the one that share blockIdx.x + 1 begins inside of, if no earlier share does.
-// blockIdx.y: the twin; blockIdx.z: which columns of each half. A request alone is cut into as many pieces as there are CTAs, so few
-// columns a CTA, and a first look at all maxima that leaves the loads of the second free of each other.
-__global__ void __launch_bounds__(kRowThreads) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
-  const int first = blockIdx.x + 1, thread = threadIdx.x, twin = blockIdx.y, first_tile = blockIdx.z * kMergeTiles;
-  const Cursor cut = share_begin(args, launch, first);
-  const auto is_inside = [&](int share) {
-    const Cursor at = share_begin(args, launch, share);
-    return at.tile == cut.tile && at.group == cut.group && at.unit > 0;
-  };
-  if (twin >= launch.twins || takes_items(args) || !is_inside(first) || is_inside(first - 1)) return;
-  int last = first;
-  while (is_inside(last + 1)) ++last;
+// blockIdx.y: the twin; blockIdx.z: 16 rows and some columns. A request alone is cut into as many pieces as there are CTAs: then the
+// warps of a CTA take every fourth piece each, and join what they have. Of few pieces a warp takes all, and the CTA more rows.
+__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
+  constexpr int kWarps = kMergeThreads / 32, kColumnParts = kOutTiles / kMergeTiles, kFewPieces = 2 * kWarps;
+  __shared__ float4 joined[kWarps][kMergeTiles + 1][32];
+  const int first = blockIdx.x + 1, twin = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  const Cut cut = twin < launch.twins && !takes_items(args) ? cut_at(args, launch, first) : Cut{0, 0, 0};
+  jg::wait_for_previous_kernel();   // before a return too: the end of this kernel stands for both
+  const bool few = cut.pieces <= kFewPieces;
+  const int part = few ? blockIdx.z * kWarps + warp : blockIdx.z;
+  if (cut.pieces == 0 || part >= kMergeParts) return;
   const jg::PlanTile& tile = jg::plan_tiles_of(args.plan, launch.shape.shares)[cut.tile];
   const Piece piece = make_piece(args, launch, tile, cut.group * launch.twins + twin, 0, -1);
-  const float units = units_of(args, head_of(args, piece, piece.first_row + own_row()));
-  // The piece at the end of share `first - 1` is the first; those after it are at the beginning of theirs.
-  const auto slot_of = [&](int share) { return (2 * share + (share < first)) * launch.twins + twin; };
-  jg::RowSoftmax softmax;
-#pragma unroll 4
-  for (int share = first - 1; share <= last; ++share) {
-    const float4 state = *Partial::quad(args.workspace, slot_of(share), 0, kOutTiles, thread);
-    softmax.row_max[0] = ::fmaxf(softmax.row_max[0], state.x), softmax.row_max[1] = ::fmaxf(softmax.row_max[1], state.y);
-  }
-  float o[kMergeTiles][4] = {};
+  const int thread = part / kColumnParts * 32 + lane, first_tile = part % kColumnParts * kMergeTiles;   // of attention_kernel
+  const int row = piece.first_row + row_of(thread), first_column = thread / 128 * kHalf + 8 * first_tile;
+  const float units = units_of(args, head_of(args, piece, row));
+  // The first piece is the end of share `first` - 1; those behind it are the beginnings of their shares.
+  const auto slot_of = [&](int i) { return (2 * (first - 1 + i) + (i == 0)) * launch.twins + twin; };
+  jg::OnlineSoftmax<1> softmax;
+  softmax.init();
+  float o[1][kMergeTiles][4] = {};
 #pragma unroll 2
-  for (int share = first - 1; share <= last; ++share) {
-    const float4 state = *Partial::quad(args.workspace, slot_of(share), 0, kOutTiles, thread);
-    const float piece_max[2] = {state.x, state.y}, piece_sum[2] = {state.z, state.w};
+  for (int i = few ? 0 : warp; i < cut.pieces; i += few ? 1 : kWarps) Partial::add(args.workspace, slot_of(i), 0, first_tile, thread, o, softmax, units);
+  jg::RowSoftmax all;
+  if (few) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) all.row_max[half] = softmax.row_max[0][half], all.row_sum[half] = softmax.row_sum[0][half];
+    write_output(args, piece, o[0], all, row, first_column);
+    return;
+  }
+
+  joined[warp][kMergeTiles][lane] = make_float4(softmax.row_max[0][0], softmax.row_max[0][1], softmax.row_sum[0][0], softmax.row_sum[0][1]);
+#pragma unroll
+  for (int j = 0; j < kMergeTiles; ++j) joined[warp][j][lane] = make_float4(o[0][j][0], o[0][j][1], o[0][j][2], o[0][j][3]);
+  __syncthreads();
+  constexpr int kTiles = kMergeTiles / kWarps;   // of this warp, from here on
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    const float4 state = joined[i][kMergeTiles][lane];
+    all.row_max[0] = ::fmaxf(all.row_max[0], state.x), all.row_max[1] = ::fmaxf(all.row_max[1], state.y);
+  }
+  float out[kTiles][4] = {};
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    const float4 state = joined[i][kMergeTiles][lane];
+    const float warp_max[2] = {state.x, state.y}, warp_sum[2] = {state.z, state.w};
     float weight[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float top = softmax.row_max[half];   // a row without keys: weights 0, not NaN
-      weight[half] = jg::exp2((piece_max[half] - (top == -INFINITY ? 0.0f : top)) * units);
-      softmax.row_sum[half] += piece_sum[half] * weight[half];
+      const float top = all.row_max[half];   // a row without keys: weights 0, not NaN
+      weight[half] = jg::exp2((warp_max[half] - (top == -INFINITY ? 0.0f : top)) * units);
+      all.row_sum[half] += warp_sum[half] * weight[half];
     }
 #pragma unroll
-    for (int j = 0; j < kMergeTiles; ++j) {
-      const float4 part = *Partial::quad(args.workspace, slot_of(share), 0, first_tile + j, thread);
-      o[j][0] += part.x * weight[0], o[j][1] += part.y * weight[0];
-      o[j][2] += part.z * weight[1], o[j][3] += part.w * weight[1];
+    for (int j = 0; j < kTiles; ++j) {
+      const float4 column = joined[i][warp * kTiles + j][lane];
+      out[j][0] += column.x * weight[0], out[j][1] += column.y * weight[0];
+      out[j][2] += column.z * weight[1], out[j][3] += column.w * weight[1];
     }
   }
-  write_output(args, piece, o, softmax, thread / 128 * kHalf + 8 * first_tile);
+  write_output(args, piece, out, all, row, first_column + 8 * warp * kTiles);
 }
 
 // ---- producer ----
@@ -650,6 +689,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
       unsigned p[kTileKv / 16][4];
       float factor[2];
       int step;
+      bool is_last;
       const auto read_step = [&] {
         jg::barrier_wait(JG_BARRIER(full, 2 * kv.stage), kv.parity);
         step = jg::uniform(jg::load_shared(shared.step(kv.stage + kv.parity * kNumStages)));
@@ -704,6 +744,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
         start_qk();
         if constexpr (kPending) start_other();
         jg::Wgmma<kTileKv>::wait<kPending ? 1 : 0>(s);
+        jg::barrier_arrive_if(leader && is_last, JG_BARRIER(q_empty));   // the next piece's rows come while this one is finished
         shape_logits(args, rows, s, key_of(step) + 2 * (thread & 3), piece.request.kv_len, (step & 3) == kTilePartial);
         float shift[2];
         const bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
@@ -727,7 +768,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
 
       jg::barrier_wait(JG_BARRIER(q_full), q_parity);
       q_parity ^= 1;
-      bool is_pending = false, is_last;
+      bool is_pending = false;
 #pragma unroll 1
       do {
         read_step();
@@ -737,6 +778,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
           else take_own(jg::Constant<0>());
           is_pending = false;
         } else {
+          jg::barrier_arrive_if(leader && is_last, JG_BARRIER(q_empty));
           // Which comes first, the weights of this tile or the next tile? Products with what is there, and room for more.
           while (!is_last && !jg::named_any(kGroupBarrier + group, 128, jg::barrier_test(JG_BARRIER(p_full), group ^ 1))) {
             const unsigned next_parity = kv.parity ^ (kv.stage + 1 == kNumStages);
@@ -751,7 +793,6 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
         }
         kv.advance();
       } while (!is_last);
-      if (leader) jg::barrier_arrive(JG_BARRIER(q_empty));
     }
 
     // ---- the end of a piece: the sums of both groups ----
@@ -766,7 +807,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
     for (int half = 0; half < 2; ++half)   // a share of each lane of the quad, as everywhere
       softmax.row_sum[half] = (lane & 3) == 0 ? softmax.row_sum[half] + sums[(group ^ 1) * kTileQ + own_row() + 8 * half] : 0.0f;
     if (piece.slot < 0) {
-      write_output(args, piece, o[0], softmax, group * kHalf);
+      write_output(args, piece, o[0], softmax, piece.first_row + own_row(), group * kHalf);
     } else {
       jg::OnlineSoftmax<1> part;
 #pragma unroll
@@ -806,6 +847,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::barrier_init_fence();
   }
   __syncthreads();
+  jg::start_next_kernel();   // the merge: its CTAs look for their items as these leave, and wait for the last
   if (group == 0) {
     jg::give_registers<kProducerRegs>();
     const int warp = jg::uniform(threadIdx.x >> 5);
@@ -847,6 +889,7 @@ static void pair_groups(const Args& args, Launch& launch) {
   launch.shape.groups /= launch.twins, launch.shape.shares /= launch.twins;
 }
 
+constexpr bool kEarlyMerge = true;   // attention_kernel lets it start
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 constexpr int kLeastPiece = 8;       // KV tiles: a cut costs the partial results of both sides
@@ -895,8 +938,10 @@ extern "C" int jitgen_launch(const Args* args) {
   const Launch launch = make_launch(*args, num_ctas);
   const int code = start_attention(*args, launch);
   if (code) return code;
-  if (args->split && launch.shape.shares > 1)
-    merge_kernel<<<dim3(launch.shape.shares - 1, kRowTiles, kOutTiles / kMergeTiles), kRowThreads, 0, reinterpret_cast<cudaStream_t>(args->stream)>>>(*args, launch);
+  if (args->split && launch.shape.shares > 1) {
+    const dim3 grid(launch.shape.shares - 1, kRowTiles, kMergeParts);
+    return jg::launch_kernel(merge_kernel, grid, kMergeThreads, 0, reinterpret_cast<void*>(args->stream), kEarlyMerge, *args, launch);
+  }
   return cudaGetLastError();
 }
 extern "C" int jitgen_plan(const Args* args) { return launch_planner(*args, make_launch(*args).shape); }

@@ -227,9 +227,9 @@ def test_planner_gives_the_integers_of_the_host():
             q_lens, kv_lens = [1] * size, [640] * size  # equal items, which are taken whole
         batch = batch_of(plain, q_lens, kv_lens, Shape(8, 2), split=size != 130)
         batch.plan()
-        key_warps = batch.module.spec.tiles.num_warps // (1 if size == 1 else 2)
-        shape = PlanShape(8, 16 * key_warps, 4, 2 if size == 1 else 1, 4, 1, 1 << 20, 0, 0,
-                          1 if size != 130 else 0x7FFFFFFF, 1, 0, batch.words["num_ctas"])  # fmt: skip
+        key_warps = batch.module.spec.tiles.num_warps // (1 if size < 16 else 2)
+        shape = PlanShape(8, 16 * key_warps, 4, 2 if size < 16 else 1, 4, 1, 1 << 20, 0, 0,
+                          1 if size != 130 else 0x7FFFFFFF, 64, 0, batch.words["num_ctas"])  # fmt: skip
         assert read_plan(batch.plan_buffer.cpu().numpy().tobytes(), shape.shares) == balance(q_lens, kv_lens, shape)
 
 

@@ -43,7 +43,7 @@ struct PlanShape {
   int least_keys;     // 1: a request without keys has no tile, as nobody reads its results; 0: its rows are written
   int fixed_cost;     // of an item, in units
   int least_piece;    // units: a cut that would leave less of an item on one side moves to the nearer end of the item
-  int whole_items;    // 1: memory is the limit, so equal items are taken whole where that leaves few CTAs idle, however long they are
+  int whole_items;    // equal items of at most so many units are taken whole where that leaves few CTAs idle: memory is the limit
   int many_items;     // a kernel gives items out that must not be cut, and others from so many items a share on; 0: none
   int shares;
   // Where another kernel attends the requests outside of the class at the same time, shares are left to it:
@@ -150,7 +150,7 @@ JITGEN_PLAN_FN int shares_in_use(const PlanShape& shape, int wanted, unsigned le
 }
 constexpr int kShortItem = 16;   // units: a cut costs about as much
 JITGEN_PLAN_FN bool is_better_even(const PlanShape& shape, int tiles_of_request, int cost) {
-  return shape.whole_items || tiles_of_request > 1 || cost <= kShortItem;
+  return tiles_of_request > 1 || cost <= kShortItem || cost <= shape.whole_items;
 }
 // The share that place x falls in: the inverse of `cut`.
 JITGEN_PLAN_FN unsigned share_of(unsigned x, unsigned length, unsigned shares) {
