@@ -18,6 +18,15 @@ from jitgen.program import Program, direct_indices, uses_index, without_rows
 from jitgen.records import record
 from jitgen.variant import Variant, resolve
 
+try:  # what code that torch.compile generates calls: half the time of torch.empty_strided
+    from torch._C._dynamo.guards import _empty_strided_cpu as empty_on_cpu
+except ImportError:
+
+    def empty_on_cpu(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor."""
+        return torch.empty_strided(shape, stride, dtype=dtype)
+
+
 MAX_PREPARED_CALLS = 4096  # shapes remembered; decode meets a new length at every step, so the table must not grow forever
 # struct Args in two parts: what differs from call to call, then from `batch` on what shapes and strides determine
 _pack_pointers = struct.Struct(pack_format(DENSE_ARGS[:8])).pack
@@ -104,6 +113,10 @@ def with_transformed_rows(
     return without_rows(program), *transform_dense(program, values, q, k, v, 0 if local else k.shape[2] - q.shape[2])
 
 
+# name, and the dimensions with a least size and the index they are read with
+CapturedTensor = tuple[str, tuple[tuple[int, int, str], ...]]
+
+
 @record
 class PreparedCall:
     """Everything about a call that depends on shapes, strides and dtypes only."""
@@ -115,8 +128,7 @@ class PreparedCall:
     o_shape: tuple[int, ...]
     o_stride: tuple[int, ...]
     is_empty: bool  # the output has no elements
-    capture_sizes: tuple[tuple[int, int, int, str], ...]  # slot, dimension, least size, the index it is read with
-    is_tensor: tuple[bool, ...]  # of every capture
+    captures: tuple[CapturedTensor | None, ...]  # None: a scalar
     cuda_index: int | None
     out_like_q: bool  # the output is laid out as torch.empty_like(q) would be, in its dtype
     out_dtype: torch.dtype
@@ -166,7 +178,9 @@ def run(
             scale=scale, local=local, want_lse=want_lse, out=out, family=family, out_dtype=out_dtype,
         )  # fmt: skip
     if out is None:
-        if call.out_like_q:
+        if call.cuda_index is None:
+            out = empty_on_cpu(call.o_shape, call.o_stride, call.out_dtype)
+        elif call.out_like_q:
             out = torch.empty_like(q)
         else:
             out = torch.empty_strided(call.o_shape, call.o_stride, dtype=call.out_dtype, device=q.device)
@@ -231,6 +245,7 @@ def prepare(
     sizes = {"b": batch, "h": num_q_heads, "kv_h": num_kv_heads, "q_idx": q_len + max(q_offset, 0), "kv_idx": kv_len}
     factor = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     strides = (*q.stride(), *k_stride, *v_stride, *o_stride)
+    indices = direct_indices(program)
     numbers = (batch, num_q_heads, num_kv_heads, q_len, kv_len, q_offset, factor, *strides)
     return PreparedCall(
         program=program,
@@ -240,8 +255,10 @@ def prepare(
         o_shape=o_shape,
         o_stride=o_stride,
         is_empty=0 in o_shape,
-        is_tensor=tuple(slot.kind == "tensor" for slot in program.slots),
-        capture_sizes=tuple((slot, dim, sizes[name], name) for slot, dim, name in direct_indices(program)),
+        captures=tuple(
+            None if slot.kind == "scalar" else (slot.name, tuple((d, sizes[name], name) for j, d, name in indices if i == j))
+            for i, slot in enumerate(program.slots)
+        ),
         cuda_index=q.device.index if q.device.type == "cuda" else None,
         out_like_q=q.is_contiguous() and tuple(q.shape) == o_shape and o_stride == q.stride() and out_dtype == q.dtype,
         out_dtype=out_dtype,
@@ -287,24 +304,24 @@ def run_adapted(
 def capture_words(call: PreparedCall, values: list[object], device: torch.device) -> list[object]:
     """Values for runtime.capture_fields. Captured tensors must be on the inputs' device and large enough for the positions
     they are indexed with."""
-    program = call.program
     words: list[object] = []
-    for i, value in enumerate(values):
-        if not call.is_tensor[i]:
+    for i, capture in enumerate(call.captures):  # by number: zip takes longer to set up
+        value = values[i]
+        if capture is None:
             words.append(value)
             continue
+        name, sizes = capture
         if value.device != device:  # type: ignore[attr-defined]
-            name = program.slots[i].name
             raise UnsupportedDevice(
                 f"captured tensor '{name}' is on {value.device}, q is on {device}. "  # type: ignore[attr-defined]
                 f"Move it with {name}.to(q.device) before building the variant."
             )
-        words += (value.data_ptr(), *value.shape, *value.stride())  # type: ignore[attr-defined]
-    for i, dim, least, index in call.capture_sizes:
-        size = values[i].shape[dim]  # type: ignore[attr-defined]
-        if size < least:
-            raise ShapeMismatch(
-                f"captured tensor '{program.slots[i].name}' has size {size} along axis {dim}, which {index} indexes up to "
-                f"{least - 1}. Give it at least {least} entries there, or clamp the index."
-            )
+        shape = value.shape  # type: ignore[attr-defined]
+        for dim, least, index in sizes:
+            if shape[dim] < least:
+                raise ShapeMismatch(
+                    f"captured tensor '{name}' has size {shape[dim]} along axis {dim}, which {index} indexes up to "
+                    f"{least - 1}. Give it at least {least} entries there, or clamp the index."
+                )
+        words += value.data_ptr(), *shape, *value.stride()  # type: ignore[attr-defined]
     return words

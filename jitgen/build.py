@@ -1,9 +1,8 @@
-"""Building: a rendered source becomes a shared library, through torch's extension loader or nvcc itself."""
+"""Building: a rendered source becomes a shared library."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,7 +28,7 @@ ERROR_MARKS = ("error:", "error :", "error ", "ptxas fatal", "nvcc fatal", "unde
 SHOWN_LINES = 6
 SHOWN_COLUMNS = 300
 
-CUDA_RUNTIME = "jitgen/driver_runtime.h"  # what CUDA modules have in place of libcudart
+CUDA_RUNTIME = "jitgen/driver_runtime.h"  # what the host's part of a CUDA module has in place of CUDA's headers
 
 
 def get_module(
@@ -101,7 +100,7 @@ def _check_driver(module: Path) -> None:
 
 @record
 class WithRuntime:
-    """A CUDA source and, among its headers, the functions that every CUDA module is linked with."""
+    """A CUDA source and, among its headers, the one that stands in front of its host part."""
 
     source: Source
 
@@ -130,57 +129,26 @@ def build(source: str, *, name: str, target: CompileTarget, includes: Mapping[st
     built before in this process with another source; `label` is what progress and errors call the kernel.
     Errors:  CompileError, with the compiler's complete output in build.log; ToolchainMissing.
     """
-    texts = {f"kernel{target.suffix}": source}
+    from jitgen.loader import compile_module  # on a miss only: a hit must stay cheap
+
+    kernel, scratch = directory / f"kernel{target.suffix}", directory / "scratch"
     if target.kind == "cuda":
-        texts["runtime.cpp"] = f'#include "{CUDA_RUNTIME}"\n'
         includes = {CUDA_RUNTIME: (template_dir() / "include" / CUDA_RUNTIME).read_text(), **includes}
-    for path, text in {**texts, **{f"include/{p}": t for p, t in includes.items()}}.items():
+    for path, text in {kernel.name: source, **{f"include/{p}": t for p, t in includes.items()}}.items():
         file = directory / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    scratch = directory / "scratch"
+    scratch.mkdir()
     with progress_line(f"compiling {label} for {target.isa if target.kind == 'cpu' else target.arch}"):
         try:
-            built, output = _compile([directory / path for path in texts], name.replace("-", "_"), target, scratch)
+            built, output = compile_module(kernel, includes, target, name.replace("-", "_"), scratch)
         except CompilerFailed as failure:
-            raise _compile_error(label, directory / f"kernel{target.suffix}", str(failure)) from None
+            raise _compile_error(label, kernel, str(failure)) from None
     (directory / "build.log").write_text(output)
     module = directory / "module.so"
     os.rename(built, module)
     shutil.rmtree(scratch)
     return module
-
-
-def _compile(sources: list[Path], name: str, target: CompileTarget, scratch: Path) -> tuple[Path, str]:
-    """The library and the compiler's output. A CUDA module is small unless it calls what driver_runtime.h does not have."""
-    compile_module = _compiler_for(target)
-    include = sources[0].parent / "include"
-    scratch.mkdir()
-    try:
-        return compile_module(sources, include, target, name, scratch)
-    except CompilerFailed as failure:
-        missing = sorted(set(re.findall(r"undefined reference to (?:symbol )?[`'](_*cuda\w+)", str(failure))))
-        if not missing:
-            raise
-    whole = scratch / "whole"
-    whole.mkdir()
-    built, output = compile_module(sources[:1], include, target, f"{name}_whole", whole, whole_runtime=True)
-    return built, f"linked with libcudart_static: {CUDA_RUNTIME} has no {', '.join(missing)}\n{output}"
-
-
-def _compiler_for(target: CompileTarget) -> Callable[..., tuple[Path, str]]:
-    """Torch's loader; nvcc alone where torch was built without CUDA, as it then links to libraries it does not have."""
-    # imported on a miss only: a hit must stay cheap
-    if target.kind == "cuda":
-        import torch
-
-        if torch.version.cuda is None:
-            from jitgen.nvcc import compile_module
-
-            return compile_module
-    from jitgen.loader import compile_module
-
-    return compile_module
 
 
 def _compile_error(label: str, kernel: Path, output: str) -> CompileError:

@@ -22,11 +22,11 @@ PROBE = """
 __global__ void answer(int* out) { *out = 42; }
 
 extern "C" int jitgen_probe() {
-  int* memory = nullptr;
+  void* memory = nullptr;
   int found = 0;
   cudaError_t code = cudaMalloc(&memory, sizeof(int));
   if (code != cudaSuccess) return code;
-  answer<<<1, 1>>>(memory);
+  answer<<<1, 1>>>(static_cast<int*>(memory));
   code = cudaGetLastError();
   if (code == cudaSuccess) code = cudaMemcpy(&found, memory, sizeof(int), cudaMemcpyDeviceToHost);
   cudaFree(memory);

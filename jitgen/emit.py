@@ -6,21 +6,23 @@ The section is the same text for CPU and CUDA. Its statements are made here and 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 
 from jitgen import ir
 from jitgen.abi import ArgField
-from jitgen.emit_early import ahead_loads, drop_relative, take_offset, take_relative
+from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_offset, take_relative
 from jitgen.emit_load import add_row_word
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
-from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis
+from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis, position_parts
 from jitgen.emit_norm import NormText, OutputText, emit_norm, emit_output
 from jitgen.emit_split import divided, outer_factor, split_floats
 from jitgen.emit_text import ELEMENT_CTYPE
 from jitgen.ir import Expr
 from jitgen.program import Program
 
-WITHIN_ONE = ("tanh", "tanh_approx", "sigmoid", "erf", "sin", "cos")  # functions whose values stay within [-1, 1]
+CAPS = ("tanh", "tanh_approx")
+WITHIN_ONE = (*CAPS, "sigmoid", "erf", "sin", "cos")  # functions whose values stay within [-1, 1]
 ELEMENT_NAMES = frozenset(("args", "head", "row", "col", "ahead", "odd", "relative", "score", "q_idx", "kv_idx"))  # parameters
 ELEMENT_BLOCKS = {"row": "row.", "col": "col.", "elem": ""}
 
@@ -50,6 +52,7 @@ class EarlyText:
     relative: HookText = HookText()  # over `distance`
     flat: HookText = HookText()  # the hook where `relative` is the same in the whole tile, without it
     level: HookText = HookText()  # what is added to all logits there, over `relative`
+    marks: tuple[HookText, ...] = ()  # over `distance`: where all are the same at both ends of a tile, `relative` is level
     ahead: BlockText = BlockText()
     paired: str = ""  # condition under which neighbouring columns may be read as one word
     offset: HookText = HookText()  # over the first column of a tile
@@ -79,6 +82,7 @@ class VariantSection:
     early: EarlyText
     score_factor: HookText
     mask: HookText
+    mask_positions: HookText  # the part of the mask that reads no tensor
     analysis: MaskAnalysisText
     sink: HookText
     norm: NormText
@@ -87,9 +91,11 @@ class VariantSection:
     raw_scores: bool
     has_score: bool
     score_is_bounded: bool
+    score_is_capped: bool
     has_relative: bool
     has_flat: bool
     flat_is_plain: bool
+    flat_is_marked: bool
     has_ahead: bool
     ahead_serves_batch: bool
     has_offset: bool
@@ -99,6 +105,7 @@ class VariantSection:
     looks_ahead: bool
     has_early: bool
     has_mask: bool
+    has_mask_positions: bool
     mask_scans: bool
     mask_spans_together: bool
     mask_reads_head: bool
@@ -125,7 +132,8 @@ def emit_variant(
 
     With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
     both multiplications then join others, and a soft cap costs one of them an element instead of three.
-    ``early`` names the parts of a score that the template works out before: 'relative', 'ahead', 'offset' (emit_early.py).
+    ``early`` names what of a score the template takes over (emit_early.py): 'relative', 'columns', 'ahead', 'cap', 'offset'; and
+    'positions' where it tells tiles whose mask positions decide alone.
 
     Errors:  UnsupportedVariant when an operation has no meaning where the program uses it.
     """
@@ -140,21 +148,28 @@ def emit_variant(
         score, factor = _raw_score(score, keep_units=program.norm is not None)
     if "offset" in early and score is not None and program.norm is None:
         score, offset = take_offset(score)
-    analysis = emit_mask_analysis(unit, mask)
+    positions = position_parts(mask) if "positions" in early else []
+    analysis = emit_mask_analysis(unit, mask, by_positions="positions" in early)
     ahead = ahead_loads(score, program.slots) if "ahead" in early and score is not None else []
-    score_text, early_text = _emit_score(unit, score, relative, ahead, offset, keep_units=program.norm is not None)
+    is_capped = "cap" in early and score is not None and score.op in CAPS
+    score_text, early_text = _emit_score(
+        unit, score, relative, ahead, offset, keep_units=program.norm is not None, is_capped=is_capped
+    )
+    factor_text = _emit_value(unit, factor, {})
+    mask_text, positions_text = _emit_mask(unit, mask, positions)
     text = dict(
         score=score_text,
         early=early_text,
-        score_factor=_emit_value(unit, factor, {}),
-        mask=_emit_hook(unit, mask),
+        score_factor=factor_text,
+        mask=mask_text,
+        mask_positions=positions_text,
         analysis=analysis,
         sink=_emit_value(unit, program.sink, {}),
         norm=norm,
         lse=_emit_value(unit, program.lse, {"q_idx": "elem", "lse": "elem"}),
         output=emit_output(unit, program.output),
     )
-    shared = None if relative is not None or "columns" not in early else column_table(score_text.col, text["mask"].col)
+    shared = None if relative is not None or "columns" not in early else column_table(score_text.col, mask_text.col)
     looks_ahead = relative is not None or bool(ahead) or shared is not None
     return VariantSection(
         backend=backend,
@@ -165,9 +180,11 @@ def emit_variant(
         raw_scores=raw_scores,
         has_score=score is not None,
         score_is_bounded=score is not None and score.op in WITHIN_ONE,
+        score_is_capped=is_capped,
         has_relative=relative is not None,
         has_flat=early_text.flat.value != "",
         flat_is_plain=early_text.flat.value == "score" and not early_text.flat.lines,
+        flat_is_marked=bool(early_text.marks),
         has_ahead=bool(ahead),
         ahead_serves_batch=bool(ahead) and not any("b" in n.deps for n in ahead),
         has_offset=early_text.offset.value != "" or early_text.flat.value != "",
@@ -177,6 +194,7 @@ def emit_variant(
         looks_ahead=looks_ahead,
         has_early=looks_ahead or early_text.offset.value != "",
         has_mask=mask is not None,
+        has_mask_positions=bool(positions),
         mask_scans=analysis.scans,
         mask_spans_together=analysis.spans_together,
         mask_reads_head=mask is not None and not mask.deps.isdisjoint(("h", "kv_h")),
@@ -236,12 +254,15 @@ def _level(node: Expr) -> str:
     return join_levels({HOOK_LEVELS.get(d, "head") for d in node.deps})
 
 
-def _emit_hook(unit: Unit, root: Expr | None) -> HookText:
-    """A score or mask hook, split into rows, columns and elements."""
+def _emit_mask(unit: Unit, root: Expr | None, positions: list[Expr]) -> tuple[HookText, HookText]:
+    """The mask hook, split into rows, columns and elements, and the conjunction of some of its parts over the same values."""
     if root is None:
-        return HookText()
-    low = _element_lowering(unit, [split_floats(root, _level)])
-    return _hook_text(low, low.roots[0])
+        return HookText(), HookText()
+    alone = [functools.reduce(lambda a, b: ir.make("and", a, b), positions)] if positions else []
+    low = _element_lowering(unit, [split_floats(root, _level), *alone])
+    mask = _hook_text(low, low.roots[0])
+    low.blocks["elem"] = Block("elem", taken=set(ELEMENT_NAMES))
+    return mask, _hook_text(low, alone[0]) if alone else HookText()
 
 
 def _element_lowering(unit: Unit, roots: list[Expr]) -> Lowering:
@@ -255,7 +276,14 @@ def _hook_text(low: Lowering, root: Expr) -> HookText:
 
 
 def _emit_score(
-    unit: Unit, root: Expr | None, relative: Expr | None, ahead: list[Expr], offset: Expr | None, *, keep_units: bool
+    unit: Unit,
+    root: Expr | None,
+    relative: Expr | None,
+    ahead: list[Expr],
+    offset: Expr | None,
+    *,
+    keep_units: bool,
+    is_capped: bool,
 ) -> tuple[HookText, EarlyText]:
     """The score hook, and what of it comes before; its forms share the values of rows and columns."""
     if root is None:
@@ -263,6 +291,8 @@ def _emit_score(
     root = split_floats(root, _level)
     flat = drop_relative(root) if relative is not None and not keep_units else None
     rest, level = flat if flat is not None and flat[0] is not None else (None, None)
+    if is_capped:
+        root = root.args[0]
     low = _element_lowering(unit, [x for x in (root, offset, rest) if x is not None])
     words = Block("elem", "ahead.", taken={"args", "head", "row", "kv_idx", "step", "last"})
     paired = " & ".join(dict.fromkeys(add_row_word(low, node, words) for node in ahead))
@@ -274,7 +304,9 @@ def _emit_score(
     score = HookText(_block_text(low.blocks["row"]), _block_text(low.blocks["col"]), score.lines, score.value)
     by_distance = _emit_value(unit, relative, {"distance": "elem"})
     level_text = _emit_value(unit, level, {"relative": "elem"})
-    return score, EarlyText(by_distance, others[0], level_text, _block_text(words), paired, others[1])
+    marks = level_marks(relative) if flat is not None and relative is not None else None
+    mark_texts = tuple(_emit_value(unit, mark, {"distance": "elem"}) for mark in marks or ())
+    return score, EarlyText(by_distance, others[0], level_text, mark_texts, _block_text(words), paired, others[1])
 
 
 def _emit_value(unit: Unit, root: Expr | None, levels: dict[str, str]) -> HookText:

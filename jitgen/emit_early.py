@@ -6,6 +6,8 @@
 - *columns*: what a hook computes per column, once instead of by every thread that has a row.
 - *ahead*: an element of a captured tensor that is contiguous along kv_idx, such as a dense bias. Two neighbouring columns are
   read as one word, and their latency passes under the product.
+- *cap*: a tanh around the whole score. The template bends a tile at once, and by a polynomial where all of it is far from the
+  cap: the unit that knows tanh has the exponentials to compute.
 - *offset*: a multiple of the distance, as in ALiBi. Up to the first column of a tile it is the same for a whole row of the tile
   and joins the row's maximum; what is left is one fused multiply-add an element.
 """
@@ -26,7 +28,7 @@ _AFFINE = frozenset(("index", "lin", "cast", "add", "sub", "mul", "neg"))
 
 def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str]:
     """What of the above the sm90 kernel of a program does."""
-    parts = {"relative", "offset"} if layout == "dense" else {"offset"}  # rows of the others are heads as well
+    parts = {"relative", "cap", "offset"} if layout == "dense" else {"offset"}  # rows of the others are heads as well
     if layout == "dense" and head_dim_v < 256:  # whose descriptors take the uniform registers
         parts.add("columns")
     words = 0 if program.score is None else ahead_words(ahead_loads(program.score, program.slots), program.slots)
@@ -83,6 +85,62 @@ def _lin_of_distance(node: Expr, args: tuple[Expr, ...]) -> Expr:
 
 def _position(term: Expr) -> Expr:
     return term.args[0] if term.op == "cast" and term.args[0] in (_Q, _KV) else term
+
+
+# Operations that may stay where their operand rises: without one of them two distances never have the same value.
+_RESTING = frozenset(("min", "max", "floordiv", "floor", "ceil", "round", "trunc", "relu", "sign", "lt", "le"))
+# Operations that never fall where their operand rises.
+_RISING = frozenset(("cast", "floor", "ceil", "round", "trunc", "sign", "relu", "exp", "exp2", "log", "log2", "log1p", "sqrt"))
+
+
+def level_marks(node: Expr) -> tuple[Expr, ...] | None:
+    """Values of 'distance' that tell where ``node`` is level: if each is the same at both ends of a range of distances, so is
+    ``node`` in all of it. None if there are none."""
+    if "distance" not in node.deps:
+        return ()
+    if _direction(node) is not None:
+        return (node,) if any(n.op in _RESTING or _truncates(n) for n in walk(node)) else None
+    parts = [level_marks(arg) for arg in (node.args[:1] if node.op == "where" else node.args)]
+    if any(part is None for part in parts):
+        return None
+    marks = tuple(dict.fromkeys(mark for part in parts for mark in part or ()))
+    if node.op != "where":
+        return marks or None
+    return None if None in map(_direction, node.args[1:]) else (*marks, node)
+
+
+def _direction(node: Expr) -> int | None:
+    """1 if ``node`` never falls as the distance grows, -1 if it never rises, 0 if it does not depend on it; else None."""
+    if "distance" not in node.deps:
+        return 0
+    if node is _DISTANCE:
+        return 1
+    args = [_direction(arg) for arg in node.args]
+    if None in args:
+        return None
+    signs = [sign for sign in args if sign is not None]
+    if node.op in _RISING:
+        return None if node.dtype == "bool" else signs[0]
+    if node.op in ("add", "min", "max"):
+        return _common(signs)
+    if node.op == "lin":
+        return _common([sign if c > 0 else -sign for c, sign in zip(node.attr[1], signs, strict=True)])
+    if node.op in ("sub", "lt", "le"):  # of booleans, true counts as more
+        return _common([signs[0], -signs[1]] if node.op == "sub" else [-signs[0], signs[1]])
+    if node.op in ("neg", "not"):
+        return -signs[0]
+    if node.op in ("mul", "truediv", "floordiv") and node.args[1].op == "const" and node.args[1].attr != 0:
+        return signs[0] if node.args[1].attr > 0 else -signs[0]
+    return None
+
+
+def _truncates(node: Expr) -> bool:
+    return node.op == "cast" and node.is_int and not node.args[0].is_int
+
+
+def _common(signs: Sequence[int]) -> int | None:
+    found = {sign for sign in signs if sign != 0}
+    return found.pop() if len(found) == 1 else None
 
 
 def drop_relative(root: Expr) -> tuple[Expr | None, Expr] | None:

@@ -36,20 +36,31 @@ class MaskAnalysisText:
     spans_together: bool = False  # mask_span does, by whole warps
 
 
-def emit_mask_analysis(unit: Unit, mask: Expr | None) -> MaskAnalysisText:
+def position_parts(mask: Expr | None) -> list[Expr]:
+    """The parts of a conjunction that read no tensor by row or column; none if there are no others, or they are not plain
+    comparisons of integers."""
+    parts = [] if mask is None else operands(mask, "and")
+    found = [p for p in parts if not any(n.op == "load" and n.deps & SPAN_LEVELS.keys() for n in walk(p))]
+    return found if len(found) < len(parts) and not any(n.dtype == "f32" for p in found for n in walk(p)) else []
+
+
+def emit_mask_analysis(unit: Unit, mask: Expr | None, *, by_positions: bool = False) -> MaskAnalysisText:
     """mask_span and mask_tile of a mask.
 
     The parts of a conjunction (or disjunction) are decided one after the other, cheap ones first, so that a tile that a
-    comparison of positions excludes costs no look at a tensor.
+    comparison of positions excludes costs no look at a tensor. With ``by_positions`` mask_tile tells tiles in which the
+    tensors hide nothing (kTilePositions) from other partial ones, and positions are known to be inside of the tensors.
     """
     if mask is None:
         return MaskAnalysisText()
     taken = {"args", "head", "span", "q_idx", "kv_idx", "q_lo", "q_hi", "k_lo", "k_hi"}
     span, tile = Block("row", "span.", taken=set(taken)), Block("elem", taken=set(taken))
-    low = BoundsLowering(unit, span, tile, mask)
+    low = BoundsLowering(unit, span, tile, mask, are_inside=by_positions)
+    alone = position_parts(mask) if by_positions else []
     parts = sorted(operands(mask, mask.op), key=low.cost) if mask.op in ("and", "or") else [mask]
     absorbing = mask.op == "or"
     terms: list[str] = []
+    others: list[str] = []  # of parts that read tensors, if those are to be told apart
     for i, part in enumerate(parts):
         term = low.term(part, tile)
         if len(parts) == 1:
@@ -64,9 +75,10 @@ def emit_mask_analysis(unit: Unit, mask: Expr | None) -> MaskAnalysisText:
             tile.lines.append(f"if ({stop}")
             # what the test has shown is said again: ptxas 13.0 takes it for its opposite where it has to work it out
             name = f"jg::{'unproven' if absorbing else 'possible'}({name})"
-        terms.append(name)
+        (others if alone and part not in alone else terms).append(name)
     else:
-        value = f"jg::tile_kind({(' | ' if absorbing else ' & ').join(terms)})"
+        value = ", ".join((" | " if absorbing else " & ").join(group) for group in (terms, others) if group)
+        value = f"jg::tile_kind({value})"
     return MaskAnalysisText(
         fields=tuple(m.text for m in span.members),
         span_lines=tuple(span.lines),
@@ -90,12 +102,13 @@ def operands(node: Expr, op: str) -> list[Expr]:
 class BoundsLowering(Lowering):
     """Prints values over a rectangle; what does not vary in it stays the scalar it is."""
 
-    def __init__(self, unit: Unit, span: Block, tile: Block, mask: Expr) -> None:
+    def __init__(self, unit: Unit, span: Block, tile: Block, mask: Expr, *, are_inside: bool = False) -> None:
         super().__init__(unit, {"head": unit.head, "row": span, "col": tile, "elem": tile}, SPAN_LEVELS, [mask])
         self.scalar_form = Lowering(unit, {"head": unit.head}, {}, [mask])
         self.near = Ranges(unit.slots, (-FAR, FAR))
         self.print_op = print_bounds
         self.reads: set[tuple[str, str]] = set()
+        self.are_inside = are_inside  # positions, of the tensors they index
 
     def level(self, node: Expr) -> str:
         level = join_levels({self.levels.get(d, "head") for d in node.deps})
@@ -243,7 +256,10 @@ def _scan(low: BoundsLowering, node: Expr, at: Block) -> Term:
         if low.level(index) != "head" and slot.layout[d] != "0":
             stride = "1" if slot.layout[d] == "c" else f"args.{name}_stride{d}"
             term = low.term(index, at)
-            axes.append(f"jg::axis({term.text}, args.{name}_size{d}, {stride})")
+            if low.are_inside and index.op == "index":
+                axes.append(f"jg::inside({term.text}, {stride})")
+            else:
+                axes.append(f"jg::axis({term.text}, args.{name}_size{d}, {stride})")
     base = print_pointer(low.scalar_form, node, fixed)
     if len(axes) > 3 or not axes:
         return fallback(low, node)

@@ -1,4 +1,9 @@
-"""Compiling through torch.utils.cpp_extension's loader, kept from picking up what does not belong to the key."""
+"""Compiling: the compilers of a module side by side, then torch.utils.cpp_extension's loader, which links and opens it.
+
+The loader is imported while the compilers run, as that takes it some tenths of a second, and finds their objects ready: what it
+calls as its compiler is a script that hands them over. So a module is as long in the making as its slowest compiler, and torch
+needs no CUDA of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,62 +11,136 @@ import errno
 import os
 import re
 import shlex
+import signal
+import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jitgen import toolchain
+from jitgen.build import CUDA_RUNTIME
 from jitgen.errors import ToolchainMissing
+from jitgen.host_part import host_headers, host_part
 from jitgen.target import CompileTarget
-from jitgen.toolchain import CompilerFailed, Toolkit
+from jitgen.toolchain import CompilerFailed
 
-# The loader reads the environment and a global, so one build at a time within a process.
+# The loader reads the environment and a global, so one at a time within a process.
 _lock = threading.Lock()
+
+# How a CUDA module's host part is compiled. __CUDACC__: it is to see what nvcc would show it.
+HOST_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-w", "-D__CUDACC__", "-include", CUDA_RUNTIME)
+COMPILED = "compiled"  # directory of the objects
+# Device code as data: what nvcc made, under the name that driver_runtime.h knows and in the section where CUDA's tools look.
+DEVICE_OBJECT = """\
+.section .nv_fatbin,"a"
+.globl jitgen_binary
+.hidden jitgen_binary
+.balign 64
+jitgen_binary:
+.incbin "kernel.fatbin"
+.section .note.GNU-stack,"",%progbits
+"""
 
 
 def compile_module(
-    sources: list[Path], include: Path, target: CompileTarget, name: str, scratch: Path, *, whole_runtime: bool = False
+    kernel: Path, includes: Mapping[str, str], target: CompileTarget, name: str, scratch: Path
 ) -> tuple[Path, str]:
-    """Compile and link sources; return the library and the compiler's output.
+    """Compile a source, whose headers are below include/ beside it, and link it; return the library and what was printed.
 
-    `whole_runtime` links a CUDA module with libcudart_static, where the functions among its sources do not suffice.
     NOTE: the loader also opens the library. That is harmless: the file is renamed later, not copied, so the system
     linker knows it for the same one.
     Errors:  CompilerFailed, ToolchainMissing.
     """
-    toolkit = toolchain.require_toolkit() if target.kind == "cuda" else None
-    log = scratch / "nvcc.log"
-    view = _toolkit_view(toolkit, scratch / "toolkit", log) if toolkit else None
-    link_flags = list(target.link_flags)
-    if target.kind == "cpu" and toolchain.require_cxx().is_clang:
-        # Clang's OpenMP runtime must be named. GCC's is not: its functions are found in the one that torch has loaded,
-        # so that both share their threads, and a prebuilt module needs no libgomp of the system's.
-        link_flags.append("-fopenmp")
-    if toolkit is not None:
-        link_flags += [f"-L{toolkit.lib}", "-lcudart_static", "-lrt", "-lpthread"] if whole_runtime else []
-        link_flags.append("-ldl")
-    with _lock, _loader_environment(), _cuda_home(view):
-        from torch.utils import cpp_extension
+    toolchain.require_cxx(), toolchain.require_ninja()
+    (scratch / COMPILED).mkdir()
+    sources = [kernel] if target.kind == "cpu" else [scratch / "host.cpp", scratch / "device.s"]
+    linker = _write_linker(sources, target, scratch)
+    with _Compilers(scratch) as compilers:
+        if target.kind == "cuda":
+            _start_cuda(compilers, kernel, includes, target, scratch)
+        else:
+            _start_cpu(compilers, kernel, target)
+        from torch.utils import cpp_extension  # noqa: F401 - here, as it takes time that the compilers run in
 
-        try:
-            module = cpp_extension.load(
-                name=name,
-                sources=list(map(str, sources)),
-                extra_cflags=[*target.flags, "-fmax-errors=20"] if target.kind == "cpu" else ["-O3", *toolchain.HOST_FLAGS],
-                extra_cuda_cflags=[*target.flags, *(f"-Xcompiler={flag}" for flag in toolchain.HOST_FLAGS)],
-                extra_ldflags=link_flags,
-                extra_include_paths=[str(include)],
-                build_directory=str(scratch),
-                with_cuda=target.kind == "cuda",
-                is_python_module=False,
-                verbose=False,
+        output = compilers.finish()
+        if target.kind == "cuda":
+            compilers.start([_cxx(), "-c", "device.s", "-o", f"{COMPILED}/device.o"])
+            compilers.finish()
+    return _link(sources, linker, name, scratch), output
+
+
+# ---- compilers ----
+
+
+class _Compilers:
+    """Compilers that run in a directory at the same time; none outlives the block."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._running: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> _Compilers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._running:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it has started itself
+            process.communicate()
+
+    def start(self, command: list[str]) -> None:
+        self._running.append(
+            subprocess.Popen(
+                command,
+                cwd=self._directory,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=toolchain.clean_environment(),
+                start_new_session=True,
             )
-        except RuntimeError as error:
-            raise _refusal(str(error)) from error
-        except OSError as error:
-            raise _load_failure(error, scratch) from error
-    return Path(module), log.read_text(errors="replace") if log.is_file() else ""
+        )
+
+    def finish(self) -> str:
+        """Wait for all; what they printed.
+
+        Errors:  CompilerFailed for the first that refused its input.
+        """
+        printed = ""
+        while self._running:
+            process = self._running[0]
+            output = process.communicate()[0].decode(errors="replace")
+            del self._running[0]
+            if process.returncode != 0:
+                raise _refusal(output or f"{process.args[0]} ended with status {process.returncode} and printed nothing")
+            printed += output
+        return printed
+
+
+def _cxx() -> str:
+    return str(toolchain.require_cxx().path)
+
+
+def _start_cpu(compilers: _Compilers, kernel: Path, target: CompileTarget) -> None:
+    include = f"-I{kernel.parent / 'include'}"
+    compilers.start([_cxx(), *target.flags, "-fmax-errors=20", include, "-c", str(kernel), "-o", f"{COMPILED}/kernel.o"])
+
+
+def _start_cuda(compilers: _Compilers, kernel: Path, includes: Mapping[str, str], target: CompileTarget, scratch: Path) -> None:
+    """Start nvcc on the device code alone; then, as that takes longer, make the host's part and compile it."""
+    nvcc, include = str(toolchain.require_toolkit().nvcc), f"-I{kernel.parent / 'include'}"
+    compilers.start([nvcc, "-ccbin", _cxx(), *target.flags, include, "-fatbin", "-o", "kernel.fatbin", str(kernel)])
+    try:
+        texts = {f"host/{path}": text for path, text in host_headers(includes).items()}
+        texts |= {"host.cpp": host_part(kernel.read_text()), "device.s": DEVICE_OBJECT}
+    except ValueError as error:
+        raise CompilerFailed(f"error: {error}") from error
+    for path, text in texts.items():
+        file = scratch / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    compilers.start([_cxx(), *HOST_FLAGS, "-Ihost", "-c", "host.cpp", "-o", f"{COMPILED}/host.o"])
 
 
 def _refusal(output: str) -> Exception:
@@ -71,41 +150,81 @@ def _refusal(output: str) -> Exception:
     return CompilerFailed(output)
 
 
+# ---- linking ----
+
+
+def _write_linker(sources: list[Path], target: CompileTarget, scratch: Path) -> Path:
+    """What the loader takes for its compiler: has every object already, and links without the libraries of torch's.
+
+    A module needs none of them, and to look through their symbols takes the linker longer than all the rest.
+    Errors:  OSError where files cannot be started, and so libraries not loaded.
+    """
+    flags = list(target.link_flags)
+    if target.kind == "cuda":
+        flags.append("-ldl")
+    elif toolchain.require_cxx().is_clang:
+        # Clang's OpenMP runtime must be named. GCC's is not: its functions are found in the one that torch has loaded,
+        # so that both share their threads, and a prebuilt module needs no libgomp of the system's.
+        flags.append("-fopenmp")
+    link = shlex.join([_cxx(), "-shared", *(f"{source.stem}.o" for source in sources), *flags])
+    script = scratch / "linker"
+    script.write_text(f"""\
+#!/bin/sh
+for out; do :; done
+case " $* " in
+*" -c "*) exec mv "{COMPILED}/$out" "$out" ;;
+*) exec {link} -o "$out" ;;
+esac
+""")
+    script.chmod(0o700)
+    if not os.access(script, os.X_OK):
+        raise _not_for_programs(scratch)
+    return script
+
+
+def _link(sources: list[Path], linker: Path, name: str, scratch: Path) -> Path:
+    """The library, linked and opened by torch's loader."""
+    with _lock, _loader_environment(linker):
+        from torch.utils import cpp_extension
+
+        try:
+            module = cpp_extension.load(
+                name=name,
+                sources=list(map(str, sources)),
+                build_directory=str(scratch),
+                with_cuda=False,
+                is_python_module=False,
+                verbose=False,
+            )
+        except RuntimeError as error:
+            raise _refusal(str(error)) from error
+        except OSError as error:
+            raise _load_failure(error, scratch) from error
+    return Path(module)
+
+
 def _load_failure(error: OSError, scratch: Path) -> Exception:
     """The error for a library that was built but does not load: the loader hides the system linker's reason."""
     reason = str(error.__cause__ or error)
     if error.errno is not None or error.__cause__ is None:
         return error  # of a file, not of loading
     if "failed to map segment" in reason:
-        return OSError(errno.EACCES, "libraries there cannot be loaded, as if it were mounted noexec", str(scratch))
+        return _not_for_programs(scratch)
     return CompilerFailed(f"error: the library does not load: {reason}")
 
 
-def _toolkit_view(toolkit: Toolkit, view: Path, log: Path) -> Path:
-    """A directory laid out as the loader expects a toolkit to be, whatever the real one looks like.
-
-    Its nvcc is a script that keeps what nvcc prints: the loader throws that away when the build succeeds, and with it
-    the register counts.
-    """
-    (view / "bin").mkdir(parents=True)
-    (view / "lib64").mkdir()
-    (view / "include").symlink_to(toolkit.include)
-    # The loader asks the linker for a libcudart: an empty archive, so that a function missing elsewhere is not taken from it.
-    (view / "lib64" / "libcudart.so").write_bytes(b"!<arch>\n")
-    script = view / "bin" / "nvcc"
-    nvcc, kept = shlex.quote(str(toolkit.nvcc)), shlex.quote(str(log))
-    script.write_text(f'#!/bin/sh\n{nvcc} "$@" >{kept} 2>&1\nstatus=$?\ncat {kept}\nexit $status\n')
-    script.chmod(0o700)
-    return view
+def _not_for_programs(directory: Path) -> OSError:
+    return OSError(errno.EACCES, "libraries there cannot be loaded, as if it were mounted noexec", str(directory))
 
 
 @contextmanager
-def _loader_environment() -> Iterator[None]:
+def _loader_environment(compiler: Path) -> Iterator[None]:
     """The environment of a build, put in place of the process's own for as long as the loader runs."""
-    ninja, cxx = toolchain.require_ninja(), toolchain.require_cxx()
+    ninja = toolchain.require_ninja()
     kept = dict(os.environ)
     wanted = toolchain.clean_environment()
-    wanted["CXX"] = wanted["CC"] = str(cxx.path)  # CC: the loader makes it nvcc's host compiler
+    wanted["CXX"] = str(compiler)
+    wanted["TORCH_DONT_CHECK_COMPILER_ABI"] = "1"  # no libtorch symbol is in a module
     wanted["PATH"] = os.pathsep.join([wanted.get("PATH", os.defpath), str(ninja.parent)])
     wanted["TORCH_NO_COMPILER_WRAPPER"] = "1"  # a compiler cache in front would only slow a miss down
     try:
@@ -122,19 +241,3 @@ def _replace_environment(wanted: dict[str, str]) -> None:
     for name, value in wanted.items():
         if os.environ.get(name) != value:
             os.environ[name] = value
-
-
-@contextmanager
-def _cuda_home(view: Path | None) -> Iterator[None]:
-    """Let the loader find the toolkit: it looks once, when it is imported, and does not resolve links."""
-    if view is None:
-        yield
-        return
-    from torch.utils import cpp_extension
-
-    kept = cpp_extension.CUDA_HOME
-    cpp_extension.CUDA_HOME = str(view)
-    try:
-        yield
-    finally:
-        cpp_extension.CUDA_HOME = kept

@@ -75,9 +75,11 @@ class KernelContext:
     packing: str  # log2 of the heads that share a row of a query tile, as an expression of group_size
     has_score: bool
     score_is_bounded: bool
+    score_is_capped: bool
     has_relative: bool
     has_flat: bool
     flat_is_plain: bool
+    flat_is_marked: bool
     has_distance_offset: bool
     has_ahead: bool
     ahead_serves_batch: bool
@@ -87,6 +89,7 @@ class KernelContext:
     looks_ahead: bool
     has_early: bool
     has_mask: bool
+    has_mask_positions: bool
     mask_scans: bool
     mask_spans_together: bool
     mask_reads_head: bool
@@ -143,7 +146,7 @@ def template_of(spec: KernelSpec) -> str:
 def render_kernel(spec: KernelSpec) -> Source:
     """Generate the translation unit of ``spec``."""
     backend = spec.target.kind
-    early = early_parts(spec.program, spec.layout, spec.head_dim_v) if spec.family == "sm90" else frozenset()
+    early = _early_of(spec)
     section = emit_variant(spec.program, backend=backend, raw_scores=spec.family in RAW_SCORE_FAMILIES, early=early)
     variant_text = render_template("attention/variant.h.jinja", section_context(section, spec.layout))
     context = kernel_context(spec, section, variant_text.rstrip("\n"))
@@ -154,6 +157,15 @@ def render_kernel(spec: KernelSpec) -> Source:
         includes=reached_headers(rendered.text),
         suffix=".cpp" if backend == "cpu" else ".cu",
     )
+
+
+def _early_of(spec: KernelSpec) -> frozenset[str]:
+    """What the template of a kernel does early: see emit_variant."""
+    if spec.family == "sm90":
+        return early_parts(spec.program, spec.layout, spec.head_dim_v)
+    if spec.family == "sm80":
+        return frozenset({"offset", "positions"} if spec.layout == "dense" else {"offset"})
+    return frozenset()
 
 
 def _mapped(rendered: Rendered) -> str:

@@ -17,8 +17,8 @@ COMMON_FLAGS = ("-O3", "-std=c++17")
 CPU_FLAGS = ("-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 # --as-needed: the loader names libtorch and others, a generated module needs none of them. -s: no symbol table.
 LINK_FLAGS = ("-Wl,--as-needed", "-Wl,-s")
-# A CUDA module links to no CUDA library. -z defs: a runtime function that driver_runtime.h lacks is found out when linking.
-CUDA_LINK_FLAGS = (*LINK_FLAGS, "-Wl,--gc-sections", "-Wl,-z,defs")
+# A CUDA module links to no CUDA library. -z defs: a function that nobody has is found out when linking.
+CUDA_LINK_FLAGS = (*LINK_FLAGS, "-Wl,-z,defs")
 
 # cpuinfo names of each level, in the order they are tried
 _AVX512 = ("avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl")

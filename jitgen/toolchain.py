@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -20,8 +19,6 @@ from jitgen.records import record
 # C++17 with the AVX-512 flags that target.py passes: GCC 10 is the first to know all of them
 MIN_GCC = 10
 MIN_CLANG = 12
-# How the host compiler treats the host part of a CUDA module: the linker then drops what driver_runtime.h has in vain.
-HOST_FLAGS = ("-fPIC", "-ffunction-sections", "-fdata-sections")
 
 CXX_REMEDY = (
     "Install one: 'apt install g++', 'dnf install gcc-c++' or 'conda install -c conda-forge gxx', or name one in JITGEN_CXX"
@@ -31,7 +28,7 @@ OPENMP_REMEDY = (
 )
 TOOLKIT_REMEDY = (
     "Install a CUDA toolkit: 'pip install jitgen[nvcc]', your system's cuda-toolkit package, or "
-    "'conda install -c nvidia cuda-nvcc cuda-cudart-static cuda-cudart-dev'; or set CUDA_HOME to the one you have"
+    "'conda install -c nvidia cuda-nvcc cuda-cudart-dev'; or set CUDA_HOME to the one you have"
 )
 
 
@@ -62,8 +59,6 @@ class Toolkit:
 
     root: Path
     nvcc: Path
-    include: Path
-    lib: Path
     version: str  # like 13.0.88
 
 
@@ -202,18 +197,9 @@ def _inspect(root: Path) -> Toolkit | str:
     # Debian's own package keeps headers and libraries in /usr
     if root == Path("/usr/lib/nvidia-cuda-toolkit"):
         bases = (*bases, Path("/usr"))
-    include = _first(base / "include" for base in bases if (base / "include" / "cuda_runtime.h").is_file())
-    if include is None:
+    if not any((base / "include" / "cuda_runtime.h").is_file() for base in bases):
         return f"{root} has nvcc but no cuda_runtime.h (the runtime's development files)"
-    libs = [base / name for base in bases for name in ("lib64", "lib", f"lib/{os.uname().machine}-linux-gnu")]
-    lib = _first(path for path in libs if (path / "libcudart_static.a").is_file())
-    if lib is None:
-        return f"{root} has nvcc but no libcudart_static.a (the static runtime library)"
-    return Toolkit(root, nvcc, include, lib, remembered("nvcc version", nvcc, partial(_ask_nvcc, nvcc)))
-
-
-def _first(candidates: Iterable[Path]) -> Path | None:
-    return next(iter(candidates), None)
+    return Toolkit(root, nvcc, remembered("nvcc version", nvcc, partial(_ask_nvcc, nvcc)))
 
 
 def _ask_nvcc(nvcc: Path) -> str:

@@ -51,7 +51,7 @@ class Variant:
     Cost:    about a millisecond a hook; nothing is compiled.
     """
 
-    __slots__ = ("_bound", "_hooks", "q_index")
+    __slots__ = ("_bound", "_hooks", "_trace", "q_index")
 
     def __init__(
         self,
@@ -88,6 +88,7 @@ class Variant:
         object.__setattr__(self, "_hooks", hooks)
         object.__setattr__(self, "_bound", dict(bound))
         object.__setattr__(self, "q_index", q_index)
+        object.__setattr__(self, "_trace", None)  # the last that held: its check is quicker than a look-up
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Variant is immutable: make a new one instead of setting {name}")
@@ -117,7 +118,11 @@ class Variant:
 
     def resolve(self) -> tuple[Program, list[object]]:
         """The program of the hooks and the values they capture now, as ``trace`` gives them."""
-        trace, values = _find(self._hooks, self._bound)
+        trace = self._trace
+        values = None if trace is None else trace.check(*self._hooks, self._bound)
+        if values is None:
+            trace, values = _find(self._hooks, self._bound)
+            object.__setattr__(self, "_trace", trace)
         return trace.program, values
 
     def bind(self, **values: object) -> Variant:

@@ -32,7 +32,7 @@ LAYERS = {
     "rendering": ["linemap", "render"],
     "store": ["cache*"],
     "requests": ["portable", "manifest", "recording"],
-    "building": ["loader", "nvcc", "build"],
+    "building": ["host_part", "loader", "build"],
     "calls": [
         "checks", "runtime", "streams", "fp8", "layouts", "api", "reference", "mask_tiles", "flex", "op", "block_*", "serving*",
         "sampling*", "rotary", "kv_*",

@@ -145,21 +145,16 @@ def pypi_nvcc() -> Path | None:
 @pytest.mark.skipif(pypi_nvcc() is None, reason="no toolkit from PyPI: pip install -e '.[nvcc]'")
 @pytest.mark.skipif(toolchain.find_cxx() is None, reason="no C++ compiler on this machine")
 def test_toolkit_from_pypi_compiles_a_module(tmp_path, monkeypatch):
-    from jitgen import Variant, build, nvcc
+    from jitgen import Variant, build
     from jitgen.families import cuda_spec
-    from jitgen.paths import template_dir
     from jitgen.render import render_kernel
     from jitgen.target import cuda_target
 
     monkeypatch.setenv("JITGEN_NVCC", str(pypi_nvcc()))
     spec = cuda_spec(Variant().trace().program, "float16", (64, 64), "sm80", cuda_target("8.0"))
     source = render_kernel(spec)
-    includes = {**source.includes, build.CUDA_RUNTIME: (template_dir() / "include" / build.CUDA_RUNTIME).read_text()}
-    texts = {"kernel.cu": source.text, "runtime.cpp": f'#include "{build.CUDA_RUNTIME}"\n'}
-    for path, text in {**texts, **{f"include/{p}": t for p, t in includes.items()}}.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-    sources = [tmp_path / "kernel.cu", tmp_path / "runtime.cpp"]
-    module, _ = nvcc.compile_module(sources, tmp_path / "include", spec.target, "kernel", tmp_path)
+    module = build.build(
+        source.text, name="from_pypi", target=spec.target, includes=source.includes, label=spec.label, directory=tmp_path
+    )
     assert toolchain.require_toolkit().nvcc == pypi_nvcc()
     assert module.is_file()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from jitgen.bench.config import BenchConfig
-from jitgen.bench.workloads import Problem
+from jitgen.bench.workloads import Hooks, Problem
 
 Prepared = Callable[[], torch.Tensor]
 
@@ -80,11 +80,30 @@ def prepare_sdpa(problem: Problem, backend: str | None) -> Prepared:
     return with_backend
 
 
+FLEX_ELEMENTS = 2**31  # of a captured tensor: past them its Triton kernel (torch 2.11) reads outside, which ends the process
+
+
+# Of a captured tensor: past them the Triton kernel of torch 2.11 reads outside of it (pytorch/pytorch#187904), and the CUDA
+# context of everyone is lost.
+FLEX_ELEMENTS = 2**31
+
+
+def refuse_large_captures(hooks: Hooks) -> None:
+    """Raise where a tensor in the closures of the hooks is too large for FlexAttention's offsets."""
+    functions = [f for f in (hooks.score_mod, hooks.mask_mod) if f is not None]
+    captured = [cell.cell_contents for f in functions for cell in f.__closure__ or ()]
+    largest = max((t.numel() for t in captured if isinstance(t, torch.Tensor)), default=0)
+    if largest > FLEX_ELEMENTS:
+        raise Unsupported(f"illegal memory access: a captured tensor has {largest} elements, its offsets have 32 bits")
+
+
 def prepare_flex(problem: Problem) -> Prepared:
     """torch.compile(flex_attention); its BlockMask is built beforehand and not timed."""
     from torch.nn.attention import flex_attention as flex
 
     hooks, q, k, v = problem.hooks, problem.q, problem.k, problem.v
+    if q.is_cuda:
+        refuse_large_captures(hooks)
     for limit in ("recompile_limit", "accumulated_recompile_limit"):  # one compilation per variant and shape
         if hasattr(torch._dynamo.config, limit):
             setattr(torch._dynamo.config, limit, 4096)

@@ -5,15 +5,15 @@ There is no GPU: a library that prints how it is called stands in for the driver
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from compiling import compile_source
+from disassembly import disassemble
 
 import jitgen
 from jitgen import build, runtime, toolchain
@@ -101,6 +101,13 @@ def test_module_loads_with_an_old_c_library(family: str, modules: dict[str, Path
     assert max((int(major), int(minor)) for major, minor in versions) <= (2, 28)
 
 
+def test_module_has_the_machine_code_that_nvcc_makes_of_the_whole_source(modules: dict[str, Path], tmp_path: Path) -> None:
+    """And where CUDA's tools look for it."""
+    binary, _ = compile_source(render_kernel(spec_of("sm80")), tmp_path, *spec_of("sm80").target.flags)
+    found, wanted = (re.findall(r"/\*\w{4,}\*/.*", disassemble(file)) for file in (modules["sm80"], binary))
+    assert wanted and found == wanted
+
+
 def test_loading_a_module_touches_no_device(driver: Path, modules: dict[str, Path]) -> None:
     assert launch(driver, "sm80", modules["sm80"], times=0) == []
 
@@ -135,33 +142,32 @@ def test_missing_driver_is_named(tmp_path: Path, modules: dict[str, Path]) -> No
     assert launch(tmp_path, "sm80", modules["sm80"])[-1].startswith("code 35 libcuda.so.1 is missing or older")
 
 
-def test_function_that_the_small_runtime_lacks_brings_the_whole_one(tmp_path: Path) -> None:
-    source = 'extern "C" int jitgen_launch(const void*) { void* p = nullptr; return cudaMalloc(&p, 16) + cudaFree(p); }\n'
-    module = build.build(source, name="sm80_whole", target=cuda_target("8.0"), includes={}, label="a test", directory=tmp_path)
-    assert "has no cudaFree, cudaMalloc" in (tmp_path / "build.log").read_text()
-    assert module.stat().st_size > MAX_BYTES
-    assert hasattr(ctypes.CDLL(str(module)), "jitgen_launch")
+def test_function_of_cuda_that_the_small_runtime_lacks_is_named(tmp_path: Path) -> None:
+    source = 'extern "C" int jitgen_launch(const void*) { void* p = nullptr; return cudaMallocHost(&p, 16); }\n'
+    with pytest.raises(CompileError, match=r"cudaMallocHost.* was not declared"):
+        build.build(source, name="sm80_lacks", target=cuda_target("8.0"), includes={}, label="a test", directory=tmp_path)
 
 
-@pytest.fixture
-def torch_with_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
-    """Let torch's loader believe that torch was built with CUDA; returns what links against the libraries it names then."""
-    monkeypatch.setattr("torch.version.cuda", toolchain.require_toolkit().version.rpartition(".")[0])
-    for name in ("c10_cuda", "torch_cuda"):
-        (tmp_path / f"lib{name}.a").write_text("!<arch>\n")
-    return (f"-L{tmp_path}",)
+def test_kernels_are_found_by_the_names_that_nvcc_gives_them(modules: dict[str, Path], driver: Path) -> None:
+    """The host's part works them out from the types of their parameters."""
+    for family, module in modules.items():
+        asked = [line.split()[2] for line in launch(driver, family, module) if line.startswith("cuLibraryGetKernel")]
+        compiled = re.findall(r"Compiling entry function '(\w+)'", (module.parent / "build.log").read_text())
+        assert asked and set(asked) <= set(compiled)
 
 
-def test_torch_with_cuda_builds_the_same_small_module(torch_with_cuda: tuple[str, ...], tmp_path: Path, driver: Path) -> None:
-    spec = spec_of("sm80")
-    target = replace(spec.target, link_flags=(*torch_with_cuda, *spec.target.link_flags))
-    source = render_kernel(spec)
-    out = tmp_path / "out"
-    out.mkdir()
-    module = build.build(source.text, name="sm80_torch", target=target, includes=source.includes, label="a test", directory=out)
-    assert module.stat().st_size <= MAX_BYTES
-    assert launch(driver, "sm80", module)[-1] == "code 0 no error"
-    assert "ptxas info" in (out / "build.log").read_text()
+@pytest.mark.parametrize("planted", ["JITGEN_FN int f() { return nonsense; }", "cudaError_t f() { return cudaDeviceReset(); }"])
+def test_error_is_reported_at_the_line_of_the_template(planted: str, tmp_path: Path) -> None:
+    """Of device code by nvcc, of the launcher's where it has no such function by the C++ compiler."""
+    source = render_kernel(spec_of("sm80"))
+    at = source.mapped_text.index("// ---- launcher ----")
+    number = source.mapped_text[:at].rpartition("#line ")[2].split()[0]
+    lines_after = source.mapped_text[:at].rpartition("#line ")[2].count("\n") - 1
+    text = source.mapped_text[:at] + planted + source.mapped_text[at:]
+    with pytest.raises(CompileError, match=rf"sm80\.cu\.jinja[:(]{int(number) + lines_after}\D"):
+        build.build(
+            text, name="sm80_planted", target=cuda_target("8.0"), includes=source.includes, label="a test", directory=tmp_path
+        )
 
 
 def test_undefined_function_of_another_kind_is_a_compile_error(tmp_path: Path) -> None:

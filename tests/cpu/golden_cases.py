@@ -133,7 +133,7 @@ def capped_relative() -> jitgen.Variant:
     cap, table = 50.0, torch.zeros(8, 128)
 
     def biased(score, b, h, q_idx, kv_idx):
-        return cap * torch.tanh(score / cap) + table[h, torch.clamp(q_idx - kv_idx, 0, 127)]
+        return cap * torch.tanh(score / cap) + table[h, torch.clamp(torch.abs(q_idx - kv_idx), 0, 127)]
 
     return jitgen.Variant(score_mod=biased)
 
@@ -195,12 +195,15 @@ CASES: dict[str, Case] = {
     "every_hook__cpu_paged__float32": Case(every_hook, "cpu", "float32", (128, 128), "paged"),
     "sigmoid__cpu_amx_ragged__bfloat16": Case(sigmoid, "cpu", "bfloat16", (64, 64), "ragged", isa="amx"),
     "plain__sm80__float16": Case(plain, "sm80", "float16", (192, 128)),
+    "plain__sm80__bfloat16": Case(plain, "sm80", "bfloat16", (256, 256)),
     "every_hook__sm80__bfloat16": Case(every_hook, "sm80", "bfloat16", (64, 64)),
     "soft_cap__sm80__bfloat16": Case(soft_cap, "sm80", "bfloat16", (256, 256)),
     "window__sm80__float16": Case(window, "sm80", "float16", (256, 256)),
     "stick_breaking__sm80__bfloat16": Case(stick_breaking, "sm80", "bfloat16", (128, 128)),
+    "alibi_sink__sm80__bfloat16": Case(alibi_sink, "sm80", "bfloat16", (128, 128)),
     "segments__sm80_paged__bfloat16": Case(segments, "sm80", "bfloat16", (128, 128), "paged"),
     "alibi_sigmoid__sm80_ragged__float16": Case(alibi_sigmoid, "sm80", "float16", (64, 64), "ragged"),
+    "alibi_sink__sm80_ragged__float16": Case(alibi_sink, "sm80", "float16", (128, 128), "ragged"),
     "plain__sm90__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128)),
     "every_hook__sm90__bfloat16": Case(every_hook, "sm90", "bfloat16", (64, 64)),
     "alibi_pruned_sigmoid__sm90__float16": Case(alibi_pruned_sigmoid, "sm90", "float16", (128, 128)),

@@ -65,6 +65,30 @@ def test_every_number_of_rows_and_keys_is_served(q_len):
 
 
 @needs_amx
+@pytest.mark.parametrize("window", [1, 70, 300])
+def test_blocks_of_an_item_see_their_own_keys(window):
+    """391 rows are several blocks an item and several items a head; a short window leaves most tiles to some of them."""
+    variant = jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (q_idx - kv_idx < window))
+    q, k, v = inputs(391, 700, heads=16, kv_heads=8)
+    out = torch.full(q.shape, math.nan, dtype=q.dtype)
+    assert_costs_a_rounding(jitgen.attention(q, k, v, variant, out=out), q, k, v, variant)
+
+
+@needs_amx
+@pytest.mark.parametrize("cap", [2.0, 50.0])
+def test_soft_cap_bends_logits_to_within_its_error(cap):
+    """The rough tanh is off by 1.6e-5 of itself: a logit by that of the cap, a weight by twice that relative to its row."""
+    variant = jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: cap * torch.tanh(s / cap), mask_mod=causal)
+    q, k, v = inputs(101, 301)
+    for size in (0.1, 1.0, 8.0, 1e4):
+        got = jitgen.attention(q * size, k, v, variant)
+        want = reference.attention(q * size, k, v, variant)
+        spread = reference.attention(q * size, k, v.abs(), variant)
+        bound = (1.02 * UNIT + 2 * 1.6e-5 * cap) * (want.abs() + spread) + 1e-6
+        assert ((got.double() - want).abs() <= bound).all()
+
+
+@needs_amx
 @pytest.mark.parametrize("scale", [0.3, -0.2, 0.0, 1e-30, 4.0])
 def test_scale_of_any_sign_and_size_multiplies_the_logits(scale):
     q, k, v = inputs(60, 131)

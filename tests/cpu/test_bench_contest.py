@@ -12,8 +12,8 @@ from bench_fakes import CELL, FakeTimer, config, peer, with_row, zeros
 from jitgen.bench import check
 from jitgen.bench.config import BenchConfig
 from jitgen.bench.contest import Contest, one_line
-from jitgen.bench.peers import Peer, Unsupported
-from jitgen.bench.workloads import ProblemSet
+from jitgen.bench.peers import FLEX_ELEMENTS, Peer, Unsupported, refuse_large_captures
+from jitgen.bench.workloads import Hooks, ProblemSet
 
 
 def run(*peers, cells=(CELL,), timer=None, **options):
@@ -116,6 +116,16 @@ def test_error_that_no_contender_owns_leaves_results_of_every_cell():
 
     results, _ = run(peer("a"), peer("b"), timer=Dies())
     assert [result.reason for result in results] == ["while timed: RuntimeError: device lost"] * 2
+
+
+def test_flex_is_left_out_where_a_captured_tensor_is_too_large_for_its_offsets():
+    def hooks(elements):
+        bias = torch.empty(elements, device="meta")
+        return Hooks(score_mod=lambda score, b, h, q_idx, kv_idx: score + bias[q_idx])
+
+    refuse_large_captures(hooks(FLEX_ELEMENTS))
+    with pytest.raises(Unsupported, match="2147483649 elements"):
+        refuse_large_captures(hooks(FLEX_ELEMENTS + 1))
 
 
 def test_problem_that_cannot_be_made_fails_its_cell_only(monkeypatch):

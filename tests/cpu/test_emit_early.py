@@ -8,7 +8,7 @@ import torch
 import jitgen
 from jitgen import ir
 from jitgen.emit import _level
-from jitgen.emit_early import ahead_loads, drop_relative, early_parts, of_distance, take_offset, take_relative
+from jitgen.emit_early import ahead_loads, drop_relative, early_parts, level_marks, of_distance, take_offset, take_relative
 from jitgen.emit_split import split_floats
 from jitgen.evaluate import evaluate
 from jitgen.families import cuda_spec
@@ -136,3 +136,44 @@ def test_cheap_hooks_keep_the_large_tile():
     for program in (None, t5().program, documents):
         assert sm90_tiles(128, 128, program).tile_q == 192
     assert sm90_tiles(128, 128, t5().program, layout="paged").tile_q == 128  # its rows are heads as well
+
+
+def stepped():
+    """Level between the multiples of 16, from 32 to 64 everywhere else."""
+    table = torch.randn(2, 128).float()
+    return traced(lambda s, b, h, q_idx, kv_idx: s + table[h, torch.clamp((q_idx - kv_idx) // 16, -2, 4) + 2])
+
+
+def signed():
+    """The buckets of both directions: their sign is a mark as well."""
+    table = torch.randn(2, 64).float()
+
+    def score(s, b, h, q_idx, kv_idx):
+        distance = q_idx - kv_idx
+        return s + torch.where(distance < 0, table[h, torch.clamp(-distance, 0, 20)], 1.5) * 0.5
+
+    return traced(score)
+
+
+@pytest.mark.parametrize("make", [t5, buckets, stepped])
+def test_part_is_level_where_its_marks_are_the_same_at_both_ends(make):
+    trace = make()
+    part = take_relative(trace.program.score)[1]
+    marks = level_marks(part)
+    assert marks
+    distances = torch.arange(-150, 400)
+    at = leaves(distance=distances)
+    values = evaluate(part, trace.values(), at).broadcast_to(distances.shape)
+    found = [evaluate(mark, trace.values(), at).broadcast_to(distances.shape) for mark in marks]
+    num_level = 0
+    for first in range(0, len(distances), 7):
+        for last in range(first, len(distances), 11):
+            if all(bool(f[first] == f[last]) for f in found):
+                num_level += last - first > 60
+                assert (values[first : last + 1] == values[first]).all()
+    assert num_level > 0  # far from the diagonal
+
+
+@pytest.mark.parametrize("make", [signed, decay])
+def test_part_that_rises_and_falls_has_no_marks(make):
+    assert level_marks(take_relative(make().program.score)[1]) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from gallery import CASES, Sizes
 
 import jitgen
+from jitgen import emit, mask_tiles
 from jitgen.mask_tiles import TILE_FULL, TILE_NONE, TILE_PARTIAL, classify
 from jitgen.reference import mask_of
 
@@ -114,6 +116,33 @@ def test_sorted_tensors_are_bounded_by_their_ends_however_long():
     assert torch.equal(found, true)
     found, true = classes_of(variant, z, 0, 0, 100, 50)
     assert torch.equal(found, true)
+
+
+TILE_POSITIONS = 3  # kTilePositions
+
+
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_tiles_that_positions_decide_hold_nothing_that_tensors_hide(is_sorted, monkeypatch, tmp_path):
+    monkeypatch.setenv("JITGEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(mask_tiles, "_libraries", {})
+    monkeypatch.setattr(emit, "emit_variant", partial(emit.emit_variant, early=frozenset({"positions"})))
+    lengths = torch.tensor([1, 62, 2, 130, 64, 5, 77])
+    document = torch.repeat_interleave(torch.arange(7, dtype=torch.int32), lengths)
+    document = jitgen.sorted(document) if is_sorted else document
+    variant = jitgen.Variant(mask_mod=lambda b, h, q, k: (document[q] == document[k]) & (k <= q))
+    same = jitgen.Variant(mask_mod=lambda b, h, q, k: document[q] == document[k]).trace()
+    told_apart = 0
+    for z, b, q_offset, tile_q, tile_kv in rectangles("positions"):
+        if z.q_len + q_offset > len(document) or z.kv_len > len(document):
+            continue
+        found, true = classes_of(variant, z, b, q_offset, tile_q, tile_kv)
+        heads = {"num_q_heads": z.num_q_heads, "num_kv_heads": z.num_kv_heads, "batch": z.batch}
+        keep = mask_of(same.program, same.values(), q_len=z.q_len, kv_len=z.kv_len, q_offset=q_offset, **heads)[b]
+        assert (true_classes(keep, tile_q, tile_kv)[found == TILE_POSITIONS] == TILE_FULL).all()
+        for kind in (TILE_NONE, TILE_FULL):
+            assert (true[found == kind] == kind).all()
+        told_apart += int((found == TILE_POSITIONS).sum())
+    assert told_apart > 20
 
 
 CHANGED = {"window": [0, 1, 7, 10**6, -3], "chunk": [1, 3, 1000, 0, -2], "shift": [0, 5, -5]}

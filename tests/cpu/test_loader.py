@@ -29,7 +29,8 @@ def compile_with(outcome: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise outcome
 
     monkeypatch.setattr("torch.utils.cpp_extension.load", load)
-    loader.compile_module([tmp_path / "kernel.cpp"], tmp_path, cpu_target("portable"), "kernel", tmp_path)
+    (tmp_path / "kernel.cpp").write_text("int kernel;\n")
+    loader.compile_module(tmp_path / "kernel.cpp", {}, cpu_target("portable"), "kernel", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -66,3 +67,20 @@ def test_full_disk_stays_an_error_of_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left") as caught:
         compile_with(full, tmp_path, monkeypatch)
     assert caught.value is full
+
+
+def test_compiler_that_fails_takes_the_others_with_it(tmp_path):
+    """With all that they have started themselves, as nvcc does."""
+    with pytest.raises(CompilerFailed, match="no luck"), loader._Compilers(tmp_path) as compilers:
+        compilers.start(["sh", "-c", "until [ -s pid ]; do sleep 0.01; done; echo no luck; exit 3"])
+        compilers.start(["sh", "-c", "sleep 1000 & echo $! > pid; wait"])
+        compilers.finish()
+    pid = int((tmp_path / "pid").read_text())
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text().rpartition(") ")[2][0] == "Z"
+
+
+def test_silent_compiler_that_fails_is_named(tmp_path):
+    with pytest.raises(CompilerFailed, match="false ended with status 1"), loader._Compilers(tmp_path) as compilers:
+        compilers.start(["false"])
+        compilers.finish()

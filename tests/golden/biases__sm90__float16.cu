@@ -137,6 +137,16 @@ JITGEN_FN float score_relative(const Args& args, const Head& head, int distance)
   return jg::load(head.a1_table, jg::clamp_index(jg::min(jg::max(0, distance), 127), (int)args.a1_table_size1));
 }
 
+JITGEN_FN auto score_mark1(const Args& args, const Head& head, int distance) {
+  return jg::min(jg::max(0, distance), 127);
+}
+// Whether it is the same for all distances from `first` to `last`: what it depends on rises or falls only.
+JITGEN_FN bool score_is_level(const Args& args, const Head& head, int first, int last) {
+  bool is_level = true;
+  is_level &= score_mark1(args, head, first) == score_mark1(args, head, last);
+  return is_level;
+}
+
 // Where that part is the same in a whole tile: what is added to all of its scores,
 JITGEN_FN float score_level(const Args& args, const Head& head, float relative) {
   return head.inv_index_value2 * relative;
@@ -308,29 +318,25 @@ template <bool kAtEnd> JITGEN_FN void read_ahead(const Args& args, const Head& h
 // column - row = i - 63, so that neighbouring columns have neighbouring entries. `first`: the distance of row 0 and column 0.
 JITGEN_FN void weigh_distances(const Args& args, const Head& head, Early& early, int first) {
   const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127;
-  early.level = score_relative(args, head, first);
+  early.is_flat = jg::uniform(score_is_level(args, head, first - (kTileKv - 1), first + 63));
+  if (early.is_flat) {
+    early.level = score_relative(args, head, first);
+    return;
+  }
+  early.level = 0.0f;
 #pragma unroll
   for (int round = 0; round < kDistanceRounds; ++round)
     early.by_distance[round] = score_relative(args, head, first + 63 - 128 * round - thread);
 }
-// Writes them to the table. Behind it each warp says whether all of its own are the level.
-constexpr int kVerdictAt = (kTileKv + 64) * 4;
+// Writes them to the table.
 JITGEN_FN void share_distances(const Early& early, unsigned table) {
   const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127;
-  bool is_flat = true;
 #pragma unroll
   for (int round = 0; round < kDistanceRounds; ++round) {
     const int i = 128 * round + thread;
     const bool is_entry = 128 * round + 128 <= kDistances || i < kDistances;
     jg::store_shared_if(is_entry, table + 4 * i, __float_as_int(early.by_distance[round]));
-    is_flat &= (early.by_distance[round] == early.level) | !is_entry;
   }
-  is_flat = __all_sync(0xffffffffu, is_flat);
-  jg::store_shared_if(thread % 32 == 0, table + kVerdictAt + thread / 8, is_flat);
-}
-JITGEN_FN bool is_flat_table(unsigned table) {
-  const int4 verdicts = jg::load_shared_int4(table + kVerdictAt);
-  return jg::uniform(verdicts.x & verdicts.y & verdicts.z & verdicts.w);
 }
 
 // Scores and masks one KV tile; `first_kv` is the column of element 0. kAtEnd: the tile may reach past kv_len.
@@ -662,12 +668,14 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       const auto look_ahead = [&](auto at_end) {
         if (step >> jg::kStepShift != foreseen)
           read_ahead<decltype(at_end)::value>(args, head, rows, early, first_column(), static_cast<int>(args.kv_len));
+        if (early.is_flat) {
+          early.level = score_level(args, head, early.level);
+          return;
+        }
         // Whoever has passed the turn barrier is done with the table of the tile before.
         early.table = shared.table(group);
         share_distances(early, early.table);
         jg::named_sync(kGroupBarrier + group, 128);
-        early.is_flat = is_flat_table(early.table);
-        early.level = early.is_flat ? score_level(args, head, early.level) : 0.0f;
       };
       // Once the words of a tile are used, those of the tile that follows it in most masks are read: before its product begins.
       const auto look_further = [&] {

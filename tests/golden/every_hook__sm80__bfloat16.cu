@@ -145,6 +145,12 @@ JITGEN_FN bool mask_elem(const Args& args, const Head& head, const MaskRow& row,
   return (kv_idx <= q_idx) & (row.a1_doc_q == col.a1_doc_k);
 }
 
+// Its part that reads no tensor: all of it in tiles of kTilePositions.
+JITGEN_FN bool mask_elem_of_positions(const Args& args, const Head& head, const MaskRow& row, const MaskCol& col, int q_idx,
+                                      jg::Column kv_idx) {
+  return kv_idx <= q_idx;
+}
+
 // ---- mask of a rectangle: the same expression over intervals ----
 struct MaskSpan {
   int q_lo, q_hi;  // inclusive
@@ -156,7 +162,7 @@ JITGEN_FN MaskSpan mask_span(const Args& args, const Head& head, int q_lo, int q
   span.q_lo = q_lo;
   span.q_hi = q_hi;
   const jg::Bounds q_idx = {q_lo, q_hi};
-  span.a1_doc_q = jg::scan_together(args.a1_doc, jg::axis(q_idx, args.a1_doc_size0, 1));
+  span.a1_doc_q = jg::scan_together(args.a1_doc, jg::inside(q_idx, 1));
   return span;
 }
 
@@ -165,8 +171,8 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
   const jg::Bounds kv_idx = {k_lo, k_hi};
   const jg::Truth part0 = kv_idx <= q_idx;  // kv_idx <= q_idx
   if (!part0.may) return kTileNone;
-  const jg::Truth part1 = span.a1_doc_q == jg::scan(args.a1_doc, jg::axis(kv_idx, args.a1_doc_size0, 1));  // a1_doc[q_idx] == a1_doc[kv_idx]
-  return jg::tile_kind(jg::possible(part0) & part1);
+  const jg::Truth part1 = span.a1_doc_q == jg::scan(args.a1_doc, jg::inside(kv_idx, 1));  // a1_doc[q_idx] == a1_doc[kv_idx]
+  return jg::tile_kind(jg::possible(part0), part1);
 }
 
 // ---- sink: a logit that has weight and no value ----
@@ -197,6 +203,7 @@ constexpr int kOutTiles = kHeadDimV / kColumnWarps / 8;
 static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0 && kHeadDimV <= kHeadDim, "unsupported tile");
 // Q stays in registers while it fits next to S and O with room to load ahead; beyond that it is read again per KV tile.
 constexpr bool kHoldsQuery = kRowTiles * (kHeadDim / 16 + kColTiles + kOutTiles) * 4 <= 176;
+// (Two steps of warp pairs stay: 1 to 3 % without a mask; with one it is under 1 %, and registers are spilled for it.)
 constexpr int kHeldSteps = kHoldsQuery ? kHeadDim / 16 : 0;   // of 16 columns
 // With two stages the copies of the next tile start before Q K^T; behind it where Q is read again, because registers are short
 // in it (2 % at head dim 128, while it costs 4 % at 64; with a norm in place of softmax it makes spills).
@@ -252,6 +259,7 @@ JITGEN_FN void apply_score(const Args& args, const Head& head, const ScoreRows& 
 }
 using MaskRows = MaskRow[kRowTiles][2];
 
+template <bool kReadsTensors = true>
 JITGEN_FN void apply_mask(const Args& args, const Head& head, const MaskRows& rows, Logits& s, int tile_row, int tile_column) {
   const int first_row = own_row(tile_row);
   const jg::ColumnCounter columns(own_column(tile_column), head.kv_len);
@@ -265,7 +273,10 @@ JITGEN_FN void apply_mask(const Args& args, const Head& head, const MaskRows& ro
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float& x = s[i][j][2 * half + c];
-        x = mask_elem(args, head, rows[i][half], col, query_index(args, first_row, i, half), kv_idx) ? x : -INFINITY;
+        const int q_idx = query_index(args, first_row, i, half);
+        const bool is_visible = kReadsTensors ? mask_elem(args, head, rows[i][half], col, q_idx, kv_idx)
+                                              : mask_elem_of_positions(args, head, rows[i][half], col, q_idx, kv_idx);
+        x = is_visible ? x : -INFINITY;
       }
   }
 }
@@ -292,8 +303,8 @@ JITGEN_FN void scale_all(Logits& s, float scale) {
 // ---- place of a thread ----
 struct Place { int b, h, tile_row, warp, lane; };
 
-JITGEN_FN Place find_place(const Args& args, int num_query_tiles, int section) {
-  const jg::CtaWork work = jg::cta_work(num_query_tiles, static_cast<int>(args.num_q_heads), section);
+JITGEN_FN Place find_place(const jg::CtaOrder& order) {
+  const jg::CtaWork work = jg::cta_work(order);
   const int thread = jg::thread_index();
   return {work.batch, work.head, work.query_tile * kTileQ, __shfl_sync(0xffffffffu, thread >> 5, 0), thread & 31};
 }
@@ -325,12 +336,12 @@ JITGEN_FN void write_output(const Args& args, const Place& place, Output& o, jg:
 
 // ---- kernel ----
 // One CTA attends kTileQ query rows of one head; a warp owns kWarpRows of them from Q K^T to the store of O.
-__global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ Args args, int num_query_tiles, int section) {
+__global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::CtaOrder order) {
   extern __shared__ __align__(1024) char shared[];
-  const Place place = find_place(args, num_query_tiles, section);
+  const Place place = find_place(order);
   const int b = place.b, h = place.h, lane = place.lane, thread = place.warp * 32 + lane;
   const int q_len = static_cast<int>(args.q_len), kv_len = static_cast<int>(args.kv_len);
-  const int kv_h = h / static_cast<int>(args.num_q_heads / args.num_kv_heads);
+  const int kv_h = order.group_size.divide(h);
   const Head head = make_head(args, b, h);
   const int tile_row = place.tile_row;
 
@@ -355,7 +366,7 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
   const auto kind_of = [&](const MaskSpan& span, int tile) {
     return mask_tile(args, head, span, tile * kTileKv, jg::min(tile * kTileKv + kTileKv, kv_len) - 1);
   };
-  jg::MaskedTiles<kDescending, decltype(cta_span), decltype(warp_span), decltype(kind_of)> tiles(
+  jg::MaskedTiles<kDescending, MaskSpan, decltype(cta_span), decltype(warp_span), decltype(kind_of)> tiles(
       num_tiles, tile_row + warp_row(place.warp) < q_len, cta_span, warp_span, kind_of);
   ScoreRows score_rows;
 #pragma unroll
@@ -375,10 +386,13 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
   const auto reach = [&] { return ::fabsf(jg::stay(factor)) * jg::kLog2E; };   // of exponents: score_elem is within [-1, 1]
 
   // ---- loop over the visited KV tiles: the copy of the next one runs under the products of this one ----
-  int visit = tiles.next(), stage = 0;
-  if (visit >= 0) {
-    keys.template start<kTileKv>(kv_shared, (visit >> 2) * kTileKv, kv_len);
-    if constexpr (kNumStages == 2) values.template start<kTileKv>(kv_shared + kKeyBytes, (visit >> 2) * kTileKv, kv_len);
+  int visit = -1, stage = 0;
+  if (tiles.find()) {   // the copies leave before the warp looks at its own rows
+    const int first = tiles.next_tile() * kTileKv;
+    keys.template start<kTileKv>(kv_shared, first, kv_len);
+    if constexpr (kNumStages == 2) values.template start<kTileKv>(kv_shared + kKeyBytes, first, kv_len);
+    tiles.classify();
+    visit = tiles.next();
   }
   jg::cp_async_commit();
   if (visit < 0) {   // O leaves through the rows that Q arrives in
@@ -420,13 +434,13 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
     }
     if (kind != kTileNone) {
       if (scale_first()) scale_all(s, factor);
-      if (kind == kTilePartial) {
-        MaskRows mask_rows;   // found again in every such tile: registers are short in the others
+      const auto mask_rows = [&](MaskRows& rows) {   // found again in every partial tile: registers are short in the others
 #pragma unroll
-        for (int r = 0; r < 2 * kRowTiles; ++r)
-          mask_rows[r / 2][r % 2] = mask_row(args, head, query_index(args, own_row(tile_row), r / 2, r % 2));
-        apply_mask(args, head, mask_rows, s, tile_row, kv_start);
-      }
+        for (int r = 0; r < 2 * kRowTiles; ++r) rows[r / 2][r % 2] = mask_row(args, head, query_index(args, own_row(tile_row), r / 2, r % 2));
+      };
+      MaskRows rows;
+      if (kind == kTilePartial) mask_rows(rows), apply_mask(args, head, rows, s, tile_row, kv_start);
+      if (kind == jg::kTilePositions) mask_rows(rows), apply_mask<false>(args, head, rows, s, tile_row, kv_start);
       if (kv_start + kTileKv > kv_len) mask_tail(s, kv_start, kv_len);
       float change[kRowTiles][2];
       const bool moved = softmax.raise_within(reach(), s, change, units());
@@ -437,7 +451,7 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
     visit = next;
     if constexpr (kNumStages == 2) stage ^= 1;
   }
-  write_output(args, find_place(args, num_query_tiles, section), o, softmax, units(), jg::shared_address(shared));
+  write_output(args, find_place(order), o, softmax, units(), jg::shared_address(shared));
 }
 
 // ---- launcher ----
@@ -458,7 +472,7 @@ extern "C" int jitgen_launch(const Args* args) {
   const int64_t head_bytes = args->kv_len * (kHeadDim + kHeadDimV) * 2, group_size = args->num_q_heads / args->num_kv_heads;
   const int section = jg::section_heads(kSectionBytes, head_bytes, heads, group_size);
   attention_kernel<<<static_cast<unsigned>(query_tiles * heads), kThreads, kSharedBytes, reinterpret_cast<cudaStream_t>(args->stream)>>>(
-      *args, static_cast<int>(query_tiles), section);
+      *args, jg::cta_order(query_tiles, section, args->num_q_heads, group_size));
   return cudaGetLastError();
 }
 extern "C" const char* jitgen_error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

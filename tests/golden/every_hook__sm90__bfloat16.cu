@@ -93,7 +93,7 @@ JITGEN_FN Head make_head(const Args& args, int b, int h) {
   return head;
 }
 
-// ---- score: q . k -> logit / score_factor ----
+// ---- score: q . k -> what tanh makes logit / score_factor ----
 struct ScoreRow {
 };
 
@@ -112,7 +112,7 @@ JITGEN_FN ScoreCol score_col(const Args& args, const Head& head, jg::Column kv_i
 
 JITGEN_FN float score_elem(const Args& args, const Head& head, const ScoreRow& row, const ScoreCol& col, float score,
                            int q_idx, jg::Column kv_idx) {
-  return jg::tanh(score * head.product);
+  return score * head.product;
 }
 
 JITGEN_FN float score_factor(const Args& args, const Head& head) {
@@ -294,6 +294,7 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
                      rows.q_idx[half], kv_idx);
     }
   }
+  jg::cap_logits(s);
   if (!(rows.factor > 0.0f)) {   // it would turn the maximum into the minimum
     jg::scale_logits(s, rows.factor);
   }
@@ -545,7 +546,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     const int group_row = work.x + group * 64;
     const Head head = make_head(args, work.z, work.y);
     const Rows rows = make_rows(args, head, own_row(group_row));
-    Softmax softmax;
+    Softmax softmax(jg::least_maximum(rows.factor));   // of a score within +-1
     Output o;
 #pragma unroll
     for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
@@ -640,8 +641,9 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<!kDescending>());
-          moved = jg::may_rise<kSlack>(softmax, s, units, shift) &&
-                  jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
+          moved = false;
+          if (jg::keeps_maximum(rows.factor)) jg::shift_by_maximum(softmax, units, shift);
+          else moved = jg::may_rise<kSlack>(softmax, s, units, shift) && jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
           // Waited for before the exponentials, not after: packing and storing P then runs under them, and the other groups
           // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch before it keeps ptxas from moving
           // the wait up to the top of the softmax.)

@@ -397,7 +397,9 @@ JITGEN_FN void apply_mask(const Args& args, const Head& head, const MaskRows& ro
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float& x = s[i][j][2 * half + c];
-        x = mask_elem(args, head, rows[i][half], col, query_index(args, first_row, i, half), kv_idx) ? x : -INFINITY;
+        const int q_idx = query_index(args, first_row, i, half);
+        const bool is_visible = mask_elem(args, head, rows[i][half], col, q_idx, kv_idx);
+        x = is_visible ? x : -INFINITY;
       }
   }
 }
@@ -544,11 +546,8 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
     const int first = piece.first_key + tile * kTileKv;
     return mask_tile(args, head, span, first, jg::min(first + kTileKv, piece.request.kv_len) - 1);
   };
-  jg::MaskedTiles<kDescending, decltype(cta_span), decltype(warp_span), decltype(kind_of)> tiles(
+  jg::MaskedTiles<kDescending, MaskSpan, decltype(cta_span), decltype(warp_span), decltype(kind_of)> tiles(
       piece.num_tiles, tile_row + warp * kWarpRows < num_rows, cta_span, warp_span, kind_of);
-  MaskRows mask_rows;
-#pragma unroll
-  for (int r = 0; r < 2 * kRowTiles; ++r) mask_rows[r / 2][r % 2] = mask_row(args, head, query_index(args, own_row(tile_row), r / 2, r % 2));
 
   Output o;
 #pragma unroll
@@ -603,7 +602,12 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
     }
     if (kind != kTileNone) {
       if (scale_first()) scale_all(s, factor);
-      if (kind == kTilePartial) apply_mask(args, head, mask_rows, s, tile_row, piece.first_key + first_key(visit));
+      if (kind == kTilePartial) {
+        MaskRows mask_rows;   // found again in every such tile: registers are short in the others
+#pragma unroll
+        for (int r = 0; r < 2 * kRowTiles; ++r) mask_rows[r / 2][r % 2] = mask_row(args, head, query_index(args, own_row(tile_row), r / 2, r % 2));
+        apply_mask(args, head, mask_rows, s, tile_row, piece.first_key + first_key(visit));
+      }
       if (first_key(visit) + kTileKv > num_keys) mask_tail(s, first_key(visit), num_keys);
       softmax.update(s, o, units());
       jg::multiply_pv<Element, kHeadDimV>(o, s, v_fragment + stage);

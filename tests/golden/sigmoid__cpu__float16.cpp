@@ -2,7 +2,8 @@
 // attention cpu float16 hd192/128
 //
 // b, h, kv_h   request, query head, KV head            q_idx   row + q_offset
-// item         what a thread takes on at once: up to kTileQ (query head, row) pairs that share a KV head
+// block        up to kTileQ (query head, row) pairs that share a KV head
+// item         what a thread takes on at once: a block, or up to kMaxBlocks, which meet a packed tile one after the other
 // tile         kTileKv keys; its columns are numbered from its first key, kv0
 #include "jitgen/cpu_vector.h"
 #include "jitgen/cpu_work.h"
@@ -47,6 +48,7 @@ constexpr int kHeadDim = 192;
 constexpr int kHeadDimV = 128;
 constexpr int kTileQ = 48;
 constexpr int kTileKv = 128;
+constexpr int kMaxBlocks = 4;
 
 // ---- variant ----
 // Values known per (request, query head).
@@ -96,20 +98,23 @@ JITGEN_FN float norm_lse(const Args& args, const Head& head, const NormState& st
 }
 
 // ---- tiles and scratch ----
+// Order of the tiles. Items go from the last rows to the first, and so do tiles: those that nobody has packed yet come last.
+constexpr bool kForwards = !kNormReverse;
 using Products = jg::vector::Products<Element, kHeadDim, kHeadDimV, kTileKv>;
 using Tiles = jg::TileStore<Products, kTileKv>;
-constexpr int kPaddedDimV = Products::kPaddedDimV;
+constexpr int kPaddedDimV = Products::kPaddedDimV, kLogitFloats = Products::kLogitFloats;
 constexpr bool kWholeVectors = kHeadDim % jg::kVec == 0 && kHeadDimV % jg::kVec == 0;
 static_assert(kTileQ % Products::kBlockRows == 0 && kTileKv % jg::kPanel == 0, "tiles are whole register blocks");
 static_assert(kHeadDim % 8 == 0 && kHeadDimV % 8 == 0, "head dimensions are multiples of 8");
 
 struct alignas(jg::kScratchAlign) Scratch {   // of one thread
-  float q[kTileQ * Products::kQueryFloats];
-  float logits[kTileQ * kTileKv];             // then weights
-  float out[kTileQ * kPaddedDimV];
-  float factor[kTileQ];                       // what the tile at hand multiplies into the rows of out
+  float q[kMaxBlocks][kTileQ * Products::kQueryFloats];
+  float out[kMaxBlocks][kTileQ * kPaddedDimV];
+  float logits[kTileQ * kLogitFloats];        // of the block at hand, then its weights
+  float factor[kTileQ];                       // what the tile at hand multiplies into its rows of out
   float scan[kTileKv > kPaddedDimV ? kTileKv : kPaddedDimV];
   float tile[Tiles::kTileFloats];
+  jg::Ahead ahead;
 };
 
 // ---- hooks applied to rows ----
@@ -117,6 +122,7 @@ struct alignas(jg::kScratchAlign) Scratch {   // of one thread
 struct RowBlock {
   int num_heads, num_rows, first_head, first_row, q_offset;
   bool in_place;   // few rows: K and V are read where they lie, and the weights stay float32
+  float *q, *out;
   Head heads[jg::kMaxHeadsPerItem];
   NormState states[kTileQ];
 };
@@ -140,14 +146,14 @@ static jg::Columns tile_columns(const Args& args, const RowBlock& block, int kv0
   return {0, keys, 0, 0};
 }
 
-// Logits of one tile -> weights, row by row; mem.factor gets what the rows of mem.out are multiplied with.
+// Logits of one tile -> weights; mem.factor gets what the rows of block.out are multiplied with.
 static void weigh_tile(const Args& args, RowBlock& block, int kv0, const jg::Columns& columns, Scratch& mem) {
   const int begin = columns.begin, end = columns.end;
   const float factor = block.in_place ? 1.0f : Products::logit_factor(static_cast<float>(args.scale));
   for (int i = 0; i < block.num_heads; ++i) {
     [[maybe_unused]] const Head head = block.heads[i];
     for (int row = 0, r = i * block.num_rows; row < block.num_rows; ++row, ++r) {
-      float* logits = mem.logits + r * kTileKv;
+      [[maybe_unused]] float* logits = mem.logits + r * kLogitFloats;
       Products::scale_logits(logits, begin, end, factor);
       jg::Row<kNormReverse> logit_row(logits, mem.scan, begin, end, kv0);
       mem.factor[r] = norm_update(args, head, logit_row, block.states[r]);
@@ -156,71 +162,121 @@ static void weigh_tile(const Args& args, RowBlock& block, int kv0, const jg::Col
   }
 }
 
+static Element* output_address(const Args& args, const jg::Item& item, int h, int q_row) {
+  return static_cast<Element*>(args.o) + item.b * args.o_stride_b + h * args.o_stride_h + q_row * args.o_stride_s;
+}
+
 // Normalises and stores row `row` of head slot `i`.
 static void finish_row(const Args& args, const jg::Item& item, RowBlock& block, int i, int row, Scratch& mem) {
   const int r = i * block.num_rows + row, h = block.first_head + i, q_row = block.first_row + row;
   [[maybe_unused]] const Head head = block.heads[i];
-  float* out = mem.out + r * kPaddedDimV;
+  float* out = block.out + r * kPaddedDimV;
   jg::Row<false> out_row(out, mem.scan, 0, kHeadDimV, 0);
   norm_finalize(args, head, out_row, block.states[r]);
   float lse = norm_lse(args, head, block.states[r]);
-  Element* o = static_cast<Element*>(args.o) + item.b * args.o_stride_b + h * args.o_stride_h + q_row * args.o_stride_s;
+  Element* o = output_address(args, item, h, q_row);
   jg::store_row(out, args.o_stride_d, kHeadDimV, o);
   if (args.lse) args.lse[(item.b * args.num_q_heads + h) * args.q_len + q_row] = lse;
 }
 
-// ---- one item ----
-static void load_queries(const Args& args, const jg::Item& item, bool in_place, Scratch& mem) {
-  const int padded_rows = static_cast<int>(jg::round_up(item.num_heads * item.num_rows, Products::kBlockRows));
-  memset(mem.q, 0, sizeof(float) * padded_rows * Products::kQueryFloats);
-  memset(mem.out, 0, sizeof(float) * padded_rows * kPaddedDimV);
-  memset(mem.factor, 0, sizeof(float) * padded_rows);
-  const float scale = static_cast<float>(args.scale);
-  float* out = mem.q;
-  for (int i = 0; i < item.num_heads; ++i)
-    for (int row = 0; row < item.num_rows; ++row) {
-      const Element* q = static_cast<const Element*>(args.q) + item.b * args.q_stride_b +
-                         (item.first_head + i) * args.q_stride_h + (item.first_row + row) * args.q_stride_s;
-      if (in_place) jg::load_row(q, args.q_stride_d, kHeadDim, scale, out), out += kHeadDim;
-      else Products::load_query(q, args.q_stride_d, Products::query_factor(scale), out), out += Products::kQueryFloats;
-    }
-}
-
-// slot: number of the KV head within the wave.
-static void attend_item(const Args& args, const jg::Item& item, const Tiles& tiles, int wave, int64_t slot, Scratch& mem) {
-  const int rows = item.num_heads * item.num_rows;
-  const bool in_place = kWholeVectors && rows <= jg::kMaxDirectRows && args.k_stride_d == 1 && args.v_stride_d == 1;
-  RowBlock block;
-  prepare_rows(args, item, in_place, block);
-  load_queries(args, item, in_place, mem);
-
-  for (int64_t step = 0; step < tiles.num_tiles; ++step) {
-    const int64_t tile = kNormReverse ? tiles.num_tiles - 1 - step : step;
-    const int64_t kv0 = tile * kTileKv;
-    const int keys = static_cast<int>(args.kv_len - kv0 < kTileKv ? args.kv_len - kv0 : kTileKv);
-    const jg::Columns columns = tile_columns(args, block, static_cast<int>(kv0), keys);
-    if (columns.empty()) continue;
-    const int begin = columns.begin, end = columns.end;
-
-    const Element* k = static_cast<const Element*>(args.k) + item.b * args.k_stride_b + item.kv_h * args.k_stride_h +
-                       kv0 * args.k_stride_s;
-    const Element* v = static_cast<const Element*>(args.v) + item.b * args.v_stride_b + item.kv_h * args.v_stride_h +
-                       kv0 * args.v_stride_s;
-    if (in_place) {
-      jg::score_rows<kHeadDim, kTileKv>(mem.q, jg::StridedRows<Element>{k, args.k_stride_s}, rows, begin, end, mem.logits);
-      weigh_tile(args, block, static_cast<int>(kv0), columns, mem);
-      const jg::StridedRows<Element> v_rows = {v, args.v_stride_s};
-      jg::value_rows<kHeadDimV, kPaddedDimV, kTileKv>(mem.logits, v_rows, rows, begin, end, mem.out, mem.factor);
-    } else {
-      const jg::PackedTile packed = tiles.get(wave, slot, tile, k, v, keys, mem.tile);
-      Products::scores(mem.q, packed.k, rows, begin, end, mem.logits);
-      weigh_tile(args, block, static_cast<int>(kv0), columns, mem);
-      Products::values(mem.logits, packed.v, rows, begin, end, mem.out, mem.factor);
-    }
-  }
-
+static void finish_rows(const Args& args, const jg::Item& item, RowBlock& block, Scratch& mem) {
   for (int i = 0; i < item.num_heads; ++i)
     for (int row = 0; row < item.num_rows; ++row) finish_row(args, item, block, i, row, mem);
+}
+
+// ---- one item ----
+static void load_queries(const Args& args, const jg::Item& item, RowBlock& block) {
+  const int padded_rows = static_cast<int>(jg::round_up(item.num_heads * item.num_rows, Products::kBlockRows));
+  memset(block.q, 0, sizeof(float) * padded_rows * Products::kQueryFloats);
+  memset(block.out, 0, sizeof(float) * padded_rows * kPaddedDimV);
+  const float scale = static_cast<float>(args.scale);
+  float* out = block.q;
+  for (int i = 0; i < item.num_heads; ++i) {
+    const Element* q = static_cast<const Element*>(args.q) + item.b * args.q_stride_b + (item.first_head + i) * args.q_stride_h;
+    const jg::StridedRows<Element> rows = {q + item.first_row * args.q_stride_s, args.q_stride_s};
+    for (int row = 0; row < item.num_rows; ++row) {
+      jg::prefetch_rows<1, kHeadDim>(rows, row + jg::kKeysAhead, item.num_rows);
+      if (block.in_place) jg::load_row(rows(row), args.q_stride_d, kHeadDim, scale, out), out += kHeadDim;
+      else Products::load_query(rows(row), args.q_stride_d, Products::query_factor(scale), out), out += Products::kQueryFloats;
+    }
+  }
+}
+
+// The keys of a tile; packed once, when the first block needs it.
+struct Tile {
+  int64_t index;
+  int keys;
+  const Element *k, *v;
+  jg::PackedTile packed;
+
+  Tile(const Args& args, const jg::Item& item, int64_t index)
+      : index(index), keys(static_cast<int>(args.kv_len - kv0() < kTileKv ? args.kv_len - kv0() : kTileKv)), packed{} {
+    k = static_cast<const Element*>(args.k) + item.b * args.k_stride_b + item.kv_h * args.k_stride_h + kv0() * args.k_stride_s;
+    v = static_cast<const Element*>(args.v) + item.b * args.v_stride_b + item.kv_h * args.v_stride_h + kv0() * args.v_stride_s;
+  }
+  int64_t kv0() const { return index * kTileKv; }
+};
+
+// Where the packed tiles of a KV head are. slot: its number within the wave.
+struct HeadTiles {
+  const Tiles& tiles;
+  int wave;
+  int64_t slot;
+};
+
+static void attend_tile(const Args& args, RowBlock& block, const HeadTiles& store, Tile& tile, Scratch& mem) {
+  const int rows = block.num_heads * block.num_rows, kv0 = static_cast<int>(tile.kv0());
+  const jg::Columns columns = tile_columns(args, block, kv0, tile.keys);
+  if (columns.empty()) return;
+  const int begin = columns.begin, end = columns.end;
+  if (block.in_place) {
+    const jg::StridedRows<Element> k_rows = {tile.k, args.k_stride_s}, v_rows = {tile.v, args.v_stride_s};
+    jg::score_rows<kHeadDim, kLogitFloats>(block.q, k_rows, rows, begin, end, mem.logits);
+    weigh_tile(args, block, kv0, columns, mem);
+    jg::value_rows<kHeadDimV, kPaddedDimV, kLogitFloats>(mem.logits, v_rows, rows, begin, end, block.out, mem.factor);
+    return;
+  }
+  if (!tile.packed.k) tile.packed = store.tiles.get(store.wave, store.slot, tile.index, tile.k, tile.v, tile.keys, mem.tile);
+  Products::scores(block.q, tile.packed.k, rows, begin, end, mem.logits);
+  weigh_tile(args, block, kv0, columns, mem);
+  Products::values(mem.logits, tile.packed.v, rows, begin, end, block.out, mem.factor);
+}
+
+// Notes the keys of the next tile, if it will be packed.
+static void look_ahead(const Args& args, const jg::Item& item, const RowBlock& last, const HeadTiles& store, int64_t next,
+                       Scratch& mem) {
+  mem.ahead.k.left = mem.ahead.v.left = 0;
+  if (last.in_place || next < 0 || next >= store.tiles.num_tiles || store.tiles.is_packed(store.wave, store.slot, next)) return;
+  const Tile tile(args, item, next);
+  if (tile_columns(args, last, static_cast<int>(tile.kv0()), tile.keys).empty()) return;
+  if (args.k_stride_d == 1) mem.ahead.k = jg::RowsAhead::of(tile.k, args.k_stride_s, tile.keys, kHeadDim);
+  if (args.v_stride_d == 1) mem.ahead.v = jg::RowsAhead::of(tile.v, args.v_stride_s, tile.keys, kHeadDimV);
+}
+
+static void attend_item(const Args& args, const jg::Item& item, const HeadTiles& store, Scratch& mem) {
+  const bool in_place = kWholeVectors && item.num_heads * item.num_rows <= jg::kMaxDirectRows && args.k_stride_d == 1 &&
+                        args.v_stride_d == 1;
+  const int num_blocks = static_cast<int>(jg::ceil_div(item.num_rows, kTileQ));
+  RowBlock blocks[kMaxBlocks];
+  for (int i = 0; i < num_blocks; ++i) {
+    const jg::Item rows = item.block(i, kTileQ);
+    blocks[i].q = mem.q[i], blocks[i].out = mem.out[i];
+    prepare_rows(args, rows, in_place, blocks[i]);
+    load_queries(args, rows, blocks[i]);
+  }
+  memset(mem.factor, 0, sizeof(mem.factor));
+  mem.ahead.out.left = 0;
+  if (item.num_heads == 1 && args.o_stride_d == 1) {
+    const Element* out = output_address(args, item, item.first_head, item.first_row);
+    mem.ahead.out = jg::RowsAhead::of(out, args.o_stride_s, item.num_rows, kHeadDimV);
+  }
+  const int64_t num_tiles = store.tiles.num_tiles;
+  for (int64_t step = 0; step < num_tiles; ++step) {
+    Tile tile(args, item, kForwards ? step : num_tiles - 1 - step);
+    look_ahead(args, item, blocks[kForwards ? num_blocks - 1 : 0], store, kForwards ? tile.index + 1 : tile.index - 1, mem);
+    for (int i = 0; i < num_blocks; ++i) attend_tile(args, blocks[i], store, tile, mem);
+  }
+  for (int i = 0; i < num_blocks; ++i) finish_rows(args, item.block(i, kTileQ), blocks[i], mem);
 }
 
 // ---- entry points ----
@@ -229,13 +285,13 @@ extern "C" int jitgen_launch(const Args* args_pointer) {
   if (args.batch == 0 || args.num_q_heads == 0 || args.q_len == 0) return 0;
   int threads = args.num_threads > 0 ? static_cast<int>(args.num_threads) : omp_get_max_threads();
   const jg::Schedule schedule =
-      jg::make_schedule(args.batch, args.num_q_heads, args.num_kv_heads, args.q_len, kTileQ, threads);
+      jg::make_schedule(args.batch, args.num_q_heads, args.num_kv_heads, args.q_len, kTileQ, kMaxBlocks, threads);
   if (schedule.items() < threads) threads = static_cast<int>(schedule.items());
 
   const jg::Strides k_stride = {args.k_stride_b, args.k_stride_h, args.k_stride_s, args.k_stride_d};
   const jg::Strides v_stride = {args.v_stride_b, args.v_stride_h, args.v_stride_s, args.v_stride_d};
   Tiles tiles = {k_stride, v_stride, jg::ceil_div(args.kv_len, kTileKv), nullptr, nullptr};
-  const jg::Waves waves = jg::make_waves(schedule, tiles.num_tiles, Tiles::kTileFloats);
+  const jg::Waves waves = jg::make_waves(schedule, tiles.num_tiles, Tiles::kTileFloats, threads);
   const jg::Block scratch(sizeof(Scratch) * threads), store(waves.store_bytes), states(waves.num_states * sizeof(int));
   if (!scratch.data) return jg::kErrorNoMemory;
   if (store.data && states.data) {
@@ -251,7 +307,7 @@ extern "C" int jitgen_launch(const Args* args_pointer) {
     for (int64_t wave = 0; wave < waves.count; ++wave) {
 #pragma omp for schedule(dynamic, 1)   // its barrier lets the next wave reuse the store
       for (int64_t index = waves.first_item(wave); index < waves.first_item(wave + 1); ++index)
-        attend_item(args, schedule.item(index), tiles, static_cast<int>(wave), waves.slot(wave, index), mem);
+        attend_item(args, schedule.item(index), {tiles, static_cast<int>(wave), waves.slot(wave, index)}, mem);
     }
   }
   return 0;

@@ -120,18 +120,19 @@ JITGEN_FN float norm_lse(const Args& args, const Head& head, const NormState& st
 
 // ---- tiles and scratch ----
 using Products = jg::amx::Products<Element, kHeadDim, kHeadDimV, kTileKv>;
-constexpr int kPaddedDimV = Products::kPaddedDimV;
+constexpr int kPaddedDimV = Products::kPaddedDimV, kLogitFloats = Products::kLogitFloats;
 constexpr bool kWholeVectors = kHeadDim % jg::kVec == 0 && kHeadDimV % jg::kVec == 0;
 static_assert(kTileQ % Products::kBlockRows == 0 && kTileKv % jg::kPanel == 0, "tiles are whole register blocks");
 static_assert(kHeadDim % 8 == 0 && kHeadDimV % 8 == 0, "head dimensions are multiples of 8");
 
 struct alignas(jg::kScratchAlign) Scratch {   // of one thread
   float q[kTileQ * Products::kQueryFloats];
-  float logits[kTileQ * kTileKv];             // then weights
+  float logits[kTileQ * kLogitFloats];        // then weights
   float out[kTileQ * kPaddedDimV];
   float factor[kTileQ];                       // what the tile at hand multiplies into the rows of out
   float scan[kTileKv > kPaddedDimV ? kTileKv : kPaddedDimV];
   float tile[Products::kTileFloats];          // packed K, then packed V
+  jg::Ahead ahead;                            // nothing: an item packs its tiles anew
 };
 
 // ---- hooks applied to rows ----
@@ -139,6 +140,7 @@ struct alignas(jg::kScratchAlign) Scratch {   // of one thread
 struct RowBlock {
   int num_heads, num_rows, first_head, first_row, q_offset;
   bool in_place;   // few rows: K and V are read where they lie, and the weights stay float32
+  float *q, *out;
   Head heads[jg::kMaxHeadsPerItem];
   NormState states[kTileQ];
 };
@@ -163,14 +165,14 @@ static jg::Columns tile_columns(const Args& args, const RowBlock& block, int kv0
   return {0, keys, 0, 0};
 }
 
-// Logits of one tile -> weights, row by row; mem.factor gets what the rows of mem.out are multiplied with.
+// Logits of one tile -> weights; mem.factor gets what the rows of block.out are multiplied with.
 static void weigh_tile(const Args& args, RowBlock& block, int kv0, const jg::Columns& columns, Scratch& mem) {
   const int begin = columns.begin, end = columns.end;
   const float factor = block.in_place ? 1.0f : Products::logit_factor(static_cast<float>(args.scale));
   for (int i = 0; i < block.num_heads; ++i) {
     [[maybe_unused]] const Head head = block.heads[i];
     for (int row = 0, r = i * block.num_rows; row < block.num_rows; ++row, ++r) {
-      float* logits = mem.logits + r * kTileKv;
+      [[maybe_unused]] float* logits = mem.logits + r * kLogitFloats;
       Products::scale_logits(logits, begin, end, factor);
       jg::Row<kNormReverse> logit_row(logits, mem.scan, begin, end, kv0);
       mem.factor[r] = norm_update(args, head, logit_row, block.states[r]);
@@ -183,13 +185,18 @@ static void weigh_tile(const Args& args, RowBlock& block, int kv0, const jg::Col
 static void finish_row(const Args& args, const jg::ServingItem& item, RowBlock& block, int i, int row, Scratch& mem) {
   const int r = i * block.num_rows + row, h = block.first_head + i, q_row = block.first_row + row;
   [[maybe_unused]] const Head head = block.heads[i];
-  float* out = mem.out + r * kPaddedDimV;
+  float* out = block.out + r * kPaddedDimV;
   jg::Row<false> out_row(out, mem.scan, 0, kHeadDimV, 0);
   norm_finalize(args, head, out_row, block.states[r]);
   float lse = norm_lse(args, head, block.states[r]);
   const int64_t place = args.q_indptr[item.b] + int64_t{q_row};
   jg::store_row(out, 1, kHeadDimV, static_cast<Element*>(args.o) + h * args.o_stride_h + place * args.o_stride_s);
   if (args.lse) args.lse[place * args.num_q_heads + h] = lse;
+}
+
+static void finish_rows(const Args& args, const jg::ServingItem& item, RowBlock& block, Scratch& mem) {
+  for (int i = 0; i < item.num_heads; ++i)
+    for (int row = 0; row < item.num_rows; ++row) finish_row(args, item, block, i, row, mem);
 }
 
 // ---- keys ----
@@ -217,9 +224,9 @@ static void attend_tile(const Args& args, RowBlock& block, KeyRows k, KeyRows v,
                         const jg::Columns& columns, Scratch& mem) {
   const int rows = block.num_heads * block.num_rows, begin = columns.begin, end = columns.end;
   if (block.in_place) {
-    jg::score_rows<kHeadDim, kTileKv>(mem.q, k, rows, begin, end, mem.logits);
+    jg::score_rows<kHeadDim, kLogitFloats>(mem.q, k, rows, begin, end, mem.logits);
     weigh_tile(args, block, kv0, columns, mem);
-    jg::value_rows<kHeadDimV, kPaddedDimV, kTileKv>(mem.logits, v, rows, begin, end, mem.out, mem.factor);
+    jg::value_rows<kHeadDimV, kPaddedDimV, kLogitFloats>(mem.logits, v, rows, begin, end, mem.out, mem.factor);
     return;
   }
   float *packed_k = mem.tile, *packed_v = mem.tile + kTileKv * Products::kKeyFloats;
@@ -252,12 +259,13 @@ constexpr int kPartialRowFloats = 0;
 static int attend_piece(const Args& args, jg::ServingItem& item, int piece, float* partials, Scratch& mem) {
   const Request request = make_request(args, item.b);
   RowBlock block;
+  block.q = mem.q, block.out = mem.out;
+  mem.ahead = {};
   const bool in_place = kWholeVectors && item.rows() <= jg::kMaxDirectRows;
   prepare_rows(args, item, in_place, block);
   load_queries(args, item, request, in_place, mem);
   if (!attend_tiles(args, item, request, block, item.begin_of(piece), item.end_of(piece), mem)) return jg::kErrorBadPage;
-  for (int i = 0; i < item.num_heads; ++i)
-    for (int row = 0; row < item.num_rows; ++row) finish_row(args, item, block, i, row, mem);
+  finish_rows(args, item, block, mem);
   return 0;
 }
 

@@ -129,18 +129,19 @@ JITGEN_FN float score_elem(const Args& args, const Head& head, const ScoreRow& r
 
 // ---- tiles and scratch ----
 using Products = jg::vector::Products<Element, kHeadDim, kHeadDimV, kTileKv>;
-constexpr int kPaddedDimV = Products::kPaddedDimV;
+constexpr int kPaddedDimV = Products::kPaddedDimV, kLogitFloats = Products::kLogitFloats;
 constexpr bool kWholeVectors = kHeadDim % jg::kVec == 0 && kHeadDimV % jg::kVec == 0;
 static_assert(kTileQ % Products::kBlockRows == 0 && kTileKv % jg::kPanel == 0, "tiles are whole register blocks");
 static_assert(kHeadDim % 8 == 0 && kHeadDimV % 8 == 0, "head dimensions are multiples of 8");
 
 struct alignas(jg::kScratchAlign) Scratch {   // of one thread
   float q[kTileQ * Products::kQueryFloats];
-  float logits[kTileQ * kTileKv];             // then weights
+  float logits[kTileQ * kLogitFloats];        // then weights
   float out[kTileQ * kPaddedDimV];
   float factor[kTileQ];                       // what the tile at hand multiplies into the rows of out
   float scan[kTileKv > kPaddedDimV ? kTileKv : kPaddedDimV];
   float tile[Products::kTileFloats];          // packed K, then packed V
+  jg::Ahead ahead;                            // nothing: an item packs its tiles anew
   const Stored* k_rows[kTileKv];              // where the keys of the tile lie
   const Stored* v_rows[kTileKv];
   float k_scales[kTileKv], v_scales[kTileKv];   // of the keys of the tile
@@ -151,6 +152,7 @@ struct alignas(jg::kScratchAlign) Scratch {   // of one thread
 struct RowBlock {
   int num_heads, num_rows, first_head, first_row, q_offset;
   bool in_place;   // few rows: K and V are read where they lie, and the weights stay float32
+  float *q, *out;
   Head heads[jg::kMaxHeadsPerItem];
   ScoreRow score_rows[kTileQ];
   jg::SoftmaxState states[kTileQ];
@@ -176,23 +178,27 @@ static jg::Columns tile_columns(const Args& args, const RowBlock& block, int kv0
   return {0, keys, 0, 0};
 }
 
-// Logits of one tile -> weights, row by row; mem.factor gets what the rows of mem.out are multiplied with.
+// Logits of one tile -> weights; mem.factor gets what the rows of block.out are multiplied with.
 static void weigh_tile(const Args& args, RowBlock& block, int kv0, const jg::Columns& columns, Scratch& mem) {
   const int begin = columns.begin, end = columns.end;
   const float factor = block.in_place ? 1.0f : Products::logit_factor(static_cast<float>(args.scale));
+  const int rows = block.num_heads * block.num_rows;
   for (int i = 0; i < block.num_heads; ++i) {
     [[maybe_unused]] const Head head = block.heads[i];
     ScoreCol score_cols[kTileKv];
     for (int j = begin; j < end; ++j) score_cols[j] = score_col(args, head, kv0 + j);
     for (int row = 0, r = i * block.num_rows; row < block.num_rows; ++row, ++r) {
-      float* logits = mem.logits + r * kTileKv;
+      [[maybe_unused]] float* logits = mem.logits + r * kLogitFloats;
       const int q_idx = block.first_row + row + block.q_offset;
       const ScoreRow score_row = block.score_rows[r];
 #pragma omp simd
       for (int j = begin; j < end; ++j)
         logits[j] = score_elem(args, head, score_row, score_cols[j], logits[j] * factor, q_idx, kv0 + j);
-      if (block.in_place) mem.factor[r] = jg::softmax_update(logits, begin, end, block.states[r]);
-      else mem.factor[r] = Products::softmax_update(logits, begin, end, 1.0f, block.states[r]);
+      if ((r + 1) % jg::kSoftmaxRows != 0 && r + 1 != rows) continue;
+      const int first = r / jg::kSoftmaxRows * jg::kSoftmaxRows, count = r + 1 - first;
+      float* group = mem.logits + first * kLogitFloats;
+      if (block.in_place) jg::softmax_rows<kLogitFloats>(group, count, begin, end, block.states + first, mem.factor + first);
+      else Products::softmax_rows(group, count, begin, end, 1.0f, block.states + first, mem.factor + first, mem.ahead);
     }
   }
 }
@@ -201,15 +207,18 @@ static void weigh_tile(const Args& args, RowBlock& block, int kv0, const jg::Col
 static void finish_row(const Args& args, const jg::ServingItem& item, RowBlock& block, int i, int row, Scratch& mem) {
   const int r = i * block.num_rows + row, h = block.first_head + i, q_row = block.first_row + row;
   [[maybe_unused]] const Head head = block.heads[i];
-  float* out = mem.out + r * kPaddedDimV;
-  jg::Row<false> out_row(out, mem.scan, 0, kHeadDimV, 0);
+  float* out = block.out + r * kPaddedDimV;
   const float factor = 1.0f;
   const float sum = block.states[r].sum, inverse = sum == 0.0f ? 0.0f : factor / sum;   // 0: every key was masked
-  out_row.each([&](float& x, int) { x *= inverse; });
-  float lse = jg::softmax_lse(block.states[r]);
+  float lse = args.lse ? jg::softmax_lse(block.states[r]) : 0.0f;
   const int64_t place = args.q_indptr[item.b] + int64_t{q_row};
-  jg::store_row(out, 1, kHeadDimV, static_cast<Element*>(args.o) + h * args.o_stride_h + place * args.o_stride_s);
+  jg::store_row(out, 1, kHeadDimV, static_cast<Element*>(args.o) + h * args.o_stride_h + place * args.o_stride_s, inverse);
   if (args.lse) args.lse[place * args.num_q_heads + h] = lse;
+}
+
+static void finish_rows(const Args& args, const jg::ServingItem& item, RowBlock& block, Scratch& mem) {
+  for (int i = 0; i < item.num_heads; ++i)
+    for (int row = 0; row < item.num_rows; ++row) finish_row(args, item, block, i, row, mem);
 }
 
 // ---- keys ----
@@ -225,7 +234,7 @@ static void find_scales(const Args& args, int kv_h, int64_t slot, int j, Scratch
 }
 static void scale_columns(float* rows, int num_rows, int begin, int end, const float* scales) {
   for (int r = 0; r < num_rows; ++r)
-    for (int j = begin; j < end; ++j) rows[r * kTileKv + j] *= scales[j];
+    for (int j = begin; j < end; ++j) rows[r * kLogitFloats + j] *= scales[j];
 }
 // Looks up the keys [begin, end) of the tile at kv0; false if the page list names a page that the cache does not have.
 static bool find_keys(const Args& args, const jg::ServingItem& item, int kv0, int begin, int end, Scratch& mem) {
@@ -275,9 +284,9 @@ static void attend_tile(const Args& args, RowBlock& block, KeyRows k, KeyRows v,
                         const jg::Columns& columns, Scratch& mem) {
   const int rows = block.num_heads * block.num_rows, begin = columns.begin, end = columns.end;
   if (block.in_place) {
-    jg::score_rows<kHeadDim, kTileKv>(mem.q, k, rows, begin, end, mem.logits);
+    jg::score_rows<kHeadDim, kLogitFloats>(mem.q, k, rows, begin, end, mem.logits);
     weigh_scaled(args, block, kv0, columns, mem);
-    jg::value_rows<kHeadDimV, kPaddedDimV, kTileKv>(mem.logits, v, rows, begin, end, mem.out, mem.factor);
+    jg::value_rows<kHeadDimV, kPaddedDimV, kLogitFloats>(mem.logits, v, rows, begin, end, mem.out, mem.factor);
     return;
   }
   float *packed_k = mem.tile, *packed_v = mem.tile + kTileKv * Products::kKeyFloats;
@@ -330,6 +339,8 @@ static void merge_partials(const jg::ServingItem& item, RowBlock& block, const f
 static int attend_piece(const Args& args, jg::ServingItem& item, int piece, float* partials, Scratch& mem) {
   const Request request = make_request(args, item.b);
   RowBlock block;
+  block.q = mem.q, block.out = mem.out;
+  mem.ahead = {};
   const bool in_place = kWholeVectors && item.rows() <= jg::kMaxDirectRows;
   prepare_rows(args, item, in_place, block);
   load_queries(args, item, request, in_place, mem);
@@ -339,8 +350,7 @@ static int attend_piece(const Args& args, jg::ServingItem& item, int piece, floa
     if (__atomic_sub_fetch(&item.pieces_left, 1, __ATOMIC_ACQ_REL) > 0) return 0;
     merge_partials(item, block, partials, mem);
   }
-  for (int i = 0; i < item.num_heads; ++i)
-    for (int row = 0; row < item.num_rows; ++row) finish_row(args, item, block, i, row, mem);
+  finish_rows(args, item, block, mem);
   return 0;
 }
 

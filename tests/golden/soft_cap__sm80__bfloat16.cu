@@ -114,6 +114,7 @@ constexpr int kOutTiles = kHeadDimV / kColumnWarps / 8;
 static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0 && kHeadDimV <= kHeadDim, "unsupported tile");
 // Q stays in registers while it fits next to S and O with room to load ahead; beyond that it is read again per KV tile.
 constexpr bool kHoldsQuery = kRowTiles * (kHeadDim / 16 + kColTiles + kOutTiles) * 4 <= 176;
+// (Two steps of warp pairs stay: 1 to 3 % without a mask; with one it is under 1 %, and registers are spilled for it.)
 constexpr int kHeldSteps = kHoldsQuery ? kHeadDim / 16 : 0;   // of 16 columns
 // With two stages the copies of the next tile start before Q K^T; behind it where Q is read again, because registers are short
 // in it (2 % at head dim 128, while it costs 4 % at 64; with a norm in place of softmax it makes spills).
@@ -195,8 +196,8 @@ JITGEN_FN void scale_all(Logits& s, float scale) {
 // ---- place of a thread ----
 struct Place { int b, h, tile_row, warp, lane; };
 
-JITGEN_FN Place find_place(const Args& args, int num_query_tiles, int section) {
-  const jg::CtaWork work = jg::cta_work(num_query_tiles, static_cast<int>(args.num_q_heads), section);
+JITGEN_FN Place find_place(const jg::CtaOrder& order) {
+  const jg::CtaWork work = jg::cta_work(order);
   const int thread = jg::thread_index();
   return {work.batch, work.head, work.query_tile * kTileQ, __shfl_sync(0xffffffffu, thread >> 5, 0), thread & 31};
 }
@@ -225,12 +226,12 @@ JITGEN_FN void write_output(const Args& args, const Place& place, Output& o, jg:
 
 // ---- kernel ----
 // One CTA attends kTileQ query rows of one head; a warp owns kWarpRows of them from Q K^T to the store of O.
-__global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ Args args, int num_query_tiles, int section) {
+__global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::CtaOrder order) {
   extern __shared__ __align__(1024) char shared[];
-  const Place place = find_place(args, num_query_tiles, section);
+  const Place place = find_place(order);
   const int b = place.b, h = place.h, lane = place.lane, thread = place.warp * 32 + lane;
   const int q_len = static_cast<int>(args.q_len), kv_len = static_cast<int>(args.kv_len);
-  const int kv_h = h / static_cast<int>(args.num_q_heads / args.num_kv_heads);
+  const int kv_h = order.group_size.divide(h);
   const Head head = make_head(args, b, h);
   const int tile_row = place.tile_row;
 
@@ -267,10 +268,13 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
   const auto reach = [&] { return ::fabsf(jg::stay(factor)) * jg::kLog2E; };   // of exponents: score_elem is within [-1, 1]
 
   // ---- loop over the visited KV tiles: the copy of the next one runs under the products of this one ----
-  int visit = tiles.next(), stage = 0;
-  if (visit >= 0) {
-    keys.template start<kTileKv>(kv_shared, (visit >> 2) * kTileKv, kv_len);
-    if constexpr (kNumStages == 2) values.template start<kTileKv>(kv_shared + kKeyBytes, (visit >> 2) * kTileKv, kv_len);
+  int visit = -1, stage = 0;
+  if (tiles.find()) {   // the copies leave before the warp looks at its own rows
+    const int first = tiles.next_tile() * kTileKv;
+    keys.template start<kTileKv>(kv_shared, first, kv_len);
+    if constexpr (kNumStages == 2) values.template start<kTileKv>(kv_shared + kKeyBytes, first, kv_len);
+    tiles.classify();
+    visit = tiles.next();
   }
   jg::cp_async_commit();
   if (visit < 0) {   // O leaves through the rows that Q arrives in
@@ -336,7 +340,7 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
   pair.put_rows(softmax.row_sum);
   __syncthreads();   // also: every warp has left Q, where O goes
   pair.add_rows(softmax.row_sum);
-  write_output(args, find_place(args, num_query_tiles, section), o, softmax, units(), jg::shared_address(shared));
+  write_output(args, find_place(order), o, softmax, units(), jg::shared_address(shared));
 }
 
 // ---- launcher ----
@@ -357,7 +361,7 @@ extern "C" int jitgen_launch(const Args* args) {
   const int64_t head_bytes = args->kv_len * (kHeadDim + kHeadDimV) * 2, group_size = args->num_q_heads / args->num_kv_heads;
   const int section = jg::section_heads(kSectionBytes, head_bytes, heads, group_size);
   attention_kernel<<<static_cast<unsigned>(query_tiles * heads), kThreads, kSharedBytes, reinterpret_cast<cudaStream_t>(args->stream)>>>(
-      *args, static_cast<int>(query_tiles), section);
+      *args, jg::cta_order(query_tiles, section, args->num_q_heads, group_size));
   return cudaGetLastError();
 }
 extern "C" const char* jitgen_error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -53,6 +53,23 @@ def bounded(kv_len):
     return jitgen.Variant(score_mod=score, mask_mod=causal)
 
 
+def capped(kv_len):
+    """A soft cap of a score that grows with the distance: tiles far from the cap and tiles at it."""
+    cap = 5.0
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: cap * torch.tanh((s + 0.02 * (q_idx - kv_idx)) / cap), mask_mod=causal
+    )
+
+
+def soft_cap(kv_len):
+    """Some warps are near the cap and some are not; rows that see nothing of the first tiles."""
+    cap = 3.0
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: cap * torch.tanh(s / cap),
+        mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (q_idx - kv_idx < 100) & (q_idx % 7 != 3),
+    )
+
+
 def decaying(kv_len):
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s * torch.exp2(-0.01 * torch.abs(q_idx - kv_idx)))
 
@@ -79,6 +96,10 @@ VARIANTS = {
     "batched": batched,
     "clipped": clipped,
     "bounded": bounded,
+    "capped": capped,
+    "capped_bf16": capped,
+    "soft_cap": soft_cap,
+    "soft_cap_bf16": soft_cap,
     "decaying": decaying,
     "forgetting": forgetting,
     "steep": steep,
@@ -89,15 +110,16 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_early_scores_are_the_oracle(name):
     torch.manual_seed(0)
+    dtype = torch.bfloat16 if "cap" in name and name.endswith("_bf16") else torch.float16
     for q_len, kv_len in LENGTHS:
-        q = randn(2, HEADS, q_len, 128, dtype=torch.float16)
-        k, v = randn(2, HEADS, kv_len, 128, dtype=torch.float16), randn(2, HEADS, kv_len, 128, dtype=torch.float16)
+        q = randn(2, HEADS, q_len, 128, dtype=dtype)
+        k, v = randn(2, HEADS, kv_len, 128, dtype=dtype), randn(2, HEADS, kv_len, 128, dtype=dtype)
         variant = VARIANTS[name](kv_len)
         want, want_lse = reference.attention(q, k, v, variant, return_lse=True)
         out = torch.full_like(q, torch.nan)
         got, got_lse = jitgen.attention(q, k, v, variant, return_lse=True, out=out)
         where = f"{name}, q_len {q_len}, kv_len {kv_len}"
-        atol = 5e-3 if name == "bounded" else 2e-4  # tanh.approx
+        atol = 5e-3 if name == "bounded" or "cap" in name else 2e-4  # tanh.approx
         torch.testing.assert_close(got_lse.double(), want_lse, rtol=1e-5, atol=atol, msg=lambda m: f"{where}: {m}")  # noqa: B023
         allowed = 1.5 * rounding_error(q, k, v, variant, want, "absolute") + torch.finfo(q.dtype).eps * 1e-2
         error = largest_error(got, want)

@@ -157,6 +157,41 @@ def test_capped_logits_of_any_reach(family, dtype, head_dim, cap, sign):
     torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=1e-3 + abs(cap) * 2**-11, rtol=1e-5)  # tanh.approx
 
 
+# A factor below zero takes the path where logits are scaled before the maximum.
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("factor", [1.0, -1.5])
+def test_multiples_of_the_distance_of_either_sign(family, head_dim, factor):
+    q, k, v = inputs(2, 4, 2, 200, 333, head_dim)
+    slopes = torch.tensor([0.5, 0.01, 0.0, -0.25], device="cuda")
+    alibi = jitgen.Variant(lambda s, b, h, q_idx, kv_idx: factor * s + slopes[h] * (kv_idx - q_idx), mask_mod=causal)
+    distance = torch.arange(333, device="cuda") - torch.arange(133, 333, device="cuda")[:, None]
+    keys, values = (t.double().repeat_interleave(2, 1) for t in (k, v))
+    logits = factor * (q.double() @ keys.mT) / math.sqrt(head_dim) + slopes.double()[:, None, None] * distance
+    logits = logits.masked_fill(distance > 0, -math.inf)
+    poison(q)
+    got, lse = jitgen.attention(q, k, v, alibi, return_lse=True, family=family)
+    assert relative_error(got, logits.softmax(-1) @ values) < torch.finfo(q.dtype).eps
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("q_len", [535, 301])
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_documents_of_every_length(family, head_dim, q_len, is_sorted):
+    lengths = torch.tensor([1, 62, 2, 130, 64, 5, 71, 200])
+    document = torch.repeat_interleave(torch.arange(8, dtype=torch.int32), lengths).cuda()
+    captured = jitgen.sorted(document) if is_sorted else document
+    q, k, v = inputs(2, 4, 2, q_len, 535, head_dim)
+    inside = jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (captured[q_idx] == captured[kv_idx]) & (kv_idx <= q_idx))
+    rows = torch.arange(535 - q_len, 535, device="cuda")[:, None]
+    keep = (document[rows] == document) & (torch.arange(535, device="cuda") <= rows)
+    logits = (q.double() @ k.double().repeat_interleave(2, 1).mT / math.sqrt(head_dim)).masked_fill(~keep, -math.inf)
+    poison(q)
+    got, lse = jitgen.attention(q, k, v, inside, return_lse=True, family=family)
+    assert_as_accurate_as_sdpa(got, logits.softmax(-1) @ v.double().repeat_interleave(2, 1), q, k, v, attn_mask=keep)
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_rows_without_keys_are_zero_with_lse_minus_infinity(family, head_dim):
     q, k, v = inputs(1, 2, 2, 200, 300, head_dim)

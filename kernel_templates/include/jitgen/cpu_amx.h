@@ -12,6 +12,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#define JITGEN_FAST_TANH 1
 #include "jitgen/cpu_gemm.h"
 #include "jitgen/cpu_pack.h"
 #include "jitgen/cpu_rows.h"
@@ -78,36 +79,66 @@ struct Registers {
 };
 
 // ---- matrix products ----
-// C[16 * kBlocks][16] (+)= A[16 * kBlocks][32 * steps] B[32 * steps][16], kBlocks <= 3. lda, ldc: floats between rows.
-template <int kBlocks, bool kAccumulate>
-JITGEN_FN void multiply_blocks(const float* a, int64_t lda, const float* b, int steps, float* c, int64_t ldc) {
+// The accumulators kFirst.. (+)= A[16 * kBlocks][32 * steps] B[32 * steps][16], kBlocks <= 3, from and for C[16 * kBlocks][16].
+// lda, ldc: floats between rows.
+template <int kFirst, int kBlocks, bool kAccumulate>
+JITGEN_FN void multiply_blocks(const float* a, int64_t lda, const float* b, int steps, const float* c, int64_t ldc) {
   constexpr int kA = 6, kB = 7;
   const float *a1 = a + kTileRows * lda, *a2 = a1 + kTileRows * lda;
-  float *c1 = c + kTileRows * ldc, *c2 = c1 + kTileRows * ldc;
-  if constexpr (kAccumulate) tile_load<0>(c, ldc);
-  else tile_zero<0>();
-  if constexpr (kBlocks > 1) kAccumulate ? tile_load<1>(c1, ldc) : tile_zero<1>();
-  if constexpr (kBlocks > 2) kAccumulate ? tile_load<2>(c2, ldc) : tile_zero<2>();
+  const float *c1 = c + kTileRows * ldc, *c2 = c1 + kTileRows * ldc;
+  if constexpr (kAccumulate) tile_load<kFirst>(c, ldc);
+  else tile_zero<kFirst>();
+  if constexpr (kBlocks > 1) kAccumulate ? tile_load<kFirst + 1>(c1, ldc) : tile_zero<kFirst + 1>();
+  if constexpr (kBlocks > 2) kAccumulate ? tile_load<kFirst + 2>(c2, ldc) : tile_zero<kFirst + 2>();
+#pragma GCC unroll 8
   for (int i = 0; i < steps; ++i) {
     tile_load<kB>(b + i * kTileFloats, kRowFloats);
     tile_load<kA>(a + i * kRowFloats, lda);
-    tile_multiply<0, kA, kB>();
-    if constexpr (kBlocks > 1) tile_load<kA>(a1 + i * kRowFloats, lda), tile_multiply<1, kA, kB>();
-    if constexpr (kBlocks > 2) tile_load<kA>(a2 + i * kRowFloats, lda), tile_multiply<2, kA, kB>();
+    tile_multiply<kFirst, kA, kB>();
+    if constexpr (kBlocks > 1) tile_load<kA>(a1 + i * kRowFloats, lda), tile_multiply<kFirst + 1, kA, kB>();
+    if constexpr (kBlocks > 2) tile_load<kA>(a2 + i * kRowFloats, lda), tile_multiply<kFirst + 2, kA, kB>();
   }
-  tile_store<0>(c, ldc);
-  if constexpr (kBlocks > 1) tile_store<1>(c1, ldc);
-  if constexpr (kBlocks > 2) tile_store<2>(c2, ldc);
+}
+
+template <int kFirst, int kBlocks> JITGEN_FN void store_blocks(float* c, int64_t ldc) {
+  tile_store<kFirst>(c, ldc);
+  if constexpr (kBlocks > 1) tile_store<kFirst + 1>(c + kTileRows * ldc, ldc);
+  if constexpr (kBlocks > 2) tile_store<kFirst + 2>(c + 2 * kTileRows * ldc, ldc);
+}
+
+// The same for `columns` blocks of 16 columns and `groups` of kBlocks row blocks. ldb: floats between the blocks of B. Results
+// wait in three of six accumulators while the others fill: a store at once would wait for the last product.
+template <int kBlocks, bool kAccumulate>
+JITGEN_FN void multiply_groups(int groups, int columns, const float* a, int64_t lda, const float* b, int64_t ldb, int steps,
+                               float* c, int64_t ldc) {
+  float* waiting = nullptr;
+  bool odd = false;
+  for (int n = 0; n < columns; ++n)
+    for (int m = 0; m < groups; ++m, odd = !odd) {
+      const float *a_m = a + m * kBlocks * kTileRows * lda, *b_n = b + n * ldb;
+      float* c_mn = c + m * kBlocks * kTileRows * ldc + n * kTileRows;
+      if (odd) {
+        multiply_blocks<3, kBlocks, kAccumulate>(a_m, lda, b_n, steps, c_mn, ldc);
+        store_blocks<0, kBlocks>(waiting, ldc);
+      } else {
+        multiply_blocks<0, kBlocks, kAccumulate>(a_m, lda, b_n, steps, c_mn, ldc);
+        if (waiting) store_blocks<3, kBlocks>(waiting, ldc);
+      }
+      waiting = c_mn;
+    }
+  if (odd) store_blocks<0, kBlocks>(waiting, ldc);
+  else if (waiting) store_blocks<3, kBlocks>(waiting, ldc);
 }
 
 // The same for any number of rows, widened to whole blocks.
 template <bool kAccumulate>
-static void multiply_rows(int rows, const float* a, int64_t lda, const float* b, int steps, float* c, int64_t ldc) {
-  for (; rows > 0; rows -= 3 * kTileRows, a += 3 * kTileRows * lda, c += 3 * kTileRows * ldc) {
-    if (rows > 2 * kTileRows) multiply_blocks<3, kAccumulate>(a, lda, b, steps, c, ldc);
-    else if (rows > kTileRows) multiply_blocks<2, kAccumulate>(a, lda, b, steps, c, ldc);
-    else multiply_blocks<1, kAccumulate>(a, lda, b, steps, c, ldc);
-  }
+JITGEN_FN void multiply_rows(int rows, int columns, const float* a, int64_t lda, const float* b, int64_t ldb, int steps, float* c,
+                             int64_t ldc) {
+  const int blocks = static_cast<int>(ceil_div(rows, kTileRows)), groups = blocks / 3, done = groups * 3 * kTileRows;
+  multiply_groups<3, kAccumulate>(groups, columns, a, lda, b, ldb, steps, c, ldc);
+  a += done * lda, c += done * ldc;
+  if (blocks % 3 == 2) multiply_groups<2, kAccumulate>(1, columns, a, lda, b, ldb, steps, c, ldc);
+  if (blocks % 3 == 1) multiply_groups<1, kAccumulate>(1, columns, a, lda, b, ldb, steps, c, ldc);
 }
 
 // ---- bfloat16 in memory ----
@@ -135,6 +166,12 @@ JITGEN_FN float max_lanes(Vec v) {
   for (int i = 0; i < kVec; ++i) max = v[i] > max ? v[i] : max;
   return max;
 }
+JITGEN_FN float add_lanes(Vec v) {   // pairwise: sum_lanes adds one after the other
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < kVec; ++i) sum += v[i];
+  return sum;
+}
 
 // Products of bfloat16 elements: see cpu_vector.h for what the names mean.
 template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct Products {
@@ -146,6 +183,8 @@ template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct Products {
   static constexpr int kValueFloats = kTileRows / 2;
   static constexpr int kPaddedDimV = static_cast<int>(round_up(kHeadDimV, kPanel));
   static constexpr int kValueBlockFloats = kTileKv * kValueFloats;   // V of 16 columns
+  // A line more than needed: in rows a power of two apart, the blocks of 16 rows would share few sets of the L1 cache.
+  static constexpr int kLogitFloats = kTileKv + kRowFloats;
   static constexpr int64_t kTileFloats = int64_t{kTileKv} * (kKeyFloats + kPaddedDimV / 2);
 
   // Queries stay as they are, up to the sign of the scale; its magnitude belongs to the float32 logits.
@@ -205,8 +244,8 @@ template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct Products {
 
   // Logits of `rows` queries against the keys [begin, end) of a tile, widened to whole blocks of 16.
   static void scores(const float* q, const float* k, int rows, int begin, int end, float* logits) {
-    for (int j = begin; j < end; j += kTileRows)
-      multiply_rows<false>(rows, q, kQueryFloats, k + j * kKeyFloats, kDepthSteps, logits + j, kTileKv);
+    multiply_rows<false>(rows, static_cast<int>(ceil_div(end - begin, kTileRows)), q, kQueryFloats, k + begin * kKeyFloats,
+                         kTileRows * kKeyFloats, kDepthSteps, logits + begin, kLogitFloats);
   }
 
   // O = factor * O + P V over the columns [begin, end) of a tile; the weights up to a whole step are 0.
@@ -215,34 +254,42 @@ template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct Products {
       if (factor[r] != 1.0f)
         for (int d = 0; d < kPaddedDimV; d += kVec)
           store_vec(out + r * kPaddedDimV + d, load_vec(out + r * kPaddedDimV + d) * splat(factor[r]));
-    const int steps = static_cast<int>(ceil_div(end - begin, kTileDepth));
-    for (int d = 0; d < kHeadDimV; d += kTileRows)
-      multiply_rows<true>(rows, weights + begin / 2, kTileKv, v + d / kTileRows * kValueBlockFloats + begin * kValueFloats,
-                          steps, out + d, kPaddedDimV);
+    multiply_rows<true>(rows, static_cast<int>(ceil_div(kHeadDimV, kTileRows)), weights + begin / 2, kLogitFloats,
+                        v + begin * kValueFloats, kValueBlockFloats, static_cast<int>(ceil_div(end - begin, kTileDepth)), out,
+                        kPaddedDimV);
   }
 
-  // As jg::softmax_update, of logits that are still to be multiplied with factor > 0; the weights become bfloat16.
-  static float softmax_update(float* logits, int begin, int end, float factor, SoftmaxState& state) {
+  // As jg::softmax_rows, of logits that are still to be multiplied with factor > 0; the weights become bfloat16.
+  static void softmax_rows(float* logits, int rows, int begin, int end, float factor, SoftmaxState* states, float* rescale,
+                           Ahead& ahead) {
     const int whole_end = static_cast<int>(round_up(end, kTileDepth));
-    for (int j = end; j < whole_end; ++j) logits[j] = -INFINITY;
-    Vec max0 = splat(-INFINITY), max1 = max0;
-    for (int j = begin; j < whole_end; j += kTileDepth) {
-      max0 = larger(load_vec(logits + j), max0);
-      max1 = larger(load_vec(logits + j + kVec), max1);
+    float tile_max[kSoftmaxRows], base[kSoftmaxRows], sum[kSoftmaxRows];
+    for (int r = 0; r < rows; ++r) {
+      float* row = logits + r * kLogitFloats;
+      for (int j = end; j < whole_end; ++j) row[j] = -INFINITY;
+      Vec max0 = splat(-INFINITY), max1 = max0;
+      for (int j = begin; j < whole_end; j += kTileDepth) {
+        max0 = larger(load_vec(row + j), max0);
+        max1 = larger(load_vec(row + j + kVec), max1);
+      }
+      tile_max[r] = max_lanes(larger(max0, max1)) * factor;
     }
-    const float tile_max = max_lanes(larger(max0, max1)) * factor, max = tile_max > state.max ? tile_max : state.max;
-    const float base = finite_max(max);
-    const Vec factor_log2 = splat(factor * kLog2E), base_log2 = splat(base * kLog2E);
-    Vec sum0 = {}, sum1 = {};
-    for (int j = begin; j < whole_end; j += kTileDepth) {
-      const Vec weight0 = exp2_weight(load_vec(logits + j) * factor_log2 - base_log2);
-      const Vec weight1 = exp2_weight(load_vec(logits + j + kVec) * factor_log2 - base_log2);
-      store_vec(logits + j / 2, to_bfloat16(weight0, weight1));
-      sum0 += weight0, sum1 += weight1;
+    raise_maxima(rows, tile_max, states, base, rescale);
+    const Vec factor_log2 = splat(factor * kLog2E);
+    for (int r = 0; r < rows; ++r) {
+      float* row = logits + r * kLogitFloats;
+      ahead.ask();
+      const Vec base_log2 = splat(base[r] * kLog2E);
+      Vec sum0 = {}, sum1 = {};
+      for (int j = begin; j < whole_end; j += kTileDepth) {
+        const Vec weight0 = exp2_weight(load_vec(row + j) * factor_log2 - base_log2);
+        const Vec weight1 = exp2_weight(load_vec(row + j + kVec) * factor_log2 - base_log2);
+        store_vec(row + j / 2, to_bfloat16(weight0, weight1));
+        sum0 += weight0, sum1 += weight1;
+      }
+      sum[r] = add_lanes(sum0 + sum1);
     }
-    const float rescale = exp_weight(state.max - base);
-    state = {max, state.sum * rescale + sum_lanes(sum0 + sum1)};
-    return rescale;
+    add_sums(rows, sum, rescale, states);
   }
 
   static void scale_logits(float* logits, int begin, int end, float factor) {

@@ -14,13 +14,14 @@ template <class T> static void load_row(const T* row, int64_t stride_d, int dim,
   for (int d = 0; d < dim; ++d) out[d] = to_float(row[d * stride_d]) * factor;
 }
 
-template <class T> static void store_row(const float* row, int64_t stride_d, int dim, T* out) {
+template <class T> static void store_row(const float* row, int64_t stride_d, int dim, T* out, float factor = 1.0f) {
   if (stride_d == 1) {
-#pragma omp simd
-    for (int d = 0; d < dim; ++d) from_float(row[d], out[d]);
+    int d = 0;
+    for (; d + kVec <= dim; d += kVec) store_vec(out + d, load_vec(row + d) * splat(factor));
+    for (; d < dim; ++d) from_float(row[d] * factor, out[d]);
     return;
   }
-  for (int d = 0; d < dim; ++d) from_float(row[d], out[d * stride_d]);
+  for (int d = 0; d < dim; ++d) from_float(row[d] * factor, out[d * stride_d]);
 }
 
 // ---- key panels: transposed ----

@@ -33,23 +33,50 @@ struct SoftmaxState { float max = -INFINITY, sum = 0.0f; };
 // Finite stand-in for the maximum of a row that has seen nothing: exp(-inf - 0) is 0, exp(-inf + inf) would be NaN.
 JITGEN_FN float finite_max(float max) { return max == -INFINITY ? 0.0f : max; }
 
-// Replaces the logits [begin, end) by their weights; returns the factor for what the row has accumulated.
-static inline float softmax_update(float* logits, int begin, int end, SoftmaxState& state) {
-  float max = state.max;
-#pragma omp simd reduction(max : max)
-  for (int j = begin; j < end; ++j) max = logits[j] > max ? logits[j] : max;
-  const float base = finite_max(max);
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int j = begin; j < end; ++j) {
-    const float weight = exp_weight(logits[j] - base);
-    logits[j] = weight;
-    sum += weight;
+// Rows whose softmax goes on together, so that none waits for the reductions of another; a row of a tile is about 1 KiB.
+constexpr int kSoftmaxRows = 16;
+
+// Maxima of some rows in a tile -> what their logits are relative to, and the factors for what the rows have accumulated.
+static inline void raise_maxima(int rows, const float* tile_max, SoftmaxState* states, float* base, float* rescale) {
+#pragma omp simd
+  for (int r = 0; r < rows; ++r) {
+    const float before = states[r].max, max = tile_max[r] > before ? tile_max[r] : before;
+    states[r].max = max;
+    base[r] = finite_max(max);
+    rescale[r] = exp_weight(before - base[r]);
   }
-  const float factor = exp_weight(state.max - base);
-  state.max = max;
-  state.sum = state.sum * factor + sum;
-  return factor;
+}
+static inline void add_sums(int rows, const float* sum, const float* rescale, SoftmaxState* states) {
+#pragma omp simd
+  for (int r = 0; r < rows; ++r) states[r].sum = states[r].sum * rescale[r] + sum[r];
+}
+
+// Replaces the logits [begin, end) of up to kSoftmaxRows rows by their weights; rescale gets the factors for what the rows
+// have accumulated.
+template <int kLogitFloats>
+static inline void softmax_rows(float* logits, int rows, int begin, int end, SoftmaxState* states, float* rescale) {
+  float tile_max[kSoftmaxRows], base[kSoftmaxRows], sum[kSoftmaxRows];
+  for (int r = 0; r < rows; ++r) {
+    const float* row = logits + r * kLogitFloats;
+    float max = -INFINITY;
+#pragma omp simd reduction(max : max)
+    for (int j = begin; j < end; ++j) max = row[j] > max ? row[j] : max;
+    tile_max[r] = max;
+  }
+  raise_maxima(rows, tile_max, states, base, rescale);
+  for (int r = 0; r < rows; ++r) {
+    float* row = logits + r * kLogitFloats;
+    const float row_base = base[r];
+    float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+    for (int j = begin; j < end; ++j) {
+      const float weight = exp_weight(row[j] - row_base);
+      row[j] = weight;
+      total += weight;
+    }
+    sum[r] = total;
+  }
+  add_sums(rows, sum, rescale, states);
 }
 
 // Adds a sink logit, which has weight and no value; returns the factor for the output row.

@@ -132,6 +132,17 @@ JITGEN_FN Vec load_vec(const half16* p) {
 }
 #endif
 JITGEN_FN void store_vec(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
+template <class T> JITGEN_FN void store_vec(T* p, Vec v) {
+#pragma omp simd
+  for (int i = 0; i < kVec; ++i) from_float(v[i], p[i]);
+}
+#if defined(__AVX512BF16__)
+JITGEN_FN void store_vec(bf16_16* p, Vec v) {
+  VecU16 bits;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(v));
+  *reinterpret_cast<VecU16Unaligned*>(p) = bits;
+}
+#endif
 
 // ---- rows of K or V: row(j) is the address of key j ----
 template <class T> struct StridedRows {
@@ -159,6 +170,27 @@ template <int kKeys, int kDim, class Rows> JITGEN_FN void prefetch_rows(const Ro
     for (int d = 0; d < kDim; d += kLine) __builtin_prefetch(row + d);
   }
 }
+
+// Rows of memory that will be needed later.
+struct RowsAhead {
+  const char* next = nullptr;
+  int64_t stride = 0;   // bytes
+  int left = 0, row_bytes = 0;
+
+  template <class T> static RowsAhead of(const T* first, int64_t stride, int rows, int dim) {
+    return {reinterpret_cast<const char*>(first), stride * static_cast<int64_t>(sizeof(T)), rows, dim * static_cast<int>(sizeof(T))};
+  }
+  JITGEN_FN_MEMBER void ask(int rows) {
+    for (; rows > 0 && left > 0; --rows, --left, next += stride)
+      for (int i = 0; i < row_bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+  }
+};
+// What a thread will read and write after the tile at hand. It asks for a little of it with every row of the softmax: a
+// processor waits for a dozen cache lines at once, and more requests in a row would stop it.
+struct Ahead {
+  RowsAhead k, v, out;
+  JITGEN_FN_MEMBER void ask() { k.ask(2), v.ask(2), out.ask(1); }
+};
 
 JITGEN_FN Vec4 load_vec4(const float* p) { return *reinterpret_cast<const Vec4Unaligned*>(p); }
 template <class T> JITGEN_FN Vec4 load_vec4(const T* p) {

@@ -19,6 +19,7 @@ template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct Products {
   static constexpr int kKeyFloats = kHeadDim;         // of a packed key; they lie panel by panel
   static constexpr int kValueFloats = kPanel;         // of a packed value row within its panel
   static constexpr int kPaddedDimV = static_cast<int>(round_up(kHeadDimV, kPanel));
+  static constexpr int kLogitFloats = kTileKv;        // from one row of logits to the next
   static constexpr int64_t kTileFloats = int64_t{kTileKv} * (kKeyFloats + kPaddedDimV);   // packed K, then packed V
 
   // What queries are multiplied with, and what remains to be multiplied into the logits.
@@ -40,8 +41,9 @@ template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct Products {
   static void values(const float* weights, const float* v, int rows, int begin, int end, float* out, const float* factor) {
     value_panels<kPaddedDimV, kTileKv>(weights, v, static_cast<int>(ceil_div(rows, kBlockRows)), begin, end, out, factor);
   }
-  static float softmax_update(float* logits, int begin, int end, float, SoftmaxState& state) {
-    return jg::softmax_update(logits, begin, end, state);
+  static void softmax_rows(float* logits, int rows, int begin, int end, float, SoftmaxState* states, float* rescale, Ahead& ahead) {
+    for (int r = 0; r < rows; ++r) ahead.ask();
+    jg::softmax_rows<kLogitFloats>(logits, rows, begin, end, states, rescale);
   }
   static void scale_logits(float*, int, int, float) {}
   static void store_weights(float*, int, int) {}

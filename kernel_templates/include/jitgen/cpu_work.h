@@ -21,14 +21,25 @@ static inline const char* error_string(int code) {
 }
 
 constexpr int kMaxHeadsPerItem = 16;
+// Items that a thread gets, at least, before their blocks become fewer: those that finish last differ little.
+constexpr int kItemsPerThread = 8;
 // Up to this many queries per KV head K and V are read in place: packing a tile costs about as much as eight rows.
 constexpr int kMaxDirectRows = 8;
-// Packed tiles are kept for a wave of KV heads at a time. 24 MiB: below the size (32 MiB) from which glibc returns every
-// freed block to the system, so repeated calls do not fault the pages in again.
-constexpr int64_t kWaveBytes = int64_t{24} << 20;
+// Packed tiles are kept for a wave of KV heads at a time: few, so that the second-level caches hold them, or as many as all
+// threads need. 24 MiB: below the size (32 MiB) from which glibc returns every freed block to the system, so repeated calls do
+// not fault the pages in again.
+constexpr int64_t kWaveBytes = int64_t{4} << 20, kMaxWaveBytes = int64_t{24} << 20;
 
 // ---- work items ----
-struct Item { int b, kv_h, first_head, num_heads, first_row, num_rows; };
+struct Item {
+  int b, kv_h, first_head, num_heads, first_row, num_rows;
+
+  // The i-th of its blocks of tile_q rows.
+  Item block(int i, int tile_q) const {
+    const int left = num_rows - i * tile_q;
+    return {b, kv_h, first_head, num_heads, first_row + i * tile_q, left < tile_q ? left : tile_q};
+  }
+};
 
 // Items are numbered KV head by KV head, in each the last rows first: under a causal mask these cost most.
 struct Schedule {
@@ -49,17 +60,20 @@ struct Schedule {
   }
 };
 
-// Short queries of several heads that share K and V are gathered into one item, unless that leaves threads idle.
+// Short queries of several heads that share K and V are gathered into one item, and up to max_blocks blocks of tile_q rows of
+// long ones, unless that leaves threads idle.
 static inline Schedule make_schedule(int64_t batch, int64_t num_q_heads, int64_t num_kv_heads, int64_t q_len, int tile_q,
-                              int threads) {
+                              int max_blocks, int threads) {
   Schedule s;
   s.num_kv_heads = static_cast<int>(num_kv_heads);
   s.group = static_cast<int>(num_q_heads / num_kv_heads);
   s.q_len = static_cast<int>(q_len);
   s.pairs = batch * num_kv_heads;
-  s.rows_per_item = s.q_len < tile_q ? s.q_len : tile_q;
+  int blocks = max_blocks;
+  while (blocks > 1 && s.pairs * s.group * ceil_div(q_len, blocks * tile_q) < int64_t{kItemsPerThread} * threads) blocks /= 2;
+  s.rows_per_item = s.q_len < blocks * tile_q ? s.q_len : blocks * tile_q;
   s.row_blocks = ceil_div(q_len, s.rows_per_item);
-  int heads = tile_q / s.rows_per_item;
+  int heads = s.rows_per_item < tile_q ? tile_q / s.rows_per_item : 1;
   heads = heads < kMaxHeadsPerItem ? heads : kMaxHeadsPerItem;
   heads = heads < s.group ? heads : s.group;
   while (heads > 1 && s.pairs * ceil_div(s.group, heads) * s.row_blocks < threads) heads = (heads + 1) / 2;
@@ -80,10 +94,12 @@ struct Waves {
   int64_t slot(int64_t wave, int64_t item) const { return item / items_per_pair - wave * pairs_per_wave; }
 };
 
-static inline Waves make_waves(const Schedule& schedule, int64_t num_tiles, int64_t tile_floats) {
+static inline Waves make_waves(const Schedule& schedule, int64_t num_tiles, int64_t tile_floats, int threads) {
   const int64_t per_pair = schedule.items_per_pair(), pair_bytes = num_tiles * tile_floats * 4;
   if (per_pair == 1 || num_tiles == 0) return {1, schedule.pairs, per_pair, schedule.items(), 0, 0};
+  const int64_t needed = ceil_div(int64_t{kItemsPerThread} * threads, per_pair), most = kMaxWaveBytes / pair_bytes;
   int64_t pairs = kWaveBytes / pair_bytes;
+  pairs = pairs > needed ? pairs : needed < most ? needed : most;
   pairs = pairs < 1 ? 1 : pairs < schedule.pairs ? pairs : schedule.pairs;
   return {ceil_div(schedule.pairs, pairs), pairs, per_pair, schedule.items(), pairs * num_tiles, pairs * pair_bytes};
 }
@@ -131,6 +147,10 @@ template <class Products, int kTileKv> struct TileStore {
     Products::pack_keys(StridedRows<T>{k, k_stride.s}, k_stride.d, keys, tile);
     Products::pack_values(StridedRows<T>{v, v_stride.s}, v_stride.d, keys, tile + kValues);
     return {tile, tile + kValues};
+  }
+
+  bool is_packed(int wave, int64_t slot, int64_t tile) const {
+    return tiles && __atomic_load_n(states + slot * num_tiles + tile, __ATOMIC_RELAXED) > 2 * wave;
   }
 
   // k, v: first key of the tile. slot: number of the KV head within the wave. own: memory of this thread for one tile.

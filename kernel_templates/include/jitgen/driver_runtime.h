@@ -1,14 +1,17 @@
-// The part of the CUDA runtime that generated modules use, on the driver's API: 15 kB in place of the 700 kB of
-// libcudart_static, and nothing that must agree with the runtime which torch has loaded. Compiled once per module, as a
-// translation unit of its own, with hidden visibility, so that no module and no libcudart sees another's functions.
+// The part of the CUDA runtime that launchers use, on the driver's API: 15 kB in place of the 700 kB of libcudart_static, and
+// nothing that must agree with the runtime which torch has loaded. It stands in front of the host's part of a module (see
+// jitgen/host_part.py) in place of CUDA's headers, which take a compiler longer than all the rest.
 //
-// What nvcc's host code and the templates call is here under the runtime's names; a function that is not here fails at
-// link time, and the module is then linked with libcudart_static instead. Numbers of errors, attributes and flags are the
-// same in both APIs. No CUDA header is included: types are as the driver's ABI has them.
+// Names and numbers are the runtime's; those of errors, attributes and flags are the same in the driver's API, and so is the
+// layout of types. Everything has internal linkage: no module sees another's.
 #pragma once
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+#include <typeinfo>
 
 // glibc 2.34 gave these two a new version and kept the old: with the old one a module loads on older systems too.
 #if defined(__x86_64__) && defined(__GLIBC__)
@@ -16,23 +19,71 @@ __asm__(".symver dlopen, dlopen@GLIBC_2.2.5");
 __asm__(".symver dlsym, dlsym@GLIBC_2.2.5");
 #endif
 
-#pragma GCC visibility push(hidden)
+// ---- the language ----
+#define __host__
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define INFINITY __builtin_inff()
+
+struct alignas(8) int2 { int x, y; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// ---- types and numbers of the runtime ----
+enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost = 2 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0 };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4, cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+constexpr unsigned long long cudaEnableDefault = 0;
+using cudaStream_t = struct CUstream_st*;
+
+union cudaLaunchAttributeValue {
+  char room[64];
+  struct { unsigned x, y, z; } clusterDim;
+  int programmaticStreamSerializationAllowed;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  int gap;
+  cudaLaunchAttributeValue val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+// The device code of the module: what nvcc made, unchanged.
+extern "C" __attribute__((visibility("hidden"))) const char jitgen_binary[];
+
 namespace jg_runtime {
+namespace {
 
-struct Dim3 { unsigned x, y, z; };
-
-constexpr int kErrorInvalidConfiguration = 9, kErrorNoDriver = 35, kErrorNoKernel = 98;
+constexpr int kErrorNoDriver = 35, kErrorNoKernel = 98;
 constexpr int kCaptureRelaxed = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED: loading is no part of a captured graph
 
 // ---- the driver ----
 // Functions are found by name on first use; all of them exist since driver 525 (CUDA 12.0).
-inline void* driver() {
+void* driver() {
   static void* const library = dlopen("libcuda.so.1", RTLD_NOW);
   return library;
 }
 
-inline thread_local int last_error = 0;
-inline int report(int error) { return error ? last_error = error : 0; }
+thread_local int last_error = 0;
+cudaError_t report(int error) { return static_cast<cudaError_t>(error ? last_error = error : 0); }
 
 template <class... Args> struct Driver {
   const char* name;
@@ -49,14 +100,14 @@ template <class... Args> struct Driver {
   }
 };
 
-inline Driver<unsigned> cuInit{"cuInit"};
-inline Driver<void**> cuCtxGetCurrent{"cuCtxGetCurrent"};
-inline Driver<void*> cuCtxSetCurrent{"cuCtxSetCurrent"};
-inline Driver<int*> cuCtxGetDevice{"cuCtxGetDevice"};
-inline Driver<void**, int> cuDevicePrimaryCtxRetain{"cuDevicePrimaryCtxRetain"};
+Driver<int*> cuCtxGetDevice{"cuCtxGetDevice"};
 
 // Makes a context current as the runtime does: the thread's own, else the first device's primary one.
-inline int ensure_context() {
+int ensure_context() {
+  static Driver<unsigned> cuInit{"cuInit"};
+  static Driver<void**> cuCtxGetCurrent{"cuCtxGetCurrent"};
+  static Driver<void*> cuCtxSetCurrent{"cuCtxSetCurrent"};
+  static Driver<void**, int> cuDevicePrimaryCtxRetain{"cuDevicePrimaryCtxRetain"};
   void* context = nullptr;
   int error = cuCtxGetCurrent(&context);
   if (error == 3) {  // CUDA_ERROR_NOT_INITIALIZED
@@ -69,41 +120,63 @@ inline int ensure_context() {
 }
 
 // ---- kernels of this module ----
-// Registered by constructors, loaded on first use: importing a module must not touch a device.
-struct Binary { const void* data; void* library; };
-struct Kernel { Binary* binary; const void* host; const char* name; void* handle; };
+// Listed by constructors, loaded on first use: opening a module must not touch a device. On the host a kernel is a function
+// that does nothing, and its address stands for it.
+struct Here {};  // known to no other module; its name closes that of a kernel's type, which so is no symbol for others
+struct Kernel {
+  const void* host;
+  const char *name, *type;
+  void* handle = nullptr;
+  Kernel* next;
 
-constexpr int kMaxBinaries = 8, kMaxKernels = 256;
-inline Binary binaries[kMaxBinaries];
-inline Kernel kernels[kMaxKernels];
-inline int num_binaries = 0, num_kernels = 0;
-inline pthread_mutex_t loading = PTHREAD_MUTEX_INITIALIZER;
+  inline static Kernel* first = nullptr;
+  template <class... Args>
+  Kernel(const char* name, void (*kernel)(Args...))
+      : host(reinterpret_cast<const void*>(kernel)), name(name), type(typeid(void(Args..., Here)).name()), next(first) {
+    first = this;
+  }
+};
+#define JITGEN_KERNEL(name) static jg_runtime::Kernel name##_entry(#name, name);
 
-inline Kernel* find_kernel(const void* host) {
-  for (int i = 0; i < num_kernels; ++i)
-    if (kernels[i].host == host) return &kernels[i];
-  return nullptr;
+pthread_mutex_t loading = PTHREAD_MUTEX_INITIALIZER;
+void* library = nullptr;
+
+Kernel* find_kernel(const void* host) {
+  Kernel* kernel = Kernel::first;
+  while (kernel && kernel->host != host) kernel = kernel->next;
+  return kernel;
 }
 
-inline int load_locked(Kernel& kernel) {
+// The name that compilers give the kernel: _Z, its own with the length, its parameters. Those are in its type, which is F v,
+// the parameters, Here, E.
+bool mangle(const Kernel& kernel, char (&out)[512]) {
+  const size_t length = strlen(kernel.name), parameters = strlen(kernel.type) - strlen(typeid(Here).name()) - 3;
+  if (length + parameters > sizeof(out) - 16) return false;
+  snprintf(out, sizeof(out), "_Z%zu%s%.*s", length, kernel.name, static_cast<int>(parameters), kernel.type + 2);
+  return true;
+}
+
+int load_locked(Kernel& kernel) {
   static Driver<void**, const void*, int*, void**, unsigned, int*, void**, unsigned> cuLibraryLoadData{"cuLibraryLoadData"};
   static Driver<void**, void*, const char*> cuLibraryGetKernel{"cuLibraryGetKernel"};
   static Driver<int*> cuThreadExchangeStreamCaptureMode{"cuThreadExchangeStreamCaptureMode"};
-  Binary& binary = *kernel.binary;
+  char mangled[512];
+  if (!mangle(kernel, mangled)) return kErrorNoKernel;
   int mode = kCaptureRelaxed;
   int error = cuThreadExchangeStreamCaptureMode(&mode);
   if (error) return error;
-  void *library = nullptr, *handle = nullptr;
-  if (!binary.library) error = cuLibraryLoadData(&library, binary.data, nullptr, nullptr, 0, nullptr, nullptr, 0);
-  if (!error && library) binary.library = library;
-  if (!error) error = cuLibraryGetKernel(&handle, binary.library, kernel.name);
+  void *loaded = nullptr, *handle = nullptr;
+  if (!library) error = cuLibraryLoadData(&loaded, jitgen_binary, nullptr, nullptr, 0, nullptr, nullptr, 0);
+  if (!error && loaded) library = loaded;
+  if (!error) error = cuLibraryGetKernel(&handle, library, mangled);
   if (!error) __atomic_store_n(&kernel.handle, handle, __ATOMIC_RELEASE);
   cuThreadExchangeStreamCaptureMode(&mode);
   return error;
 }
 
 // The driver's handle of a kernel, with a context current. A failure is not remembered: the next call tries again.
-inline int resolve(Kernel* kernel, void** handle) {
+int resolve(const void* host, void** handle) {
+  Kernel* const kernel = find_kernel(host);
   if (!kernel) return kErrorNoKernel;
   int error = ensure_context();
   if (error) return error;
@@ -116,138 +189,134 @@ inline int resolve(Kernel* kernel, void** handle) {
   return error;
 }
 
-inline int launch(Kernel* kernel, Dim3 grid, Dim3 block, void** args, size_t shared_bytes, void* stream) {
-  static Driver<void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**>
-      cuLaunchKernel{"cuLaunchKernel"};
-  void* handle = nullptr;
-  const int error = resolve(kernel, &handle);
-  if (error) return report(error);
-  return report(cuLaunchKernel(handle, grid.x, grid.y, grid.z, block.x, block.y, block.z, static_cast<unsigned>(shared_bytes),
-                               stream, args, nullptr));
+template <class... Args> const void* address_of(void (*kernel)(Args...)) { return reinterpret_cast<const void*>(kernel); }
+const void* address_of(const void* kernel) { return kernel; }
+
+// ---- kernel<<<grid, block, shared_bytes, stream>>>(args...) ----
+template <class... Args> struct Configured {
+  const void* kernel;
+  dim3 grid, block;
+  size_t shared_bytes;
+  cudaStream_t stream;
+
+  cudaError_t operator()(const Args&... args) const {
+    static Driver<void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**>
+        cuLaunchKernel{"cuLaunchKernel"};
+    void* handle = nullptr;
+    const int error = resolve(kernel, &handle);
+    if (error) return report(error);
+    void* words[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+    return report(cuLaunchKernel(handle, grid.x, grid.y, grid.z, block.x, block.y, block.z, static_cast<unsigned>(shared_bytes),
+                                 stream, words, nullptr));
+  }
+};
+template <class... Args>
+Configured<Args...> configure(void (*kernel)(Args...), dim3 grid, dim3 block, size_t shared_bytes = 0,
+                              cudaStream_t stream = nullptr) {
+  return {address_of(kernel), grid, block, shared_bytes, stream};
 }
 
-// cudaLaunchConfig_t and CUlaunchConfig; their attributes have one layout.
-struct RuntimeConfig { Dim3 grid, block; size_t shared_bytes; void* stream; void* attributes; unsigned num_attributes; };
-struct DriverConfig { Dim3 grid, block; unsigned shared_bytes; void* stream; void* attributes; unsigned num_attributes; };
+template <class T> struct Exactly { using Type = T; };
 
-struct Configuration { Dim3 grid, block; size_t shared_bytes; void* stream; };
-inline thread_local Configuration pushed;
-
+}  // namespace
 }  // namespace jg_runtime
 
-extern "C" {
-using namespace jg_runtime;
+// ---- functions of the runtime ----
+namespace {
 
-// ---- what nvcc's host code calls ----
-void** __cudaRegisterFatBinary(void* wrapper) {
-  struct Wrapper { int magic, version; const void* data; void* more; };
-  if (num_binaries == kMaxBinaries) __builtin_trap();
-  Binary* binary = &binaries[num_binaries++];
-  binary->data = static_cast<Wrapper*>(wrapper)->data;
-  return reinterpret_cast<void**>(binary);
-}
-void __cudaRegisterFatBinaryEnd(void**) {}
-void __cudaUnregisterFatBinary(void**) {}  // the process ends: the driver may be gone already
-void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}  // no host code names a device variable
-void __cudaRegisterFunction(void** binary, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) {
-  if (num_kernels == kMaxKernels) __builtin_trap();
-  kernels[num_kernels++] = {reinterpret_cast<Binary*>(binary), host, name, nullptr};
-}
-unsigned __cudaPushCallConfiguration(Dim3 grid, Dim3 block, size_t shared_bytes, void* stream) {
-  pushed = {grid, block, shared_bytes, stream};
-  return 0;
-}
-int __cudaPopCallConfiguration(Dim3* grid, Dim3* block, size_t* shared_bytes, void* stream) {
-  *grid = pushed.grid, *block = pushed.block, *shared_bytes = pushed.shared_bytes;
-  *static_cast<void**>(stream) = pushed.stream;
-  return 0;
-}
-int __cudaGetKernel(void** handle, const void* host) {  // nvcc 13 keeps what this gives, even after a failure
-  *handle = find_kernel(host);
-  return *handle ? 0 : report(kErrorNoKernel);
-}
-int __cudaLaunchKernel(void* kernel, Dim3 grid, Dim3 block, void** args, size_t shared_bytes, void* stream) {
-  return launch(static_cast<Kernel*>(kernel), grid, block, args, shared_bytes, stream);
-}
-
-// ---- what the templates call ----
-int cudaLaunchKernel(const void* host, Dim3 grid, Dim3 block, void** args, size_t shared_bytes, void* stream) {
-  return launch(find_kernel(host), grid, block, args, shared_bytes, stream);
-}
-int cudaLaunchKernelExC(const RuntimeConfig* c, const void* host, void** args) {
-  static Driver<const DriverConfig*, void*, void**, void**> cuLaunchKernelEx{"cuLaunchKernelEx"};
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* kernel, void** args) {
+  struct DriverConfig {
+    dim3 grid, block;
+    unsigned shared_bytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute* attributes;
+    unsigned num_attributes;
+  };
+  static jg_runtime::Driver<const DriverConfig*, void*, void**, void**> cuLaunchKernelEx{"cuLaunchKernelEx"};
   void* handle = nullptr;
-  const int error = resolve(find_kernel(host), &handle);
-  if (error) return report(error);
-  const DriverConfig config = {c->grid,   c->block,      static_cast<unsigned>(c->shared_bytes),
-                               c->stream, c->attributes, c->num_attributes};
-  return report(cuLaunchKernelEx(&config, handle, args, nullptr));
+  const int error = jg_runtime::resolve(kernel, &handle);
+  if (error) return jg_runtime::report(error);
+  const DriverConfig config = {c->gridDim, c->blockDim, static_cast<unsigned>(c->dynamicSmemBytes),
+                               c->stream,  c->attrs,    c->numAttrs};
+  return jg_runtime::report(cuLaunchKernelEx(&config, handle, args, nullptr));
 }
-int cudaGetDevice(int* device) {
-  const int error = ensure_context();
-  return report(error ? error : cuCtxGetDevice(device));
+template <class... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Args...),
+                               const typename jg_runtime::Exactly<Args>::Type&... args) {
+  void* words[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+  return cudaLaunchKernelExC(config, jg_runtime::address_of(kernel), words);
 }
-int cudaDeviceGetAttribute(int* value, int attribute, int device) {
-  static Driver<int*, int, int> cuDeviceGetAttribute{"cuDeviceGetAttribute"};
-  const int error = ensure_context();
-  return report(error ? error : cuDeviceGetAttribute(value, attribute, device));
+cudaError_t cudaGetDevice(int* device) {
+  const int error = jg_runtime::ensure_context();
+  return jg_runtime::report(error ? error : jg_runtime::cuCtxGetDevice(device));
 }
-int cudaFuncSetAttribute(const void* host, int attribute, int value) {
-  static Driver<int, int, void*, int> cuKernelSetAttribute{"cuKernelSetAttribute"};
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  static jg_runtime::Driver<int*, int, int> cuDeviceGetAttribute{"cuDeviceGetAttribute"};
+  const int error = jg_runtime::ensure_context();
+  return jg_runtime::report(error ? error : cuDeviceGetAttribute(value, attribute, device));
+}
+template <class Host> cudaError_t cudaFuncSetAttribute(Host kernel, cudaFuncAttribute attribute, int value) {
+  static jg_runtime::Driver<int, int, void*, int> cuKernelSetAttribute{"cuKernelSetAttribute"};
   void* handle = nullptr;
   int device = 0;
-  int error = resolve(find_kernel(host), &handle);
-  if (!error) error = cuCtxGetDevice(&device);
-  return report(error ? error : cuKernelSetAttribute(attribute, value, handle, device));
+  int error = jg_runtime::resolve(jg_runtime::address_of(kernel), &handle);
+  if (!error) error = jg_runtime::cuCtxGetDevice(&device);
+  return jg_runtime::report(error ? error : cuKernelSetAttribute(attribute, value, handle, device));
 }
-int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* host, int threads, size_t bytes, unsigned flags) {
-  static Driver<int*, void*, int, size_t, unsigned> occupancy{"cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags"};
+template <class Host>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Host kernel, int threads, size_t shared_bytes) {
+  static jg_runtime::Driver<int*, void*, int, size_t, unsigned> occupancy{
+      "cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags"};
   void* handle = nullptr;
-  const int error = resolve(find_kernel(host), &handle);
-  return report(error ? error : occupancy(blocks, handle, threads, bytes, flags));
+  const int error = jg_runtime::resolve(jg_runtime::address_of(kernel), &handle);
+  return jg_runtime::report(error ? error : occupancy(blocks, handle, threads, shared_bytes, 0));
 }
-int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* host, int threads, size_t shared_bytes) {
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, host, threads, shared_bytes, 0);
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  static jg_runtime::Driver<void*, cudaStreamCaptureStatus*> cuStreamIsCapturing{"cuStreamIsCapturing"};
+  const int error = jg_runtime::ensure_context();
+  return jg_runtime::report(error ? error : cuStreamIsCapturing(stream, status));
 }
-int cudaMemsetAsync(void* pointer, int value, size_t bytes, void* stream) {
-  static Driver<void*, unsigned char, size_t, void*> cuMemsetD8Async{"cuMemsetD8Async"};
-  const int error = ensure_context();
-  return report(error ? error : cuMemsetD8Async(pointer, static_cast<unsigned char>(value), bytes, stream));
+cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  static jg_runtime::Driver<void*, unsigned long long*> cuStreamGetId{"cuStreamGetId"};
+  const int error = jg_runtime::ensure_context();
+  return jg_runtime::report(error ? error : cuStreamGetId(stream, id));
 }
-int cudaStreamIsCapturing(void* stream, int* status) {
-  static Driver<void*, int*> cuStreamIsCapturing{"cuStreamIsCapturing"};
-  const int error = ensure_context();
-  return report(error ? error : cuStreamIsCapturing(stream, status));
-}
-int cudaStreamGetId(void* stream, unsigned long long* id) {
-  static Driver<void*, unsigned long long*> cuStreamGetId{"cuStreamGetId"};
-  const int error = ensure_context();
-  return report(error ? error : cuStreamGetId(stream, id));
-}
-int cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version, unsigned long long flags, int* found) {
-  static Driver<const char*, void**, int, unsigned long long, int*> cuGetProcAddress{"cuGetProcAddress_v2"};
+cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long flags,
+                                    cudaDriverEntryPointQueryResult* found) {
+  static jg_runtime::Driver<const char*, void**, int, unsigned long long, int*> cuGetProcAddress{"cuGetProcAddress_v2"};
   int result = 0;
-  const int error = cuGetProcAddress(name, function, static_cast<int>(version), flags, &result);
-  if (found) *found = result;
-  return report(error);
+  const int error = cuGetProcAddress(name, function, 12000, flags, &result);
+  if (found) *found = static_cast<cudaDriverEntryPointQueryResult>(result);
+  return jg_runtime::report(error);
 }
-int cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long flags, int* found) {
-  return cudaGetDriverEntryPointByVersion(name, function, 12000, flags, found);
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  static jg_runtime::Driver<void**, size_t> cuMemAlloc{"cuMemAlloc_v2"};
+  const int error = jg_runtime::ensure_context();
+  return jg_runtime::report(error ? error : cuMemAlloc(memory, bytes));
 }
-int cudaGetLastError() {
-  const int error = last_error;
-  last_error = 0;
-  return error;
+cudaError_t cudaFree(void* memory) {
+  static jg_runtime::Driver<void*> cuMemFree{"cuMemFree_v2"};
+  return jg_runtime::report(cuMemFree(memory));
 }
-int cudaPeekAtLastError() { return last_error; }
-const char* cudaGetErrorString(int code) {
-  static Driver<int, const char**> cuGetErrorString{"cuGetErrorString"};
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {   // the driver sees which way
+  static jg_runtime::Driver<void*, const void*, size_t> cuMemcpy{"cuMemcpy"};
+  return jg_runtime::report(cuMemcpy(to, from, bytes));
+}
+cudaError_t cudaGetLastError() {
+  const int error = jg_runtime::last_error;
+  jg_runtime::last_error = 0;
+  return static_cast<cudaError_t>(error);
+}
+cudaError_t cudaPeekAtLastError() { return static_cast<cudaError_t>(jg_runtime::last_error); }
+const char* cudaGetErrorString(cudaError_t code) {
+  static jg_runtime::Driver<int, const char**> cuGetErrorString{"cuGetErrorString"};
+  const int number = code;
   const char* text = nullptr;
-  if (code == 0) return "no error";
-  if (code == kErrorInvalidConfiguration) return "invalid launch configuration";
-  if (code == kErrorNoDriver) return "libcuda.so.1 is missing or older than CUDA 12.0. Update the NVIDIA driver.";
-  if (code == kErrorNoKernel) return "the module has no such kernel";
-  return cuGetErrorString(code, &text) == 0 && text ? text : "unknown CUDA error";
+  if (number == 0) return "no error";
+  if (number == cudaErrorInvalidConfiguration) return "invalid launch configuration";
+  if (number == jg_runtime::kErrorNoDriver) return "libcuda.so.1 is missing or older than CUDA 12.0. Update the NVIDIA driver.";
+  if (number == jg_runtime::kErrorNoKernel) return "the module has no such kernel";
+  return cuGetErrorString(number, &text) == 0 && text ? text : "unknown CUDA error";
 }
-}
-#pragma GCC visibility pop
+
+}  // namespace

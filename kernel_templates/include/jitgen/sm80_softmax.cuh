@@ -16,6 +16,11 @@ template <int kRowTiles, int kTiles> JITGEN_FN void scale_rows(float (&x)[kRowTi
       for (int e = 0; e < 4; ++e) x[i][j][e] *= factor[i][e / 2];
 }
 
+// Logits are to be understood as what a tile holds plus the offset of their row in this thread.
+struct NoOffsets {};
+JITGEN_FN float with_offset(float x, NoOffsets, int, int) { return x; }
+template <int kRowTiles> JITGEN_FN float with_offset(float x, const float (&offsets)[kRowTiles][2], int i, int half) { return x + offsets[i][half]; }
+
 // Row maximum and denominator of the rows of one thread. The maximum is agreed by the quad at every tile, the
 // denominator stays a partial sum of the thread's own columns until `finish`.
 template <int kRowTiles> struct OnlineSoftmax {
@@ -27,16 +32,21 @@ template <int kRowTiles> struct OnlineSoftmax {
     for (int i = 0; i < kRowTiles; ++i) row_max[i][0] = row_max[i][1] = -INFINITY, row_sum[i][0] = row_sum[i][1] = 0.0f;
   }
   // Largest logit of a row of the tile.
-  template <int kColTiles> JITGEN_FN float top_of(const float (&s)[kRowTiles][kColTiles][4], int i, int half) const {
+  template <int kColTiles, class Offsets = NoOffsets>
+  JITGEN_FN float top_of(const float (&s)[kRowTiles][kColTiles][4], int i, int half, const Offsets& offsets = {}) const {
     float top = ::fmaxf(s[i][0][2 * half], s[i][0][2 * half + 1]);
 #pragma unroll
     for (int j = 1; j < kColTiles; ++j) top = ::fmaxf(top, ::fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
-    return quad_max(top);
+    return quad_max(with_offset(top, offsets, i, half));
   }
   // What is taken from the exponents of a row. A row that has seen nothing keeps maximum -inf and is shifted by 0 instead, so
   // its weights are exp2(-inf) = 0 and never NaN.
   JITGEN_FN float shift(int i, int half, float units) const {
     return row_max[i][half] == -INFINITY ? 0.0f : row_max[i][half] * units;
+  }
+  JITGEN_FN float shift(int i, int half, float units, NoOffsets) const { return shift(i, half, units); }
+  JITGEN_FN float shift(int i, int half, float units, const float (&offsets)[kRowTiles][2]) const {   // the difference is exact
+    return ((row_max[i][half] == -INFINITY ? 0.0f : row_max[i][half]) - offsets[i][half]) * units;
   }
   // Brings the maximum of a row to `top`; returns whether it moved, and in `factor` what O must be multiplied by then. The old
   // one is kept until it is exceeded by more than kSlack (in exponents of two): most tiles leave O alone, and weights may
@@ -50,8 +60,9 @@ template <int kRowTiles> struct OnlineSoftmax {
     return now != before;
   }
   // Turns the logits of a row into weights.
-  template <int kColTiles> JITGEN_FN void weigh(float (&s)[kRowTiles][kColTiles][4], int i, int half, float units) {
-    const float taken = shift(i, half, units);
+  template <int kColTiles, class Offsets = NoOffsets>
+  JITGEN_FN void weigh(float (&s)[kRowTiles][kColTiles][4], int i, int half, float units, const Offsets& offsets = {}) {
+    const float taken = shift(i, half, units, offsets);
     float tile_sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j)
@@ -82,20 +93,21 @@ template <int kRowTiles> struct OnlineSoftmax {
     for (int r = 0; r < 2 * kRowTiles; ++r) weigh(s, r / 2, r % 2, units);
   }
   // A tile of logits becomes weights: returns whether a maximum moved, and what O must be multiplied by then.
-  template <int kColTiles> JITGEN_FN bool update(float (&s)[kRowTiles][kColTiles][4], float (&factor)[kRowTiles][2], float units) {
+  template <int kColTiles, class Offsets = NoOffsets>
+  JITGEN_FN bool update(float (&s)[kRowTiles][kColTiles][4], float (&factor)[kRowTiles][2], float units, const Offsets& offsets = {}) {
     bool moved = false;
 #pragma unroll
     for (int r = 0; r < 2 * kRowTiles; ++r) {
-      moved |= raise(r / 2, r % 2, top_of(s, r / 2, r % 2), units, factor[r / 2][r % 2]);
-      weigh(s, r / 2, r % 2, units);
+      moved |= raise(r / 2, r % 2, top_of(s, r / 2, r % 2, offsets), units, factor[r / 2][r % 2]);
+      weigh(s, r / 2, r % 2, units, offsets);
     }
     return moved;
   }
   // The same, and O is brought to the new maxima.
-  template <int kColTiles, int kOutTiles>
-  JITGEN_FN void update(float (&s)[kRowTiles][kColTiles][4], float (&o)[kRowTiles][kOutTiles][4], float units) {
+  template <int kColTiles, int kOutTiles, class Offsets = NoOffsets>
+  JITGEN_FN void update(float (&s)[kRowTiles][kColTiles][4], float (&o)[kRowTiles][kOutTiles][4], float units, const Offsets& offsets = {}) {
     float factor[kRowTiles][2];
-    const bool moved = update(s, factor, units);
+    const bool moved = update(s, factor, units, offsets);
     if (__any_sync(0xffffffffu, moved)) scale_rows(o, factor);
   }
   // Denominator over the whole row; returns the natural-log LSE. `factor` is what the O row must be multiplied by.
@@ -104,10 +116,10 @@ template <int kRowTiles> struct OnlineSoftmax {
     const float total = quad_sum(row_sum[i][half]);
     const float largest = total == 0.0f ? -INFINITY : row_max[i][half] * (units * kLn2);   // back to natural units; -inf: no key
     const float top = ::fmaxf(largest, sink);
-    if (top == -INFINITY) { factor = 0.0f; return -INFINITY; }
-    const float old = exp(largest - top), denominator = total * old + exp(sink - top);
-    factor = old * reciprocal(denominator);
-    return top + log(denominator);
+    const bool has_keys = top != -INFINITY;   // selected, not branched on: the rows of a thread overlap
+    const float taken = has_keys ? top : 0.0f, old = exp(largest - taken), denominator = total * old + exp(sink - taken);
+    factor = has_keys ? old * reciprocal(denominator) : 0.0f;
+    return has_keys ? top + log(denominator) : -INFINITY;
   }
 };
 

@@ -175,11 +175,11 @@ JITGEN_FN void store_rows(const float (&o)[kRowTiles][kOutTiles][4], unsigned ad
   char* to = static_cast<char*>(base) + row * row_stride * 2 + chunk * 16;
 #pragma unroll
   for (int r = 0; r < 16 * kRowTiles; r += kRowsAtOnce, to += kRowsAtOnce * row_stride * 2) {
-    if (r + row >= row_limit) break;
 #pragma unroll
-    for (int span = 0; span < Tile::kSpans; ++span)
-      *reinterpret_cast<uint4*>(to + span * Tile::kSpan * 16) =
-          load_shared_128(address + Tile::offset(r + row, span * Tile::kSpan + chunk));
+    for (int span = 0; span < Tile::kSpans; ++span) {   // no branch between the rows: reads of several overlap
+      const uint4 out = load_shared_128(address + Tile::offset(r + row, span * Tile::kSpan + chunk));
+      if (r + row < row_limit) *reinterpret_cast<uint4*>(to + span * Tile::kSpan * 16) = out;
+    }
   }
 }
 

@@ -10,10 +10,10 @@ namespace jg {
 struct RowSoftmax {
   float row_max[2], row_sum[2];
 
-  JITGEN_FN RowSoftmax() : row_max{-INFINITY, -INFINITY}, row_sum{0.0f, 0.0f} {}
+  JITGEN_FN explicit RowSoftmax(float least = -INFINITY) : row_max{least, least}, row_sum{0.0f, 0.0f} {}
   // Natural-log LSE of a row; `factor` is what its O must be multiplied by. `sink`: an extra logit without a value.
   JITGEN_FN float finish(int half, float units, float sink, float& factor) const {
-    const float largest = row_max[half] * (units * kLn2), total = quad_sum(row_sum[half]), top = ::fmaxf(largest, sink);
+    const float total = quad_sum(row_sum[half]), largest = total == 0.0f ? -INFINITY : row_max[half] * (units * kLn2), top = ::fmaxf(largest, sink);
     if (top == -INFINITY) { factor = 0.0f; return -INFINITY; }
     const float old = exp(largest - top), denominator = total * old + exp(sink - top);
     factor = old * reciprocal(denominator);
@@ -24,6 +24,15 @@ struct RowSoftmax {
 // What turns logits into exponents of two, if they are still to be multiplied by `factor`. One that is not positive would
 // turn the maximum into the minimum: the logits are multiplied by it beforehand.
 JITGEN_FN float exponent_units(float factor) { return factor > 0.0f ? factor * kLog2E : kLog2E; }
+
+// For scores within +-1, to be multiplied by `factor`, and weights of the range of fp32: where no weight can reach 2^kRoom, the
+// maxima of the first KV tile of a query tile are kept for good. None is below least_maximum then.
+constexpr float kRoom = 80.0f, kLargestReach = 90.0f;   // exp2(kRoom - 2 * kLargestReach) is a normal number still
+JITGEN_FN float reach_of(float factor) { return ::fabsf(factor) * kLog2E; }
+JITGEN_FN bool keeps_maximum(float factor) { return reach_of(factor) <= kLargestReach; }
+JITGEN_FN float least_maximum(float factor) {
+  return keeps_maximum(factor) ? (reach_of(factor) - kRoom) * reciprocal(exponent_units(factor)) : -INFINITY;
+}
 
 // Brings the maximum of both rows up to date; returns whether one moved in any row of the warp. `shift` is what exponents
 // are measured from, `factor` what O so far must be multiplied by.
@@ -95,6 +104,10 @@ template <int kSlack, int kColTiles>
 JITGEN_FN bool may_rise(const RowSoftmax& state, const float (&s)[kColTiles][4], float units, const float (&offset)[2], float (&shift)[2]) {
   return may_rise_from<kSlack, true>(state, s, units, offset, shift);
 }
+// `shift` as update_maximum would leave it if no logit exceeded the maximum.
+JITGEN_FN void shift_by_maximum(const RowSoftmax& state, float units, float (&shift)[2]) {
+  shift[0] = state.row_max[0] * units, shift[1] = state.row_max[1] * units;
+}
 
 // Logits become weights. All by the exp2 unit: polynomials for some, as other kernels have them, cost more issue slots than
 // the unit is short of (one in eight: 2 to 5 % slower for every head dim, 1 % with a soft cap).
@@ -107,6 +120,32 @@ JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], float 
       s[j][e] = exp2(::fmaf(s[j][e], units, -shift[e / 2]));
       state.row_sum[e / 2] += s[j][e];
     }
+}
+
+// tanh of all logits. The unit that has tanh has the exponentials too, and both together take as long as the products: where no
+// logit of a warp is near the cap, it is a polynomial (7 % of hd128 causal 4k, with the maximum that is kept).
+template <int kColTiles> JITGEN_FN void cap_logits(float (&s)[kColTiles][4]) {
+  constexpr float kNear = 0.75f;   // to there the polynomial is good to 2^-12, twice as good as tanh.approx
+  float largest[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) largest[e] = ::fmaxf(largest[e], ::fabsf(s[j][e]));
+  const float top = ::fmaxf(::fmaxf(largest[0], largest[1]), ::fmaxf(largest[2], largest[3]));
+  if (JITGEN_FAST_TANH && __all_sync(0xffffffffu, top <= kNear)) {
+#pragma unroll
+    for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float square = s[j][e] * s[j][e];
+        s[j][e] *= ::fmaf(square, ::fmaf(square, 0.09735367f, -0.32629587f), 0.99978514f);
+      }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[j][e] = tanh(s[j][e]);
+  }
 }
 
 template <int kColTiles> JITGEN_FN void scale_logits(float (&s)[kColTiles][4], float scale) {

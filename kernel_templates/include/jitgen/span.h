@@ -50,6 +50,12 @@ JITGEN_FN Truth unproven(Truth t) { return {t.may, 0}; }
 JITGEN_FN int tile_kind(Truth t) { return t.must ? kTileFull : t.may ? kTilePartial : kTileNone; }
 
 JITGEN_FN Truth operator&(Truth a, Truth b) { return {a.may & b.may, a.must & b.must}; }
+// Kind of a tile for a conjunction of what positions say and what tensors say, where a template tells the two apart.
+constexpr int kTilePositions = 3;   // partial, and the tensors hide nothing
+JITGEN_FN int tile_kind(Truth positions, Truth tensors) {
+  const int kind = tile_kind(positions & tensors);
+  return kind == kTilePartial && tensors.must ? kTilePositions : kind;
+}
 JITGEN_FN Truth operator|(Truth a, Truth b) { return {a.may | b.may, a.must | b.must}; }
 JITGEN_FN Truth operator!(Truth a) { return {!a.must, !a.may}; }
 JITGEN_FN Truth operator==(Truth a, Truth b) { return (a & b) | (!a & !b); }
@@ -144,6 +150,8 @@ JITGEN_FN Axis axis(Bounds index, long long size, long long stride) {
   const long long lo = all ? 0 : index.lo + shift, hi = all ? size - 1 : index.hi + shift;
   return {most(0, least(lo, size - 1)), most(0, least(hi, size - 1)), stride};
 }
+// Of positions known to be inside.
+JITGEN_FN Axis inside(Bounds index, long long stride) { return {index.lo, index.hi, stride}; }
 JITGEN_FN long long extent(Axis a) { return a.hi - a.lo + 1; }
 
 template <class T> JITGEN_FN Bounds checked(const T*, long long lo, long long hi) {
