@@ -2,6 +2,7 @@
 // attention decode paged bfloat16 hd128
 // score = (score + (f32((kv_idx - q_idx)) * slopes[h]))
 // mask = kept[h]
+#include "jitgen/cuda_launch.cuh"
 #include "jitgen/cuda_math.cuh"
 #include "jitgen/decode_load.cuh"
 #include "jitgen/decode_merge.cuh"
@@ -707,14 +708,8 @@ extern "C" int jitgen_launch(const Args* args) {
     setup.keys = keys.operand, setup.values = values.operand;
   }
 
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(static_cast<unsigned>(args->num_ctas)), launch.blockDim = dim3(kThreads);
-  launch.dynamicSmemBytes = kSharedBytes, launch.stream = reinterpret_cast<cudaStream_t>(args->stream);
-  launch.attrs = &overlap, launch.numAttrs = kTensorCopies && args->programmatic ? 1 : 0;
-  return cudaLaunchKernelEx(&launch, decode_kernel, setup, *args);
+  return jg::launch_kernel(decode_kernel, dim3(static_cast<unsigned>(args->num_ctas)), kThreads, kSharedBytes, reinterpret_cast<void*>(args->stream),
+                           kTensorCopies && args->programmatic, setup, *args);
 }
 extern "C" int jitgen_plan(const Args* args) { return launch_planner(*args, plan_shape(*args)); }
 extern "C" long long jitgen_plan_bytes(const Args* args) {

@@ -881,15 +881,8 @@ static int start_attention(const Args& args, const Launch& launch) {
   if (!code) code = k.update(k_key, kIsBf16, keys, KeyTile::kSpan);
   if (!code) code = v.update(v_key, kIsBf16, keys, ValueTile::kSpan);
   if (code) return code;
-  const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args.stream);
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(launch.num_ctas)), config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes, config.stream = stream;
-  config.attrs = &overlap, config.numAttrs = args.programmatic ? 1 : 0;
-  return cudaLaunchKernelEx(&config, attention_kernel, Maps{q.operand, k.operand, v.operand, o.operand}, args, launch, keys);
+  return jg::launch_kernel(attention_kernel, dim3(static_cast<unsigned>(launch.num_ctas)), kThreads, kSharedBytes, reinterpret_cast<void*>(args.stream),
+                           args.programmatic, Maps{q.operand, k.operand, v.operand, o.operand}, args, launch, keys);
 }
 
 [[maybe_unused]] constexpr bool kEarlyMerge = false;

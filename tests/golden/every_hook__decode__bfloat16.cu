@@ -5,6 +5,7 @@
 // sink = sink[h]
 // output = (sigmoid(gate[h]) * o)
 // lse = (1.4426950408889634 * lse)
+#include "jitgen/cuda_launch.cuh"
 #include "jitgen/cuda_math.cuh"
 #include "jitgen/decode_load.cuh"
 #include "jitgen/decode_merge.cuh"
@@ -670,14 +671,8 @@ extern "C" int jitgen_launch(const Args* args) {
     setup.keys = keys.operand, setup.values = values.operand;
   }
 
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(static_cast<unsigned>(args->num_ctas)), launch.blockDim = dim3(kThreads);
-  launch.dynamicSmemBytes = kSharedBytes, launch.stream = reinterpret_cast<cudaStream_t>(args->stream);
-  launch.attrs = &overlap, launch.numAttrs = kTensorCopies && args->programmatic ? 1 : 0;
-  return cudaLaunchKernelEx(&launch, decode_kernel, setup, *args);
+  return jg::launch_kernel(decode_kernel, dim3(static_cast<unsigned>(args->num_ctas)), kThreads, kSharedBytes, reinterpret_cast<void*>(args->stream),
+                           kTensorCopies && args->programmatic, setup, *args);
 }
 extern "C" int jitgen_plan(const Args* args) { return launch_planner(*args, plan_shape(*args)); }
 extern "C" long long jitgen_plan_bytes(const Args* args) {
