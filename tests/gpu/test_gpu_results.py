@@ -163,7 +163,7 @@ def test_capped_logits_of_any_reach(family, dtype, head_dim, cap, sign):
 def test_multiples_of_the_distance_of_either_sign(family, head_dim, factor):
     q, k, v = inputs(2, 4, 2, 200, 333, head_dim)
     slopes = torch.tensor([0.5, 0.01, 0.0, -0.25], device="cuda")
-    alibi = jitgen.Variant(lambda s, b, h, q_idx, kv_idx: factor * s + slopes[h] * (kv_idx - q_idx), mask_mod=causal)
+    alibi = jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: factor * s + slopes[h] * (kv_idx - q_idx), mask_mod=causal)
     distance = torch.arange(333, device="cuda") - torch.arange(133, 333, device="cuda")[:, None]
     keys, values = (t.double().repeat_interleave(2, 1) for t in (k, v))
     logits = factor * (q.double() @ keys.mT) / math.sqrt(head_dim) + slopes.double()[:, None, None] * distance
