@@ -16,6 +16,7 @@ from jitgen.fp8 import Scale, negated, output_dtype, with_scales, workspace_byte
 from jitgen.layouts import check_out, expanded_stride, finished, is_row_aligned, needs_adapting, pad_columns, stride_like
 from jitgen.program import Program, direct_indices, uses_index, without_rows
 from jitgen.records import record
+from jitgen.streams import call_on, stream_of
 from jitgen.variant import Variant, resolve
 
 try:  # what code that torch.compile generates calls: half the time of torch.empty_strided
@@ -204,15 +205,8 @@ def run(
 
 def launch(kernel: runtime.CompiledKernel, cuda_index: int | None, pointers: tuple[int, ...], rest: bytes) -> None:
     """Start the kernel, on the current stream; ``rest`` is struct Args from `batch` on."""
-    if cuda_index is None:
-        code = kernel.launch(_pack_pointers(*pointers, 0, torch.get_num_threads()) + rest)
-    else:
-        packed = _pack_pointers(*pointers, torch._C._cuda_getCurrentRawStream(cuda_index), 0) + rest
-        if cuda_index == torch._C._cuda_getDevice():
-            code = kernel.launch(packed)
-        else:
-            with torch.cuda.device(cuda_index):
-                code = kernel.launch(packed)
+    threads = torch.get_num_threads() if cuda_index is None else 0
+    code = call_on(cuda_index, kernel.launch, _pack_pointers(*pointers, stream_of(cuda_index), threads) + rest)
     if code:
         kernel.raise_error(code)
 

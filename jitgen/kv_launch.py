@@ -30,6 +30,7 @@ from jitgen.kv_spec import (
 from jitgen.kv_tokens import Tokens
 from jitgen.program import Program
 from jitgen.rotary import Rope
+from jitgen.streams import call_on, cuda_index, stream_of
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
 
 Tensor = torch.Tensor
@@ -205,20 +206,15 @@ class RowsCall:
 
         ``tokens``: the pointers of TOKEN_ARGS. ``streams``: addresses of rows, of where they go, of scales, and the scale.
         """
-        on_host = self.device.type == "cpu"
-        stream = 0 if on_host else torch._C._cuda_getCurrentRawStream(self.device.index)
-        words: list[object] = [*tokens, *self.numbers, stream, torch.get_num_threads() if on_host else 0]
+        index = cuda_index(self.device)
+        words: list[object] = [*tokens, *self.numbers, stream_of(index), torch.get_num_threads() if index is None else 0]
         for own, rows in zip(streams, self.rows, strict=True):
             words += own
             words += rows
         packed = self.pack(*words) + self.turns
         if values:
             packed += self.pack_captures(*runtime.capture_words(self.trace, list(values)))  # type: ignore[arg-type]
-        if on_host or self.device.index == torch._C._cuda_getDevice():
-            code = self.kernel.launch(packed)
-        else:
-            with torch.cuda.device(self.device):
-                code = self.kernel.launch(packed)
+        code = call_on(index, self.kernel.launch, packed)
         if code:
             self.kernel.raise_error(code)
 
