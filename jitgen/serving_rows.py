@@ -47,7 +47,7 @@ class Stage:
         self.changes_keys = program.rows is not None and program.rows.changes_keys
         dims = plan.head_dim, plan.head_dim_v
         on_gpu = self.device.type == "cuda"
-        self.gathers_bytes = bool(stored_dtype(plan)) and on_gpu and plan.max_kv_tokens is not None
+        self.gathers_bytes = _gathers_bytes(plan)
         self.fits_decode = on_gpu and (not self.changes_keys or (not stored_dtype(plan) and fits_decode(program, *dims)))
         self.capacity = 0
         self.direct_rows = 0  # requests of no more rows (query rows * query heads of a KV head) are not staged
@@ -244,8 +244,12 @@ def make_stage(plan: Plan, program: Program) -> Stage | None:
             f"the variant transforms rows, and with head dims {MLA_DIMS} a row is key and value at once. Transform it in "
             "jitgen.append."
         )
-    gathers_bytes = bool(stored_dtype(plan)) and plan.device.type == "cuda" and plan.max_kv_tokens is not None
-    return Stage(plan, program) if program.rows is not None or gathers_bytes else None
+    return Stage(plan, program) if program.rows is not None or _gathers_bytes(plan) else None
+
+
+def _gathers_bytes(plan: Plan) -> bool:
+    """Whether prefill reads dequantised copies of keys of 8 bits; without room for them the decode kernel serves all."""
+    return bool(stored_dtype(plan)) and plan.device.type == "cuda" and plan.max_kv_tokens is not None
 
 
 def _kinds(program: Program) -> tuple[bool, ...]:
