@@ -120,6 +120,7 @@ using KeyTile = jg::SpanTile<kHeadDim>;
 constexpr int kThreads = 384, kRowThreads = 256;
 constexpr int kRowTiles = 2;                     // of the merge's grid: twins
 constexpr int kMergeThreads = 128, kMergeTiles = 16;   // of a CTA of the merge; column tiles that it joins, for 16 rows
+constexpr bool kEarlyMerge = true;               // attention_kernel lets it start
 constexpr int kHalf = kHeadDimV / 2;             // columns of O that a warp group has
 constexpr int kOutTiles = kHalf / 8, kSpans = kHalf / 64;
 constexpr int kSpanBytes = kTileKv * 128;
@@ -130,7 +131,8 @@ constexpr int kControlAt = kWeightAt + kTileQ * kTileKv * 2;
 constexpr int kProducerRegs = 40, kConsumerRegs = 232;
 static_assert(kTileQ == 64 && kTileKv == 64 && kNumStages == 2, "stages are owned by the two warp groups in turn");
 static_assert(kHeadDim - kHeadDimV == 64 && kHalf == 256, "one span of rotated columns, O in two halves");
-using Logits = float[kTileKv / 8][4];
+constexpr int kLogitKeys = kTileKv;             // of a warp group
+using Logits = float[kLogitKeys / 8][4];
 using Output = float[1][kOutTiles][4];
 constexpr int kSlack = 8;                         // growth of the maximum (exponents of two) below which O is left alone
 constexpr bool kMaybeEmpty = false;
@@ -302,6 +304,21 @@ JITGEN_FN int key_of(int step) { return static_cast<int>(static_cast<unsigned>(s
 JITGEN_FN int row_of(int thread) { return (thread & 127) / 32 * 16 + thread % 32 / 4; }
 JITGEN_FN int own_row() { return row_of(jg::stay(static_cast<int>(threadIdx.x))); }
 
+// ---- twins ----
+// Neighbouring CTAs take the two halves of 128 heads: what one of them reads from memory, the other finds in L2.
+static void pair_groups(const Args& args, Launch& launch) {
+  launch.twins = args.split && launch.shape.groups % 2 == 0 && args.num_ctas % 2 == 0 ? 2 : 1;
+  launch.shape.groups /= launch.twins, launch.shape.shares /= launch.twins;
+}
+JITGEN_FN Cursor own_share(const Args& args, const Launch& launch) { return share_begin(args, launch, blockIdx.x / launch.twins); }
+JITGEN_FN Piece take_own_piece(const Args& args, const Launch& launch, Cursor& at) {
+  const int twin = blockIdx.x % launch.twins;
+  Piece piece = take_piece(args, launch, at);
+  piece.group = piece.group * launch.twins + twin;
+  if (piece.slot >= 0) piece.slot = piece.slot * launch.twins + twin;
+  return piece;
+}
+
 // ---- hooks on a tile of logits ----
 // What the hooks need of the two rows of a thread, which may belong to two heads.
 struct Rows {
@@ -322,9 +339,9 @@ JITGEN_FN Rows make_rows(const Args& args, const Piece& piece) {
   return rows;
 }
 
-// Scores and masks one KV tile; `first_kv` is the column of element 0.
+// Scores and masks the logits of kLogitKeys keys; `first_kv` is the column of element 0.
 JITGEN_FN void shape_logits(const Args& args, const Rows& rows, Logits& s, int first_kv, int kv_len, bool partial) {
-  if (first_kv + kTileKv > kv_len) jg::mask_tail(s, first_kv, kv_len);
+  if (first_kv + kLogitKeys > kv_len) jg::mask_tail(s, first_kv, kv_len);
 }
 
 // ---- epilogue: normalise, write LSE and O ----
@@ -362,14 +379,14 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   __shared__ float4 joined[kWarps][kMergeTiles + 1][32];
   const int first = blockIdx.x + 1, twin = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   const Cut cut = twin < launch.twins && !takes_items(args) ? cut_at(args, launch, first) : Cut{0, 0, 0};
-  jg::wait_for_previous_kernel();   // before a return too: the end of this kernel stands for both
+  if constexpr (kEarlyMerge) jg::wait_for_previous_kernel();   // before a return too: the end of this kernel stands for both
   const bool few = cut.pieces <= kFewPieces;
   const int part = few ? blockIdx.z * kWarps + warp : blockIdx.z;
   if (cut.pieces == 0 || part >= kMergeParts) return;
   const jg::PlanTile& tile = jg::plan_tiles_of(args.plan, launch.shape.shares)[cut.tile];
   const Piece piece = make_piece(args, launch, tile, cut.group * launch.twins + twin, 0, -1);
   const int thread = part / kColumnParts * 32 + lane, first_tile = part % kColumnParts * kMergeTiles;   // of attention_kernel
-  const int row = piece.first_row + row_of(thread), first_column = thread / 128 * kHalf + 8 * first_tile;
+  const int row = piece.first_row + row_of(thread), first_column = thread / (kRowThreads / 2) * kHalf + 8 * first_tile;
   const float units = units_of(args, head_of(args, piece, row));
   // The first piece is the end of share `first` - 1; those behind it are the beginnings of their shares.
   const auto slot_of = [&](int i) { return (2 * (first - 1 + i) + (i == 0)) * launch.twins + twin; };
@@ -424,17 +441,14 @@ struct Maps { jg::Operand q, k, v; };
 // One warp walks the CTA's part of the line, pieces ahead of the others.
 JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
   jg::RingPosition<2> slot(1);
-  const int twin = blockIdx.x % launch.twins;
-  Cursor at = share_begin(args, launch, blockIdx.x / launch.twins);
+  Cursor at = own_share(args, launch);
   bool is_piece = true;
 #pragma unroll 1
   while (is_piece) {
     jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity);
     if ((threadIdx.x & 31) == 0) {
-      Piece piece = take_piece(args, launch, at);
+      const Piece piece = take_own_piece(args, launch, at);
       is_piece = piece.first_row >= 0;
-      piece.group = piece.group * launch.twins + twin;
-      if (piece.slot >= 0) piece.slot = piece.slot * launch.twins + twin;
       shared.control->piece[slot.stage] = piece;
       jg::barrier_arrive(JG_BARRIER(piece_full, slot.stage));
     }
@@ -777,13 +791,6 @@ static int start_attention(const Args& args, const Launch& launch) {
   return cudaGetLastError();
 }
 
-// Neighbouring CTAs take the two halves of 128 heads: what one of them reads from memory, the other finds in L2.
-static void pair_groups(const Args& args, Launch& launch) {
-  launch.twins = args.split && launch.shape.groups % 2 == 0 && args.num_ctas % 2 == 0 ? 2 : 1;
-  launch.shape.groups /= launch.twins, launch.shape.shares /= launch.twins;
-}
-
-constexpr bool kEarlyMerge = true;   // attention_kernel lets it start
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 constexpr int kLeastPiece = 8;       // KV tiles: a cut costs the partial results of both sides
