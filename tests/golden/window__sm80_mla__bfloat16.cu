@@ -574,8 +574,10 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned shared) {
     const int after = tiles.next();
     jg::cp_async_wait_all();
     __syncthreads();   // the tile is visible, and every warp has left the buffer filled below
-    if constexpr (kNumStages == 2) load_keys(next, next_page, stage ^ kKeyBytes);
-    jg::cp_async_commit();
+    if constexpr (kNumStages == 2) {
+      load_keys(next, next_page, stage ^ kKeyBytes);
+      jg::cp_async_commit();
+    }
     page = next_page;
     next_page = look_up(after);
 
@@ -620,6 +622,7 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned shared) {
     } else {
       __syncthreads();   // every warp has left the tile
       load_keys(visit, page, 0);
+      jg::cp_async_commit();
     }
   }
 
