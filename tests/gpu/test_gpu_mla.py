@@ -45,6 +45,11 @@ def test_skewed_batch_is_cut_and_joined(family):
     check_mla("cuda", torch.bfloat16, [20_000, 17, 900, 4096, 33, 12_345], [1] * 6, heads=128, family=family)
 
 
+@pytest.mark.parametrize("heads", [64, 128])
+def test_a_request_alone_is_cut_for_all_ctas(family, heads):
+    check_mla("cuda", torch.bfloat16, [40_001], [1], heads=heads, family=family)
+
+
 def test_whole_requests(family):
     check_mla("cuda", torch.bfloat16, [3000, 17, 900], [1] * 3, split="none", family=family)
 

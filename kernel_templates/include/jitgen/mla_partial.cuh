@@ -6,7 +6,7 @@ namespace jg {
 
 // O and the softmax of a piece as the threads hold them, 16 bytes at a time: O as half-precision parts of the largest element that
 // the thread has of the row, two column tiles a quad; then {row_max, row_sum}, and what the parts are of. In float they are
-// twice as long, and were written to memory and read back: 31 MB for 128 requests of 4k keys and 128 heads.
+// twice as long: 59 in place of 56 us for one request of 64k keys on an H100, 275 in place of 271 for 128 of all lengths.
 template <int kOutTiles, int kThreads> struct ScaledPartial {
   static constexpr int kOutQuads = kOutTiles / 2;
   static constexpr long long kQuads = (kOutQuads + 2ll) * kThreads;   // of a slot
