@@ -74,8 +74,9 @@ def serving_spec(
         raise VariantError(f"family={family!r} is not a family of serving kernels. Use one of {', '.join(SERVING_FAMILIES)}.")
     if device.type == "cpu":
         return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims, layout), detect_cpu(), layout, kv_dtype)
-    family = family or prefill_family(device, layout, PAGE_BOX, None)
-    target = detect_cuda(device.index, accelerated=family not in ("sm80", "sm80_mla"))
+    if family is None:
+        family = mla_family(device) if head_dims == MLA_DIMS else prefill_family(device, layout, PAGE_BOX, None)
+    target = detect_cuda(device.index, accelerated=not family.startswith("sm80"))
     return cuda_spec(program, dtype, head_dims, family, target, layout=layout, rows=rows, kv_dtype=kv_dtype)
 
 
