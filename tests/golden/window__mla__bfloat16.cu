@@ -471,62 +471,31 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTi
 // ---- merge ----
 using Partial = jg::ScaledPartial<kOutTiles, kRowThreads>;
 
-constexpr int kMergeWarps = kMergeThreads / 32, kColumnParts = kOutTiles / kMergeTiles;
-constexpr int kParts = kRowThreads / 32 * kColumnParts;   // of an item: warps of a group, halves, columns
-constexpr int kMergeParts = kParts / kMergeWarps;         // CTAs for each share that begins inside of an item
-constexpr int kFewPieces = 2 * kMergeWarps;
+constexpr int kMergeParts = kRowThreads / 32 * kOutTiles / kMergeTiles;   // CTAs for an item: warps of a group, halves, columns
 
-// Of the shares that begin inside of one item, which one this is, and how many pieces they make of it: the first piece is the end of
-// share `first` - 1, the others are the beginnings of `first` and of the shares behind it. 0 pieces: this share begins elsewhere, or
-// enough others take part in the merge.
-struct JoinedCut { int tile, group, first, index, pieces; };
-JITGEN_FN JoinedCut find_cut(const Args& args, const Launch& launch, int share) {   // whole warps call it
-  constexpr unsigned kAll = 0xffffffffu;
-  constexpr int kBack = kMergeParts;   // as many shares of an item are enough
-  const int lane = static_cast<int>(threadIdx.x) & 31;
-  int number = share - kBack + lane;
-  Cursor at = share_begin(args, launch, number > 0 ? number : 0);   // share 0 begins inside of nothing
-  const int tile = __shfl_sync(kAll, at.tile, kBack), group = __shfl_sync(kAll, at.group, kBack);
-  const auto inside = [&] { return __ballot_sync(kAll, at.tile == tile && at.group == group && at.unit > 0); };
-  const unsigned near = inside();
-  const int index = __clz(~(near << (32 - kBack)));
-  int ahead = __ffs(~(near >> kBack)) - 1, seen = 32 - kBack;
-  if (ahead == 0 || index >= kBack) return {tile, group, 0, 0, 0};
-  while (ahead == seen) {
-    number += 32;
-    at = share_begin(args, launch, number);
-    const unsigned more = inside();
-    ahead += more == kAll ? 32 : __ffs(~more) - 1;
-    seen += 32;
-  }
-  return {tile, group, share - index, index, 1 + index + ahead};
-}
-
-// Joins the pieces of items that were cut. blockIdx.x + 1: a share, blockIdx.y: the twin. Of few pieces a warp joins all, in 16 rows
-// and some columns; the CTAs of the first share that begins inside of the item are enough. A request alone is cut into as many
-// pieces as there are CTAs: then the warps of a CTA take every fourth piece each and join what they have, and CTAs of more
-// shares take part.
+// Joins the pieces of one item that was cut: the one that share blockIdx.x + 1 begins inside of, if no earlier share does.
+// blockIdx.y: the twin; blockIdx.z: 16 rows and some columns. A request alone is cut into as many pieces as there are CTAs: then the
+// warps of a CTA take every fourth piece each, and join what they have. Of few pieces a warp takes all, and the CTA more rows.
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
-  __shared__ float4 joined[kMergeWarps][kMergeTiles + 1][32];
-  const int twin = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-  const JoinedCut cut = twin < launch.twins && !takes_items(args) ? find_cut(args, launch, blockIdx.x + 1) : JoinedCut{};
+  constexpr int kWarps = kMergeThreads / 32, kColumnParts = kOutTiles / kMergeTiles, kFewPieces = 2 * kWarps;
+  __shared__ float4 joined[kWarps][kMergeTiles + 1][32];
+  const int first = blockIdx.x + 1, twin = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  const Cut cut = twin < launch.twins && !takes_items(args) ? cut_at(args, launch, first) : Cut{0, 0, 0};
+  if constexpr (kEarlyMerge) jg::wait_for_previous_kernel();   // before a return too: the end of this kernel stands for both
   const bool few = cut.pieces <= kFewPieces;
-  const bool is_idle = cut.pieces == 0 || (few && cut.index > 0);
-  if (is_idle && blockIdx.x + blockIdx.y + blockIdx.z > 0) return;
-  if constexpr (kEarlyMerge) jg::wait_for_previous_kernel();   // one CTA in any case: the end of this kernel stands for both
-  if (is_idle) return;
-  const int part = few ? blockIdx.z * kMergeWarps + warp : cut.index * kMergeParts + blockIdx.z;
+  const int part = few ? blockIdx.z * kWarps + warp : blockIdx.z;
+  if (cut.pieces == 0 || part >= kMergeParts) return;
   const jg::PlanTile& tile = jg::plan_tiles_of(args.plan, launch.shape.shares)[cut.tile];
   const Piece piece = make_piece(args, launch, tile, cut.group * launch.twins + twin, 0, -1);
   const int thread = part / kColumnParts * 32 + lane, first_tile = part % kColumnParts * kMergeTiles;   // of attention_kernel
   const int row = piece.first_row + row_of(thread), first_column = thread / (kRowThreads / 2) * kHalf + 8 * first_tile;
   const float units = units_of(args, head_of(args, piece, row));
-  // The first piece is the end of a share; those behind it are the beginnings of theirs.
-  const auto slot_of = [&](int i) { return (2 * (cut.first - 1 + i) + (i == 0)) * launch.twins + twin; };
+  // The first piece is the end of share `first` - 1; those behind it are the beginnings of their shares.
+  const auto slot_of = [&](int i) { return (2 * (first - 1 + i) + (i == 0)) * launch.twins + twin; };
   jg::RowSoftmax own;
   float o[kMergeTiles][4] = {};
 #pragma unroll 2
-  for (int i = few ? 0 : warp; i < cut.pieces; i += few ? 1 : kMergeWarps)
+  for (int i = few ? 0 : warp; i < cut.pieces; i += few ? 1 : kWarps)
     Partial::add(args.workspace, slot_of(i), first_tile, thread, o, own.row_max, own.row_sum, units);
   if (few) return write_output(args, piece, o, own, row, first_column);
 
@@ -535,15 +504,15 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   for (int j = 0; j < kMergeTiles; ++j) joined[warp][j][lane] = make_float4(o[j][0], o[j][1], o[j][2], o[j][3]);
   __syncthreads();
   jg::RowSoftmax all;
-  constexpr int kTiles = kMergeTiles / kMergeWarps;   // of this warp, from here on
+  constexpr int kTiles = kMergeTiles / kWarps;   // of this warp, from here on
 #pragma unroll
-  for (int i = 0; i < kMergeWarps; ++i) {
+  for (int i = 0; i < kWarps; ++i) {
     const float4 state = joined[i][kMergeTiles][lane];
     all.row_max[0] = ::fmaxf(all.row_max[0], state.x), all.row_max[1] = ::fmaxf(all.row_max[1], state.y);
   }
   float out[kTiles][4] = {};
 #pragma unroll
-  for (int i = 0; i < kMergeWarps; ++i) {
+  for (int i = 0; i < kWarps; ++i) {
     const float4 state = joined[i][kMergeTiles][lane];
     const float warp_max[2] = {state.x, state.y}, warp_sum[2] = {state.z, state.w};
     float weight[2];

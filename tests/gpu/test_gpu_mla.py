@@ -41,8 +41,14 @@ def test_heads_and_drafts(family, heads):
     check_mla("cuda", torch.bfloat16, [5, 700, 64, 333], [5, 1, 3, 2], heads=heads, family=family)
 
 
-def test_skewed_batch_is_cut_and_joined(family):
-    check_mla("cuda", torch.bfloat16, [20_000, 17, 900, 4096, 33, 12_345], [1] * 6, heads=128, family=family)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_skewed_batch_is_cut_and_joined(family, dtype):
+    check_mla("cuda", dtype, [20_000, 17, 900, 4096, 33, 12_345], [1] * 6, heads=128, family=family)
+
+
+@pytest.mark.parametrize("lengths", [[3001] * 16, [201] * 96, [700] * 5], ids=["alike", "whole", "few"])
+def test_equal_requests_are_cut_alike_or_not_at_all(family, lengths):
+    check_mla("cuda", torch.bfloat16, lengths, [1] * len(lengths), family=family)
 
 
 @pytest.mark.parametrize("heads", [64, 128])

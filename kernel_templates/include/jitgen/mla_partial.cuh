@@ -15,11 +15,12 @@ template <int kOutTiles, int kThreads> struct ScaledPartial {
     return static_cast<float4*>(workspace) + slot * kQuads + i * kThreads + thread;
   }
   static JITGEN_FN void store(void* workspace, int slot, int thread, const float (&o)[kOutTiles][4], const float (&row_max)[2], const float (&row_sum)[2]) {
+    constexpr float kLeast = 1e-30f;   // rows of smaller ones become zero: their reciprocal might be infinite
     float largest[2] = {}, part[2];
 #pragma unroll
     for (int e = 0; e < 4 * kOutTiles; ++e) largest[e % 4 / 2] = ::fmaxf(largest[e % 4 / 2], ::fabsf(o[e / 4][e % 4]));
 #pragma unroll
-    for (int half = 0; half < 2; ++half) part[half] = largest[half] > 0.0f ? reciprocal(largest[half]) : 0.0f;
+    for (int half = 0; half < 2; ++half) part[half] = largest[half] > kLeast ? reciprocal(largest[half]) : 0.0f;
     const auto pack = [&](int j, int half) {
       return __uint_as_float(float16::pack(o[j][2 * half] * part[half], o[j][2 * half + 1] * part[half]));
     };
