@@ -135,6 +135,16 @@ def gated_output(z: Sizes) -> jitgen.Variant:
     return jitgen.Variant(mask_mod=causal_mask, output_transform=output)
 
 
+@case("output gate per channel (gated attention of Qwen3-Next)")
+def gated_channels(z: Sizes) -> jitgen.Variant:
+    gate = z.floats(z.batch, z.num_q_heads, z.num_positions, z.head_dim)
+
+    def output(o, lse, b, h, q_idx):
+        return o * torch.sigmoid(gate[b, h, q_idx])
+
+    return jitgen.Variant(mask_mod=causal_mask, output_transform=output)
+
+
 @case("differential transformer: normalisation of the output")
 def normalised_output(z: Sizes) -> jitgen.Variant:
     kept = 0.8
