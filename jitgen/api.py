@@ -9,12 +9,12 @@ import torch
 
 from jitgen import runtime
 from jitgen.abi import DENSE_ARGS, pack_format
-from jitgen.checks import check_grad, check_tensors, dtype_name
+from jitgen.checks import check_grad, check_scale, check_tensors, dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, VariantError
 from jitgen.families import choose_spec, padded_head_dims
 from jitgen.fp8 import Scale, negated, output_dtype, with_scales, workspace_bytes
 from jitgen.layouts import check_out, expanded_stride, finished, is_row_aligned, needs_adapting, pad_columns, stride_like
-from jitgen.program import Program, direct_indices, uses_index, without_rows
+from jitgen.program import Program, direct_indices, too_short, uses_index, without_rows
 from jitgen.records import record
 from jitgen.streams import call_on, stream_of
 from jitgen.variant import Variant, resolve
@@ -157,9 +157,11 @@ def run(
     """Launch ``program`` on validated or remembered inputs; returns (out, lse or None)."""
     if want_lse and program.norm is not None and program.norm.lse is None:
         raise VariantError("the logsumexp was asked for, but the variant's OnlineNorm has none. Give it a method lse(state).")
-    if scale is not None and scale <= 0 and q.is_cuda and not uses_index(program, "scale"):
-        # CUDA kernels take the maximum of q . k before they scale it
-        q, scale = (negated(q), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+    if scale is not None and not (type(scale) is float and 0 < scale < math.inf):
+        check_scale(scale)
+        if scale <= 0 and q.is_cuda and not uses_index(program, "scale"):
+            # CUDA kernels take the maximum of q . k before they scale it
+            q, scale = (negated(q), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     key = (id(program), q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
            q.device, k.device, v.device, scale, local, family, out_dtype)  # fmt: skip
     call = _prepared.get(key)
@@ -237,6 +239,7 @@ def prepare(
     o_stride = stride_like(q, o_shape)
     k_stride, v_stride = expanded_stride(k, batch), expanded_stride(v, batch)
     sizes = {"b": batch, "h": num_q_heads, "kv_h": num_kv_heads, "q_idx": q_len + max(q_offset, 0), "kv_idx": kv_len}
+    sizes |= {"d": head_dim_v, "any": 1}
     factor = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     strides = (*q.stride(), *k_stride, *v_stride, *o_stride)
     indices = direct_indices(program)
@@ -313,9 +316,6 @@ def capture_words(call: PreparedCall, values: list[object], device: torch.device
         shape = value.shape  # type: ignore[attr-defined]
         for dim, least, index in sizes:
             if shape[dim] < least:
-                raise ShapeMismatch(
-                    f"captured tensor '{name}' has size {shape[dim]} along axis {dim}, which {index} indexes up to "
-                    f"{least - 1}. Give it at least {least} entries there, or clamp the index."
-                )
+                raise too_short(name, dim, shape[dim], index, least)
         words += value.data_ptr(), *shape, *value.stride()  # type: ignore[attr-defined]
     return words

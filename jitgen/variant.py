@@ -7,6 +7,8 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from jitgen.errors import VariantError
 from jitgen.hooks import HOOKS, POSITIONAL, Trace, check_hook, name_of, signature_of, trace_hooks
 from jitgen.norms import OnlineNorm
@@ -192,6 +194,15 @@ def hooks_of(definition: Any) -> tuple[tuple[Any, ...], str | None]:
             raise VariantError(f"class {definition.__name__} needs arguments ({e}). Pass an instance of it.") from None
     if isinstance(definition, OnlineNorm):
         return tuple(definition if kind == "softmax" else None for kind in HOOKS), None
+    if isinstance(definition, torch.Tensor):  # which has a softmax of its own
+        raise VariantError(
+            f"variant is a tensor of shape {tuple(definition.shape)}, expected a jitgen.Variant or a function. Index it in "
+            "one: lambda b, h, q_idx, kv_idx: mask[q_idx, kv_idx]."
+        )
+    if hasattr(definition, "kv_num_blocks"):
+        raise VariantError(
+            "variant is a BlockMask, expected a jitgen.Variant or a function. Pass it as block_mask to jitgen.flex_attention."
+        )
     found = {kind: getattr(definition, kind, None) for kind in HOOKS}
     if any(hook is not None for hook in found.values()):
         found["softmax"] = _instance(found["softmax"])
