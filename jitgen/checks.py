@@ -85,7 +85,9 @@ def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def check_scale(scale: object) -> None:
-    """What logits are multiplied by is a finite number."""
+    """What logits are multiplied by is a finite number, or None for the default."""
+    if scale is None:
+        return
     if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
         raise VariantError(
             f"scale is {scale!r} of type {type(scale).__name__}, expected a finite number or None. Convert it with float(), or "

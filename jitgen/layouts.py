@@ -68,5 +68,10 @@ def check_out(out: torch.Tensor, shape: tuple[int, ...], q: torch.Tensor, dtype:
         raise UnsupportedDevice(f"out is on {out.device}, q is on {q.device}. Both must be on one device.")
     if out.numel() and (out.stride(3) != 1 or (q.device.type == "cuda" and not is_row_aligned(out))):
         raise ShapeMismatch(f"out has strides {tuple(out.stride())}, expected unit stride along head_dim (axis 3).")
+    check_own_rows(out)
+
+
+def check_own_rows(out: torch.Tensor) -> None:
+    """No two rows of ``out=`` are the same memory, as those of an expanded tensor are."""
     if 0 in out.stride() and any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
         raise ShapeMismatch(f"out has strides {tuple(out.stride())}, so rows of it share memory. Give one from torch.empty.")

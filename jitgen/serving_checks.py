@@ -9,6 +9,7 @@ import torch
 from jitgen.checks import dtype_name
 from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.families import CUDA_HEAD_DIMS, padded_head_dims
+from jitgen.layouts import check_own_rows
 from jitgen.program import Program, direct_indices, too_short
 from jitgen.serving_pages import KeyPlace
 from jitgen.serving_scales import stored_dtype
@@ -27,6 +28,10 @@ def check_plan_numbers(plan: Plan) -> None:
         value = getattr(plan, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ShapeMismatch(f"{name} is {value!r}, expected a positive integer.")
+    for name in ("max_q_len", "max_kv_len", "max_kv_tokens"):
+        value = getattr(plan, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ShapeMismatch(f"{name} is {value!r}, expected a positive integer or None.")
     if plan.num_q_heads % plan.num_kv_heads:
         raise ShapeMismatch(
             f"num_q_heads is {plan.num_q_heads}, num_kv_heads {plan.num_kv_heads}. The number of query heads must be a "
@@ -202,6 +207,7 @@ def check_results(plan: Plan, q: Tensor, out: Tensor | None, lse: Tensor | None)
             raise ShapeMismatch(
                 f"out has strides {tuple(out.stride())}, expected unit stride along head_dim, rows of 16 bytes."
             )
+        check_own_rows(out)
     if lse is not None:
         if tuple(lse.shape) != shape[:2] or not lse.is_contiguous():
             raise ShapeMismatch(f"lse has shape {tuple(lse.shape)}, expected {shape[:2]}, contiguous.")

@@ -137,9 +137,9 @@ class Variant:
         names = _find(new._hooks, new._bound)[0].names
         unknown = [name for name in values if name not in names]
         if unknown:
-            raise VariantError(
-                f"bind got '{unknown[0]}', which no hook captures. Captured: {', '.join(sorted(names)) or 'nothing'}."
-            )
+            captured = sorted(names - {name_of(hook) for hook in self._hooks if callable(hook)})
+            shown = ", ".join(captured) or "nothing"
+            raise VariantError(f"bind got '{unknown[0]}', which no hook captures. Captured: {shown}.")
         return new
 
 

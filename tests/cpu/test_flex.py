@@ -195,5 +195,5 @@ def test_what_is_no_block_mask_is_refused(mask, shown):
 
 def test_what_is_no_tensor_is_refused():
     q, k, v = inputs()
-    with pytest.raises(TypeError, match="q is a list, expected a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"q is a list, expected a torch\.Tensor"):
         jitgen.flex_attention([q], k, v)
