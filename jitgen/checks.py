@@ -13,8 +13,6 @@ import torch
 from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, FP8_DTYPE, MAX_CPU_HEAD_DIM
 
-AXES = ("batch", "heads", "length", "head_dim")
-
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """q [batch, num_q_heads, q_len, head_dim], k and v [batch, num_kv_heads, kv_len, head_dim(_v)]."""

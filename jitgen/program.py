@@ -113,9 +113,6 @@ class Program:
     def roots(self) -> tuple[Expr | None, ...]:
         return (self.score, self.mask, self.sink, self.output, self.lse, *(self.norm.roots() if self.norm else ()))
 
-    def used_slots(self) -> frozenset[int]:
-        return frozenset(int(n.attr) for n in walk(*self.roots()) if n.op in ("scalar", "load"))
-
     @cached_property
     def id(self) -> str:
         """Content digest: the same for every way of writing the same variant, in every process."""
