@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from norm_cases import StickBreaking
 
 import jitgen
 from gallery.case import Sizes, case
@@ -72,22 +73,6 @@ class NormalisedRelu(jitgen.OnlineNorm):
 
     def finalize(self, o, st):
         return o / st["total"]
-
-
-class StickBreaking(jitgen.OnlineNorm):
-    """From the last key to the first, each takes its share of what the later ones left over."""
-
-    state = {"carry": 0.0}  # noqa: RUF012
-    order = "reverse"
-
-    def update(self, s, st):
-        left = -F.softplus(s)
-        after = jitgen.row_cumsum(left) - left
-        weight = torch.exp(F.logsigmoid(s) + st["carry"] + after)
-        return weight, 1.0, {"carry": st["carry"] + jitgen.row_sum(left)}
-
-    def lse(self, st):
-        return st["carry"]
 
 
 @case("sigmoid attention")
