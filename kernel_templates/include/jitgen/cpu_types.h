@@ -40,6 +40,7 @@ constexpr int kScratchAlign = 64;           // cache line, and the widest vector
 typedef float Vec __attribute__((vector_size(kVec * 4)));
 typedef float VecUnaligned __attribute__((vector_size(kVec * 4), aligned(4), may_alias));
 typedef uint32_t VecU32 __attribute__((vector_size(kVec * 4)));
+typedef int32_t VecI32 __attribute__((vector_size(kVec * 4)));
 typedef uint16_t VecU16 __attribute__((vector_size(kVec * 2)));
 typedef uint8_t VecU8 __attribute__((vector_size(kVec)));
 typedef uint8_t VecU8Unaligned __attribute__((vector_size(kVec), aligned(1), may_alias));
@@ -118,29 +119,47 @@ JITGEN_FN Vec load_vec(const float8_e5m2* p) { return moved_bits<21>(p, 0x1p112f
 JITGEN_FN Vec load_vec(const int8* p) {
   return __builtin_convertvector((VecI8)*reinterpret_cast<const VecU8Unaligned*>(p), Vec);
 }
-#if defined(__F16C__) && defined(__AVX__) && !defined(__AVX512F__) && __has_builtin(__builtin_ia32_vcvtph2ps256)
-typedef int16_t HalfBits __attribute__((vector_size(16)));
-typedef int16_t HalfBitsUnaligned __attribute__((vector_size(16), aligned(2), may_alias));
-JITGEN_FN Vec load_vec(const half16* p) {
-  return (Vec)__builtin_ia32_vcvtph2ps256((HalfBits)*reinterpret_cast<const HalfBitsUnaligned*>(p));
-}
-#else
-JITGEN_FN Vec load_vec(const half16* p) {
-  Vec v;
-  for (int i = 0; i < kVec; ++i) v[i] = to_float(p[i]);
-  return v;
-}
-#endif
 JITGEN_FN void store_vec(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
-template <class T> JITGEN_FN void store_vec(T* p, Vec v) {
-#pragma omp simd
-  for (int i = 0; i < kVec; ++i) from_float(v[i], p[i]);
-}
+
+// Conversions of 16-bit elements: one instruction where the CPU has it, else as the scalar functions above.
+JITGEN_FN VecU32 chosen(VecI32 mask, VecU32 yes, VecU32 no) { return ((VecU32)mask & yes) | (~(VecU32)mask & no); }
+JITGEN_FN void store_bits(void* p, VecU32 bits) { *static_cast<VecU16Unaligned*>(p) = __builtin_convertvector(bits, VecU16); }
 #if defined(__AVX512BF16__)
 JITGEN_FN void store_vec(bf16_16* p, Vec v) {
   VecU16 bits;
   asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(v));
   *reinterpret_cast<VecU16Unaligned*>(p) = bits;
+}
+#else
+JITGEN_FN void store_vec(bf16_16* p, Vec v) {
+  const VecU32 bits = (VecU32)v;
+  store_bits(p, chosen(v != v, VecU32{} + 0x7fc0, (bits + 0x7fff + (bits >> 16 & 1)) >> 16));
+}
+#endif
+#if defined(__AVX512F__) || (defined(__AVX__) && defined(__F16C__))
+JITGEN_FN Vec load_vec(const half16* p) {
+  Vec v;
+  asm("vcvtph2ps %1, %0" : "=v"(v) : "vm"(*reinterpret_cast<const VecU16Unaligned*>(p)));
+  return v;
+}
+JITGEN_FN void store_vec(half16* p, Vec v) {
+  VecU16 bits;
+  asm("vcvtps2ph $0, %1, %0" : "=v"(bits) : "v"(v));   // 0: to nearest, ties to even
+  *reinterpret_cast<VecU16Unaligned*>(p) = bits;
+}
+#else
+JITGEN_FN Vec load_vec(const half16* p) {
+  const VecU32 bits = __builtin_convertvector(*reinterpret_cast<const VecU16Unaligned*>(p), VecU32);
+  const VecU32 magnitude = (bits & 0x7fff) << 13;
+  const VecU32 normal = (VecU32)((Vec)magnitude * splat(0x1p112f));
+  return (Vec)(chosen(magnitude >= 0x0f800000, magnitude | 0x7f800000, normal) | (bits & 0x8000) << 16);
+}
+JITGEN_FN void store_vec(half16* p, Vec v) {
+  const VecU32 bits = (VecU32)v, magnitude = bits & 0x7fffffff, largest = VecU32{} + 0x7c00;
+  const VecU32 denormal = (VecU32)((Vec)magnitude + splat(0.5f)) - float_bits(0.5f);
+  const VecU32 normal = (magnitude - (112 << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const VecU32 number = chosen(magnitude < (113 << 23), denormal, chosen(normal < largest, normal, largest));
+  store_bits(p, chosen(v != v, VecU32{} + 0x7e00, number) | (bits >> 16 & 0x8000));
 }
 #endif
 
@@ -196,6 +215,13 @@ JITGEN_FN Vec4 load_vec4(const float* p) { return *reinterpret_cast<const Vec4Un
 template <class T> JITGEN_FN Vec4 load_vec4(const T* p) {
   return Vec4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
 }
+#if defined(__AVX__) && defined(__F16C__)
+JITGEN_FN Vec4 load_vec4(const half16* p) {
+  Vec4 v;
+  asm("vcvtph2ps %1, %0" : "=x"(v) : "m"(*reinterpret_cast<const half16(*)[4]>(p)));
+  return v;
+}
+#endif
 
 // ---- captured tensors ----
 JITGEN_FN float load(const float* p, long long i) { return p[i]; }

@@ -166,6 +166,26 @@ JITGEN_FN const int* words_of(const int* base, Axis i) {
   const int* first = base + i.lo;
   return i.stride == 1 && (reinterpret_cast<unsigned long long>(first) & 15) == 0 && extent(i) % 4 == 0 ? first : nullptr;
 }
+#else
+// Least and largest of a row of elements, in a function of its own: mask_tile is asked in half a dozen places.
+template <class T> static __attribute__((noinline)) Bounds scan_elements(const T* first, int count, long long stride) {
+  auto lo = load(first, 0), hi = lo;   // int for all but 64-bit elements
+  if (stride == 1) {
+#pragma omp simd reduction(min : lo) reduction(max : hi)
+    for (int n = 1; n < count; ++n) {
+      const auto value = load(first, n);
+      lo = value < lo ? value : lo;
+      hi = value > hi ? value : hi;
+    }
+  } else {
+    for (int n = 1; n < count; ++n) {
+      const auto value = load(first, n * stride);
+      lo = value < lo ? value : lo;
+      hi = value > hi ? value : hi;
+    }
+  }
+  return checked(first, lo, hi);
+}
 #endif
 // Least and largest element of a box of a tensor.
 template <class T> JITGEN_FN Bounds scan(const T* base, Axis i) {
@@ -182,7 +202,6 @@ template <class T> JITGEN_FN Bounds scan(const T* base, Axis i) {
     }
     return {lo, hi};
   }
-#endif
   const T* first = base + i.lo * i.stride;
   auto lo = load(first, 0), hi = lo;   // int for all but 64-bit elements
   for (int n = static_cast<int>(extent(i)) - 1; n > 0; --n) {
@@ -192,6 +211,9 @@ template <class T> JITGEN_FN Bounds scan(const T* base, Axis i) {
     hi = most(hi, value);
   }
   return checked(base, lo, hi);
+#else
+  return scan_elements(base + i.lo * i.stride, static_cast<int>(extent(i)), i.stride);
+#endif
 }
 template <class T> JITGEN_FN Bounds scan(const T* base, Axis i, Axis j) {
   if (extent(i) * extent(j) > kMaxScan) return element_bounds(base);
