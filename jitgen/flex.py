@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from jitgen import api
-from jitgen.checks import check_grad
 from jitgen.errors import ShapeMismatch, VariantError
 from jitgen.variant import Variant, resolve
 
@@ -50,7 +49,7 @@ def flex_attention(
         raise VariantError("return_aux asks for max_scores, which jitgen's kernels do not keep. Ask for lse only.")
     if return_aux is not None and return_lse:
         raise VariantError("return_lse and return_aux were both given. Use return_aux=AuxRequest(lse=True) alone.")
-    if not enable_gqa and query.dim() == key.dim() == 4 and query.shape[1] != key.shape[1]:
+    if not enable_gqa and query.dim() == key.dim() == 4 and query.size(1) != key.size(1):
         raise ShapeMismatch(
             f"key has {key.shape[1]} heads, query has {query.shape[1]} (axis 1). "
             "Pass enable_gqa=True for grouped-query attention."
@@ -82,7 +81,6 @@ def eager(
     family: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The call without torch.compile."""
-    check_grad(query, key, value)
     if isinstance(score_mod, Variant):
         if mask_mod is not None:
             raise VariantError("a Variant and a mask were both given. Put the mask into the Variant.")
