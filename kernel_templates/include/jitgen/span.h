@@ -87,7 +87,7 @@ JITGEN_FN bool within(Bounds a, long long limit) { return a.known & (a.lo >= -li
 JITGEN_FN Bounds near(Bounds a) { return within(a, kFar) ? a : anything(); }
 JITGEN_FN Bounds times(Bounds a, Bounds b) {
   const long long limit = 1LL << 31;
-  return within(a, limit) & within(b, limit) ? near(a * b) : anything();
+  return (within(a, limit) & within(b, limit)) ? near(a * b) : anything();
 }
 JITGEN_FN Bounds min(Bounds a, Bounds b) { return {least(a.lo, b.lo), least(a.hi, b.hi), a.known & b.known}; }
 JITGEN_FN Bounds max(Bounds a, Bounds b) { return {most(a.lo, b.lo), most(a.hi, b.hi), a.known & b.known}; }
@@ -145,7 +145,7 @@ struct Axis { long long lo, hi, stride; };
 
 JITGEN_FN Axis axis(Bounds index, long long size, long long stride) {
   const bool wraps = index.lo < 0;
-  const long long shift = wraps & (index.hi < 0) ? size : 0;
+  const long long shift = (wraps & (index.hi < 0)) ? size : 0;
   const bool all = !index.known | (wraps & (index.hi >= 0));
   const long long lo = all ? 0 : index.lo + shift, hi = all ? size - 1 : index.hi + shift;
   return {most(0, least(lo, size - 1)), most(0, least(hi, size - 1)), stride};
