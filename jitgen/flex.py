@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from jitgen import api
-from jitgen.checks import check_grad
+from jitgen.checks import check_tensors
 from jitgen.errors import ShapeMismatch, VariantError
 from jitgen.variant import Variant, resolve
 
@@ -50,9 +50,12 @@ def flex_attention(
         raise VariantError("return_aux asks for max_scores, which jitgen's kernels do not keep. Ask for lse only.")
     if return_aux is not None and return_lse:
         raise VariantError("return_lse and return_aux were both given. Use return_aux=AuxRequest(lse=True) alone.")
-    if not torch.compiler.is_compiling():
-        check_grad(query, key, value)
-    if not enable_gqa and query.dim() == key.dim() == 4 and query.shape[1] != key.shape[1]:
+    try:
+        heads_differ = query.dim() == key.dim() == 4 and query.size(1) != key.size(1)
+    except AttributeError:
+        check_tensors(query, key, value)  # says which one is no tensor
+        raise
+    if heads_differ and not enable_gqa:
         raise ShapeMismatch(
             f"key has {key.shape[1]} heads, query has {query.shape[1]} (axis 1). "
             "Pass enable_gqa=True for grouped-query attention."

@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 
 from jitgen.checks import check_grad, check_scale
 from jitgen.errors import PlanMismatch, UnsupportedDevice, VariantError
+from jitgen.looks import looks_of
 from jitgen.program import Program, uses_index
 from jitgen.serving_cascade import Cascade
 from jitgen.serving_checks import check_keys, check_query
@@ -21,7 +22,6 @@ from jitgen.serving_launch import (
     check_rows,
     launches_of,
     list_stride_of,
-    looks_of,
     maker_of,
     run,
     starter_of,

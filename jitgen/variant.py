@@ -244,10 +244,23 @@ def resolve(score_mod: object = None, mask_mod: object = None, sink: object = No
     Errors:  VariantError, UnsupportedVariant.
     Cost:    about a microsecond when nothing has changed.
     """
+    # a function is identified by its code, as in _identity: written out, because this runs on every call
+    key = (
+        None if score_mod is None else score_mod.__code__ if type(score_mod) is _FUNCTION else _identity(score_mod),
+        None if mask_mod is None else mask_mod.__code__ if type(mask_mod) is _FUNCTION else _identity(mask_mod),
+        None if sink is None else _identity(sink),
+    )
+    trace = _latest.get(key)
+    if trace is not None:
+        values = trace.check(score_mod, mask_mod, sink, *_NO_OTHERS, _NOTHING)
+        if values is not None:
+            return trace.program, values
     trace, values = _find((score_mod, mask_mod, sink, *_NO_OTHERS), _NOTHING)
+    _latest[key] = trace
     return trace.program, values
 
 
+_latest: dict[tuple[object, ...], Trace] = {}  # of raw hooks, the last that held: its check is quicker than a look-up
 _NOTHING: Mapping[str, object] = {}
 _NO_OTHERS = (None,) * (len(HOOKS) - 3)
 _FUNCTION = types.FunctionType
@@ -255,8 +268,7 @@ _FUNCTION = types.FunctionType
 
 def _find(hooks: tuple[Any, ...], bound: Mapping[str, object]) -> tuple[Trace, list[object]]:
     """The trace that holds for the hooks as they are now, and the values they capture."""
-    # a function is identified by its code, as in _identity: written out, because this runs on every call
-    key = (*[None if h is None else h.__code__ if type(h) is _FUNCTION else _identity(h) for h in hooks], *bound)
+    key = (*[_identity(hook) for hook in hooks], *bound)
     for trace in _traces.get(key, ()):
         values = trace.check(*hooks, bound)
         if values is not None:
