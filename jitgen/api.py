@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 
 from jitgen import runtime
 from jitgen.abi import DENSE_ARGS, pack_format
-from jitgen.checks import check_grad, check_scale, check_tensors, dtype_name
+from jitgen.checks import check_grad, check_memory, check_scale, check_tensors, dtype_name
 from jitgen.errors import ShapeMismatch, VariantError
 from jitgen.families import choose_spec, padded_head_dims
 from jitgen.fp8 import Scale, negated, output_dtype, with_scales, workspace_bytes
@@ -186,6 +186,9 @@ def run(
         call = recent.call  # type: ignore[union-attr]
     else:
         check_grad(q, k, v)
+        check_memory(q, k, v)
+        if q.is_neg() or k.is_neg() or v.is_neg():  # as the imaginary part of a conjugate is: the sign is not in memory yet
+            q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
         found = find_call(q, k, v, options)
         if found is None:
             wanted = output_dtype(q.dtype, out_dtype)
@@ -216,6 +219,8 @@ def run(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(),
         0 if workspace is None else workspace.data_ptr(),
     )  # fmt: skip
+    if not (pointers[0] and pointers[1] and pointers[2]):
+        check_memory(q, k, v)
     words = values
     if call.has_tensors:
         words = recent.words(values) if again else capture_words(call, values, q.device)  # type: ignore[union-attr]

@@ -9,6 +9,7 @@ import math
 from numbers import Real
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, FP8_DTYPE, MAX_CPU_HEAD_DIM
@@ -19,6 +20,11 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a torch.Tensor.")
+        if t.is_nested:
+            raise ShapeMismatch(
+                f"{name} is a nested tensor, expected a dense one. Give its values to jitgen.ragged_attention, or pad it with "
+                "torch.nested.to_padded_tensor."
+            )
         if t.dim() != 4:
             raise ShapeMismatch(
                 f"{name} has {t.dim()} dimensions (shape {tuple(t.shape)}), expected 4: [batch, heads, length, head_dim]. "
@@ -80,6 +86,16 @@ def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             fits = 0 < size <= MAX_CPU_HEAD_DIM
             remedy = pad if fits else "No kernel has others: is the last axis the head dim?"
             raise ShapeMismatch(f"{name} {size} (axis 3), expected a multiple of 8 from 8 to {MAX_CPU_HEAD_DIM}. {remedy}")
+
+
+def check_memory(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Tensors have values: those of torch's FakeTensorMode have shapes only, and no memory."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if isinstance(t, FakeTensor):
+            raise UnsupportedDevice(
+                f"{name} is a FakeTensor, which has no values. To have shapes or a graph, call jitgen.flex_attention inside "
+                "torch.compile or torch.export."
+            )
 
 
 def check_scale(scale: object) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -57,6 +59,42 @@ def test_attention_refuses_devices_without_kernels():
     q, k, v = (t.to("meta") for t in tensors())
     with pytest.raises(errors.UnsupportedDevice, match="q is on meta"):
         jitgen.attention(q, k, v)
+
+
+FAKE = """
+import torch, jitgen
+from torch._subclasses.fake_tensor import FakeTensorMode
+given = [torch.zeros(1, 4, 8, 64) for _ in range(3)]
+for _ in range({before}):
+    jitgen.attention(*given)
+with FakeTensorMode() as mode:
+    jitgen.attention(*map(mode.from_tensor, given))
+"""
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_attention_refuses_tensors_without_memory(before):
+    """In a process of its own: what it guards against is a crash."""
+    command = [sys.executable, "-c", FAKE.format(before=before)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "UnsupportedDevice: q is a FakeTensor, which has no values" in done.stderr
+
+
+def test_attention_refuses_nested_tensors():
+    q, k, v = tensors()
+    with pytest.warns(UserWarning, match="nested tensors"):
+        nested = torch.nested.nested_tensor([q[0], q[0, :, :3]])
+    with pytest.raises(errors.ShapeMismatch, match=r"q is a nested tensor.*jitgen\.ragged_attention"):
+        jitgen.attention(nested, k, v)
+
+
+def test_a_sign_that_is_not_in_memory_yet_is_seen():
+    q = torch.randn(1, 2, 8, 16, generator=torch.Generator().manual_seed(0))
+    turned = torch.complex(q, q).conj().imag
+    assert turned.is_neg()
+    for _ in range(3):
+        assert torch.equal(jitgen.attention(turned, q, q), jitgen.attention(-q, q, q))
+        assert torch.equal(jitgen.attention(turned._neg_view(), q, q), jitgen.attention(q, q, q))
 
 
 def test_attention_refuses_sparse_tensors():
