@@ -186,7 +186,7 @@ def run(
         call = recent.call  # type: ignore[union-attr]
     else:
         check_grad(q, k, v)
-        check_memory(q, k, v)
+        check_memory(q=q, k=k, v=v)
         if q.is_neg() or k.is_neg() or v.is_neg():  # as the imaginary part of a conjugate is: the sign is not in memory yet
             q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
         found = find_call(q, k, v, options)
@@ -220,7 +220,7 @@ def run(
         0 if workspace is None else workspace.data_ptr(),
     )  # fmt: skip
     if not (pointers[0] and pointers[1] and pointers[2]):
-        check_memory(q, k, v)
+        check_memory(q=q, k=k, v=v)
     words = values
     if call.has_tensors:
         words = recent.words(values) if again else capture_words(call, values, q.device)  # type: ignore[union-attr]

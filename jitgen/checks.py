@@ -88,13 +88,13 @@ def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             raise ShapeMismatch(f"{name} {size} (axis 3), expected a multiple of 8 from 8 to {MAX_CPU_HEAD_DIM}. {remedy}")
 
 
-def check_memory(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def check_memory(**tensors: torch.Tensor) -> None:
     """Tensors have values: those of torch's FakeTensorMode have shapes only, and no memory."""
-    for name, t in (("q", q), ("k", k), ("v", v)):
+    for name, t in tensors.items():
         if isinstance(t, FakeTensor):
             raise UnsupportedDevice(
-                f"{name} is a FakeTensor, which has no values. To have shapes or a graph, call jitgen.flex_attention inside "
-                "torch.compile or torch.export."
+                f"{name} is a FakeTensor, which has no values. To have shapes or a graph, make the call inside torch.compile "
+                "or torch.export, as jitgen.flex_attention for dense attention."
             )
 
 
