@@ -175,7 +175,7 @@ def compare(root: Path, first: str, second: str) -> list[str]:
     old, new = _resolve(root, first), _resolve(root, second)
     lines = explain(read_key(old), read_key(new))
     for path in sorted({*_sources(old), *_sources(new)}):
-        texts = [(entry / path).read_text().splitlines() if (entry / path).is_file() else [] for entry in (old, new)]
+        texts = [(entry / path).read_text("utf-8").splitlines() if (entry / path).is_file() else [] for entry in (old, new)]
         lines += difflib.unified_diff(*texts, f"{old.name}/{path}", f"{new.name}/{path}", lineterm="", n=1)
     return lines
 

@@ -32,7 +32,7 @@ def note(kind: str, entry: Path, seconds: float = 0.0) -> None:
     Cost:    one append of a short line, which the system keeps whole among several writers; some 30 us.
     """
     store = paths.cache_dir()
-    if store is None or not store.is_dir():
+    if store is None:
         return
     builds, loads = (1, 0) if kind == "build" else (0, 1)
     log = store / LOG

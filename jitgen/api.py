@@ -6,15 +6,17 @@ import math
 import struct
 
 import torch
+from torch.compiler import is_compiling
 
 from jitgen import runtime
 from jitgen.abi import DENSE_ARGS, pack_format
-from jitgen.checks import check_grad, check_tensors, dtype_name
-from jitgen.errors import ShapeMismatch, UnsupportedDevice, VariantError
+from jitgen.checks import check_grad, check_memory, check_scale, check_tensors, dtype_name
+from jitgen.errors import ShapeMismatch, VariantError
 from jitgen.families import choose_spec, padded_head_dims
 from jitgen.fp8 import Scale, negated, output_dtype, with_scales, workspace_bytes
 from jitgen.layouts import check_out, expanded_stride, finished, is_row_aligned, needs_adapting, pad_columns, stride_like
 from jitgen.program import Program, direct_indices, uses_index, without_rows
+from jitgen.recall import RecentCall, capture_words
 from jitgen.records import record
 from jitgen.streams import call_on, stream_of
 from jitgen.variant import Variant, resolve
@@ -70,21 +72,34 @@ def attention(
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, GradNotSupported; UnsupportedVariant when a hook cannot be
              expressed; CompileError, ToolchainMissing on the first use of a variant.
     Cost:    compiles once per variant, head dim and dtype; later calls launch one kernel, 8-bit ones another that transposes
-             v into a workspace of its size. q_transform, k_transform and v_transform are one more each, which copies.
+             v into a workspace of its size. q_transform, k_transform and v_transform are one more each, which copies. Under
+             torch.compile the call breaks the graph; jitgen.flex_attention is one operator of it.
     Source:  online softmax (Milakov & Gimelshein 2018), tiled as in FlashAttention (Dao et al. 2022).
     """
-    program, values, variant_q_index = resolve_hooks(variant, score_mod, mask_mod, sink)
-    check_grad(q, k, v)
-    if q_index not in (None, "local", "absolute"):
+    if is_compiling():
+        from jitgen.op import attention_outside
+
+        return attention_outside(  # type: ignore[no-any-return]
+            q, k, v, variant, score_mod=score_mod, mask_mod=mask_mod, sink=sink, scale=scale, scale_q=scale_q, scale_k=scale_k,
+            scale_v=scale_v, q_index=q_index, return_lse=return_lse, out=out, out_dtype=out_dtype, family=family,
+        )  # fmt: skip
+    if variant is None:
+        (program, values), variant_q_index = resolve(score_mod, mask_mod, sink), None
+    else:
+        program, values, variant_q_index = resolve_hooks(variant, score_mod, mask_mod, sink)
+    if q_index is not None and q_index not in ("local", "absolute"):
         raise VariantError(f"q_index={q_index!r} is not a convention. Use 'local' or 'absolute'.")
     local = (q_index or variant_q_index) == "local"
-    if program.rows is not None:
-        if scale_q is not None or scale_k is not None or scale_v is not None:
-            raise VariantError("the variant transforms rows, and scales were given too. Multiply by them in the transforms.")
-        program, q, k, v = with_transformed_rows(program, values, q, k, v, local)
-    if scale_q is not None or scale_k is not None or scale_v is not None:
+    has_scales = scale_q is not None or scale_k is not None or scale_v is not None
+    if has_scales or program.rows is not None:
+        check_grad(q, k, v)
         check_tensors(q, k, v)
-        program, values = with_scales(program, values, q, k, (scale_q, scale_k, scale_v))
+        if has_scales and program.rows is not None:
+            raise VariantError("the variant transforms rows, and scales were given too. Multiply by them in the transforms.")
+        if has_scales:
+            program, values = with_scales(program, values, q, k, (scale_q, scale_k, scale_v))
+        else:
+            program, q, k, v = with_transformed_rows(program, values, q, k, v, local)
     result, lse = run(
         program, values, q, k, v,
         scale=scale, local=local, want_lse=return_lse, out=out, family=family, out_dtype=out_dtype,
@@ -97,11 +112,13 @@ def resolve_hooks(
 ) -> tuple[Program, list[object], str | None]:
     """Program, current captured values and q_index convention of a Variant or of raw hooks."""
     if variant is None:
-        return *resolve(score_mod, mask_mod, sink), None
+        program, values = resolve(score_mod, mask_mod, sink)
+        return program, values, None
     if score_mod is not None or mask_mod is not None or sink is not None:
         raise VariantError("variant and separate hooks were both given. Put score_mod, mask_mod and sink into the Variant.")
     variant = Variant.of(variant)
-    return *variant.resolve(), variant.q_index
+    program, values = variant.resolve()
+    return program, values, variant.q_index
 
 
 def with_transformed_rows(
@@ -110,7 +127,6 @@ def with_transformed_rows(
     """The program without the transforms of rows, and copies of q, k and v that these have been through."""
     from jitgen.kv_gather import transform_dense
 
-    check_tensors(q, k, v)
     return without_rows(program), *transform_dense(program, values, q, k, v, 0 if local else k.shape[2] - q.shape[2])
 
 
@@ -138,6 +154,7 @@ class PreparedCall:
 
 
 _prepared: dict[tuple[object, ...], PreparedCall] = {}
+_recent: dict[tuple[object, ...], RecentCall] = {}  # by all that is no tensor
 
 
 def run(
@@ -157,21 +174,26 @@ def run(
     """Launch ``program`` on validated or remembered inputs; returns (out, lse or None)."""
     if want_lse and program.norm is not None and program.norm.lse is None:
         raise VariantError("the logsumexp was asked for, but the variant's OnlineNorm has none. Give it a method lse(state).")
-    if scale is not None and scale <= 0 and q.is_cuda and not uses_index(program, "scale"):
-        # CUDA kernels take the maximum of q . k before they scale it
-        q, scale = (negated(q), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    key = (id(program), q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-           q.device, k.device, v.device, scale, local, family, out_dtype)  # fmt: skip
-    call = _prepared.get(key)
-    if call is None:
-        check_tensors(q, k, v)
-        wanted = output_dtype(q.dtype, out_dtype)
-        if needs_adapting(q, k, v):
+    if scale is not None and not (type(scale) is float and 0 < scale < math.inf):
+        check_scale(scale)
+        if scale <= 0 and q.is_cuda and not uses_index(program, "scale"):
+            # CUDA kernels take the maximum of q . k before they scale it
+            q, scale = (negated(q), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+    options = (program, scale, local, family, out_dtype)
+    recent = _recent.get(options)
+    again = recent is not None and recent.is_like(q, k, v, values)
+    if again:
+        call = recent.call  # type: ignore[union-attr]
+    else:
+        check_grad(q, k, v)
+        check_memory(q=q, k=k, v=v)
+        if q.is_neg() or k.is_neg() or v.is_neg():  # as the imaginary part of a conjugate is: the sign is not in memory yet
+            q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
+        found = find_call(q, k, v, options)
+        if found is None:
+            wanted = output_dtype(q.dtype, out_dtype)
             return run_adapted(program, values, q, k, v, scale, local, want_lse, out, family, wanted)
-        call = prepare(program, q, k, v, scale, local, family, wanted)
-        if len(_prepared) >= MAX_PREPARED_CALLS:
-            _prepared.clear()
-        _prepared[key] = call
+        call = found
     if call.cuda_index is not None and (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
         q, k, v = (t.clone() if t.data_ptr() & 15 else t for t in (q, k, v))
         return run(
@@ -197,10 +219,48 @@ def run(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(),
         0 if workspace is None else workspace.data_ptr(),
     )  # fmt: skip
-    if values:
-        shapes += call.kernel.pack_tail(capture_words(call, values, q.device) if call.has_tensors else values)
+    if not (pointers[0] and pointers[1] and pointers[2]):
+        check_memory(q=q, k=k, v=v)
+    words = values
+    if call.has_tensors:
+        words = recent.words(values) if again else capture_words(call, values, q.device)  # type: ignore[union-attr]
+    if not again:
+        remember(recent, options, call, (q, k, v, values, words))
+    if words:
+        shapes += call.kernel.pack_tail(words)
     launch(call.kernel, call.cuda_index, pointers, shapes)
     return out, lse
+
+
+def find_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: tuple[object, ...]) -> PreparedCall | None:
+    """The call for these tensors, checked and prepared at their first; None for tensors that the kernel cannot read."""
+    program, scale, local, family, out_dtype = options
+    try:
+        key = (*options, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+               q.device, k.device, v.device)  # fmt: skip
+    except (AttributeError, RuntimeError):
+        check_tensors(q, k, v)  # says which one is no tensor, or of another layout
+        raise
+    call = _prepared.get(key)
+    if call is None:
+        check_tensors(q, k, v)
+        if needs_adapting(q, k, v):
+            return None
+        call = prepare(program, q, k, v, scale, local, family, output_dtype(q.dtype, out_dtype))  # type: ignore[arg-type]
+        if len(_prepared) >= MAX_PREPARED_CALLS:
+            _prepared.clear()
+        _prepared[key] = call
+    return call
+
+
+def remember(recent: RecentCall | None, options: tuple[object, ...], call: PreparedCall, given: tuple[object, ...]) -> None:
+    """Note a call that was right as the last one with its options; ``given``: what RecentCall.come_again takes."""
+    if recent is not None and recent.call is call:
+        recent.come_again(*given)  # type: ignore[arg-type]
+        return
+    if len(_recent) >= MAX_PREPARED_CALLS:
+        _recent.clear()
+    _recent[options] = RecentCall(call)
 
 
 def launch(kernel: runtime.CompiledKernel, cuda_index: int | None, pointers: tuple[int, ...], rest: bytes) -> None:
@@ -237,6 +297,7 @@ def prepare(
     o_stride = stride_like(q, o_shape)
     k_stride, v_stride = expanded_stride(k, batch), expanded_stride(v, batch)
     sizes = {"b": batch, "h": num_q_heads, "kv_h": num_kv_heads, "q_idx": q_len + max(q_offset, 0), "kv_idx": kv_len}
+    sizes |= {"d": head_dim_v, "any": 1}
     factor = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     strides = (*q.stride(), *k_stride, *v_stride, *o_stride)
     indices = direct_indices(program)
@@ -293,29 +354,3 @@ def run_adapted(
     ]
     result, lse = run(program, values, *copies, scale=scale, local=local, want_lse=want_lse, family=family, out_dtype=out_dtype)
     return finished(result[..., : v.shape[3]], out, q, out_dtype), lse
-
-
-def capture_words(call: PreparedCall, values: list[object], device: torch.device) -> list[object]:
-    """Values for runtime.capture_fields. Captured tensors must be on the inputs' device and large enough for the positions
-    they are indexed with."""
-    words: list[object] = []
-    for i, capture in enumerate(call.captures):  # by number: zip takes longer to set up
-        value = values[i]
-        if capture is None:
-            words.append(value)
-            continue
-        name, sizes = capture
-        if value.device != device:  # type: ignore[attr-defined]
-            raise UnsupportedDevice(
-                f"captured tensor '{name}' is on {value.device}, q is on {device}. "  # type: ignore[attr-defined]
-                f"Move it with {name}.to(q.device) before building the variant."
-            )
-        shape = value.shape  # type: ignore[attr-defined]
-        for dim, least, index in sizes:
-            if shape[dim] < least:
-                raise ShapeMismatch(
-                    f"captured tensor '{name}' has size {shape[dim]} along axis {dim}, which {index} indexes up to "
-                    f"{least - 1}. Give it at least {least} entries there, or clamp the index."
-                )
-        words += value.data_ptr(), *shape, *value.stride()  # type: ignore[attr-defined]
-    return words

@@ -72,6 +72,9 @@ class BlockSparse:
         Cost:    a table of heads * block rows * block columns entries; no wait for the device.
         """
         (q_len, kv_len), (rows, columns) = lengths, block
+        check_integers(indptr=indptr, indices=indices)
+        if rows < 1 or columns < 1:
+            raise ShapeMismatch(f"block is {tuple(block)}, expected a positive number of rows and of columns.")
         if kv_len % columns:
             raise ShapeMismatch(
                 f"kv_len is {kv_len}, blocks have {columns} columns, which must divide it. Pad the keys, list what is there."
@@ -82,11 +85,10 @@ class BlockSparse:
                 f"indptr has shape {tuple(indptr.shape)}, expected [{wanted}] or [heads, {wanted}] for q_len {q_len} and "
                 f"blocks of {rows} rows."
             )
-        check_integers(indptr=indptr, indices=indices)
         classes, slots, wrong = bsr_tables(indptr, indices, kv_len // columns, mask is not None or packed_mask is not None)
         message = (
             f"indices has a block column outside 0 .. {kv_len // columns - 1} (kv_len {kv_len}, blocks of {columns}), or one "
-            "twice in a block row."
+            f"twice in a block row, or indptr falls or ends behind the {indices.shape[0]} indices."
         )
         bits = block_bits(mask, packed_mask, indices.shape[0], rows * columns, indices.device)
         mods = (
@@ -124,6 +126,8 @@ class BlockSparse:
         """The blocks of a torch BlockMask, with its mask_mod inside of partial ones; its rows count from 0."""
         from jitgen.flex import block_mask_function
 
+        if not hasattr(block_mask, "kv_num_blocks"):
+            raise VariantError(f"block_mask is a {type(block_mask).__name__}, expected torch's BlockMask.")
         inner = block_mask_function(block_mask)
 
         def mask(b, h, q_idx, kv_idx, *, ctx_len):  # type: ignore[no-untyped-def]
@@ -208,7 +212,8 @@ def check_out(out: Tensor | None, q: Tensor, v: Tensor) -> None:
 
 
 def bsr_tables(indptr: Tensor, indices: Tensor, num_columns: int, has_bits: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Class of each block and, with bits, its place in the list; and whether a list has a column that does not exist, or twice.
+    """Class of each block and, with bits, its place in the list; and whether a list is none, or has a column that does not
+    exist, or one twice.
 
     Shapes:  indptr [..., block rows + 1], indices [nnz]; returns uint8 and int32 [..., block rows, num_columns], and a bool.
     """
@@ -225,11 +230,12 @@ def bsr_tables(indptr: Tensor, indices: Tensor, num_columns: int, has_bits: bool
     classes = torch.zeros(spare + 1, dtype=torch.uint8, device=indices.device)
     classes.scatter_(0, place, PARTIAL if has_bits else FULL)
     is_twice = classes[:-1].count_nonzero() != (used & ~wrong).sum()
+    is_no_list = (begins > ends).any() | (begins < 0).any() | (ends > indices.shape[0]).any()
     slots = None
     if has_bits:
         slots = torch.zeros(spare + 1, dtype=torch.int32, device=indices.device).scatter_(0, place, listed.int())
         slots = slots[:-1].view(*shape, num_columns)
-    return classes[:-1].view(*shape, num_columns), slots, wrong.any() | is_twice
+    return classes[:-1].view(*shape, num_columns), slots, wrong.any() | is_twice | is_no_list
 
 
 def block_bits(

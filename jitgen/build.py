@@ -28,7 +28,7 @@ ERROR_MARKS = ("error:", "error :", "error ", "ptxas fatal", "nvcc fatal", "unde
 SHOWN_LINES = 6
 SHOWN_COLUMNS = 300
 
-CUDA_RUNTIME = "jitgen/driver_runtime.h"  # what the host's part of a CUDA module has in place of CUDA's headers
+CUDA_RUNTIME = "jitgen/driver_runtime.h"  # see runtime_text
 
 
 def get_module(
@@ -114,7 +114,12 @@ class WithRuntime:
 
     @property
     def includes(self) -> Mapping[str, str]:
-        return {**self.source.includes, CUDA_RUNTIME: (template_dir() / "include" / CUDA_RUNTIME).read_text()}
+        return {**self.source.includes, CUDA_RUNTIME: runtime_text()}
+
+
+def runtime_text() -> str:
+    """What the host's part of a CUDA module has in place of CUDA's headers."""
+    return (template_dir() / "include" / CUDA_RUNTIME).read_text("utf-8")
 
 
 def _build_entry(source: Source, name: str, directory: Path, *, target: CompileTarget, label: str) -> None:
@@ -133,18 +138,18 @@ def build(source: str, *, name: str, target: CompileTarget, includes: Mapping[st
 
     kernel, scratch = directory / f"kernel{target.suffix}", directory / "scratch"
     if target.kind == "cuda":
-        includes = {CUDA_RUNTIME: (template_dir() / "include" / CUDA_RUNTIME).read_text(), **includes}
+        includes = {CUDA_RUNTIME: runtime_text(), **includes}
     for path, text in {kernel.name: source, **{f"include/{p}": t for p, t in includes.items()}}.items():
         file = directory / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        file.write_text(text, "utf-8")
     scratch.mkdir()
     with progress_line(f"compiling {label} for {target.isa if target.kind == 'cpu' else target.arch}"):
         try:
             built, output = compile_module(kernel, includes, target, name.replace("-", "_"), scratch)
         except CompilerFailed as failure:
             raise _compile_error(label, kernel, str(failure)) from None
-    (directory / "build.log").write_text(output)
+    (directory / "build.log").write_text(output, "utf-8")
     module = directory / "module.so"
     os.rename(built, module)
     shutil.rmtree(scratch)
@@ -153,7 +158,7 @@ def build(source: str, *, name: str, target: CompileTarget, includes: Mapping[st
 
 def _compile_error(label: str, kernel: Path, output: str) -> CompileError:
     log = kernel.parent / "build.log"
-    log.write_text(output)
+    log.write_text(output, "utf-8", "replace")
     return CompileError(label, log=log, source=kernel, lines=first_errors(output))
 
 

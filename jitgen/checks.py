@@ -5,12 +5,14 @@ Runs once per combination of shapes, strides and dtypes; the result is remembere
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, FP8_DTYPE, MAX_CPU_HEAD_DIM
-
-AXES = ("batch", "heads", "length", "head_dim")
 
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -18,6 +20,11 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a torch.Tensor.")
+        if t.is_nested:
+            raise ShapeMismatch(
+                f"{name} is a nested tensor, expected a dense one. Give its values to jitgen.ragged_attention, or pad it with "
+                "torch.nested.to_padded_tensor."
+            )
         if t.dim() != 4:
             raise ShapeMismatch(
                 f"{name} has {t.dim()} dimensions (shape {tuple(t.shape)}), expected 4: [batch, heads, length, head_dim]. "
@@ -68,17 +75,38 @@ def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ShapeMismatch(f"k has batch {k.shape[0]}, q has {q.shape[0]} (axis 0). Both must match, or k and v have batch 1.")
     if k.shape[3] != q.shape[3]:
         raise ShapeMismatch(f"k has head_dim {k.shape[3]}, q has {q.shape[3]} (axis 3). Both must match.")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
         raise ShapeMismatch(
-            f"q has {q.shape[1]} heads, k and v have {k.shape[1]} (axis 1). The number of query heads must be a multiple of "
-            "the number of key/value heads."
+            f"q has {q.shape[1]} heads, k and v have {k.shape[1]} (axis 1). The number of query heads must be a "
+            "positive multiple of the number of key/value heads."
         )
     for name, size in (("q and k have head_dim", q.shape[3]), ("v has head_dim", v.shape[3])):
         if size % 8 or not 8 <= size <= MAX_CPU_HEAD_DIM:
-            raise ShapeMismatch(
-                f"{name} {size} (axis 3), expected a multiple of 8 from 8 to {MAX_CPU_HEAD_DIM}. "
-                f"Pad it with zeros: torch.nn.functional.pad(x, (0, {-size % 8})), which changes no logit if scale is given."
+            pad = f"Pad it with zeros: torch.nn.functional.pad(x, (0, {-size % 8})), which changes no logit if scale is given."
+            fits = 0 < size <= MAX_CPU_HEAD_DIM
+            remedy = pad if fits else "No kernel has others: is the last axis the head dim?"
+            raise ShapeMismatch(f"{name} {size} (axis 3), expected a multiple of 8 from 8 to {MAX_CPU_HEAD_DIM}. {remedy}")
+
+
+def check_memory(**tensors: torch.Tensor) -> None:
+    """Tensors have values: those of torch's FakeTensorMode have shapes only, and no memory."""
+    for name, t in tensors.items():
+        if isinstance(t, FakeTensor):
+            raise UnsupportedDevice(
+                f"{name} is a FakeTensor, which has no values. To have shapes or a graph, make the call inside torch.compile "
+                "or torch.export, as jitgen.flex_attention for dense attention."
             )
+
+
+def check_scale(scale: object) -> None:
+    """What logits are multiplied by is a finite number, or None for the default."""
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+        raise VariantError(
+            f"scale is {scale!r} of type {type(scale).__name__}, expected a finite number or None. Convert it with float(), or "
+            "multiply in a score_mod what differs from call to call."
+        )
 
 
 def check_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

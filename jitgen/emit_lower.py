@@ -68,7 +68,8 @@ class Block:
     def add_local(self, key: object, ctype: str, name: str, text: str) -> Term:
         term = Term(unique(name, self.taken), ATOM, ctype)
         self.local_of[key] = term
-        self.lines.append(f"const {ctype} {term.text} = {text};")
+        declared = f"{ctype} const" if ctype.endswith("*") else f"const {ctype}"
+        self.lines.append(f"{declared} {term.text} = {text};")
         return term
 
     def find(self, key: object) -> Term | None:

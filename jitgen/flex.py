@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from jitgen import api
-from jitgen.checks import check_grad
+from jitgen.checks import check_tensors
 from jitgen.errors import ShapeMismatch, VariantError
 from jitgen.variant import Variant, resolve
 
@@ -50,7 +50,12 @@ def flex_attention(
         raise VariantError("return_aux asks for max_scores, which jitgen's kernels do not keep. Ask for lse only.")
     if return_aux is not None and return_lse:
         raise VariantError("return_lse and return_aux were both given. Use return_aux=AuxRequest(lse=True) alone.")
-    if not enable_gqa and query.dim() == key.dim() == 4 and query.shape[1] != key.shape[1]:
+    try:
+        heads_differ = query.dim() == key.dim() == 4 and query.size(1) != key.size(1)
+    except AttributeError:
+        check_tensors(query, key, value)  # says which one is no tensor
+        raise
+    if heads_differ and not enable_gqa:
         raise ShapeMismatch(
             f"key has {key.shape[1]} heads, query has {query.shape[1]} (axis 1). "
             "Pass enable_gqa=True for grouped-query attention."
@@ -82,7 +87,6 @@ def eager(
     family: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The call without torch.compile."""
-    check_grad(query, key, value)
     if isinstance(score_mod, Variant):
         if mask_mod is not None:
             raise VariantError("a Variant and a mask were both given. Put the mask into the Variant.")
@@ -101,6 +105,9 @@ _masks: dict[int, tuple[weakref.ref[object], Callable[..., object]]] = {}
 
 def mask_of(block_mask: BlockMask, extra: Callable[..., object] | None, query: torch.Tensor, key: torch.Tensor) -> object:
     """The mask function that a BlockMask stands for: its blocks, its mask_mod inside partial blocks, and ``extra``."""
+    if not hasattr(block_mask, "kv_num_blocks"):
+        shown = f"a tensor of shape {tuple(block_mask.shape)}" if isinstance(block_mask, torch.Tensor) else repr(block_mask)
+        raise VariantError(f"block_mask is {shown}, expected a BlockMask of create_block_mask. A function goes to mask_mod=.")
     q_len, kv_len = block_mask.seq_lengths
     if query.shape[-2:-1] + key.shape[-2:-1] != (q_len, kv_len) and max(block_mask.BLOCK_SIZE) < 1 << 30:
         raise ShapeMismatch(

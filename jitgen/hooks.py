@@ -82,9 +82,8 @@ def check_hook(kind: str, hook: Any) -> Signature:
     Errors:  VariantError naming the hook, the parameters expected and those found.
     """
     if not callable(hook):
-        raise VariantError(
-            f"{kind} is {hook!r} of type {type(hook).__name__}, expected a function ({', '.join(POSITIONAL[kind])})."
-        )
+        index = " Index it in one, as in mask[q_idx, kv_idx]." if isinstance(hook, torch.Tensor) else ""
+        raise VariantError(f"{kind} is {_shown(hook)}, expected a function ({', '.join(POSITIONAL[kind])}).{index}")
     found, wanted = signature_of(hook), POSITIONAL[kind]
     if not found.required <= len(wanted) <= found.accepted:
         raise VariantError(
@@ -259,7 +258,10 @@ def _shown(value: object) -> str:
     )
 
 
-_CONVERT = {"bool": "Compare the value, or put the bias in score_mod.", "f32": "Return a number."}
+_CONVERT = {
+    "bool": "Compare the value, or put the bias in score_mod.",
+    "f32": "Make it a mask_mod, or torch.where(cond, score, -inf).",
+}
 
 
 def converted(returned: object, dtype: str, label: str, code: CodeType | None) -> Expr:
@@ -274,6 +276,8 @@ def converted(returned: object, dtype: str, label: str, code: CodeType | None) -
         (operand,) = operand
     if dtype == "bool" and operand.dtype != "bool":
         refuse(f"{label} returned {operand.dtype}, expected bool. {_CONVERT['bool']}", at=definition_of(code))
+    if operand.dtype == "bool" and label.startswith("score_mod"):
+        refuse(f"{label} returned bool, expected a number. {_CONVERT['f32']}", at=definition_of(code))
     return ir.cast(operand, dtype)
 
 

@@ -70,10 +70,16 @@ def append(
     table = page_table if isinstance(page_table, PageTable | None) else PageTable.of(page_table)
     lists = (None, None) if table is None else (table.indptr, table.pages)
     indices = (positions, batch_indices, slot_mapping, q_indptr, kv_len)
+    if scales is not None and not (isinstance(scales, tuple | list) and len(scales) == 2):
+        raise VariantError(f"scales is {scales!r}, expected a pair (k_scale, v_scale).")
     by_slot = [s if isinstance(s, Tensor) else None for s in scales or ()]
     captured = [value for value in values if isinstance(value, Tensor)]
-    key = (id(trace), kv_layout, scales is None, low_bits(k, v, *caches),
-           *[form_of(t) for t in (k, v, *indices, *lists, *by_slot, *captured, *caches)])  # fmt: skip
+    try:
+        key = (id(trace), kv_layout, scales is None, low_bits(k, v, *caches),
+               *[form_of(t) for t in (k, v, *indices, *lists, *by_slot, *captured, *caches)])  # fmt: skip
+    except AttributeError:
+        _check_kinds(kv, k, v, kv_layout)  # says which one is no tensor
+        raise
     found = _calls.get(key)
     if found is None or isinstance(kv, Tensor) != found.is_joined:
         if len(_calls) >= MAX_CALLS:
@@ -111,6 +117,12 @@ class PreparedAppend:
 
 
 _calls: dict[tuple[object, ...], PreparedAppend] = {}
+
+
+def _check_kinds(kv: object, k: Tensor, v: Tensor, kv_layout: str) -> None:
+    caches_of(kv, kv_layout)
+    new_rows("k", k)
+    new_rows("v", v)
 
 
 def _prepare(

@@ -12,7 +12,7 @@ from jitgen.ir import walk
 from jitgen.kv_hooks import TransformTrace
 from jitgen.kv_spec import BYTES, FLOATS
 from jitgen.kv_tokens import Tokens
-from jitgen.program import RowProgram, Slot
+from jitgen.program import RowProgram, Slot, too_short
 from jitgen.serving_pages import KV_LAYOUTS
 
 Tensor = torch.Tensor
@@ -86,23 +86,24 @@ def check_row_captures(slots: Sequence[Slot], values: Sequence[object], rows: Se
                 f"Move it with {slot.name}.to({str(device)!r})."
             )
     for program, x in rows:
-        least = {"kv_h": x.shape[-2], "d": x.shape[-1]}
+        least = {"kv_h": x.shape[-2], "d": x.shape[-1], "any": 1}
         for i, dim, index in _direct_indices(program):
             _check_reach(slots[i], values[i], dim, index, least[index])  # type: ignore[arg-type]
 
 
 def _direct_indices(program: RowProgram) -> set[tuple[int, int, str]]:
-    """(slot, dimension, index) of the dimensions that generated code reads at exactly kv_h or d, without a clamp."""
+    """(slot, dimension, index) of what is read: at exactly kv_h or d, without a clamp; or at 'any', with one."""
     return {
-        (int(str(n.attr)), dim, str(index.attr))
+        (int(str(n.attr)), dim, str(index.attr) if index.op == "index" and index.attr in ("kv_h", "d") else "any")
         for n in walk(program.before, program.position, program.after)
         if n.op == "load"
         for dim, index in enumerate(n.args)
-        if index.op == "index" and index.attr in ("kv_h", "d")
     }
 
 
 def _check_reach(slot: Slot, value: Tensor, dim: int, index: str, least: int) -> None:
+    if value.shape[dim] < least and index == "any":
+        raise too_short(slot.name, dim, 0, index, least)
     if value.shape[dim] < least:
         over = f"over {least} heads" if index == "kv_h" else f"along a row of {least} elements"
         raise ShapeMismatch(

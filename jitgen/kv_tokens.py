@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jitgen.checks import dtype_name
+from jitgen.checks import check_memory, dtype_name
 from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.kv_spec import FLOATS, MAX_HEAD_DIM
 from jitgen.serving_pages import as_int32, check_indices
@@ -107,6 +107,7 @@ def new_rows(name: str, x: Tensor) -> Tensor:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}, expected a torch.Tensor.")
+    check_memory(**{name: x})
     if x.dim() not in (2, 3):
         raise ShapeMismatch(f"{name} has shape {tuple(x.shape)}, expected [num_tokens, heads, head_dim].")
     if dtype_name(x.dtype) not in FLOATS:

@@ -56,6 +56,8 @@ def finished(result: torch.Tensor, out: torch.Tensor | None, q: torch.Tensor, ou
 
 def check_out(out: torch.Tensor, shape: tuple[int, ...], q: torch.Tensor, dtype: torch.dtype) -> None:
     """``out=`` must be what the call would have allocated, up to strides."""
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"out is a {type(out).__name__}, expected a torch.Tensor.")
     if tuple(out.shape) != shape:
         raise ShapeMismatch(f"out has shape {tuple(out.shape)}, expected {shape}.")
     if out.dtype != dtype:
@@ -66,3 +68,10 @@ def check_out(out: torch.Tensor, shape: tuple[int, ...], q: torch.Tensor, dtype:
         raise UnsupportedDevice(f"out is on {out.device}, q is on {q.device}. Both must be on one device.")
     if out.numel() and (out.stride(3) != 1 or (q.device.type == "cuda" and not is_row_aligned(out))):
         raise ShapeMismatch(f"out has strides {tuple(out.stride())}, expected unit stride along head_dim (axis 3).")
+    check_own_rows(out)
+
+
+def check_own_rows(out: torch.Tensor) -> None:
+    """No two rows of ``out=`` are the same memory, as those of an expanded tensor are."""
+    if 0 in out.stride() and any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
+        raise ShapeMismatch(f"out has strides {tuple(out.stride())}, so rows of it share memory. Give one from torch.empty.")

@@ -11,8 +11,10 @@ import errno
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -133,13 +135,13 @@ def _start_cuda(compilers: _Compilers, kernel: Path, includes: Mapping[str, str]
     compilers.start([nvcc, "-ccbin", _cxx(), *target.flags, include, "-fatbin", "-o", "kernel.fatbin", str(kernel)])
     try:
         texts = {f"host/{path}": text for path, text in host_headers(includes).items()}
-        texts |= {"host.cpp": host_part(kernel.read_text()), "device.s": DEVICE_OBJECT}
+        texts |= {"host.cpp": host_part(kernel.read_text("utf-8")), "device.s": DEVICE_OBJECT}
     except ValueError as error:
         raise CompilerFailed(f"error: {error}") from error
     for path, text in texts.items():
         file = scratch / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        file.write_text(text, "utf-8")
     compilers.start([_cxx(), *HOST_FLAGS, "-Ihost", "-c", "host.cpp", "-o", f"{COMPILED}/host.o"])
 
 
@@ -175,7 +177,7 @@ case " $* " in
 *" -c "*) exec mv "{COMPILED}/$out" "$out" ;;
 *) exec {link} -o "$out" ;;
 esac
-""")
+""", "utf-8", "surrogateescape")
     script.chmod(0o700)
     if not os.access(script, os.X_OK):
         raise _not_for_programs(scratch)
@@ -184,14 +186,14 @@ esac
 
 def _link(sources: list[Path], linker: Path, name: str, scratch: Path) -> Path:
     """The library, linked and opened by torch's loader."""
-    with _lock, _loader_environment(linker):
+    with _lock, _plain_name(scratch.parent) as plain, _loader_environment(plain / linker.relative_to(scratch.parent)):
         from torch.utils import cpp_extension
 
         try:
             module = cpp_extension.load(
                 name=name,
-                sources=list(map(str, sources)),
-                build_directory=str(scratch),
+                sources=[str(plain / source.relative_to(scratch.parent)) for source in sources],
+                build_directory=str(plain / scratch.name),
                 with_cuda=False,
                 is_python_module=False,
                 verbose=False,
@@ -200,7 +202,21 @@ def _link(sources: list[Path], linker: Path, name: str, scratch: Path) -> Path:
             raise _refusal(str(error)) from error
         except OSError as error:
             raise _load_failure(error, scratch) from error
-    return Path(module)
+    return scratch / Path(module).name
+
+
+@contextmanager
+def _plain_name(directory: Path) -> Iterator[Path]:
+    """The directory under a name that the loader can write into its ninja file: it escapes spaces, and nothing else."""
+    if re.fullmatch(r"[\w./+ -]+", str(directory), re.ASCII):
+        yield directory
+        return
+    holder = Path(tempfile.mkdtemp(prefix="jitgen-"))
+    try:
+        (holder / "build").symlink_to(directory)
+        yield holder / "build"
+    finally:
+        shutil.rmtree(holder)
 
 
 def _load_failure(error: OSError, scratch: Path) -> Exception:

@@ -19,7 +19,7 @@ import torch
 from jitgen.abi import ArgField, pack_format
 from jitgen.errors import ShapeMismatch
 from jitgen.ir import TRUE
-from jitgen.program import Program, direct_indices
+from jitgen.program import Program, direct_indices, too_short
 from jitgen.render import Source
 from jitgen.runtime import capture_fields, capture_words
 from jitgen.target import CompileTarget, detect_cpu
@@ -76,7 +76,7 @@ def classify(
         return torch.full(shape, TILE_FULL, dtype=torch.uint8)
     kinds = torch.empty(shape, dtype=torch.uint8)
     program = Program(mask=program.mask, slots=program.slots)
-    sizes = {"b": b + 1, "h": num_q_heads, "kv_h": heads, "q_idx": q_offset + q_len, "kv_idx": kv_len}
+    sizes = {"b": b + 1, "h": num_q_heads, "kv_h": heads, "q_idx": q_offset + q_len, "kv_idx": kv_len, "any": 1}
     check_sizes(program, values, sizes)
     on_cpu = [host_copy(v) if isinstance(v, torch.Tensor) else v for v in values]
     pack = struct.Struct(pack_format(MASK_ARGS + capture_fields(program))).pack
@@ -89,6 +89,8 @@ def check_sizes(program: Program, values: Sequence[Any], sizes: dict[str, int]) 
     """Generated code does not clamp a plain position, so tensors must be as long as positions reach."""
     for slot, dim, name in direct_indices(program):
         size = values[slot].shape[dim]
+        if size == 0:
+            raise too_short(program.slots[slot].name, dim, size, "any", 1)
         if size < sizes[name]:
             raise ShapeMismatch(
                 f"captured tensor '{program.slots[slot].name}' has size {size} along axis {dim}, which {name} indexes "

@@ -31,7 +31,7 @@ def recalled(identity: str, ask: Callable[[], str]) -> str:
         return ask()
     memo = store / "programs" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     with suppress(OSError, UnicodeDecodeError):
-        answer = memo.read_text()
+        answer = memo.read_text("utf-8")
         if answer.endswith("\n") and answer.strip():
             return answer[:-1]
     answer = ask()
@@ -46,7 +46,7 @@ def _write(memo: Path, text: str) -> None:
     paths.make_private_dir(memo.parent)
     handle, name = tempfile.mkstemp(dir=memo.parent)
     try:
-        with os.fdopen(handle, "w") as stream:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
         os.replace(name, memo)
     except OSError:

@@ -11,6 +11,8 @@ import threading
 
 import torch
 
+from jitgen.api import attention
+
 _hooks: list[tuple[object, object]] = []
 _handles: dict[tuple[int, int], int] = {}
 _lock = threading.Lock()
@@ -27,6 +29,8 @@ def _register(score_mod: object, mask_mod: object) -> int:
 
 # Dynamo runs this while tracing and keeps the number; hooks must exist outside the compiled function.
 register_hooks = torch._dynamo.assume_constant_result(_register)
+# jitgen.attention as traced code calls it: between two graphs, as Dynamo would look into every function of it
+attention_outside = torch.compiler.disable(attention)
 
 
 @torch.library.custom_op("jitgen::flex_attention", mutates_args=())

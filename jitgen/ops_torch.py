@@ -15,7 +15,7 @@ from jitgen import arith, ir
 from jitgen.gather import SymTensor
 from jitgen.ir import Expr, const, make
 from jitgen.location import refuse
-from jitgen.symbols import FUNCTIONS, METHODS, TORCH_TO_IR, Sym, SymVector, Traced, as_operand, lift
+from jitgen.symbols import FUNCTIONS, METHODS, ROTATE, TORCH_TO_IR, Sym, SymVector, Traced, as_operand, is_head_row, lift
 
 Value = Sym | SymVector
 
@@ -181,16 +181,11 @@ def _elements(x: object) -> Sequence[Expr]:
     return (operand,) if isinstance(operand, Expr) else operand
 
 
-def _is_head_row(x: object) -> bool:
-    operand = as_operand(x)
-    return isinstance(operand, Expr) and bool(operand.deps & {"o", "d"})
-
-
 def _reduction(
     build: Callable[[Expr, Expr], Expr], prepare: Callable[[Expr], Expr], name: str, *empty: Expr
 ) -> Callable[..., Value]:
     def handler(x: object, dim: int | None = None, keepdim: bool = False, **_: object) -> Value:
-        if _is_head_row(x):
+        if is_head_row(x):
             refuse(f".{name}() over the head dim is not available. Rows of the output have .sum(), .mean() and .rms().")
         return Sym(functools.reduce(build, map(prepare, _elements(x)), *empty))
 
@@ -198,14 +193,14 @@ def _reduction(
 
 
 def _sum(x: object, dim: int | None = None, keepdim: bool = False, *, dtype: object = None) -> Value:
-    if _is_head_row(x):
+    if is_head_row(x):
         return lift(arith.op("d_sum"), x)
     as_count = (ir.cast(e, "i32") if e.dtype == "bool" else e for e in _elements(x))
     return Sym(functools.reduce(arith.add, as_count, const(0)))
 
 
 def _mean(x: object, dim: int | None = None, keepdim: bool = False) -> Value:
-    n = Sym(ir.index("head_dim_v")) if _is_head_row(x) else len(_elements(x))
+    n = Sym(ir.index("head_dim_v")) if is_head_row(x) else len(_elements(x))
     return lift(arith.op("truediv"), _sum(x), n)
 
 
@@ -228,6 +223,8 @@ def _min_max(op: str) -> Callable[..., Value]:
 
 
 def _stack(values: Sequence[object], dim: int = 0) -> Value:
+    if any(map(is_head_row, values)):
+        refuse(f"rows along the head dim were joined. {ROTATE}")
     return SymVector(tuple(e for v in values for e in _elements(v)))
 
 

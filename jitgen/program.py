@@ -7,6 +7,7 @@ from dataclasses import field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
+from jitgen.errors import ShapeMismatch
 from jitgen.ir import Expr, _attr_bytes, serialize, walk
 from jitgen.records import record
 
@@ -112,9 +113,6 @@ class Program:
     def roots(self) -> tuple[Expr | None, ...]:
         return (self.score, self.mask, self.sink, self.output, self.lse, *(self.norm.roots() if self.norm else ()))
 
-    def used_slots(self) -> frozenset[int]:
-        return frozenset(int(n.attr) for n in walk(*self.roots()) if n.op in ("scalar", "load"))
-
     @cached_property
     def id(self) -> str:
         """Content digest: the same for every way of writing the same variant, in every process."""
@@ -139,15 +137,26 @@ def uses_index(program: Program, name: str) -> bool:
 
 
 def direct_indices(program: Program) -> tuple[tuple[int, int, str], ...]:
-    """(slot, dimension, index) for every tensor dimension read at exactly b, h, kv_h, q_idx or kv_idx.
+    """(slot, dimension, index) of what the host checks: that a tensor reaches as far as b, h, kv_h, q_idx, kv_idx or d do.
 
-    Generated code does not clamp these, so the host checks that the tensor is large enough. Any
-    other index is clamped in the kernel.
+    Generated code does not clamp these. Any other index is clamped in the kernel, which takes one entry: index 'any'.
     """
     found: dict[tuple[int, int, str], None] = {}
     for node in walk(*program.roots()):
         if node.op == "load":
             for dim, index in enumerate(node.args):
-                if index.op == "index" and index.attr in ("b", "h", "kv_h", "q_idx", "kv_idx"):
-                    found[(int(str(node.attr)), dim, str(index.attr))] = None
+                direct = index.op == "index" and index.attr in ("b", "h", "kv_h", "q_idx", "kv_idx", "d")
+                found[(int(str(node.attr)), dim, str(index.attr) if direct else "any")] = None
     return tuple(found)
+
+
+def too_short(name: str, dim: int, size: int, index: str, least: int, where: str = "") -> ShapeMismatch:
+    """The error for a captured tensor with fewer entries than a hook reads; ``index`` is one of direct_indices."""
+    if index == "any":
+        return ShapeMismatch(
+            f"captured tensor '{name}' is empty along axis {dim}, and a hook reads it there. Give it at least one entry."
+        )
+    return ShapeMismatch(
+        f"captured tensor '{name}' has size {size} along axis {dim}, which {index} indexes up to {least - 1}{where}. "
+        f"Give it at least {least} entries there, or clamp the index."
+    )

@@ -20,7 +20,10 @@ def logger() -> logging.Logger:
     """The logger 'jitgen'; JITGEN_LOG makes it print to stderr, else it follows the application's logging."""
     log = logging.getLogger("jitgen")
     level = env.log_level()
-    if level != "off" and not log.handlers:
+    if level == "off":
+        if not log.handlers:  # else Python would print warnings itself where the application has set up no logging
+            log.addHandler(logging.NullHandler())
+    elif not any(isinstance(handler, logging.StreamHandler) for handler in log.handlers):
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("jitgen: %(message)s"))
         log.addHandler(handler)

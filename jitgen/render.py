@@ -250,4 +250,4 @@ def reached_headers(text: str) -> dict[str, str]:
 
 @cache
 def _header_text(name: str) -> str:
-    return (template_dir() / "include" / name).read_text()
+    return (template_dir() / "include" / name).read_text("utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jitgen.checks import dtype_name
+from jitgen.checks import check_memory, dtype_name
 from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -16,6 +16,7 @@ def check_rows(name: str, x: torch.Tensor, dims: int = 2) -> None:
     """Logits or probabilities: [rows, vocab], or [batch, draft, vocab] with ``dims`` 3."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}, expected a torch.Tensor.")
+    check_memory(**{name: x})
     axes = "[rows, vocab]" if dims == 2 else "[batch, tokens, vocab]"
     if x.dim() != dims:
         raise ShapeMismatch(f"{name} has {x.dim()} dimensions (shape {tuple(x.shape)}), expected {dims}: {axes}.")

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from jitgen import runtime
-from jitgen.errors import ShapeMismatch, UnsupportedDevice
-from jitgen.program import Program, direct_indices
+from jitgen.errors import UnsupportedDevice
+from jitgen.program import Program, direct_indices, too_short
 from jitgen.sampling_spec import SamplingSpec, render_sampling, team_size
 from jitgen.streams import call_on, cuda_index
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
@@ -97,13 +97,10 @@ def capture_words(program: Program, values: list[object], batch: int, vocab: int
                 f"captured tensor '{slot.name}' is on {value.device}, the logits are on {device}. "  # type: ignore[attr-defined]
                 f"Move it with {slot.name}.to({str(device)!r})."
             )
-    sizes = {"b": ("row", batch), "kv_idx": ("token", vocab)}
+    sizes = {"b": ("row", batch), "kv_idx": ("token", vocab), "any": ("any", 1)}
     for i, dim, index in direct_indices(program):
         name, least = sizes[index]
         size = values[i].shape[dim]  # type: ignore[attr-defined]
         if size < least:
-            raise ShapeMismatch(
-                f"captured tensor '{program.slots[i].name}' has size {size} along axis {dim}, which {name} indexes up to "
-                f"{least - 1}. Give it at least {least} entries there, or clamp the index."
-            )
+            raise too_short(program.slots[i].name, dim, size, name, least)
     return runtime.capture_words(program, values)

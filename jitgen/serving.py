@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.compiler import is_compiling
 
-from jitgen.checks import check_grad
+from jitgen.checks import check_grad, check_scale
 from jitgen.errors import PlanMismatch, UnsupportedDevice, VariantError
+from jitgen.looks import looks_of
 from jitgen.program import Program, uses_index
 from jitgen.serving_cascade import Cascade
 from jitgen.serving_checks import check_keys, check_query
@@ -21,7 +22,6 @@ from jitgen.serving_launch import (
     check_rows,
     launches_of,
     list_stride_of,
-    looks_of,
     maker_of,
     run,
     starter_of,
@@ -282,6 +282,7 @@ def _prepare(
             "scale has no default for latent attention: it is 1/sqrt of the head dim before absorption, 192 for DeepSeek. Give "
             "scale=."
         )
+    check_scale(scale)
     scale = default_scale(plan) if scale is None else float(scale)
     on_host = plan.device.type == "cpu"
     q_factor = 1.0

@@ -9,7 +9,8 @@ import torch
 from jitgen.checks import dtype_name
 from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.families import CUDA_HEAD_DIMS, padded_head_dims
-from jitgen.program import Program, direct_indices
+from jitgen.layouts import check_own_rows
+from jitgen.program import Program, direct_indices, too_short
 from jitgen.serving_pages import KeyPlace
 from jitgen.serving_scales import stored_dtype
 from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM, MLA_DIMS, STORED_DTYPES
@@ -27,6 +28,10 @@ def check_plan_numbers(plan: Plan) -> None:
         value = getattr(plan, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ShapeMismatch(f"{name} is {value!r}, expected a positive integer.")
+    for name in ("max_q_len", "max_kv_len", "max_kv_tokens"):
+        value = getattr(plan, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ShapeMismatch(f"{name} is {value!r}, expected a positive integer or None.")
     if plan.num_q_heads % plan.num_kv_heads:
         raise ShapeMismatch(
             f"num_q_heads is {plan.num_q_heads}, num_kv_heads {plan.num_kv_heads}. The number of query heads must be a "
@@ -202,6 +207,7 @@ def check_results(plan: Plan, q: Tensor, out: Tensor | None, lse: Tensor | None)
             raise ShapeMismatch(
                 f"out has strides {tuple(out.stride())}, expected unit stride along head_dim, rows of 16 bytes."
             )
+        check_own_rows(out)
     if lse is not None:
         if tuple(lse.shape) != shape[:2] or not lse.is_contiguous():
             raise ShapeMismatch(f"lse has shape {tuple(lse.shape)}, expected {shape[:2]}, contiguous.")
@@ -225,16 +231,13 @@ def check_captures(plan: Plan, program: Program, values: list[object]) -> None:
         least = _reach(plan, program.slots[i].name, index)
         size = values[i].shape[dim]  # type: ignore[attr-defined]
         if size < least:
-            raise ShapeMismatch(
-                f"captured tensor '{program.slots[i].name}' has size {size} along axis {dim}, which {index} indexes up to "
-                f"{least - 1} in this plan. Give it at least {least} entries there, or clamp the index."
-            )
+            raise too_short(program.slots[i].name, dim, size, index, least, " in this plan")
     plan.checked_values = list(values)
 
 
 def _reach(plan: Plan, name: str, index: str) -> int:
     """One more than the largest value of an index under this plan."""
-    known = {"b": plan.num_requests, "h": plan.num_q_heads, "kv_h": plan.num_kv_heads}
+    known = {"b": plan.num_requests, "h": plan.num_q_heads, "kv_h": plan.num_kv_heads, "d": plan.head_dim_v, "any": 1}
     if index in known:
         return known[index]
     counts_rows = index == "q_idx" and plan.q_index == "local"

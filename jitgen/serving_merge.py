@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -12,17 +13,20 @@ Tensor = torch.Tensor
 BASES = {"e": 1.0, 2: math.log(2.0)}  # what turns a logsumexp of that base into a natural one
 
 
-def merge_states(outs: Tensor, lses: Tensor, *, base: str | int = "e") -> tuple[Tensor, Tensor]:
+def merge_states(
+    outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor], *, base: str | int = "e"
+) -> tuple[Tensor, Tensor]:
     """Attention over all keys from attention over each of several parts of them.
 
     A part that saw no key has logsumexp -inf and is left out, whatever its output holds.
 
-    Shapes:  outs [rows, states, heads, head_dim_v]; lses [rows, states, heads] float32; returns [rows, heads, head_dim_v] in
-             outs's dtype and [rows, heads] float32.
+    Shapes:  outs [rows, states, heads, head_dim_v]; lses [rows, states, heads] float32; or both lists of states, without that
+             axis; returns [rows, heads, head_dim_v] in outs's dtype and [rows, heads] float32.
     Units:   logsumexps of base 'e', as jitgen returns them, or 2, as FlashInfer does; the result has the same base.
     Errors:  ShapeMismatch, UnsupportedDtype.
     Cost:    a few torch operations, float32 throughout.
     """
+    outs, lses = _stacked("outs", outs), _stacked("lses", lses)
     _check(outs, lses, base, 4)
     weights = lses * BASES[base]
     merged = weights.logsumexp(1)
@@ -46,6 +50,16 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, b
             f"{tuple(lse_a.shape)} and {tuple(lse_b.shape)}. They must match."
         )
     return merge_states(torch.stack([out_a, out_b], 1), torch.stack([lse_a, lse_b], 1), base=base)
+
+
+def _stacked(name: str, states: Tensor | Sequence[Tensor]) -> Tensor:
+    """The states along axis 1."""
+    if isinstance(states, Tensor):
+        return states
+    shapes = [tuple(t.shape) if isinstance(t, Tensor) else t for t in states]
+    if not shapes or any(s != shapes[0] for s in shapes):
+        raise ShapeMismatch(f"{name} has states of shapes {shapes}, expected one state at least, and all alike.")
+    return torch.stack(tuple(states), 1)
 
 
 def _check(outs: Tensor, lses: Tensor, base: str | int, rank: int) -> None:

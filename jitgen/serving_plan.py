@@ -368,6 +368,8 @@ def mask_signature(program: Program) -> tuple[str, tuple[int, ...]]:
 
 def _complete(device: torch.device) -> torch.device:
     """The device with its number, as tensors have it."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedDevice("device is cuda, and torch finds no GPU here. Use device='cpu', or ask 'jitgen doctor' why.")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jitgen.cli_text import paint
 from jitgen.errors import VariantError
+from jitgen.program import without_rows
 from jitgen.show_kernel import Choice, kernel_of, spec_of
 from jitgen.show_sizes import sizes_of
 from jitgen.show_target import load_variant
@@ -30,9 +31,9 @@ def show(args: argparse.Namespace) -> int:
         head_dim_v=args.head_dim_v or args.head_dim,
         q_len=sizes.q_len,
     )
-    kernel = kernel_of(spec_of(program, choice))
+    kernel = kernel_of(spec_of(without_rows(program), choice))
     tiling = tiling_of(program, values, kernel.spec.tiles, sizes)
-    report = Report(args.target, program, values, kernel, sizes, tiling)
+    report = Report(args.target, program, values, kernel, (choice.head_dim, choice.head_dim_v), sizes, tiling)
     if args.json:
         print(json.dumps(as_data(report, args.source), indent=1))
     else:

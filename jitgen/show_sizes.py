@@ -56,9 +56,11 @@ def sizes_of(program: Program, values: list[Any], args: argparse.Namespace, own_
 
 
 def captured_limits(program: Program, values: list[Any]) -> dict[str, int]:
-    """For each index, the least size of the tensor dimensions that it is used on as it is."""
+    """For each index into lengths and heads, the least size of the tensor dimensions that it is used on as it is."""
     found: dict[str, int] = {}
     for slot, dim, index in direct_indices(program):
+        if index in ("any", "d"):
+            continue
         size = values[slot].shape[dim]
         found[index] = min(size, found.get(index, size))
     return found

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from jitgen.cli_text import counted, field, paint
 from jitgen.ir import Expr, to_text, walk
-from jitgen.program import NormProgram, Program, Slot
+from jitgen.program import NormProgram, Program, RowProgram, Slot
+from jitgen.rotary import Rope
 from jitgen.show_kernel import Kernel
 from jitgen.show_sizes import Sizes
 from jitgen.show_tiles import Tiling
@@ -31,6 +32,7 @@ class Report:
     program: Program
     values: list[Any]
     kernel: Kernel
+    head_dims: tuple[int, int]  # of the tensors; the kernel's may be larger
     sizes: Sizes
     tiling: Tiling
 
@@ -45,7 +47,34 @@ def hooks_of(program: Program) -> list[tuple[str, str]]:
     if program.norm is not None:
         roots += norm_roots(program.norm)
     roots += [("output", program.output), ("lse", program.lse)]
-    return [(name, expression(root, names)) for name, root in roots if root is not None]
+    found = [(name, expression(root, names)) for name, root in roots if root is not None]
+    if program.rows is None:
+        return found
+    rows = [(name, getattr(program.rows, name)) for name in "qkv"]
+    return [*((f"{name} rows", row_text(p, names)) for name, p in rows if not p.is_empty), *found]
+
+
+def row_text(row: RowProgram, names: list[str]) -> str:
+    """What becomes of the element o of a row at position q_idx, step by step."""
+    steps = []
+    if row.before is not None:
+        steps.append(expression(row.before, names))
+    if row.rope is not None:
+        at = "" if row.position is None else f" at {expression(row.position, names)}"
+        steps.append(f"rotated by {rope_text(row.rope)}{at}")
+    if row.after is not None:
+        steps.append(expression(row.after, names))
+    return ", then ".join(steps)
+
+
+def rope_text(rope: Rope) -> str:
+    """The parameters of a rotation that are not the usual ones."""
+    shown = [
+        f"{f.name}={'a table' if f.name == 'cos_sin' else repr(getattr(rope, f.name))}"
+        for f in fields(rope)
+        if getattr(rope, f.name) is not f.default and getattr(rope, f.name) != f.default
+    ]
+    return f"Rope({', '.join(shown)})"
 
 
 def norm_roots(norm: NormProgram) -> list[tuple[str, Expr | None]]:
@@ -135,7 +164,7 @@ def print_report(report: Report) -> None:
     if program.slots:
         rows = [(s.name, capture_text(s, v)) for s, v in zip(program.slots, values, strict=True)]
         print_section("captured: launch arguments, a new value compiles nothing", rows)
-    print_section("kernel", kernel_rows(report.kernel))
+    print_section("kernel", kernel_rows(report.kernel) + input_rows(report))
     print_tiles(program, report.sizes, report.tiling)
 
 
@@ -158,6 +187,18 @@ def capture_text(slot: Slot, value: Any) -> str:
 
 def layout_of_contiguous(rank: int) -> str:
     return "s" * (rank - 1) + "c" * (rank > 0)
+
+
+def input_rows(report: Report) -> list[tuple[str, str]]:
+    """What a call copies before the kernel can read it."""
+    spec, found = report.kernel.spec, []
+    if report.program.rows is not None:
+        found.append(("first", "kernels of their own write the transformed rows to copies"))
+    if report.head_dims != (spec.head_dim, spec.head_dim_v):
+        found.append(("copies", "q, k and v in each call, with zeros up to the head dim of the kernel"))
+    elif spec.target.kind == "cuda":
+        found.append(("copies", "inputs whose rows are not contiguous, or whose other strides are no multiples of 16 bytes"))
+    return found
 
 
 def kernel_rows(kernel: Kernel) -> list[tuple[str, str]]:

@@ -161,6 +161,8 @@ class Sym(Traced):
         parts = item if isinstance(item, tuple) else (item,)
         if all(p is None or p is Ellipsis for p in parts):
             return self
+        if is_head_row(self):
+            refuse(f"a row along the head dim is seen element by element, and was indexed. {ROTATE}")
         refuse(
             f"{describe(self.expr)} is a single number and cannot be indexed with {item!r}. Index a captured tensor instead."
         )
@@ -280,6 +282,15 @@ def _constant_tensor(t: torch.Tensor) -> Expr | tuple[Expr, ...]:
 
 def _is_operand(value: object) -> bool:
     return isinstance(value, (Traced, bool, int, float, torch.Tensor)) or getattr(value, "shape", None) == ()
+
+
+ROTATE = "Rotate it with a jitgen.Rope; cut and join captured tensors outside the hook."
+
+
+def is_head_row(value: object) -> bool:
+    """Whether a value stands for a row of q, k, v or the output: an expression of one element of it."""
+    operand = as_operand(value)
+    return isinstance(operand, Expr) and bool(operand.deps & {"o", "d"})
 
 
 def lift(build: Callable[..., Expr], *values: object) -> Sym | SymVector:

@@ -112,8 +112,9 @@ def find_ninja() -> Path | None:
         return None
     import ninja
 
-    program = Path(ninja.BIN_DIR) / "ninja"
-    return program if program.is_file() else None
+    # the second: the package is another environment's, which this one sees (venv --system-site-packages)
+    places = (Path(ninja.BIN_DIR), *(parent / "bin" for parent in Path(ninja.__file__).parents[3:5]))
+    return next((place / "ninja" for place in places if (place / "ninja").is_file()), None)
 
 
 def require_ninja() -> Path:

@@ -7,6 +7,8 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from jitgen.errors import VariantError
 from jitgen.hooks import HOOKS, POSITIONAL, Trace, check_hook, name_of, signature_of, trace_hooks
 from jitgen.norms import OnlineNorm
@@ -135,9 +137,9 @@ class Variant:
         names = _find(new._hooks, new._bound)[0].names
         unknown = [name for name in values if name not in names]
         if unknown:
-            raise VariantError(
-                f"bind got '{unknown[0]}', which no hook captures. Captured: {', '.join(sorted(names)) or 'nothing'}."
-            )
+            captured = sorted(names - {name_of(hook) for hook in self._hooks if callable(hook)})
+            shown = ", ".join(captured) or "nothing"
+            raise VariantError(f"bind got '{unknown[0]}', which no hook captures. Captured: {shown}.")
         return new
 
 
@@ -192,6 +194,15 @@ def hooks_of(definition: Any) -> tuple[tuple[Any, ...], str | None]:
             raise VariantError(f"class {definition.__name__} needs arguments ({e}). Pass an instance of it.") from None
     if isinstance(definition, OnlineNorm):
         return tuple(definition if kind == "softmax" else None for kind in HOOKS), None
+    if isinstance(definition, torch.Tensor):  # which has a softmax of its own
+        raise VariantError(
+            f"variant is a tensor of shape {tuple(definition.shape)}, expected a jitgen.Variant or a function. Index it in "
+            "one: lambda b, h, q_idx, kv_idx: mask[q_idx, kv_idx]."
+        )
+    if hasattr(definition, "kv_num_blocks"):
+        raise VariantError(
+            "variant is a BlockMask, expected a jitgen.Variant or a function. Pass it as block_mask to jitgen.flex_attention."
+        )
     found = {kind: getattr(definition, kind, None) for kind in HOOKS}
     if any(hook is not None for hook in found.values()):
         found["softmax"] = _instance(found["softmax"])
@@ -233,10 +244,23 @@ def resolve(score_mod: object = None, mask_mod: object = None, sink: object = No
     Errors:  VariantError, UnsupportedVariant.
     Cost:    about a microsecond when nothing has changed.
     """
+    # a function is identified by its code, as in _identity: written out, because this runs on every call
+    key = (
+        None if score_mod is None else score_mod.__code__ if type(score_mod) is _FUNCTION else _identity(score_mod),
+        None if mask_mod is None else mask_mod.__code__ if type(mask_mod) is _FUNCTION else _identity(mask_mod),
+        None if sink is None else _identity(sink),
+    )
+    trace = _latest.get(key)
+    if trace is not None:
+        values = trace.check(score_mod, mask_mod, sink, *_NO_OTHERS, _NOTHING)
+        if values is not None:
+            return trace.program, values
     trace, values = _find((score_mod, mask_mod, sink, *_NO_OTHERS), _NOTHING)
+    _latest[key] = trace
     return trace.program, values
 
 
+_latest: dict[tuple[object, ...], Trace] = {}  # of raw hooks, the last that held: its check is quicker than a look-up
 _NOTHING: Mapping[str, object] = {}
 _NO_OTHERS = (None,) * (len(HOOKS) - 3)
 _FUNCTION = types.FunctionType
@@ -244,8 +268,7 @@ _FUNCTION = types.FunctionType
 
 def _find(hooks: tuple[Any, ...], bound: Mapping[str, object]) -> tuple[Trace, list[object]]:
     """The trace that holds for the hooks as they are now, and the values they capture."""
-    # a function is identified by its code, as in _identity: written out, because this runs on every call
-    key = (*[None if h is None else h.__code__ if type(h) is _FUNCTION else _identity(h) for h in hooks], *bound)
+    key = (*[_identity(hook) for hook in hooks], *bound)
     for trace in _traces.get(key, ()):
         values = trace.check(*hooks, bound)
         if values is not None:

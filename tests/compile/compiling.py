@@ -6,12 +6,12 @@ import subprocess
 from pathlib import Path
 
 from jitgen import toolchain
-from jitgen.target import COMMON_FLAGS
+from jitgen.target import CUDA_FLAGS
 
 
 def code_for(*archs: str) -> list[str]:
     """The flags of a CompileTarget, for several architectures such as '90a' at once."""
-    return [*COMMON_FLAGS, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs), "-Xptxas=-v"]
+    return [*CUDA_FLAGS, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs), "-Xptxas=-v"]
 
 
 def compile_source(source, directory: Path, *options: str) -> tuple[Path, str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from compiling import code_for, compile_source
 from disassembly import disassemble
+from norm_cases import Sigmoid
 
 import jitgen
 from jitgen import toolchain
@@ -63,17 +64,6 @@ def document() -> jitgen.Variant:
 
 def sink() -> jitgen.Variant:
     return jitgen.Variant(mask_mod=causal, sink=torch.zeros(32))
-
-
-class Sigmoid(jitgen.OnlineNorm):
-    state = {}  # noqa: RUF012
-    order = "any"
-
-    def update(self, s, st):
-        return torch.sigmoid(s), 1.0, st
-
-    def finalize(self, o, st):
-        return o
 
 
 def sigmoid() -> jitgen.Variant:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from compiling import code_for, compile_source
 from disassembly import disassemble
+from norm_cases import Sigmoid
 
 import jitgen
 from jitgen import toolchain
@@ -66,17 +67,6 @@ def every_hook() -> jitgen.Variant:
         output_transform=lambda o, lse, b, h, q_idx: o * torch.sigmoid(gate[h]),
         lse_transform=lambda lse, b, h, q_idx: lse * 1.4426950408889634,
     )
-
-
-class Sigmoid(jitgen.OnlineNorm):
-    state = {}  # noqa: RUF012
-    order = "any"
-
-    def update(self, s, st):
-        return torch.sigmoid(s), 1.0, st
-
-    def finalize(self, o, st):
-        return o
 
 
 def sigmoid() -> jitgen.Variant:

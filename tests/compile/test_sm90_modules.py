@@ -9,6 +9,7 @@ import pytest
 import torch
 from compiling import compile_source
 from disassembly import disassemble
+from norm_cases import StickBreaking
 
 import jitgen
 from jitgen import toolchain
@@ -76,20 +77,6 @@ def every_hook() -> jitgen.Variant:
         output_transform=lambda o, lse, b, h, q_idx: o * torch.sigmoid(gate[h]),
         lse_transform=lambda lse, b, h, q_idx: lse * 1.4426950408889634,
     )
-
-
-class StickBreaking(jitgen.OnlineNorm):
-    state = {"carry": 0.0}  # noqa: RUF012
-    order = "reverse"
-
-    def update(self, s, st):
-        left = -torch.nn.functional.softplus(s)
-        after = jitgen.row_cumsum(left) - left
-        weight = torch.exp(torch.nn.functional.logsigmoid(s) + st["carry"] + after)
-        return weight, 1.0, {"carry": st["carry"] + jitgen.row_sum(left)}
-
-    def finalize(self, o, st):
-        return o
 
 
 def stick_breaking() -> jitgen.Variant:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from norm_cases import Sigmoid
 from serving_batch import Batch, poisoned
 
 import jitgen
@@ -124,19 +125,6 @@ def test_a_row_without_keys_is_zero():
 
 
 # ---- hooks ----------------------------------------------------------------------------------------------------------------
-
-
-class Sigmoid(jitgen.OnlineNorm):
-    """Weights without a denominator."""
-
-    state = {}  # noqa: RUF012
-    order = "any"
-
-    def update(self, s, st):
-        return torch.sigmoid(s), 1.0, st
-
-    def finalize(self, o, st):
-        return o
 
 
 def hooks():

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 import jitgen
 from jitgen import errors
@@ -22,7 +27,8 @@ def tensors(q=(1, 4, 8, 64), k=(1, 4, 8, 64), v=(1, 4, 8, 64), dtype=torch.float
         ({"k": (1, 4, 8, 32)}, ["k has head_dim 32", "q has 64"]),
         ({"k": (2, 4, 8, 64), "v": (2, 4, 8, 64)}, ["batch 2", "q has 1"]),
         ({"q": (1, 4, 8, 60), "k": (1, 4, 8, 60)}, ["head_dim 60", "multiple of 8", "pad"]),
-        ({"v": (1, 4, 8, 520)}, ["head_dim 520", "512"]),
+        ({"v": (1, 4, 8, 520)}, ["head_dim 520", "512", "is the last axis the head dim?"]),
+        ({"q": (1, 0, 8, 64), "k": (1, 0, 8, 64), "v": (1, 0, 8, 64)}, ["q has 0 heads", "positive multiple"]),
     ],
 )
 def test_attention_refuses_shapes_that_do_not_fit(shapes, words):
@@ -55,6 +61,42 @@ def test_attention_refuses_devices_without_kernels():
         jitgen.attention(q, k, v)
 
 
+FAKE = """
+import torch, jitgen
+from torch._subclasses.fake_tensor import FakeTensorMode
+given = [torch.zeros(1, 4, 8, 64) for _ in range(3)]
+for _ in range({before}):
+    jitgen.attention(*given)
+with FakeTensorMode() as mode:
+    jitgen.attention(*map(mode.from_tensor, given))
+"""
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_attention_refuses_tensors_without_memory(before):
+    """In a process of its own: what it guards against is a crash."""
+    command = [sys.executable, "-c", FAKE.format(before=before)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "UnsupportedDevice: q is a FakeTensor, which has no values" in done.stderr
+
+
+def test_attention_refuses_nested_tensors():
+    q, k, v = tensors()
+    with pytest.warns(UserWarning, match="nested tensors"):
+        nested = torch.nested.nested_tensor([q[0], q[0, :, :3]])
+    with pytest.raises(errors.ShapeMismatch, match=r"q is a nested tensor.*jitgen\.ragged_attention"):
+        jitgen.attention(nested, k, v)
+
+
+def test_a_sign_that_is_not_in_memory_yet_is_seen():
+    q = torch.randn(1, 2, 8, 16, generator=torch.Generator().manual_seed(0))
+    turned = torch.complex(q, q).conj().imag
+    assert turned.is_neg()
+    for _ in range(3):
+        assert torch.equal(jitgen.attention(turned, q, q), jitgen.attention(-q, q, q))
+        assert torch.equal(jitgen.attention(turned._neg_view(), q, q), jitgen.attention(q, q, q))
+
+
 def test_attention_refuses_sparse_tensors():
     q, k, v = tensors()
     with pytest.raises(errors.UnsupportedDevice, match=r"layout torch\.sparse_coo"):
@@ -78,6 +120,16 @@ def test_attention_refuses_inputs_that_require_grad():
         ({"family": "sm80"}, ["needs cuda tensors", "cpu"]),
         ({"score_mod": lambda s, b: s}, ["score_mod", "2 positional parameters", "expected 5"]),
         ({"mask_mod": 3}, ["mask_mod is 3", "(b, h, q_idx, kv_idx)"]),
+        ({"mask_mod": torch.ones(8, 8) > 0}, ["mask_mod is a tensor of shape (8, 8)", "as in mask[q_idx, kv_idx]"]),
+        ({"variant": torch.ones(8, 8) > 0}, ["variant is a tensor of shape (8, 8)", "mask[q_idx, kv_idx]"]),
+        (
+            {"variant": create_block_mask(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx, None, None, 8, 8, device="cpu")},
+            ["variant is a BlockMask", "jitgen.flex_attention"],
+        ),
+        ({"scale": "1"}, ["scale is '1' of type str", "finite number"]),
+        ({"scale": math.nan}, ["scale is nan", "finite number"]),
+        ({"scale": math.inf}, ["scale is inf", "finite number"]),
+        ({"scale": torch.tensor(0.1)}, ["scale is tensor(0.1000) of type Tensor", "float()"]),
         ({"sink": "no"}, ["sink is 'no'", "tensor [num_q_heads]"]),
         ({"sink": torch.zeros(2, 2)}, ["sink has shape (2, 2)"]),
         ({"variant": 7}, ["variant is 7", "jitgen.Variant"]),
@@ -96,6 +148,8 @@ def test_attention_refuses_options_that_make_no_sense(keywords, words):
         (torch.empty(1, 4, 8, 32), errors.ShapeMismatch, "out has shape .*expected"),
         (torch.empty(1, 4, 8, 64, dtype=torch.float16), errors.UnsupportedDtype, "out has dtype float16"),
         (torch.empty(1, 4, 64, 8).mT, errors.ShapeMismatch, "unit stride along head_dim"),
+        (torch.empty(1, 1, 1, 64).expand(1, 4, 8, 64), errors.ShapeMismatch, "rows of it share memory"),
+        ([1.0], TypeError, "out is a list, expected a torch.Tensor"),
     ],
 )
 def test_attention_refuses_an_out_that_does_not_fit(out, error, words):
@@ -109,6 +163,26 @@ def test_attention_refuses_captures_too_small_for_the_positions_they_serve():
         errors.ShapeMismatch, match="captured tensor 'bias' has size 5 along axis 0, which kv_idx indexes up to 7"
     ):
         jitgen.attention(*tensors(), score_mod=lambda s, b, h, q_idx, kv_idx: s + bias[kv_idx])
+
+
+def test_attention_refuses_empty_captures():
+    empty = torch.zeros(0)
+    with pytest.raises(errors.ShapeMismatch, match="captured tensor 'empty' is empty along axis 0, and a hook reads it there"):
+        jitgen.attention(*tensors(), score_mod=lambda s, b, h, q_idx, kv_idx: s + empty[kv_idx // 2])
+    nothing = torch.zeros(0, 64)
+    with pytest.raises(errors.ShapeMismatch, match="captured tensor 'nothing' is empty along axis 0"):
+        jitgen.attention(*tensors(), jitgen.Variant(q_transform=lambda q, b, h, pos: q + nothing[pos]))
+
+
+def test_attention_refuses_captured_rows_shorter_than_the_output():
+    gate = torch.zeros(4, 16)
+    with pytest.raises(errors.ShapeMismatch, match="captured tensor 'gate' has size 16 along axis 1, which d indexes up to 63"):
+        jitgen.attention(*tensors(), jitgen.Variant(output_transform=lambda o, lse, b, h, q_idx: o * gate[h]))
+
+
+def test_a_score_is_no_condition():
+    with pytest.raises(errors.UnsupportedVariant, match=r"returned bool, expected a number\. Make it a mask_mod"):
+        jitgen.attention(*tensors(), score_mod=lambda s, b, h, q_idx, kv_idx: kv_idx <= q_idx)
 
 
 def test_attention_refuses_captures_on_another_device():

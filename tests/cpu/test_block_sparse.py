@@ -168,6 +168,13 @@ def test_wrong_lists_are_named():
         jitgen.BlockSparse.bsr(indptr, indices + 3, (70, 96), (16, 16))
     with pytest.raises(ShapeMismatch, match="or one twice in a block row"):
         jitgen.BlockSparse.bsr(torch.tensor([0, 2, 2, 2, 2, 2]), torch.tensor([3, 3]), (70, 96), (16, 16))
+    for wrong in ([0, 2, 1, 2, 2, 2], [0, 1, 2, 2, 2, 9], [-1, 1, 2, 2, 2, 2]):
+        with pytest.raises(ShapeMismatch, match="or indptr falls or ends behind the 2 indices"):
+            jitgen.BlockSparse.bsr(torch.tensor(wrong), torch.tensor([3, 4]), (70, 96), (16, 16))
+    with pytest.raises(ShapeMismatch, match=r"block is \(0, 16\), expected a positive number"):
+        jitgen.BlockSparse.bsr(indptr, indices, (70, 96), (0, 16))
+    with pytest.raises(VariantError, match="block_mask is a Tensor, expected torch's BlockMask"):
+        jitgen.BlockSparse.of(indptr)
     with pytest.raises(ShapeMismatch, match="blocks have 20 columns, which must divide it"):
         jitgen.BlockSparse.bsr(indptr, indices, (70, 96), (16, 20))
     with pytest.raises(ShapeMismatch, match=r"indptr has shape \(6,\), expected \[8\]"):

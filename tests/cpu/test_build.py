@@ -55,6 +55,29 @@ def test_built_module_computes(module: Path) -> None:
 
 
 @needs_cxx
+@pytest.mark.parametrize("name", ["a b", "ä'\"", "$HOME:=,;#(x)"])
+def test_store_may_have_any_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITGEN_CACHE_DIR", str(tmp_path / name))
+    module = module_of(KERNEL)
+    assert module.is_relative_to(tmp_path / name)
+    ctypes.CDLL(str(module))
+
+
+@needs_cxx
+def test_names_of_any_language_are_compiled_where_the_locale_has_none(tmp_path: Path) -> None:
+    text = KERNEL + "// größe\n"
+    script = (
+        "from test_build import HEADERS, build, target, FakeSource\n"
+        f"source = FakeSource({text!a}, {text!a}, HEADERS)\n"
+        "print(build.get_module('s', 'cpu', 'k', lambda: source, target.detect_cpu()).stat().st_size)\n"
+    )
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "JITGEN_CACHE_DIR": str(tmp_path / "größe")}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=Path(__file__).parent, env={**os.environ, **plain}, capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
+
+
+@needs_cxx
 def test_built_module_depends_on_no_torch_and_no_openmp_library(module: Path) -> None:
     dynamic = subprocess.run(["readelf", "-d", str(module)], stdout=subprocess.PIPE, text=True, check=True).stdout
     needed = [line for line in dynamic.splitlines() if "NEEDED" in line]

@@ -93,7 +93,9 @@ def faulty_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_compiler
 @pytest.mark.parametrize("number", [0, errno.ENOSPC, errno.EROFS, errno.EDQUOT], ids=["kill", "full", "read-only", "quota"])
 def test_store_is_whole_whichever_step_fails(number: int, faulty_disk: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "LD_PRELOAD": str(faulty_disk), "PYTHONPATH": str(HERE), "TMPDIR": tempfile.gettempdir()}
+    beside = tmp_path / "beside"  # the temporary stores of the processes that end here at once
+    beside.mkdir()
+    environment = {**os.environ, "LD_PRELOAD": str(faulty_disk), "PYTHONPATH": str(HERE), "TMPDIR": str(beside)}
     command = [sys.executable, "-c", STEPS, str(faulty_disk), str(tmp_path / "stores"), str(number)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -159,6 +159,13 @@ def test_unusable_store_is_replaced_by_a_temporary_one_with_one_warning(
 
 
 @pytest.mark.usefixtures("no_temporary_store")
+def test_a_name_that_no_file_system_has_is_an_unusable_store(private_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITGEN_CACHE_DIR", str(private_store / ("x" * 300)))
+    with pytest.warns(CacheWarning, match="cannot be used: File name too long"):
+        assert get_module(request(), FakeBuilder()).is_file()
+
+
+@pytest.mark.usefixtures("no_temporary_store")
 def test_full_disk_is_survived(private_store: Path) -> None:
     def fail_once(directory: Path) -> None:
         if private_store in directory.parents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 
@@ -23,6 +24,14 @@ sys.exit(code)
 def run_without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_terminal_without_a_character_shows_another(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(cli, "dispatch", lambda arguments: print("\u2713 right") or cli.OK)
+    assert cli.main(["demo"]) == cli.OK
+    assert stream.buffer.getvalue() == b"? right\n"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ def forget(monkeypatch):
     def empty() -> None:
         monkeypatch.setattr(runtime, "_kernels", {})
         monkeypatch.setattr(api, "_prepared", {})
+        monkeypatch.setattr(api, "_recent", {})
 
     empty()
     return empty

@@ -185,3 +185,15 @@ def test_compiled_call_matches_the_layout_of_the_fake_kernel():
         got = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v)
     assert got.stride() == call(q, k, v).stride()
     assert_same(got, call(q, k, v))
+
+
+@pytest.mark.parametrize("mask, shown", [(causal, "<function causal"), (torch.ones(8, 8), r"a tensor of shape \(8, 8\)")])
+def test_what_is_no_block_mask_is_refused(mask, shown):
+    with pytest.raises(errors.VariantError, match=f"block_mask is {shown}.*A function goes to mask_mod="):
+        jitgen.flex_attention(*inputs(), block_mask=mask)
+
+
+def test_what_is_no_tensor_is_refused():
+    q, k, v = inputs()
+    with pytest.raises(TypeError, match=r"q is a list, expected a torch\.Tensor"):
+        jitgen.flex_attention([q], k, v)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from norm_cases import Sigmoid
 
 import jitgen
 from jitgen import errors, fp8, reference, runtime
@@ -235,15 +236,6 @@ def test_other_architectures_are_refused_with_the_remedy(arch):
 def test_families_of_other_dtypes_are_refused(dtype, family):
     with pytest.raises(errors.VariantError, match=f"family='{family}' does not take {dtype}"):
         cuda_spec(jitgen.Variant().trace().program, dtype, (128, 128), family, cuda_target("9.0a"))
-
-
-class Sigmoid(jitgen.OnlineNorm):
-    """Weights sigmoid(score)."""
-
-    state = {}  # noqa: RUF012
-
-    def update(self, s, st):
-        return torch.sigmoid(s), 1.0, st
 
 
 def test_online_norm_is_refused_by_the_8_bit_kernel_alone():

@@ -41,6 +41,7 @@ def builds(monkeypatch, private_store):
     monkeypatch.setattr(runtime, "CompiledKernel", CountedKernel)
     monkeypatch.setattr(runtime, "_kernels", {})
     monkeypatch.setattr(api, "_prepared", {})
+    monkeypatch.setattr(api, "_recent", {})
     return names
 
 
@@ -104,6 +105,7 @@ def test_module_stored_by_another_process_is_not_built_again(builds, monkeypatch
     call(CASES["causal"], Sizes(5, 9), 0)
     monkeypatch.setattr(runtime, "_kernels", {})
     monkeypatch.setattr(api, "_prepared", {})
+    monkeypatch.setattr(api, "_recent", {})
     call(CASES["causal"], Sizes(300, 300), 1)
     assert len(builds) == 1
 

@@ -14,6 +14,7 @@ from jitgen import reference
 from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedVariant, VariantError
 
 LENGTHS = [(5, 37), (1, 130), (0, 9), (33, 33), (3, 3)]
+HALF = torch.ones(64, 16)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
@@ -146,6 +147,19 @@ def test_a_row_is_rotated_once():
     rope = jitgen.Rope()
     with pytest.raises(UnsupportedVariant, match="rotates a row more than once"):
         jitgen.Variant(q_transform=lambda q, b, h, pos: rope(rope(q, pos), pos))
+
+
+@pytest.mark.parametrize(
+    "hook, message",
+    [
+        (lambda q, b, h, pos: q[16:], "seen element by element, and was indexed. Rotate it with a jitgen.Rope"),
+        (lambda q, b, h, pos: q * torch.cat([HALF[pos], HALF[pos]]), "rows along the head dim were joined"),
+        (lambda q, b, h, pos: torch.stack((-q, q)), "rows along the head dim were joined"),
+    ],
+)
+def test_rows_are_neither_cut_nor_joined(hook, message):
+    with pytest.raises(UnsupportedVariant, match=message):
+        jitgen.Variant(q_transform=hook)
 
 
 def test_a_rope_belongs_to_rows():

@@ -48,6 +48,8 @@ PLANS = [
     (dict(head_dim=20), ShapeMismatch, "head_dim is 20, expected a multiple of 8 from 8 to 512"),
     (dict(dtype=torch.float64), UnsupportedDtype, "dtype is float64, expected float32 or bfloat16 or float16 on cpu"),
     (dict(layout="dense"), ShapeMismatch, "layout='dense' is not a layout of a plan. Use 'paged' or 'ragged'"),
+    (dict(max_kv_len=-1), ShapeMismatch, "max_kv_len is -1, expected a positive integer or None"),
+    (dict(max_q_len=1.5), ShapeMismatch, "max_q_len is 1.5, expected a positive integer or None"),
     (dict(page_size=0), ShapeMismatch, "page_size is 0 and layout 'paged': only paged plans take a positive page_size"),
     (dict(split="even"), ShapeMismatch, "split='even' is not a way to split"),
     (dict(split="fixed"), ShapeMismatch, "split='fixed' and kv_split=None do not go together"),
@@ -150,6 +152,33 @@ def test_call_names_the_page_size_of_the_plan_and_its_own(batch, paged):
     with pytest.raises(PlanMismatch, match="the kv cache has pages of 16 keys, the plan was made for page_size=32"):
         jitgen.paged_attention(batch.q, *paged, batch.plan(page_size=32))
     jitgen.paged_attention(batch.q, *paged, batch.plan(page_size=16))
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnsupportedDevice, match="device is cuda, and torch finds no GPU here"):
+        jitgen.Plan(2, 3, 4, 2, 16, device="cuda")
+
+
+@pytest.mark.parametrize("scale", ["x", float("nan"), torch.tensor(0.5)])
+def test_call_names_a_scale_that_is_no_number(batch, plan, paged, scale):
+    with pytest.raises(VariantError, match=r"scale is .* expected a finite number"):
+        jitgen.paged_attention(batch.q, *paged, plan, scale=scale)
+
+
+def test_call_refuses_an_out_whose_rows_are_one(batch, plan, paged):
+    out = torch.zeros(1, 1, 16).expand(3, 4, 16)
+    with pytest.raises(ShapeMismatch, match="rows of it share memory"):
+        jitgen.paged_attention(batch.q, *paged, plan, out=out)
+
+
+def test_call_names_what_is_captured(batch, plan, paged):
+    slopes = torch.ones(4)
+    biased = jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s * slopes[h])
+    with pytest.raises(VariantError, match=r"bind got 'slope', which no hook captures. Captured: slopes\."):
+        jitgen.paged_attention(batch.q, *paged, plan, variant=biased, slope=slopes)
+    with pytest.raises(VariantError, match=r"Captured: nothing\."):
+        jitgen.paged_attention(batch.q, *paged, plan, slope=slopes)
 
 
 def test_call_suggests_the_other_kv_layout(batch):

@@ -164,6 +164,7 @@ def test_parts_of_the_keys_merge_to_the_whole(base, dtype):
     tolerance = 5e-6 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps  # parts are rounded too
     assert out.dtype == dtype and (out.double() - want).abs().max().item() <= tolerance
     torch.testing.assert_close(lse.double() * unit, want_lse, rtol=1e-5, atol=2e-5)
+    assert torch.equal(out, jitgen.merge_states([o for o, _ in states], [lse / unit for _, lse in states], base=base)[0])
     both = jitgen.merge_state(*states[0], *states[1])
     three = jitgen.merge_state(*both, *states[2])
     assert (three[0].double() - want).abs().max().item() <= 2 * tolerance
@@ -182,6 +183,8 @@ def test_merging_refuses_what_does_not_fit():
     out, lse = torch.zeros(3, 2, 8), torch.zeros(3, 2)
     with pytest.raises(ShapeMismatch, match="base=10 is not a base"):
         jitgen.merge_state(out, lse, out, lse, base=10)
+    with pytest.raises(ShapeMismatch, match=r"outs has states of shapes \[\(3, 2, 8\), \(4, 2, 8\)\]"):
+        jitgen.merge_states([out, torch.zeros(4, 2, 8)], [lse, lse])
     with pytest.raises(ShapeMismatch, match=r"outputs of shapes \(3, 2, 8\) and \(4, 2, 8\)"):
         jitgen.merge_state(out, lse, torch.zeros(4, 2, 8), torch.zeros(4, 2))
     with pytest.raises(UnsupportedDtype, match="lses has dtype float64, expected float32"):

@@ -48,6 +48,18 @@ class Sigmoid(jitgen.OnlineNorm):
         return torch.sigmoid(score), 1.0, state
 
 
+rope = jitgen.Rope(theta=5e5)
+weight = torch.ones(64)
+
+
+class Rotated:
+    def q_transform(self, q, b, h, q_idx):
+        return rope(q * weight, q_idx)
+
+    def k_transform(self, k, b, kv_h, kv_idx):
+        return rope(k, kv_idx + 3) * 2.0
+
+
 class Family:
     local = jitgen.Variant(mask_mod=causal_window, score_mod=soft_cap)
 
@@ -80,6 +92,7 @@ def show_json(capsys, *arguments: object) -> dict:
         ("Packed", {"score", "mask"}),
         ("Family.local", {"score", "mask"}),
         ("Sigmoid", {"weight", "rescale", "finalize"}),
+        ("Rotated", {"q rows", "k rows"}),
     ],
 )
 def test_function_class_variant_and_norm_are_shown(user_file, name, hooks, capsys):
@@ -104,7 +117,7 @@ def test_file_named_like_a_library_hides_nothing(tmp_path):
     ("target", "message"),
     [
         ("{file}:causal", "has no 'causal'. Did you mean causal_window?"),
-        ("{file}:zzz", "It has causal_window, soft_cap, Packed, Sigmoid."),
+        ("{file}:zzz", "It has causal_window, soft_cap, Packed, Sigmoid, Rotated."),
         ("{file}:make", "'make' takes 0 positional parameters"),
         ("{file}:cap", "variant is 30.0 of type float"),
         ("/nowhere/masks.py:causal", "/nowhere/masks.py is not a file"),
@@ -134,6 +147,22 @@ def test_report_names_expressions_captures_kernel_and_key(user_file, private_sto
     assert "cap       float, now 30.0" in text and "window    int, now 100" in text
     assert "cpu, float32, head_dim 64" in text
     assert "key       cpu-" in text and "no: the first call compiles it" in text
+
+
+def test_transforms_of_rows_are_shown_step_by_step(user_file, capsys):
+    assert main(["show", f"{user_file}:Rotated", "--head-dim", "64", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "q rows    o * weight[d], then rotated by Rope(theta=500000.0)" in text
+    assert "k rows    rotated by Rope(theta=500000.0) at q_idx + 3, then o * 2.0" in text
+    assert "first     kernels of their own write the transformed rows to copies" in text
+
+
+def test_inputs_that_are_copied_are_said(user_file, capsys):
+    options = ["show", f"{user_file}:causal_window", "--arch", "9.0a", "--head-dim"]
+    assert main([*options, "40"]) == 0
+    assert "copies    q, k and v in each call, with zeros up to the head dim of the kernel" in capsys.readouterr().out
+    assert main([*options, "64"]) == 0
+    assert "copies    inputs whose rows are not contiguous" in capsys.readouterr().out
 
 
 @needs_compiler

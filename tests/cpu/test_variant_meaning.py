@@ -105,7 +105,7 @@ def test_traced_sink_is_the_function(name):
         assert float(got.expand(SIZES.batch, SIZES.num_q_heads)[b, h]) == pytest.approx(float(want), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gated_output", "normalised_output", "channel_scale", "lse_weighted"])
+@pytest.mark.parametrize("name", ["gated_output", "gated_channels", "normalised_output", "channel_scale", "lse_weighted"])
 def test_traced_output_transform_is_the_function(name):
     variant = CASES[name].make(SIZES)
     generator = torch.Generator().manual_seed(1)

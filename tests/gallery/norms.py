@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from norm_cases import StickBreaking
 
 import jitgen
 from gallery.case import Sizes, case
@@ -74,22 +75,6 @@ class NormalisedRelu(jitgen.OnlineNorm):
         return o / st["total"]
 
 
-class StickBreaking(jitgen.OnlineNorm):
-    """From the last key to the first, each takes its share of what the later ones left over."""
-
-    state = {"carry": 0.0}  # noqa: RUF012
-    order = "reverse"
-
-    def update(self, s, st):
-        left = -F.softplus(s)
-        after = jitgen.row_cumsum(left) - left
-        weight = torch.exp(F.logsigmoid(s) + st["carry"] + after)
-        return weight, 1.0, {"carry": st["carry"] + jitgen.row_sum(left)}
-
-    def lse(self, st):
-        return st["carry"]
-
-
 @case("sigmoid attention")
 def sigmoid(z: Sizes) -> jitgen.Variant:
     return jitgen.Variant(softmax=Sigmoid(-2.0))
@@ -128,6 +113,16 @@ def written_softmax(z: Sizes) -> jitgen.Variant:
 @case("output gate of native sparse attention")
 def gated_output(z: Sizes) -> jitgen.Variant:
     gate = z.floats(z.batch, z.num_q_heads, z.num_positions)
+
+    def output(o, lse, b, h, q_idx):
+        return o * torch.sigmoid(gate[b, h, q_idx])
+
+    return jitgen.Variant(mask_mod=causal_mask, output_transform=output)
+
+
+@case("output gate per channel (gated attention of Qwen3-Next)")
+def gated_channels(z: Sizes) -> jitgen.Variant:
+    gate = z.floats(z.batch, z.num_q_heads, z.num_positions, z.head_dim)
 
     def output(o, lse, b, h, q_idx):
         return o * torch.sigmoid(gate[b, h, q_idx])

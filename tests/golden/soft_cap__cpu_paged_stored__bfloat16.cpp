@@ -186,6 +186,7 @@ static void weigh_tile(const Args& args, RowBlock& block, int kv0, const jg::Col
   for (int i = 0; i < block.num_heads; ++i) {
     [[maybe_unused]] const Head head = block.heads[i];
     ScoreCol score_cols[kTileKv];
+#pragma omp simd
     for (int j = begin; j < end; ++j) score_cols[j] = score_col(args, head, kv0 + j);
     for (int row = 0, r = i * block.num_rows; row < block.num_rows; ++row, ++r) {
       [[maybe_unused]] float* logits = mem.logits + r * kLogitFloats;

@@ -228,6 +228,7 @@ static void weigh_tile(const Args& args, RowBlock& block, int kv0, const jg::Col
   for (int i = 0; i < block.num_heads; ++i) {
     [[maybe_unused]] const Head head = block.heads[i];
     MaskCol mask_cols[kTileKv];
+#pragma omp simd
     for (int j = columns.mask_begin; j < columns.mask_end; ++j) mask_cols[j] = mask_col(args, head, kv0 + j);
     for (int row = 0, r = i * block.num_rows; row < block.num_rows; ++row, ++r) {
       [[maybe_unused]] float* logits = mem.logits + r * kLogitFloats;

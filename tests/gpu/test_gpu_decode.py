@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 import torch
 from decode_batch import Batch, Module, Shape
+from norm_cases import Sigmoid, StickBreaking
 
 import jitgen
 from jitgen.families import cuda_spec
@@ -67,28 +68,6 @@ def every_hook() -> jitgen.Variant:
 
 def unit_rows() -> jitgen.Variant:
     return jitgen.Variant(output_transform=lambda o, lse, b, h, q_idx: o * torch.rsqrt(jitgen.row_sum(o * o) + 1e-6))
-
-
-class Sigmoid(jitgen.OnlineNorm):
-    state = {}  # noqa: RUF012
-    order = "any"
-
-    def update(self, s, st):
-        return torch.sigmoid(s), 1.0, st
-
-
-class StickBreaking(jitgen.OnlineNorm):
-    state = {"carry": 0.0}  # noqa: RUF012
-    order = "reverse"
-
-    def update(self, s, st):
-        left = -torch.nn.functional.softplus(s)
-        after = jitgen.row_cumsum(left) - left
-        weight = torch.exp(torch.nn.functional.logsigmoid(s) + st["carry"] + after)
-        return weight, 1.0, {"carry": st["carry"] + jitgen.row_sum(left)}
-
-    def lse(self, st):
-        return st["carry"]
 
 
 class OwnSoftmax(jitgen.OnlineNorm):

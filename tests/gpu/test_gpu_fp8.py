@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from norm_cases import Sigmoid
 
 import jitgen
 from jitgen import reference, runtime
@@ -332,15 +333,6 @@ def test_calls_on_two_streams_have_workspaces_of_their_own():
                 got.append(jitgen.attention(*t))
         torch.cuda.synchronize()
         assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-
-
-class Sigmoid(jitgen.OnlineNorm):
-    """Weights sigmoid(score)."""
-
-    state = {}  # noqa: RUF012
-
-    def update(self, s, st):
-        return torch.sigmoid(s), 1.0, st
 
 
 @hopper

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from norm_cases import Sigmoid, StickBreaking
 from serving_batch import Batch, poisoned
 
 import jitgen
@@ -181,34 +182,6 @@ def test_cache_and_query_are_read_by_their_strides(family):
 
 
 # ---- hooks -----------------------------------------------------------------------------------------------------------------
-
-
-class Sigmoid(jitgen.OnlineNorm):
-    state = {}  # noqa: RUF012
-    order = "any"
-
-    def update(self, s, st):
-        return torch.sigmoid(s), 1.0, st
-
-    def finalize(self, o, st):
-        return o
-
-
-class StickBreaking(jitgen.OnlineNorm):
-    state = {"carry": 0.0}  # noqa: RUF012
-    order = "reverse"
-
-    def update(self, s, st):
-        left = -torch.nn.functional.softplus(s)
-        after = jitgen.row_cumsum(left) - left
-        weight = torch.exp(torch.nn.functional.logsigmoid(s) + st["carry"] + after)
-        return weight, 1.0, {"carry": st["carry"] + jitgen.row_sum(left)}
-
-    def finalize(self, o, st):
-        return o
-
-    def lse(self, st):
-        return st["carry"]
 
 
 def variants(device):

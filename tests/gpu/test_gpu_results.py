@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import jitgen
+from jitgen.errors import ShapeMismatch
 
 # Error allowed, as a multiple of that of torch's own kernel on the same inputs: 2-norms against float64. (Of a single element
 # the worst is no yardstick: torch's weight of a row's largest key is exactly 1, ours only within rounding.)
@@ -242,6 +243,17 @@ def test_kernel_runs_on_the_current_stream(family):
         got = jitgen.attention(late, k, v, scale=0.5 / math.sqrt(128), family=family)
     torch.cuda.synchronize()
     torch.testing.assert_close(got, want, atol=4e-3, rtol=2e-2)
+
+
+def test_call_that_comes_again_reads_its_own_tensors_wherever_they_lie(family):
+    for i in range(4):
+        q, k, v = (t * (i + 1) for t in inputs(1, 4, 2, 100, 100, 64))
+        if i == 3:  # memory that the kernel cannot read, with the looks of that before it
+            q, k, v = (torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape) for t in (q, k, v))
+        got = jitgen.attention(q, k, v, scale=0.05, family=family)
+        assert largest_error(got, exact(q, k, v, scale=0.05)[0]) < 2e-2 * (i + 1)
+    with pytest.raises(ShapeMismatch, match="v has kv_len 99, k has 100"):
+        jitgen.attention(q, k, v[:, :, :99], scale=0.05, family=family)
 
 
 def test_kernel_is_captured_in_a_graph(family):

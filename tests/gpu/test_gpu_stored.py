@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from norm_cases import Sigmoid, StickBreaking
 from stored_batch import KINDS, STORED, StoredBatch
 
 import jitgen
@@ -80,25 +81,6 @@ def test_hooks_see_true_logits_and_values(page_size):
         output_transform=lambda o, lse, b, h, q_idx: o * torch.sigmoid(lse),
     )
     attend(variant, page_size=page_size, kinds=("slot", "slot"), factor=2.0, lengths=[(1, 1), (1, 900), (1, 4097), (2, 40)])
-
-
-class Sigmoid(jitgen.OnlineNorm):
-    state = {}  # noqa: RUF012
-    order = "any"
-
-    def update(self, s, st):
-        return torch.sigmoid(s), 1.0, st
-
-
-class StickBreaking(jitgen.OnlineNorm):
-    state = {"carry": 0.0}  # noqa: RUF012
-    order = "reverse"
-
-    def update(self, s, st):
-        left = -torch.nn.functional.softplus(s)
-        after = jitgen.row_cumsum(left) - left
-        weight = torch.exp(torch.nn.functional.logsigmoid(s) + st["carry"] + after)
-        return weight, 1.0, {"carry": st["carry"] + jitgen.row_sum(left)}
 
 
 @pytest.mark.parametrize("norm", [Sigmoid, StickBreaking])

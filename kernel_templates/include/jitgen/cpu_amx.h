@@ -166,12 +166,6 @@ JITGEN_FN float max_lanes(Vec v) {
   for (int i = 0; i < kVec; ++i) max = v[i] > max ? v[i] : max;
   return max;
 }
-JITGEN_FN float add_lanes(Vec v) {   // pairwise: sum_lanes adds one after the other
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < kVec; ++i) sum += v[i];
-  return sum;
-}
 
 // Products of bfloat16 elements: see cpu_vector.h for what the names mean.
 template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct Products {
@@ -195,6 +189,7 @@ template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct Products {
     Bits16* bits = reinterpret_cast<Bits16*>(out);
     const uint16_t keep = factor == 0.0f ? 0 : 0xffff, flip = factor < 0.0f ? 0x8000 : 0;
     if (stride_d == 1)
+#pragma omp simd
       for (int d = 0; d < kHeadDim; ++d) bits[d] = (row[d].bits & keep) ^ flip;
     else
       for (int d = 0; d < kHeadDim; ++d) bits[d] = (row[d * stride_d].bits & keep) ^ flip;
@@ -210,10 +205,12 @@ template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct Products {
         prefetch_rows<4, kHeadDim>(k, first + j + kKeysAhead, keys);
         if (first + j + 4 <= keys && stride_d == 1) {
           const T *k0 = k(first + j), *k1 = k(first + j + 1), *k2 = k(first + j + 2), *k3 = k(first + j + 3);
+#pragma GCC unroll 4
           for (int d = 0; d < kHeadDim; d += 8) {
             const Vec4 in[4] = {load_pairs(k0 + d), load_pairs(k1 + d), load_pairs(k2 + d), load_pairs(k3 + d)};
             Vec4 out[4];
             transpose4(in, out);
+#pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) *reinterpret_cast<Vec4Unaligned*>(packed + (d / 2 + i) * kRowFloats + j) = out[i];
           }
           continue;
@@ -233,6 +230,7 @@ template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct Products {
       prefetch_rows<2, kHeadDimV>(v, j + kKeysAhead, keys);
       int d = 0;
       if (j + 2 <= keys && stride_d == 1)
+#pragma GCC unroll 8
         for (const T *v0 = v(j), *v1 = v(j + 1); d < kWhole; d += kTileRows)
           store_vec(packed + d / kTileRows * kValueBlockFloats, (Vec)(load_bits(v1 + d) << 16 | load_bits(v0 + d)));
       for (; d < round_up(kHeadDimV, kTileRows); ++d) {
@@ -287,7 +285,7 @@ template <class T, int kHeadDim, int kHeadDimV, int kTileKv> struct Products {
         store_vec(row + j / 2, to_bfloat16(weight0, weight1));
         sum0 += weight0, sum1 += weight1;
       }
-      sum[r] = add_lanes(sum0 + sum1);
+      sum[r] = sum_lanes(sum0 + sum1);
     }
     add_sums(rows, sum, rescale, states);
   }

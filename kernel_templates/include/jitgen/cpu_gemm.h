@@ -58,16 +58,16 @@ static void value_panels(const float* weights, const float* v_panels, int blocks
 
 // ---- few query rows: K and V are read where they lie ----
 JITGEN_FN float sum_lanes(Vec v) {
-  float lanes[kVec];
-  store_vec(lanes, v);
   float total = 0.0f;
-  for (int i = 0; i < kVec; ++i) total += lanes[i];
+#pragma omp simd reduction(+ : total)
+  for (int i = 0; i < kVec; ++i) total += v[i];
   return total;
 }
 
 template <int kRows, int kKeys, int kHeadDim, int kTileKv, class Rows>
 JITGEN_FN void dot_block(const float* q, const Rows& k, int first, float* logits) {
   Vec sum[kRows][kKeys] = {};
+#pragma GCC unroll 4
   for (int d = 0; d < kHeadDim; d += kVec) {
     Vec key[kKeys];
 #pragma GCC unroll 4
@@ -116,6 +116,7 @@ static void value_rows(const float* weights, Rows v, int rows, int begin, int en
       const auto *v0 = v(j), *v1 = v(j + 1), *v2 = v(j + 2), *v3 = v(j + 3);
       float* o = out + r * kPaddedDimV;
       const Vec w0 = splat(w[0]), w1 = splat(w[1]), w2 = splat(w[2]), w3 = splat(w[3]);
+#pragma GCC unroll 4
       for (int d = 0; d < kHeadDimV; d += kVec)
         store_vec(o + d, load_vec(o + d) + w0 * load_vec(v0 + d) + w1 * load_vec(v1 + d) + w2 * load_vec(v2 + d) +
                              w3 * load_vec(v3 + d));

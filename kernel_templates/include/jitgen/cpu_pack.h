@@ -52,10 +52,12 @@ static void pack_keys(Rows k, int64_t stride_d, int keys, float* panels) {
       prefetch_rows<4, kHeadDim>(k, first + j + kKeysAhead, keys);
       if (first + j + 4 <= keys && stride_d == 1) {
         const auto *k0 = k(first + j), *k1 = k(first + j + 1), *k2 = k(first + j + 2), *k3 = k(first + j + 3);
+#pragma GCC unroll 4
         for (int d = 0; d < kHeadDim; d += 4) {
           const Vec4 in[4] = {load_vec4(k0 + d), load_vec4(k1 + d), load_vec4(k2 + d), load_vec4(k3 + d)};
           Vec4 out[4];
           transpose4(in, out);
+#pragma GCC unroll 4
           for (int i = 0; i < 4; ++i) *reinterpret_cast<Vec4Unaligned*>(panels + (d + i) * kPanel + j) = out[i];
         }
         continue;
@@ -75,6 +77,7 @@ static void pack_values(Rows v, int64_t stride_d, int keys, float* panels) {
     const auto* row = v(j);
     int d = 0;
     if (stride_d == 1)
+#pragma GCC unroll 8
       for (; d < kWhole; d += kVec) store_vec(panels + (d / kPanel * kTileKv + j) * kPanel + d % kPanel, load_vec(row + d));
     for (; d < round_up(kHeadDimV, kPanel); ++d)
       panels[(d / kPanel * kTileKv + j) * kPanel + d % kPanel] = d < kHeadDimV ? to_float(row[d * stride_d]) : 0.0f;

@@ -40,12 +40,16 @@ constexpr int kScratchAlign = 64;           // cache line, and the widest vector
 typedef float Vec __attribute__((vector_size(kVec * 4)));
 typedef float VecUnaligned __attribute__((vector_size(kVec * 4), aligned(4), may_alias));
 typedef uint32_t VecU32 __attribute__((vector_size(kVec * 4)));
+typedef int32_t VecI32 __attribute__((vector_size(kVec * 4)));
 typedef uint16_t VecU16 __attribute__((vector_size(kVec * 2)));
 typedef uint8_t VecU8 __attribute__((vector_size(kVec)));
 typedef uint8_t VecU8Unaligned __attribute__((vector_size(kVec), aligned(1), may_alias));
 typedef int8_t VecI8 __attribute__((vector_size(kVec)));
+typedef int16_t VecI16 __attribute__((vector_size(kVec * 2)));
 typedef uint16_t VecU16Unaligned __attribute__((vector_size(kVec * 2), aligned(2), may_alias));
 typedef float Vec4 __attribute__((vector_size(16)));
+typedef int32_t Vec4I32 __attribute__((vector_size(16)));
+typedef uint32_t Vec4U32 __attribute__((vector_size(16)));
 typedef float Vec4Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
 
 // A column of the logits as hooks get it. On CUDA it carries its value as a float too.
@@ -109,38 +113,65 @@ JITGEN_FN Vec load_vec(const bf16_16* p) {
   const VecU16 bits = *reinterpret_cast<const VecU16Unaligned*>(p);
   return (Vec)(__builtin_convertvector(bits, VecU32) << 16);
 }
+// Bytes are widened in two steps: GCC takes one step of that width element by element.
 template <int kShift> JITGEN_FN Vec moved_bits(const void* p, float factor) {
-  const VecU32 bits = __builtin_convertvector(*static_cast<const VecU8Unaligned*>(p), VecU32);
+  const VecU8 bytes = *static_cast<const VecU8Unaligned*>(p);
+  const VecU32 bits = __builtin_convertvector(__builtin_convertvector(bytes, VecU16), VecU32);
   return (Vec)((bits & 0x7f) << kShift | (bits & 0x80) << 24) * splat(factor);
 }
-JITGEN_FN Vec load_vec(const float8_e4m3fn* p) { return moved_bits<20>(p, 0x1p120f); }
 JITGEN_FN Vec load_vec(const float8_e5m2* p) { return moved_bits<21>(p, 0x1p112f); }
 JITGEN_FN Vec load_vec(const int8* p) {
-  return __builtin_convertvector((VecI8)*reinterpret_cast<const VecU8Unaligned*>(p), Vec);
+  const VecI8 bytes = (VecI8)*reinterpret_cast<const VecU8Unaligned*>(p);
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bytes, VecI16), VecI32), Vec);
 }
-#if defined(__F16C__) && defined(__AVX__) && !defined(__AVX512F__) && __has_builtin(__builtin_ia32_vcvtph2ps256)
-typedef int16_t HalfBits __attribute__((vector_size(16)));
-typedef int16_t HalfBitsUnaligned __attribute__((vector_size(16), aligned(2), may_alias));
-JITGEN_FN Vec load_vec(const half16* p) {
-  return (Vec)__builtin_ia32_vcvtph2ps256((HalfBits)*reinterpret_cast<const HalfBitsUnaligned*>(p));
-}
-#else
-JITGEN_FN Vec load_vec(const half16* p) {
-  Vec v;
-  for (int i = 0; i < kVec; ++i) v[i] = to_float(p[i]);
-  return v;
-}
-#endif
 JITGEN_FN void store_vec(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
-template <class T> JITGEN_FN void store_vec(T* p, Vec v) {
-#pragma omp simd
-  for (int i = 0; i < kVec; ++i) from_float(v[i], p[i]);
-}
+
+// Conversions of 16-bit elements: one instruction where the CPU has it, else as the scalar functions above.
+JITGEN_FN VecU32 chosen(VecI32 mask, VecU32 yes, VecU32 no) { return ((VecU32)mask & yes) | (~(VecU32)mask & no); }
+JITGEN_FN void store_bits(void* p, VecU32 bits) { *static_cast<VecU16Unaligned*>(p) = __builtin_convertvector(bits, VecU16); }
 #if defined(__AVX512BF16__)
 JITGEN_FN void store_vec(bf16_16* p, Vec v) {
   VecU16 bits;
   asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(v));
   *reinterpret_cast<VecU16Unaligned*>(p) = bits;
+}
+#else
+JITGEN_FN void store_vec(bf16_16* p, Vec v) {
+  const VecU32 bits = (VecU32)v;
+  store_bits(p, chosen(v != v, VecU32{} + 0x7fc0, (bits + 0x7fff + (bits >> 16 & 1)) >> 16));
+}
+#endif
+#if defined(__AVX512F__) || (defined(__AVX__) && defined(__F16C__))
+JITGEN_FN Vec of_halves(VecU16 bits) {
+  Vec v;
+  asm("vcvtph2ps %1, %0" : "=v"(v) : "vm"(bits));
+  return v;
+}
+JITGEN_FN Vec load_vec(const half16* p) { return of_halves(*reinterpret_cast<const VecU16Unaligned*>(p)); }
+// By way of float16, as multiplying the bits of small ones, which are denormal as floats, takes a hundred times as long.
+JITGEN_FN Vec load_vec(const float8_e4m3fn* p) {
+  const VecU16 bits = __builtin_convertvector(*reinterpret_cast<const VecU8Unaligned*>(p), VecU16);
+  return of_halves((bits & 0x7f) << 7 | (bits & 0x80) << 8) * splat(0x1p8f);
+}
+JITGEN_FN void store_vec(half16* p, Vec v) {
+  VecU16 bits;
+  asm("vcvtps2ph $0, %1, %0" : "=v"(bits) : "v"(v));   // 0: to nearest, ties to even
+  *reinterpret_cast<VecU16Unaligned*>(p) = bits;
+}
+#else
+JITGEN_FN Vec load_vec(const float8_e4m3fn* p) { return moved_bits<20>(p, 0x1p120f); }
+JITGEN_FN Vec load_vec(const half16* p) {
+  const VecU32 bits = __builtin_convertvector(*reinterpret_cast<const VecU16Unaligned*>(p), VecU32);
+  const VecU32 magnitude = (bits & 0x7fff) << 13;
+  const VecU32 normal = (VecU32)((Vec)magnitude * splat(0x1p112f));
+  return (Vec)(chosen(magnitude >= 0x0f800000, magnitude | 0x7f800000, normal) | (bits & 0x8000) << 16);
+}
+JITGEN_FN void store_vec(half16* p, Vec v) {
+  const VecU32 bits = (VecU32)v, magnitude = bits & 0x7fffffff, largest = VecU32{} + 0x7c00;
+  const VecU32 denormal = (VecU32)((Vec)magnitude + splat(0.5f)) - float_bits(0.5f);
+  const VecU32 normal = (magnitude - (112 << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const VecU32 number = chosen(magnitude < (113 << 23), denormal, chosen(normal < largest, normal, largest));
+  store_bits(p, chosen(v != v, VecU32{} + 0x7e00, number) | (bits >> 16 & 0x8000));
 }
 #endif
 
@@ -196,6 +227,28 @@ JITGEN_FN Vec4 load_vec4(const float* p) { return *reinterpret_cast<const Vec4Un
 template <class T> JITGEN_FN Vec4 load_vec4(const T* p) {
   return Vec4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
 }
+#if defined(__AVX__) && defined(__F16C__)
+JITGEN_FN Vec4 load_vec4(const half16* p) {
+  Vec4 v;
+  asm("vcvtph2ps %1, %0" : "=x"(v) : "m"(*reinterpret_cast<const half16(*)[4]>(p)));
+  return v;
+}
+JITGEN_FN Vec4 load_vec4(const float8_e4m3fn* p) {
+  Vec4U32 bits;
+  asm("vpmovzxbd %1, %0" : "=x"(bits) : "m"(*reinterpret_cast<const float8_e4m3fn(*)[4]>(p)));
+  bits = (bits & 0x7f) << 7 | (bits & 0x80) << 8;
+  Vec4 v;
+  asm("vpackusdw %1, %1, %0\n\tvcvtph2ps %0, %0" : "=x"(v) : "x"(bits));
+  return v * 0x1p8f;
+}
+#endif
+#if defined(__AVX__)
+JITGEN_FN Vec4 load_vec4(const int8* p) {
+  Vec4I32 integers;
+  asm("vpmovsxbd %1, %0" : "=x"(integers) : "m"(*reinterpret_cast<const int8(*)[4]>(p)));
+  return __builtin_convertvector(integers, Vec4);
+}
+#endif
 
 // ---- captured tensors ----
 JITGEN_FN float load(const float* p, long long i) { return p[i]; }

@@ -87,7 +87,7 @@ JITGEN_FN bool within(Bounds a, long long limit) { return a.known & (a.lo >= -li
 JITGEN_FN Bounds near(Bounds a) { return within(a, kFar) ? a : anything(); }
 JITGEN_FN Bounds times(Bounds a, Bounds b) {
   const long long limit = 1LL << 31;
-  return within(a, limit) & within(b, limit) ? near(a * b) : anything();
+  return (within(a, limit) & within(b, limit)) ? near(a * b) : anything();
 }
 JITGEN_FN Bounds min(Bounds a, Bounds b) { return {least(a.lo, b.lo), least(a.hi, b.hi), a.known & b.known}; }
 JITGEN_FN Bounds max(Bounds a, Bounds b) { return {most(a.lo, b.lo), most(a.hi, b.hi), a.known & b.known}; }
@@ -145,7 +145,7 @@ struct Axis { long long lo, hi, stride; };
 
 JITGEN_FN Axis axis(Bounds index, long long size, long long stride) {
   const bool wraps = index.lo < 0;
-  const long long shift = wraps & (index.hi < 0) ? size : 0;
+  const long long shift = (wraps & (index.hi < 0)) ? size : 0;
   const bool all = !index.known | (wraps & (index.hi >= 0));
   const long long lo = all ? 0 : index.lo + shift, hi = all ? size - 1 : index.hi + shift;
   return {most(0, least(lo, size - 1)), most(0, least(hi, size - 1)), stride};
@@ -166,6 +166,26 @@ JITGEN_FN const int* words_of(const int* base, Axis i) {
   const int* first = base + i.lo;
   return i.stride == 1 && (reinterpret_cast<unsigned long long>(first) & 15) == 0 && extent(i) % 4 == 0 ? first : nullptr;
 }
+#else
+// Least and largest of a row of elements, in a function of its own: mask_tile is asked in half a dozen places.
+template <class T> static __attribute__((noinline)) Bounds scan_elements(const T* first, int count, long long stride) {
+  auto lo = load(first, 0), hi = lo;   // int for all but 64-bit elements
+  if (stride == 1) {
+#pragma omp simd reduction(min : lo) reduction(max : hi)
+    for (int n = 1; n < count; ++n) {
+      const auto value = load(first, n);
+      lo = value < lo ? value : lo;
+      hi = value > hi ? value : hi;
+    }
+  } else {
+    for (int n = 1; n < count; ++n) {
+      const auto value = load(first, n * stride);
+      lo = value < lo ? value : lo;
+      hi = value > hi ? value : hi;
+    }
+  }
+  return checked(first, lo, hi);
+}
 #endif
 // Least and largest element of a box of a tensor.
 template <class T> JITGEN_FN Bounds scan(const T* base, Axis i) {
@@ -182,7 +202,6 @@ template <class T> JITGEN_FN Bounds scan(const T* base, Axis i) {
     }
     return {lo, hi};
   }
-#endif
   const T* first = base + i.lo * i.stride;
   auto lo = load(first, 0), hi = lo;   // int for all but 64-bit elements
   for (int n = static_cast<int>(extent(i)) - 1; n > 0; --n) {
@@ -192,6 +211,9 @@ template <class T> JITGEN_FN Bounds scan(const T* base, Axis i) {
     hi = most(hi, value);
   }
   return checked(base, lo, hi);
+#else
+  return scan_elements(base + i.lo * i.stride, static_cast<int>(extent(i)), i.stride);
+#endif
 }
 template <class T> JITGEN_FN Bounds scan(const T* base, Axis i, Axis j) {
   if (extent(i) * extent(j) > kMaxScan) return element_bounds(base);
