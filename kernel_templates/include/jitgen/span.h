@@ -172,7 +172,7 @@ template <class T> static __attribute__((noinline)) Bounds scan_elements(const T
   auto lo = load(first, 0), hi = lo;   // int for all but 64-bit elements
   if (stride == 1) {
 #pragma omp simd reduction(min : lo) reduction(max : hi)
-    for (int n = 1; n < count; ++n) {
+    for (int n = 0; n < count; ++n) {   // from 0: the whole vectors of a panel
       const auto value = load(first, n);
       lo = value < lo ? value : lo;
       hi = value > hi ? value : hi;
