@@ -10,7 +10,7 @@ import torch
 
 from jitgen.errors import ShapeMismatch, UnsupportedDtype, UnsupportedVariant, VariantError
 from jitgen.program import Program
-from jitgen.spec import FP8_DTYPE, MLA_DIMS, KernelSpec, Tiles
+from jitgen.spec import FP8_DTYPE, MLA_DIMS, MLA_FAMILIES, KernelSpec, Tiles
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
 from jitgen.tiles import sm80_tiles
 from jitgen.tiles_decode import decode_tiles
@@ -18,8 +18,9 @@ from jitgen.tiles_fp8 import FP8_HEAD_DIMS, fp8_tiles
 from jitgen.tiles_sm90 import sm90_tiles
 
 FAMILIES = ("cpu", "sm80", "sm90", "sm90_fp8")
-SERVING_FAMILIES = ("cpu", "decode", "mla", "sm80", "sm90")
+SERVING_FAMILIES = ("cpu", "decode", "mla", "sm80", "sm80_mla", "sm90")
 SM90_ARCHS = ("9.0a",)  # wgmma and setmaxnreg exist in this architecture only
+SMALL_SHARED_ARCHS = ("8.6", "8.9", "12.0", "12.1")  # 99 kB of shared memory for a CTA; all others have at least 163
 PAGE_BOX = 8  # keys: pages of the sm90 prefill kernel are a multiple of it
 MAX_SM90_KEYS = 1 << 22  # of a request in the sm90 prefill kernel
 CUDA_HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -73,8 +74,9 @@ def serving_spec(
         raise VariantError(f"family={family!r} is not a family of serving kernels. Use one of {', '.join(SERVING_FAMILIES)}.")
     if device.type == "cpu":
         return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims, layout), detect_cpu(), layout, kv_dtype)
-    family = family or prefill_family(device, layout, PAGE_BOX, None)
-    target = detect_cuda(device.index, accelerated=family != "sm80")
+    if family is None:
+        family = mla_family(device) if head_dims == MLA_DIMS else prefill_family(device, layout, PAGE_BOX, None)
+    target = detect_cuda(device.index, accelerated=not family.startswith("sm80"))
     return cuda_spec(program, dtype, head_dims, family, target, layout=layout, rows=rows, kv_dtype=kv_dtype)
 
 
@@ -107,10 +109,11 @@ def cuda_spec(
     """A CUDA spec of a given family; also used for compile-only checks, where there is no device."""
     check_rows(program)
     check_fp8(program, dtype, family, target)
-    if (family == "mla") != (head_dims == MLA_DIMS) and family != "merge":
-        raise VariantError(f"family={family!r} and head dims {head_dims} do not go together: 'mla' is for {MLA_DIMS} only.")
-    if family == "mla":
-        tiles = mla_tiles(program, target)
+    if (family in MLA_FAMILIES) != (head_dims == MLA_DIMS) and family != "merge":
+        names = " and ".join(repr(name) for name in MLA_FAMILIES)
+        raise VariantError(f"family={family!r} and head dims {head_dims} do not go together: {names} are for {MLA_DIMS} only.")
+    if family in MLA_FAMILIES:
+        tiles = mla_tiles(program, family, target)
     elif family == "decode":
         tiles = decode_tiles(*head_dims, program, target, rows, 1 if kv_dtype else 2)
     elif family == "sm90_fp8":
@@ -159,20 +162,29 @@ def check_fp8(program: Program, dtype: str, family: str, target: CompileTarget) 
         )
 
 
-def mla_tiles(program: Program, target: CompileTarget) -> Tiles:
-    """Tiles of the kernel for latent attention: two stages of 72 kB of keys beside as much of queries fill shared memory."""
-    if target.arch not in SM90_ARCHS:
+def mla_family(device: torch.device) -> str:
+    """The kernel for latent attention that is best on a GPU."""
+    return "mla" if detect_cuda(device.index, accelerated=True).arch in SM90_ARCHS else "sm80_mla"
+
+
+def mla_tiles(program: Program, family: str, target: CompileTarget) -> Tiles:
+    """Tiles of a kernel for latent attention: queries take 72 kB of shared memory, 64 keys as much."""
+    if family == "mla" and target.arch not in SM90_ARCHS:
         raise VariantError(
-            f"head dims {MLA_DIMS} need compute capability 9.0 (architecture {SM90_ARCHS[0]}) on cuda, the target is "
-            f"{target.arch}. Decompress the keys and use head dims 192 and 128."
+            f"family='mla' needs compute capability 9.0 (architecture {SM90_ARCHS[0]}), the target is {target.arch}. "
+            "Leave family out, or use 'sm80_mla'."
         )
     if program.norm is not None or program.output is not None:
         hook = "softmax" if program.norm is not None else "output_transform"
         raise VariantError(
-            f"hook {hook} is not available with head dims {MLA_DIMS} on cuda, where two warp groups share a row of the output. "
+            f"hook {hook} is not available with head dims {MLA_DIMS} on cuda, where several warps share a row of the output. "
             "Leave it out, or use a plan on the CPU."
         )
-    return Tiles(64, 64, num_warps=12, num_stages=2)
+    if family == "mla":
+        return Tiles(64, 64, num_warps=12, num_stages=2)
+    if target.arch.rstrip("af") in SMALL_SHARED_ARCHS:
+        return Tiles(64, 16, num_warps=8, num_stages=1)
+    return Tiles(64, 32, num_warps=8, num_stages=2)
 
 
 def cpu_tiles(head_dim: int, head_dim_v: int, layout: str = "dense") -> Tiles:

@@ -21,7 +21,7 @@ from jitgen.portable import pack, targets_in, unpack
 from jitgen.prebuild_variants import program_of
 from jitgen.program import Program
 from jitgen.render import TEMPLATE_OF_FAMILY
-from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, FP8_DTYPE, KernelSpec
+from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, FP8_DTYPE, MLA_DIMS, MLA_FAMILIES, KernelSpec
 from jitgen.target import CompileTarget, target_of
 
 # sm90 has other tiles for short queries: all that some length would choose are built unless a manifest says q_len
@@ -89,7 +89,7 @@ def _of_kernel(kernel: Mapping[str, Any], folder: Path, archs: Sequence[str] | N
     options += [_listed(kernel, "layout", ("dense",)), _listed(kernel, "q_len", Q_LENS), _listed(kernel, "rows", (8,))]
     for dtype, head_dim, head_dim_v, arch, layout, q_len, rows in itertools.product(*options):
         head_dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
-        is_plan = layout != "dense" and target_of(arch).kind == "cuda"
+        is_plan = layout != "dense" and target_of(arch).kind == "cuda" and head_dims != MLA_DIMS
         for family in _listed(kernel, "family", PLAN_FAMILIES if is_plan else (None,)):
             spec = spec_of(program, dtype, head_dims, arch, family=family, layout=layout, q_len=q_len, rows=rows)
             yield Unit(pack((runtime.module_path, spec)), f"{name}: {spec.label}", spec.target.arch)
@@ -127,8 +127,12 @@ def spec_of(
         raise ManifestError(f"dtype = {dtype!r}: kernels for {arch} take {', '.join(dtypes)}.")
     if layout not in LAYOUTS:
         raise ManifestError(f"layout = {layout!r}: expected one of {', '.join(LAYOUTS)}.")
-    if any(dim % 8 or not 0 < dim <= 512 for dim in head_dims):
-        raise ManifestError(f"head dims {head_dims[0]} and {head_dims[1]}: expected multiples of 8 up to 512.")
+    is_latent = head_dims == MLA_DIMS and layout == "paged"
+    if any(dim % 8 or not 0 < dim <= 512 for dim in head_dims) and not is_latent:
+        raise ManifestError(
+            f"head dims {head_dims[0]} and {head_dims[1]}: expected multiples of 8 up to 512, "
+            f"or {MLA_DIMS} with layout 'paged'."
+        )
     if family is not None and family not in TEMPLATE_OF_FAMILY:
         raise ManifestError(f"family = {family!r}: expected one of {', '.join(TEMPLATE_OF_FAMILY)}.")
     if target.kind == "cpu":
@@ -137,7 +141,7 @@ def spec_of(
         spec = _choose(program, dtype, head_dims, torch.device("cpu"), layout, family, q_len, rows)
         return dataclasses.replace(spec, target=target)
     with _as_on_device(arch.rstrip("af")):  # 9.0 and 9.0a both mean a Hopper device; the family decides which it becomes
-        head_dims = padded_head_dims(*head_dims, dtype)
+        head_dims = head_dims if is_latent else padded_head_dims(*head_dims, dtype)
         return _choose(program, dtype, head_dims, torch.device("cuda", 0), layout, family, q_len, rows)
 
 
@@ -198,6 +202,9 @@ def _retargeted(value: Any, target: CompileTarget) -> Any:
         return _like(value, target)
     if isinstance(value, KernelSpec) and value.layout == "dense" and value.family in ("sm80", "sm90", "sm90_fp8"):
         return value if value.target == target else _chosen_anew(value, target)
+    if isinstance(value, KernelSpec) and value.family in MLA_FAMILIES:
+        own = value.target.arch.rstrip("af") == target.arch.rstrip("af")  # what was recorded there may have been forced
+        return value if own else spec_of(value.program, value.dtype, MLA_DIMS, target.arch, layout=value.layout)
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

@@ -14,7 +14,7 @@ from jitgen.emit import VariantSection, emit_variant, section_context
 from jitgen.emit_early import early_parts
 from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directives
 from jitgen.paths import template_dir
-from jitgen.spec import KernelSpec
+from jitgen.spec import MLA_FAMILIES, KernelSpec
 from jitgen.target import CompileTarget
 
 TEMPLATE_OF_FAMILY = {
@@ -24,6 +24,7 @@ TEMPLATE_OF_FAMILY = {
     "sm90_fp8": "attention/sm90_fp8.cu.jinja",
     "decode": "attention/decode.cu.jinja",
     "mla": "attention/mla.cu.jinja",
+    "sm80_mla": "attention/sm80_mla.cu.jinja",
 }
 SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     **TEMPLATE_OF_FAMILY,
@@ -34,7 +35,7 @@ SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     "merge_cpu": "attention/merge.cpp.jinja",
 }
 # Their templates take part of the scaling out of the element loop.
-RAW_SCORE_FAMILIES = ("sm80", "sm90", "sm90_fp8", "decode", "mla")
+RAW_SCORE_FAMILIES = ("sm80", "sm90", "sm90_fp8", "decode", "mla", "sm80_mla")
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 
 
@@ -206,8 +207,8 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         tile_kv=spec.tiles.tile_kv,
         num_warps=spec.tiles.num_warps,
         num_stages=spec.tiles.num_stages,
-        pairs_groups=spec.family == "mla",
-        packing=f"jg::packing_shift(group_size{', 6' if spec.family == 'mla' else ''})",
+        pairs_groups=spec.family in MLA_FAMILIES,
+        packing=f"jg::packing_shift(group_size{', 6' if spec.family in MLA_FAMILIES else ''})",
         **flags,
     )
 

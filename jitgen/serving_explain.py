@@ -12,6 +12,7 @@ from jitgen.program import Program
 from jitgen.runtime import fields_of
 from jitgen.serving_balance import TAIL_PIECES, PlanRecord, read_plan
 from jitgen.serving_kernels import ask
+from jitgen.spec import MLA_FAMILIES
 
 if TYPE_CHECKING:
     from jitgen.serving_kernels import KernelClass
@@ -38,7 +39,7 @@ def explain(plan: Plan, program: Program, values: list[object], rows: int) -> st
 
 def _explain_device(plan: Plan, c: KernelClass, program: Program, values: list[object], rows: int) -> list[str]:
     shares = c.num_ctas
-    if c.name == "mla":  # whose CTAs take a share by twos
+    if c.name in MLA_FAMILIES:  # whose CTAs take a share by twos
         shares = ask(c.kernel, "jitgen_num_shares", c.pack(plan, program, values, plan.max_batch, plan.max_tokens), plan)
     record = read_plan(c.plan.cpu().numpy().tobytes(), shares)  # type: ignore[union-attr]
     if not record.tiles:

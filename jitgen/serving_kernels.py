@@ -15,11 +15,11 @@ from jitgen import runtime
 from jitgen.abi import SERVING_ARGS, pack_format
 from jitgen.checks import dtype_name
 from jitgen.errors import VariantError
-from jitgen.families import merge_spec, prefill_family, serving_spec
+from jitgen.families import merge_spec, mla_family, prefill_family, serving_spec
 from jitgen.program import Program, without_rows
 from jitgen.serving_place import finishing, place
 from jitgen.serving_scales import no_scales, stored_dtype
-from jitgen.spec import MLA_DIMS, KernelSpec
+from jitgen.spec import MLA_DIMS, MLA_FAMILIES, KernelSpec
 from jitgen.streams import call_on, stream_of
 from jitgen.toolchain import driver_version
 
@@ -150,9 +150,9 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
         staged = plan.stage is not None and plan.stage.changes_keys
         return (KernelClass(_kernel(plan, program, "cpu", 0, staged), ALL_ROWS, 0, None, None, staged=staged),)
     if (plan.head_dim, plan.head_dim_v) == MLA_DIMS:
-        if plan.family not in (None, "mla"):
+        if plan.family not in (None, *MLA_FAMILIES):
             raise VariantError(f"family={plan.family!r} has no kernel for head dims {MLA_DIMS}. Leave family out.")
-        return (_cuda_class(plan, program, values, "mla", 64, 0),)
+        return (_cuda_class(plan, program, values, plan.family or mla_family(plan.device), 64, 0),)
     group = plan.num_q_heads // plan.num_kv_heads
     most_rows = group * plan.max_q_len if plan.max_q_len else None
     rows = min(most_rows or group, DECODE_ROWS)

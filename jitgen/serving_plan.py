@@ -56,9 +56,10 @@ class Plan:
     levels        most levels of the cascades that ``update`` is given in the place of lengths; 1: requests share no keys. The
                   plan then holds the states of max_tokens rows at every level
     head_dim      with head_dim 576, head_dim_v 512 and one KV head: absorbed latent attention (MLA) over a cache of compressed
-                  keys, see jitgen.paged_attention; on a GPU it needs compute capability 9.0, and pages of fewer than 8 keys
-                  are slow to copy
-    family        forces one kernel family: 'decode', 'sm80' or 'sm90' on a GPU
+                  keys, see jitgen.paged_attention; on a GPU of compute capability 9.0 pages of fewer than 8 keys are slow to
+                  copy
+    family        forces one kernel family: 'decode', 'sm80' or 'sm90' on a GPU; 'mla', of compute capability 9.0, or 'sm80_mla'
+                  for latent attention
 
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, VariantError; CompileError, ToolchainMissing.
     Cost:    compiles the kernels of the variant if no cache has them; allocates ``workspace_bytes``.

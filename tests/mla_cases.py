@@ -16,12 +16,35 @@ def causal(b, h, q_idx, kv_idx):
     return kv_idx <= q_idx
 
 
-def reference(q, rows, scale, mask=None):
-    """Output and logsumexp of one request in float64: q [q_len, heads, 576], rows [kv_len, 576], mask [q_len, kv_len]."""
+CAP, WINDOW = 30.0, 500
+
+
+def hooked(device: str, heads: int) -> tuple[jitgen.Variant, torch.Tensor]:
+    """A soft cap, ALiBi, a window and a sink, and the slopes, which are the sinks too."""
+    slopes = torch.linspace(0.01, 0.5, heads, device=device)
+
+    def bend(score, b, h, q_idx, kv_idx):
+        return CAP * torch.tanh(score / CAP) + slopes[h] * (kv_idx - q_idx)
+
+    def near(b, h, q_idx, kv_idx):
+        return (kv_idx <= q_idx) & (q_idx - kv_idx < WINDOW)
+
+    return jitgen.Variant(score_mod=bend, mask_mod=near, sink=slopes), slopes.double().cpu()
+
+
+def reference(q, rows, scale, mask=None, slopes=None):
+    """Output and logsumexp of one request in float64: q [q_len, heads, 576], rows [kv_len, 576], mask [q_len, kv_len]. With
+    ``slopes`` the variant is ``hooked``."""
     logits = torch.einsum("qhd,kd->hqk", q.double(), rows.double()) * scale
+    if slopes is not None:
+        ahead = torch.arange(len(rows))[None] - (torch.arange(len(q))[:, None] + len(rows) - len(q))
+        logits = CAP * torch.tanh(logits / CAP) + slopes[:, None, None] * ahead
+        mask = mask & (ahead > -WINDOW)
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf)
     lse = logits.logsumexp(-1)
+    if slopes is not None:
+        lse = torch.logaddexp(lse, slopes[:, None].expand_as(lse))
     weights = torch.where(lse[..., None].isinf(), 0.0, (logits - lse[..., None]).exp())
     return torch.einsum("hqk,kd->qhd", weights, rows[:, :512].double()), lse.T
 
@@ -38,6 +61,8 @@ def check_mla(
     form: str = "joined",
     split: str = "balanced",
     spread: float = 1.0,
+    family: str | None = None,
+    hooks: bool = False,
 ) -> None:
     """A batch of requests in pages whose unused rows are NaN; rows of no request are not written."""
     generator = torch.Generator().manual_seed(len(lengths))
@@ -57,9 +82,10 @@ def check_mla(
     cache, padding = cache.to(device=device, dtype=dtype), 3
     q = torch.randn(sum(q_lens) + padding, heads, 576, generator=generator).to(dtype)
     indptr = torch.tensor([0, *torch.tensor(q_lens).cumsum(0).tolist()], dtype=torch.int32)
+    variant, slopes = hooked(device, heads) if hooks else (causal if mask else None, None)
     plan = jitgen.Plan(
         len(lengths), q.shape[0], heads, 1, 576, head_dim_v=512, dtype=dtype, device=device, page_size=page_size, split=split,
-        variant=causal if mask else None,
+        variant=variant, family=family,
     )  # fmt: skip
     plan.update(indptr.to(device), torch.tensor(lengths, dtype=torch.int32, device=device))
     given = cache if form == "joined" else (cache[..., :512].contiguous(), cache[..., 512:].contiguous())
@@ -71,7 +97,7 @@ def check_mla(
     for b, n in enumerate(lengths):
         mine = slice(int(indptr[b]), int(indptr[b + 1]))
         seen = torch.arange(n)[None] <= torch.arange(q_lens[b])[:, None] + n - q_lens[b] if mask else None
-        want, want_lse = reference(q[mine], rows[b], SCALE, seen)
+        want, want_lse = reference(q[mine], rows[b], SCALE, seen, slopes)
         assert_near(out[mine], want, rows[b].double().abs().max() if n else 1.0)
         found = lse[mine].double()
         assert torch.equal(found.isinf(), want_lse.isinf())

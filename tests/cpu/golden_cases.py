@@ -245,6 +245,8 @@ CASES: dict[str, Case] = {
     "sigmoid__decode_stored__bfloat16": Case(sigmoid, "decode", "bfloat16", (128, 128), "paged", "int8"),
     "plain__mla__bfloat16": Case(plain, "mla", "bfloat16", (576, 512), "paged"),
     "window__mla__bfloat16": Case(window, "mla", "bfloat16", (576, 512), "paged"),
+    "plain__sm80_mla__float16": Case(plain, "sm80_mla", "float16", (576, 512), "paged"),
+    "window__sm80_mla__bfloat16": Case(window, "sm80_mla", "bfloat16", (576, 512), "paged"),
     "alibi_sink__mla__float16": Case(alibi_sink, "mla", "float16", (576, 512), "paged"),
     "window__mask_tiles": Case(window, "mask_tiles"),
 }
@@ -256,6 +258,7 @@ TARGETS = {
     "merge": partial(cuda_target, "9.0"),
     "merge_cpu": partial(cpu_target, "portable"),
     "mla": partial(cuda_target, "9.0a"),
+    "sm80_mla": partial(cuda_target, "8.0"),
 }
 
 

@@ -27,7 +27,8 @@ GOLDEN = HERE.parent / "golden"
 TEMPLATES = template_names("attention")
 VARIANT = "attention/variant.h.jinja"
 PREFILL = ("attention/sm80_serving.cu.jinja", "attention/sm90_serving.cu.jinja")
-SHARES = (*PREFILL, "attention/mla.cu.jinja")  # kernels whose CTAs walk along a line of pieces
+LATENT = ("attention/mla.cu.jinja", "attention/sm80_mla.cu.jinja")
+SHARES = (*PREFILL, *LATENT)  # kernels whose CTAs walk along a line of pieces
 PART_OF = {  # included, so they have the context of what includes them
     "attention/cpu_hooks.cpp.jinja": ("attention/cpu.cpp.jinja", "attention/cpu_serving.cpp.jinja"),
     "attention/sm80_hooks.cu.jinja": ("attention/sm80.cu.jinja", "attention/sm80_serving.cu.jinja"),
@@ -41,6 +42,7 @@ PART_OF = {  # included, so they have the context of what includes them
     "attention/serving_pieces.cu.jinja": SHARES,
     "attention/serving_output.cu.jinja": PREFILL,
     "attention/serving_launch.cu.jinja": SHARES,
+    "attention/mla_rows.cu.jinja": LATENT,
     "attention/plan.cu.jinja": (*SHARES, "attention/decode.cu.jinja"),
 }
 

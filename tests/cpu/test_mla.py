@@ -20,6 +20,10 @@ def test_pages_of_one_key_without_mask():
     check_mla("cpu", torch.float32, [5, 70], [2, 1], heads=8, page_size=1, mask=False)
 
 
+def test_scores_sinks_and_masks():
+    check_mla("cpu", torch.float32, [37, 700], [1, 3], heads=16, page_size=16, hooks=True)
+
+
 def make_plan(**given):
     options = {"head_dim_v": 512, "dtype": torch.float32, "device": "cpu", **given}
     return jitgen.Plan(2, 4, 16, options.pop("num_kv_heads", 1), 576, **options)

@@ -85,6 +85,18 @@ def test_serving_layout_gets_the_kernels_of_a_plan(folder: Path) -> None:
     assert [s.family for s in specs(folder, kernel(layout="ragged", arch="portable"))] == ["cpu"]
 
 
+def test_latent_attention_gets_the_kernel_of_each_architecture(folder: Path) -> None:
+    latent = {"layout": "paged", "head_dim": 576, "head_dim_v": 512}
+    found = specs(folder, kernel(**latent, arch=["8.0", "8.9", "9.0"]))
+    tiles = {(s.family, s.target.arch, s.tiles.tile_kv, s.tiles.num_stages) for s in found}
+    assert tiles == {("sm80_mla", "8.0", 32, 2), ("sm80_mla", "8.9", 16, 1), ("mla", "9.0a", 64, 2)}
+    text = "\n".join(map(recorded, (s for s in found if s.family == "mla")))
+    assert [(s.family, s.target.arch) for s in specs(folder, text, ["8.0"])] == [("sm80_mla", "8.0")]
+    assert [(s.family, s.target.arch) for s in specs(folder, text, ["9.0"])] == [("mla", "9.0a")]
+    with pytest.raises(ManifestError, match="up to 512, or"):
+        specs(folder, kernel(head_dim=576, head_dim_v=512, arch="8.0"))
+
+
 def test_odd_head_dim_is_padded_as_a_call_pads_it(folder: Path) -> None:
     assert {(s.head_dim, s.head_dim_v) for s in specs(folder, kernel(head_dim=80, arch="8.0"))} == {(96, 96)}
     assert [s.head_dim for s in specs(folder, kernel(head_dim=80, arch="avx2"))] == [80]

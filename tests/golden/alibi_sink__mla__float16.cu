@@ -7,6 +7,7 @@
 // part    half of the columns of a KV tile; the first one to be loaded has the rotated columns with it
 // owner   the warp group that computes the weights of a tile: stages take turns
 #include "jitgen/cuda_launch.cuh"
+#include "jitgen/mla_partial.cuh"
 #include "jitgen/plan.cuh"
 #include "jitgen/sm80_serving.cuh"
 #include "jitgen/sm90_host.cuh"
@@ -171,6 +172,7 @@ using KeyTile = jg::SpanTile<kHeadDim>;
 constexpr int kThreads = 384, kRowThreads = 256;
 constexpr int kRowTiles = 2;                     // of the merge's grid: twins
 constexpr int kMergeThreads = 128, kMergeTiles = 16;   // of a CTA of the merge; column tiles that it joins, for 16 rows
+constexpr bool kEarlyMerge = true;               // attention_kernel lets it start
 constexpr int kHalf = kHeadDimV / 2;             // columns of O that a warp group has
 constexpr int kOutTiles = kHalf / 8, kSpans = kHalf / 64;
 constexpr int kSpanBytes = kTileKv * 128;
@@ -181,7 +183,8 @@ constexpr int kControlAt = kWeightAt + kTileQ * kTileKv * 2;
 constexpr int kProducerRegs = 40, kConsumerRegs = 232;
 static_assert(kTileQ == 64 && kTileKv == 64 && kNumStages == 2, "stages are owned by the two warp groups in turn");
 static_assert(kHeadDim - kHeadDimV == 64 && kHalf == 256, "one span of rotated columns, O in two halves");
-using Logits = float[kTileKv / 8][4];
+constexpr int kLogitKeys = kTileKv;             // of a warp group
+using Logits = float[kLogitKeys / 8][4];
 using Output = float[1][kOutTiles][4];
 constexpr int kSlack = 8;                         // growth of the maximum (exponents of two) below which O is left alone
 constexpr bool kMaybeEmpty = true;
@@ -353,6 +356,24 @@ JITGEN_FN int key_of(int step) { return static_cast<int>(static_cast<unsigned>(s
 JITGEN_FN int row_of(int thread) { return (thread & 127) / 32 * 16 + thread % 32 / 4; }
 JITGEN_FN int own_row() { return row_of(jg::stay(static_cast<int>(threadIdx.x))); }
 
+// ---- twins ----
+// Neighbouring CTAs take the two halves of 128 heads: what one of them reads from memory, the other finds in L2. Equal items are cut
+// alike or not at all, at the price of up to one CTA in sixteen: L2 feeds fewer CTAs faster (64 pairs of CTAs in place of 66: 128
+// requests of 4k keys 270 -> 257 us on an H100, 16 of 16k 148 -> 142, 8 of 8k 62 -> 54).
+static void pair_groups(const Args& args, Launch& launch) {
+  launch.twins = args.split && launch.shape.groups % 2 == 0 && args.num_ctas % 2 == 0 ? 2 : 1;
+  launch.shape.groups /= launch.twins, launch.shape.shares /= launch.twins;
+  launch.shape.whole_items = 0x7fffffff;
+}
+JITGEN_FN Cursor own_share(const Args& args, const Launch& launch) { return share_begin(args, launch, blockIdx.x / launch.twins); }
+JITGEN_FN Piece take_own_piece(const Args& args, const Launch& launch, Cursor& at) {
+  const int twin = blockIdx.x % launch.twins;
+  Piece piece = take_piece(args, launch, at);
+  piece.group = piece.group * launch.twins + twin;
+  if (piece.slot >= 0) piece.slot = piece.slot * launch.twins + twin;
+  return piece;
+}
+
 // ---- hooks on a tile of logits ----
 // What the hooks need of the two rows of a thread, which may belong to two heads.
 struct Rows {
@@ -383,21 +404,21 @@ JITGEN_FN Rows make_rows(const Args& args, const Piece& piece) {
   return rows;
 }
 
-// Scores and masks one KV tile; `first_kv` is the column of element 0.
+// Scores and masks the logits of kLogitKeys keys; `first_kv` is the column of element 0.
 JITGEN_FN void shape_logits(const Args& args, const Rows& rows, Logits& s, int first_kv, int kv_len, bool partial) {
   const jg::ColumnCounter columns(first_kv, kv_len);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float factor = score_factor(args, rows.head[half]);
 #pragma unroll
-    for (int column = 0; column < kTileKv / 4; ++column) {
+    for (int column = 0; column < kLogitKeys / 4; ++column) {
       const jg::Column kv_idx = columns.clamped(8 * (column / 2) + column % 2);
       float& x = s[column / 2][2 * half + column % 2];
       x = score_elem(args, rows.head[half], rows.score[half], score_col(args, rows.head[half], kv_idx), x, rows.q_idx[half], kv_idx);
       if (!(factor > 0.0f)) x *= factor;   // it would turn the maximum into the minimum
     }
   }
-  if (first_kv + kTileKv > kv_len) jg::mask_tail(s, first_kv, kv_len);
+  if (first_kv + kLogitKeys > kv_len) jg::mask_tail(s, first_kv, kv_len);
 }
 
 // ---- epilogue: normalise, write LSE and O ----
@@ -424,7 +445,7 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTi
 }
 
 // ---- merge ----
-using Partial = jg::Partial<1, kOutTiles, kRowThreads>;
+using Partial = jg::ScaledPartial<kOutTiles, kRowThreads>;
 
 constexpr int kMergeParts = kRowThreads / 32 * kOutTiles / kMergeTiles;   // CTAs for an item: warps of a group, halves, columns
 
@@ -436,34 +457,29 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   __shared__ float4 joined[kWarps][kMergeTiles + 1][32];
   const int first = blockIdx.x + 1, twin = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   const Cut cut = twin < launch.twins && !takes_items(args) ? cut_at(args, launch, first) : Cut{0, 0, 0};
-  jg::wait_for_previous_kernel();   // before a return too: the end of this kernel stands for both
+  if constexpr (kEarlyMerge) jg::wait_for_previous_kernel();   // before a return too: the end of this kernel stands for both
   const bool few = cut.pieces <= kFewPieces;
   const int part = few ? blockIdx.z * kWarps + warp : blockIdx.z;
   if (cut.pieces == 0 || part >= kMergeParts) return;
   const jg::PlanTile& tile = jg::plan_tiles_of(args.plan, launch.shape.shares)[cut.tile];
   const Piece piece = make_piece(args, launch, tile, cut.group * launch.twins + twin, 0, -1);
   const int thread = part / kColumnParts * 32 + lane, first_tile = part % kColumnParts * kMergeTiles;   // of attention_kernel
-  const int row = piece.first_row + row_of(thread), first_column = thread / 128 * kHalf + 8 * first_tile;
+  const int row = piece.first_row + row_of(thread), first_column = thread / (kRowThreads / 2) * kHalf + 8 * first_tile;
   const float units = units_of(args, head_of(args, piece, row));
   // The first piece is the end of share `first` - 1; those behind it are the beginnings of their shares.
   const auto slot_of = [&](int i) { return (2 * (first - 1 + i) + (i == 0)) * launch.twins + twin; };
-  jg::OnlineSoftmax<1> softmax;
-  softmax.init();
-  float o[1][kMergeTiles][4] = {};
+  jg::RowSoftmax own;
+  float o[kMergeTiles][4] = {};
 #pragma unroll 2
-  for (int i = few ? 0 : warp; i < cut.pieces; i += few ? 1 : kWarps) Partial::add(args.workspace, slot_of(i), 0, first_tile, thread, o, softmax, units);
-  jg::RowSoftmax all;
-  if (few) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) all.row_max[half] = softmax.row_max[0][half], all.row_sum[half] = softmax.row_sum[0][half];
-    write_output(args, piece, o[0], all, row, first_column);
-    return;
-  }
+  for (int i = few ? 0 : warp; i < cut.pieces; i += few ? 1 : kWarps)
+    Partial::add(args.workspace, slot_of(i), first_tile, thread, o, own.row_max, own.row_sum, units);
+  if (few) return write_output(args, piece, o, own, row, first_column);
 
-  joined[warp][kMergeTiles][lane] = make_float4(softmax.row_max[0][0], softmax.row_max[0][1], softmax.row_sum[0][0], softmax.row_sum[0][1]);
+  joined[warp][kMergeTiles][lane] = make_float4(own.row_max[0], own.row_max[1], own.row_sum[0], own.row_sum[1]);
 #pragma unroll
-  for (int j = 0; j < kMergeTiles; ++j) joined[warp][j][lane] = make_float4(o[0][j][0], o[0][j][1], o[0][j][2], o[0][j][3]);
+  for (int j = 0; j < kMergeTiles; ++j) joined[warp][j][lane] = make_float4(o[j][0], o[j][1], o[j][2], o[j][3]);
   __syncthreads();
+  jg::RowSoftmax all;
   constexpr int kTiles = kMergeTiles / kWarps;   // of this warp, from here on
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) {
@@ -498,17 +514,14 @@ struct Maps { jg::Operand q, k, v; };
 // One warp walks the CTA's part of the line, pieces ahead of the others.
 JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
   jg::RingPosition<2> slot(1);
-  const int twin = blockIdx.x % launch.twins;
-  Cursor at = share_begin(args, launch, blockIdx.x / launch.twins);
+  Cursor at = own_share(args, launch);
   bool is_piece = true;
 #pragma unroll 1
   while (is_piece) {
     jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity);
     if ((threadIdx.x & 31) == 0) {
-      Piece piece = take_piece(args, launch, at);
+      const Piece piece = take_own_piece(args, launch, at);
       is_piece = piece.first_row >= 0;
-      piece.group = piece.group * launch.twins + twin;
-      if (piece.slot >= 0) piece.slot = piece.slot * launch.twins + twin;
       shared.control->piece[slot.stage] = piece;
       jg::barrier_arrive(JG_BARRIER(piece_full, slot.stage));
     }
@@ -777,10 +790,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
     if (piece.slot < 0) {
       write_output(args, piece, o[0], softmax, piece.first_row + own_row(), group * kHalf);
     } else {
-      jg::OnlineSoftmax<1> part;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) part.row_max[0][half] = softmax.row_max[half], part.row_sum[0][half] = softmax.row_sum[half];
-      Partial::store(args.workspace, piece.slot, group * 128 + thread, o, part);
+      Partial::store(args.workspace, piece.slot, group * 128 + thread, o[0], softmax.row_max, softmax.row_sum);
     }
     __syncwarp();
     if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
@@ -851,13 +861,6 @@ static int start_attention(const Args& args, const Launch& launch) {
   return cudaGetLastError();
 }
 
-// Neighbouring CTAs take the two halves of 128 heads: what one of them reads from memory, the other finds in L2.
-static void pair_groups(const Args& args, Launch& launch) {
-  launch.twins = args.split && launch.shape.groups % 2 == 0 && args.num_ctas % 2 == 0 ? 2 : 1;
-  launch.shape.groups /= launch.twins, launch.shape.shares /= launch.twins;
-}
-
-constexpr bool kEarlyMerge = true;   // attention_kernel lets it start
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 constexpr int kLeastPiece = 8;       // KV tiles: a cut costs the partial results of both sides

@@ -24,8 +24,8 @@ MAX_VARIANTS = 256  # layers may have their own sinks
 class BatchMLAPagedAttentionWrapper(Wrapper):
     """Attention of ragged queries over a paged cache of compressed keys, whose rows are the values too.
 
-    Differs from FlashInfer: plan() neither waits nor copies back; CUDA kernels are for compute capability 9.0 only. q_nope and
-    q_pe that are slices of one tensor [rows, heads, 576] are read where they are, others joined in a copy.
+    Differs from FlashInfer: plan() neither waits nor copies back. q_nope and q_pe that are slices of one tensor
+    [rows, heads, 576] are read where they are, others joined in a copy.
     """
 
     def __init__(

@@ -130,24 +130,28 @@ JITGEN_FN void pack_weights(unsigned (&a)[kRowTiles][4], const float (&p)[kRowTi
   }
 }
 
-// O += P V. `v_address` is this lane's a-fragment address in the V tile (the transposing load turns it into a B operand).
-template <class Element, int kHeadDimV, int kRowTiles, int kColTiles, int kOutTiles>
+// O += P V for one step of 16 keys, P as an A operand. `v_address` is this lane's a-fragment address in the V tile (the transposing
+// load turns it into a B operand), whose rows have kCols elements.
+template <class Element, int kCols, int kRowTiles, int kOutTiles>
+JITGEN_FN void multiply_values(float (&o)[kRowTiles][kOutTiles][4], const unsigned (&a)[kRowTiles][4], unsigned v_address) {
+#pragma unroll
+  for (int j = 0; j < kOutTiles; j += 2) {
+    unsigned b[4];
+    load_matrix_transposed(b, SwizzledTile<kCols>::advance(v_address, j));
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+      Element::mma(o[i][j], a[i], b[0], b[1]);
+      Element::mma(o[i][j + 1], a[i], b[2], b[3]);
+    }
+  }
+}
+template <class Element, int kCols, int kRowTiles, int kColTiles, int kOutTiles>
 JITGEN_FN void multiply_pv(float (&o)[kRowTiles][kOutTiles][4], const float (&p)[kRowTiles][kColTiles][4], unsigned v_address) {
-  using Tile = SwizzledTile<kHeadDimV>;
 #pragma unroll
   for (int step = 0; step < kColTiles / 2; ++step) {
     unsigned a[kRowTiles][4];
     pack_weights<Element>(a, p, step);
-#pragma unroll
-    for (int j = 0; j < kOutTiles; j += 2) {
-      unsigned b[4];
-      load_matrix_transposed(b, Tile::advance(v_address, j) + step * 16 * Tile::kPitch);
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        Element::mma(o[i][j], a[i], b[0], b[1]);
-        Element::mma(o[i][j + 1], a[i], b[2], b[3]);
-      }
-    }
+    multiply_values<Element, kCols>(o, a, v_address + step * 16 * SwizzledTile<kCols>::kPitch);
   }
 }
 
