@@ -7,10 +7,11 @@ The section is the same text for CPU and CUDA. Its statements are made here and 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from jitgen import ir
 from jitgen.abi import ArgField
+from jitgen.emit_bits import BitsMask, mask_by_bits, print_bits, search_text
 from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_offset, take_relative
 from jitgen.emit_load import add_row_word
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
@@ -83,6 +84,7 @@ class VariantSection:
     score_factor: HookText
     mask: HookText
     mask_positions: HookText  # the part of the mask that reads no tensor
+    mask_search: HookText  # of a row, the key that `found` stands for in a mask by bits
     analysis: MaskAnalysisText
     sink: HookText
     norm: NormText
@@ -106,6 +108,9 @@ class VariantSection:
     has_early: bool
     has_mask: bool
     has_mask_positions: bool
+    has_mask_bits: bool  # `mask` is over all columns of a thread: see emit_bits.py
+    has_mask_search: bool
+    has_position_bits: bool
     mask_scans: bool
     mask_spans_together: bool
     mask_reads_head: bool
@@ -133,7 +138,7 @@ def emit_variant(
     With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
     both multiplications then join others, and a soft cap costs one of them an element instead of three.
     ``early`` names what of a score the template takes over (emit_early.py): 'relative', 'columns', 'ahead', 'cap', 'offset';
-    and 'positions' where it tells tiles whose mask positions decide alone.
+    'positions' where it tells tiles whose mask positions decide alone, and 'bits' where it masks by bits (emit_bits.py).
 
     Errors:  UnsupportedVariant when an operation has no meaning where the program uses it.
     """
@@ -156,13 +161,15 @@ def emit_variant(
         unit, score, relative, ahead, offset, keep_units=program.norm is not None, is_capped=is_capped
     )
     factor_text = _emit_value(unit, factor, {})
-    mask_text, positions_text = _emit_mask(unit, mask, positions)
+    bits = mask_by_bits(program) if "bits" in early and mask is not None else None
+    mask_text, positions_text = _emit_mask(unit, mask, positions, bits)
     text = dict(
         score=score_text,
         early=early_text,
         score_factor=factor_text,
         mask=mask_text,
         mask_positions=positions_text,
+        mask_search=_emit_search(unit, bits),
         analysis=analysis,
         sink=_emit_value(unit, program.sink, {}),
         norm=norm,
@@ -195,6 +202,9 @@ def emit_variant(
         has_early=looks_ahead or early_text.offset.value != "",
         has_mask=mask is not None,
         has_mask_positions=bool(positions),
+        has_mask_bits=bits is not None,
+        has_mask_search=bits is not None and bits.search is not None,
+        has_position_bits=bits is not None and bool(positions),
         mask_scans=analysis.scans,
         mask_spans_together=analysis.spans_together,
         mask_reads_head=mask is not None and not mask.deps.isdisjoint(("h", "kv_h")),
@@ -254,15 +264,32 @@ def _level(node: Expr) -> str:
     return join_levels({HOOK_LEVELS.get(d, "head") for d in node.deps})
 
 
-def _emit_mask(unit: Unit, root: Expr | None, positions: list[Expr]) -> tuple[HookText, HookText]:
+def _emit_mask(unit: Unit, root: Expr | None, positions: list[Expr], bits: BitsMask | None) -> tuple[HookText, HookText]:
     """The mask hook, split into rows, columns and elements, and the conjunction of some of its parts over the same values."""
     if root is None:
         return HookText(), HookText()
     alone = [functools.reduce(lambda a, b: ir.make("and", a, b), positions)] if positions else []
-    low = _element_lowering(unit, [split_floats(root, _level), *alone])
-    mask = _hook_text(low, low.roots[0])
-    low.blocks["elem"] = Block("elem", taken=set(ELEMENT_NAMES))
-    return mask, _hook_text(low, alone[0]) if alone else HookText()
+    root = split_floats(root, _level) if bits is None else bits.mask
+    low = _element_lowering(unit, [root, *alone])
+    if bits is not None:
+        low.print_op = print_bits
+    texts = []
+    for part in (root, *alone):
+        low.blocks["elem"] = Block("elem", taken=set(ELEMENT_NAMES))
+        if bits is not None:
+            low.blocks["col"] = low.blocks["elem"]  # there are no values of single columns
+        texts.append(_hook_text(low, part))
+    if bits is not None:
+        texts = [replace(text, col=BlockText()) for text in texts]
+    return texts[0], texts[1] if alone else HookText()
+
+
+def _emit_search(unit: Unit, bits: BitsMask | None) -> HookText:
+    """The search of a mask by bits, as a function of the row."""
+    if bits is None or bits.search is None:
+        return HookText()
+    text = _emit_value(unit, bits.search.value, {"q_idx": "elem"})
+    return replace(text, value=search_text(unit, bits.search, text.value))
 
 
 def _element_lowering(unit: Unit, roots: list[Expr]) -> Lowering:

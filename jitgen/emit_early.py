@@ -10,6 +10,8 @@
   cap: the unit that knows tanh has the exponentials to compute.
 - *offset*: a multiple of the distance, as in ALiBi. Up to the first column of a tile it is the same for a whole row of the tile
   and joins the row's maximum; what is left is one fused multiply-add an element.
+- *bits* is for masks: they are applied to all columns of a thread at once (emit_bits.py), and with *positions* tiles are told
+  apart in which positions decide alone.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from jitgen import ir
+from jitgen.emit_bits import mask_by_bits
 from jitgen.ir import Expr, walk
 from jitgen.program import Program, Slot
 
@@ -31,6 +34,8 @@ def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str
     parts = {"relative", "cap", "offset"} if layout == "dense" else {"offset"}  # rows of the others are heads as well
     if layout == "dense" and head_dim_v < 256:  # whose descriptors take the uniform registers
         parts.add("columns")
+    if layout == "dense" and mask_by_bits(program) is not None:
+        parts |= {"bits", "positions"}
     words = 0 if program.score is None else ahead_words(ahead_loads(program.score, program.slots), program.slots)
     if words <= (2 if head_dim_v < 256 else 1):  # more would not stay in registers
         parts.add("ahead")

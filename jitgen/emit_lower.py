@@ -18,10 +18,14 @@ from jitgen.program import Slot
 
 LEVELS = ("head", "row", "col", "elem")
 # Where a leaf begins to vary; leaves not listed are known per (b, h). A row and a column value meet in an element.
-HOOK_LEVELS = {"q_idx": "row", "kv_idx": "col", **dict.fromkeys(("score", "relative", "step", "start", "distance"), "elem")}
+HOOK_LEVELS = {
+    "q_idx": "row",
+    "kv_idx": "col",
+    **dict.fromkeys(("score", "relative", "step", "start", "distance", "found"), "elem"),
+}
 LEAF_TEXT = {
     **{n: f"head.{n}" for n in ("b", "h", "kv_h", "q_len", "kv_len", "num_q_heads", "num_kv_heads", "scale")},
-    **{n: n for n in ("q_idx", "kv_idx", "score", "lse", "distance", "relative")},
+    **{n: n for n in ("q_idx", "kv_idx", "score", "lse", "distance", "relative", "found")},
     **{n: f"kv_idx.{n}" for n in ("start", "step")},
     "o": "x",
     "d": "i",

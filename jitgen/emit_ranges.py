@@ -22,7 +22,7 @@ _LENGTH: Range = (0, POSITION_LIMIT)
 INDEX_RANGE: dict[str, Range] = {
     "b": (0, 2**24), "h": (0, 2**16), "kv_h": (0, 2**16), "q_idx": _POSITION, "kv_idx": _POSITION, "q_len": _LENGTH,
     "kv_len": _LENGTH, "ctx_len": (-POSITION_LIMIT, POSITION_LIMIT), "d": (0, 2**16), "num_q_heads": (1, 2**16),
-    "num_kv_heads": (1, 2**16), "head_dim_v": (1, 2**16), "distance": (-POSITION_LIMIT, POSITION_LIMIT),
+    "num_kv_heads": (1, 2**16), "head_dim_v": (1, 2**16), "distance": (-POSITION_LIMIT, POSITION_LIMIT), "found": _LENGTH,
 }  # fmt: skip
 ELEMENT_RANGE: dict[str, Range] = {
     "bool": (0, 1), "uint8": (0, 255), "int8": (-128, 127), "int16": (-(2**15), 2**15 - 1), "int32": I32, "int64": I64,

@@ -21,12 +21,12 @@ INT_DTYPES = ("i32", "i64")
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
 # Index leaves and their types. `score`, `o`, `lse` and `x` are the values a hook receives; `d` is the position in the head dim.
-# Those of the last line stand for parts of a score that were taken out of it: see emit_early.py.
+# Those of the last line stand for what was taken out of a score or a mask: see emit_early.py and emit_bits.py.
 INDEX_DTYPE = {
     **dict.fromkeys(("b", "h", "q_idx", "kv_idx", "kv_h", "q_len", "kv_len", "ctx_len", "d"), "i32"),
     **dict.fromkeys(("num_q_heads", "num_kv_heads", "head_dim_v"), "i32"),
     **dict.fromkeys(("score", "scale", "o", "lse", "x", "cumsum"), "f32"),
-    **dict.fromkeys(("relative", "step", "start"), "f32"), "distance": "i32",
+    **dict.fromkeys(("relative", "step", "start"), "f32"), **dict.fromkeys(("distance", "found"), "i32"),
 }
 
 

@@ -57,7 +57,7 @@ def run(config: BenchConfig) -> list[SuiteReport]:
         reports.append(make_report("cpu", "cpu", tables, results, notes + absent))
     varied = [cell for cell in variant_cells(config) if config.keeps(cell.label)]
     if varied:
-        results = Contest(config, [peer for peer in peers if peer.name != "flex"]).run(with_plain(varied))
+        results = Contest(config, [peer for peer in peers if peer.name != "flex"]).run(with_plain(varied, "cpu"))
         tables = variant_tables("cpu variants", results, "cpu")
         note = "flex is not in this part: see suite variants"
         reports.append(make_report("cpu variants", "cpu", tables, results, [note]))

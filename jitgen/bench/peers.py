@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from jitgen.bench.config import BenchConfig
-from jitgen.bench.workloads import Hooks, Problem
+from jitgen.bench.workloads import Hooks, Problem, causal
 
 Prepared = Callable[[], torch.Tensor]
 
@@ -58,6 +58,44 @@ def jitgen_peers(families: tuple[str, ...]) -> list[Peer]:
     return peers
 
 
+def prepare_ragged(problem: Problem) -> Prepared:
+    """Documents as requests of their own, by jitgen.ragged_attention: what a mask over them competes with."""
+    import jitgen
+
+    cell, hooks = problem.cell, problem.hooks
+    if not hooks.documents:
+        raise Unsupported("for documents only: the others have no requests")
+    q, k, v = packed(problem)
+    starts, longest = sequence_starts(problem), max(hooks.documents)
+    plan = jitgen.Plan(
+        len(starts) - 1, len(q), cell.num_q_heads, cell.num_kv_heads, cell.head_dim, dtype=q.dtype, device=q.device,
+        layout="ragged", variant=causal, max_q_len=longest, max_kv_len=longest,
+    )  # fmt: skip
+    plan.update(starts, kv_indptr=starts)
+    return lambda: unpacked(problem, jitgen.ragged_attention(q, k, v, plan))
+
+
+RAGGED = Peer("jitgen-ragged", prepare_ragged, ("cpu", "cuda"))
+
+
+def packed(problem: Problem) -> tuple[torch.Tensor, ...]:
+    """q, k, v as [tokens, heads, head_dim], the sequences one behind the other."""
+    return tuple(t.flatten(0, 1) for t in heads_last(problem))
+
+
+def unpacked(problem: Problem, out: torch.Tensor) -> torch.Tensor:
+    """[tokens, heads, head_dim] as [batch, heads, length, head_dim]."""
+    return out.unflatten(0, (problem.cell.batch, problem.cell.length)).transpose(1, 2)
+
+
+def sequence_starts(problem: Problem, *, of_keys: bool = False) -> torch.Tensor:
+    """First tokens of what attention stays within, and their number: documents, or whole sequences."""
+    cell = problem.cell
+    lengths = problem.hooks.documents or (cell.kv_length if of_keys else cell.length,)
+    ends = torch.tensor(lengths * cell.batch).cumsum(0)
+    return torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(problem.q.device, torch.int32)
+
+
 # ---- torch ----------------------------------------------------------------------------------------------------------
 
 
@@ -78,9 +116,6 @@ def prepare_sdpa(problem: Problem, backend: str | None) -> Prepared:
             return call()
 
     return with_backend
-
-
-FLEX_ELEMENTS = 2**31  # of a captured tensor: past them its Triton kernel (torch 2.11) reads outside, which ends the process
 
 
 # Of a captured tensor: past them the Triton kernel of torch 2.11 reads outside of it (pytorch/pytorch#187904), and the CUDA
@@ -125,10 +160,10 @@ def prepare_flex(problem: Problem) -> Prepared:
 # ---- other libraries ------------------------------------------------------------------------------------------------
 
 
-def builtin_arguments(problem: Problem) -> tuple[bool, float, tuple[int, int]]:
+def builtin_arguments(problem: Problem, *, takes_documents: bool = False) -> tuple[bool, float, tuple[int, int]]:
     """(causal, softcap or 0, (window_left, window_right)) as the flash-attention packages take them."""
     hooks = problem.hooks
-    if not hooks.is_builtin:
+    if not hooks.is_builtin and not (takes_documents and hooks.documents):
         raise Unsupported("no built-in option for this variant")
     window = (-1, -1) if hooks.window_left is None else (hooks.window_left, 0)
     return hooks.is_causal, hooks.softcap or 0.0, window
@@ -139,17 +174,26 @@ def heads_last(problem: Problem) -> tuple[torch.Tensor, ...]:
     return tuple(t.transpose(1, 2).contiguous() for t in (problem.q, problem.k, problem.v))
 
 
+def only_output(found: object) -> torch.Tensor:
+    """The output of a function that may also return a logsumexp."""
+    return found[0] if isinstance(found, (tuple, list)) else found  # type: ignore[return-value]
+
+
 def first_output(found: object) -> torch.Tensor:
-    """The output of a function that may also return a logsumexp, back as [batch, heads, length, head_dim]."""
-    out = found[0] if isinstance(found, (tuple, list)) else found
-    return out.transpose(1, 2)  # type: ignore[attr-defined]
+    """The same, back as [batch, heads, length, head_dim]."""
+    return only_output(found).transpose(1, 2)
 
 
 def prepare_fa3(problem: Problem) -> Prepared:
-    """FlashAttention 3, forward-only package."""
-    from fa3_fwd_interface import flash_attn_func
+    """FlashAttention 3, forward-only package; documents as sequences of different lengths."""
+    from fa3_fwd_interface import flash_attn_func, flash_attn_varlen_func
 
-    is_causal, softcap, window = builtin_arguments(problem)
+    is_causal, softcap, window = builtin_arguments(problem, takes_documents=True)
+    if problem.hooks.documents:
+        starts, longest = sequence_starts(problem), max(problem.hooks.documents)
+        options = dict(cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=longest, max_seqlen_k=longest, causal=True)
+        tokens = packed(problem)
+        return lambda: unpacked(problem, only_output(flash_attn_varlen_func(*tokens, **options)))
     q, k, v = heads_last(problem)
     return lambda: first_output(flash_attn_func(q, k, v, causal=is_causal, softcap=softcap, window_size=window))
 
@@ -172,18 +216,17 @@ def prepare_flashinfer(problem: Problem) -> Prepared:
     """FlashInfer's ragged prefill on its FA3 backend; compiles for minutes the first time."""
     from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
 
-    is_causal, softcap, (window_left, _) = builtin_arguments(problem)
+    is_causal, softcap, (window_left, _) = builtin_arguments(problem, takes_documents=True)
     cell = problem.cell
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=problem.q.device)
     wrapper = BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend="fa3")
-    starts = torch.arange(cell.batch + 1, device=problem.q.device, dtype=torch.int32) * cell.length
+    starts, key_starts = sequence_starts(problem), sequence_starts(problem, of_keys=True)
     wrapper.plan(
-        starts, starts, cell.num_q_heads, cell.num_kv_heads, cell.head_dim, causal=is_causal, window_left=window_left,
+        starts, key_starts, cell.num_q_heads, cell.num_kv_heads, cell.head_dim, causal=is_causal, window_left=window_left,
         logits_soft_cap=softcap, q_data_type=problem.q.dtype,
     )  # fmt: skip
-    q, k, v = (t.reshape(-1, t.shape[2], t.shape[3]) for t in heads_last(problem))
-    shape = (cell.batch, cell.length, cell.num_q_heads, cell.head_dim)
-    return lambda: wrapper.run(q, k, v).view(shape).transpose(1, 2)
+    q, k, v = packed(problem)
+    return lambda: unpacked(problem, wrapper.run(q, k, v))
 
 
 # In the order they are listed. SDPA comes first among the peers: the others are compared with the first right output.
@@ -198,9 +241,9 @@ PEERS = (
 )
 
 
-def contenders(config: BenchConfig) -> tuple[list[Peer], list[str]]:
-    """Who takes part, ours first, and a note on each that could and does not."""
-    chosen, notes = jitgen_peers(config.families), []
+def contenders(config: BenchConfig, *more: Peer) -> tuple[list[Peer], list[str]]:
+    """Who takes part, ours first, ``more`` of a suite behind them, and a note on each that could and does not."""
+    chosen, notes = [*jitgen_peers(config.families), *more], []
     for peer in PEERS:
         if config.device not in peer.devices or not config.keeps_peer(peer.name):
             continue

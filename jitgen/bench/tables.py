@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from jitgen.bench.report import SuiteReport, Table
 from jitgen.bench.results import Result, best_peer, by_cell, geometric_mean, names, speed_up, speed_ups
+from jitgen.bench.workloads import keys_of_area
 
 PLAIN = ("causal", "full")
+SAME_AREA = "full of the area"  # over so many keys that it visits as much: workloads.same_area
 NONE = "-"
 MEAN = "geometric mean (least, greatest; cells)"
 
@@ -113,12 +116,12 @@ def variant_tables(title: str, results: Sequence[Result], device: str) -> tuple[
             if not result.is_ours:
                 continue
             rows.setdefault(cell.shape_label, []).append((
-                cell.variant,
+                cell.variant_label,
                 result.contender,
                 ms_text(result.ms),
                 rate_text(result.tflops, device),
                 f"{100 * result.block_pairs / cell.length**2:.1f}",
-                *[ratio_text(area_ratio(result, results, plain)) for plain in PLAIN],
+                *[ratio_text(area_ratio(result, results, plain)) for plain in ("causal", SAME_AREA)],
                 ms_text(flex.ms if flex else None),
                 ratio_text(speed_up(result, flex)),
                 best.contender if best else NONE,
@@ -126,24 +129,26 @@ def variant_tables(title: str, results: Sequence[Result], device: str) -> tuple[
                 ratio_text(speed_up(result, best)),
             ))  # fmt: skip
     columns = (
-        "variant", "ours", "ms", rate_unit(device)[0], "visited\n%", "area speed\n/our causal", "area speed\n/our full",
+        "variant", "ours", "ms", rate_unit(device)[0], "visited\n%", "area speed\n/our causal", "/ our full\nof the area",
         "flex\nms", "ours\n/flex", "best\npeer", "best\nms", "ours\n/best",
     )  # fmt: skip
-    area = "area: pairs in 128 x 128 blocks that hold an unmasked one"
+    area = "area: pairs in 128 x 128 blocks that hold an unmasked one; full N: over N keys, as many as make a variant's area"
     return (
-        *(Table(f"{title}, {shape}; {area}", columns, tuple(lines), left=2) for shape, lines in rows.items()),
+        *(Table(f"{title}, {shape}\n{area}", columns, tuple(lines), left=2) for shape, lines in rows.items()),
         area_table(title, results),
         speed_up_table(f"{title}: speed of ours over each peer, {MEAN}", results),
     )
 
 
 def area_ratio(result: Result, results: Sequence[Result], plain: str) -> float | None:
-    """Visited area a millisecond, relative to the same contender's plain kernel of the same shape."""
-    for other in results:
-        same = other.contender == result.contender and other.cell.shape_label == result.cell.shape_label
-        if same and other.cell.variant == plain and other.area_speed and result.area_speed:
-            return result.area_speed / other.area_speed
-    return None
+    """Visited area a millisecond, relative to a plain kernel of ours: the same contender's, if it has one."""
+    variant, num_keys = plain, 0
+    if plain == SAME_AREA:
+        variant, num_keys = "full", keys_of_area(result.block_pairs, result.cell.length)
+    wanted = replace(result.cell.shape, variant=variant, num_keys=num_keys)
+    found = [other for other in results if other.is_ours and other.cell == wanted and other.area_speed]
+    found.sort(key=lambda other: other.contender != result.contender)
+    return result.area_speed / found[0].area_speed if found and result.area_speed and found[0].area_speed else None
 
 
 def area_ratios(results: Sequence[Result], contender: str, plain: str) -> dict[str, float]:
@@ -161,7 +166,8 @@ def area_table(title: str, results: Sequence[Result]) -> Table:
     """Area speed of all variants relative to our plain kernels."""
     ours = names(results, ours=True)
     rows = [
-        (f"our {plain}", *[mean_text(list(area_ratios(results, name, plain).values())) for name in ours]) for plain in PLAIN
+        (f"our {plain}", *[mean_text(list(area_ratios(results, name, plain).values())) for name in ours])
+        for plain in (*PLAIN, SAME_AREA)
     ]
     return Table(f"{title}: speed per visited area over our plain kernels, {MEAN}", ("plain", *ours), tuple(rows))
 
@@ -209,7 +215,7 @@ def summary(results: Sequence[Result]) -> dict[str, object]:
         for peer in (*names(results, ours=False), None):
             ratios = speed_ups(results, ours, peer)
             over[peer or "best"] = {"geometric_mean": geometric_mean(ratios.values()), "cells": ratios}
-        areas = {plain: area_ratios(results, ours, plain) for plain in PLAIN}
+        areas = {plain: area_ratios(results, ours, plain) for plain in (*PLAIN, SAME_AREA)}
         area = {plain: {"geometric_mean": geometric_mean(ratios.values()), "cells": ratios} for plain, ratios in areas.items()}
         found[ours] = {"speed_up_over": over, "area_speed_over_our": area}
     return found

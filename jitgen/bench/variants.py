@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from jitgen.bench.config import BenchConfig
 from jitgen.bench.contest import Contest
-from jitgen.bench.peers import contenders
+from jitgen.bench.peers import RAGGED, contenders
 from jitgen.bench.report import SuiteReport
 from jitgen.bench.tables import PLAIN, make_report, variant_tables
-from jitgen.bench.workloads import VARIANTS, Cell
+from jitgen.bench.workloads import VARIANTS, Cell, same_area
 
 CUDA_SHAPES = (Cell(4, 16, 16, 4096, 128, "bfloat16"), Cell(1, 16, 16, 16384, 128, "bfloat16"))
 CPU_SHAPES = (Cell(1, 4, 4, 2048, 64, "float32"), Cell(1, 4, 4, 2048, 64, "bfloat16"))
@@ -29,20 +29,23 @@ def labels(config: BenchConfig) -> list[str]:
     return [cell.label for cell in cells(config)]
 
 
-def with_plain(chosen: Sequence[Cell]) -> list[Cell]:
-    """The cells and, before those of each shape, the plain kernels they are compared with."""
+def with_plain(chosen: Sequence[Cell], device: str) -> list[Cell]:
+    """The cells and, before those of each shape, the plain kernels they are compared with: causal and full ones of the same
+    length, and full ones over fewer keys, which visit the same area."""
     found: dict[Cell, None] = {}
     for cell in chosen:
         found |= dict.fromkeys(replace(cell, variant=plain) for plain in PLAIN)
+        if cell.variant not in PLAIN:
+            found[same_area(cell, device)] = None
         found[cell] = None
     return list(found)
 
 
 def run(config: BenchConfig) -> list[SuiteReport]:
     """Time the cells that the filters keep, and plain attention in their shapes."""
-    peers, notes = contenders(config)
+    peers, notes = contenders(config, RAGGED)
     contest = Contest(config, peers)
-    results = contest.run(with_plain([cell for cell in cells(config) if config.keeps(cell.label)]))
+    results = contest.run(with_plain([cell for cell in cells(config) if config.keeps(cell.label)], config.device))
     notes += [f"{name}: not installed ({why})" for name, why in contest.absent.items()]
     tables = variant_tables("variants", results, config.device)
     return [make_report("variants", config.device, tables, results, notes)]

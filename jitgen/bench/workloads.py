@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,21 @@ class Cell:
     dtype: str
     variant: str = "full"
     layout: str = "bshd"  # how q, k, v lie in memory: bshd (heads inside positions) or bhsd
+    num_keys: int = 0  # of a plain kernel over a given area (same_area); 0: length
+
+    @property
+    def shape(self) -> Cell:
+        """The cell without its variant: cells of one shape are timed together."""
+        return replace(self, variant="full", num_keys=0)
+
+    @property
+    def kv_length(self) -> int:
+        return self.num_keys or self.length
+
+    @property
+    def variant_label(self) -> str:
+        """The variant, with the number of keys where it is not the length."""
+        return f"{self.variant} {self.num_keys}" if self.num_keys else self.variant
 
     @property
     def shape_label(self) -> str:
@@ -34,7 +50,7 @@ class Cell:
     @property
     def label(self) -> str:
         """Name of the cell in tables and for --filter."""
-        return f"{self.shape_label} {self.variant}"
+        return f"{self.shape_label} {self.variant_label}"
 
     def flops(self, pairs: int) -> int:
         """Operations of the two matrix products over ``pairs`` (query, key) pairs per head."""
@@ -52,6 +68,7 @@ class Hooks:
     softcap: float | None = None
     window_left: int | None = None  # keeps q_idx - kv_idx <= window_left
     is_builtin: bool = False  # the three fields above say all there is to say
+    documents: tuple[int, ...] = ()  # lengths of the documents within which queries stay, if they are causal otherwise
     # the same hooks with captured tensors that ascend passed through the given function, for who profits from knowing
     with_sorted: Callable[[Callable[[torch.Tensor], torch.Tensor]], Hooks] | None = None
 
@@ -122,7 +139,7 @@ def build_document(cell: Cell, device: str) -> Hooks:
         def document_causal(b, h, q_idx, kv_idx):  # type: ignore[no-untyped-def]
             return (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx)
 
-        return Hooks(mask_mod=document_causal, is_causal=True)
+        return Hooks(mask_mod=document_causal, is_causal=True, documents=tuple(torch.bincount(ids).tolist()))
 
     return replace(with_sorted(lambda t: t), with_sorted=with_sorted)
 
@@ -187,12 +204,13 @@ class ProblemSet:
     def problem(self, cell: Cell) -> Problem:
         """Tensors, hooks and work of a cell; the same object every time."""
         if cell not in self._problems:
-            shape = replace(cell, variant="full")
-            if shape not in self._tensors:
-                self._tensors[shape] = make_tensors(cell, self.device, self.seed)
+            if cell.shape not in self._tensors:
+                self._tensors[cell.shape] = make_tensors(cell, self.device, self.seed)
+            q, *kv = self._tensors[cell.shape]
+            k, v = (t[:, :, : cell.kv_length] for t in kv)
             hooks = VARIANTS[cell.variant](cell, self.device)
-            pairs, block_pairs = count_pairs(hooks.mask_mod, cell.length, self.device)
-            self._problems[cell] = Problem(cell, *self._tensors[shape], hooks, pairs, block_pairs)
+            pairs, block_pairs = count_cell(cell, self.device)
+            self._problems[cell] = Problem(cell, q, k, v, hooks, pairs, block_pairs)
         return self._problems[cell]
 
 
@@ -206,6 +224,24 @@ def make_tensors(cell: Cell, device: str, seed: int) -> tuple[torch.Tensor, torc
         return t.transpose(1, 2) if cell.layout == "bshd" else t
 
     return make(cell.num_q_heads), make(cell.num_kv_heads), make(cell.num_kv_heads)
+
+
+def same_area(cell: Cell, device: str) -> Cell:
+    """Plain attention of the same queries over so many keys that it visits the area of a variant, to whole blocks."""
+    return replace(cell, variant="full", num_keys=keys_of_area(count_cell(cell, device)[1], cell.length))
+
+
+def keys_of_area(block_pairs: int, length: int) -> int:
+    """So many keys, to whole blocks, that ``length`` queries over all of them visit an area."""
+    return max(1, round(block_pairs / length / BLOCK)) * BLOCK
+
+
+@cache
+def count_cell(cell: Cell, device: str) -> tuple[int, int]:
+    """count_pairs of a cell."""
+    if cell.num_keys:
+        return (cell.length * cell.num_keys,) * 2
+    return count_pairs(VARIANTS[cell.variant](cell, device).mask_mod, cell.length, device)
 
 
 def count_pairs(mask_mod: Callable[..., torch.Tensor] | None, length: int, device: str) -> tuple[int, int]:

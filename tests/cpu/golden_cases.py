@@ -163,6 +163,11 @@ def forgetting() -> jitgen.Variant:
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + gates[h, q_idx] - gates[h, kv_idx], mask_mod=causal)
 
 
+def documents() -> jitgen.Variant:
+    doc = jitgen.sorted(torch.zeros(512, dtype=torch.int32))
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx))
+
+
 def rotated() -> jitgen.Variant:
     rope = jitgen.Rope()
     return jitgen.Variant(k_transform=lambda k, b, h, pos: rope(k, pos))
@@ -215,6 +220,7 @@ CASES: dict[str, Case] = {
     "decay__sm90__bfloat16": Case(decay, "sm90", "bfloat16", (128, 128)),
     "dense_bias__sm90__bfloat16": Case(dense_bias, "sm90", "bfloat16", (128, 128)),
     "forgetting__sm90__bfloat16": Case(forgetting, "sm90", "bfloat16", (128, 128)),
+    "documents__sm90__bfloat16": Case(documents, "sm90", "bfloat16", (128, 128)),
     "biases__sm90_ragged__float16": Case(biases, "sm90", "float16", (128, 128), "ragged"),
     "plain__sm90_ragged__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128), "ragged"),
     "every_hook__sm90_paged__bfloat16": Case(every_hook, "sm90", "bfloat16", (64, 64), "paged"),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 
 import pytest
-from bench_fakes import config
+from bench_fakes import CELL, config
 
 from jitgen.bench import SUITES, cli, cpu, dense, jit, variants
+from jitgen.bench.check import Checker
 from jitgen.bench.config import BenchConfig
-from jitgen.bench.peers import contenders
+from jitgen.bench.peers import RAGGED, Unsupported, contenders
+from jitgen.bench.workloads import ProblemSet, same_area
 
 CUDA_PEERS = ("sdpa-flash", "sdpa-cudnn", "fa3", "fa4", "flashinfer", "flex")
 
@@ -96,7 +99,29 @@ def test_dense_on_cuda_has_the_cells_of_the_published_charts():
 
 def test_plain_cells_come_with_the_variants_of_each_shape():
     chosen = [cell for cell in variants.cells(BenchConfig("cuda")) if cell.variant == "alibi"]
-    assert [cell.variant for cell in variants.with_plain(chosen)] == ["causal", "full", "alibi"] * 2
+    found = variants.with_plain(chosen, "cpu")
+    assert [cell.variant_label for cell in found[:4]] == ["causal", "full", "full 2048", "alibi"]
+    assert [cell.variant_label for cell in found[4:]] == ["causal", "full", "full 8192", "alibi"]
+
+
+@pytest.mark.parametrize(("variant", "keys"), [("full", 1024), ("causal", 512), ("document", 256)])
+def test_plain_kernel_of_the_same_area_has_as_many_keys_as_the_variant_visits(variant, keys):
+    cell = dataclasses.replace(CELL, length=1024, variant=variant)
+    problems = ProblemSet("cpu")
+    plain, own = problems.problem(same_area(cell, "cpu")), problems.problem(cell)
+    assert plain.k.shape[2] == plain.v.shape[2] == keys
+    assert plain.cell.shape == own.cell.shape
+    assert plain.block_pairs == 1024 * keys
+    assert abs(plain.block_pairs - own.block_pairs) <= 1024 * 64
+
+
+def test_documents_as_requests_of_their_own_give_what_the_mask_over_them_gives():
+    cell = dataclasses.replace(CELL, batch=2, length=200, variant="document")
+    problem = ProblemSet("cpu").problem(cell)
+    _, reason = Checker(problem).check("ragged", RAGGED.prepare(problem)())
+    assert reason == ""
+    with pytest.raises(Unsupported, match="documents only"):
+        RAGGED.prepare(ProblemSet("cpu").problem(CELL))
 
 
 @pytest.mark.parametrize(

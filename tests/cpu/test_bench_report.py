@@ -13,7 +13,15 @@ from jitgen.bench.check import WORST, Deviation
 from jitgen.bench.method import Samples
 from jitgen.bench.report import Table, header_text, make_header, to_document, write_json
 from jitgen.bench.results import Result, best_peer, by_cell, geometric_mean, speed_ups
-from jitgen.bench.tables import area_ratios, detail_lines, make_report, ms_text, throughput_tables, variant_tables
+from jitgen.bench.tables import (
+    SAME_AREA,
+    area_ratios,
+    detail_lines,
+    make_report,
+    ms_text,
+    throughput_tables,
+    variant_tables,
+)
 
 FULL = dataclasses.replace(CELL, variant="full")
 SOFTCAP = dataclasses.replace(CELL, variant="softcap")
@@ -108,14 +116,16 @@ def test_variant_is_compared_with_our_plain_kernel_by_visited_area():
     results = [
         result(CELL, "jitgen", 1.0, area=1000),
         result(FULL, "jitgen", 1.6, area=2000),
+        result(dataclasses.replace(FULL, num_keys=128), "jitgen", 0.25, area=500),
         result(SOFTCAP, "jitgen", 0.5, area=400),
         result(SOFTCAP, "flex", 1.5, area=400),
     ]
     assert area_ratios(results, "jitgen", "causal") == {SOFTCAP.label: pytest.approx(0.8)}
     assert area_ratios(results, "jitgen", "full") == {SOFTCAP.label: pytest.approx(800 / 1250)}
+    assert area_ratios(results, "jitgen", SAME_AREA) == {SOFTCAP.label: pytest.approx(800 / 2000)}
     row = variant_tables("variants", results, "cuda")[0].rows[-1]
     assert row[:3] == ("softcap", "jitgen", "0.5000")
-    assert row[5:9] == ("0.800", "0.640", "1.500", "3.000")
+    assert row[5:9] == ("0.800", "0.400", "1.500", "3.000")
 
 
 def test_contender_of_ours_without_times_is_a_fault_and_a_peer_a_note():

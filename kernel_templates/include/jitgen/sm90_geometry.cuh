@@ -29,7 +29,7 @@ template <int kStages> struct ControlBlock {
   unsigned long long q_full[4], q_empty[4];   // of each warp group
   unsigned long long o_done;
   unsigned long long k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-  unsigned long long work_full[2], work_empty[2];
+  unsigned long long work_full[2], work_empty[2], found_full[2];
   alignas(16) int4 work[2];   // {first row, head, batch, kind}
   int step[2 * kStages];      // which KV tile a stage holds, with flags: two laps, as no barrier guards its last reader
 };
@@ -38,6 +38,7 @@ template <int kStages> struct ControlBlock {
 template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, bool kClassifies, int kExtraBytes = 0> struct Geometry {
   static constexpr int kGroups = kTileQ / 64;   // consumer warp groups, 64 query rows each
   static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kQueryWarps = kGroups == 3 ? 3 : 1;   // of the producer's, beside the first: they copy Q
   static_assert(kTileQ % 64 == 0 && kGroups >= 2 && kGroups <= 4 && kTileKv % 16 == 0, "unsupported tile");
 
   // ---- registers (setmaxnreg): launch registers are 168, 128 and 96 for 2, 3 and 4 groups, so the pools per lane are

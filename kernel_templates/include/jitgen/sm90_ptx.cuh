@@ -133,6 +133,11 @@ template <int kStages> struct RingPosition {
   JITGEN_FN void advance() {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
+  JITGEN_FN RingPosition before() const {
+    RingPosition at(stage == 0 ? parity ^ 1 : parity);
+    at.stage = (stage == 0 ? kStages : stage) - 1;
+    return at;
+  }
 };
 
 // ---- programmatic dependent launch: no effect in a launch without the attribute ----

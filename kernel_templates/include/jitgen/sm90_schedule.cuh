@@ -68,9 +68,11 @@ template <int kGroups, bool kPerGroup, class SpanOf, class Classify> struct Visi
       while (groups == 0) {
         if (look >= num_tiles) return -1;
         const int first = look + 32 * lane;
+        look += 1024;
+        groups = 1;
+        if (num_tiles <= 32) break;   // nothing to skip
         const auto rows = span(0, kGroups);
         groups = __ballot_sync(0xffffffffu, first < num_tiles && classify(rows, first, min(first + 31, num_tiles - 1)) != kTileNone);
-        look += 1024;
       }
       base = look - 1024 + 32 * (__ffs(groups) - 1);
       groups &= groups - 1;

@@ -1,0 +1,93 @@
+"""Masks that the sm90 kernel applies by bits, against float64: runs that begin and end anywhere in a tile, and documents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gallery.rounding import largest_error, rounding_error
+
+import jitgen
+from jitgen import reference
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="the sm90 family needs compute capability 9.0",
+)
+
+LENGTHS = [(1, 1), (1, 300), (65, 65), (193, 500), (777, 777)]  # q_len, kv_len
+HEADS = 4
+
+
+def documents(kv_len, longest):
+    """Ascending ids of documents of random lengths."""
+    lengths = torch.randint(1, longest + 1, (kv_len,), generator=torch.Generator().manual_seed(1))
+    return torch.repeat_interleave(torch.arange(kv_len), lengths)[:kv_len].cuda()
+
+
+def window(width):
+    return lambda kv_len: lambda b, h, q, k: (k <= q) & (q - k < width)
+
+
+def window_of_a_head(kv_len):
+    widths = (torch.arange(HEADS, device="cuda") * 50 + 3).int()
+    return lambda b, h, q, k: (k <= q) & (q - k < widths[h])
+
+
+def last_key_of_a_row(kv_len):
+    ends = (torch.arange(kv_len, device="cuda") * 7 % kv_len).int()
+    return lambda b, h, q, k: (k < ends[q]) & (k > q - 200)
+
+
+def of_documents(mask, longest=40, dtype=torch.int32):
+    """A mask over document ids, which are far apart in 64 bits."""
+
+    def make(kv_len):
+        ids = documents(kv_len, longest)
+        doc = jitgen.sorted(ids * 10**10 if dtype == torch.int64 else ids.to(dtype))
+        return lambda b, h, q, k: mask(doc, q, k)
+
+    return make
+
+
+def same(doc, q, k):
+    return (doc[q] == doc[k]) & (k <= q)
+
+
+MASKS = {
+    "window_of_5": window(5),
+    "window_of_128": window(128),
+    "window_beyond_all": window(1 << 62),
+    "window_of_a_head": window_of_a_head,
+    "both_sides": lambda kv_len: lambda b, h, q, k: (k <= q + 100) & (q - k <= 100),
+    "sinks": lambda kv_len: lambda b, h, q, k: (k <= q) & ((q - k < 100) | (k < 5)),
+    "prefix": lambda kv_len: lambda b, h, q, k: (k <= q) | (k < 77),
+    "two_diagonals": lambda kv_len: lambda b, h, q, k: (k == q) | (k == q - 3),
+    "all_but_the_diagonal": lambda kv_len: lambda b, h, q, k: (k != q) & (k <= q + 3),
+    "last_key_of_a_row": last_key_of_a_row,
+    "documents": of_documents(same),
+    "documents_of_one_token": of_documents(same, longest=1),
+    "long_documents_in_64_bits": of_documents(same, longest=400, dtype=torch.int64),
+    "documents_both_ways": of_documents(lambda doc, q, k: doc[q] == doc[k]),
+    "documents_in_a_window": of_documents(lambda doc, q, k: same(doc, q, k) & (q - k < 9)),
+    "documents_before": of_documents(lambda doc, q, k: (doc[k] < doc[q]) | (k == q)),
+    "other_documents": of_documents(lambda doc, q, k: (doc[k] != doc[q]) & (k <= q)),
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_by_bits_are_the_oracle(name, head_dim):
+    torch.manual_seed(0)
+    for q_len, kv_len in LENGTHS:
+        q = torch.randn(2, HEADS, q_len, head_dim, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(2, 2, kv_len, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        variant = jitgen.Variant(mask_mod=MASKS[name](kv_len))
+        want, want_lse = reference.attention(q, k, v, variant, return_lse=True)
+        out = torch.full_like(q, torch.nan)
+        got, got_lse = jitgen.attention(q, k, v, variant, return_lse=True, out=out, family="sm90")
+        where = f"q_len {q_len}, kv_len {kv_len}"
+        torch.testing.assert_close(got_lse.double(), want_lse, rtol=1e-5, atol=2e-4, msg=lambda m: f"{where}: {m}")  # noqa: B023
+        allowed = 1.5 * rounding_error(q, k, v, variant, want, "absolute") + torch.finfo(q.dtype).eps * 1e-2
+        error = largest_error(got, want)
+        assert error <= allowed, f"{where}: error {error:.3g}, allowed {allowed:.3g}"
+        assert torch.equal(got, jitgen.attention(q, k, v, variant, family="sm90")), where
