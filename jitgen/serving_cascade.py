@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from jitgen.errors import ShapeMismatch
-from jitgen.serving_pages import PageTable, as_int32, check_indices
+from jitgen.serving_lists import KVLists, PageTable, as_int32, check_indices
 from jitgen.serving_tree import Path, SharedRun, shared_runs_of
 
 Tensor = torch.Tensor
@@ -57,7 +57,7 @@ class CascadeLevel:
         return self.kv_len.shape[0]
 
 
-class Cascade:
+class Cascade(KVLists):
     """The keys of a batch in levels: level 0 is shared by the largest groups of requests, the last has each request's own.
 
     A group is a run of neighbouring requests, so their rows of q are neighbours too. Every level divides the same rows: its
@@ -79,12 +79,12 @@ class Cascade:
         devices = {t.device for level in self.levels for t in (level.q_indptr, level.kv_len, level.page_table.pages)}
         if len(devices) > 1:
             raise ShapeMismatch(f"the levels of a cascade are on {', '.join(sorted(map(str, devices)))}. Use one device.")
-        self.device = self.levels[0].kv_len.device
+        device = self.levels[0].kv_len.device
         self.batch = self.levels[-1].size
         sizes = [level.page_table.pages.numel() for level in self.levels]
         self._first_page = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.pages = torch.empty(max(sum(sizes), 1), dtype=torch.int32, device=self.device)
-        self.kv_start = torch.zeros(self.num_entries, dtype=torch.int32, device=self.device)
+        pages = torch.empty(max(sum(sizes), 1), dtype=torch.int32, device=device)
+        super().__init__(pages, torch.zeros(self.num_entries, dtype=torch.int32, device=device))
         self.refresh()
 
     @property

@@ -69,10 +69,25 @@ def check_plan_numbers(plan: Plan) -> None:
             f"levels={plan.levels} goes with layout='paged' and split='balanced' or 'none', not with "
             f"layout={plan.layout!r} and split={plan.split!r}."
         )
+    _check_selection(plan)
     if (plan.split == "fixed") != (plan.kv_split is not None) or (plan.kv_split is not None and plan.kv_split < 1):
         raise ShapeMismatch(
             f"split={plan.split!r} and kv_split={plan.kv_split!r} do not go together. "
             "split='fixed' needs kv_split=, the keys of a piece, and no other split takes it."
+        )
+
+
+def _check_selection(plan: Plan) -> None:
+    """What goes with chosen lists."""
+    if plan.selection is None:
+        return
+    if plan.selection not in ("even", "uneven"):
+        raise ShapeMismatch(f"selection={plan.selection!r} is none. Use 'even', or 'uneven' where lists end differently.")
+    others = (plan.layout != "paged", plan.page_size is None, plan.levels > 1, plan.split == "fixed")
+    if any(others):
+        raise ShapeMismatch(
+            f"selection={plan.selection!r} goes with layout='paged', page_size=, levels=1 and split='balanced' or 'none', not "
+            f"with layout={plan.layout!r}, page_size={plan.page_size}, levels={plan.levels} and split={plan.split!r}."
         )
 
 

@@ -17,7 +17,7 @@ from jitgen.checks import dtype_name
 from jitgen.errors import VariantError
 from jitgen.families import merge_spec, prefill_family, serving_spec
 from jitgen.program import Program, without_rows
-from jitgen.serving_place import finishing, place
+from jitgen.serving_place import finishing
 from jitgen.serving_scales import no_scales, stored_dtype
 from jitgen.spec import MLA_DIMS, KernelSpec
 from jitgen.streams import call_on, stream_of
@@ -81,7 +81,7 @@ class KernelClass:
 
     def fixed(self, plan: Plan, programmatic: bool, scale: float = 1.0, strides: tuple[int, ...] = (0,) * NUM_STRIDES) -> bytes:
         """The fields from local_rows to the strides."""
-        is_local = plan.q_index == "local" or plan.segments is not None
+        is_local = plan.q_index == "local" or plan.entries is not None
         return pack_fixed(is_local, self.num_ctas, self.class_rows, split_number(plan), programmatic, scale, *strides)
 
     @property
@@ -104,7 +104,7 @@ class KernelClass:
         if room is not None:
             c = replace(self, addresses=(room.data_ptr(), 0), num_ctas=room.shape[0])
         threads, no_bound = (torch.get_num_threads(), 1 << 62) if plan.device_index is None else (0, 0)  # of rows of k
-        own = pack_batch(batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, no_bound, 0)
+        own = pack_batch(batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, no_bound, 0, 0)
         numbers = own + c.fixed(plan, c.overlaps)
         starts = plan.stage.start if c.staged else plan.kv_start  # type: ignore[union-attr]
         kv_start = 0 if starts is None else starts.data_ptr()
@@ -117,11 +117,10 @@ class KernelClass:
 
 
 def tail_words(plan: Plan, program: Program, values: list[object], scales: list[object]) -> list[object]:
-    """The fields behind the strides: those of the segments, scales, and captures."""
-    if plan.segments is None:
+    """The fields behind the strides: those of the entries, scales, and captures."""
+    if plan.entries is None:
         return scales + runtime.capture_words(program, values) if values else scales
-    state_row, *captures = plan.segments.fields(program, values)
-    return [state_row, *scales, *captures]
+    return plan.entries.words(program, values, scales)
 
 
 @cache
@@ -183,7 +182,7 @@ def kernels_of(plan: Plan, program: Program) -> tuple[runtime.CompiledKernel, ..
 
 def _specified(plan: Plan, spec: KernelSpec, program: Program, staged: bool) -> KernelSpec:
     """The spec for another program."""
-    placed = program if plan.segments is None else place(program)[0]
+    placed = program if plan.entries is None else plan.entries.place(program)
     return runtime.respecify(spec, placed) if plan.stage is None else plan.stage.specify(spec, placed, staged)
 
 

@@ -14,7 +14,7 @@ from jitgen.errors import ShapeMismatch
 from jitgen.program import Program
 from jitgen.rotary import rope as rope_rows
 from jitgen.serving import paged_attention, ragged_attention
-from jitgen.serving_pages import PageTable
+from jitgen.serving_lists import PageTable
 from jitgen.serving_plan import Plan
 from jitgen.variant import Variant
 

@@ -16,7 +16,7 @@ from jitgen.compat.flashinfer._inputs import result
 from jitgen.compat.flashinfer._options import attention_dtypes
 from jitgen.compat.flashinfer._sparse_wrapper import SparseWrapper, check_tensor, finished
 from jitgen.errors import ShapeMismatch, UnsupportedOption
-from jitgen.serving_pages import as_int32
+from jitgen.serving_lists import as_int32
 
 Dtype = str | torch.dtype | None
 

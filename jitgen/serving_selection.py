@@ -1,0 +1,213 @@
+"""Selections: the keys that are attended are chosen in blocks, by list of query rows and by KV head."""
+
+from __future__ import annotations
+
+import torch
+
+from jitgen.errors import ShapeMismatch
+from jitgen.serving_lists import KVLists, PageTable, as_int32, check_indices
+from jitgen.serving_place import NO_POSITION
+
+Tensor = torch.Tensor
+
+
+class ChosenKeys(KVLists):
+    """Lists of chosen pages as a plan takes them: of requests, and of entries, each some rows of one request.
+
+    q_indptr, kv_len   rows and keys of the requests
+    list_indptr        rows of each entry: list_indptr[i] to list_indptr[i + 1]
+    list_len           keys of each entry, where KV heads differ the most of them
+    end                keys of the request of each entry
+    positions          place in its request of the first key of each page, in the order of ``pages``
+    """
+
+    __slots__ = ("end", "kv_len", "list_indptr", "list_len", "page_size", "positions", "q_indptr", "version")
+
+    def __init__(
+        self,
+        lists: KVLists,
+        page_size: int,
+        positions: Tensor,
+        *,
+        requests: tuple[Tensor, Tensor],
+        entries: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        super().__init__(lists.pages, lists.kv_start, head_stride=lists.head_stride)
+        self.page_size, self.positions = page_size, positions
+        self.q_indptr, self.kv_len = requests
+        self.list_indptr, self.list_len, self.end = entries
+        self.version = 0  # counts changes of what is chosen
+
+    @property
+    def batch(self) -> int:
+        """Number of entries."""
+        return self.list_len.shape[0]
+
+    def refresh(self) -> None:
+        """Find the lists anew from the tensors that describe them. ``Plan.update`` does it."""
+
+    def check(self, is_even: bool) -> None:
+        """What the lists say fits together; waits for their device."""
+
+
+class Selection(ChosenKeys):
+    """Blocks of keys that query rows attend to, chosen for each KV head: what Quest, NSA, MInference and DeepSeek's sparse
+    attention compute.
+
+    Give it to ``Plan.update`` of a plan made with ``selection=`` in the place of lengths, and to ``paged_attention`` in the
+    place of the page table. Masks, biases and all other hooks see the positions that keys have in their request. The tensors
+    may change in place between updates, also those captured in a CUDA graph; their shapes may not. ``choose`` takes other
+    blocks, as each layer of a model does.
+
+    q_indptr, page_table, kv_len   the requests, as ``Plan.update`` and ``paged_attention`` take them
+    chosen        numbers of blocks in their request, from 0 on, in any order and none twice. Negative ones, and blocks behind
+                  the last key, stand for none
+    list_indptr   rows that each list is for, all of one request: list i is that of the rows list_indptr[i] to
+                  list_indptr[i + 1] of q. Default q_indptr: a list for each request. With every row alone, DeepSeek's form
+    block_size    keys of a block, a multiple of page_size, which it is by default. A cache seen as pages of one key
+                  (``cache.flatten(0, 1).unsqueeze(1)``, with a page table of slots) lets single keys be chosen
+
+    Where KV heads share their lists, or all lists of the same rows have as many blocks and end with the same one (as where the
+    newest block is always chosen), the plan may be made with selection='even'. Otherwise selection='uneven' tells by a mask
+    where each list ends; what the cache holds behind the last key of a request is then read, and must be finite.
+
+    Shapes:  q_indptr [batch + 1]; kv_len [batch]; chosen [lists, num_kv_heads or 1, blocks]; list_indptr [lists + 1]; int32 or
+             int64, on one device.
+    Errors:  ShapeMismatch, UnsupportedDtype; TypeError. On the CPU also for numbers that make no sense, when the plan is
+             updated.
+    Cost:    some 20 torch operations over ``chosen``, and memory for it as pages twice; no wait for the device.
+    """
+
+    __slots__ = ("_chosen", "_ratio", "_table")
+
+    def __init__(
+        self,
+        q_indptr: Tensor,
+        page_table: object,
+        kv_len: Tensor,
+        chosen: Tensor,
+        page_size: int,
+        *,
+        list_indptr: Tensor | None = None,
+        block_size: int | None = None,
+    ) -> None:
+        list_indptr = q_indptr if list_indptr is None else list_indptr
+        for name, t in (("q_indptr", q_indptr), ("kv_len", kv_len), ("list_indptr", list_indptr), ("chosen", chosen)):
+            check_indices(name, t, 3 if name == "chosen" else 1)
+        block_size = page_size if block_size is None else block_size
+        if page_size < 1 or block_size < 1 or block_size % page_size:
+            raise ShapeMismatch(
+                f"block_size is {block_size}, page_size {page_size}: blocks are whole pages. Choose a multiple of the page "
+                "size, or see the cache as smaller pages."
+            )
+        self._table, self._ratio = PageTable.of(page_table), block_size // page_size
+        batch, lists, heads, width = kv_len.shape[0], *chosen.shape
+        sizes = (q_indptr.shape[0], self._table.batch, list_indptr.shape[0])
+        if sizes[0] != batch + 1 or sizes[1] < batch or sizes[2] != lists + 1 or not batch * lists * heads * width:
+            raise ShapeMismatch(
+                f"q_indptr has {sizes[0]} entries, kv_len {batch}, the page table {sizes[1]} lists, list_indptr {sizes[2]} "
+                f"entries, chosen shape {tuple(chosen.shape)}. Expected batch + 1, batch, batch, lists + 1 and [lists, "
+                "num_kv_heads or 1, blocks], none of them empty."
+            )
+        devices = {t.device for t in (q_indptr, kv_len, list_indptr, chosen, self._table.pages)}
+        if len(devices) > 1:
+            raise ShapeMismatch(f"the tensors of a selection are on {', '.join(sorted(map(str, devices)))}. Use one device.")
+
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=chosen.device)
+
+        width *= self._ratio
+        starts = torch.arange(lists, dtype=torch.int32, device=chosen.device) * (heads * width)
+        super().__init__(
+            KVLists(ints(lists, heads, width), starts, head_stride=width if heads > 1 else 0),
+            page_size,
+            ints(lists * heads * width),
+            requests=(as_int32(q_indptr), as_int32(kv_len)),
+            entries=(as_int32(list_indptr), ints(lists), ints(lists)),
+        )
+        self._chosen = as_int32(chosen)
+        self.refresh()
+
+    def choose(self, chosen: Tensor) -> Selection:
+        """Take other blocks for the same rows; returns the selection itself.
+
+        A plan must be updated again unless each list keeps its number of keys, as lists of equally many blocks do that end
+        with the newest one; with selection='uneven' it must be in any case.
+
+        Shapes:  chosen as it was.
+        Errors:  ShapeMismatch, UnsupportedDtype.
+        Cost:    as making a selection.
+        """
+        check_indices("chosen", chosen, 3)
+        if chosen.shape != self._chosen.shape or chosen.device != self.device:
+            raise ShapeMismatch(
+                f"chosen has shape {tuple(chosen.shape)} on {chosen.device}, the selection was made for "
+                f"{tuple(self._chosen.shape)} on {self.device}. Make a selection for each."
+            )
+        self._chosen = as_int32(chosen)
+        self.version += 1
+        self.refresh()
+        return self
+
+    def refresh(self) -> None:
+        """Find pages, positions and numbers of keys from the tensors that describe them."""
+        request = self._request_of_list()
+        keys = self.kv_len[request]
+        page, size = self._pages_in_order(keys)
+        table = self._table
+        starts = table.starts(self.kv_len.shape[0], table.pages.shape[-1])[request][:, None, None]
+        is_page = page < NO_POSITION
+        # a list goes on with its first page, whose keys no row sees then
+        number = starts + torch.where(is_page, page, torch.where(is_page[..., :1], page[..., :1], 0))
+        self.pages.copy_(table.pages.flatten()[number.clamp_(max=table.pages.numel() - 1)])
+        first = torch.where(is_page, page * size, NO_POSITION)
+        self.positions.copy_(first.flatten())
+        self.list_len.copy_((keys[:, None, None] - first).clamp_(0, size).sum(-1, dtype=torch.int32).amax(1))
+        self.end.copy_(keys)
+
+    def _request_of_list(self) -> Tensor:
+        found = torch.searchsorted(self.q_indptr[1:], self.list_indptr[:-1].contiguous(), right=True)
+        return found.clamp_(max=self.kv_len.shape[0] - 1)
+
+    def _pages_in_order(self, keys: Tensor) -> tuple[Tensor, int]:
+        """Numbers of the chosen pages in their requests, ascending, NO_POSITION for none behind; and keys of a page."""
+        size, ratio = self.page_size, self._ratio
+        block = self._chosen
+        exists = (block >= 0) & (block < (keys[:, None, None] + (size * ratio - 1)) // (size * ratio))
+        block = torch.where(exists, block, NO_POSITION // ratio).sort(-1).values
+        part = torch.arange(ratio, dtype=torch.int32, device=self.device)
+        page = (block[..., None] * ratio + part).flatten(2)
+        return torch.where(page < (keys[:, None, None] + (size - 1)) // size, page, NO_POSITION), size
+
+    def check(self, is_even: bool) -> None:
+        """What the tensors say fits together; waits for their device."""
+        q_indptr, list_indptr = self.q_indptr.tolist(), self.list_indptr.tolist()
+        if list_indptr[0] != 0 or list_indptr != sorted(list_indptr) or not set(q_indptr) <= set(list_indptr):
+            raise ShapeMismatch(
+                f"list_indptr is {list_indptr}, expected numbers that start with 0, never fall, and begin a list at each of "
+                f"the requests' first rows, {q_indptr}."
+            )
+        keys = self.kv_len[self._request_of_list()]
+        block = self._chosen
+        wrong = block >= (keys[:, None, None] + (self.page_size * self._ratio - 1)) // (self.page_size * self._ratio)
+        ordered = self._pages_in_order(keys)[0]
+        twice = (ordered.diff(dim=-1) == 0) & (ordered[..., 1:] < NO_POSITION)
+        if bool(twice.any()):
+            raise ShapeMismatch(f"list {int(twice.nonzero()[0, 0])} of chosen names a block twice. Name each block once.")
+        if bool(wrong.any()):
+            i = int(wrong.nonzero()[0, 0])
+            raise ShapeMismatch(
+                f"list {i} of chosen names block {int(block[i].max())}, and its request has {int(keys[i])} keys in blocks of "
+                f"{self.page_size * self._ratio}. Number blocks from 0 on; negative numbers are none."
+            )
+        self._table.check_extent(self.kv_len, self.page_size)
+        if is_even:
+            first = self.positions.view(self.pages.shape)
+            count = (keys[:, None, None] - first).clamp(0, self.page_size).sum(-1)
+            uneven = (count != count[:, :1]).any(1).nonzero()
+            if len(uneven):
+                i = int(uneven[0])
+                raise ShapeMismatch(
+                    f"list {i} has {count[i].tolist()} keys for its KV heads, and the plan was made with selection='even', for "
+                    "as many in each. Make it with selection='uneven'."
+                )
