@@ -57,8 +57,8 @@ class Plan:
                   KV head) stay whole, as do all without ``max_kv_len``. 'none': never cut
     levels        most levels of the cascades that ``update`` is given in the place of lengths; 1: requests share no keys. The
                   plan then holds the states of max_tokens rows at every level
-    selection     'even' or 'uneven': ``update`` is given a jitgen.Selection in the place of lengths, and max_batch is that of
-                  its lists. 'even': the keys of a list end at the same place for all KV heads. Needs page_size
+    selection     'even' or 'uneven': ``update`` is given a jitgen.Selection in the place of lengths; max_batch and max_q_len
+                  are those of its lists. 'even': a list ends at the same place for all KV heads. Needs page_size
     head_dim      with head_dim 576, head_dim_v 512 and one KV head: absorbed latent attention (MLA) over a cache of compressed
                   keys, see jitgen.paged_attention; on a GPU it needs compute capability 9.0, and pages of fewer than 8 keys
                   are slow to copy

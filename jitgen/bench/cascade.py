@@ -22,7 +22,7 @@ CPU_CELLS = ((16, 4096, 64),)
 QUICK_CELLS = {"cuda": ((64, 32768, 256),), "cpu": ((4, 256, 32),)}
 CHECKED = 8  # requests whose output is compared
 NOTE = (
-    "unshared: the same pages listed for every request, which L2 may hold; copies: one copy of them for every request, as a cache "
+    "unshared: the same pages listed for every request, which L2 may hold; copies: one for every request, as in a cache "
     "without sharing has them; a plan serves all layers and is not timed"
 )
 SPARE_BYTES = 4 << 30  # left free on a GPU beside the copies

@@ -147,7 +147,7 @@ def test_lists_are_walked_by_the_serving_kernels_too(monkeypatch, rows, columns,
     assert used and blocks.lists.plans
 
 
-def test_hooks_that_read_positions_keep_to_the_mask(monkeypatch):
+def test_walked_lists_keep_positions(monkeypatch):
     monkeypatch.setattr(block_lists, "is_hopper", lambda device: True)
     chosen = random_blocks(5, 6)
     blocks = jitgen.BlockSparse.bsr(*lists(chosen), (70, 96), (16, 16))
@@ -156,10 +156,19 @@ def test_hooks_that_read_positions_keep_to_the_mask(monkeypatch):
     def far(score, b, h, q_idx, kv_idx):
         return score - 0.01 * (q_idx - kv_idx)
 
-    out = jitgen.block_sparse_attention(q, k, v, blocks, score_mod=far)
-    want = jitgen.reference.attention(q, k, v, blocks.variant(far))
-    torch.testing.assert_close(out.double(), want.double(), atol=2e-3, rtol=2e-3)
-    assert not blocks.lists.plans
+    def causal(b, h, q_idx, kv_idx):
+        return kv_idx <= q_idx
+
+    for mask in (None, causal):
+        out = jitgen.block_sparse_attention(q, k, v, blocks, score_mod=far, mask_mod=mask)
+        want = jitgen.reference.attention(q, k, v, blocks.variant(far, mask))
+        torch.testing.assert_close(out.double(), want.double(), atol=2e-3, rtol=2e-3)
+    assert len(blocks.lists.plans) == 2
+    q, k, v = (t.half() for t in inputs(96, 64, dim=64, batch=1))  # rows before the first key have no position
+    blocks = jitgen.BlockSparse.bsr(*lists(random_blocks(6, 4)), (96, 64), (16, 16))
+    jitgen.block_sparse_attention(q, k, v, blocks)
+    assert len(blocks.lists.plans) == 1
+    assert not blocks.lists.serve(q, k, v, blocks.bare(far).trace().program)
 
 
 def test_wrong_lists_are_named():
