@@ -91,6 +91,7 @@ class ChosenEntries(Entries):
         self.list_start = self.ints(plan.max_batch, plan.num_kv_heads)
         self._head = torch.arange(plan.num_kv_heads, dtype=torch.int32, device=plan.device)
         self.named |= {name: getattr(self, name) for name in ("entry_row", "entry_end", "list_start")}
+        self.named["list_position"] = self.ints(1)  # until there are lists
 
     def take(self, keys: ChosenKeys) -> None:
         """Fill the tables for these lists; their positions are read where they are."""
