@@ -75,10 +75,10 @@ class Selection(ChosenKeys):
              int64, on one device.
     Errors:  ShapeMismatch, UnsupportedDtype; TypeError. On the CPU also for numbers that make no sense, when the plan is
              updated.
-    Cost:    some 20 torch operations over ``chosen``, and memory for it as pages twice; no wait for the device.
+    Cost:    some 25 torch operations over ``chosen``, and memory for it as pages twice; no wait for the device.
     """
 
-    __slots__ = ("_chosen", "_ratio", "_table")
+    __slots__ = ("_chosen", "_first", "_num_pages", "_ratio", "_table")
 
     def __init__(
         self,
@@ -126,6 +126,7 @@ class Selection(ChosenKeys):
             entries=(as_int32(list_indptr), ints(lists), ints(lists)),
         )
         self._chosen = as_int32(chosen)
+        self._first, self._num_pages = ints(lists), ints(lists)  # of the request of each list: entry of its page list, pages
         self.refresh()
 
     def choose(self, chosen: Tensor) -> Selection:
@@ -136,7 +137,7 @@ class Selection(ChosenKeys):
 
         Shapes:  chosen as it was.
         Errors:  ShapeMismatch, UnsupportedDtype.
-        Cost:    as making a selection.
+        Cost:    some 12 torch operations over ``chosen``, a sort among them; no wait for the device.
         """
         check_indices("chosen", chosen, 3)
         if chosen.shape != self._chosen.shape or chosen.device != self.device:
@@ -146,38 +147,41 @@ class Selection(ChosenKeys):
             )
         self._chosen = as_int32(chosen)
         self.version += 1
-        self.refresh()
+        self._find_pages()
         return self
 
     def refresh(self) -> None:
         """Find pages, positions and numbers of keys from the tensors that describe them."""
-        request = self._request_of_list()
-        keys = self.kv_len[request]
-        page, size = self._pages_in_order(keys)
-        table = self._table
-        starts = table.starts(self.kv_len.shape[0], table.pages.shape[-1])[request][:, None, None]
-        is_page = page < NO_POSITION
+        table, size = self._table, self.page_size
+        request = torch.searchsorted(self.q_indptr[1:], self.list_indptr[:-1], right=True).clamp_(max=self.kv_len.shape[0] - 1)
+        self.end.copy_(self.kv_len[request])
+        self._num_pages.copy_((self.end + (size - 1)) // size)
+        self._first.copy_(table.starts(self.kv_len.shape[0], table.pages.shape[-1])[request])
+        self._find_pages()
+        self.list_len.copy_(self._keys_by_head().amax(1))
+
+    def _keys_by_head(self) -> Tensor:
+        """Keys of each list for each KV head."""
+        left = self.end[:, None, None] - self.positions.view(self.pages.shape)
+        return left.clamp_(0, self.page_size).sum(-1, dtype=torch.int32)
+
+    def _pages_in_order(self) -> Tensor:
+        """Numbers of the chosen pages in their requests, ascending; behind them numbers that no page has."""
+        block = (self._chosen & NO_POSITION).sort(-1).values  # no negative number is small then
+        if self._ratio == 1:
+            return block
+        part = torch.arange(self._ratio, dtype=torch.int32, device=self.device)
+        return (block.clamp_(max=NO_POSITION // self._ratio - 1)[..., None] * self._ratio + part).flatten(2)
+
+    def _find_pages(self) -> None:
+        """Pages and positions of the chosen blocks."""
+        page, table = self._pages_in_order(), self._table.pages.flatten()
+        is_page = page < self._num_pages[:, None, None]
+        self.positions.copy_(torch.where(is_page, page * self.page_size, NO_POSITION).flatten())
         # a list goes on with its first page, whose keys no row sees then
-        number = starts + torch.where(is_page, page, torch.where(is_page[..., :1], page[..., :1], 0))
-        self.pages.copy_(table.pages.flatten()[number.clamp_(max=table.pages.numel() - 1)])
-        first = torch.where(is_page, page * size, NO_POSITION)
-        self.positions.copy_(first.flatten())
-        self.list_len.copy_((keys[:, None, None] - first).clamp_(0, size).sum(-1, dtype=torch.int32).amax(1))
-        self.end.copy_(keys)
-
-    def _request_of_list(self) -> Tensor:
-        found = torch.searchsorted(self.q_indptr[1:], self.list_indptr[:-1].contiguous(), right=True)
-        return found.clamp_(max=self.kv_len.shape[0] - 1)
-
-    def _pages_in_order(self, keys: Tensor) -> tuple[Tensor, int]:
-        """Numbers of the chosen pages in their requests, ascending, NO_POSITION for none behind; and keys of a page."""
-        size, ratio = self.page_size, self._ratio
-        block = self._chosen
-        exists = (block >= 0) & (block < (keys[:, None, None] + (size * ratio - 1)) // (size * ratio))
-        block = torch.where(exists, block, NO_POSITION // ratio).sort(-1).values
-        part = torch.arange(ratio, dtype=torch.int32, device=self.device)
-        page = (block[..., None] * ratio + part).flatten(2)
-        return torch.where(page < (keys[:, None, None] + (size - 1)) // size, page, NO_POSITION), size
+        listed = torch.where(is_page, page, torch.where(is_page[..., :1], page[..., :1], 0))
+        entry = (listed + self._first[:, None, None]).clamp_(max=table.shape[0] - 1)
+        torch.index_select(table, 0, entry.flatten(), out=self.pages.view(-1))
 
     def check(self, is_even: bool) -> None:
         """What the tensors say fits together; waits for their device."""
@@ -187,27 +191,24 @@ class Selection(ChosenKeys):
                 f"list_indptr is {list_indptr}, expected numbers that start with 0, never fall, and begin a list at each of "
                 f"the requests' first rows, {q_indptr}."
             )
-        keys = self.kv_len[self._request_of_list()]
-        block = self._chosen
-        wrong = block >= (keys[:, None, None] + (self.page_size * self._ratio - 1)) // (self.page_size * self._ratio)
-        ordered = self._pages_in_order(keys)[0]
-        twice = (ordered.diff(dim=-1) == 0) & (ordered[..., 1:] < NO_POSITION)
+        block, size = self._chosen, self.page_size * self._ratio
+        page = self._pages_in_order()
+        twice = (page.diff(dim=-1) == 0) & (page[..., 1:] < self._num_pages[:, None, None])
         if bool(twice.any()):
             raise ShapeMismatch(f"list {int(twice.nonzero()[0, 0])} of chosen names a block twice. Name each block once.")
-        if bool(wrong.any()):
-            i = int(wrong.nonzero()[0, 0])
+        wrong = (block >= ((self.end + (size - 1)) // size)[:, None, None]).nonzero()
+        if len(wrong):
+            i = int(wrong[0, 0])
             raise ShapeMismatch(
-                f"list {i} of chosen names block {int(block[i].max())}, and its request has {int(keys[i])} keys in blocks of "
-                f"{self.page_size * self._ratio}. Number blocks from 0 on; negative numbers are none."
+                f"list {i} of chosen names block {int(block[i].max())}, and its request has {int(self.end[i])} keys in blocks "
+                f"of {size}. Number blocks from 0 on; negative numbers are none."
             )
         self._table.check_extent(self.kv_len, self.page_size)
-        if is_even:
-            first = self.positions.view(self.pages.shape)
-            count = (keys[:, None, None] - first).clamp(0, self.page_size).sum(-1)
-            uneven = (count != count[:, :1]).any(1).nonzero()
-            if len(uneven):
-                i = int(uneven[0])
-                raise ShapeMismatch(
-                    f"list {i} has {count[i].tolist()} keys for its KV heads, and the plan was made with selection='even', for "
-                    "as many in each. Make it with selection='uneven'."
-                )
+        count = self._keys_by_head()
+        uneven = (count != count[:, :1]).any(1).nonzero()
+        if is_even and len(uneven):
+            i = int(uneven[0])
+            raise ShapeMismatch(
+                f"list {i} has {count[i].tolist()} keys for its KV heads, and the plan was made with selection='even', for as "
+                "many in each. Make it with selection='uneven'."
+            )
