@@ -76,10 +76,10 @@ class _Places:
         """Position in the request of a key of the entry."""
         if self._chosen is None:
             return make("add", number, self.read("kv_base", index("b")))
-        page_size = const(self._chosen.page_size)
-        entry = make("add", self.read("list_start", index("b"), index("kv_h")), make("floordiv", number, page_size))
-        # the bits say that it is no negative number, nor one for 64 bits
-        first = make("bitand", self.read("list_position", entry), const(NO_POSITION))
+        page_size, bits = const(self._chosen.page_size), const(NO_POSITION)  # which say: not negative, nor too large to add to
+        start = make("bitand", self.read("list_start", index("b"), index("kv_h")), bits)
+        entry = make("add", start, make("floordiv", number, page_size))
+        first = make("bitand", self.read("list_position", entry), bits)
         return make("add", first, make("mod", number, page_size))
 
     def of_hook(self, node: Expr) -> Expr | None:
