@@ -298,7 +298,8 @@ class Plan:
 
     def _check_batch(self, batch: int, tensors: dict[str, Tensor]) -> None:
         if batch > self.max_batch:
-            raise PlanMismatch(f"the lengths are those of {batch} requests, the plan was made for max_batch={self.max_batch}.")
+            what = "requests" if self.selection is None else "lists"
+            raise PlanMismatch(f"the lengths are those of {batch} {what}, the plan was made for max_batch={self.max_batch}.")
         for name, t in tensors.items():
             if t.device != self.device:
                 raise UnsupportedDevice(f"{name} is on {t.device}, the plan on {self.device}. Move it there.")

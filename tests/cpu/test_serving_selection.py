@@ -135,6 +135,8 @@ def test_what_does_not_fit_is_named():
         jitgen.paged_attention(q, caches, batch.select(table), plan)
     with pytest.raises(PlanMismatch, match="a PageTable, not the Selection that"):
         jitgen.paged_attention(q, caches, table, plan)
+    with pytest.raises(PlanMismatch, match="those of 5 lists, the plan was made for max_batch=3"):
+        batch.plan(room=-2).update(selection)
     with pytest.raises(ShapeMismatch, match="selection='odd' is none"):
         batch.plan(selection="odd")
     with pytest.raises(ShapeMismatch, match="goes with layout='paged', page_size="):
