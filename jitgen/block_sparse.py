@@ -45,7 +45,7 @@ class BlockSparse:
     ) -> None:
         self.mask_mod, self.local_mask_mod, self.lengths, self._check = mask_mod, local_mask_mod, lengths, check
         self.lists = lists
-        self._variants: dict[tuple[object, ...], tuple[Variant, object]] = {}
+        self._variants: dict[tuple[int, ...], tuple[Variant, object]] = {}
 
     @classmethod
     def bsr(
@@ -138,13 +138,11 @@ class BlockSparse:
         if self._check is not None:
             self._check.look()
 
-    def bare(self, score_mod: object = None, mask_mod: object = None, sink: object = None) -> Variant:
-        """A variant of these hooks for calls that are given the lists, without the mask of the blocks; remembered by their
-        identity."""
-        key = ("bare", id(score_mod), id(mask_mod), id(sink))
+    def unmasked(self, score_mod: object = None, sink: object = None) -> Variant:
+        """A variant of these hooks for calls that are given the lists and need no mask; remembered by their identity."""
+        key = (id(score_mod), id(sink))
         if key not in self._variants:
-            made = Variant(score_mod=score_mod, mask_mod=mask_mod, sink=sink)
-            self._variants[key] = made, (score_mod, mask_mod, sink)
+            self._variants[key] = Variant(score_mod=score_mod, sink=sink), (score_mod, sink)
         return self._variants[key][0]
 
     def variant(self, score_mod: object = None, mask_mod: object = None, sink: object = None) -> Variant:
@@ -178,8 +176,8 @@ def block_sparse_attention(
     Shapes:  as jitgen.attention; q_len and kv_len are those of ``blocks``, the same for all of the batch.
     Errors:  as jitgen.attention; ShapeMismatch for other lengths, and for lists that a GPU has found wrong.
     Cost:    as jitgen.attention, for the tiles that have visible blocks. On compute capability 9.0 lists of whole blocks are
-             walked by the prefill kernel of serving, for one sequence; it has a plan for each set of hooks, made on first use,
-             which must not be inside of a CUDA graph's capture.
+             walked by the prefill kernel of serving, for one sequence and hooks that read no positions; it has a plan for
+             each set of hooks, made on first use, which must not be inside of a CUDA graph's capture.
     """
     if not isinstance(blocks, BlockSparse):
         raise VariantError(f"blocks is a {type(blocks).__name__}, expected a jitgen.BlockSparse.")
@@ -189,12 +187,12 @@ def block_sparse_attention(
             f"{blocks.lengths[1]}. Make blocks for these lengths."
         )
     blocks.check()
-    lists = blocks.lists
+    lists = blocks.lists if mask_mod is None else None
     if lists is not None:
-        bare = blocks.bare(score_mod, mask_mod, sink)
-        if lists.serve(q, k, v, bare.trace().program):
+        plain = blocks.unmasked(score_mod, sink)
+        if lists.serve(q, k, v, plain.trace().program):
             check_out(out, q, v)
-            found, lse = lists.attend(q, k, v, bare, scale, out, return_lse)
+            found, lse = lists.attend(q, k, v, plain, scale, out, return_lse)
             return (found, lse) if return_lse else found  # type: ignore[return-value]
     variant = blocks.variant(score_mod, mask_mod, sink)
     return attention(q, k, v, variant, scale=scale, return_lse=return_lse, out=out)

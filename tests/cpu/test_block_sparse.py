@@ -147,7 +147,7 @@ def test_lists_are_walked_by_the_serving_kernels_too(monkeypatch, rows, columns,
     assert used and blocks.lists.plans
 
 
-def test_walked_lists_keep_positions(monkeypatch):
+def test_hooks_that_read_positions_keep_to_the_mask(monkeypatch):
     monkeypatch.setattr(block_lists, "is_hopper", lambda device: True)
     chosen = random_blocks(5, 6)
     blocks = jitgen.BlockSparse.bsr(*lists(chosen), (70, 96), (16, 16))
@@ -163,12 +163,20 @@ def test_walked_lists_keep_positions(monkeypatch):
         out = jitgen.block_sparse_attention(q, k, v, blocks, score_mod=far, mask_mod=mask)
         want = jitgen.reference.attention(q, k, v, blocks.variant(far, mask))
         torch.testing.assert_close(out.double(), want.double(), atol=2e-3, rtol=2e-3)
-    assert len(blocks.lists.plans) == 2
-    q, k, v = (t.half() for t in inputs(96, 64, dim=64, batch=1))  # rows before the first key have no position
-    blocks = jitgen.BlockSparse.bsr(*lists(random_blocks(6, 4)), (96, 64), (16, 16))
-    jitgen.block_sparse_attention(q, k, v, blocks)
-    assert len(blocks.lists.plans) == 1
-    assert not blocks.lists.serve(q, k, v, blocks.bare(far).trace().program)
+    assert not blocks.lists.plans
+
+
+def test_walked_lists_know_their_positions():
+    chosen = random_blocks(5, 6)
+    blocks = jitgen.BlockSparse.bsr(*lists(chosen), (70, 96), (16, 16))
+    q, k, v = (t.half() for t in inputs(70, 96, dim=64, batch=1))
+
+    def far(score, b, h, q_idx, kv_idx):
+        return score - 0.01 * (q_idx - kv_idx)
+
+    out, _ = blocks.lists.attend(q, k, v, jitgen.Variant(score_mod=far), None, None, False)
+    want = jitgen.reference.attention(q, k, v, blocks.variant(far))
+    torch.testing.assert_close(out.double(), want.double(), atol=2e-3, rtol=2e-3)
 
 
 def test_wrong_lists_are_named():

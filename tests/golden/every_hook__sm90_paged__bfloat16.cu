@@ -966,9 +966,9 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::give_registers<Tile::kProducerRegs>();
     const int warp = jg::uniform(threadIdx.x >> 5);
     if (warp == 0) produce(args, maps, launch, box_keys, shared);
-    if (warp == 1) hand_out(args, launch, shared);
-    if (warp == 2) load_queries(maps, shared);
-    if (warp == 3) jg::wait_for_previous_kernel();   // a decode kernel that may still run: it has waited for all before it
+    else if (warp == 1) hand_out(args, launch, shared);
+    else if (warp == 2) load_queries(maps, shared);
+    else if (warp == 3) jg::wait_for_previous_kernel();   // a decode kernel that may still run: it has waited for all before it
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
     consume(args, maps, shared, group - 1);
