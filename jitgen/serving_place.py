@@ -50,7 +50,7 @@ def place(program: Program, chosen: ChosenLists | None = None) -> tuple[Program,
     if rows is not None and rows.changes_keys:
         wanted |= {"kv_idx"} | ({"b"} & {str(n.attr) for n in ir.walk(*rows.roots()) if n.op == "index"})
     tables = _tables_for(wanted, chosen is not None, has_end)
-    slots = (*program.slots, *(_table_slot(name) for name in tables))
+    slots = (*program.slots, *(_table_slot(name, chosen is not None) for name in tables))
     places = _Places({name: len(program.slots) + i for i, name in enumerate(tables)}, chosen)
     score, mask, sink, output, lse = (
         None if root is None else ir.rebuild(root, places.of_hook) for root in (program.score, program.mask, *finished)
@@ -122,9 +122,11 @@ def _tables_for(wanted: set[str], is_chosen: bool, has_end: bool) -> tuple[str, 
     return tuple(name for name in TABLES if name in used)
 
 
-def _table_slot(name: str) -> Slot:
+def _table_slot(name: str, is_chosen: bool) -> Slot:
     rank = 2 if name == "list_start" else 1
-    return Slot("tensor", "int32", rank, "sc"[-rank:], False, name)
+    # ascending inside of a list, and of the rows of one request; nothing looks at more at once
+    is_sorted = is_chosen and name in ("list_position", "row_position")
+    return Slot("tensor", "int32", rank, "sc"[-rank:], is_sorted, name)
 
 
 @lru_cache(maxsize=256)

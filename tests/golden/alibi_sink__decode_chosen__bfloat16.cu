@@ -199,7 +199,7 @@ JITGEN_FN MaskSpan mask_span(const Args& args, const Head& head, int q_lo, int q
 
 JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span, int k_lo, int k_hi) {
   const jg::Bounds kv_idx = {k_lo, k_hi};
-  return jg::tile_kind(jg::floor_mod(kv_idx, jg::Bounds(16)) + jg::floor_mod(jg::scan(args.a5_list_position, jg::axis(jg::floor_div(kv_idx, jg::Bounds(16)) + head.bitand_value_b, args.a5_list_position_size0, 1)), 268435456) < head.a3_entry_end_b);
+  return jg::tile_kind(jg::floor_mod(kv_idx, jg::Bounds(16)) + jg::floor_mod(jg::scan_sorted(args.a5_list_position, jg::axis(jg::floor_div(kv_idx, jg::Bounds(16)) + head.bitand_value_b, args.a5_list_position_size0, 1)), 268435456) < head.a3_entry_end_b);
 }
 
 // ---- sink: a logit that has weight and no value ----
