@@ -92,16 +92,33 @@ class ChosenEntries(Entries):
         self._head = torch.arange(plan.num_kv_heads, dtype=torch.int32, device=plan.device)
         self.named |= {name: getattr(self, name) for name in ("entry_row", "entry_end", "list_start")}
         self.named["list_position"] = self.ints(1)  # until there are lists
+        self._keys: ChosenKeys | None = None
+        self._fills_rows = False  # not before a program reads the tables by row, which take as long as all others
+
+    def tables(self, program: Program) -> list[object]:
+        """What ``program`` captures once it is placed, besides its own captures."""
+        if not self._fills_rows and any(name.startswith("row_") for name in place(program, self.chosen)[1]):
+            # what a CUDA graph that is being captured fills, nothing else may rely on
+            self._fills_rows = self.device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
+            self._fill_rows()
+        return super().tables(program)
 
     def take(self, keys: ChosenKeys) -> None:
         """Fill the tables for these lists; their positions are read where they are."""
-        count, request = keys.batch, self.request_of_row(keys.q_indptr)
+        count, self._keys = keys.batch, keys
         self.entry_row[:count] = keys.list_indptr[:-1]
         self.entry_end[:count] = keys.end
         starts = keys.kv_start[:count, None]  # type: ignore[index]
         self.list_start[:count] = starts + self._head * keys.head_stride
         self.named["list_position"] = keys.positions
-        self.set_rows(keys.q_indptr, keys.kv_len[request], request)
+        if self._fills_rows:
+            self._fill_rows()
+
+    def _fill_rows(self) -> None:
+        keys = self._keys
+        if keys is not None:
+            request = self.request_of_row(keys.q_indptr)
+            self.set_rows(keys.q_indptr, keys.kv_len[request], request)
 
 
 def make_chosen(plan: Plan, program: Program) -> ChosenEntries | None:

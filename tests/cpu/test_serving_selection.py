@@ -87,6 +87,23 @@ def test_a_layer_chooses_other_blocks():
         assert_near(found, batch.expected())
 
 
+def test_a_layer_may_have_hooks_that_its_plan_has_not():
+    batch, alibi = ChosenBatch(LENGTHS["tiles"]), variants()["alibi"]
+    caches, table = batch.caches()
+    selection = batch.select(table)
+    plan = batch.plan(variants()["causal"]).update(selection)
+    for variant in (jitgen.Variant(mask_mod=causal), alibi):
+        found = jitgen.paged_attention(batch.whole.q, caches, selection, plan, variant=variant, return_lse=True)
+        assert_near(found, batch.expected(variant))
+    batch = ChosenBatch(LENGTHS["decode"])  # without a mask nothing reads positions, until a layer does
+    caches, table = batch.caches()
+    selection = batch.select(table)
+    plan = batch.plan().update(selection)
+    for variant in (jitgen.Variant(), jitgen.Variant(score_mod=alibi.score_mod)):
+        found = jitgen.paged_attention(batch.whole.q, caches, selection, plan, variant=variant, return_lse=True)
+        assert_near(found, batch.expected(variant))
+
+
 def test_uneven_lists_are_planned_again():
     batch = ChosenBatch(LENGTHS["decode"], newest=False)
     caches, table = batch.caches(1e3)
