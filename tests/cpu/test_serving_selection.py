@@ -131,6 +131,27 @@ def test_8_bit_keys():
     torch.testing.assert_close(out.double(), batch.expected()[0], atol=2e-2, rtol=2e-2)
 
 
+def test_latent_attention_over_keys_of_each_row():
+    """The sparse attention of DeepSeek: every row chooses its own keys, from a cache seen as pages of one key."""
+    g = torch.Generator().manual_seed(0)
+    cache = torch.randn(9, 8, 576, generator=g)
+    q = torch.randn(5, 4, 576, generator=g)
+    table = torch.randperm(9, generator=g)
+    slots = (table[:, None] * 8 + torch.arange(8)).flatten()
+    q_indptr, lengths = torch.tensor([0, 3, 5]), torch.tensor([40, 32])
+    chosen = torch.stack([torch.randperm(30, generator=g)[:12] for _ in range(5)])[:, None]
+    pages = (torch.tensor([0, 40, 72]), slots)
+    selection = jitgen.Selection(q_indptr, pages, lengths, chosen, 1, list_indptr=torch.arange(6))
+    plan = jitgen.Plan(
+        5, 5, 4, 1, 576, head_dim_v=512, dtype=torch.float32, page_size=1, selection="even", device="cpu"
+    ).update(selection)
+    out = jitgen.paged_attention(q, cache.flatten(0, 1).unsqueeze(1), selection, plan, scale=0.1)
+    for i in range(5):
+        keys = cache.flatten(0, 1)[slots[(0 if i < 3 else 40) + chosen[i, 0]]].double()
+        want = (0.1 * q[i].double() @ keys.T).softmax(-1) @ keys[:, :512]
+        torch.testing.assert_close(out[i].double(), want, atol=2e-5, rtol=2e-5)
+
+
 def test_copies_of_keys_are_not_made_of_a_selection():
     rope = jitgen.Rope(theta=100.0)
     with pytest.raises(VariantError, match="copies are made of whole requests, not of a selection"):
