@@ -188,6 +188,12 @@ def row_positions(batch: Batch, num_rows: int) -> torch.Tensor:
     return positions_of(batch.q_indptr, batch.kv_len - batch.q_indptr.diff(), num_rows)
 
 
+def rotated_rows(batch: Batch, q: torch.Tensor, rope: tuple[float, float]) -> torch.Tensor:
+    """q turned to the positions of its rows."""
+    scale, theta = rope
+    return rope_rows(q, None, row_positions(batch, q.shape[0]), theta=theta, scale=scale)[0]
+
+
 def rotated(
     batch: Batch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: tuple[float, float], place: Place | None = None
 ) -> tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]:
