@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 DECODE_ROWS = 32  # most rows (query rows * query heads of a KV head) of a request that the decode kernel takes
+SHARED_ROWS = 16  # the same of a plan for cascades, or those of a request: the kernel reads keys again for every 8 of them
 ALL_ROWS = 1 << 30
 OVERLAP_DRIVER = (12, 3)  # least CUDA version of a driver whose graphs hold programmatic launches
 NUM_STRIDES = 10  # at the end of SERVING_ARGS
@@ -160,8 +161,9 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
     staged = plan.stage is not None and (plan.stage.changes_keys or plan.stage.gathers_bytes)
     if stored_dtype(plan) and not staged:
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS),)
-    if plan.levels > 1:
-        most_rows = None  # a group has the rows of many requests
+    class_rows = DECODE_ROWS
+    if plan.levels > 1:  # a group has the rows of many requests
+        class_rows, most_rows = min(max(SHARED_ROWS, most_rows or 0), DECODE_ROWS), None
     if plan.family == "decode" or (plan.family is None and most_rows is not None and most_rows <= DECODE_ROWS):
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS, not in_place),)
     if plan.family is None:
@@ -169,7 +171,7 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
         family = prefill_family(*where)
         overlaps = family == "sm90" and can_overlap() and plan.segments is None
         return tuple(
-            replace(_cuda_class(plan, program, values, name, rows, DECODE_ROWS, is_staged), overlaps=overlaps)
+            replace(_cuda_class(plan, program, values, name, rows, class_rows, is_staged), overlaps=overlaps)
             for name, is_staged in (("decode", not in_place), (family, staged))
         )
     return (_cuda_class(plan, program, values, plan.family, rows, 0, staged),)
