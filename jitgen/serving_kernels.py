@@ -163,8 +163,8 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS),)
     class_rows = DECODE_ROWS
     if plan.levels > 1:  # a group has the rows of many requests
-        class_rows, most_rows = min(max(SHARED_ROWS, most_rows or 0), DECODE_ROWS), None
-    if plan.family == "decode" or (plan.family is None and most_rows is not None and most_rows <= DECODE_ROWS):
+        class_rows, most_rows = min(max(SHARED_ROWS, most_rows or 0), DECODE_ROWS), group * plan.max_tokens
+    if plan.family == "decode" or (plan.family is None and most_rows is not None and most_rows <= class_rows):
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS, not in_place),)
     if plan.family is None:
         where = (plan.device, "ragged" if staged else plan.layout, plan.page_size, plan.max_kv_len)
