@@ -75,7 +75,10 @@ class Selection(ChosenKeys):
              int64, on one device.
     Errors:  ShapeMismatch, UnsupportedDtype; TypeError. On the CPU also for numbers that make no sense, when the plan is
              updated.
-    Cost:    some 25 torch operations over ``chosen``, and memory for it as pages twice; no wait for the device.
+    Cost:    some 25 torch operations over ``chosen``, and memory for it as pages twice; no wait for the device. Attention costs
+             what as many keys cost in page lists (decode on an H100: 1.03 times with lists for each KV head). Hooks that
+             read positions look up the place of each key: 1.07 times in decode, and with a causal mask 1.4 to 1.9 times in
+             prefill.
     """
 
     __slots__ = ("_chosen", "_first", "_num_pages", "_ratio", "_table")
