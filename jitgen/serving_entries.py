@@ -26,13 +26,11 @@ Tensor = torch.Tensor
 class Entries:
     """Tables of a plan at fixed addresses, filled by torch operations, which a CUDA graph may hold."""
 
-    has_states = False
     chosen: ChosenLists | None = None
 
     def __init__(self, plan: Plan, max_entries: int) -> None:
         self.max_entries, self.max_tokens, self.device = max_entries, plan.max_tokens, plan.device
         self.is_local = plan.q_index == "local"
-        self.num_requests = 0
         rows = plan.max_tokens
         self.row_position, self.row_request, self.row_q_len, self.row_kv_len = (self.ints(rows) for _ in range(4))
         self._row = torch.arange(rows, dtype=torch.int32, device=self.device)
@@ -72,7 +70,6 @@ class Entries:
 
     def set_rows(self, q_indptr: Tensor, row_kv_len: Tensor, request: Tensor) -> None:
         """Fill the tables by row, from the rows of requests, and the keys and the request of each row."""
-        self.num_requests = q_indptr.shape[0] - 1
         begin, end = q_indptr[request], q_indptr[request + 1]
         self.row_request.copy_(request)
         self.row_q_len.copy_(end - begin)

@@ -58,8 +58,6 @@ class Segments(Entries):
     ``cut_rows``: rows that have segments at levels other than the first, if not all may.
     """
 
-    has_states = True
-
     def __init__(self, plan: Plan, levels: int, cut_rows: int | None = None) -> None:
         super().__init__(plan, levels * (plan.max_batch + 1))
         rows, device = plan.max_tokens, plan.device
@@ -157,7 +155,7 @@ class Segments(Entries):
 
     def _set_requests(self, q_indptr: Tensor, row_kv_len: Tensor, request: Tensor) -> None:
         self.set_rows(q_indptr, row_kv_len, request)
-        batch = self.num_requests
+        batch = q_indptr.shape[0] - 1
         self.request_q_indptr[: batch + 1] = q_indptr
         self.request_kv_len[:batch] = row_kv_len[q_indptr[:-1].clamp(max=self.max_tokens - 1)]
 

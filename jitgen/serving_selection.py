@@ -71,8 +71,8 @@ class Selection(ChosenKeys):
     newest block is always chosen), the plan may be made with selection='even'. Otherwise selection='uneven' tells by a mask
     where each list ends; what the cache holds behind the last key of a request is then read, and must be finite.
 
-    Shapes:  q_indptr [batch + 1]; kv_len [batch]; chosen [lists, num_kv_heads or 1, blocks]; list_indptr [lists + 1]; int32 or
-             int64, on one device.
+    Shapes:  q_indptr [batch + 1]; kv_len [batch]; chosen [lists, num_kv_heads or 1, blocks]; list_indptr [lists + 1]; int32, or
+             int64, which is copied here and now; on one device.
     Errors:  ShapeMismatch, UnsupportedDtype; TypeError. On the CPU also for numbers that make no sense, when the plan is
              updated.
     Cost:    some 25 torch operations over ``chosen``, and memory for it as pages twice; no wait for the device. Attention costs
@@ -168,13 +168,18 @@ class Selection(ChosenKeys):
         left = self.end[:, None, None] - self.positions.view(self.pages.shape)
         return left.clamp_(0, self.page_size).sum(-1, dtype=torch.int32)
 
+    def _blocks_in_order(self) -> Tensor:
+        """The chosen blocks, ascending; in the place of negative numbers one that no block has."""
+        none = NO_POSITION // self._ratio - 1  # whose pages have numbers too
+        return torch.where(self._chosen < 0, none, self._chosen).clamp_(max=none).sort(-1).values
+
     def _pages_in_order(self) -> Tensor:
         """Numbers of the chosen pages in their requests, ascending; behind them numbers that no page has."""
-        block = (self._chosen & NO_POSITION).sort(-1).values  # no negative number is small then
+        block = self._blocks_in_order()
         if self._ratio == 1:
             return block
         part = torch.arange(self._ratio, dtype=torch.int32, device=self.device)
-        return (block.clamp_(max=NO_POSITION // self._ratio - 1)[..., None] * self._ratio + part).flatten(2)
+        return (block[..., None] * self._ratio + part).flatten(2)
 
     def _find_pages(self) -> None:
         """Pages and positions of the chosen blocks."""
@@ -195,11 +200,11 @@ class Selection(ChosenKeys):
                 f"the requests' first rows, {q_indptr}."
             )
         block, size = self._chosen, self.page_size * self._ratio
-        page = self._pages_in_order()
-        twice = (page.diff(dim=-1) == 0) & (page[..., 1:] < self._num_pages[:, None, None])
+        ordered, num_blocks = self._blocks_in_order(), ((self.end + (size - 1)) // size)[:, None, None]
+        twice = (ordered.diff(dim=-1) == 0) & (ordered[..., 1:] < num_blocks)
         if bool(twice.any()):
             raise ShapeMismatch(f"list {int(twice.nonzero()[0, 0])} of chosen names a block twice. Name each block once.")
-        wrong = (block >= ((self.end + (size - 1)) // size)[:, None, None]).nonzero()
+        wrong = (block >= num_blocks).nonzero()
         if len(wrong):
             i = int(wrong[0, 0])
             raise ShapeMismatch(

@@ -76,6 +76,16 @@ def test_single_keys_are_chosen_by_row():
     assert_near(attend(batch, variants()["causal"]), batch.expected(variants()["causal"]))
 
 
+def test_any_negative_number_is_none():
+    batch = ChosenBatch(LENGTHS["decode"])
+    caches, table = batch.caches()
+    far = torch.where(batch.chosen < 0, torch.tensor(-(2**31), dtype=torch.int32), batch.chosen)
+    assert (far < -1).any()
+    selection = batch.select(table).choose(far)
+    found = jitgen.paged_attention(batch.whole.q, caches, selection, batch.plan().update(selection), return_lse=True)
+    assert_near(found, batch.expected())
+
+
 def test_a_layer_chooses_other_blocks():
     batch = ChosenBatch(LENGTHS["decode"])
     caches, table = batch.caches()
@@ -203,6 +213,9 @@ def test_lists_that_make_no_sense_are_named_on_the_cpu():
     twice[0, 0] = 2
     with pytest.raises(ShapeMismatch, match="list 0 of chosen names a block twice"):
         update(twice)
+    with pytest.raises(ShapeMismatch, match="list 1 of chosen names a block twice"):
+        twice = torch.tensor([[[0, 1], [1, 0]], [[0, 0], [0, -1]]] + [[[0, -1]] * 2] * 3)
+        batch.plan().update(jitgen.Selection(*sizes, twice, 8, block_size=16))
     uneven = torch.tensor([[[0, 1, -1], [0, 1, 2]]] + [[[0, -1, -1]] * 2] * 4)
     with pytest.raises(ShapeMismatch, match=r"list 0 has \[16, 24\] keys for its KV heads"):
         update(uneven)
