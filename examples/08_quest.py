@@ -1,8 +1,8 @@
 """Quest: a decode step reads, for every request and KV head, only the pages that may matter to its queries.
 
 Each page of the cache keeps the smallest and the largest value of its keys in every dimension: no key of the page can have a
-larger q . k than these allow. The pages with the largest bounds are attended, and the last one always, as a page list of its
-own for every request and KV head. ALiBi shows that positions stay those of the whole context.
+larger q . k than these allow. The pages with the largest bounds are attended, and the last one always: a selection, which has
+a list for every request and KV head. ALiBi shows that positions stay those of the whole context.
 
 Run it: python examples/08_quest.py
 Source: Quest (Tang et al. 2024).
@@ -51,32 +51,22 @@ def main() -> None:
     q = torch.randn(BATCH, HEADS, HEAD_DIM, device=device, dtype=dtype)
     least, largest = bounds(cache[:, 0], lengths, table)
 
-    # every (request, KV head) is a request of the plan; where its chosen keys stand is what the hook looks up
     slopes = torch.tensor([2.0 ** -(h + 1) for h in range(HEADS)], device=device)
-    chosen = torch.zeros(BATCH * KV_HEADS, CHOSEN, dtype=torch.int32, device=device)
 
     def alibi(score, b, h, q_idx, kv_idx):
-        position = chosen[b, kv_idx // PAGE] * PAGE + kv_idx % PAGE
-        return score + slopes[b % KV_HEADS * GROUP + h] * (position - lengths[b // KV_HEADS] + 1)
+        return score + slopes[h] * (kv_idx - q_idx)
 
-    plan = jitgen.Plan(
-        BATCH * KV_HEADS, BATCH * KV_HEADS, GROUP, 1, HEAD_DIM, dtype=dtype, page_size=PAGE, max_q_len=1,
+    plan = jitgen.Plan(  # 'even': the last page is in every list, so those of all KV heads end alike
+        BATCH, BATCH, HEADS, KV_HEADS, HEAD_DIM, dtype=dtype, page_size=PAGE, max_q_len=1, selection="even",
         variant=jitgen.Variant(score_mod=alibi), device=device,
     )  # fmt: skip
-    heads = jitgen.HeadCache.of(cache)
-    kv_h = torch.arange(KV_HEADS, device=device)[None, :, None]
-    last_keys = (lengths - 1) % PAGE + 1
-    plan.update(
-        torch.arange(BATCH * KV_HEADS + 1, device=device),
-        ((CHOSEN - 1) * PAGE + last_keys).repeat_interleave(KV_HEADS),
-    )
+    pages = choose(q, least, largest, num_pages)
+    selection = jitgen.Selection(torch.arange(BATCH + 1, device=device), table, lengths, pages, PAGE)
+    plan.update(selection)  # once a step: each layer of a model chooses for itself, and lists keep their lengths
     for call in ("first", "second"):
         begun = time.perf_counter()
-        pages = choose(q, least, largest, num_pages)
-        chosen.copy_(pages.reshape(-1, CHOSEN))
-        numbers = heads.numbers(table[torch.arange(BATCH, device=device)[:, None, None], pages], kv_h)
-        out = jitgen.paged_attention(q.view(-1, GROUP, HEAD_DIM), heads.kv, numbers.reshape(-1, CHOSEN), plan)
-        out = out.view(BATCH, HEADS, HEAD_DIM).cpu()
+        selection.choose(choose(q, least, largest, num_pages))
+        out = jitgen.paged_attention(q, cache, selection, plan).cpu()
         print(f"{call:6} call: {1e3 * (time.perf_counter() - begun):8.2f} ms")
 
     error, kept = 0.0, 0.0

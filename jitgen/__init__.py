@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from jitgen.sampling_speculative import speculative_verify
     from jitgen.serving import paged_attention, ragged_attention
     from jitgen.serving_cascade import Cascade, CascadeLevel
-    from jitgen.serving_heads import HeadCache
+    from jitgen.serving_lists import PageTable
     from jitgen.serving_masks import bit_mask, pack_mask, tree_mask
     from jitgen.serving_merge import merge_state, merge_states
-    from jitgen.serving_pages import PageTable
     from jitgen.serving_plan import Plan
+    from jitgen.serving_selection import Selection
     from jitgen.variant import Variant
 
 _HOME = {
@@ -52,13 +52,13 @@ _HOME = {
     "block_sparse_attention": "jitgen.block_sparse",
     "Cascade": "jitgen.serving_cascade",
     "CascadeLevel": "jitgen.serving_cascade",
-    "HeadCache": "jitgen.serving_heads",
+    "Selection": "jitgen.serving_selection",
     "bit_mask": "jitgen.serving_masks",
     "pack_mask": "jitgen.serving_masks",
     "tree_mask": "jitgen.serving_masks",
     "merge_state": "jitgen.serving_merge",
     "merge_states": "jitgen.serving_merge",
-    "PageTable": "jitgen.serving_pages",
+    "PageTable": "jitgen.serving_lists",
     "Plan": "jitgen.serving_plan",
     "paged_attention": "jitgen.serving",
     "append": "jitgen.kv_append",
@@ -81,13 +81,13 @@ __all__ = [
     "BlockSparse",
     "Cascade",
     "CascadeLevel",
-    "HeadCache",
     "JitgenError",
     "OnlineNorm",
     "PageTable",
     "Penalties",
     "Plan",
     "Rope",
+    "Selection",
     "Variant",
     "and_masks",
     "append",

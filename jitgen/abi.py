@@ -68,6 +68,7 @@ SERVING_ARGS: tuple[ArgField, ...] = (
     _int("page_size", "keys of a page; 0 when ragged"),
     _int("num_pages", "pages of the cache, or rows of k when ragged: bound of what may be addressed"),
     _int("page_list_stride", "entries between the page lists of two requests in a block table; 0 with kv_start"),
+    _int("head_list_stride", "entries between the page lists of two KV heads of a request; 0: they share one"),
     _int("local_rows", "1: q_idx of a request's row i is i; 0: kv_len - q_len + i"),
     _int("num_ctas", "CTAs the plan was made for"),
     _int("class_rows", "requests of more rows (q_len * num_q_heads / num_kv_heads) are left to the prefill kernel"),

@@ -16,7 +16,7 @@ from jitgen.api import attention
 from jitgen.block_lists import BlockLists
 from jitgen.errors import ShapeMismatch, UnsupportedDtype, VariantError
 from jitgen.masks import and_masks, static
-from jitgen.serving_pages import as_int32
+from jitgen.serving_lists import as_int32
 from jitgen.variant import Variant
 
 if TYPE_CHECKING:
@@ -30,8 +30,9 @@ TILE = 64  # rows and columns of the tiles of variable blocks: the smallest tile
 class BlockSparse:
     """Which blocks of q_len query rows and kv_len keys are attended: made by ``bsr``, ``variable`` or ``of``.
 
-    ``mask_mod`` is the mask, for positions as jitgen.attention counts them; combine it with others by jitgen.and_masks, or use
-    ``block_sparse_attention``. Rows that see no key give 0, and logsumexp -inf.
+    ``mask_mod`` is the mask, for positions as jitgen.attention counts them, ``local_mask_mod`` the same for rows that count
+    from 0; combine it with others by jitgen.and_masks, or use ``block_sparse_attention``, which walks ``lists`` instead where
+    there are any and that is faster. Rows that see no key give 0, and logsumexp -inf.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class BlockSparse:
         check: LateCheck | None = None,
         lists: BlockLists | None = None,
     ) -> None:
-        self.mask_mod, self._local_mask_mod, self.lengths, self._check = mask_mod, local_mask_mod, lengths, check
+        self.mask_mod, self.local_mask_mod, self.lengths, self._check = mask_mod, local_mask_mod, lengths, check
         self.lists = lists
         self._variants: dict[tuple[int, ...], tuple[Variant, object]] = {}
 
@@ -153,7 +154,7 @@ class BlockSparse:
         key = (id(score_mod), id(mask_mod), id(sink))
         if key not in self._variants:
             if score_mod is None and mask_mod is None:  # nothing else reads positions: rows may be more than keys
-                made = Variant(mask_mod=self._local_mask_mod, sink=sink, q_index="local")
+                made = Variant(mask_mod=self.local_mask_mod, sink=sink, q_index="local")
             else:
                 masks = self.mask_mod if mask_mod is None else and_masks(self.mask_mod, mask_mod)  # type: ignore[arg-type]
                 made = Variant(score_mod=score_mod, mask_mod=masks, sink=sink)
@@ -180,7 +181,7 @@ def block_sparse_attention(
     Errors:  as jitgen.attention; ShapeMismatch for other lengths, and for lists that a GPU has found wrong.
     Cost:    as jitgen.attention, for the tiles that have visible blocks. On compute capability 9.0 lists of whole blocks are
              walked by the prefill kernel of serving, for one sequence and hooks that read no positions; it has a plan for
-             each set of hooks, made on first use.
+             each set of hooks, made on first use, which must not be inside of a CUDA graph's capture.
     """
     if not isinstance(blocks, BlockSparse):
         raise VariantError(f"blocks is a {type(blocks).__name__}, expected a jitgen.BlockSparse.")
@@ -268,10 +269,9 @@ def block_mask_mod(
     columns: int,
     *,
     per_query_head: bool = False,
-    causal: bool = False,
     local: bool = False,
 ) -> Callable[..., Any]:
-    """Mask of blocks of one size. ``local``: rows count from 0; ``causal``: and no key behind the query's own."""
+    """Mask of blocks of one size. ``local``: rows count from 0."""
     rows, columns = static(rows), static(columns)
     by_head = classes.dim() == 3
 
@@ -282,11 +282,9 @@ def block_mask_mod(
             at = (h if per_query_head else kv_h, *at)
         kind = classes[at]
         if bits is None:
-            kept = kind == FULL
-        else:
-            bit = slots[at] * (rows * columns) + row % rows * columns + kv_idx % columns
-            kept = (kind == PARTIAL) & (((bits[bit >> 3] >> (bit & 7)) & 1) == 1)
-        return kept & (kv_idx <= row + ctx_len) if causal else kept
+            return kind == FULL
+        bit = slots[at] * (rows * columns) + row % rows * columns + kv_idx % columns
+        return (kind == PARTIAL) & (((bits[bit >> 3] >> (bit & 7)) & 1) == 1)
 
     return block_mask
 
@@ -328,16 +326,15 @@ def tile_parts(block: Tensor, num_blocks: int) -> Tensor:
 
 
 def variable_mask_mod(
-    classes: Tensor, chosen: Tensor, row_block: Tensor, column_block: Tensor, *, causal: bool = False, local: bool = False
+    classes: Tensor, chosen: Tensor, row_block: Tensor, column_block: Tensor, *, local: bool = False
 ) -> Callable[..., Any]:
-    """Mask of blocks of any sizes. ``local`` and ``causal`` as block_mask_mod."""
+    """Mask of blocks of any sizes. ``local`` as block_mask_mod."""
     tile = static(TILE)
 
     def variable_mask(b, h, q_idx, kv_idx, *, kv_h, ctx_len):  # type: ignore[no-untyped-def]
         row = q_idx if local else q_idx - ctx_len
         kind = classes[kv_h, row // tile, kv_idx // tile]
-        kept = (kind == FULL) | ((kind == PARTIAL) & chosen[kv_h, row_block[kv_h, row], column_block[kv_h, kv_idx]])
-        return kept & (kv_idx <= row + ctx_len) if causal else kept
+        return (kind == FULL) | ((kind == PARTIAL) & chosen[kv_h, row_block[kv_h, row], column_block[kv_h, kv_idx]])
 
     return variable_mask
 

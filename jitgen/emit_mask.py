@@ -32,7 +32,7 @@ class MaskAnalysisText:
     span_reads_rows: bool = False
     tile_reads_rows: bool = False
     tile_reads_columns: bool = False
-    scans: bool = False  # mask_tile looks through a captured tensor, which takes a while
+    scans: bool = False  # mask_tile looks through a captured tensor, or at one for each KV head, which takes a while
     spans_together: bool = False  # mask_span does, by whole warps
 
 
@@ -87,7 +87,10 @@ def emit_mask_analysis(unit: Unit, mask: Expr | None, *, by_positions: bool = Fa
         span_reads_rows=("row", "q_idx") in low.reads,
         tile_reads_rows=("elem", "q_idx") in low.reads,
         tile_reads_columns=("elem", "kv_idx") in low.reads,
-        scans=any(n.op == "load" and low.level(n) == "elem" and not unit.slots[n.attr].is_sorted for n in walk(mask)),
+        scans=any(
+            n.op == "load" and low.level(n) == "elem" and not (unit.slots[n.attr].is_sorted and "kv_h" not in n.deps)
+            for n in walk(mask)
+        ),
         spans_together=any("jg::scan_together(" in line for line in span.lines),
     )
 

@@ -15,7 +15,7 @@ from jitgen.kv_launch import RowsCall, Stream, prepare_rows
 from jitgen.kv_op import call_append
 from jitgen.kv_spec import BYTES
 from jitgen.kv_tokens import Tokens, form_of, low_bits, new_rows, token_indices
-from jitgen.serving_pages import PageTable
+from jitgen.serving_lists import PageTable
 
 Tensor = torch.Tensor
 Scales = float | Tensor

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from jitgen.serving_pages import PageTable
+    from jitgen.serving_lists import PageTable
 
 Tensor = torch.Tensor
 _transforms: list[object] = [None]

@@ -10,7 +10,7 @@ import torch
 from jitgen.checks import check_memory, dtype_name
 from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.kv_spec import FLOATS, MAX_HEAD_DIM
-from jitgen.serving_pages import as_int32, check_indices
+from jitgen.serving_lists import as_int32, check_indices
 
 Tensor = torch.Tensor
 

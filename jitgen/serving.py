@@ -21,15 +21,17 @@ from jitgen.serving_launch import (
     blocks_of,
     check_rows,
     launches_of,
-    list_stride_of,
+    list_strides_of,
     maker_of,
     run,
     starter_of,
 )
+from jitgen.serving_lists import KVLists, PageTable
 from jitgen.serving_op import call_paged, call_ragged, check_traced
-from jitgen.serving_pages import KeyPlace, PageTable, cache_place, join_latent, latent_parts, latent_place, ragged_place
+from jitgen.serving_pages import KeyPlace, cache_place, join_latent, latent_parts, latent_place, ragged_place
 from jitgen.serving_plan import Plan, default_scale
 from jitgen.serving_scales import Scale, scale_words
+from jitgen.serving_selection import ChosenKeys
 
 if TYPE_CHECKING:
     from jitgen.variant import Variant
@@ -43,7 +45,7 @@ MAX_PREPARED_CALLS = 256  # of one plan: its layers differ in little but the add
 def paged_attention(
     q: Tensor,
     kv_cache: Tensor | tuple[Tensor, Tensor],
-    page_table: PageTable | Cascade | Tensor | tuple[Tensor, Tensor],
+    page_table: KVLists | Tensor | tuple[Tensor, Tensor],
     plan: Plan,
     *,
     variant: Variant | Any = None,
@@ -66,8 +68,8 @@ def paged_attention(
     kv_cache      one tensor, index 0 along axis 1 the keys and index 1 the values, or a pair. With a plan of head_dim 576 and
                   head_dim_v 512, absorbed latent attention (MLA): one tensor [pages, page_size, 576] whose first 512 elements
                   are the values too, or a pair of [pages, page_size, 512] and [pages, page_size, 64], which the CPU copies
-    page_table    a jitgen.PageTable, a block table [batch, max_pages], or a pair (indptr, indices); the jitgen.Cascade of the
-                  last update for a plan with levels
+    page_table    a jitgen.PageTable, a block table [batch, max_pages], or a pair (indptr, indices); the jitgen.Cascade or
+                  jitgen.Selection of the last update for a plan that takes these
     variant       default the plan's; another must have the plan's mask, as layers may differ in score_mod or sinks
     captures      values by the names under which the variant captures them, in place of the captured ones; what the mask
                   reads is given to ``plan.update`` instead
@@ -116,7 +118,7 @@ def paged_attention(
             return found
     call, lists_at = recent.call, recent.lists_at
     if lists_at is None:
-        lists_at = _segment_lists(plan, recent.lists, call.page_size)
+        lists_at = _addresses_now(plan, recent.lists, call.page_size)
     elif call.on_host:
         _check_table(plan, recent.lists, call.page_size)
     k = tensors[1].data_ptr()
@@ -187,7 +189,7 @@ def _recall_paged(
     options: tuple[Program, float | None, str, bool],
 ) -> RecentCall:
     """A paged call that is unlike the last one, ready to be made."""
-    lists = page_table if isinstance(page_table, Cascade) else PageTable.of(page_table)
+    lists = page_table if isinstance(page_table, KVLists) else PageTable.of(page_table)
     if lists.device != plan.device:
         raise UnsupportedDevice(f"the page table is on {lists.device}, the plan on {plan.device}. Move it there.")
 
@@ -207,7 +209,7 @@ def _recall(
     options: tuple[Any, ...],
     find_place: Callable[[], KeyPlace],
     table: object,
-    lists: PageTable | Cascade | None,
+    lists: KVLists | None,
 ) -> RecentCall:
     """A call that is unlike the last one, ready to be made. ``options``: program, scale, and what else the call depends on."""
     if plan.layout != layout:
@@ -225,11 +227,11 @@ def _recall(
         check_grad(*tensors[:2], tensors[-1])
         looks_same = None
     total_q = check_rows(plan, tensors[0])
-    if isinstance(lists, PageTable) and plan.cascade is None and lists.batch < plan.num_requests:
+    if isinstance(lists, PageTable) and plan.lists is None and lists.batch < plan.num_requests:
         raise PlanMismatch(
             f"the page table has {lists.batch} requests, plan.update was given {plan.num_requests}. Both must match."
         )
-    blocks = blocks_of(plan, call, call.launches, total_q, list_stride_of(plan, lists))
+    blocks = blocks_of(plan, call, call.launches, total_q, list_strides_of(plan, lists))
     lists_at, new_out = _addresses_of(plan, lists), maker_of(plan, total_q)
     start = starter_of(plan, call, blocks, lists_at, new_out)
     if is_compiling():  # Dynamo looks into every function that a call runs outside of a graph
@@ -241,20 +243,18 @@ def _recall(
     return plan.recent
 
 
-def _addresses_of(plan: Plan, lists: PageTable | Cascade | None) -> tuple[int, int] | None:
-    """Addresses of kv_start and pages until the next update; None where a call must make them."""
+def _addresses_of(plan: Plan, lists: KVLists | None) -> tuple[int, int] | None:
+    """Addresses of kv_start and pages until the next update; None where each call finds them, or looks at the lists."""
     if lists is None:
         return plan.kv_start.data_ptr(), 0  # type: ignore[union-attr]
-    if plan.segments is not None or isinstance(lists, Cascade):
-        return None
-    return 0 if lists.indptr is None else lists.indptr.data_ptr(), lists.pages.data_ptr()
+    return None if plan.entries is not None or not isinstance(lists, PageTable) else lists.addresses
 
 
-def _is_same(lists: PageTable | Cascade, table: object) -> bool:
+def _is_same(lists: KVLists, table: object) -> bool:
     """Whether ``lists`` has the memory of ``table``, so that it may be used for it again."""
     if isinstance(table, Tensor):
         return lists.pages is table
-    return table is lists or (type(table) is tuple and lists.indptr is table[0] and lists.pages is table[1])
+    return table is lists or (type(table) is tuple and lists.kv_start is table[0] and lists.pages is table[1])
 
 
 def _key_of(tensors: tuple[Tensor, ...], options: tuple[object, ...]) -> tuple[object, ...]:
@@ -313,7 +313,7 @@ def _prepare(
         q_factor=q_factor,
         on_host=on_host,
         has_tensors=any(slot.kind == "tensor" for slot in program.slots),
-        is_plain=merge is None and plan.stage is None and q_factor == 1.0,
+        is_plain=plan.entries is None and plan.stage is None and q_factor == 1.0,
     )
     if len(plan.calls) >= MAX_PREPARED_CALLS:
         plan.calls.clear()
@@ -321,21 +321,32 @@ def _prepare(
     return call
 
 
-def _segment_lists(plan: Plan, lists: PageTable | Cascade, page_size: int) -> tuple[int, int]:
-    """Addresses of kv_start and pages where entries are parts of requests."""
-    if plan.cascade is not None or isinstance(lists, Cascade):
-        if lists is not plan.cascade:
-            given = "another Cascade than" if isinstance(lists, Cascade) else f"a {type(lists).__name__}, not the Cascade that"
-            raise PlanMismatch(f"the page table is {given} plan.update was given. Give both the same.")
-        if plan.device_index is None:
-            for level in lists.levels:
-                level.page_table.check_extent(level.kv_len, page_size)
-        return lists.kv_start.data_ptr(), lists.pages.data_ptr()
+def _addresses_now(plan: Plan, lists: KVLists, page_size: int) -> tuple[int, int]:
+    """Addresses of kv_start and pages where entries are not requests."""
+    if plan.lists is not None or not isinstance(lists, PageTable):
+        _check_lists(plan, lists, page_size)
+        return lists.addresses
     piece = int(plan.kv_split or 0)
     if piece % page_size:
         raise PlanMismatch(f"kv_split is {piece}, and pages have {page_size} keys. Pieces must be whole pages: use a multiple.")
     plan.segments.list_starts(lists, plan.num_requests, piece // page_size)  # type: ignore[union-attr]
     return plan.segments.kv_start.data_ptr(), lists.pages.data_ptr()  # type: ignore[union-attr]
+
+
+def _check_lists(plan: Plan, lists: KVLists, page_size: int) -> None:
+    """The lists of a call are those that the plan was updated for."""
+    if lists is not plan.lists:
+        name, planned = type(lists).__name__, "Cascade" if isinstance(plan.lists or lists, Cascade) else "Selection"
+        given = f"another {planned} than" if name == planned else f"a {name}, not the {planned} that"
+        raise PlanMismatch(f"the page table is {given} plan.update was given. Give both the same.")
+    if isinstance(lists, ChosenKeys) and plan.selection == "uneven" and lists.version != plan.chosen_version:
+        raise PlanMismatch(
+            "the selection has chosen other blocks since plan.update, and with selection='uneven' lists may have other numbers "
+            "of keys then. Call plan.update(selection) after choose()."
+        )
+    if isinstance(lists, Cascade) and plan.device_index is None:
+        for level in lists.levels:
+            level.page_table.check_extent(level.kv_len, page_size)
 
 
 def _check_table(plan: Plan, table: PageTable, page_size: int) -> None:

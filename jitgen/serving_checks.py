@@ -74,10 +74,25 @@ def check_plan_numbers(plan: Plan) -> None:
             f"levels={plan.levels} goes with layout='paged' and split='balanced' or 'none', not with "
             f"layout={plan.layout!r} and split={plan.split!r}."
         )
+    _check_selection(plan)
     if (plan.split == "fixed") != (plan.kv_split is not None) or (plan.kv_split is not None and plan.kv_split < 1):
         raise ShapeMismatch(
             f"split={plan.split!r} and kv_split={plan.kv_split!r} do not go together. "
             "split='fixed' needs kv_split=, the keys of a piece, and no other split takes it."
+        )
+
+
+def _check_selection(plan: Plan) -> None:
+    """What goes with chosen lists."""
+    if plan.selection is None:
+        return
+    if plan.selection not in ("even", "uneven"):
+        raise ShapeMismatch(f"selection={plan.selection!r} is none. Use 'even', or 'uneven' where lists end differently.")
+    others = (plan.layout != "paged", plan.page_size is None, plan.levels > 1, plan.split == "fixed")
+    if any(others):
+        raise ShapeMismatch(
+            f"selection={plan.selection!r} goes with layout='paged', page_size=, levels=1 and split='balanced' or 'none', not "
+            f"with layout={plan.layout!r}, page_size={plan.page_size}, levels={plan.levels} and split={plan.split!r}."
         )
 
 
@@ -126,8 +141,10 @@ def check_lengths(plan: Plan, q_indptr: Tensor, kv_len: Tensor, reads_q_idx: boo
         raise ShapeMismatch(f"q_indptr is {_shown(q_indptr)}, expected numbers that start with 0 and never fall.")
     if int(q_indptr[-1]) > plan.max_tokens:
         raise PlanMismatch(f"q_indptr ends with {int(q_indptr[-1])} rows, the plan was made for max_tokens={plan.max_tokens}.")
-    if plan.max_q_len is not None and bool((q_len > plan.max_q_len).any()):
-        raise PlanMismatch(f"a request has {int(q_len.max())} query rows, the plan was made for max_q_len={plan.max_q_len}.")
+    rows = q_len if plan.selection is None else plan.q_indptr.cpu().diff()  # type: ignore[union-attr]
+    if plan.max_q_len is not None and bool((rows > plan.max_q_len).any()):
+        what = "request" if plan.selection is None else "list"
+        raise PlanMismatch(f"a {what} has {int(rows.max())} query rows, the plan was made for max_q_len={plan.max_q_len}.")
     if bool((kv_len < 0).any()):
         raise ShapeMismatch(f"kv_len is {_shown(kv_len)}, expected no negative length.")
     if plan.max_kv_len is not None and bool((kv_len > plan.max_kv_len).any()):
@@ -244,7 +261,7 @@ def _reach(plan: Plan, name: str, index: str) -> int:
     if plan.device.type == "cpu":
         return plan.longest_q if counts_rows else plan.longest_kv
     if counts_rows:
-        return min(plan.max_q_len or plan.max_tokens, plan.max_tokens)
+        return plan.max_tokens if plan.selection is not None else min(plan.max_q_len or plan.max_tokens, plan.max_tokens)
     if plan.max_kv_len is None:
         raise PlanMismatch(
             f"the variant reads '{name}' at {index}, and the plan was made without max_kv_len, so it cannot be checked that "

@@ -27,8 +27,11 @@ def explain(plan: Plan, program: Program, values: list[object], rows: int) -> st
     batch = plan.num_requests
     total = f"{batch} request{'s' if batch != 1 else ''}, {int(q_indptr[-1])} query rows, {int(kv_len.sum())} keys"
     heads = f"{plan.num_q_heads} query heads on {plan.num_kv_heads} KV heads"
-    parts = f"in {int((plan.kv_len > 0).sum())} parts; " if plan.segments is not None else ""  # type: ignore[operator]
-    lines = [f"{total}; {parts}{heads}; split {plan.split}; {plan.device}"]
+    entries = ""
+    if plan.entries is not None:
+        kind = "parts" if plan.entries.chosen is None else "lists"
+        entries = f"in {int((plan.kv_len > 0).sum())} {kind}; "  # type: ignore[operator]
+    lines = [f"{total}; {entries}{heads}; split {plan.split}; {plan.device}"]
     for c in plan.classes:
         lines += (_explain_host if c.plan is None else _explain_device)(plan, c, program, values, rows)
     return "\n".join(lines)

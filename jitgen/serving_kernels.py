@@ -17,7 +17,7 @@ from jitgen.checks import dtype_name
 from jitgen.errors import VariantError
 from jitgen.families import merge_spec, mla_family, prefill_family, serving_spec
 from jitgen.program import Program, without_rows
-from jitgen.serving_place import finishing, place
+from jitgen.serving_place import finishing
 from jitgen.serving_scales import no_scales, stored_dtype
 from jitgen.spec import MLA_DIMS, MLA_FAMILIES, KernelSpec
 from jitgen.streams import call_on, stream_of
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 DECODE_ROWS = 32  # most rows (query rows * query heads of a KV head) of a request that the decode kernel takes
+SHARED_ROWS = 16  # the same of a plan for cascades, or those of a request: the kernel reads keys again for every 8 of them
 ALL_ROWS = 1 << 30
 OVERLAP_DRIVER = (12, 3)  # least CUDA version of a driver whose graphs hold programmatic launches
 NUM_STRIDES = 10  # at the end of SERVING_ARGS
@@ -81,7 +82,7 @@ class KernelClass:
 
     def fixed(self, plan: Plan, programmatic: bool, scale: float = 1.0, strides: tuple[int, ...] = (0,) * NUM_STRIDES) -> bytes:
         """The fields from local_rows to the strides."""
-        is_local = plan.q_index == "local" or plan.segments is not None
+        is_local = plan.q_index == "local" or plan.entries is not None
         return pack_fixed(is_local, self.num_ctas, self.class_rows, split_number(plan), programmatic, scale, *strides)
 
     @property
@@ -104,7 +105,7 @@ class KernelClass:
         if room is not None:
             c = replace(self, addresses=(room.data_ptr(), 0), num_ctas=room.shape[0])
         threads, no_bound = (torch.get_num_threads(), 1 << 62) if plan.device_index is None else (0, 0)  # of rows of k
-        own = pack_batch(batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, no_bound, 0)
+        own = pack_batch(batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, no_bound, 0, 0)
         numbers = own + c.fixed(plan, c.overlaps)
         starts = plan.stage.start if c.staged else plan.kv_start  # type: ignore[union-attr]
         kv_start = 0 if starts is None else starts.data_ptr()
@@ -117,11 +118,10 @@ class KernelClass:
 
 
 def tail_words(plan: Plan, program: Program, values: list[object], scales: list[object]) -> list[object]:
-    """The fields behind the strides: those of the segments, scales, and captures."""
-    if plan.segments is None:
+    """The fields behind the strides: those of the entries, scales, and captures."""
+    if plan.entries is None:
         return scales + runtime.capture_words(program, values) if values else scales
-    state_row, *captures = plan.segments.fields(program, values)
-    return [state_row, *scales, *captures]
+    return plan.entries.words(program, values, scales)
 
 
 @cache
@@ -161,16 +161,17 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
     staged = plan.stage is not None and (plan.stage.changes_keys or plan.stage.gathers_bytes)
     if stored_dtype(plan) and not staged:
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS),)
-    if plan.levels > 1:
-        most_rows = None  # a group has the rows of many requests
-    if plan.family == "decode" or (plan.family is None and most_rows is not None and most_rows <= DECODE_ROWS):
+    class_rows = DECODE_ROWS
+    if plan.levels > 1:  # a group has the rows of many requests
+        class_rows, most_rows = min(max(SHARED_ROWS, most_rows or 0), DECODE_ROWS), group * plan.max_tokens
+    if plan.family == "decode" or (plan.family is None and most_rows is not None and most_rows <= class_rows):
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS, not in_place),)
     if plan.family is None:
         where = (plan.device, "ragged" if staged else plan.layout, plan.page_size, plan.max_kv_len)
         family = prefill_family(*where)
         overlaps = family == "sm90" and can_overlap() and plan.segments is None
         return tuple(
-            replace(_cuda_class(plan, program, values, name, rows, DECODE_ROWS, is_staged), overlaps=overlaps)
+            replace(_cuda_class(plan, program, values, name, rows, class_rows, is_staged), overlaps=overlaps)
             for name, is_staged in (("decode", not in_place), (family, staged))
         )
     return (_cuda_class(plan, program, values, plan.family, rows, 0, staged),)
@@ -183,7 +184,7 @@ def kernels_of(plan: Plan, program: Program) -> tuple[runtime.CompiledKernel, ..
 
 def _specified(plan: Plan, spec: KernelSpec, program: Program, staged: bool) -> KernelSpec:
     """The spec for another program."""
-    placed = program if plan.segments is None else place(program)[0]
+    placed = program if plan.entries is None else plan.entries.place(program)
     return runtime.respecify(spec, placed) if plan.stage is None else plan.stage.specify(spec, placed, staged)
 
 

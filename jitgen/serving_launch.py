@@ -11,10 +11,9 @@ import torch
 from jitgen import runtime
 from jitgen.errors import PlanMismatch, UnsupportedDevice
 from jitgen.program import Program
-from jitgen.serving_cascade import Cascade
 from jitgen.serving_checks import check_captures, check_query, check_results
 from jitgen.serving_kernels import KernelClass, pack_batch, pack_launch, tail_words
-from jitgen.serving_pages import PageTable
+from jitgen.serving_lists import KVLists
 from jitgen.serving_plan import Plan, check_lse
 from jitgen.serving_segments import Beside
 from jitgen.streams import call_on, current_device, current_stream, stream_of
@@ -63,7 +62,7 @@ class RecentCall:
     total_q: int
     version: int  # of the plan: lengths are those of this update
     table: object  # what the call was given as page table, if it may be taken for ``lists`` again; None for ragged keys
-    lists: PageTable | Cascade | None
+    lists: KVLists | None
     lists_at: tuple[int, int] | None  # the fields kv_start and pages; None where each call makes them anew
     blocks: Blocks  # none where there is nothing to do
     new_out: Callable[[], Tensor]  # with the plan's device current
@@ -86,16 +85,16 @@ def launches_of(
     return tuple(launches)
 
 
-def blocks_of(plan: Plan, call: PreparedCall, launches: Launches, total_q: int, list_stride: int) -> Blocks:
+def blocks_of(plan: Plan, call: PreparedCall, launches: Launches, total_q: int, list_strides: tuple[int, int]) -> Blocks:
     """What the lengths of the plan fix besides."""
     if plan.batch == 0 or total_q == 0:
         return ()
     num_q_heads, num_kv_heads, page_size, num_pages = call.numbers
     own = plan.batch, num_q_heads, num_kv_heads, total_q
-    batch = pack_batch(*own, page_size, num_pages, list_stride)
+    batch = pack_batch(*own, page_size, num_pages, *list_strides)
     if plan.stage is None:
         return tuple((kernel, c.memory(plan), batch + fixed) for kernel, c, fixed in launches)
-    staged = pack_batch(*own, 0, plan.stage.capacity, 0)
+    staged = pack_batch(*own, 0, plan.stage.capacity, 0, 0)
     return tuple((kernel, c.memory(plan), (staged if c.staged else batch) + fixed) for kernel, c, fixed in launches)
 
 
@@ -227,12 +226,12 @@ def _check_results(plan: Plan, recent: RecentCall, q: Tensor, out: Tensor | None
     if out is None or out.stride()[:2] == call.o_stride:
         return recent.blocks
     launches = launches_of(plan, call.kernels, call.scale, call.q_stride, out.stride()[:2], call.kv_stride)
-    return blocks_of(plan, call, launches, recent.total_q, list_stride_of(plan, recent.lists))
+    return blocks_of(plan, call, launches, recent.total_q, list_strides_of(plan, recent.lists))
 
 
-def list_stride_of(plan: Plan, lists: PageTable | Cascade | None) -> int:
-    """The field page_list_stride."""
-    return lists.list_stride if plan.segments is None and type(lists) is PageTable else 0
+def list_strides_of(plan: Plan, lists: KVLists | None) -> tuple[int, int]:
+    """The fields page_list_stride and head_list_stride."""
+    return (0, 0) if lists is None or plan.segments is not None else (lists.list_stride, lists.head_stride)
 
 
 def _aligned(q: Tensor, keys: int, out: int) -> Tensor:
@@ -311,7 +310,7 @@ def _start_staged(
     """As ``_start``, where kernels differ in the keys that they read; those of the plan's stage are put there first."""
     call, stage = recent.call, plan.stage
     assert stage is not None
-    program, list_stride = call.program, list_stride_of(plan, recent.lists)
+    program, list_stride = call.program, list_strides_of(plan, recent.lists)[0]
     if any(c.staged for c in plan.classes):
         stage.gather(program, values, call.numbers, call.kv_stride, keys, list_stride, scales)
     in_stage = stage.k.data_ptr(), stage.v.data_ptr(), stage.start.data_ptr(), 0

@@ -16,7 +16,7 @@ import torch
 from jitgen.errors import VariantError
 
 if TYPE_CHECKING:
-    from jitgen.serving_pages import PageTable
+    from jitgen.serving_lists import PageTable
     from jitgen.serving_plan import Plan
     from jitgen.serving_scales import Scale
 
@@ -53,7 +53,7 @@ def paged_op(
     from jitgen.serving import paged_attention
 
     plan = _plans[handle]
-    table = plan.cascade or (pages if indptr is None else (indptr, pages))
+    table = plan.lists or (pages if indptr is None else (indptr, pages))
     cache = k if v is None else (k, v)
     scales = _scales(k_scale, v_scale, factors)
     found = paged_attention(q, cache, table, plan, scale=scale, kv_layout=kv_layout, return_lse=want_lse, **scales)
@@ -151,7 +151,7 @@ def call_paged(
         pages, indptr = page_table, None
     elif isinstance(page_table, tuple):
         indptr, pages = page_table
-    elif plan.cascade is not None:
+    elif plan.lists is not None:
         pages, indptr = page_table.pages, None
     else:
         pages, indptr = page_table.pages, page_table.indptr

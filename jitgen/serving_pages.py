@@ -1,4 +1,4 @@
-"""Where the keys of each request lie: page tables and the forms a paged cache may have."""
+"""The forms that a paged cache, or ragged keys and values, may have: how they are addressed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jitgen.errors import ShapeMismatch, UnsupportedDtype
+from jitgen.errors import ShapeMismatch
 
 Tensor = torch.Tensor
 KV_LAYOUTS = ("NHD", "HND")
@@ -15,117 +15,6 @@ CACHE_FORMS = (
     "a pair of [pages, page_size, num_kv_heads, head_dim] or one [pages, 2, page_size, num_kv_heads, head_dim] with "
     'kv_layout="NHD", page_size and num_kv_heads the other way round with "HND"'
 )
-
-
-class PageTable:
-    """Which pages of the cache hold the keys of each request, in order.
-
-    ``PageTable.csr(indptr, indices)`` lists the pages of all requests one after the other, as FlashInfer and SGLang do;
-    ``PageTable.dense(block_table)`` has a row of page numbers per request, as vLLM does. Wherever a page table is expected,
-    a tensor of rank 2 stands for the second form and a pair of tensors (indptr, indices) for the first.
-
-    A request with ``kv_len`` keys uses its first ceil(kv_len / page_size) pages; the entries behind them are never read and
-    may be anything. int32 tensors are used where they are, so changes made to them in place, between replays of a CUDA
-    graph for instance, are seen. int64 tensors are copied to int32 here and now.
-    """
-
-    __slots__ = ("batch", "device", "indptr", "list_stride", "pages")
-
-    def __init__(self, batch: int, pages: Tensor, indptr: Tensor | None, list_stride: int) -> None:
-        self.batch, self.pages, self.indptr, self.list_stride = batch, pages, indptr, list_stride
-        self.device = pages.device
-
-    @classmethod
-    def csr(cls, indptr: Tensor, indices: Tensor) -> PageTable:
-        """Pages of request b: ``indices[indptr[b] : indptr[b + 1]]``.
-
-        Shapes:  indptr [batch + 1] or more; indices [at least indptr[-1]]; int32 or int64, on one device.
-        Errors:  ShapeMismatch, UnsupportedDtype.
-        """
-        check_indices("indptr", indptr, 1)
-        check_indices("indices", indices, 1)
-        if indptr.shape[0] == 0:
-            raise ShapeMismatch("indptr is empty, expected batch + 1 entries that start with 0.")
-        if indptr.device != indices.device:
-            raise ShapeMismatch(f"indptr is on {indptr.device}, indices is on {indices.device}. Both must be on one device.")
-        return cls(indptr.shape[0] - 1, as_int32(indices), as_int32(indptr), 0)
-
-    @classmethod
-    def dense(cls, block_table: Tensor) -> PageTable:
-        """Pages of request b: the first entries of ``block_table[b]``.
-
-        Shapes:  block_table [batch, max_pages], int32 or int64, rows contiguous (a slice of columns will do).
-        Errors:  ShapeMismatch, UnsupportedDtype.
-        """
-        check_indices("block_table", block_table, 2)
-        table = block_table.to(torch.int32)
-        if table.shape[1] > 1 and table.stride(1) != 1:
-            table = table.contiguous()
-        return cls(table.shape[0], table, None, table.stride(0))
-
-    @classmethod
-    def of(cls, value: object) -> PageTable:
-        """The page table that ``value`` is or stands for."""
-        if isinstance(value, cls):
-            return value
-        if isinstance(value, Tensor):
-            return cls.dense(value)
-        if isinstance(value, tuple | list) and len(value) == 2:
-            return cls.csr(*value)
-        raise TypeError(
-            f"page_table is a {type(value).__name__}, expected a jitgen.PageTable, a block table of shape [batch, max_pages], "
-            "or a pair (indptr, indices)."
-        )
-
-    def starts(self, count: int, stride: int | None = None) -> Tensor:
-        """First entry of each of the first ``count`` lists in the page numbers of all, int32 [count].
-
-        ``stride`` is that of the lists of the dense form, if they are not where they were.
-        """
-        if self.indptr is not None:
-            return self.indptr[:count]
-        return torch.arange(count, dtype=torch.int32, device=self.device) * (self.list_stride if stride is None else stride)
-
-    def kv_len(self, last_page_len: Tensor, page_size: int) -> Tensor:
-        """Keys of each request from the number of keys in its last page, as FlashInfer gives them; for ``Plan.update``.
-
-        Shapes:  last_page_len [batch], each from 1 to page_size; returns int32 [batch]. A request without pages has 0 keys.
-        Errors:  ShapeMismatch if the table is not in CSR form.
-        """
-        if self.indptr is None:
-            raise ShapeMismatch("kv_len needs the CSR form, this table is dense: it does not say how many pages are in use.")
-        pages = self.indptr.diff()
-        return torch.where(pages > 0, (pages - 1) * page_size + last_page_len.to(torch.int32), 0)
-
-    def check_extent(self, kv_len: Tensor, page_size: int) -> None:
-        """On the CPU: the lists are long enough for ``kv_len`` keys."""
-        needed = (kv_len + page_size - 1) // page_size
-        if self.indptr is None:
-            has = torch.full_like(needed, self.pages.shape[1])
-        else:
-            has = torch.minimum(self.indptr[1:], torch.tensor(self.pages.shape[0])) - self.indptr[:-1]
-        short = (needed > has).nonzero()
-        if len(short):
-            b = int(short[0])
-            raise ShapeMismatch(
-                f"request {b} has kv_len {int(kv_len[b])}, which takes {int(needed[b])} pages of {page_size}, but its page "
-                f"list has {int(has[b])}. Append its new pages to the table before the call."
-            )
-
-
-def check_indices(name: str, t: object, rank: int) -> None:
-    """``t`` is a tensor of page numbers, row numbers or lengths."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} is a {type(t).__name__}, expected a torch.Tensor of int32 or int64.")
-    if t.dtype not in (torch.int32, torch.int64):
-        raise UnsupportedDtype(f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected int32 or int64.")
-    if t.dim() != rank:
-        raise ShapeMismatch(f"{name} has shape {tuple(t.shape)}, expected {rank} dimension{'s' if rank > 1 else ''}.")
-
-
-def as_int32(t: Tensor) -> Tensor:
-    """The tensor itself if it is contiguous int32, otherwise a copy."""
-    return t if t.dtype is torch.int32 and t.is_contiguous() else t.to(torch.int32).contiguous()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,84 +1,132 @@
 """Hooks of a variant for parts of requests: positions, lengths and request numbers are looked up instead of counted.
 
 A kernel numbers what it works on from 0: the entries of its batch, the rows and the keys of an entry. Where an entry is only
-a part of one or several requests, as in a cascade, the hooks of the variant still mean the requests. ``place`` rewrites them.
+a part of one or several requests, as in a cascade, or its keys are some that were chosen, the hooks of the variant still mean
+the requests. ``place`` rewrites them.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from jitgen import ir
-from jitgen.ir import Expr, index, load, make
+from jitgen.emit_ranges import POSITION_LIMIT
+from jitgen.ir import Expr, const, index, load, make
 from jitgen.program import Program, RowProgram, Slot
 
-# Tables by entry, and by row of q, in the order of the slots they are given: see Segments.
-ENTRY_TABLES = ("entry_row", "kv_base")
-ROW_TABLES = ("row_position", "row_request", "row_q_len", "row_kv_len")
+# In the order of their slots: see Entries. By entry, by entry and KV head, by page of a list, and by row of q.
+TABLES = (
+    "entry_row", "kv_base", "entry_end", "list_start", "list_position", "row_position", "row_request", "row_q_len",
+    "row_kv_len",
+)  # fmt: skip
+NO_POSITION = POSITION_LIMIT - 1  # in list_position, for a page that stands for no keys
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenLists:
+    """Lists of chosen pages, of which each has its own place in the request.
+
+    is_even     the keys of an entry end at the same place in the lists of all KV heads, so that no mask has to say where
+    """
+
+    page_size: int
+    is_even: bool
 
 
 @lru_cache(maxsize=256)
-def place(program: Program) -> tuple[Program, tuple[str, ...]]:
-    """The score, the mask and the transforms of keys and values of ``program`` for entries that are parts of requests, without
-    the hooks of finished rows. A transform of rows that many requests share sees the first of these.
+def place(program: Program, chosen: ChosenLists | None = None) -> tuple[Program, tuple[str, ...]]:
+    """``program`` for entries that are parts of requests: without the hooks of finished rows, as a row is in several entries;
+    or with all hooks for ``chosen`` lists, where it is in one. A transform of rows that many requests share sees the first of
+    these.
 
     Returns the program and the names of the tables that it captures, as int32 tensors, after the captures of ``program``.
     """
-    wanted = {str(n.attr) for n in ir.walk(program.score, program.mask) if n.op == "index"}
-    if program.rows is not None and program.rows.changes_keys:
-        wanted |= {"kv_idx"} | ({"b"} & {str(n.attr) for n in ir.walk(*program.rows.roots()) if n.op == "index"})
-    tables = _tables_for(wanted)
-    slots = (*program.slots, *(Slot("tensor", "int32", 1, "c", False, name) for name in tables))
-    number = {name: len(program.slots) + i for i, name in enumerate(tables)}
+    has_end = chosen is not None and not chosen.is_even
+    finished = (None, None, None) if chosen is None else (program.sink, program.output, program.lse)
+    wanted = {str(n.attr) for n in ir.walk(program.score, program.mask, *finished) if n.op == "index"}
+    wanted |= {"kv_idx"} if has_end else set()
+    rows = program.rows
+    if rows is not None and rows.changes_keys:
+        wanted |= {"kv_idx"} | ({"b"} & {str(n.attr) for n in ir.walk(*rows.roots()) if n.op == "index"})
+    tables = _tables_for(wanted, chosen is not None, has_end)
+    slots = (*program.slots, *(_table_slot(name, chosen is not None) for name in tables))
+    places = _Places({name: len(program.slots) + i for i, name in enumerate(tables)}, chosen)
+    score, mask, sink, output, lse = (
+        None if root is None else ir.rebuild(root, places.of_hook) for root in (program.score, program.mask, *finished)
+    )
+    if has_end:
+        inside = make("lt", places.key(index("kv_idx")), places.read("entry_end", index("b")))
+        mask = inside if mask is None else make("and", mask, inside)
+    if rows is not None:
+        rows = replace(rows, k=places.in_row(rows.k), v=places.in_row(rows.v))
+    return replace(program, score=score, mask=mask, sink=sink, output=output, lse=lse, slots=slots, rows=rows), tables
 
-    def read(table: str, at: Expr) -> Expr:
-        return load(number[table], "i32", (at,))
 
-    def placed(node: Expr) -> Expr | None:
+class _Places:
+    """What stands for an index of an entry: ``number`` has the slots of the tables."""
+
+    def __init__(self, number: dict[str, int], chosen: ChosenLists | None) -> None:
+        self._number, self._chosen = number, chosen
+
+    def read(self, table: str, *at: Expr) -> Expr:
+        return load(self._number[table], "i32", at)
+
+    def key(self, number: Expr) -> Expr:
+        """Position in the request of a key of the entry."""
+        if self._chosen is None:
+            return make("add", number, self.read("kv_base", index("b")))
+        page_size, bits = const(self._chosen.page_size), const(NO_POSITION)  # which say: not negative, nor too large to add to
+        start = make("bitand", self.read("list_start", index("b"), index("kv_h")), bits)
+        entry = make("add", start, make("floordiv", number, page_size))
+        first = make("bitand", self.read("list_position", entry), bits)
+        return make("add", first, make("mod", number, page_size))
+
+    def of_hook(self, node: Expr) -> Expr | None:
         if node.op != "index":
             return None
         if node.attr == "kv_idx":
-            return make("add", node, read("kv_base", index("b")))
+            return self.key(node)
         if node.attr not in _ROW_TABLE_OF:
             return None
-        row = make("add", read("entry_row", index("b")), index("q_idx"))
+        row = make("add", self.read("entry_row", index("b")), index("q_idx"))
         if node.attr == "ctx_len":
-            return make("sub", read("row_kv_len", row), read("row_q_len", row))
-        return read(_ROW_TABLE_OF[str(node.attr)], row)
+            return make("sub", self.read("row_kv_len", row), self.read("row_q_len", row))
+        return self.read(_ROW_TABLE_OF[str(node.attr)], row)
 
-    rows = program.rows
-    if rows is not None:
+    def in_row(self, p: RowProgram) -> RowProgram:
+        """A transform of keys or values, whose rows are numbered by q_idx."""
+        position = index("q_idx") if p.position is None and p.rope is not None else p.position
+        before, position, after = (None if e is None else ir.rebuild(e, self._of_row) for e in (p.before, position, p.after))
+        return RowProgram(before, p.rope, position, after)
 
-        def placed_row(node: Expr) -> Expr | None:
-            if node.op != "index" or node.attr not in ("q_idx", "b"):
-                return None
-            if node.attr == "b":
-                return read("row_request", read("entry_row", node))
-            return make("add", node, read("kv_base", index("b")))
-
-        def placed_rows(p: RowProgram) -> RowProgram:
-            position = index("q_idx") if p.position is None and p.rope is not None else p.position
-            before, position, after = (None if e is None else ir.rebuild(e, placed_row) for e in (p.before, position, p.after))
-            return RowProgram(before, p.rope, position, after)
-
-        rows = replace(rows, k=placed_rows(rows.k), v=placed_rows(rows.v))
-    score, mask = (None if root is None else ir.rebuild(root, placed) for root in (program.score, program.mask))
-    return replace(program, score=score, mask=mask, sink=None, output=None, lse=None, slots=slots, rows=rows), tables
+    def _of_row(self, node: Expr) -> Expr | None:
+        if node.op != "index" or node.attr not in ("q_idx", "b"):
+            return None
+        return self.read("row_request", self.read("entry_row", node)) if node.attr == "b" else self.key(node)
 
 
 _ROW_TABLE_OF = {"q_idx": "row_position", "b": "row_request", "q_len": "row_q_len", "kv_len": "row_kv_len", "ctx_len": ""}
 
 
-def _tables_for(wanted: set[str]) -> tuple[str, ...]:
+def _tables_for(wanted: set[str], is_chosen: bool, has_end: bool) -> tuple[str, ...]:
     used = {_ROW_TABLE_OF[name] for name in wanted if _ROW_TABLE_OF.get(name)}
     if "ctx_len" in wanted:
         used |= {"row_q_len", "row_kv_len"}
     if used:
         used.add("entry_row")
     if "kv_idx" in wanted:
-        used.add("kv_base")
-    return tuple(name for name in (*ENTRY_TABLES, *ROW_TABLES) if name in used)
+        used |= {"list_start", "list_position"} if is_chosen else {"kv_base"}
+    if has_end:
+        used.add("entry_end")
+    return tuple(name for name in TABLES if name in used)
+
+
+def _table_slot(name: str, is_chosen: bool) -> Slot:
+    rank = 2 if name == "list_start" else 1
+    # ascending inside of a list, and of the rows of one request; nothing looks at more at once
+    is_sorted = is_chosen and name in ("list_position", "row_position")
+    return Slot("tensor", "int32", rank, "sc"[-rank:], is_sorted, name)
 
 
 @lru_cache(maxsize=256)

@@ -13,11 +13,13 @@ from jitgen.ir import TRUE, to_text, walk
 from jitgen.program import Program, uses_index
 from jitgen.serving_cascade import Cascade
 from jitgen.serving_checks import check_captures, check_lengths, check_plan_numbers
+from jitgen.serving_entries import ChosenEntries, Entries, make_chosen
 from jitgen.serving_kernels import DECODE_ROWS, KernelClass, make_classes
+from jitgen.serving_lists import KVLists, as_int32, check_indices
 from jitgen.serving_op import register_plan
-from jitgen.serving_pages import as_int32, check_indices
 from jitgen.serving_rows import Stage, make_stage
 from jitgen.serving_segments import check_cascade, make_segments
+from jitgen.serving_selection import ChosenKeys
 from jitgen.spec import MLA_DIMS
 from jitgen.streams import cuda_index
 from jitgen.variant import Tracker, Variant
@@ -55,6 +57,8 @@ class Plan:
                   KV head) stay whole, as do all without ``max_kv_len``. 'none': never cut
     levels        most levels of the cascades that ``update`` is given in the place of lengths; 1: requests share no keys. The
                   plan then holds the states of max_tokens rows at every level
+    selection     'even' or 'uneven': ``update`` is given a jitgen.Selection in the place of lengths; max_batch and max_q_len
+                  are those of its lists. 'even': a list ends at the same place for all KV heads. Needs page_size
     head_dim      with head_dim 576, head_dim_v 512 and one KV head: absorbed latent attention (MLA) over a cache of compressed
                   keys, see jitgen.paged_attention; on a GPU of compute capability 9.0 pages of fewer than 8 keys are slow to
                   copy
@@ -84,6 +88,7 @@ class Plan:
         split: str = "balanced",
         kv_split: int | None = None,
         levels: int = 1,
+        selection: str | None = None,
         max_kv_tokens: int | None = None,
         device: torch.device | str | None = None,
         family: str | None = None,
@@ -94,7 +99,7 @@ class Plan:
         self.dtype, self.kv_dtype = dtype, None if kv_dtype == dtype else kv_dtype
         self.layout, self.family = layout, family
         self.max_q_len, self.max_kv_len, self.page_size = max_q_len, max_kv_len, page_size
-        self.split, self.kv_split, self.levels = split, kv_split, levels
+        self.split, self.kv_split, self.levels, self.selection = split, kv_split, levels, selection
         self.max_kv_tokens = max_kv_tokens
         self.device = _complete(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         check_plan_numbers(self)
@@ -114,13 +119,15 @@ class Plan:
         self.longest_q = self.longest_kv = 0  # of the last update, on the CPU
         self.batch = self.rows = 0  # of the last update; rows: -1 where only the device knows
         self.num_requests = 0  # batch counts entries: more than requests where these are attended in parts
-        self.cascade: Cascade | None = None
+        self.chosen_version = 0  # of the selection of the last update
+        self.lists: Cascade | ChosenKeys | None = None  # of the last update, if it was given any in the place of lengths
         self.q_indptr: Tensor | None = None
         self.kv_len: Tensor | None = None
         self.kv_start: Tensor | None = None
         self.request_lengths: Any = (None, None)  # q_indptr and kv_len of requests, where entries are parts of them
         self._program, self._values = self.trace()
         self.segments = make_segments(self, self._program)
+        self.entries: Entries | None = self.segments or make_chosen(self, self._program)
         self.stage: Stage | None = None
         self.classes: tuple[KernelClass, ...] = ()
         self._choose_kernels(self._program, self._values)
@@ -140,16 +147,14 @@ class Plan:
     @property
     def workspace_bytes(self) -> int:
         """Memory of the device that the plan holds: what the planner writes, and partial results. Lengths do not change it."""
-        states = 0 if self.segments is None else self.segments.nbytes
+        states = 0 if self.entries is None else self.entries.nbytes
         states += 0 if self.stage is None else self.stage.nbytes
         return states + sum(c.plan.nbytes + c.workspace.nbytes for c in self.classes if c.plan is not None)
 
     @property
     def room(self) -> tuple[int, int]:
         """Most entries that kernels see as requests, and most rows of them."""
-        if self.segments is None:
-            return self.max_batch, self.max_tokens
-        return self.segments.max_entries, self.segments.levels * self.max_tokens
+        return (self.max_batch, self.max_tokens) if self.entries is None else self.entries.room
 
     @property
     def cut_len(self) -> int:
@@ -176,7 +181,7 @@ class Plan:
 
     def update(
         self,
-        q_indptr: Tensor | Cascade,
+        q_indptr: Tensor | Cascade | ChosenKeys,
         kv_len: Tensor | None = None,
         *,
         kv_indptr: Tensor | None = None,
@@ -186,19 +191,19 @@ class Plan:
         """Plan for these lengths; returns the plan itself.
 
         Ragged plans take ``kv_indptr``, the first row in k of every request, and ``kv_len`` only if requests do not fill
-        their part of k. Plans made with ``levels`` take a jitgen.Cascade and no lengths. Keyword arguments that the variant
-        captures are used from here on in place of the captured values; values that the mask reads are fixed here until the
-        next update.
+        their part of k. Plans made with ``levels`` take a jitgen.Cascade and no lengths, those made with ``selection`` a
+        jitgen.Selection. Keyword arguments that the variant captures are used from here on in place of the captured values;
+        values that the mask reads are fixed here until the next update.
 
         Shapes:  q_indptr [batch + 1], kv_indptr [batch + 1], kv_len [batch]; int32 or int64, on the plan's device. A
                  request may have no query rows, no keys, or both.
         Errors:  PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype. Lengths are checked on the CPU; on a GPU
                  only with check=True, which waits for the device.
         Cost:    GPU: one small kernel for each of the plan's kernels, 2 to 5 us each; with int64 lengths one copy more. With
-                 levels, and with split='fixed' where requests are cut, some 20 torch operations more.
+                 levels or a selection, and with split='fixed' where requests are cut, some 20 torch operations more.
         """
-        if isinstance(q_indptr, Cascade) or self.levels > 1:
-            self._take_cascade(q_indptr, kv_len, kv_indptr)
+        if isinstance(q_indptr, KVLists) or self.levels > 1 or self.selection is not None:
+            self._take_lists(q_indptr, kv_len, kv_indptr)
         else:
             self._take_lengths(q_indptr, kv_len, kv_indptr)
         if captures:
@@ -238,24 +243,52 @@ class Plan:
             self.segments.divide_lengths(self.q_indptr, self.kv_len, piece, self.cut_len, kv_start)
             self._take_segments(self.segments.levels * (batch + 1) - 1)
 
-    def _take_cascade(self, cascade: Tensor | Cascade, kv_len: Tensor | None, kv_indptr: Tensor | None) -> None:
+    def _take_lists(self, lists: object, kv_len: Tensor | None, kv_indptr: Tensor | None) -> None:
+        """Lists that say themselves which rows and how many keys they are for."""
+        kind = {Cascade: "Cascade", ChosenKeys: "Selection"}
+        if self.levels == 1 and self.selection is None:
+            given = next((name for of, name in kind.items() if isinstance(lists, of)), type(lists).__name__)
+            option = "levels=" if given == "Cascade" else "selection="
+            raise PlanMismatch(f"update was given a {given}, and the plan was made for whole requests. Make it with {option}.")
+        wanted: Any = Cascade if self.levels > 1 else ChosenKeys
+        if not isinstance(lists, wanted) or kv_len is not None or kv_indptr is not None:
+            made = f"levels={self.levels}" if self.levels > 1 else f"selection={self.selection!r}"
+            raise PlanMismatch(f"the plan was made for {made}, whose update takes a jitgen.{kind[wanted]} and no lengths.")
+        if isinstance(lists, Cascade):
+            self._take_cascade(lists)
+        else:
+            self._take_chosen(lists)
+        self.lists = lists
+
+    def _take_cascade(self, cascade: Cascade) -> None:
         """Lengths of the groups of a cascade."""
-        if self.segments is None or self.levels == 1:
-            raise PlanMismatch("update was given a Cascade, and the plan was made for whole requests. Make it with levels=.")
-        if not isinstance(cascade, Cascade) or kv_len is not None or kv_indptr is not None:
-            raise PlanMismatch(
-                f"the plan was made for levels={self.levels}, whose update takes a jitgen.Cascade and no lengths."
-            )
+        assert self.segments is not None
         for level in cascade.levels:
             self._check_batch(level.size, {"the cascade": level.kv_len})
         cascade.refresh()
         self.segments.divide_cascade(cascade)
-        self.cascade = cascade
         self.num_requests = cascade.batch
         self._take_segments(cascade.num_entries)
         self.kv_start = cascade.kv_start
         last, lengths = cascade.levels[-1].q_indptr, self.segments.request_kv_len[: cascade.batch]
         self.request_lengths = last, lengths
+
+    def _take_chosen(self, keys: ChosenKeys) -> None:
+        """Lengths of chosen lists."""
+        assert isinstance(self.entries, ChosenEntries)
+        self._check_batch(keys.batch, {"the selection": keys.pages})
+        if keys.page_size != self.page_size or (keys.head_stride and keys.pages.shape[1] != self.num_kv_heads):
+            heads = f" and lists of {keys.pages.shape[1]} KV heads" if keys.head_stride else ""
+            raise PlanMismatch(
+                f"the selection has pages of {keys.page_size} keys{heads}, the plan was made for page_size={self.page_size} "
+                f"and num_kv_heads={self.num_kv_heads}."
+            )
+        keys.refresh()
+        self.entries.take(keys)
+        self.batch, self.num_requests = keys.batch, keys.kv_len.shape[0]
+        self.q_indptr, self.kv_len, self.kv_start = keys.list_indptr, keys.list_len, keys.kv_start
+        self.request_lengths = keys.q_indptr, keys.kv_len
+        self.chosen_version = keys.version
 
     def _take_segments(self, count: int) -> None:
         """Entries are those of the segments."""
@@ -266,7 +299,8 @@ class Plan:
 
     def _check_batch(self, batch: int, tensors: dict[str, Tensor]) -> None:
         if batch > self.max_batch:
-            raise PlanMismatch(f"the lengths are those of {batch} requests, the plan was made for max_batch={self.max_batch}.")
+            what = "requests" if self.selection is None else "lists"
+            raise PlanMismatch(f"the lengths are those of {batch} {what}, the plan was made for max_batch={self.max_batch}.")
         for name, t in tensors.items():
             if t.device != self.device:
                 raise UnsupportedDevice(f"{name} is on {t.device}, the plan on {self.device}. Move it there.")
@@ -276,8 +310,10 @@ class Plan:
         q_indptr, kv_len = self.request_lengths
         on_host = self.device.type == "cpu"
         if on_host or check:
-            if self.cascade is not None:
-                check_cascade(self.cascade)
+            if isinstance(self.lists, Cascade):
+                check_cascade(self.lists)
+            elif self.lists is not None:
+                self.lists.check(self.selection == "even")
             check_lengths(self, q_indptr.cpu(), kv_len.cpu(), uses_index(program, "q_idx"))
         self.rows = int(q_indptr[-1]) if on_host else -1
         if on_host:

@@ -20,7 +20,6 @@ from jitgen.kv_decode import fits_decode, rows_in_decode, turns_in_decode
 from jitgen.kv_launch import RowsCall, Stream, prepare_rows, turn_words
 from jitgen.kv_tokens import Tokens
 from jitgen.program import Program, RowHooks, RowProgram, without_rows
-from jitgen.serving_place import place
 from jitgen.serving_scales import stored_dtype
 from jitgen.spec import MLA_DIMS, KernelSpec
 
@@ -85,6 +84,11 @@ class Stage:
         """Make room for the keys that the classes read from the stage."""
         staged = [c for c in classes if c.staged]
         self.direct_rows = max((c.class_rows for c in classes if not c.staged), default=0)
+        if staged and self.plan.selection is not None:
+            raise VariantError(
+                "a kernel of the plan reads copies of keys that are transformed or dequantised, and copies are made of whole "
+                "requests, not of a selection. Transform keys when they are appended, or make the plan for decode: max_q_len=1."
+            )
         if not staged or self.device.type == "cpu":
             return
         if self.plan.max_kv_tokens is None:
@@ -195,7 +199,7 @@ class Stage:
             return
         placed, tables = program, []
         if plan.segments is not None:
-            placed, tables = place(program)[0], plan.segments.tables(program)
+            placed, tables = plan.segments.place(program), plan.segments.tables(program)
         rows = placed.rows or _AS_THEY_ARE
         _, _, page_size, num_pages = numbers
         where = (num_pages, page_size) if pages else (1, num_pages)

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jitgen import runtime
 from jitgen.errors import PlanMismatch, ShapeMismatch, VariantError
 from jitgen.program import Program
 from jitgen.serving_checks import MAX_CUDA_BATCH
-from jitgen.serving_pages import PageTable
-from jitgen.serving_place import place
+from jitgen.serving_entries import Entries
+from jitgen.serving_lists import PageTable
 
 if TYPE_CHECKING:
     from jitgen.serving_cascade import Cascade
@@ -53,16 +52,16 @@ class Beside:
         self._join.wait()
 
 
-class Segments:
+class Segments(Entries):
     """The tables of a plan with ``levels`` segments for a row at most, and the memory of their states.
 
     ``cut_rows``: rows that have segments at levels other than the first, if not all may.
     """
 
     def __init__(self, plan: Plan, levels: int, cut_rows: int | None = None) -> None:
+        super().__init__(plan, levels * (plan.max_batch + 1))
         rows, device = plan.max_tokens, plan.device
-        self.levels, self.max_tokens, self.device = levels, rows, device
-        self.max_entries = levels * (plan.max_batch + 1)
+        self.levels = levels
         if device.type == "cuda" and self.max_entries > MAX_CUDA_BATCH:
             raise ShapeMismatch(
                 f"{levels} levels of max_batch={plan.max_batch} requests are {self.max_entries} parts, expected at most "
@@ -70,32 +69,22 @@ class Segments:
             )
         self.state_rows = rows + (levels - 1) * (rows if cut_rows is None else cut_rows)
         self.cut_rows = rows if cut_rows is None else cut_rows
-        self.is_local = plan.q_index == "local"
-
-        def ints(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
-
         # by entry
-        self.q_indptr, self.kv_len = ints(self.max_entries), ints(self.max_entries)
-        self.kv_start, self.kv_base, self.state_row = (ints(self.max_entries) for _ in range(3))
+        self.q_indptr, self.kv_len = self.ints(self.max_entries), self.ints(self.max_entries)
+        self.kv_start, self.kv_base, self.state_row = (self.ints(self.max_entries) for _ in range(3))
         # by row of q
-        self.row_state = ints(levels, rows)
-        self.row_position, self.row_request, self.row_q_len, self.row_kv_len = (ints(rows) for _ in range(4))
+        self.row_state = self.ints(levels, rows)
         # by request
-        self.request_q_indptr, self.request_kv_len = ints(plan.max_batch + 1), ints(plan.max_batch)
+        self.request_q_indptr, self.request_kv_len = self.ints(plan.max_batch + 1), self.ints(plan.max_batch)
         self.states = torch.empty(self.state_rows, plan.num_q_heads, plan.head_dim_v, dtype=torch.float32, device=device)
         self.state_lse = torch.empty(self.state_rows, plan.num_q_heads, dtype=torch.float32, device=device)
-        self.num_requests = 0
-        self._tables = {"entry_row": self.q_indptr} | {
-            name: getattr(self, name) for name in ("kv_base", "row_position", "row_request", "row_q_len", "row_kv_len")
-        }
-        self._row = torch.arange(rows, dtype=torch.int32, device=device)
+        self.named |= {"entry_row": self.q_indptr, "kv_base": self.kv_base}
         self.beside = Beside(device) if plan.levels > 1 and device.type == "cuda" else None
 
     @property
-    def nbytes(self) -> int:
-        """Memory of the device."""
-        return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
+    def room(self) -> tuple[int, int]:
+        """Most entries, and most rows of all of them."""
+        return self.max_entries, self.levels * self.max_tokens
 
     @property
     def addresses(self) -> tuple[int, int]:
@@ -107,15 +96,11 @@ class Segments:
         """The fields row_state to kv_len of the merge."""
         return tuple(t.data_ptr() for t in (self.row_state, self.row_request, self.request_q_indptr, self.request_kv_len))
 
-    def fields(self, program: Program, values: list[object]) -> list[object]:
-        """Fields of a kernel behind the strides: state_row, and what ``program`` captures once it is placed."""
-        return [self.state_row.data_ptr(), *runtime.capture_words(place(program)[0], [*values, *self.tables(program)])]
+    def words(self, program: Program, values: list[object], scales: list[object]) -> list[object]:
+        """Fields of a kernel behind the strides, state_row first."""
+        return [self.state_row.data_ptr(), *super().words(program, values, scales)]
 
-    def tables(self, program: Program) -> list[object]:
-        """What ``program`` captures once it is placed, besides its own captures."""
-        return [self._tables[name] for name in place(program)[1]]
-
-    # ---- filling the tables: torch operations of fixed addresses, which a CUDA graph may hold ----
+    # ---- filling the tables ----
 
     def divide_cascade(self, cascade: Cascade) -> None:
         """Tables for the groups of a cascade; rows past the last are left without a state."""
@@ -131,7 +116,7 @@ class Segments:
             self.kv_len[end : end + 1] = 0
             self.state_row[at:end] = level.q_indptr[:-1] + shift
             self.kv_base[at:end] = base[level.q_indptr[:-1].clamp(max=self.max_tokens - 1)]
-            group = self._request_of_row(level.q_indptr)
+            group = self.request_of_row(level.q_indptr)
             keys = level.kv_len[group]
             self.row_state[number] = torch.where((keys > 0) & (self._row < level.q_indptr[-1]), self._row + shift, -1)
             base = base + keys
@@ -158,7 +143,7 @@ class Segments:
         if kv_start is not None:
             start = torch.where(of_piece > 0, kv_start[:batch] + level * piece, 0)  # one without keys is nowhere
             self.kv_start[:count].view(self.levels, -1)[:, :-1] = start
-        request = self._request_of_row(q_indptr)
+        request = self.request_of_row(q_indptr)
         live = (of_piece[:, request] > 0) & (self._row < q_indptr[-1])
         self.row_state.copy_(torch.where(live, first[:, request] + (self._row - q_indptr[request]), -1))
         self._set_requests(q_indptr, kv_len[request], request)
@@ -168,19 +153,11 @@ class Segments:
         level = torch.arange(self.levels, dtype=torch.int32, device=self.device)[:, None]
         self.kv_start[: self.levels * (batch + 1)].view(self.levels, -1)[:, :-1] = table.starts(batch) + level * pages
 
-    def _request_of_row(self, q_indptr: Tensor) -> Tensor:
-        found = torch.searchsorted(q_indptr[1:], self._row, right=True, out_int32=True)
-        return found.clamp_(max=q_indptr.shape[0] - 2)
-
     def _set_requests(self, q_indptr: Tensor, row_kv_len: Tensor, request: Tensor) -> None:
-        batch = self.num_requests = q_indptr.shape[0] - 1
+        self.set_rows(q_indptr, row_kv_len, request)
+        batch = q_indptr.shape[0] - 1
         self.request_q_indptr[: batch + 1] = q_indptr
         self.request_kv_len[:batch] = row_kv_len[q_indptr[:-1].clamp(max=self.max_tokens - 1)]
-        begin, end = q_indptr[request], q_indptr[request + 1]
-        self.row_request.copy_(request)
-        self.row_q_len.copy_(end - begin)
-        self.row_kv_len.copy_(row_kv_len)
-        self.row_position.copy_(self._row - begin if self.is_local else row_kv_len - end + self._row)
 
 
 def cuts_itself(device: torch.device) -> bool:

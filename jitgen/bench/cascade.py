@@ -1,4 +1,4 @@
-"""Suite cascade: one token of every request, where all share a prefix: listed once, and as if it were not shared."""
+"""Suite cascade: one token of every request, where all share a prefix: listed once, for each request, and copied for each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ CUDA_CELLS = ((64, 32768, 256), (16, 8192, 256), (128, 32768, 128), (4, 2048, 51
 CPU_CELLS = ((16, 4096, 64),)
 QUICK_CELLS = {"cuda": ((64, 32768, 256),), "cpu": ((4, 256, 32),)}
 CHECKED = 8  # requests whose output is compared
-NOTE = "unshared: the same pages listed for every request; a plan serves all layers and is not timed"
+NOTE = (
+    "unshared: the same pages listed for every request, which L2 may hold; copies: one for every request, as in a cache "
+    "without sharing has them; a plan serves all layers and is not timed"
+)
+SPARE_BYTES = 4 << 30  # left free on a GPU beside the copies
 
 
 @dataclass
@@ -67,7 +71,15 @@ class SharedPrefix:
     def contenders(self) -> Mapping[str, Callable[[], Callable[[], torch.Tensor]]]:
         """Ours, the same without sharing, and FlashInfer's cascade."""
         found: dict[str, Callable[[], Callable[[], torch.Tensor]]] = {"jitgen": self.ours, "jitgen-unshared": self.unshared}
+        if self.has_room():
+            found["jitgen-copies"] = self.copies
         return found | ({"flashinfer": self.flashinfer} if self.device == "cuda" else {})
+
+    def has_room(self) -> bool:
+        """Whether a GPU can hold a copy of the prefix for every request; a CPU is trusted to."""
+        page = self.cache.nbytes // self.cache.shape[0]
+        needed = self.batch * (self.prefix + self.suffix) // PAGE * page + SPARE_BYTES
+        return self.device != "cuda" or torch.cuda.mem_get_info()[0] >= needed
 
     def plan(self, **options: Any) -> jitgen.Plan:
         fixed = {"dtype": self.q.dtype, "page_size": PAGE, "device": self.device}
@@ -79,10 +91,25 @@ class SharedPrefix:
         plan = self.plan(levels=2).update(cascade)
         return lambda: jitgen.paged_attention(self.q, self.cache, cascade, plan)  # type: ignore[return-value]
 
-    def unshared(self) -> Callable[[], torch.Tensor]:
+    def alone(self, cache: torch.Tensor, table: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """A call that knows of no sharing."""
         plan = self.plan(max_q_len=1).update(self.q_indptr, self.ints(*[self.prefix + self.suffix] * self.batch))
-        table = torch.cat([self.shared.expand(self.batch, -1), self.own], 1).contiguous()
-        return lambda: jitgen.paged_attention(self.q, self.cache, table, plan)  # type: ignore[return-value]
+        return lambda: jitgen.paged_attention(self.q, cache, table, plan)  # type: ignore[return-value]
+
+    def table(self) -> torch.Tensor:
+        """Pages of each request, the shared ones in front."""
+        return torch.cat([self.shared.expand(self.batch, -1), self.own], 1).contiguous()
+
+    def unshared(self) -> Callable[[], torch.Tensor]:
+        return self.alone(self.cache, self.table())
+
+    def copies(self) -> Callable[[], torch.Tensor]:
+        table = self.table()
+        order = torch.randperm(table.numel(), device=self.device)
+        cache = torch.empty(table.numel(), *self.cache.shape[1:], dtype=self.cache.dtype, device=self.device)
+        for pages, places in zip(table, order.view(table.shape), strict=True):
+            cache[places] = self.cache[pages.long()]
+        return self.alone(cache, order.view(table.shape).int())
 
     def flashinfer(self) -> Callable[[], torch.Tensor]:
         from flashinfer import MultiLevelCascadeAttentionWrapper
@@ -98,7 +125,8 @@ class SharedPrefix:
 
     def figure(self, name: str, ms: float, of: Mapping[str, float]) -> str:
         """Speed over the same without sharing."""
-        return f"{of['jitgen-unshared'] / ms:.1f}x unshared" if "jitgen-unshared" in of else ""
+        others = [other for other in ("unshared", "copies") if f"jitgen-{other}" in of]
+        return ", ".join(f"{of[f'jitgen-{other}'] / ms:.1f}x {other}" for other in others)
 
 
 def cells(config: BenchConfig) -> list[Cell]:

@@ -15,7 +15,7 @@ from jitgen.kv_decode import rows_in_decode
 from jitgen.mask_tiles import render_mask_tiles
 from jitgen.program import Program, without_rows
 from jitgen.render import Source, render_kernel
-from jitgen.serving_place import finishing, place
+from jitgen.serving_place import ChosenLists, finishing, place
 from jitgen.spec import KernelSpec, Tiles
 from jitgen.target import cpu_target, cuda_target
 
@@ -235,6 +235,7 @@ CASES: dict[str, Case] = {
     "window__cpu_states__float32": Case(window, "cpu", "float32", (64, 64), "paged_states"),
     "plain__sm90_states__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128), "paged_states"),
     "window__decode_states__bfloat16": Case(window, "decode", "bfloat16", (128, 128), "ragged_states"),
+    "alibi_sink__decode_chosen__bfloat16": Case(alibi_sink, "decode", "bfloat16", (128, 128), "paged_chosen"),
     "plain__merge__bfloat16": Case(plain, "merge", "bfloat16", (128, 128), "states"),
     "every_hook__merge__float16": Case(every_hook, "merge", "float16", (64, 64), "states"),
     "plain__merge_cpu__float32": Case(plain, "merge_cpu", "float32", (64, 64), "states"),
@@ -268,6 +269,8 @@ def case_program(name: str) -> Program:
     program = case.make().trace().program
     if case.layout.endswith("_states"):
         return place(program)[0]
+    if case.layout.endswith("_chosen"):
+        return place(program, ChosenLists(16, is_even=False))[0]
     if case.layout == "states":
         return finishing(program)
     return Program(mask=program.mask, slots=program.slots) if case.family == "mask_tiles" else program
@@ -282,8 +285,8 @@ def case_spec(name: str) -> KernelSpec:
     target = TARGETS[case.family]()
     if case.family == "merge_cpu":
         return KernelSpec("merge_cpu", program, case.dtype, *case.head_dims, Tiles(0, 0), target, case.layout)
-    bare = without_rows(program)
-    spec = cuda_spec(bare, case.dtype, case.head_dims, case.family, target, layout=case.layout, kv_dtype=case.kv_dtype)
+    bare, layout = without_rows(program), case.layout.removesuffix("_chosen")
+    spec = cuda_spec(bare, case.dtype, case.head_dims, case.family, target, layout=layout, kv_dtype=case.kv_dtype)
     return spec if program.rows is None else replace(spec, rows=rows_in_decode(program, case.dtype, *case.head_dims))
 
 

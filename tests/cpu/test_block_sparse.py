@@ -156,10 +156,27 @@ def test_hooks_that_read_positions_keep_to_the_mask(monkeypatch):
     def far(score, b, h, q_idx, kv_idx):
         return score - 0.01 * (q_idx - kv_idx)
 
-    out = jitgen.block_sparse_attention(q, k, v, blocks, score_mod=far)
+    def causal(b, h, q_idx, kv_idx):
+        return kv_idx <= q_idx
+
+    for mask in (None, causal):
+        out = jitgen.block_sparse_attention(q, k, v, blocks, score_mod=far, mask_mod=mask)
+        want = jitgen.reference.attention(q, k, v, blocks.variant(far, mask))
+        torch.testing.assert_close(out.double(), want.double(), atol=2e-3, rtol=2e-3)
+    assert not blocks.lists.plans
+
+
+def test_walked_lists_know_their_positions():
+    chosen = random_blocks(5, 6)
+    blocks = jitgen.BlockSparse.bsr(*lists(chosen), (70, 96), (16, 16))
+    q, k, v = (t.half() for t in inputs(70, 96, dim=64, batch=1))
+
+    def far(score, b, h, q_idx, kv_idx):
+        return score - 0.01 * (q_idx - kv_idx)
+
+    out, _ = blocks.lists.attend(q, k, v, jitgen.Variant(score_mod=far), None, None, False)
     want = jitgen.reference.attention(q, k, v, blocks.variant(far))
     torch.testing.assert_close(out.double(), want.double(), atol=2e-3, rtol=2e-3)
-    assert not blocks.lists.plans
 
 
 def test_wrong_lists_are_named():

@@ -89,7 +89,7 @@ def test_the_first_block_column_outside_is_found():
     wrapper = flashinfer.BlockSparseAttentionWrapper(WORKSPACE)
     for wrong in (6, -1):  # 6 is N / C itself
         indices[0] = wrong
-        with pytest.raises(ShapeMismatch, match=r"a block column outside 0 .. 5 \(N=96, C=16\)"):
+        with pytest.raises(ShapeMismatch, match=r"a block column outside 0 .. 5 \(kv_len 96, blocks of 16\)"):
             wrapper.plan(indptr, indices, 70, 96, 16, 16, 6, 2, 16)
 
 

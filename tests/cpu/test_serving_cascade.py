@@ -165,6 +165,8 @@ def test_detection_changes_no_result():
         lists[b] += level[1].page_table.pages[at[b] : at[b + 1]].tolist()
     found = jitgen.Cascade.detect(shared.whole.q_indptr(), shared.whole.csr(lists), shared.whole.ints(lengths), 4)
     assert [level.kv_len.tolist() for level in found.levels] == [[32, 0], [13, 8, 1, 9]]
+    assert found.saved_keys == 2 * 32
+    assert cascade.saved_keys is None
     plan = shared.plan(VARIANTS["alibi"]()).update(found)
     out = jitgen.paged_attention(shared.whole.q, caches, found, plan)
     torch.testing.assert_close(out.double(), shared.whole.expected(VARIANTS["alibi"]())[0], atol=2e-5, rtol=2e-5)

@@ -32,6 +32,7 @@ struct Args {
   int64_t page_size;   // keys of a page; 0 when ragged
   int64_t num_pages;   // pages of the cache, or rows of k when ragged: bound of what may be addressed
   int64_t page_list_stride;   // entries between the page lists of two requests in a block table; 0 with kv_start
+  int64_t head_list_stride;   // entries between the page lists of two KV heads of a request; 0: they share one
   int64_t local_rows;   // 1: q_idx of a request's row i is i; 0: kv_len - q_len + i
   int64_t num_ctas;   // CTAs the plan was made for
   int64_t class_rows;   // requests of more rows (q_len * num_q_heads / num_kv_heads) are left to the prefill kernel
@@ -239,7 +240,8 @@ static void scale_columns(float* rows, int num_rows, int begin, int end, const f
 }
 // Looks up the keys [begin, end) of the tile at kv0; false if the page list names a page that the cache does not have.
 static bool find_keys(const Args& args, const jg::ServingItem& item, int kv0, int begin, int end, Scratch& mem) {
-  const int* pages = args.pages + (args.kv_start ? args.kv_start[item.b] : item.b * args.page_list_stride);
+  const int* pages = args.pages + (args.kv_start ? args.kv_start[item.b] : item.b * args.page_list_stride) +
+                     item.kv_h * args.head_list_stride;
   const int page_size = static_cast<int>(args.page_size);
   const Stored* k_head = static_cast<const Stored*>(args.k) + item.kv_h * args.k_stride_h;
   const Stored* v_head = static_cast<const Stored*>(args.v) + item.kv_h * args.v_stride_h;

@@ -32,6 +32,7 @@ struct Args {
   int64_t page_size;   // keys of a page; 0 when ragged
   int64_t num_pages;   // pages of the cache, or rows of k when ragged: bound of what may be addressed
   int64_t page_list_stride;   // entries between the page lists of two requests in a block table; 0 with kv_start
+  int64_t head_list_stride;   // entries between the page lists of two KV heads of a request; 0: they share one
   int64_t local_rows;   // 1: q_idx of a request's row i is i; 0: kv_len - q_len + i
   int64_t num_ctas;   // CTAs the plan was made for
   int64_t class_rows;   // requests of more rows (q_len * num_q_heads / num_kv_heads) are left to the prefill kernel
@@ -614,7 +615,8 @@ extern "C" int jitgen_launch(const Args* args) {
 
   jg::DecodeSetup setup = {};
   setup.plan = args->plan, setup.pages = args->pages, setup.kv_start = args->kv_start;
-  setup.page_list_stride = static_cast<int>(args->page_list_stride), setup.batch = static_cast<int>(args->batch);
+  setup.page_list_stride = static_cast<int>(args->page_list_stride), setup.head_list_stride = static_cast<int>(args->head_list_stride);
+  setup.batch = static_cast<int>(args->batch);
   setup.shape = plan_shape(*args);
   setup.heads = heads_per_cta(*args);
   setup.kv_warps = kSplits ? kNumWarps / setup.heads : 1;

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import jitgen
+from jitgen.block_lists import is_hopper
 
 DEVICE = "cuda"
 SHAPES = [  # rows and columns of a block, q_len, kv_len
@@ -46,12 +47,29 @@ def test_lists_of_whole_blocks(rows, columns, q_len, kv_len, head_dim):
     blocks = jitgen.BlockSparse.bsr(indptr, indices, (q_len, kv_len), (rows, columns))
     keep = chosen.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[:q_len]
     qkv = inputs(q_len, kv_len, dim=head_dim)
-    assert_is_exact(qkv, blocks, keep)
-    blocks.lists = None
-    assert_is_exact(qkv, blocks, keep)
+    masks = [(keep, None)]
     if q_len <= kv_len:
         row, key = torch.arange(q_len)[:, None] + kv_len - q_len, torch.arange(kv_len)
-        assert_is_exact(qkv, blocks, keep & (key <= row), mask_mod=lambda b, h, q_idx, kv_idx: kv_idx <= q_idx)
+        masks.append((keep & (key <= row), lambda b, h, q_idx, kv_idx: kv_idx <= q_idx))
+    for kept, mask in masks:
+        assert_is_exact(qkv, blocks, kept, mask_mod=mask)
+    are_walked = columns % 16 == 0 and is_hopper(torch.device(DEVICE))
+    assert len(blocks.lists.plans) == are_walked
+    blocks.lists = None
+    for kept, mask in masks:
+        assert_is_exact(qkv, blocks, kept, mask_mod=mask)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not is_hopper(torch.device(DEVICE)), reason="needs sm_90")
+def test_walked_lists_know_their_positions():
+    _, indptr, indices = random_blocks(8, 9)
+    blocks = jitgen.BlockSparse.bsr(indptr, indices, (1000, 1152), (128, 128))
+    slopes = torch.logspace(-1, -3, 8, base=2, device=DEVICE)
+    alibi = lambda score, b, h, q_idx, kv_idx: score + slopes[h] * (kv_idx - q_idx)  # noqa: E731
+    qkv = inputs(1000, 1152)
+    out, _ = blocks.lists.attend(*qkv, jitgen.Variant(score_mod=alibi), None, None, False)
+    want = jitgen.reference.attention(*qkv, blocks.variant(alibi))
+    assert ((out.double() - want).norm() / want.norm()).item() <= 0.5 * torch.finfo(out.dtype).eps
 
 
 def test_lists_of_each_head():
@@ -76,6 +94,15 @@ def test_a_graph_walks_lists_as_a_call_does():
         graph.replay()
         assert torch.equal(out, jitgen.block_sparse_attention(*qkv, blocks))
     assert len(blocks.lists.plans) == 1
+
+
+def test_a_capture_before_any_call_is_refused():
+    _, indptr, indices = random_blocks(8, 9)
+    blocks = jitgen.BlockSparse.bsr(indptr, indices, (1000, 1152), (128, 128))
+    qkv, graph = inputs(1000, 1152), torch.cuda.CUDAGraph()
+    with pytest.raises(jitgen.errors.PlanMismatch, match="Make the call once"), torch.cuda.graph(graph):
+        qkv[0].mul_(1.0)  # an empty graph is warned about
+        jitgen.block_sparse_attention(*qkv, blocks)
 
 
 def test_a_column_that_does_not_exist_is_found_later():

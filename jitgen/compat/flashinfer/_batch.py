@@ -14,7 +14,7 @@ from jitgen.errors import ShapeMismatch
 from jitgen.program import Program
 from jitgen.rotary import rope as rope_rows
 from jitgen.serving import paged_attention, ragged_attention
-from jitgen.serving_pages import PageTable
+from jitgen.serving_lists import PageTable
 from jitgen.serving_plan import Plan
 from jitgen.variant import Variant
 
@@ -186,6 +186,12 @@ def power_of_two(n: int) -> int:
 def row_positions(batch: Batch, num_rows: int) -> torch.Tensor:
     """Position of each row of q in its request: the last rows stand at the last keys. int64 [num_rows]."""
     return positions_of(batch.q_indptr, batch.kv_len - batch.q_indptr.diff(), num_rows)
+
+
+def rotated_rows(batch: Batch, q: torch.Tensor, rope: tuple[float, float]) -> torch.Tensor:
+    """q turned to the positions of its rows."""
+    scale, theta = rope
+    return rope_rows(q, None, row_positions(batch, q.shape[0]), theta=theta, scale=scale)[0]
 
 
 def rotated(

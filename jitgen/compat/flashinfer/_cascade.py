@@ -61,7 +61,7 @@ class CascadePlans:
         sizes = (groups, max(rows, 1)) if self._in_graphs else (power_of_two(groups), power_of_two(rows))
         what = (options.right, options.window_left, options.logits_soft_cap, options.pos_encoding_mode, heads, self._page_size)
         plan = self._held.get((what, sizes))
-        if plan is not None and plan.cascade is cascade and self._in_graphs:
+        if plan is not None and plan.lists is cascade and self._in_graphs:
             return plan
         if plan is None:
             hooks = hooks_for(options, heads.num_q, heads.num_kv, self._device)

@@ -13,6 +13,7 @@ import torch
 
 from jitgen.compat.flashinfer._options import POSITIONS, check_choice
 from jitgen.errors import ShapeMismatch
+from jitgen.rotary import Rope
 from jitgen.variant import Variant
 
 READABLE = (torch.float32, torch.float16, torch.bfloat16)  # dtypes of scales that hooks read
@@ -135,8 +136,14 @@ class Hooks:
             found |= vars(self.place)
         return {name: t for name, t in found.items() if t is not None}
 
-    def variant(self, sinks: torch.Tensor | None = None, mask_mod: Callable[..., Any] | None = None) -> Variant:
-        """The variant of these hooks, without those that would do nothing; ``mask_mod`` takes the place of their mask."""
+    def variant(
+        self,
+        sinks: torch.Tensor | None = None,
+        mask_mod: Callable[..., Any] | None = None,
+        turns_keys: tuple[float, float] | None = None,
+    ) -> Variant:
+        """The variant of these hooks, without those that would do nothing; ``mask_mod`` takes the place of their mask, and keys
+        are rotated with the scale and theta of ``turns_keys`` as they are read."""
         masks = (self.right, self.window_left, self.bits)
         scores = (self.q_scale, self.k_scale, self.slopes, self.cap)
         outputs = (self.v_scale, self.v_scales)
@@ -146,8 +153,20 @@ class Hooks:
             output_transform=self.output_transform if any(x is not None for x in outputs) else None,
             lse_transform=None if self.natural_lse else self.lse_transform,
             sink=sinks,
+            k_transform=None if turns_keys is None else key_rotation(*turns_keys),
             q_index="local",
         )
+
+
+@functools.lru_cache(maxsize=64)
+def key_rotation(scale: float, theta: float) -> Callable[..., Any]:
+    """A transform that turns a key to its position; the same object for the same rotation, as it is known by that."""
+    rope = Rope(theta=theta, scale=scale)
+
+    def turned(k: Any, b: Any, kv_h: Any, pos: Any) -> Any:
+        return rope(k, pos)
+
+    return turned
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,4 +1,8 @@
-"""Attention where all requests of a batch share a prefix."""
+"""Attention where all requests of a batch share a prefix.
+
+The prefix is in memory of its own, which no page of the cache can name, so this is no jitgen.Cascade: a plan for the prefix,
+whose keys many CTAs share, a plan for the rest, and a merge.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import torch
 from jitgen.compat.flashinfer._hooks import Options
 from jitgen.compat.flashinfer._merge import merge_state
 from jitgen.compat.flashinfer._prefill_paged import BatchPrefillWithPagedKVCacheWrapper
-from jitgen.compat.flashinfer._single import single_request
+from jitgen.compat.flashinfer._single import HeldRequest, single_request
 from jitgen.compat.flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper
 from jitgen.errors import VariantError
 
@@ -21,6 +25,7 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper:
 
     def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD") -> None:
         self._unique = BatchDecodeWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout)
+        self._prefix = HeldRequest(self._unique.device)
         self._kv_layout = kv_layout
 
     def reset_workspace_buffer(
@@ -54,7 +59,7 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper:
         Shapes:  q [batch, num_q_heads, head_dim]; k_shared, v_shared [prefix, num_kv_heads, head_dim] (NHD) or [num_kv_heads,
                  prefix, head_dim] (HND); unique_kv_cache as in the decode wrapper; returns like q.
         """
-        shared = single_request(q, k_shared, v_shared, self._kv_layout, Options())
+        shared = single_request(q, k_shared, v_shared, self._kv_layout, Options(), held=self._prefix)
         own = self._unique.run(q, unique_kv_cache, return_lse=True)
         return merge_state(*own, *shared)[0]
 
@@ -72,6 +77,7 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper:
 
     def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD") -> None:
         self._unique = BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout)
+        self._prefix = HeldRequest(self._unique.device)
         self._kv_layout = kv_layout
         self._tables: tuple[Any, ...] | None = None
 
@@ -120,7 +126,8 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper:
         if self._tables is None:
             raise VariantError("forward() came before begin_forward(). Call begin_forward() first.")
         self._unique.plan(*self._tables, causal=causal, sm_scale=sm_scale, q_data_type=q.dtype)
-        shared = single_request(q, k_shared, v_shared, self._kv_layout, Options(sm_scale=sm_scale))
+        options = Options(sm_scale=sm_scale)
+        shared = single_request(q, k_shared, v_shared, self._kv_layout, options, held=self._prefix)
         own = self._unique.run(q, unique_kv_cache, return_lse=True)
         return merge_state(*own, *shared)[0]
 

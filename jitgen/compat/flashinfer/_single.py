@@ -121,8 +121,10 @@ def single_request(
     options: Options,
     scales: tuple[Scale, Scale, Scale] = (None, None, None),
     sinks: torch.Tensor | None = None,
+    held: HeldRequest | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and logsumexp (base 2) of one request.
+    """Output and logsumexp (base 2) of one request. ``held``: by a plan of serving, which divides its keys among CTAs, whatever
+    its rows, and holds for as long as the lengths do.
 
     Shapes:  q [q_len, num_q_heads, head_dim]; k, v [kv_len, num_kv_heads, head_dim(_v)] or, HND, [num_kv_heads, kv_len, ...];
              returns [q_len, num_q_heads, head_dim_v] and float32 [q_len, num_q_heads].
@@ -133,7 +135,7 @@ def single_request(
             raise ShapeMismatch(f"{name} has shape {tuple(t.shape)}, expected 3 axes in the layout {kv_layout}.")
     k, v = rows_first(k, kv_layout), rows_first(v, kv_layout)
     heads = Heads(q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype, q.dtype)
-    batch = one_request(q.shape[0], k.shape[0], q.device)
+    batch = (one_request if held is None else held.batch)(q.shape[0], k.shape[0], q.device)
     check_inputs(Planned(batch, heads, options, q.shape[0]), q, k, v)
     check_sinks(sinks, heads.num_q, q.device)
     hooks = hooks_for(options, heads.num_q, heads.num_kv, q.device, *scales)
@@ -141,9 +143,11 @@ def single_request(
     if options.rotates:
         batch, q, k, v = rotated(batch, q, k, v, options.rope)
     scale = softmax_scale(options, heads.dim_qk, *scales[:2])
-    if q.is_cuda and 0 < q.shape[0] * (heads.num_q // heads.num_kv) <= FEW_ROWS:
+    plans = None if held is None else held.plans
+    if plans is None and q.is_cuda and 0 < q.shape[0] * (heads.num_q // heads.num_kv) <= FEW_ROWS:
         key = (q.device, torch._C._cuda_getCurrentRawStream(q.device.index))
         plans = _plans.setdefault(key, Plans(q.device))
+    if plans is not None:
         out, lse = plans.attend(batch, heads, hooks, variant, q, (k, v), "NHD", scale, None, None, True)
         return out, lse
     q4, k4, v4 = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
@@ -155,6 +159,20 @@ def one_request(q_len: int, kv_len: int, device: torch.device) -> Batch:
     """A ragged batch of one request."""
     kv_start = bounds(kv_len, device)
     return Batch(bounds(q_len, device), kv_start[1:], kv_start, None, 0, max_q_len=q_len)
+
+
+class HeldRequest:
+    """Plans for a request that is attended again and again: the same batch for the same lengths."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.plans = Plans(device)
+        self._sizes: tuple[int, int] | None = None
+
+    def batch(self, q_len: int, kv_len: int, device: torch.device) -> Batch:
+        """The batch of these lengths."""
+        if self._sizes != (q_len, kv_len):
+            self._sizes, self._batch = (q_len, kv_len), one_request(q_len, kv_len, device)
+        return self._batch
 
 
 def bounds(length: int, device: torch.device) -> torch.Tensor:

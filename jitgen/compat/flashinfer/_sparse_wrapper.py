@@ -8,14 +8,28 @@ from typing import Any
 import torch
 
 from jitgen.api import attention
-from jitgen.block_lists import BlockLists
-from jitgen.block_sparse import LateCheck
+from jitgen.block_sparse import BlockSparse
 from jitgen.compat.flashinfer._batch import Heads
 from jitgen.compat.flashinfer._hooks import Options, Scale, hooks_for, softmax_scale
 from jitgen.compat.flashinfer._inputs import result
 from jitgen.compat.flashinfer._options import check_backend, check_dtype, check_workspace
 from jitgen.errors import ShapeMismatch, UnsupportedOption, VariantError
+from jitgen.masks import and_masks
 from jitgen.variant import Variant
+
+
+def causal_rows(b: Any, h: Any, row: Any, kv_idx: Any, *, ctx_len: Any) -> Any:
+    """Causal, for rows that count from 0."""
+    return kv_idx <= row + ctx_len
+
+
+class MaskedBlocks:
+    """Blocks with the mask of a plan: ``own`` is what narrows them, ``all`` the two together."""
+
+    def __init__(self, blocks: BlockSparse, causal: bool) -> None:
+        self.blocks = blocks
+        self.own: Callable[..., Any] | None = causal_rows if causal else None
+        self.all = and_masks(blocks.local_mask_mod, causal_rows) if causal else blocks.local_mask_mod
 
 
 class SparseWrapper:
@@ -25,8 +39,6 @@ class SparseWrapper:
         check_backend(backend)
         self.device = check_workspace(float_workspace_buffer)
         self._planned: tuple[Heads, Options, bool] | None = None
-        self._check: LateCheck | None = None
-        self._lists: BlockLists | None = None  # of whole blocks that all heads share, if the plan is of such
         self._made: dict[tuple[object, ...], tuple[Variant, object]] = {}
 
     def reset_workspace_buffer(
@@ -54,25 +66,22 @@ class SparseWrapper:
     def _attend(
         self,
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        mask_mod: Callable[..., Any],
+        masked: MaskedBlocks,
         scales: tuple[Scale, Scale, Scale],
         out: torch.Tensor,
-        options: Options | None = None,
     ) -> torch.Tensor:
         """Attention of head-major q, k and v [heads, rows, dim], written to head-major ``out``; returns lse [heads, rows]."""
-        heads, planned, _ = self._plan_of()
-        options = options or planned
-        if self._check is not None:
-            self._check.look()
+        heads, options, _ = self._plan_of()
+        masked.blocks.check()
         scale = softmax_scale(options, heads.dim_qk, *scales[:2])
         q, k, v = (t.unsqueeze(0) for t in qkv)
-        same = out.dtype == q.dtype
-        if self._lists is not None and same:
-            plain = self._variant(None, options, scales)
-            if self._lists.serve(q, k, v, plain.trace().program):
-                _, lse = self._lists.attend(q, k, v, plain, scale, out.unsqueeze(0), True)
+        same, lists = out.dtype == q.dtype, masked.blocks.lists
+        if lists is not None and same:
+            bare = self._variant(masked.own, options, scales)
+            if lists.serve(q, k, v, bare.trace().program):
+                _, lse = lists.attend(q, k, v, bare, scale, out.unsqueeze(0), True)
                 return lse[0]  # type: ignore[index]
-        variant = self._variant(mask_mod, options, scales)
+        variant = self._variant(masked.all, options, scales)
         found, lse = attention(q, k, v, variant, scale=scale, return_lse=True, out=out.unsqueeze(0) if same else None)
         if not same:
             out.copy_(found[0])

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
-from jitgen.compat.flashinfer._batch import Heads, Plans, rotated
+from jitgen.compat.flashinfer._batch import Heads, Plans, rotated, rotated_rows
 from jitgen.compat.flashinfer._buffers import Buffers
 from jitgen.compat.flashinfer._hooks import Hooks, Options, Scale, as_number, check_sinks, hooks_for, softmax_scale
 from jitgen.compat.flashinfer._inputs import Planned, check_inputs, result
 from jitgen.compat.flashinfer._options import LAYOUTS, check_backend, check_choice, check_workspace, split_cache
 from jitgen.errors import ShapeMismatch, UnsupportedDtype, VariantError
+from jitgen.kv_decode import ROTATED_CHUNKS
+from jitgen.serving_kernels import DECODE_ROWS
 from jitgen.serving_plan import Plan
 from jitgen.variant import Variant
 
@@ -135,8 +137,11 @@ class Wrapper(Buffers):
                     f"pos_encoding_mode='ROPE_LLAMA' reads the cache as {heads.q_dtype}, and it is {heads.kv_dtype}. Rotate "
                     "keys when they are appended."
                 )
-            batch, q, *kv = rotated(batch, q, *self._split(kv), options.rope, options.place)
-            layout = "NHD"
+            if ready.turns_keys:
+                q = rotated_rows(batch, q, options.rope)
+            else:
+                batch, q, *kv = rotated(batch, q, *self._split(kv), options.rope, options.place)
+                layout = "NHD"
         call = (heads, ready.hooks, ready.variant, q, kv, layout, ready.scale)
         if heads.o_dtype == q.dtype and batch.size:
             return self._plans.attend(batch, *call, out, lse, return_lse)
@@ -180,7 +185,9 @@ class Wrapper(Buffers):
             check_sinks(sinks, heads.num_q, q.device)
             hooks = hooks_for(options, heads.num_q, heads.num_kv, self.device, *scales)
             scale = softmax_scale(options, heads.dim_qk, *scales[:2])
-            ready = Ready(hooks, hooks.variant(sinks), scale, options, sinks, scales, (scales, shapes, q.dtype))
+            turns_keys = turns_as_it_reads(planned, options)
+            variant = hooks.variant(sinks, turns_keys=options.rope if turns_keys else None)
+            ready = Ready(hooks, variant, turns_keys, scale, options, sinks, scales, (scales, shapes, q.dtype))
             if len(self._ready) >= MAX_READY:
                 self._ready.clear()
             self._ready[key] = ready
@@ -231,11 +238,20 @@ class Ready:
 
     hooks: Hooks
     variant: Variant
+    turns_keys: bool
     scale: float
     options: Options
     sinks: torch.Tensor | None
     scales: tuple[Scale, ...]
     given: tuple[object, ...]  # scales, shapes and dtype of a call whose scales are numbers
+
+
+def turns_as_it_reads(planned: Planned, options: Options) -> bool:
+    """Whether keys are to be rotated by the decode kernel as it reads them; others are rotated in copies."""
+    heads, batch = planned.heads, planned.batch
+    is_decode = batch.max_q_len is not None and batch.max_q_len * heads.num_q <= DECODE_ROWS * heads.num_kv
+    fits = heads.kv_dtype in (None, heads.q_dtype) and heads.dim_qk % ROTATED_CHUNKS == 0
+    return options.rotates and options.place is None and batch.pages is not None and is_decode and fits
 
 
 def same_options(a: Options, b: Options) -> bool:

@@ -40,7 +40,8 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
     Differs from FlashInfer: plan() reads nothing back to the host; float_workspace_buffer is checked and not used; sinks work;
     run(window_left=...) overrides the plan; a batch of 0 requests gives empty results; v_scale costs no second kernel.
     ``use_tensor_cores``, ``non_blocking``, ``enable_pdl``, ``block_tables`` and ``seq_lens`` are hints without effect.
-    ROPE_LLAMA reads the pages into a rotated copy on every call: rotate keys when they are appended instead.
+    ROPE_LLAMA rotates keys as they are read; with more than 32 query rows for a KV head, or a head dim that is no multiple of
+    16, it reads the pages into a rotated copy on every call: rotate keys when they are appended instead.
     """
 
     def __init__(

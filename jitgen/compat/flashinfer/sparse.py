@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from jitgen.block_lists import BlockLists
-from jitgen.block_sparse import LateCheck, block_bits, block_mask_mod, bsr_tables, tile_classes, variable_mask_mod
+from jitgen.block_sparse import BlockSparse
 from jitgen.compat.flashinfer._batch import Heads
 from jitgen.compat.flashinfer._hooks import Options, Scale
 from jitgen.compat.flashinfer._inputs import result
 from jitgen.compat.flashinfer._options import attention_dtypes
-from jitgen.compat.flashinfer._sparse_wrapper import SparseWrapper, check_tensor, finished
+from jitgen.compat.flashinfer._sparse_wrapper import MaskedBlocks, SparseWrapper, check_tensor, finished
 from jitgen.errors import ShapeMismatch, UnsupportedOption
-from jitgen.serving_pages import as_int32
 
 Dtype = str | torch.dtype | None
 
@@ -88,18 +85,9 @@ class BlockSparseAttentionWrapper(SparseWrapper):
         if indptr.shape != (-(-M // R) + 1,):
             raise ShapeMismatch(f"indptr has shape {tuple(indptr.shape)}, expected [{-(-M // R) + 1}] for M={M} and R={R}.")
         q_dtype, _, o_dtype = attention_dtypes(q_data_type, kv_data_type, o_data_type)
-        classes, slots, wrong = bsr_tables(
-            indptr.to(self.device), indices.to(self.device), N // C, mask is not None or packed_mask is not None
-        )
-        message = f"indices has a block column outside 0 .. {N // C - 1} (N={N}, C={C}), or one twice in a block row."
-        self._check = LateCheck(wrong, message)
-        bits = block_bits(mask, packed_mask, indices.shape[0], R * C, self.device)
-        self._mask_mod = block_mask_mod(classes, slots, bits, R, C, causal=causal, local=True)
+        lists = indptr.to(self.device), indices.to(self.device)
+        self._masked = MaskedBlocks(BlockSparse.bsr(*lists, (M, N), (R, C), mask=mask, packed_mask=packed_mask), causal)
         self._sizes = (M, N)
-        self._lists = None
-        if bits is None and not causal:
-            lists = (as_int32(t.to(self.device)).clone() for t in (indptr, indices))
-            self._lists = BlockLists(*lists, (M, N), (R, C))
         options = Options(None, -1, logits_soft_cap, pos_encoding_mode, sm_scale, rope_scale, rope_theta)
         self._adopt(Heads(num_qo_heads, num_kv_heads, head_dim, head_dim, q_dtype, o_dtype), options, causal)
 
@@ -132,7 +120,7 @@ class BlockSparseAttentionWrapper(SparseWrapper):
         check_tensor("v", v, (keys, heads.num_kv, heads.dim_vo), heads.q_dtype)
         out = result(out, tuple(q.shape), heads.o_dtype, q, "out")
         qkv = (q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
-        found = self._attend(qkv, self._mask_mod, (scale_q, scale_k, scale_v), out.transpose(0, 1))
+        found = self._attend(qkv, self._masked, (scale_q, scale_k, scale_v), out.transpose(0, 1))
         return finished(out, found.T, lse, return_lse, q)
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
@@ -196,7 +184,7 @@ class VariableBlockSparseAttentionWrapper(SparseWrapper):
             )
         q_dtype, _, o_dtype = attention_dtypes(q_data_type, kv_data_type, None)
         self._blocks = tuple(t.to(self.device) for t in (block_mask_map.bool(), block_row_sz, block_col_sz))
-        self._masks: dict[tuple[int, int], Callable[..., Any]] = {}
+        self._masked: dict[tuple[int, int], MaskedBlocks] = {}
         options = Options(None, -1, logits_soft_cap, pos_encoding_mode, sm_scale, rope_scale, rope_theta)
         self._adopt(Heads(num_qo_heads, num_kv_heads, head_dim, head_dim, q_dtype, o_dtype), options, causal)
 
@@ -225,15 +213,10 @@ class VariableBlockSparseAttentionWrapper(SparseWrapper):
         check_tensor("k", k, (heads.num_kv, k.shape[1], heads.dim_qk), heads.q_dtype)
         check_tensor("v", v, (heads.num_kv, k.shape[1], heads.dim_vo), heads.q_dtype)
         lengths = (q.shape[1], k.shape[1])
-        if lengths not in self._masks:
-            chosen, row_sizes, column_sizes = self._blocks
-            wrong = (row_sizes.sum(1) != lengths[0]).any() | (column_sizes.sum(1) != lengths[1]).any()
-            message = f"block_row_sz and block_col_sz do not sum to q_len {lengths[0]} and kv_len {lengths[1]} for every head."
-            self._check = LateCheck(wrong, message)
-            tables = tile_classes(chosen, row_sizes, column_sizes, *lengths)
-            self._masks[lengths] = variable_mask_mod(*tables, causal=causal, local=True)
+        if lengths not in self._masked:
+            self._masked[lengths] = MaskedBlocks(BlockSparse.variable(*self._blocks, lengths), causal)
         out = result(out, tuple(q.shape), heads.o_dtype, q, "out")
-        found = self._attend((q, k, v), self._masks[lengths], (None, None, None), out)
+        found = self._attend((q, k, v), self._masked[lengths], (None, None, None), out)
         return finished(out, found, lse, return_lse, q)
 
     run_return_lse = functools.partialmethod(run, return_lse=True)

@@ -154,7 +154,7 @@ template <class S, class Args> JITGEN_FN void move_rows(const Args& args, int64_
 
   float cosine[Row::kRepeat][S::kVec], sine[Row::kRepeat][S::kVec];
   if constexpr (S::kRotary > 0) {
-    const int position = S::position(args, place.b, place.pos);
+    const int position = S::position(args, place.b, 0, place.pos);   // that of all heads
 #pragma unroll
     for (int r = 0; r < Row::kRepeat; ++r) {
       const int pair = row.lane + r * Row::kLanes;

@@ -51,7 +51,7 @@ template <class S, class Args> static inline void move_token(const Args& args, c
   using Out = typename S::Out;
   const Rows rows = S::rows(args);
   float x[S::kHeadDim], cosine[S::kRotary / 2 + 1], sine[S::kRotary / 2 + 1];
-  const int position = S::position(args, place.b, place.pos);
+  const int position = S::position(args, place.b, 0, place.pos);   // that of all heads
   for (int i = 0; i < S::kRotary / 2; ++i) S::angle(args, position, i, cosine[i], sine[i]);
   for (int64_t h = 0; h < rows.num_heads; ++h) {
     const int64_t by_token = token * rows.x_stride_t + h * rows.x_stride_h;

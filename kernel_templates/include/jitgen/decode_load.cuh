@@ -19,7 +19,7 @@ struct DecodeSetup {
   const void* plan;
   const int* pages;           // as in Args
   const int* kv_start;
-  int page_list_stride, batch;
+  int page_list_stride, head_list_stride, batch;
   PlanShape shape;
   Divisor page_size;          // keys; 1 when ragged
   Divisor group_size;         // query heads of a key head
@@ -117,7 +117,7 @@ template <int kKeyCols, int kValueCols, int kBytes, int kStages, bool kTensorCop
     if (setup.pages) {
       const int index = setup.page_size.divide(key);
       place.row = key - index * static_cast<int>(setup.page_size.value);
-      if (valid) place.page = __ldg(setup.pages + kv_first + index);
+      if (valid) place.page = __ldg(setup.pages + kv_first + head * setup.head_list_stride + index);
     } else {
       place.row = kv_first + key;
       if (valid) place.page = 0;

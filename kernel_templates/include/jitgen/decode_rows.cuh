@@ -63,7 +63,7 @@ template <class S, class Stored, class Element> struct UnitRows {
         for (int i = 0; i < 4; ++i) unpack(Stored{}, words[i], row.x[0][which][2 * i], row.x[0][which][2 * i + 1]);
       }
       S::before(args, row, b, kv_h, first + at);
-      if constexpr (S::kRotary > 0) rotate(args, row, S::position(args, b, first + at));
+      if constexpr (S::kRotary > 0) rotate(args, row, S::position(args, b, kv_h, first + at));
       S::after(args, row, b, kv_h, first + at);
 #pragma unroll
       for (int which = 0; which < 2; ++which) {

@@ -102,8 +102,8 @@ struct K {
     });
   }
 
-  JITGEN_MEMBER static int position(const Args& args, int b, int pos) {
-    const Head head = make_head(args, b, 0);
+  JITGEN_MEMBER static int position(const Args& args, int b, int kv_h, int pos) {
+    const Head head = make_head(args, b, kv_h);
     return static_cast<int>((long long)pos - head.a1_start_b);
   }
   static constexpr int kConstants = 1;   // captured rows of which a lane holds its elements
@@ -140,7 +140,7 @@ struct V {
   template <class Row> JITGEN_MEMBER static void after(const Args& args, Row& row, int b, int kv_h, int pos) {
   }
 
-  JITGEN_MEMBER static int position(const Args& args, int b, int pos) {
+  JITGEN_MEMBER static int position(const Args& args, int b, int kv_h, int pos) {
     return pos;
   }
   static constexpr int kConstants = 0;

@@ -58,7 +58,7 @@ struct Q {
   template <class Row> JITGEN_MEMBER static void after(const Args& args, Row& row, int b, int kv_h, int pos) {
   }
 
-  JITGEN_MEMBER static int position(const Args& args, int b, int pos) {
+  JITGEN_MEMBER static int position(const Args& args, int b, int kv_h, int pos) {
     return pos;
   }
   static constexpr int kConstants = 0;
