@@ -16,7 +16,7 @@ struct Item { int batch, head, query_tile; };
 // Divisions by them as such would be a sixth of the instructions before the first copy.
 struct ItemOrder {
   int num_query_tiles, num_items;
-  int counter;   // index of the tile counter; -1: none, and CTAs take every gridDim.x-th item
+  int counter;   // index of the tile counter; -1: none, each CTA has one item
   Divisor section, per_section, num_q_heads, group_size;
 };
 
@@ -52,8 +52,7 @@ struct TakenItems {
   JITGEN_FN int at(int turn) const { return static_cast<int>(load_shared_32(address + (turn & 3) * 4)); }
   JITGEN_FN void put(int turn, int item) const { store_shared_32(address + (turn & 3) * 4, static_cast<unsigned>(item)); }
   JITGEN_FN void take(int turn, const ItemOrder& order) const {
-    const int last = order.counter < 0 ? at(turn - 1) : atomicAdd(&tile_counters[order.counter][0], 1);
-    put(turn, last + static_cast<int>(gridDim.x));
+    put(turn, order.counter < 0 ? order.num_items : atomicAdd(&tile_counters[order.counter][0], 1) + static_cast<int>(gridDim.x));
   }
 };
 // By one thread of each CTA, behind its last item: the counter is ready for the next launch.

@@ -8,7 +8,7 @@ namespace {
 // A launch that takes its tiles dynamically counts in device memory; its last CTA sets the counter back to zero. Launches
 // that may run at the same time must not share one: each stream has its own (launches of a stream follow each other), and
 // so has each captured launch (replays of a graph follow each other). With all of them taken the launch is given -1 and
-// walks its tiles in a fixed order: slower by 2 to 12 % under a causal mask, never wrong.
+// goes on in a fixed order: slower by 2 to 12 % under a causal mask, never wrong.
 constexpr int kStreamCounters = 64, kCapturedCounters = 4032;
 __device__ int tile_counters[kStreamCounters + kCapturedCounters][2];   // {tiles taken, CTAs done}
 
