@@ -5,6 +5,7 @@
 namespace jg {
 
 // Read as volatile, so that it is found again instead of kept in registers through the KV loop.
+JITGEN_FN int cta_index() { int i; asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(i)); return i; }
 JITGEN_FN int thread_index() { int i; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i)); return i; }
 
 // ---- KV tiles to visit ----
@@ -20,6 +21,7 @@ template <bool kDescending> struct AllTiles {
   JITGEN_FN void classify() const {}
   JITGEN_FN void refill() const {}
   JITGEN_FN bool is_done() const { return left <= 0; }
+  JITGEN_FN bool has_several() const { return left > 1; }
   JITGEN_FN int take() {
     --left;
     return (kDescending ? left : num_tiles - 1 - left) * 4 + kTileFull;
@@ -75,6 +77,7 @@ template <bool kDescending, class Span, class CtaSpan, class WarpSpan, class Kin
     if (visit == 0 && find()) classify();
   }
   JITGEN_FN bool is_done() const { return visit == 0; }   // behind refill: there is no other tile
+  JITGEN_FN bool has_several() const { return (visit & (visit - 1)) != 0; }
   JITGEN_FN int next() {
     refill();
     return is_done() ? -1 : take();
