@@ -31,7 +31,7 @@ inline int section_heads(long long section_bytes, long long kv_head_bytes, long 
   while (kv_heads * 2 * kv_head_bytes <= section_bytes && num_heads % (kv_heads * 2 * group_size) == 0) kv_heads *= 2;
   return static_cast<int>(kv_heads * group_size);
 }
-inline ItemOrder item_order(long long num_query_tiles, long long section, long long num_heads, long long num_q_heads, long long group_size, int counter) {
+inline ItemOrder item_order(long long num_query_tiles, long long section, long long num_heads, long long num_q_heads, long long group_size, int counter = -1) {
   const auto divisor = [](long long value) { return make_divisor(static_cast<unsigned>(value)); };
   return {static_cast<int>(num_query_tiles), static_cast<int>(num_query_tiles * num_heads), counter,
           divisor(section), divisor(section * num_query_tiles), divisor(num_q_heads), divisor(group_size)};

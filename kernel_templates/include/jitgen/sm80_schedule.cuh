@@ -15,13 +15,10 @@ JITGEN_FN int thread_index() { int i; asm volatile("mov.u32 %0, %%tid.x;" : "=r"
 template <bool kDescending> struct AllTiles {
   int num_tiles, left;
   JITGEN_FN explicit AllTiles(int num_tiles) : num_tiles(num_tiles), left(num_tiles) {}
-  JITGEN_FN void restart() { left = num_tiles; }
   JITGEN_FN bool find() const { return left > 0; }
   JITGEN_FN int next_tile() const { return kDescending ? left - 1 : num_tiles - left; }
   JITGEN_FN void classify() const {}
-  JITGEN_FN void refill() const {}
   JITGEN_FN bool is_done() const { return left <= 0; }
-  JITGEN_FN bool has_several() const { return left > 1; }
   JITGEN_FN int take() {
     --left;
     return (kDescending ? left : num_tiles - 1 - left) * 4 + kTileFull;
