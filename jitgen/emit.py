@@ -56,6 +56,7 @@ class EarlyText:
     ahead: BlockText = BlockText()
     paired: str = ""  # condition under which neighbouring columns may be read as one word
     offset: HookText = HookText()  # over the first column of a tile
+    cap_scale: HookText = HookText()  # what tanh is given is the score hook's value times this
 
 
 @dataclass(frozen=True)
@@ -291,8 +292,9 @@ def _emit_score(
     root = split_floats(root, _level)
     flat = drop_relative(root) if relative is not None and not keep_units else None
     rest, level = flat if flat is not None and flat[0] is not None else (None, None)
+    cap_scale = None
     if is_capped:
-        root = root.args[0]
+        root, cap_scale = outer_factor(root.args[0], _level)
     low = _element_lowering(unit, [x for x in (root, offset, rest) if x is not None])
     words = Block("elem", "ahead.", taken={"args", "head", "row", "kv_idx", "step", "last"})
     paired = " & ".join(dict.fromkeys(add_row_word(low, node, words) for node in ahead))
@@ -306,7 +308,8 @@ def _emit_score(
     level_text = _emit_value(unit, level, {"relative": "elem"})
     marks = level_marks(relative) if flat is not None and relative is not None else None
     mark_texts = tuple(_emit_value(unit, mark, {"distance": "elem"}) for mark in marks or ())
-    return score, EarlyText(by_distance, others[0], level_text, mark_texts, _block_text(words), paired, others[1])
+    cap_text = _emit_value(unit, cap_scale, {})
+    return score, EarlyText(by_distance, others[0], level_text, mark_texts, _block_text(words), paired, others[1], cap_text)
 
 
 def _emit_value(unit: Unit, root: Expr | None, levels: dict[str, str]) -> HookText:

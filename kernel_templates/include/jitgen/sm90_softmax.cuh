@@ -122,30 +122,73 @@ JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], float 
     }
 }
 
-// tanh of all logits. The unit that has tanh has the exponentials too, and both together take as long as the products: where no
-// logit of a warp is near the cap, it is a polynomial (7 % of hd128 causal 4k, with the maximum that is kept).
-template <int kColTiles> JITGEN_FN void cap_logits(float (&s)[kColTiles][4]) {
-  constexpr float kNear = 0.75f;   // to there the polynomial is good to 2^-12, twice as good as tanh.approx
+// Logits become exponents of two.
+template <int kColTiles> JITGEN_FN void make_exponents(float (&s)[kColTiles][4], float units, const float (&shift)[2]) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[j][e] = ::fmaf(s[j][e], units, -shift[e / 2]);
+}
+template <int kFirst, int kLast, int kColTiles> JITGEN_FN void weigh_exponents(RowSoftmax& state, float (&s)[kColTiles][4]) {
+#pragma unroll
+  for (int j = kFirst; j < kLast; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) state.row_sum[e / 2] += s[j][e] = exp2(s[j][e]);
+}
+
+// The largest magnitude of all logits.
+template <int kColTiles> JITGEN_FN float largest_of(const float (&s)[kColTiles][4]) {
   float largest[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e) largest[e] = ::fmaxf(largest[e], ::fabsf(s[j][e]));
-  const float top = ::fmaxf(::fmaxf(largest[0], largest[1]), ::fmaxf(largest[2], largest[3]));
+  return ::fmaxf(::fmaxf(largest[0], largest[1]), ::fmaxf(largest[2], largest[3]));
+}
+// tanh of all logits times `scale`. The unit that has tanh has the exponentials too, and both together take as long as the products:
+// where no logit of a warp is near the cap, it is a polynomial.
+template <class Store, int kColTiles> JITGEN_FN void bend_logits(float (&s)[kColTiles][4], float scale, float units, Store store) {
+  constexpr float kNear = 0.4f, kMiddle = 0.75f;   // the polynomials are as good as tanh.approx: 2^-11, 2^-12
+#if JG_FORM == 6
+  const float top = 0.0f;
+#else
+  const float top = largest_of(s) * ::fabsf(scale);
+#endif
+  const float square = scale * scale, first = units * scale, third = first * square;
+#if JG_FORM != 1
   if (JITGEN_FAST_TANH && __all_sync(0xffffffffu, top <= kNear)) {
+    const float a = first * 0.99960173f, b = third * -0.31317315f;
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float square = s[j][e] * s[j][e];
-        s[j][e] *= ::fmaf(square, ::fmaf(square, 0.09735367f, -0.32629587f), 0.99978514f);
+        if (((JG_FORM == 4 || JG_FORM == 7) && j % 4 == 1) || (JG_FORM == 5 && j % 2 == 1)) store(s[j][e], tanh(s[j][e] * scale), units, e);
+        else store(s[j][e], s[j][e], ::fmaf(s[j][e] * s[j][e], b, a), e);
+      }
+  } else
+#endif
+  if (JITGEN_FAST_TANH && __all_sync(0xffffffffu, top <= kMiddle)) {
+    const float a = first * 0.99978514f, b = third * -0.32629587f, c = third * square * 0.09735367f;
+#pragma unroll
+    for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float x2 = s[j][e] * s[j][e];
+        store(s[j][e], s[j][e], ::fmaf(x2, ::fmaf(x2, c, b), a), e);
       }
   } else {
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[j][e] = tanh(s[j][e]);
+      for (int e = 0; e < 4; ++e) store(s[j][e], tanh(s[j][e] * scale), units, e);
   }
+}
+template <int kColTiles> JITGEN_FN void cap_logits(float (&s)[kColTiles][4], float scale) {
+  bend_logits(s, scale, 1.0f, [](float& to, float x, float factor, int) { to = x * factor; });
+}
+// The same, and exponents of them.
+template <int kColTiles> JITGEN_FN void cap_exponents(float (&s)[kColTiles][4], float scale, float units, const float (&shift)[2]) {
+  bend_logits(s, scale, units, [&](float& to, float x, float factor, int e) { to = ::fmaf(x, factor, -shift[e / 2]); });
 }
 
 template <int kColTiles> JITGEN_FN void scale_logits(float (&s)[kColTiles][4], float scale) {
