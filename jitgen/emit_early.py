@@ -8,13 +8,15 @@
   read as one word, and their latency passes under the product.
 - *cap*: a tanh around the whole score. The template bends a tile at once, and by a polynomial where all of it is far from the
   cap: the unit that knows tanh has the exponentials to compute.
+- *initial*: terms that kv_idx alone determines, such as a bias per key. They are what the product begins from, and cost an
+  element no instruction; terms of the row alone join the offset.
 - *offset*: a multiple of the distance, as in ALiBi. Up to the first column of a tile it is the same for a whole row of the tile
   and joins the row's maximum; what is left is one fused multiply-add an element.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from jitgen import ir
 from jitgen.ir import Expr, walk
@@ -28,7 +30,7 @@ _AFFINE = frozenset(("index", "lin", "cast", "add", "sub", "mul", "neg"))
 
 def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str]:
     """What of the above the sm90 kernel of a program does."""
-    parts = {"relative", "cap", "offset"} if layout == "dense" else {"offset"}  # rows of the others are heads as well
+    parts = {"relative", "cap", "offset", "initial"} if layout == "dense" else {"offset"}  # rows of the others are heads as well
     if layout == "dense" and head_dim_v < 256:  # whose descriptors take the uniform registers
         parts.add("columns")
     words = 0 if program.score is None else ahead_words(ahead_loads(program.score, program.slots), program.slots)
@@ -191,6 +193,39 @@ def _is_row_load(node: Expr, slot: Slot) -> bool:
     if slot.dtype not in PAIRED_DTYPES or len(dims) != 1 or "q_idx" not in node.deps:
         return False
     return node.args[dims[0]] is _KV and slot.layout[dims[0]] == "c"
+
+
+# ---- terms of columns and of rows -------------------------------------------------------------------------------------------
+
+
+def take_initial(root: Expr, level_of: Callable[[Expr], str]) -> tuple[Expr, Expr | None, Expr | None]:
+    """``root`` without terms of the column alone and of the row alone, the former, and the latter; None where there are none.
+
+    All stay where ``score`` itself is no term, or no term of the column reads a tensor.
+    """
+    terms = list(_signed_terms(root, 1))
+    columns = [(s, t) for s, t in terms if level_of(t) == "col"]
+    if (1, ir.index("score")) not in terms or not any(n.op == "load" for _, t in columns for n in walk(t)):
+        return root, None, None
+    rows = [(s, t) for s, t in terms if level_of(t) in ("head", "row")]
+    rest = [(s, t) for s, t in terms if level_of(t) == "elem"]
+    return _sum_of(rest), _sum_of(columns), _sum_of(rows) if rows else None
+
+
+def _signed_terms(node: Expr, sign: int) -> Iterator[tuple[int, Expr]]:
+    if node.dtype == "f32" and node.op in ("add", "sub", "neg"):
+        for i, arg in enumerate(node.args):
+            yield from _signed_terms(arg, -sign if node.op == "neg" or (node.op == "sub" and i == 1) else sign)
+    else:
+        yield sign, node
+
+
+def _sum_of(terms: list[tuple[int, Expr]]) -> Expr:
+    (sign, total), *others = sorted(terms, key=lambda term: -term[0])  # a positive one first
+    total = total if sign > 0 else ir.make("neg", total)
+    for sign, term in others:
+        total = ir.make("add" if sign > 0 else "sub", total, term)
+    return total
 
 
 # ---- multiples of the distance ----------------------------------------------------------------------------------------------

@@ -191,6 +191,49 @@ template <int kColTiles> JITGEN_FN void cap_exponents(float (&s)[kColTiles][4], 
   bend_logits(s, scale, units, [&](float& to, float x, float factor, int e) { to = ::fmaf(x, factor, -shift[e / 2]); });
 }
 
+// What the logits of a tile's columns begin from, in a warp that shares it with consumers: lane by lane, 32 columns at a time.
+template <int kColumns> struct ColumnStarts {
+  float value[(kColumns + 31) / 32];
+
+  template <class Evaluate> JITGEN_FN void read(Evaluate evaluate) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int base = 0; base < kColumns; base += 32) value[base / 32] = evaluate(base + lane);
+  }
+  // kRelative: without that of the first column, which follows the others: what is added to rows in exchange is as large as that,
+  // and logits would lose the bits of their difference.
+  template <bool kRelative> JITGEN_FN void share(unsigned address) const {
+    const int lane = threadIdx.x & 31;
+    const float first = kRelative ? __shfl_sync(0xffffffffu, value[0], 0) : 0.0f, start = ::fabsf(first) < INFINITY ? first : 0.0f;
+#pragma unroll
+    for (int base = 0; base < kColumns; base += 32)
+    {
+#if JG_FORM == 11
+      const unsigned at = address + 16 * ((base + lane) / 2) + 4 * (lane & 1);
+      store_shared_if(base + lane < kColumns, at, __float_as_int(value[base / 32] - start));
+      store_shared_if(base + lane < kColumns, at + 8, __float_as_int(value[base / 32] - start));
+#else
+      store_shared_if(base + lane < kColumns, address + 4 * (base + lane), __float_as_int(value[base / 32] - start));
+#endif
+    }
+    if (kRelative) store_shared_if(lane == 0, address + (JG_FORM == 11 ? 8 : 4) * kColumns, __float_as_int(start));
+  }
+};
+// A tile of them in a consumer: `address` is that of its first column.
+template <int kColTiles> JITGEN_FN void fill_columns(float (&s)[kColTiles][4], unsigned address) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#if JG_FORM == 11
+  {
+    const int4 v = load_shared_int4(address + 64 * j);
+    s[j][0] = __int_as_float(v.x), s[j][1] = __int_as_float(v.y), s[j][2] = __int_as_float(v.z), s[j][3] = __int_as_float(v.w);
+  }
+#else
+#pragma unroll
+    for (int half = 0; half < 2; ++half) load_shared_pair(address + 32 * j, s[j][2 * half], s[j][2 * half + 1]);
+#endif
+}
+
 template <int kColTiles> JITGEN_FN void scale_logits(float (&s)[kColTiles][4], float scale) {
 #pragma unroll
   for (int j = 0; j < kColTiles; ++j)
