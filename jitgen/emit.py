@@ -103,6 +103,7 @@ class VariantSection:
     has_offset: bool
     has_distance_offset: bool
     has_initial: bool
+    initial_is_relative: bool
     score_is_initial: bool
     score_columns: bool
     mask_columns: bool
@@ -151,10 +152,10 @@ def emit_variant(
         score, relative = take_relative(score)
     if raw_scores and score is not None:
         score, factor = _raw_score(score, keep_units=program.norm is not None)
-    if "initial" in early and score is not None and program.norm is None:
-        score, initial, rows = take_initial(score, _level)
     if "offset" in early and score is not None and program.norm is None:
         score, offset = take_offset(score)
+    if "initial" in early and score is not None and program.norm is None:
+        score, initial, rows = take_initial(score, _level)
         offset = rows if offset is None else offset if rows is None else ir.make("add", offset, rows)
     positions = position_parts(mask) if "positions" in early else []
     analysis = emit_mask_analysis(unit, mask, by_positions="positions" in early)
@@ -199,6 +200,7 @@ def emit_variant(
         has_offset=early_text.offset.value != "" or early_text.flat.value != "",
         has_distance_offset=early_text.offset.value != "",
         has_initial=initial is not None,
+        initial_is_relative=rows is not None,
         score_is_initial=initial is not None and score is ir.index("score"),
         score_columns=shared == "score",
         mask_columns=shared == "mask",

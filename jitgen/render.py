@@ -82,6 +82,7 @@ class KernelContext:
     flat_is_marked: bool
     has_distance_offset: bool
     has_initial: bool
+    initial_is_relative: bool
     score_is_initial: bool
     has_ahead: bool
     ahead_serves_batch: bool

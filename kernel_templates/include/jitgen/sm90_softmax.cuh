@@ -11,6 +11,8 @@ struct RowSoftmax {
   float row_max[2], row_sum[2];
 
   JITGEN_FN explicit RowSoftmax(float least = -INFINITY) : row_max{least, least}, row_sum{0.0f, 0.0f} {}
+  // Whether update_maximum would leave both maxima of all rows of the warp: logits are within +-top, to be multiplied by `factor`.
+  template <int kSlack> JITGEN_FN bool holds(float top, float factor) const;
   // Natural-log LSE of a row; `factor` is what its O must be multiplied by. `sink`: an extra logit without a value.
   JITGEN_FN float finish(int half, float units, float sink, float& factor) const {
     const float total = quad_sum(row_sum[half]), largest = total == 0.0f ? -INFINITY : row_max[half] * (units * kLn2), top = ::fmaxf(largest, sink);
@@ -32,6 +34,11 @@ JITGEN_FN float reach_of(float factor) { return ::fabsf(factor) * kLog2E; }
 JITGEN_FN bool keeps_maximum(float factor) { return reach_of(factor) <= kLargestReach; }
 JITGEN_FN float least_maximum(float factor) {
   return keeps_maximum(factor) ? (reach_of(factor) - kRoom) * reciprocal(exponent_units(factor)) : -INFINITY;
+}
+
+template <int kSlack> JITGEN_FN bool RowSoftmax::holds(float top, float factor) const {
+  const float least = ::fminf(row_max[0], row_max[1]) * exponent_units(factor) + kSlack;
+  return __all_sync(0xffffffffu, top * reach_of(factor) <= least);
 }
 
 // Brings the maximum of both rows up to date; returns whether one moved in any row of the warp. `shift` is what exponents
@@ -145,50 +152,34 @@ template <int kColTiles> JITGEN_FN float largest_of(const float (&s)[kColTiles][
     for (int e = 0; e < 4; ++e) largest[e] = ::fmaxf(largest[e], ::fabsf(s[j][e]));
   return ::fmaxf(::fmaxf(largest[0], largest[1]), ::fmaxf(largest[2], largest[3]));
 }
-// tanh of all logits times `scale`. The unit that has tanh has the exponentials too, and both together take as long as the products:
-// where no logit of a warp is near the cap, it is a polynomial.
-template <class Store, int kColTiles> JITGEN_FN void bend_logits(float (&s)[kColTiles][4], float scale, float units, Store store) {
-  constexpr float kNear = 0.4f, kMiddle = 0.75f;   // the polynomials are as good as tanh.approx: 2^-11, 2^-12
-#if JG_FORM == 6
-  const float top = 0.0f;
-#else
-  const float top = largest_of(s) * ::fabsf(scale);
-#endif
-  const float square = scale * scale, first = units * scale, third = first * square;
-#if JG_FORM != 1
-  if (JITGEN_FAST_TANH && __all_sync(0xffffffffu, top <= kNear)) {
+// tanh of all logits times `scale`, times `weight` less the shift of their row. The unit that has tanh has the exponentials too, and
+// both together take as long as the products: where no logit of a warp is near the cap, it is a polynomial. `top`: the largest
+// magnitude that tanh is given here.
+template <int kColTiles>
+JITGEN_FN void cap_logits(float (&s)[kColTiles][4], float scale, float top, float weight, const float (&shift)[2]) {
+  constexpr float kNear = 0.4f, kMiddle = 0.75f;   // to there the polynomials are as good as tanh.approx: 2^-11, 2^-12
+  const float square = scale * scale, first = weight * scale, third = first * square;
+  const bool is_tame = square > 1e-14f && square < 1e14f;   // so that the coefficients are normal numbers
+  const auto bend = [&](auto bent) {
+#pragma unroll
+    for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[j][e] = bent(s[j][e], s[j][e] * s[j][e], -shift[e / 2], j);
+  };
+  if (JITGEN_FAST_TANH && __all_sync(0xffffffffu, is_tame && top <= kNear)) {
     const float a = first * 0.99960173f, b = third * -0.31317315f;
-#pragma unroll
-    for (int j = 0; j < kColTiles; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (((JG_FORM == 4 || JG_FORM == 7) && j % 4 == 1) || (JG_FORM == 5 && j % 2 == 1)) store(s[j][e], tanh(s[j][e] * scale), units, e);
-        else store(s[j][e], s[j][e], ::fmaf(s[j][e] * s[j][e], b, a), e);
-      }
-  } else
+    bend([=](float x, float x2, float less, int j) {
+#if JG_FORM == 24
+      if (j % 4 == 1) return ::fmaf(tanh(x * scale), weight, less);
 #endif
-  if (JITGEN_FAST_TANH && __all_sync(0xffffffffu, top <= kMiddle)) {
+      return ::fmaf(x, ::fmaf(x2, b, a), less);
+    });
+  } else if (JITGEN_FAST_TANH && __all_sync(0xffffffffu, is_tame && top <= kMiddle)) {
     const float a = first * 0.99978514f, b = third * -0.32629587f, c = third * square * 0.09735367f;
-#pragma unroll
-    for (int j = 0; j < kColTiles; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float x2 = s[j][e] * s[j][e];
-        store(s[j][e], s[j][e], ::fmaf(x2, ::fmaf(x2, c, b), a), e);
-      }
+    bend([=](float x, float x2, float less, int) { return ::fmaf(x, ::fmaf(x2, ::fmaf(x2, c, b), a), less); });
   } else {
-#pragma unroll
-    for (int j = 0; j < kColTiles; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) store(s[j][e], tanh(s[j][e] * scale), units, e);
+    bend([=](float x, float, float less, int) { return ::fmaf(tanh(x * scale), weight, less); });
   }
-}
-template <int kColTiles> JITGEN_FN void cap_logits(float (&s)[kColTiles][4], float scale) {
-  bend_logits(s, scale, 1.0f, [](float& to, float x, float factor, int) { to = x * factor; });
-}
-// The same, and exponents of them.
-template <int kColTiles> JITGEN_FN void cap_exponents(float (&s)[kColTiles][4], float scale, float units, const float (&shift)[2]) {
-  bend_logits(s, scale, units, [&](float& to, float x, float factor, int e) { to = ::fmaf(x, factor, -shift[e / 2]); });
 }
 
 // What the logits of a tile's columns begin from, in a warp that shares it with consumers: lane by lane, 32 columns at a time.
