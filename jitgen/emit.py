@@ -155,7 +155,7 @@ def emit_variant(
     if "offset" in early and score is not None and program.norm is None:
         score, offset = take_offset(score)
     if "initial" in early and score is not None and program.norm is None:
-        score, initial, rows = take_initial(score, _level)
+        score, initial, rows = take_initial(score)
         offset = rows if offset is None else offset if rows is None else ir.make("add", offset, rows)
     positions = position_parts(mask) if "positions" in early else []
     analysis = emit_mask_analysis(unit, mask, by_positions="positions" in early)

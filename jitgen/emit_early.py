@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from jitgen import ir
 from jitgen.ir import Expr, walk
@@ -198,21 +198,21 @@ def _is_row_load(node: Expr, slot: Slot) -> bool:
 # ---- terms of columns and of rows -------------------------------------------------------------------------------------------
 
 
-def take_initial(root: Expr, level_of: Callable[[Expr], str]) -> tuple[Expr, Expr | None, Expr | None]:
-    """``root`` without terms of the column alone and of the row alone, the former, and the latter; None where there are none.
+_VARYING = frozenset(("q_idx", "kv_idx", "score", "relative", "step"))
+
+
+def take_initial(root: Expr) -> tuple[Expr, Expr | None, Expr | None]:
+    """``root`` without its terms of the column alone and of the row alone, the former, and the latter; None where there are none.
 
     All stay where ``score`` itself is no term.
     """
     terms = list(_signed_terms(root, 1))
-    columns = [(s, t) for s, t in terms if level_of(t) == "col" or t.deps & _VARYING == {"step"}]
+    columns = [(s, t) for s, t in terms if t.deps & _VARYING and t.deps & _VARYING <= {"kv_idx", "step"}]
     if (1, ir.index("score")) not in terms or not columns:
         return root, None, None
-    rows = [(s, t) for s, t in terms if level_of(t) in ("head", "row")]
+    rows = [(s, t) for s, t in terms if t.deps & _VARYING <= {"q_idx"}]
     rest = [term for term in terms if term not in columns and term not in rows]
     return _sum_of(rest), _sum_of(columns), _sum_of(rows) if rows else None
-
-
-_VARYING = frozenset(("q_idx", "kv_idx", "score", "relative", "start", "step"))
 
 
 def _signed_terms(node: Expr, sign: int) -> Iterator[tuple[int, Expr]]:
