@@ -82,6 +82,8 @@ class KernelContext:
     flat_is_marked: bool
     has_distance_offset: bool
     has_initial: bool
+    initial_by_column: bool
+    initial_by_words: bool
     initial_is_relative: bool
     score_is_initial: bool
     has_ahead: bool
