@@ -152,29 +152,41 @@ template <int kColTiles> JITGEN_FN float largest_of(const float (&s)[kColTiles][
     for (int e = 0; e < 4; ++e) largest[e] = ::fmaxf(largest[e], ::fabsf(s[j][e]));
   return ::fmaxf(::fmaxf(largest[0], largest[1]), ::fmaxf(largest[2], largest[3]));
 }
+constexpr float kNear = 0.4f, kMiddle = 0.75f;   // to there the polynomials are as good as tanh.approx: 2^-11, 2^-12
+// Whether a magnitude in the warp exceeds `limit`. Compared one by one: that reads one register an element and writes none, where the
+// products in flight leave few ports of the register file.
+template <int kColTiles> JITGEN_FN bool reach_beyond(const float (&s)[kColTiles][4], float limit) {
+#if JG_FORM >= 50 && JG_FORM < 60
+  bool beyond[4] = {false, false, false, false};
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (!((JG_FORM == 54 || JG_FORM == 55) && j % (JG_FORM == 54 ? 4 : 2) == 1)) beyond[(JG_FORM == 51 || JG_FORM == 53) ? 0 : e] |= ::fabsf(s[j][e]) > limit;
+  return __any_sync(0xffffffffu, beyond[0] | beyond[1] | beyond[2] | beyond[3]);
+#else
+  return __any_sync(0xffffffffu, largest_of(s) > limit);
+#endif
+}
 // tanh of all logits times `scale`, times `weight` less the shift of their row. The unit that has tanh has the exponentials too, and
 // both together take as long as the products: where no logit of a warp is near the cap, it is a polynomial. `top`: the largest
 // magnitude that tanh is given here.
 template <int kColTiles>
-JITGEN_FN void cap_logits(float (&s)[kColTiles][4], float scale, float top, float weight, const float (&shift)[2]) {
-  constexpr float kNear = 0.4f, kMiddle = 0.75f;   // to there the polynomials are as good as tanh.approx: 2^-11, 2^-12
+JITGEN_FN void cap_logits(float (&s)[kColTiles][4], float scale, bool is_near, float weight, const float (&shift)[2]) {
   const float square = scale * scale, first = weight * scale, third = first * square;
-  const bool is_tame = square > 1e-14f && square < 1e14f;   // so that the coefficients are normal numbers
   const auto bend = [&](auto bent) {
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[j][e] = bent(s[j][e], s[j][e] * s[j][e], -shift[e / 2], j);
   };
-  if (JITGEN_FAST_TANH && __all_sync(0xffffffffu, is_tame && top <= kNear)) {
+  if (is_near) {
     const float a = first * 0.99960173f, b = third * -0.31317315f;
     bend([=](float x, float x2, float less, int j) {
-#if JG_FORM == 24
-      if (j % 4 == 1) return ::fmaf(tanh(x * scale), weight, less);
-#endif
+      if ((JG_FORM == 54 || JG_FORM == 55) && j % (JG_FORM == 54 ? 4 : 2) == 1) return ::fmaf(tanh(x * scale), weight, less);
       return ::fmaf(x, ::fmaf(x2, b, a), less);
     });
-  } else if (JITGEN_FAST_TANH && __all_sync(0xffffffffu, is_tame && top <= kMiddle)) {
+  } else if (JITGEN_FAST_TANH && !reach_beyond(s, kMiddle / ::fabsf(scale))) {
     const float a = first * 0.99978514f, b = third * -0.32629587f, c = third * square * 0.09735367f;
     bend([=](float x, float x2, float less, int) { return ::fmaf(x, ::fmaf(x2, ::fmaf(x2, c, b), a), less); });
   } else {
@@ -198,31 +210,18 @@ template <int kColumns> struct ColumnStarts {
     const float first = kRelative ? __shfl_sync(0xffffffffu, value[0], 0) : 0.0f, start = ::fabsf(first) < INFINITY ? first : 0.0f;
 #pragma unroll
     for (int base = 0; base < kColumns; base += 32)
-    {
-#if JG_FORM == 11
-      const unsigned at = address + 16 * ((base + lane) / 2) + 4 * (lane & 1);
-      store_shared_if(base + lane < kColumns, at, __float_as_int(value[base / 32] - start));
-      store_shared_if(base + lane < kColumns, at + 8, __float_as_int(value[base / 32] - start));
-#else
       store_shared_if(base + lane < kColumns, address + 4 * (base + lane), __float_as_int(value[base / 32] - start));
-#endif
-    }
-    if (kRelative) store_shared_if(lane == 0, address + (JG_FORM == 11 ? 8 : 4) * kColumns, __float_as_int(start));
+    if (kRelative) store_shared_if(lane == 0, address + 4 * kColumns, __float_as_int(start));
   }
 };
 // A tile of them in a consumer: `address` is that of its first column.
 template <int kColTiles> JITGEN_FN void fill_columns(float (&s)[kColTiles][4], unsigned address) {
 #pragma unroll
   for (int j = 0; j < kColTiles; ++j)
-#if JG_FORM == 11
   {
-    const int4 v = load_shared_int4(address + 64 * j);
-    s[j][0] = __int_as_float(v.x), s[j][1] = __int_as_float(v.y), s[j][2] = __int_as_float(v.z), s[j][3] = __int_as_float(v.w);
+    load_shared_pair(address + 32 * j, s[j][0], s[j][1]);
+    s[j][2] = s[j][0], s[j][3] = s[j][1];
   }
-#else
-#pragma unroll
-    for (int half = 0; half < 2; ++half) load_shared_pair(address + 32 * j, s[j][2 * half], s[j][2 * half + 1]);
-#endif
 }
 
 template <int kColTiles> JITGEN_FN void scale_logits(float (&s)[kColTiles][4], float scale) {
