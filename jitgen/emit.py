@@ -104,6 +104,7 @@ class VariantSection:
     has_distance_offset: bool
     has_initial: bool
     initial_by_column: bool
+    initial_by_steps: bool
     initial_by_words: bool
     initial_is_relative: bool
     score_is_initial: bool
@@ -184,6 +185,7 @@ def emit_variant(
         lse=_emit_value(unit, program.lse, {"q_idx": "elem", "lse": "elem"}),
         output=emit_output(unit, program.output),
     )
+    by_column = initial is not None and not by_words and "kv_idx" in initial.deps
     columns = BlockText() if initial is not None else score_text.col
     shared = None if relative is not None or "columns" not in early else column_table(columns, mask_text.col)
     looks_ahead = relative is not None or (bool(ahead) and not by_words) or shared is not None
@@ -206,9 +208,10 @@ def emit_variant(
         has_offset=early_text.offset.value != "" or early_text.flat.value != "",
         has_distance_offset=early_text.offset.value != "",
         has_initial=initial is not None,
-        initial_by_column=initial is not None and not by_words,
+        initial_by_column=by_column,
+        initial_by_steps=initial is not None and not by_column and not by_words,
         initial_by_words=by_words,
-        initial_is_relative=rows is not None,
+        initial_is_relative=rows is not None and by_column,
         score_is_initial=initial is not None and score is ir.index("score"),
         score_columns=shared == "score",
         mask_columns=shared == "mask",

@@ -207,7 +207,7 @@ def take_initial(root: Expr) -> tuple[Expr, Expr | None, Expr | None]:
     All stay where ``score`` itself is no term.
     """
     terms = list(_signed_terms(root, 1))
-    columns = [(s, t) for s, t in terms if t.deps & _VARYING == {"kv_idx"} and any(n.op == "load" for n in walk(t))]
+    columns = [(s, t) for s, t in terms if t.deps & _VARYING in ({"step"}, {"kv_idx"})]
     if (1, ir.index("score")) not in terms or not columns:
         return root, None, None
     rows = [(s, t) for s, t in terms if t.deps & _VARYING <= {"q_idx"}]
