@@ -11,8 +11,6 @@ struct RowSoftmax {
   float row_max[2], row_sum[2];
 
   JITGEN_FN explicit RowSoftmax(float least = -INFINITY) : row_max{least, least}, row_sum{0.0f, 0.0f} {}
-  // Whether update_maximum would leave both maxima of all rows of the warp: logits are within +-top, to be multiplied by `factor`.
-  template <int kSlack> JITGEN_FN bool holds(float top, float factor) const;
   // Natural-log LSE of a row; `factor` is what its O must be multiplied by. `sink`: an extra logit without a value.
   JITGEN_FN float finish(int half, float units, float sink, float& factor) const {
     const float total = quad_sum(row_sum[half]), largest = total == 0.0f ? -INFINITY : row_max[half] * (units * kLn2), top = ::fmaxf(largest, sink);
@@ -34,11 +32,6 @@ JITGEN_FN float reach_of(float factor) { return ::fabsf(factor) * kLog2E; }
 JITGEN_FN bool keeps_maximum(float factor) { return reach_of(factor) <= kLargestReach; }
 JITGEN_FN float least_maximum(float factor) {
   return keeps_maximum(factor) ? (reach_of(factor) - kRoom) * reciprocal(exponent_units(factor)) : -INFINITY;
-}
-
-template <int kSlack> JITGEN_FN bool RowSoftmax::holds(float top, float factor) const {
-  const float least = ::fminf(row_max[0], row_max[1]) * exponent_units(factor) + kSlack;
-  return __all_sync(0xffffffffu, top * reach_of(factor) <= least);
 }
 
 // Brings the maximum of both rows up to date; returns whether one moved in any row of the warp. `shift` is what exponents
@@ -129,69 +122,86 @@ JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], float 
     }
 }
 
-// Logits become exponents of two.
+// Logits become exponents of two, and these weights.
 template <int kColTiles> JITGEN_FN void make_exponents(float (&s)[kColTiles][4], float units, const float (&shift)[2]) {
 #pragma unroll
   for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e) s[j][e] = ::fmaf(s[j][e], units, -shift[e / 2]);
 }
-template <int kFirst, int kLast, int kColTiles> JITGEN_FN void weigh_exponents(RowSoftmax& state, float (&s)[kColTiles][4]) {
+template <int kColTiles> JITGEN_FN void weigh_exponents(RowSoftmax& state, float (&s)[kColTiles][4]) {
 #pragma unroll
-  for (int j = kFirst; j < kLast; ++j)
+  for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e) state.row_sum[e / 2] += s[j][e] = exp2(s[j][e]);
 }
 
-// The largest magnitude of all logits.
-template <int kColTiles> JITGEN_FN float largest_of(const float (&s)[kColTiles][4]) {
-  float largest[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+// A soft cap: what becomes of a tile's logits x is tanh(scale * x). The unit that has tanh has the exponentials too, and both
+// together take as long as the products: where no logit of a warp is near the cap, it is a polynomial.
+struct Cap {
+  static constexpr float kLow = 0.4f, kMiddle = 0.75f;   // to there the polynomials are as good as tanh.approx: 2^-11, 2^-12
+  float scale;
+  bool is_low;                                 // |scale * x| is at most kLow in the whole warp
+  bool stays = false;                          // no maximum rises by this tile: exponents are made at once, as
+  float weight = 1.0f, shift[2] = {0.0f, 0.0f};   // weight * tanh(scale * x) - shift
+
+  template <int kColTiles> JITGEN_FN Cap(const float (&s)[kColTiles][4], float scale) : scale(scale), is_low(is_within(s, kLow)) {}
+  // Compared one by one: that reads one register an element and writes none, where the products in flight leave few ports of the
+  // register file. A scale whose powers are no normal numbers takes tanh.
+  template <int kColTiles> JITGEN_FN bool is_within(const float (&s)[kColTiles][4], float limit) const {
+    const float size = ::fabsf(scale), most = size > 1e-7f && size < 1e7f ? limit * reciprocal(size) : -1.0f;
+    bool beyond[4] = {false, false, false, false};
 #pragma unroll
-  for (int j = 0; j < kColTiles; ++j)
+    for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) largest[e] = ::fmaxf(largest[e], ::fabsf(s[j][e]));
-  return ::fmaxf(::fmaxf(largest[0], largest[1]), ::fmaxf(largest[2], largest[3]));
-}
-constexpr float kNear = 0.4f, kMiddle = 0.75f;   // to there the polynomials are as good as tanh.approx: 2^-11, 2^-12
-// Whether a magnitude in the warp exceeds `limit`. Compared one by one: that reads one register an element and writes none, where the
-// products in flight leave few ports of the register file.
-template <int kColTiles> JITGEN_FN bool reach_beyond(const float (&s)[kColTiles][4], float limit) {
-#if JG_FORM >= 50 && JG_FORM < 60
-  bool beyond[4] = {false, false, false, false};
-#pragma unroll
-  for (int j = 0; j < kColTiles; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if (!((JG_FORM == 54 || JG_FORM == 55) && j % (JG_FORM == 54 ? 4 : 2) == 1)) beyond[(JG_FORM == 51 || JG_FORM == 53) ? 0 : e] |= ::fabsf(s[j][e]) > limit;
-  return __any_sync(0xffffffffu, beyond[0] | beyond[1] | beyond[2] | beyond[3]);
-#else
-  return __any_sync(0xffffffffu, largest_of(s) > limit);
-#endif
-}
-// tanh of all logits times `scale`, times `weight` less the shift of their row. The unit that has tanh has the exponentials too, and
-// both together take as long as the products: where no logit of a warp is near the cap, it is a polynomial. `top`: the largest
-// magnitude that tanh is given here.
-template <int kColTiles>
-JITGEN_FN void cap_logits(float (&s)[kColTiles][4], float scale, bool is_near, float weight, const float (&shift)[2]) {
-  const float square = scale * scale, first = weight * scale, third = first * square;
+      for (int e = 0; e < 4; ++e) beyond[e] |= ::fabsf(s[j][e]) > most;
+    return JITGEN_FAST_TANH && !__any_sync(0xffffffffu, beyond[0] | beyond[1] | beyond[2] | beyond[3]);
+  }
+  // Finds whether the maxima stay; logits are to be multiplied by `factor` once they are capped. kBounded: weights have the range of
+  // fp32 (keeps_maximum).
+  template <int kSlack, bool kBounded> JITGEN_FN void settle(const RowSoftmax& state, float factor) {
+    const float units = exponent_units(factor), least = ::fminf(state.row_max[0], state.row_max[1]) * units + kSlack;
+    stays = (kBounded && keeps_maximum(factor)) || __all_sync(0xffffffffu, (is_low ? kLow : 1.0f) * reach_of(factor) <= least);
+    if (!stays) return;
+    weight = factor * kLog2E;
+    shift[0] = state.row_max[0] * units, shift[1] = state.row_max[1] * units;
+  }
+  JITGEN_FN float first() const { return weight * scale; }
+  JITGEN_FN float third() const { return weight * scale * scale * scale; }
+  // The polynomial up to kLow.
+  struct Cubic {
+    float a, b;
+    JITGEN_FN explicit Cubic(const Cap& cap) : a(cap.first() * 0.99960173f), b(cap.third() * -0.31317315f) {}
+    JITGEN_FN float at(float x, float shift) const { return ::fmaf(x, ::fmaf(x * x, b, a), -shift); }
+  };
+};
+template <int kColTiles> JITGEN_FN void cap_logits(float (&s)[kColTiles][4], const Cap& cap) {
   const auto bend = [&](auto bent) {
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[j][e] = bent(s[j][e], s[j][e] * s[j][e], -shift[e / 2], j);
+      for (int e = 0; e < 4; ++e) s[j][e] = bent(s[j][e], cap.shift[e / 2]);
   };
-  if (is_near) {
-    const float a = first * 0.99960173f, b = third * -0.31317315f;
-    bend([=](float x, float x2, float less, int j) {
-      if ((JG_FORM == 54 || JG_FORM == 55) && j % (JG_FORM == 54 ? 4 : 2) == 1) return ::fmaf(tanh(x * scale), weight, less);
-      return ::fmaf(x, ::fmaf(x2, b, a), less);
+  if (cap.is_low) {
+    const Cap::Cubic cubic(cap);
+    bend([&](float x, float shift) { return cubic.at(x, shift); });
+  } else if (cap.is_within(s, Cap::kMiddle)) {
+    const float a = cap.first() * 0.99978514f, b = cap.third() * -0.32629587f, c = cap.third() * cap.scale * cap.scale * 0.09735367f;
+    bend([=](float x, float shift) {
+      const float square = x * x;
+      return ::fmaf(x, ::fmaf(square, ::fmaf(square, c, b), a), -shift);
     });
-  } else if (JITGEN_FAST_TANH && !reach_beyond(s, kMiddle / ::fabsf(scale))) {
-    const float a = first * 0.99978514f, b = third * -0.32629587f, c = third * square * 0.09735367f;
-    bend([=](float x, float x2, float less, int) { return ::fmaf(x, ::fmaf(x2, ::fmaf(x2, c, b), a), less); });
   } else {
-    bend([=](float x, float, float less, int) { return ::fmaf(tanh(x * scale), weight, less); });
+    bend([&](float x, float shift) { return ::fmaf(tanh(x * cap.scale), cap.weight, -shift); });
   }
+}
+// Logits far from the cap to weights, where the maxima stay: the polynomial runs under the exponentials.
+template <int kColTiles> JITGEN_FN void weigh_low(RowSoftmax& state, float (&s)[kColTiles][4], const Cap& cap) {
+  const Cap::Cubic cubic(cap);
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) state.row_sum[e / 2] += s[j][e] = exp2(cubic.at(s[j][e], cap.shift[e / 2]));
 }
 
 // What the logits of a tile's columns begin from, in a warp that shares it with consumers: lane by lane, 32 columns at a time.
