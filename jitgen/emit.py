@@ -167,7 +167,7 @@ def emit_variant(
     if "initial" in early and initial is None and ahead and score is not None and program.norm is None:
         score, initial = take_words(score, ahead)
         by_words = initial is not None
-    is_capped = "cap" in early and score is not None and score.op in CAPS
+    is_capped = "cap" in early and score is not None and score.op in CAPS and program.norm is None
     score_text, early_text = _emit_score(
         unit, score, relative, ahead, offset, initial, keep_units=program.norm is not None, is_capped=is_capped
     )
