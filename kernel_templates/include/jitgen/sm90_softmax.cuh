@@ -228,10 +228,8 @@ template <int kColumns> struct ColumnStarts {
 template <int kColTiles> JITGEN_FN void fill_columns(float (&s)[kColTiles][4], unsigned address) {
 #pragma unroll
   for (int j = 0; j < kColTiles; ++j)
-  {
-    load_shared_pair(address + 32 * j, s[j][0], s[j][1]);
-    s[j][2] = s[j][0], s[j][3] = s[j][1];
-  }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) load_shared_pair(address + 32 * j, s[j][2 * half], s[j][2 * half + 1]);
 }
 
 template <int kColTiles> JITGEN_FN void scale_logits(float (&s)[kColTiles][4], float scale) {
