@@ -157,16 +157,17 @@ def emit_variant(
         score, factor = _raw_score(score, keep_units=program.norm is not None)
     if "offset" in early and score is not None and program.norm is None:
         score, offset = take_offset(score)
-    if "initial" in early and score is not None and program.norm is None:
-        score, initial, rows = take_initial(score)
-        offset = rows if offset is None else offset if rows is None else ir.make("add", offset, rows)
-    positions = position_parts(mask) if "positions" in early else []
-    analysis = emit_mask_analysis(unit, mask, by_positions="positions" in early)
     ahead = ahead_loads(score, program.slots) if "ahead" in early and score is not None else []
-    by_words = False
-    if "initial" in early and initial is None and ahead and score is not None and program.norm is None:
+    by_words = by_column = False
+    if "initial" in early and score is not None and program.norm is None:
         score, initial = take_words(score, ahead)
         by_words = initial is not None
+        if not by_words:
+            score, initial, rows = take_initial(score)
+            by_column = initial is not None and "kv_idx" in initial.deps
+            offset = rows if offset is None else offset if rows is None else ir.make("add", offset, rows)
+    positions = position_parts(mask) if "positions" in early else []
+    analysis = emit_mask_analysis(unit, mask, by_positions="positions" in early)
     is_capped = "cap" in early and score is not None and score.op in CAPS and program.norm is None
     score_text, early_text = _emit_score(
         unit, score, relative, ahead, offset, initial, keep_units=program.norm is not None, is_capped=is_capped
@@ -185,7 +186,6 @@ def emit_variant(
         lse=_emit_value(unit, program.lse, {"q_idx": "elem", "lse": "elem"}),
         output=emit_output(unit, program.output),
     )
-    by_column = initial is not None and not by_words and "kv_idx" in initial.deps
     columns = BlockText() if initial is not None else score_text.col
     shared = None if relative is not None or "columns" not in early else column_table(columns, mask_text.col)
     looks_ahead = relative is not None or (bool(ahead) and not by_words) or shared is not None

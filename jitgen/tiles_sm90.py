@@ -54,9 +54,9 @@ def hook_weight(program: Program, layout: str, head_dim_v: int) -> int:
     if score is not None and "relative" in early:
         score, _ = take_relative(score)
     if score is not None and "initial" in early:
-        score, initial, _ = take_initial(score)
-        if initial is None and "ahead" in early:
-            score, _ = take_words(score, ahead_loads(score, program.slots))
+        score, words = take_words(score, ahead_loads(score, program.slots) if "ahead" in early else [])
+        if words is None:
+            score, _, _ = take_initial(score)
     gathers = [n for n in walk(score) if n.op == "load" and "kv_idx" in n.deps]
     ahead = ahead_loads(score, program.slots) if score is not None and "ahead" in early else []
     others = [n for n in gathers if n not in ahead]

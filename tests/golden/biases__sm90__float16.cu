@@ -61,7 +61,7 @@ struct Args {
 using Element = jg::float16;
 constexpr int kHeadDim = 128;
 constexpr int kHeadDimV = 128;
-constexpr int kTileQ = 128;
+constexpr int kTileQ = 192;
 constexpr int kTileKv = 128;
 constexpr int kNumStages = 2;
 constexpr bool kHasMask = true;
@@ -154,11 +154,8 @@ JITGEN_FN float score_level(const Args& args, const Head& head, float relative) 
 
 // and the rest.
 JITGEN_FN float score_elem_of_flat(const Args& args, const Head& head, const ScoreRow& row, const ScoreCol& col, float score,
-                                   const ScoreAhead& ahead, int odd,
                                    int q_idx, jg::Column kv_idx) {
-  const float sum_h = score + head.product_h * kv_idx.step;
-  const float product_hqk = head.inv_index_value2 * ahead.a2_dense.at(odd);
-  return sum_h + product_hqk;
+  return score + head.product_h * kv_idx.step;
 }
 
 // What is added to all of a row's scores in a tile, whose first column is given; score_elem leaves it out.
@@ -167,12 +164,14 @@ JITGEN_FN float score_offset(const Args& args, const Head& head, const ScoreRow&
 }
 
 JITGEN_FN float score_elem(const Args& args, const Head& head, const ScoreRow& row, const ScoreCol& col, float score,
-                           const ScoreAhead& ahead, int odd,
                            float relative,
                            int q_idx, jg::Column kv_idx) {
-  const float sum_h = score + head.product_h * kv_idx.step;
-  const float product_hqk = head.inv_index_value2 * ahead.a2_dense.at(odd);
-  return sum_h + head.inv_index_value2 * relative + product_hqk;
+  return score + head.product_h * kv_idx.step + head.inv_index_value2 * relative;
+}
+
+// What is added to the scores of two columns.
+JITGEN_FN float score_initial(const Args& args, const Head& head, const ScoreAhead& ahead, int odd) {
+  return head.inv_index_value2 * ahead.a2_dense.at(odd);
 }
 
 JITGEN_FN float score_factor(const Args& args, const Head& head) {
@@ -289,37 +288,45 @@ JITGEN_FN Rows make_rows(const Args& args, const Head& head, int first_row) {
   return rows;
 }
 
-constexpr int kDistances = kTileKv + 63, kDistanceRounds = (kDistances + 127) / 128;   // of a group's tile
-struct Early {
-  ScoreAhead ahead[2][kTileKv / 8];       // what the rows of a thread read of captured tensors, at its columns 8 j and 8 j + 1
-  float by_distance[kDistanceRounds];     // what this thread evaluates for all
-  float level;                            // the value of row 0 and column 0,
-  bool is_flat;                           // which may be that of all
-  unsigned table;                         // shared-memory address of values by distance
-  float offset[2];                        // what is still to be added to all logits of a row
-};
-
-template <bool kAtEnd> JITGEN_FN void read_ahead(const Args& args, const Head& head, const Rows& rows, Early& early, int first_kv, int kv_len) {
+// What the logits of a tile begin from.
+template <bool kAtEnd> JITGEN_FN void begin_logits(const Args& args, const Head& head, const Rows& rows, Logits& s, int first_kv, int kv_len) {
   const int last = kv_len - 1;
+  ScoreAhead ahead[2][kTileKv / 8];
   const auto read = [&](auto paired) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int j = 0; j < kTileKv / 8; ++j) {
         const int column = kAtEnd ? jg::min(first_kv + 8 * j, last & ~1) : first_kv;
-        early.ahead[half][j] = score_ahead<decltype(paired)::value>(args, head, rows.score[half], column, kAtEnd ? 0 : 8 * j, last);
+        ahead[half][j] = score_ahead<decltype(paired)::value>(args, head, rows.score[half], column, kAtEnd ? 0 : 8 * j, last);
       }
   };
   if (score_is_paired(args)) read(jg::Constant<1>());
   else read(jg::Constant<0>());
+#pragma unroll
+  for (int j = 0; j < kTileKv / 8; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[j][e] = score_initial(args, head, ahead[e / 2][j], e % 2);
 }
+
+constexpr int kDistances = kTileKv + 63, kDistanceRounds = (kDistances + 127) / 128;   // of a group's tile
+struct Early {
+  float by_distance[kDistanceRounds];     // what this thread evaluates for all
+  float level;                            // the value of row 0 and column 0,
+  bool is_flat;                           // which may be that of all
+  bool is_settled;                        // and of all tiles to come
+  unsigned table;                         // shared-memory address of values by distance
+  float offset[2];                        // what is still to be added to all logits of a row
+};
 
 // Evaluates the score's part of the distance, whose table is of all distances of a group's tile: entry i is that of
 // column - row = i - 63, so that neighbouring columns have neighbouring entries. `first`: the distance of row 0 and column 0.
-JITGEN_FN void weigh_distances(const Args& args, const Head& head, Early& early, int first) {
+// `largest`: that of the last row and column 0 of kv.
+JITGEN_FN void weigh_distances(const Args& args, const Head& head, Early& early, int first, int largest) {
   const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127;
   early.level = score_relative(args, head, first);
   early.is_flat = jg::uniform(score_is_level(args, head, first - (kTileKv - 1), first + 63));
+  early.is_settled = early.is_flat && jg::uniform(score_is_level(args, head, first - (kTileKv - 1), largest));
   if (early.is_flat) return;
 #pragma unroll
   for (int round = 0; round < kDistanceRounds; ++round)
@@ -357,7 +364,6 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
     for (int half = 0; half < 2; ++half) {
       float& x = s[j][2 * half + c];
       x = score_elem(args, head, rows.score[half], col, x,
-                     early.ahead[half][j], c,
                      relative[half],
                      rows.q_idx[half], kv_idx);
     }
@@ -373,7 +379,6 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
       for (int half = 0; half < 2; ++half) {
         float& x = s[j][2 * half + c];
         x = score_elem_of_flat(args, head, rows.score[half], col, x,
-                               early.ahead[half][j], c,
                                rows.q_idx[half], kv_idx);
       }
     }
@@ -527,12 +532,12 @@ JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
 }
 
 // ---- consumers: 64 query rows per warp group ----
-// S = Q K^T. Both products are only issued here; the callers wait.
+// S += Q K^T. Both products are only issued here; the callers wait.
 JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step)
-    jg::Wgmma<kTileKv>::shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), step != 0);
+    jg::Wgmma<kTileKv>::shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), 1);
   jg::wgmma_commit();
 }
 // O += P V, with P in registers or in shared memory.
@@ -642,7 +647,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       Logits s;
       Weights p;
       Early early;
-      int foreseen = -1;   // the visiting position that `early` is of
       float factor[2];
       int step, position = 0;
       // What the stage holds; without a mask the consumers count for themselves.
@@ -659,12 +663,11 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       const auto weigh_tile_distances = [&] {
         const int4 here = jg::load_shared_int4(shared.work(slot.stage));
         const int first_q = here.x + group * 64 + static_cast<int>(args.q_offset);
-        weigh_distances(args, make_head(args, here.z, here.y), early, first_q - kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv);
+        weigh_distances(args, make_head(args, here.z, here.y), early, first_q - kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, first_q + 63);
       };
       // What can be said of the tile's scores before its logits are there.
-      const auto look_ahead = [&](auto at_end) {
-        if (step >> jg::kStepShift != foreseen)
-          read_ahead<decltype(at_end)::value>(args, head, rows, early, first_column(), static_cast<int>(args.kv_len));
+      const auto look_ahead = [&](auto at_end, bool is_known) {
+        if (is_known) return;
         if (early.is_flat) {
           early.level = score_level(args, head, early.level);
           return;
@@ -675,12 +678,11 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         share_distances(early, early.table);
         jg::named_sync(kGroupBarrier + group, 128);
       };
-      // Once the words of a tile are used, those of the tile that follows it in most masks are read: before its product begins.
-      const auto look_further = [&] {
-        foreseen = (step >> jg::kStepShift) + 1;
-        if (jg::is_next_skipped(step, group)) return;
-        const int first_kv = kv_tile(foreseen, num_tiles) * kTileKv + 2 * (thread & 3);
-        read_ahead<!kDescending>(args, head, rows, early, first_kv, static_cast<int>(args.kv_len));
+      const auto fill_logits = [&](auto at_end) {
+        const int4 here = jg::load_shared_int4(shared.work(slot.stage));   // the rows are made again: they would cost registers
+        const Head again = make_head(args, here.z, here.y);
+        const Rows its = make_rows(args, again, own_row(here.x + group * 64));
+        begin_logits<decltype(at_end)::value>(args, again, its, s, first_column(), static_cast<int>(args.kv_len));
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
@@ -716,14 +718,14 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           continue;
         }
         // A run of visible tiles: the products of a tile overlap with those of the next.
+        fill_logits(jg::Constant<1>());
         start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4));
         pass_turn();
         weigh_tile_distances();
-        look_ahead(jg::Constant<1>());
+        look_ahead(jg::Constant<1>(), false);
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
         shape(jg::Constant<1>());
-        look_further();
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, early.offset, shift, factor);
@@ -737,21 +739,22 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::RingPosition<kNumStages> next = kv;
           next.advance();
           jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
+          step = read_step(next);
+          fill_logits(jg::Constant<!kDescending>());
           take_turn();
           start_qk(s, q_operand, k_operand + (next.stage * Tile::kKeyBytes >> 4));
-          step = read_step(next);
-          weigh_tile_distances();   // what it reads of captured tensors arrives while the products are issued
+          const bool is_known = kDescending && early.is_settled;
+          if (!is_known) weigh_tile_distances();   // what it reads of captured tensors arrives while the products are issued
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
           jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
           start_pv(o, p, p_operand, v_operand + (kv.stage * Tile::kValueBytes >> 4));
           pass_turn();
           const int value_stage = kv.stage;
           kv = next;
-          look_ahead(jg::Constant<!kDescending>());
+          look_ahead(jg::Constant<!kDescending>(), is_known);
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<!kDescending>());
-          look_further();
           moved = jg::may_rise<kSlack>(softmax, s, units, early.offset, shift) &&
                   jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, early.offset, shift, factor);
           // Waited for before the exponentials, not after: packing and storing P then runs under them, and the other groups

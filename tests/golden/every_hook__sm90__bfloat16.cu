@@ -93,7 +93,7 @@ JITGEN_FN Head make_head(const Args& args, int b, int h) {
   return head;
 }
 
-// ---- score: q . k -> what tanh makes logit / score_factor ----
+// ---- score: q . k -> what tanh, after score_cap_scale, makes logit / score_factor ----
 struct ScoreRow {
 };
 
@@ -112,7 +112,11 @@ JITGEN_FN ScoreCol score_col(const Args& args, const Head& head, jg::Column kv_i
 
 JITGEN_FN float score_elem(const Args& args, const Head& head, const ScoreRow& row, const ScoreCol& col, float score,
                            int q_idx, jg::Column kv_idx) {
-  return score * head.product;
+  return score;
+}
+
+JITGEN_FN float score_cap_scale(const Args& args, const Head& head) {
+  return head.product;
 }
 
 JITGEN_FN float score_factor(const Args& args, const Head& head) {
@@ -276,12 +280,10 @@ JITGEN_FN void share_columns(const Args& args, const Head& head, unsigned table,
 }
 JITGEN_FN SharedColumn shared_column(unsigned first, int column) { return jg::from_bits<SharedColumn>(jg::load_shared(first + 4 * column)); }
 
-// Scores and masks one KV tile; `first_kv` is the column of element 0. kAtEnd: the tile may reach past kv_len.
+// What the score makes of one KV tile, but for the cap around it. kAtEnd: the tile may reach past kv_len.
 template <bool kAtEnd>
-JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows, Early& early, Logits& s, int first_kv, bool partial) {
-  const int kv_len = static_cast<int>(args.kv_len);
-  const jg::ColumnCounter columns(first_kv, kv_len);
-  const unsigned own_columns = early.table + 8 * (jg::stay(static_cast<int>(threadIdx.x)) & 3);
+JITGEN_FN void score_logits(const Args& args, const Head& head, const Rows& rows, Early& early, Logits& s, int first_kv) {
+  const jg::ColumnCounter columns(first_kv, static_cast<int>(args.kv_len));
 #pragma unroll
   for (int column = 0; column < kTileKv / 4; ++column) {
     const int j = column / 2, c = column % 2;
@@ -294,8 +296,15 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
                      rows.q_idx[half], kv_idx);
     }
   }
-  jg::cap_logits(s);
-  if (!(rows.factor > 0.0f)) {   // it would turn the maximum into the minimum
+}
+// Caps and masks the tile.
+template <bool kAtEnd>
+JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows, Early& early, const jg::Cap& cap, Logits& s, int first_kv, bool partial) {
+  const int kv_len = static_cast<int>(args.kv_len);
+  const jg::ColumnCounter columns(first_kv, kv_len);
+  const unsigned own_columns = early.table + 8 * (jg::stay(static_cast<int>(threadIdx.x)) & 3);
+  jg::cap_logits(s, cap);
+  if (!cap.stays && !(rows.factor > 0.0f)) {   // it would turn the maximum into the minimum
     jg::scale_logits(s, rows.factor);
   }
   if (partial) {
@@ -563,8 +572,9 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         return here << jg::kStepShift | last | (group_row > -64 ? kTileFull << 2 * group : 0);
       };
       const auto first_column = [&] { return kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + 2 * (thread & 3); };
-      const auto shape = [&](auto at_end) {
-        shape_logits<decltype(at_end)::value>(args, head, rows, early, s, first_column(), jg::kind_of(step, group) == kTilePartial);
+      const auto score = [&](auto at_end) { score_logits<decltype(at_end)::value>(args, head, rows, early, s, first_column()); };
+      const auto shape = [&](auto at_end, const jg::Cap& cap) {
+        shape_logits<decltype(at_end)::value>(args, head, rows, early, cap, s, first_column(), jg::kind_of(step, group) == kTilePartial);
       };
       // What can be said of the tile's scores before its logits are there.
       const auto look_ahead = [&](auto at_end) {
@@ -614,7 +624,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         look_ahead(jg::Constant<1>());
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
-        shape(jg::Constant<1>());
+        score(jg::Constant<1>());
+        shape(jg::Constant<1>(), jg::Cap(s, score_cap_scale(args, head)));
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
@@ -640,17 +651,27 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           look_ahead(jg::Constant<!kDescending>());
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
-          shape(jg::Constant<!kDescending>());
+          score(jg::Constant<!kDescending>());
+          jg::Cap cap(s, score_cap_scale(args, head));
+          cap.settle<kSlack, true>(softmax, rows.factor);
+          // Weights are made at once where nothing is in the way, the polynomial under the exponentials.
+          const bool is_free = cap.is_low && cap.stays && jg::kind_of(step, group) == kTileFull;
           moved = false;
-          if (jg::keeps_maximum(rows.factor)) jg::shift_by_maximum(softmax, units, shift);
-          else moved = jg::may_rise<kSlack>(softmax, s, units, shift) && jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
+          if (!is_free) {
+            shape(jg::Constant<!kDescending>(), cap);
+            if (!cap.stays) {
+              moved = jg::may_rise<kSlack>(softmax, s, units, shift) && jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
+              jg::make_exponents(s, units, shift);
+            }
+          }
           // Waited for before the exponentials, not after: packing and storing P then runs under them, and the other groups
           // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch before it keeps ptxas from moving
           // the wait up to the top of the softmax.)
           jg::Wgmma<kHeadDimV>::wait<0>(o);
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
           if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
-          jg::weigh_columns(softmax, s, units, shift);
+          if (is_free) jg::weigh_low(softmax, s, cap);
+          else jg::weigh_exponents(softmax, s);
           keep_weights();
         }
         if (kRescaleEarly && moved) jg::rescale_output(o, factor);

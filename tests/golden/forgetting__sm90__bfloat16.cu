@@ -93,18 +93,28 @@ JITGEN_FN ScoreRow score_row(const Args& args, const Head& head, int q_idx) {
 }
 
 struct ScoreCol {
-  float product_hk;  // (1.0 / scale) * a0_gates[h, kv_idx]
+  float neg_value_hk;  // neg(((1.0 / scale) * a0_gates[h, kv_idx]))
 };
 
 JITGEN_FN ScoreCol score_col(const Args& args, const Head& head, jg::Column kv_idx) {
   ScoreCol col;
-  col.product_hk = head.inv_index_value * jg::load(head.a0_gates, kv_idx);
+  col.neg_value_hk = -(head.inv_index_value * jg::load(head.a0_gates, kv_idx));
   return col;
+}
+
+// What is added to all of a row's scores in a tile, whose first column is given; score_elem leaves it out.
+JITGEN_FN float score_offset(const Args& args, const Head& head, const ScoreRow& row, jg::Column kv_idx) {
+  return row.product_hq;
 }
 
 JITGEN_FN float score_elem(const Args& args, const Head& head, const ScoreRow& row, const ScoreCol& col, float score,
                            int q_idx, jg::Column kv_idx) {
-  return score + row.product_hq - col.product_hk;
+  return score;
+}
+
+// What is added to all scores of a column.
+JITGEN_FN float score_initial(const Args& args, const Head& head, const ScoreCol& col, jg::Column kv_idx) {
+  return col.neg_value_hk;
 }
 
 JITGEN_FN float score_factor(const Args& args, const Head& head) {
@@ -152,8 +162,8 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
 }
 
 // ---- geometry ----
-constexpr int kTableBytes = kTileKv * 4;   // of a warp group: values by column
-using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, kHasMask, kTableBytes * (kTileQ / 64)>;
+constexpr int kInitialBytes = (kTileKv + 4) * 4;   // of a stage: what S begins from, by column; behind it what was taken off
+using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, kHasMask, kInitialBytes * kNumStages>;
 using Control = jg::ControlBlock<kNumStages>;
 using KeyTile = jg::SpanTile<kHeadDim>;
 using ValueTile = jg::SpanTile<kHeadDimV>;
@@ -177,7 +187,7 @@ struct Shared {
   JITGEN_FN unsigned query(int group) const { return base + Tile::kQueryAt + group * Tile::kGroupQBytes; }
   JITGEN_FN unsigned barrier(unsigned offset, int stage = 0) const { return base + Tile::kControlAt + offset + 8 * stage; }
   JITGEN_FN unsigned step(int slot) const { return base + Tile::kControlAt + __builtin_offsetof(Control, step) + 4 * slot; }
-  JITGEN_FN unsigned table(int group) const { return base + Tile::kExtraAt + group * kTableBytes; }
+  JITGEN_FN unsigned initial(int stage) const { return base + Tile::kExtraAt + stage * kInitialBytes; }
   JITGEN_FN unsigned work(int slot) const { return base + Tile::kControlAt + __builtin_offsetof(Control, work) + 16 * slot; }
 };
 #define JG_BARRIER(name, ...) shared.barrier(__builtin_offsetof(Control, name), ##__VA_ARGS__)
@@ -222,45 +232,23 @@ JITGEN_FN Rows make_rows(const Args& args, const Head& head, int first_row) {
 }
 
 struct Early {
-  unsigned table;                         // shared-memory address of values by column
+  float start;                            // what S lacks of what its columns add
+  float offset[2];                        // what is still to be added to all logits of a row
 };
-
-using SharedColumn = ScoreCol;
-static_assert(sizeof(SharedColumn) == 4, "there is room for one word a column");
-
-// What the score needs of each column of a tile, a column a thread.
-JITGEN_FN void share_columns(const Args& args, const Head& head, unsigned table, int first_kv) {
-  const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127;
-  const jg::ColumnCounter columns(first_kv, static_cast<int>(args.kv_len));
-#pragma unroll
-  for (int base = 0; base < kTileKv; base += 128) {
-    const int i = base + thread;
-    const SharedColumn column = score_col(args, head, columns.clamped(i));
-    jg::store_shared_if(base + 128 <= kTileKv || i < kTileKv, table + 4 * i, jg::bits_of(column));
-  }
-}
-JITGEN_FN SharedColumn shared_column(unsigned first, int column) { return jg::from_bits<SharedColumn>(jg::load_shared(first + 4 * column)); }
 
 // Scores and masks one KV tile; `first_kv` is the column of element 0. kAtEnd: the tile may reach past kv_len.
 template <bool kAtEnd>
 JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows, Early& early, Logits& s, int first_kv, bool partial) {
   const int kv_len = static_cast<int>(args.kv_len);
   const jg::ColumnCounter columns(first_kv, kv_len);
-  const unsigned own_columns = early.table + 8 * (jg::stay(static_cast<int>(threadIdx.x)) & 3);
 #pragma unroll
-  for (int column = 0; column < kTileKv / 4; ++column) {
-    const int j = column / 2, c = column % 2;
-    const jg::Column kv_idx = kAtEnd ? columns.clamped(8 * j + c) : columns.at(8 * j + c);
-    const ScoreCol col = shared_column(own_columns, 8 * j + c);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float& x = s[j][2 * half + c];
-      x = score_elem(args, head, rows.score[half], col, x,
-                     rows.q_idx[half], kv_idx);
-    }
+  for (int half = 0; half < 2; ++half) {
+    early.offset[half] = 0.0f;
+    early.offset[half] += score_offset(args, head, rows.score[half], columns.at(0)) + early.start;
   }
   if (!(rows.factor > 0.0f)) {   // it would turn the maximum into the minimum
     jg::scale_logits(s, rows.factor);
+    early.offset[0] *= rows.factor, early.offset[1] *= rows.factor;
   }
   if (partial) {
 #pragma unroll
@@ -317,9 +305,19 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       return mask_tile(args, head, span, low * kTileKv, jg::min(high * kTileKv + kTileKv, static_cast<int>(args.kv_len)) - 1);
     };
     jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::max(-first_row, 0) / 64, span_of, classify);
+    jg::ColumnStarts<kTileKv> initial;   // of the next tile to be copied: read a tile ahead
+    const auto read_initial = [&](int step) {
+      const jg::ColumnCounter columns(kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, static_cast<int>(args.kv_len));
+      initial.read([&](int i) {
+        const jg::Column kv_idx = columns.clamped(i);
+        return score_initial(args, head, score_col(args, head, kv_idx), kv_idx);
+      });
+    };
     const auto load_key = [&](int step, int next) {
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
+      initial.template share<true>(shared.initial(kv.stage));
+      __syncwarp();
       if (!leader) return;
       if (kHasMask) {
         const int flags = next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
@@ -345,6 +343,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     if (step < 0) {
       take_query_tile();
     } else {
+      read_initial(step);
       int next = visible.next();
       load_key(step, next);
       // K runs one tile ahead of V: the product of the next tile can start while this V is on its way.
@@ -353,6 +352,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
         const jg::RingPosition<kNumStages> at = kv;
         const int after = visible.next();
         kv.advance();
+        read_initial(next);
         load_key(next, after);
         load_value(step, at);
         step = next;
@@ -400,12 +400,12 @@ JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
 }
 
 // ---- consumers: 64 query rows per warp group ----
-// S = Q K^T. Both products are only issued here; the callers wait.
+// S += Q K^T. Both products are only issued here; the callers wait.
 JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step)
-    jg::Wgmma<kTileKv>::shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), step != 0);
+    jg::Wgmma<kTileKv>::shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), 1);
   jg::wgmma_commit();
 }
 // O += P V, with P in registers or in shared memory.
@@ -527,13 +527,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       const auto shape = [&](auto at_end) {
         shape_logits<decltype(at_end)::value>(args, head, rows, early, s, first_column(), jg::kind_of(step, group) == kTilePartial);
       };
-      // What can be said of the tile's scores before its logits are there.
-      const auto look_ahead = [&](auto at_end) {
-        // Whoever has passed the turn barrier is done with the table of the tile before.
-        early.table = shared.table(group);
-        const int4 here = jg::load_shared_int4(shared.work(slot.stage));   // the head is made again: it would cost registers
-        share_columns(args, make_head(args, here.z, here.y), early.table, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv);
-        jg::named_sync(kGroupBarrier + group, 128);
+      const auto fill_logits = [&](int stage) {
+        const unsigned first = shared.initial(stage);
+        jg::fill_columns(s, first + 8 * (thread & 3));
+        early.start = __int_as_float(jg::load_shared(first + 4 * kTileKv));
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
@@ -569,15 +566,15 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           continue;
         }
         // A run of visible tiles: the products of a tile overlap with those of the next.
+        fill_logits(kv.stage);
         start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4));
         pass_turn();
-        look_ahead(jg::Constant<1>());
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
         shape(jg::Constant<1>());
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
-        bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
+        bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, early.offset, shift, factor);
         jg::weigh_columns(softmax, s, units, shift);
         if constexpr (Tile::kOutputOverP) await_store();
         keep_weights();
@@ -588,6 +585,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::RingPosition<kNumStages> next = kv;
           next.advance();
           jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
+          fill_logits(next.stage);
           take_turn();
           start_qk(s, q_operand, k_operand + (next.stage * Tile::kKeyBytes >> 4));
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
@@ -597,12 +595,11 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           const int value_stage = kv.stage;
           kv = next;
           step = read_step(kv);
-          look_ahead(jg::Constant<!kDescending>());
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<!kDescending>());
-          moved = jg::may_rise<kSlack>(softmax, s, units, shift) &&
-                  jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
+          moved = jg::may_rise<kSlack>(softmax, s, units, early.offset, shift) &&
+                  jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, early.offset, shift, factor);
           // Waited for before the exponentials, not after: packing and storing P then runs under them, and the other groups
           // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch before it keeps ptxas from moving
           // the wait up to the top of the softmax.)

@@ -199,16 +199,19 @@ struct Early {
   float by_distance[kDistanceRounds];     // what this thread evaluates for all
   float level;                            // the value of row 0 and column 0,
   bool is_flat;                           // which may be that of all
+  bool is_settled;                        // and of all tiles to come
   unsigned table;                         // shared-memory address of values by distance
   float offset[2];                        // what is still to be added to all logits of a row
 };
 
 // Evaluates the score's part of the distance, whose table is of all distances of a group's tile: entry i is that of
 // column - row = i - 63, so that neighbouring columns have neighbouring entries. `first`: the distance of row 0 and column 0.
-JITGEN_FN void weigh_distances(const Args& args, const Head& head, Early& early, int first) {
+// `largest`: that of the last row and column 0 of kv.
+JITGEN_FN void weigh_distances(const Args& args, const Head& head, Early& early, int first, int largest) {
   const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127;
   early.level = score_relative(args, head, first);
   early.is_flat = jg::uniform(score_is_level(args, head, first - (kTileKv - 1), first + 63));
+  early.is_settled = early.is_flat && jg::uniform(score_is_level(args, head, first - (kTileKv - 1), largest));
   if (early.is_flat) return;
 #pragma unroll
   for (int round = 0; round < kDistanceRounds; ++round)
@@ -508,10 +511,11 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       const auto weigh_tile_distances = [&] {
         const int4 here = jg::load_shared_int4(shared.work(slot.stage));
         const int first_q = here.x + group * 64 + static_cast<int>(args.q_offset);
-        weigh_distances(args, make_head(args, here.z, here.y), early, first_q - kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv);
+        weigh_distances(args, make_head(args, here.z, here.y), early, first_q - kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, first_q + 63);
       };
       // What can be said of the tile's scores before its logits are there.
-      const auto look_ahead = [&](auto at_end) {
+      const auto look_ahead = [&](auto at_end, bool is_known) {
+        if (is_known) return;
         if (early.is_flat) {
           early.level = score_level(args, head, early.level);
           return;
@@ -559,7 +563,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4));
         pass_turn();
         weigh_tile_distances();
-        look_ahead(jg::Constant<1>());
+        look_ahead(jg::Constant<1>(), false);
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
         shape(jg::Constant<1>());
@@ -579,14 +583,15 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           take_turn();
           start_qk(s, q_operand, k_operand + (next.stage * Tile::kKeyBytes >> 4));
           step = read_step(next);
-          weigh_tile_distances();   // what it reads of captured tensors arrives while the products are issued
+          const bool is_known = kDescending && early.is_settled;
+          if (!is_known) weigh_tile_distances();   // what it reads of captured tensors arrives while the products are issued
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
           jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
           start_pv(o, p, p_operand, v_operand + (kv.stage * Tile::kValueBytes >> 4));
           pass_turn();
           const int value_stage = kv.stage;
           kv = next;
-          look_ahead(jg::Constant<!kDescending>());
+          look_ahead(jg::Constant<!kDescending>(), is_known);
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<!kDescending>());

@@ -104,11 +104,6 @@ template <int kSlack, int kColTiles>
 JITGEN_FN bool may_rise(const RowSoftmax& state, const float (&s)[kColTiles][4], float units, const float (&offset)[2], float (&shift)[2]) {
   return may_rise_from<kSlack, true>(state, s, units, offset, shift);
 }
-// `shift` as update_maximum would leave it if no logit exceeded the maximum.
-JITGEN_FN void shift_by_maximum(const RowSoftmax& state, float units, float (&shift)[2]) {
-  shift[0] = state.row_max[0] * units, shift[1] = state.row_max[1] * units;
-}
-
 // Logits become weights. All by the exp2 unit: polynomials for some, as other kernels have them, cost more issue slots than
 // the unit is short of (one in eight: 2 to 5 % slower for every head dim, 1 % with a soft cap).
 template <int kColTiles>
