@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from jitgen import ir
 from jitgen.abi import ArgField
-from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_initial, take_offset, take_relative, take_words
+from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_initial, take_offset, take_relative
 from jitgen.emit_load import add_row_word
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis, position_parts
@@ -105,7 +105,6 @@ class VariantSection:
     has_initial: bool
     initial_by_column: bool
     initial_by_steps: bool
-    initial_by_words: bool
     initial_is_relative: bool
     score_is_initial: bool
     score_columns: bool
@@ -158,14 +157,11 @@ def emit_variant(
     if "offset" in early and score is not None and program.norm is None:
         score, offset = take_offset(score)
     ahead = ahead_loads(score, program.slots) if "ahead" in early and score is not None else []
-    by_words = by_column = False
+    by_column = False
     if "initial" in early and score is not None and program.norm is None:
-        score, initial = take_words(score, ahead)
-        by_words = initial is not None
-        if not by_words:
-            score, initial, rows = take_initial(score)
-            by_column = initial is not None and "kv_idx" in initial.deps
-            offset = rows if offset is None else offset if rows is None else ir.make("add", offset, rows)
+        score, initial, rows = take_initial(score)
+        by_column = initial is not None and "kv_idx" in initial.deps
+        offset = rows if offset is None else offset if rows is None else ir.make("add", offset, rows)
     positions = position_parts(mask) if "positions" in early else []
     analysis = emit_mask_analysis(unit, mask, by_positions="positions" in early)
     is_capped = "cap" in early and score is not None and score.op in CAPS and program.norm is None
@@ -188,7 +184,7 @@ def emit_variant(
     )
     columns = BlockText() if initial is not None else score_text.col
     shared = None if relative is not None or "columns" not in early else column_table(columns, mask_text.col)
-    looks_ahead = relative is not None or (bool(ahead) and not by_words) or shared is not None
+    looks_ahead = relative is not None or bool(ahead) or shared is not None
     return VariantSection(
         backend=backend,
         args=capture_fields(unit),
@@ -203,14 +199,13 @@ def emit_variant(
         has_flat=early_text.flat.value != "",
         flat_is_plain=early_text.flat.value == "score" and not early_text.flat.lines,
         flat_is_marked=bool(early_text.marks),
-        has_ahead=bool(ahead) and not by_words,
+        has_ahead=bool(ahead),
         ahead_serves_batch=bool(ahead) and not any("b" in n.deps for n in ahead),
         has_offset=early_text.offset.value != "" or early_text.flat.value != "",
         has_distance_offset=early_text.offset.value != "",
         has_initial=initial is not None,
         initial_by_column=by_column,
-        initial_by_steps=initial is not None and not by_column and not by_words,
-        initial_by_words=by_words,
+        initial_by_steps=initial is not None and not by_column,
         initial_is_relative=rows is not None and by_column,
         score_is_initial=initial is not None and score is ir.index("score"),
         score_columns=shared == "score",

@@ -215,21 +215,6 @@ def take_initial(root: Expr) -> tuple[Expr, Expr | None, Expr | None]:
     return _sum_of(rest), _sum_of(columns), _sum_of(rows) if rows else None
 
 
-def take_words(root: Expr, loads: Sequence[Expr]) -> tuple[Expr, Expr | None]:
-    """``root`` without its terms that only ``loads`` make depend on positions, and those; None where there are none, or ``score``
-    itself is no term."""
-    terms = list(_signed_terms(root, 1))
-    words = [(s, t) for s, t in terms if t.deps >= POSITIONS and not _without_loads(t, loads).deps & _VARYING]
-    rest = [term for term in terms if term not in words]
-    if (1, ir.index("score")) not in terms or not words or any(n in loads for _, t in rest for n in walk(t)):
-        return root, None
-    return _sum_of(rest), _sum_of(words)
-
-
-def _without_loads(root: Expr, loads: Sequence[Expr]) -> Expr:
-    return ir.rebuild(root, lambda n: ir.const(0.0) if n in loads else None)
-
-
 def _signed_terms(node: Expr, sign: int) -> Iterator[tuple[int, Expr]]:
     if node.dtype == "f32" and node.op in ("add", "sub", "neg"):
         for i, arg in enumerate(node.args):

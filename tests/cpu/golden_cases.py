@@ -125,15 +125,19 @@ def soft_cap() -> jitgen.Variant:
 
 
 def relative() -> jitgen.Variant:
-    table = torch.zeros(8, 128)
-    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + table[h, torch.clamp(q_idx - kv_idx, 0, 127)])
+    table, slopes = torch.zeros(8, 128), torch.zeros(8)
+
+    def biased(score, b, h, q_idx, kv_idx):
+        return score + table[h, torch.clamp(q_idx - kv_idx, 0, 127)] + slopes[h] * (kv_idx - q_idx)
+
+    return jitgen.Variant(score_mod=biased)
 
 
 def capped_relative() -> jitgen.Variant:
-    cap, table, dense = 50.0, torch.zeros(8, 128), torch.zeros(8, 512, 512, dtype=torch.float16)
+    cap, table = 50.0, torch.zeros(8, 128)
 
     def biased(score, b, h, q_idx, kv_idx):
-        return cap * torch.tanh((score + dense[h, q_idx, kv_idx]) / cap) + table[h, torch.clamp(torch.abs(q_idx - kv_idx), 0, 127)]
+        return cap * torch.tanh(score / cap) + table[h, torch.clamp(torch.abs(q_idx - kv_idx), 0, 127)]
 
     return jitgen.Variant(score_mod=biased)
 

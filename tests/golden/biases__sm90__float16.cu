@@ -61,7 +61,7 @@ struct Args {
 using Element = jg::float16;
 constexpr int kHeadDim = 128;
 constexpr int kHeadDimV = 128;
-constexpr int kTileQ = 192;
+constexpr int kTileQ = 128;
 constexpr int kTileKv = 128;
 constexpr int kNumStages = 2;
 constexpr bool kHasMask = true;
@@ -73,8 +73,8 @@ struct Head {
   int b, h, kv_h, q_len, kv_len, num_q_heads, num_kv_heads;
   float scale;
   const jg::half16*a2_dense;  // a2_dense[h, :, :]
+  float inv_index_value;  // 1.0 / scale
   float product_h;  // (1.0 / scale) * a0_slopes[h]
-  float inv_index_value2;  // 1.0 / scale
   const float*a1_table;  // a1_table[h, :]
 };
 
@@ -89,9 +89,8 @@ JITGEN_FN Head make_head(const Args& args, int b, int h) {
   head.num_kv_heads = (int)args.num_kv_heads;
   head.scale = (float)args.scale;
   head.a2_dense = args.a2_dense + head.h * args.a2_dense_stride0;
-  const float inv_index_value = 1.0f / head.scale;
-  head.product_h = inv_index_value * jg::load(args.a0_slopes, head.h);
-  head.inv_index_value2 = 1.0f / head.scale;
+  head.inv_index_value = 1.0f / head.scale;
+  head.product_h = head.inv_index_value * jg::load(args.a0_slopes, head.h);
   head.a1_table = args.a1_table + head.h * args.a1_table_stride0;
   return head;
 }
@@ -149,13 +148,15 @@ JITGEN_FN bool score_is_level(const Args& args, const Head& head, int first, int
 
 // Where that part is the same in a whole tile: what is added to all of its scores,
 JITGEN_FN float score_level(const Args& args, const Head& head, float relative) {
-  return head.inv_index_value2 * relative;
+  return head.inv_index_value * relative;
 }
 
 // and the rest.
 JITGEN_FN float score_elem_of_flat(const Args& args, const Head& head, const ScoreRow& row, const ScoreCol& col, float score,
+                                   const ScoreAhead& ahead, int odd,
                                    int q_idx, jg::Column kv_idx) {
-  return score + head.product_h * kv_idx.step;
+  const float product_hqk = head.inv_index_value * ahead.a2_dense.at(odd);
+  return score + product_hqk;
 }
 
 // What is added to all of a row's scores in a tile, whose first column is given; score_elem leaves it out.
@@ -164,14 +165,16 @@ JITGEN_FN float score_offset(const Args& args, const Head& head, const ScoreRow&
 }
 
 JITGEN_FN float score_elem(const Args& args, const Head& head, const ScoreRow& row, const ScoreCol& col, float score,
+                           const ScoreAhead& ahead, int odd,
                            float relative,
                            int q_idx, jg::Column kv_idx) {
-  return score + head.product_h * kv_idx.step + head.inv_index_value2 * relative;
+  const float product_hqk = head.inv_index_value * ahead.a2_dense.at(odd);
+  return score + head.inv_index_value * relative + product_hqk;
 }
 
-// What is added to the scores of two columns.
-JITGEN_FN float score_initial(const Args& args, const Head& head, const ScoreAhead& ahead, int odd) {
-  return head.inv_index_value2 * ahead.a2_dense.at(odd);
+// What is added to all scores of a column, counted from the first of its tile.
+JITGEN_FN float score_initial(const Args& args, const Head& head, const ScoreCol& col, jg::Column kv_idx) {
+  return head.product_h * kv_idx.step;
 }
 
 JITGEN_FN float score_factor(const Args& args, const Head& head) {
@@ -288,29 +291,9 @@ JITGEN_FN Rows make_rows(const Args& args, const Head& head, int first_row) {
   return rows;
 }
 
-// What the logits of a tile begin from.
-template <bool kAtEnd> JITGEN_FN void begin_logits(const Args& args, const Head& head, const Rows& rows, Logits& s, int first_kv, int kv_len) {
-  const int last = kv_len - 1;
-  ScoreAhead ahead[2][kTileKv / 8];
-  const auto read = [&](auto paired) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int j = 0; j < kTileKv / 8; ++j) {
-        const int column = kAtEnd ? jg::min(first_kv + 8 * j, last & ~1) : first_kv;
-        ahead[half][j] = score_ahead<decltype(paired)::value>(args, head, rows.score[half], column, kAtEnd ? 0 : 8 * j, last);
-      }
-  };
-  if (score_is_paired(args)) read(jg::Constant<1>());
-  else read(jg::Constant<0>());
-#pragma unroll
-  for (int j = 0; j < kTileKv / 8; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) s[j][e] = score_initial(args, head, ahead[e / 2][j], e % 2);
-}
-
 constexpr int kDistances = kTileKv + 63, kDistanceRounds = (kDistances + 127) / 128;   // of a group's tile
 struct Early {
+  ScoreAhead ahead[2][kTileKv / 8];       // what the rows of a thread read of captured tensors, at its columns 8 j and 8 j + 1
   float by_distance[kDistanceRounds];     // what this thread evaluates for all
   float level;                            // the value of row 0 and column 0,
   bool is_flat;                           // which may be that of all
@@ -319,14 +302,31 @@ struct Early {
   float offset[2];                        // what is still to be added to all logits of a row
 };
 
+template <bool kAtEnd> JITGEN_FN void read_ahead(const Args& args, const Head& head, const Rows& rows, Early& early, int first_kv, int kv_len) {
+  const int last = kv_len - 1;
+  const auto read = [&](auto paired) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int j = 0; j < kTileKv / 8; ++j) {
+        const int column = kAtEnd ? jg::min(first_kv + 8 * j, last & ~1) : first_kv;
+        early.ahead[half][j] = score_ahead<decltype(paired)::value>(args, head, rows.score[half], column, kAtEnd ? 0 : 8 * j, last);
+      }
+  };
+  if (score_is_paired(args)) read(jg::Constant<1>());
+  else read(jg::Constant<0>());
+}
+
 // Evaluates the score's part of the distance, whose table is of all distances of a group's tile: entry i is that of
 // column - row = i - 63, so that neighbouring columns have neighbouring entries. `first`: the distance of row 0 and column 0.
 // `largest`: that of the last row and column 0 of kv.
 JITGEN_FN void weigh_distances(const Args& args, const Head& head, Early& early, int first, int largest) {
   const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127;
   early.level = score_relative(args, head, first);
-  early.is_flat = jg::uniform(score_is_level(args, head, first - (kTileKv - 1), first + 63));
-  early.is_settled = early.is_flat && jg::uniform(score_is_level(args, head, first - (kTileKv - 1), largest));
+  const int nearest = first - (kTileKv - 1);
+  const int is_level = jg::uniform(score_is_level(args, head, nearest, first + 63) + 2 * score_is_level(args, head, nearest, largest));
+  early.is_flat = is_level & 1;
+  early.is_settled = is_level == 3;
   if (early.is_flat) return;
 #pragma unroll
   for (int round = 0; round < kDistanceRounds; ++round)
@@ -364,6 +364,7 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
     for (int half = 0; half < 2; ++half) {
       float& x = s[j][2 * half + c];
       x = score_elem(args, head, rows.score[half], col, x,
+                     early.ahead[half][j], c,
                      relative[half],
                      rows.q_idx[half], kv_idx);
     }
@@ -379,6 +380,7 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
       for (int half = 0; half < 2; ++half) {
         float& x = s[j][2 * half + c];
         x = score_elem_of_flat(args, head, rows.score[half], col, x,
+                               early.ahead[half][j], c,
                                rows.q_idx[half], kv_idx);
       }
     }
@@ -647,6 +649,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       Logits s;
       Weights p;
       Early early;
+      int foreseen = -1;   // the visiting position that `early` is of
       float factor[2];
       int step, position = 0;
       // What the stage holds; without a mask the consumers count for themselves.
@@ -667,6 +670,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       };
       // What can be said of the tile's scores before its logits are there.
       const auto look_ahead = [&](auto at_end, bool is_known) {
+        if (step >> jg::kStepShift != foreseen)
+          read_ahead<decltype(at_end)::value>(args, head, rows, early, first_column(), static_cast<int>(args.kv_len));
         if (is_known) return;
         if (early.is_flat) {
           early.level = score_level(args, head, early.level);
@@ -678,11 +683,20 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         share_distances(early, early.table);
         jg::named_sync(kGroupBarrier + group, 128);
       };
-      const auto fill_logits = [&](auto at_end) {
-        const int4 here = jg::load_shared_int4(shared.work(slot.stage));   // the rows are made again: they would cost registers
-        const Head again = make_head(args, here.z, here.y);
-        const Rows its = make_rows(args, again, own_row(here.x + group * 64));
-        begin_logits<decltype(at_end)::value>(args, again, its, s, first_column(), static_cast<int>(args.kv_len));
+      // Once the words of a tile are used, those of the tile that follows it in most masks are read: before its product begins.
+      const auto look_further = [&] {
+        foreseen = (step >> jg::kStepShift) + 1;
+        if (jg::is_next_skipped(step, group)) return;
+        const int first_kv = kv_tile(foreseen, num_tiles) * kTileKv + 2 * (thread & 3);
+        read_ahead<!kDescending>(args, head, rows, early, first_kv, static_cast<int>(args.kv_len));
+      };
+      const auto fill_logits = [&] {
+        const float each = jg::stay(score_initial(args, head, ScoreCol(), jg::ColumnCounter(0, 0).at(1)));   // multiplied anew: registers are short
+#pragma unroll
+        for (int column = 0; column < kTileKv / 4; ++column) {
+          const int j = column / 2, c = column % 2;
+          s[j][c] = jg::stay(each * (8 * j + c)), s[j][2 + c] = jg::stay(s[j][c]);   // before the product: no copies behind its fence
+        }
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
@@ -718,7 +732,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           continue;
         }
         // A run of visible tiles: the products of a tile overlap with those of the next.
-        fill_logits(jg::Constant<1>());
+        fill_logits();
         start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4));
         pass_turn();
         weigh_tile_distances();
@@ -726,6 +740,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
         shape(jg::Constant<1>());
+        look_further();
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, early.offset, shift, factor);
@@ -739,10 +754,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::RingPosition<kNumStages> next = kv;
           next.advance();
           jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
-          step = read_step(next);
-          fill_logits(jg::Constant<!kDescending>());
+          fill_logits();
           take_turn();
           start_qk(s, q_operand, k_operand + (next.stage * Tile::kKeyBytes >> 4));
+          step = read_step(next);
           const bool is_known = kDescending && early.is_settled;
           if (!is_known) weigh_tile_distances();   // what it reads of captured tensors arrives while the products are issued
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
@@ -755,6 +770,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<!kDescending>());
+          look_further();
           moved = jg::may_rise<kSlack>(softmax, s, units, early.offset, shift) &&
                   jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, early.offset, shift, factor);
           // Waited for before the exponentials, not after: packing and storing P then runs under them, and the other groups

@@ -54,8 +54,8 @@ struct Args {
 using Element = jg::bfloat16;
 constexpr int kHeadDim = 128;
 constexpr int kHeadDimV = 128;
-constexpr int kTileQ = 192;
-constexpr int kTileKv = 128;
+constexpr int kTileQ = 128;
+constexpr int kTileKv = 96;
 constexpr int kNumStages = 2;
 constexpr bool kHasMask = false;
 
@@ -118,13 +118,9 @@ template <bool kPaired> JITGEN_FN ScoreAhead score_ahead(const Args& args, const
 }
 
 JITGEN_FN float score_elem(const Args& args, const Head& head, const ScoreRow& row, const ScoreCol& col, float score,
+                           const ScoreAhead& ahead, int odd,
                            int q_idx, jg::Column kv_idx) {
-  return score;
-}
-
-// What is added to the scores of two columns.
-JITGEN_FN float score_initial(const Args& args, const Head& head, const ScoreAhead& ahead, int odd) {
-  return head.inv_index_value * ahead.a0_dense.at(odd);
+  return score + head.inv_index_value * ahead.a0_dense.at(odd);
 }
 
 JITGEN_FN float score_factor(const Args& args, const Head& head) {
@@ -197,32 +193,43 @@ JITGEN_FN Rows make_rows(const Args& args, const Head& head, int first_row) {
   return rows;
 }
 
-// What the logits of a tile begin from.
-template <bool kAtEnd> JITGEN_FN void begin_logits(const Args& args, const Head& head, const Rows& rows, Logits& s, int first_kv, int kv_len) {
+struct Early {
+  ScoreAhead ahead[2][kTileKv / 8];       // what the rows of a thread read of captured tensors, at its columns 8 j and 8 j + 1
+};
+
+template <bool kAtEnd> JITGEN_FN void read_ahead(const Args& args, const Head& head, const Rows& rows, Early& early, int first_kv, int kv_len) {
   const int last = kv_len - 1;
-  ScoreAhead ahead[2][kTileKv / 8];
   const auto read = [&](auto paired) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int j = 0; j < kTileKv / 8; ++j) {
         const int column = kAtEnd ? jg::min(first_kv + 8 * j, last & ~1) : first_kv;
-        ahead[half][j] = score_ahead<decltype(paired)::value>(args, head, rows.score[half], column, kAtEnd ? 0 : 8 * j, last);
+        early.ahead[half][j] = score_ahead<decltype(paired)::value>(args, head, rows.score[half], column, kAtEnd ? 0 : 8 * j, last);
       }
   };
   if (score_is_paired(args)) read(jg::Constant<1>());
   else read(jg::Constant<0>());
-#pragma unroll
-  for (int j = 0; j < kTileKv / 8; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) s[j][e] = score_initial(args, head, ahead[e / 2][j], e % 2);
 }
 
 // Scores and masks one KV tile; `first_kv` is the column of element 0. kAtEnd: the tile may reach past kv_len.
 template <bool kAtEnd>
-JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows, Logits& s, int first_kv, bool partial) {
+JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows, Early& early, Logits& s, int first_kv, bool partial) {
   const int kv_len = static_cast<int>(args.kv_len);
   const jg::ColumnCounter columns(first_kv, kv_len);
+#pragma unroll
+  for (int column = 0; column < kTileKv / 4; ++column) {
+    const int j = column / 2, c = column % 2;
+    const jg::Column kv_idx = kAtEnd ? columns.clamped(8 * j + c) : columns.at(8 * j + c);
+    const ScoreCol col = score_col(args, head, kv_idx);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& x = s[j][2 * half + c];
+      x = score_elem(args, head, rows.score[half], col, x,
+                     early.ahead[half][j], c,
+                     rows.q_idx[half], kv_idx);
+    }
+  }
   if (!(rows.factor > 0.0f)) {   // it would turn the maximum into the minimum
     jg::scale_logits(s, rows.factor);
   }
@@ -344,12 +351,12 @@ JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
 }
 
 // ---- consumers: 64 query rows per warp group ----
-// S += Q K^T. Both products are only issued here; the callers wait.
+// S = Q K^T. Both products are only issued here; the callers wait.
 JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step)
-    jg::Wgmma<kTileKv>::shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), 1);
+    jg::Wgmma<kTileKv>::shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), step != 0);
   jg::wgmma_commit();
 }
 // O += P V, with P in registers or in shared memory.
@@ -458,6 +465,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     if (kind == jg::kWorkTile) {
       Logits s;
       Weights p;
+      Early early;
+      int foreseen = -1;   // the visiting position that `early` is of
       float factor[2];
       int step, position = 0;
       // What the stage holds; without a mask the consumers count for themselves.
@@ -468,13 +477,19 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       };
       const auto first_column = [&] { return kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + 2 * (thread & 3); };
       const auto shape = [&](auto at_end) {
-        shape_logits<decltype(at_end)::value>(args, head, rows, s, first_column(), jg::kind_of(step, group) == kTilePartial);
+        shape_logits<decltype(at_end)::value>(args, head, rows, early, s, first_column(), jg::kind_of(step, group) == kTilePartial);
       };
-      const auto fill_logits = [&](auto at_end) {
-        const int4 here = jg::load_shared_int4(shared.work(slot.stage));   // the rows are made again: they would cost registers
-        const Head again = make_head(args, here.z, here.y);
-        const Rows its = make_rows(args, again, own_row(here.x + group * 64));
-        begin_logits<decltype(at_end)::value>(args, again, its, s, first_column(), static_cast<int>(args.kv_len));
+      // What can be said of the tile's scores before its logits are there.
+      const auto look_ahead = [&](auto at_end) {
+        if (step >> jg::kStepShift != foreseen)
+          read_ahead<decltype(at_end)::value>(args, head, rows, early, first_column(), static_cast<int>(args.kv_len));
+      };
+      // Once the words of a tile are used, those of the tile that follows it in most masks are read: before its product begins.
+      const auto look_further = [&] {
+        foreseen = (step >> jg::kStepShift) + 1;
+        if (jg::is_next_skipped(step, group)) return;
+        const int first_kv = kv_tile(foreseen, num_tiles) * kTileKv + 2 * (thread & 3);
+        read_ahead<!kDescending>(args, head, rows, early, first_kv, static_cast<int>(args.kv_len));
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
@@ -510,12 +525,13 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           continue;
         }
         // A run of visible tiles: the products of a tile overlap with those of the next.
-        fill_logits(jg::Constant<1>());
         start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4));
         pass_turn();
+        look_ahead(jg::Constant<1>());
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
         shape(jg::Constant<1>());
+        look_further();
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
@@ -529,8 +545,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::RingPosition<kNumStages> next = kv;
           next.advance();
           jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
-          step = read_step(next);
-          fill_logits(jg::Constant<!kDescending>());
           take_turn();
           start_qk(s, q_operand, k_operand + (next.stage * Tile::kKeyBytes >> 4));
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
@@ -539,9 +553,12 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           pass_turn();
           const int value_stage = kv.stage;
           kv = next;
+          step = read_step(kv);
+          look_ahead(jg::Constant<!kDescending>());
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<!kDescending>());
+          look_further();
           moved = jg::may_rise<kSlack>(softmax, s, units, shift) &&
                   jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
           // Waited for before the exponentials, not after: packing and storing P then runs under them, and the other groups
