@@ -7,11 +7,12 @@
 - *ahead*: an element of a captured tensor that is contiguous along kv_idx, such as a dense bias. Two neighbouring columns are
   read as one word, and their latency passes under the product.
 - *cap*: a tanh around the whole score. The template bends a tile at once, and by a polynomial where all of it is far from the
-  cap: the unit that knows tanh has the exponentials to compute.
-- *initial*: terms that kv_idx alone determines, such as a bias per key. They are what the product begins from, and cost an
-  element no instruction; terms of the row alone join the offset.
+  cap: the unit that knows tanh has the exponentials to compute. What all of a tile is multiplied by goes into its coefficients.
 - *offset*: a multiple of the distance, as in ALiBi. Up to the first column of a tile it is the same for a whole row of the tile
-  and joins the row's maximum; what is left is one fused multiply-add an element.
+  and joins the row's maximum.
+- *initial*: what the product begins from. Terms that kv_idx alone determines, such as a bias per key, are evaluated by the warp
+  that copies keys, once for all rows of a CTA; terms of the row alone then join the offset. So do steps from the first column,
+  what is left of a multiple of the distance.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _AFFINE = frozenset(("index", "lin", "cast", "add", "sub", "mul", "neg"))
 
 def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str]:
     """What of the above the sm90 kernel of a program does."""
-    parts = {"relative", "cap", "offset", "initial"} if layout == "dense" else {"offset"}  # rows of the others are heads as well
+    # rows of other layouts are heads as well
+    parts = {"relative", "cap", "offset", "initial"} if layout == "dense" else {"offset"}
     if layout == "dense" and head_dim_v < 256:  # whose descriptors take the uniform registers
         parts.add("columns")
     words = 0 if program.score is None else ahead_words(ahead_loads(program.score, program.slots), program.slots)
@@ -202,7 +204,7 @@ _VARYING = frozenset(("q_idx", "kv_idx", "score", "relative", "step"))
 
 
 def take_initial(root: Expr) -> tuple[Expr, Expr | None, Expr | None]:
-    """``root`` without its terms of the column alone and of the row alone, the former, and the latter; None where there are none.
+    """``root`` without its terms of the column alone and of the row alone; the former; the latter. None where there are none.
 
     All stay where ``score`` itself is no term.
     """

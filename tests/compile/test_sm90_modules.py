@@ -116,7 +116,6 @@ MODULES = [
     (alibi, "float16", 256, 256),
     (clipped_bias, "bfloat16", 128, 128),
     (dense_bias, "bfloat16", 128, 128),
-    (dense_bias, "bfloat16", 256, 256),
     (key_bias, "bfloat16", 128, 128),
     (key_bias, "float16", 256, 256),
     (sorted_documents, "bfloat16", 128, 128),
