@@ -105,7 +105,6 @@ class VariantSection:
     has_initial: bool
     initial_by_column: bool
     initial_by_steps: bool
-    initial_is_relative: bool
     score_is_initial: bool
     score_columns: bool
     mask_columns: bool
@@ -161,6 +160,8 @@ def emit_variant(
     if "initial" in early and score is not None and program.norm is None:
         score, initial, rows = take_initial(score)
         by_column = initial is not None and "kv_idx" in initial.deps
+        if by_column:  # they are counted from the tile's first, which the offset has
+            rows = ir.const(0.0) if rows is None else rows
         offset = rows if offset is None else offset if rows is None else ir.make("add", offset, rows)
     positions = position_parts(mask) if "positions" in early else []
     analysis = emit_mask_analysis(unit, mask, by_positions="positions" in early)
@@ -206,7 +207,6 @@ def emit_variant(
         has_initial=initial is not None,
         initial_by_column=by_column,
         initial_by_steps=initial is not None and not by_column,
-        initial_is_relative=rows is not None and by_column,
         score_is_initial=initial is not None and score is ir.index("score"),
         score_columns=shared == "score",
         mask_columns=shared == "mask",

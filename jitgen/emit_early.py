@@ -206,11 +206,12 @@ _VARYING = frozenset(("q_idx", "kv_idx", "score", "relative", "step"))
 def take_initial(root: Expr) -> tuple[Expr, Expr | None, Expr | None]:
     """``root`` without its terms of the column alone and of the row alone; the former; the latter. None where there are none.
 
-    All stay where ``score`` itself is no term.
+    All stay where ``score`` occurs otherwise than as one term.
     """
     terms = list(_signed_terms(root, 1))
+    scores = [(s, t) for s, t in terms if "score" in t.deps]
     columns = [(s, t) for s, t in terms if t.deps & _VARYING in ({"step"}, {"kv_idx"})]
-    if (1, ir.index("score")) not in terms or not columns:
+    if scores != [(1, ir.index("score"))] or not columns:
         return root, None, None
     rows = [(s, t) for s, t in terms if t.deps & _VARYING <= {"q_idx"}]
     rest = [term for term in terms if term not in columns and term not in rows]

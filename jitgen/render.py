@@ -84,7 +84,6 @@ class KernelContext:
     has_initial: bool
     initial_by_column: bool
     initial_by_steps: bool
-    initial_is_relative: bool
     score_is_initial: bool
     has_ahead: bool
     ahead_serves_batch: bool

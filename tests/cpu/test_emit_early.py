@@ -142,6 +142,8 @@ def test_terms_of_columns_and_rows_add_up_to_the_score(score_mod, has_rows):
     "score_mod",
     [
         lambda s, b, h, q_idx, kv_idx: s * 2.0 + KEYS[h, kv_idx],  # the product is not what S holds
+        lambda s, b, h, q_idx, kv_idx: s + torch.sigmoid(s) + KEYS[h, kv_idx],
+        lambda s, b, h, q_idx, kv_idx: s + KEYS[h, kv_idx] + s,
         lambda s, b, h, q_idx, kv_idx: torch.tanh(s + KEYS[h, kv_idx]),
         lambda s, b, h, q_idx, kv_idx: s + KEYS[h, q_idx],
         lambda s, b, h, q_idx, kv_idx: s + KEYS[h, kv_idx] * GATES[h, q_idx],

@@ -162,7 +162,7 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
 }
 
 // ---- geometry ----
-constexpr int kInitialBytes = (kTileKv + 4) * 4;   // of a stage: what S begins from, by column; behind it what was taken off
+constexpr int kInitialBytes = (kTileKv + 4) * 4;   // of a stage: what S begins from, by column; behind it what was taken off all
 using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, kHasMask, kInitialBytes * kNumStages>;
 using Control = jg::ControlBlock<kNumStages>;
 using KeyTile = jg::SpanTile<kHeadDim>;
@@ -316,7 +316,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     const auto load_key = [&](int step, int next) {
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
-      initial.template share<true>(shared.initial(kv.stage));
+      initial.share(shared.initial(kv.stage));
       __syncwarp();
       if (!leader) return;
       if (kHasMask) {

@@ -103,6 +103,11 @@ JITGEN_FN ScoreCol score_col(const Args& args, const Head& head, jg::Column kv_i
   return col;
 }
 
+// What is added to all of a row's scores in a tile, whose first column is given; score_elem leaves it out.
+JITGEN_FN float score_offset(const Args& args, const Head& head, const ScoreRow& row, jg::Column kv_idx) {
+  return 0.0f;
+}
+
 JITGEN_FN float score_elem(const Args& args, const Head& head, const ScoreRow& row, const ScoreCol& col, float score,
                            int q_idx, jg::Column kv_idx) {
   return score;
@@ -164,7 +169,7 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
 }
 
 // ---- geometry ----
-constexpr int kInitialBytes = (kTileKv + 4) * 4;   // of a stage: what S begins from, by column; behind it what was taken off
+constexpr int kInitialBytes = (kTileKv + 4) * 4;   // of a stage: what S begins from, by column; behind it what was taken off all
 constexpr int kTableBytes = kTileKv * 4;   // of a warp group: values by column
 using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, kHasMask, kTableBytes * (kTileQ / 64) + kInitialBytes * kNumStages>;
 using Control = jg::ControlBlock<kNumStages>;
@@ -237,6 +242,8 @@ JITGEN_FN Rows make_rows(const Args& args, const Head& head, int first_row) {
 
 struct Early {
   unsigned table;                         // shared-memory address of values by column
+  float start;                            // what S lacks of what its columns add
+  float offset[2];                        // what is still to be added to all logits of a row
 };
 
 using SharedColumn = MaskCol;
@@ -261,8 +268,14 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
   const int kv_len = static_cast<int>(args.kv_len);
   const jg::ColumnCounter columns(first_kv, kv_len);
   const unsigned own_columns = early.table + 8 * (jg::stay(static_cast<int>(threadIdx.x)) & 3);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    early.offset[half] = 0.0f;
+    early.offset[half] += score_offset(args, head, rows.score[half], columns.at(0)) + early.start;
+  }
   if (!(rows.factor > 0.0f)) {   // it would turn the maximum into the minimum
     jg::scale_logits(s, rows.factor);
+    early.offset[0] *= rows.factor, early.offset[1] *= rows.factor;
   }
   if (partial) {
 #pragma unroll
@@ -330,7 +343,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     const auto load_key = [&](int step, int next) {
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
-      initial.template share<false>(shared.initial(kv.stage));
+      initial.share(shared.initial(kv.stage));
       __syncwarp();
       if (!leader) return;
       if (kHasMask) {
@@ -553,6 +566,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       const auto fill_logits = [&](int stage) {
         const unsigned first = shared.initial(stage);
         jg::fill_columns(s, first + 8 * (thread & 3));
+        early.start = __int_as_float(jg::load_shared(first + 4 * kTileKv));
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
@@ -597,7 +611,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         shape(jg::Constant<1>());
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
-        bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
+        bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, early.offset, shift, factor);
         jg::weigh_columns(softmax, s, units, shift);
         if constexpr (Tile::kOutputOverP) await_store();
         keep_weights();
@@ -622,8 +636,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<!kDescending>());
-          moved = jg::may_rise<kSlack>(softmax, s, units, shift) &&
-                  jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
+          moved = jg::may_rise<kSlack>(softmax, s, units, early.offset, shift) &&
+                  jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, early.offset, shift, factor);
           // Waited for before the exponentials, not after: packing and storing P then runs under them, and the other groups
           // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch before it keeps ptxas from moving
           // the wait up to the top of the softmax.)

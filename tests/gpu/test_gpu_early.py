@@ -104,6 +104,12 @@ def key_bias_alibi(kv_len):
     return jitgen.Variant(score_mod=score)
 
 
+def positions(kv_len):
+    """A bias that grows with the key's position, without a term of the row."""
+    slopes = torch.rand(HEADS, device="cuda") * 0.5
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + slopes[h] * kv_idx, mask_mod=causal)
+
+
 def steep(kv_len):
     """ALiBi turned round: every tile that is visited later exceeds those before by far."""
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + 0.25 * (q_idx - kv_idx), mask_mod=causal)
@@ -131,6 +137,7 @@ VARIANTS = {
     "key_bias": key_bias,
     "key_bias_bf16": key_bias,
     "key_bias_alibi": key_bias_alibi,
+    "positions": positions,
     "steep": steep,
     "documents": documents,
 }

@@ -208,15 +208,15 @@ template <int kColumns> struct ColumnStarts {
 #pragma unroll
     for (int base = 0; base < kColumns; base += 32) value[base / 32] = evaluate(base + lane);
   }
-  // kRelative: without that of the first column, which follows the others: what is added to rows in exchange is as large as that,
-  // and logits would lose the bits of their difference.
-  template <bool kRelative> JITGEN_FN void share(unsigned address) const {
+  // All without that of the first column, which follows them: it may be large, as sums of gates are, and S is to keep the bits of
+  // the products.
+  JITGEN_FN void share(unsigned address) const {
     const int lane = threadIdx.x & 31;
-    const float first = kRelative ? __shfl_sync(0xffffffffu, value[0], 0) : 0.0f, start = ::fabsf(first) < INFINITY ? first : 0.0f;
+    const float first = __shfl_sync(0xffffffffu, value[0], 0), start = ::fabsf(first) < INFINITY ? first : 0.0f;
 #pragma unroll
     for (int base = 0; base < kColumns; base += 32)
       store_shared_if(base + lane < kColumns, address + 4 * (base + lane), __float_as_int(value[base / 32] - start));
-    if (kRelative) store_shared_if(lane == 0, address + 4 * kColumns, __float_as_int(start));
+    store_shared_if(lane == 0, address + 4 * kColumns, __float_as_int(start));
   }
 };
 // A tile of them in a consumer: `address` is that of its first column.
