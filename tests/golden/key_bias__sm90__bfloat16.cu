@@ -332,7 +332,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       return mask_tile(args, head, span, low * kTileKv, jg::min(high * kTileKv + kTileKv, static_cast<int>(args.kv_len)) - 1);
     };
     jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::max(-first_row, 0) / 64, span_of, classify);
-    jg::ColumnStarts<kTileKv> initial;   // of the next tile to be copied: read a tile ahead
+    jg::ColumnStarts<kTileKv> initial;   // of the tile to be copied next
     const auto read_initial = [&](int step) {
       const jg::ColumnCounter columns(kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, static_cast<int>(args.kv_len));
       initial.read([&](int i) {
