@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from jitgen import ir
 from jitgen.abi import ArgField
 from jitgen.emit_bits import BitsMask, mask_by_bits, print_bits, search_text
-from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_offset, take_relative
+from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_initial, take_offset, take_relative
 from jitgen.emit_load import add_row_word
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis, position_parts
@@ -57,6 +57,8 @@ class EarlyText:
     ahead: BlockText = BlockText()
     paired: str = ""  # condition under which neighbouring columns may be read as one word
     offset: HookText = HookText()  # over the first column of a tile
+    cap_scale: HookText = HookText()  # what tanh is given is the score hook's value times this
+    initial: HookText = HookText()  # over the values of a column
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,10 @@ class VariantSection:
     ahead_serves_batch: bool
     has_offset: bool
     has_distance_offset: bool
+    has_initial: bool
+    initial_by_column: bool
+    initial_by_steps: bool
+    score_is_initial: bool
     score_columns: bool
     mask_columns: bool
     looks_ahead: bool
@@ -137,8 +143,9 @@ def emit_variant(
 
     With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
     both multiplications then join others, and a soft cap costs one of them an element instead of three.
-    ``early`` names what of a score the template takes over (emit_early.py): 'relative', 'columns', 'ahead', 'cap', 'offset';
-    'positions' where it tells tiles whose mask positions decide alone, and 'bits' where it masks by bits (emit_bits.py).
+    ``early`` names what of a score the template takes over (emit_early.py): 'relative', 'columns', 'ahead', 'cap', 'initial',
+    'offset'; 'positions' where it tells tiles whose mask positions decide alone, and 'bits' where it masks by bits
+    (emit_bits.py).
 
     Errors:  UnsupportedVariant when an operation has no meaning where the program uses it.
     """
@@ -146,19 +153,26 @@ def emit_variant(
     score = program.score if program.score is not ir.index("score") else None
     mask = program.mask if program.mask is not ir.TRUE else None
     norm = emit_norm(unit, program.norm)
-    factor = relative = offset = None
+    factor = relative = offset = initial = rows = None
     if "relative" in early and score is not None:
         score, relative = take_relative(score)
     if raw_scores and score is not None:
         score, factor = _raw_score(score, keep_units=program.norm is not None)
     if "offset" in early and score is not None and program.norm is None:
         score, offset = take_offset(score)
+    ahead = ahead_loads(score, program.slots) if "ahead" in early and score is not None else []
+    by_column = False
+    if "initial" in early and score is not None and program.norm is None:
+        score, initial, rows = take_initial(score)
+        by_column = initial is not None and "kv_idx" in initial.deps
+        if by_column:  # they are counted from the tile's first, which the offset has
+            rows = ir.const(0.0) if rows is None else rows
+        offset = rows if offset is None else offset if rows is None else ir.make("add", offset, rows)
     positions = position_parts(mask) if "positions" in early else []
     analysis = emit_mask_analysis(unit, mask, by_positions="positions" in early)
-    ahead = ahead_loads(score, program.slots) if "ahead" in early and score is not None else []
-    is_capped = "cap" in early and score is not None and score.op in CAPS
+    is_capped = "cap" in early and score is not None and score.op in CAPS and program.norm is None
     score_text, early_text = _emit_score(
-        unit, score, relative, ahead, offset, keep_units=program.norm is not None, is_capped=is_capped
+        unit, score, relative, ahead, offset, initial, keep_units=program.norm is not None, is_capped=is_capped
     )
     factor_text = _emit_value(unit, factor, {})
     bits = mask_by_bits(program) if "bits" in early and mask is not None else None
@@ -176,7 +190,8 @@ def emit_variant(
         lse=_emit_value(unit, program.lse, {"q_idx": "elem", "lse": "elem"}),
         output=emit_output(unit, program.output),
     )
-    shared = None if relative is not None or "columns" not in early else column_table(score_text.col, mask_text.col)
+    columns = BlockText() if initial is not None else score_text.col
+    shared = None if relative is not None or "columns" not in early else column_table(columns, mask_text.col)
     looks_ahead = relative is not None or bool(ahead) or shared is not None
     return VariantSection(
         backend=backend,
@@ -196,6 +211,10 @@ def emit_variant(
         ahead_serves_batch=bool(ahead) and not any("b" in n.deps for n in ahead),
         has_offset=early_text.offset.value != "" or early_text.flat.value != "",
         has_distance_offset=early_text.offset.value != "",
+        has_initial=initial is not None,
+        initial_by_column=by_column,
+        initial_by_steps=initial is not None and not by_column,
+        score_is_initial=initial is not None and score is ir.index("score"),
         score_columns=shared == "score",
         mask_columns=shared == "mask",
         looks_ahead=looks_ahead,
@@ -308,6 +327,7 @@ def _emit_score(
     relative: Expr | None,
     ahead: list[Expr],
     offset: Expr | None,
+    initial: Expr | None,
     *,
     keep_units: bool,
     is_capped: bool,
@@ -318,14 +338,15 @@ def _emit_score(
     root = split_floats(root, _level)
     flat = drop_relative(root) if relative is not None and not keep_units else None
     rest, level = flat if flat is not None and flat[0] is not None else (None, None)
+    cap_scale = None
     if is_capped:
-        root = root.args[0]
-    low = _element_lowering(unit, [x for x in (root, offset, rest) if x is not None])
+        root, cap_scale = outer_factor(root.args[0], _level)
+    low = _element_lowering(unit, [x for x in (root, offset, rest, initial) if x is not None])
     words = Block("elem", "ahead.", taken={"args", "head", "row", "kv_idx", "step", "last"})
     paired = " & ".join(dict.fromkeys(add_row_word(low, node, words) for node in ahead))
     score = _hook_text(low, root)
     others = []
-    for other in (rest, offset):
+    for other in (rest, offset, initial):
         low.blocks["elem"] = Block("elem", taken=set(ELEMENT_NAMES))
         others.append(HookText() if other is None else _hook_text(low, other))
     score = HookText(_block_text(low.blocks["row"]), _block_text(low.blocks["col"]), score.lines, score.value)
@@ -333,7 +354,11 @@ def _emit_score(
     level_text = _emit_value(unit, level, {"relative": "elem"})
     marks = level_marks(relative) if flat is not None and relative is not None else None
     mark_texts = tuple(_emit_value(unit, mark, {"distance": "elem"}) for mark in marks or ())
-    return score, EarlyText(by_distance, others[0], level_text, mark_texts, _block_text(words), paired, others[1])
+    cap_text = _emit_value(unit, cap_scale, {})
+    flat_text, offset_text, initial_text = others
+    return score, EarlyText(
+        by_distance, flat_text, level_text, mark_texts, _block_text(words), paired, offset_text, cap_text, initial_text
+    )
 
 
 def _emit_value(unit: Unit, root: Expr | None, levels: dict[str, str]) -> HookText:

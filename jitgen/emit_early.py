@@ -7,9 +7,12 @@
 - *ahead*: an element of a captured tensor that is contiguous along kv_idx, such as a dense bias. Two neighbouring columns are
   read as one word, and their latency passes under the product.
 - *cap*: a tanh around the whole score. The template bends a tile at once, and by a polynomial where all of it is far from the
-  cap: the unit that knows tanh has the exponentials to compute.
+  cap: the unit that knows tanh has the exponentials to compute. What all of a tile is multiplied by goes into its coefficients.
 - *offset*: a multiple of the distance, as in ALiBi. Up to the first column of a tile it is the same for a whole row of the tile
-  and joins the row's maximum; what is left is one fused multiply-add an element.
+  and joins the row's maximum.
+- *initial*: what the product begins from. Terms that kv_idx alone determines, such as a bias per key, are evaluated by the warp
+  that copies keys, once for all rows of a CTA; terms of the row alone then join the offset. So do steps from the first column,
+  what is left of a multiple of the distance.
 - *bits* is for masks: they are applied to all columns of a thread at once (emit_bits.py), and with *positions* tiles are told
   apart in which positions decide alone.
 """
@@ -31,7 +34,8 @@ _AFFINE = frozenset(("index", "lin", "cast", "add", "sub", "mul", "neg"))
 
 def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str]:
     """What of the above the sm90 kernel of a program does."""
-    parts = {"relative", "cap", "offset"} if layout == "dense" else {"offset"}  # rows of the others are heads as well
+    # rows of other layouts are heads as well
+    parts = {"relative", "cap", "offset", "initial"} if layout == "dense" else {"offset"}
     if layout == "dense" and head_dim_v < 256:  # whose descriptors take the uniform registers
         parts.add("columns")
     if layout == "dense" and mask_by_bits(program) is not None:
@@ -196,6 +200,43 @@ def _is_row_load(node: Expr, slot: Slot) -> bool:
     if slot.dtype not in PAIRED_DTYPES or len(dims) != 1 or "q_idx" not in node.deps:
         return False
     return node.args[dims[0]] is _KV and slot.layout[dims[0]] == "c"
+
+
+# ---- terms of columns and of rows -------------------------------------------------------------------------------------------
+
+
+_VARYING = frozenset(("q_idx", "kv_idx", "score", "relative", "step"))
+
+
+def take_initial(root: Expr) -> tuple[Expr, Expr | None, Expr | None]:
+    """``root`` without its terms of the column alone and of the row alone; the former; the latter. None where there are none.
+
+    All stay where ``score`` occurs otherwise than as one term.
+    """
+    terms = list(_signed_terms(root, 1))
+    scores = [(s, t) for s, t in terms if "score" in t.deps]
+    columns = [(s, t) for s, t in terms if t.deps & _VARYING in ({"step"}, {"kv_idx"})]
+    if scores != [(1, ir.index("score"))] or not columns:
+        return root, None, None
+    rows = [(s, t) for s, t in terms if t.deps & _VARYING <= {"q_idx"}]
+    rest = [term for term in terms if term not in columns and term not in rows]
+    return _sum_of(rest), _sum_of(columns), _sum_of(rows) if rows else None
+
+
+def _signed_terms(node: Expr, sign: int) -> Iterator[tuple[int, Expr]]:
+    if node.dtype == "f32" and node.op in ("add", "sub", "neg"):
+        for i, arg in enumerate(node.args):
+            yield from _signed_terms(arg, -sign if node.op == "neg" or (node.op == "sub" and i == 1) else sign)
+    else:
+        yield sign, node
+
+
+def _sum_of(terms: list[tuple[int, Expr]]) -> Expr:
+    (sign, total), *others = sorted(terms, key=lambda term: -term[0])  # a positive one first
+    total = total if sign > 0 else ir.make("neg", total)
+    for sign, term in others:
+        total = ir.make("add" if sign > 0 else "sub", total, term)
+    return total
 
 
 # ---- multiples of the distance ----------------------------------------------------------------------------------------------

@@ -82,6 +82,10 @@ class KernelContext:
     flat_is_plain: bool
     flat_is_marked: bool
     has_distance_offset: bool
+    has_initial: bool
+    initial_by_column: bool
+    initial_by_steps: bool
+    score_is_initial: bool
     has_ahead: bool
     ahead_serves_batch: bool
     has_offset: bool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jitgen.emit_early import POSITIONS, ahead_loads, ahead_words, early_parts, take_relative
+from jitgen.emit_early import POSITIONS, ahead_loads, ahead_words, early_parts, take_initial, take_relative
 from jitgen.ir import walk
 from jitgen.program import Program
 from jitgen.spec import Tiles
@@ -53,6 +53,8 @@ def hook_weight(program: Program, layout: str, head_dim_v: int) -> int:
     early, score = early_parts(program, layout, head_dim_v), program.score
     if score is not None and "relative" in early:
         score, _ = take_relative(score)
+    if score is not None and "initial" in early:
+        score, _, _ = take_initial(score)
     gathers = [n for n in walk(score) if n.op == "load" and "kv_idx" in n.deps]
     ahead = ahead_loads(score, program.slots) if score is not None and "ahead" in early else []
     others = [n for n in gathers if n not in ahead]

@@ -159,6 +159,15 @@ def build_relative_bias(cell: Cell, device: str) -> Hooks:
     return Hooks(relative_bias, causal, is_causal=True)
 
 
+def build_key_bias(cell: Cell, device: str) -> Hooks:
+    bias = torch.randn(cell.num_q_heads, cell.length, generator=torch.Generator().manual_seed(3)).to(device)
+
+    def key_bias(score, b, h, q_idx, kv_idx):  # type: ignore[no-untyped-def]
+        return score + bias[h, kv_idx]
+
+    return Hooks(key_bias, causal, is_causal=True)
+
+
 def build_dense_bias(cell: Cell, device: str) -> Hooks:
     bias = torch.randn(cell.num_q_heads, cell.length, cell.length, device=device, dtype=getattr(torch, cell.dtype))
 
@@ -177,6 +186,7 @@ VARIANTS: dict[str, Callable[[Cell, str], Hooks]] = {
     "document": build_document,  # causal inside documents of mixed lengths
     "sink": build_sink,  # one learned logit per head, causal
     "relative_bias": build_relative_bias,  # T5-like: a table indexed by clipped distance, causal
+    "key_bias": build_key_bias,  # one number per head and key, causal
     "dense_bias": build_dense_bias,  # one number per head, query and key, causal
 }
 

@@ -125,8 +125,12 @@ def soft_cap() -> jitgen.Variant:
 
 
 def relative() -> jitgen.Variant:
-    table = torch.zeros(8, 128)
-    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + table[h, torch.clamp(q_idx - kv_idx, 0, 127)])
+    table, slopes = torch.zeros(8, 128), torch.zeros(8)
+
+    def biased(score, b, h, q_idx, kv_idx):
+        return score + table[h, torch.clamp(q_idx - kv_idx, 0, 127)] + slopes[h] * (kv_idx - q_idx)
+
+    return jitgen.Variant(score_mod=biased)
 
 
 def capped_relative() -> jitgen.Variant:
@@ -146,6 +150,27 @@ def biases() -> jitgen.Variant:
         return score + table[h, distance] + dense[h, q_idx, kv_idx] + slopes[h] * (kv_idx - q_idx)
 
     return jitgen.Variant(score_mod=biased, mask_mod=causal)
+
+
+def capped_keys() -> jitgen.Variant:
+    cap, gains = 50.0, torch.zeros(8, 512)
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: cap * torch.tanh(s * gains[h, kv_idx] / cap),
+        mask_mod=causal,
+    )
+
+
+def capped_dense() -> jitgen.Variant:
+    cap, dense = 50.0, torch.zeros(8, 512, 512)
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: cap * torch.tanh((s + dense[h, q_idx, kv_idx]) / cap))
+
+
+def key_bias() -> jitgen.Variant:
+    bias, doc = torch.zeros(2, 512), torch.zeros(512, dtype=torch.int32)
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: s + bias[b, kv_idx],
+        mask_mod=lambda b, h, q_idx, kv_idx: doc[q_idx] == doc[kv_idx],
+    )
 
 
 def decay() -> jitgen.Variant:
@@ -217,6 +242,10 @@ CASES: dict[str, Case] = {
     "every_hook__sm90_fp8__float8_e4m3fn": Case(every_hook, "sm90_fp8", "float8_e4m3fn", (64, 64)),
     "relative__sm90__bfloat16": Case(relative, "sm90", "bfloat16", (128, 128)),
     "capped_relative__sm90__float16": Case(capped_relative, "sm90", "float16", (64, 64)),
+    "soft_cap__sm90__bfloat16": Case(soft_cap, "sm90", "bfloat16", (128, 128)),
+    "capped_keys__sm90__bfloat16": Case(capped_keys, "sm90", "bfloat16", (128, 128)),
+    "capped_dense__sm90__float16": Case(capped_dense, "sm90", "float16", (128, 128)),
+    "key_bias__sm90__bfloat16": Case(key_bias, "sm90", "bfloat16", (128, 128)),
     "biases__sm90__float16": Case(biases, "sm90", "float16", (128, 128)),
     "decay__sm90__bfloat16": Case(decay, "sm90", "bfloat16", (128, 128)),
     "dense_bias__sm90__bfloat16": Case(dense_bias, "sm90", "bfloat16", (128, 128)),

@@ -8,7 +8,16 @@ import torch
 import jitgen
 from jitgen import ir
 from jitgen.emit import _level
-from jitgen.emit_early import ahead_loads, drop_relative, early_parts, level_marks, of_distance, take_offset, take_relative
+from jitgen.emit_early import (
+    ahead_loads,
+    drop_relative,
+    early_parts,
+    level_marks,
+    of_distance,
+    take_initial,
+    take_offset,
+    take_relative,
+)
 from jitgen.emit_split import split_floats
 from jitgen.evaluate import evaluate
 from jitgen.families import cuda_spec
@@ -104,6 +113,45 @@ def test_steps_and_offset_add_up_to_the_multiple_of_the_distance(score_mod):
     start = (KV // 16 * 16).double()
     got = evaluate(rest, trace.values(), leaves(step=KV - start)) + evaluate(offset, trace.values(), leaves(start=start))
     torch.testing.assert_close(got, evaluate(trace.program.score, trace.values(), leaves()))
+
+
+KEYS, GATES = torch.randn(2, 50), torch.randn(2, 50)
+
+
+@pytest.mark.parametrize(
+    ("score_mod", "has_rows"),
+    [
+        (lambda s, b, h, q_idx, kv_idx: s + KEYS[h, kv_idx], False),
+        (lambda s, b, h, q_idx, kv_idx: KEYS[h, kv_idx] * 2.0 - (GATES[h, kv_idx] - s), False),
+        (lambda s, b, h, q_idx, kv_idx: s + GATES[h, q_idx] - GATES[h, kv_idx] + 0.5, True),
+        (lambda s, b, h, q_idx, kv_idx: s + 0.25 * (kv_idx - q_idx) + KEYS[h, kv_idx], False),
+    ],
+)
+def test_terms_of_columns_and_rows_add_up_to_the_score(score_mod, has_rows):
+    trace = traced(score_mod)
+    score, offset = take_offset(split_floats(trace.program.score, _level))
+    rest, columns, rows = take_initial(score)
+    assert rest is ir.index("score") and "q_idx" not in columns.deps and (rows is not None) is has_rows
+    start = (KV // 16 * 16).double()
+    at = leaves(step=KV - start, start=start)
+    got = sum(evaluate(part, trace.values(), at) for part in (rest, columns, rows, offset) if part is not None)
+    torch.testing.assert_close(got, evaluate(trace.program.score, trace.values(), leaves()))
+
+
+@pytest.mark.parametrize(
+    "score_mod",
+    [
+        lambda s, b, h, q_idx, kv_idx: s * 2.0 + KEYS[h, kv_idx],  # the product is not what S holds
+        lambda s, b, h, q_idx, kv_idx: s + torch.sigmoid(s) + KEYS[h, kv_idx],
+        lambda s, b, h, q_idx, kv_idx: s + KEYS[h, kv_idx] + s,
+        lambda s, b, h, q_idx, kv_idx: torch.tanh(s + KEYS[h, kv_idx]),
+        lambda s, b, h, q_idx, kv_idx: s + KEYS[h, q_idx],
+        lambda s, b, h, q_idx, kv_idx: s + KEYS[h, kv_idx] * GATES[h, q_idx],
+    ],
+)
+def test_products_begin_from_nothing_else(score_mod):
+    score = split_floats(traced(score_mod).program.score, _level)
+    assert take_initial(score) == (score, None, None)
 
 
 @pytest.mark.parametrize(

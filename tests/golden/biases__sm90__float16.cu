@@ -74,8 +74,8 @@ struct Head {
   int b, h, kv_h, q_len, kv_len, num_q_heads, num_kv_heads;
   float scale;
   const jg::half16*a2_dense;  // a2_dense[h, :, :]
+  float inv_index_value;  // 1.0 / scale
   float product_h;  // (1.0 / scale) * a0_slopes[h]
-  float inv_index_value2;  // 1.0 / scale
   const float*a1_table;  // a1_table[h, :]
 };
 
@@ -90,9 +90,8 @@ JITGEN_FN Head make_head(const Args& args, int b, int h) {
   head.num_kv_heads = (int)args.num_kv_heads;
   head.scale = (float)args.scale;
   head.a2_dense = args.a2_dense + head.h * args.a2_dense_stride0;
-  const float inv_index_value = 1.0f / head.scale;
-  head.product_h = inv_index_value * jg::load(args.a0_slopes, head.h);
-  head.inv_index_value2 = 1.0f / head.scale;
+  head.inv_index_value = 1.0f / head.scale;
+  head.product_h = head.inv_index_value * jg::load(args.a0_slopes, head.h);
   head.a1_table = args.a1_table + head.h * args.a1_table_stride0;
   return head;
 }
@@ -150,16 +149,15 @@ JITGEN_FN bool score_is_level(const Args& args, const Head& head, int first, int
 
 // Where that part is the same in a whole tile: what is added to all of its scores,
 JITGEN_FN float score_level(const Args& args, const Head& head, float relative) {
-  return head.inv_index_value2 * relative;
+  return head.inv_index_value * relative;
 }
 
 // and the rest.
 JITGEN_FN float score_elem_of_flat(const Args& args, const Head& head, const ScoreRow& row, const ScoreCol& col, float score,
                                    const ScoreAhead& ahead, int odd,
                                    int q_idx, jg::Column kv_idx) {
-  const float sum_h = score + head.product_h * kv_idx.step;
-  const float product_hqk = head.inv_index_value2 * ahead.a2_dense.at(odd);
-  return sum_h + product_hqk;
+  const float product_hqk = head.inv_index_value * ahead.a2_dense.at(odd);
+  return score + product_hqk;
 }
 
 // What is added to all of a row's scores in a tile, whose first column is given; score_elem leaves it out.
@@ -171,9 +169,13 @@ JITGEN_FN float score_elem(const Args& args, const Head& head, const ScoreRow& r
                            const ScoreAhead& ahead, int odd,
                            float relative,
                            int q_idx, jg::Column kv_idx) {
-  const float sum_h = score + head.product_h * kv_idx.step;
-  const float product_hqk = head.inv_index_value2 * ahead.a2_dense.at(odd);
-  return sum_h + head.inv_index_value2 * relative + product_hqk;
+  const float product_hqk = head.inv_index_value * ahead.a2_dense.at(odd);
+  return score + head.inv_index_value * relative + product_hqk;
+}
+
+// What is added to all scores of a column, counted from the first of its tile.
+JITGEN_FN float score_initial(const Args& args, const Head& head, const ScoreCol& col, jg::Column kv_idx) {
+  return head.product_h * kv_idx.step;
 }
 
 JITGEN_FN float score_factor(const Args& args, const Head& head) {
@@ -285,6 +287,7 @@ struct Early {
   float by_distance[kDistanceRounds];     // what this thread evaluates for all
   float level;                            // the value of row 0 and column 0,
   bool is_flat;                           // which may be that of all
+  bool is_settled;                        // and of all tiles to come
   unsigned table;                         // shared-memory address of values by distance
   float offset[2];                        // what is still to be added to all logits of a row
 };
@@ -306,10 +309,14 @@ template <bool kAtEnd> JITGEN_FN void read_ahead(const Args& args, const Head& h
 
 // Evaluates the score's part of the distance, whose table is of all distances of a group's tile: entry i is that of
 // column - row = i - 63, so that neighbouring columns have neighbouring entries. `first`: the distance of row 0 and column 0.
-JITGEN_FN void weigh_distances(const Args& args, const Head& head, Early& early, int first) {
+// `largest`: that of the last row and column 0 of kv.
+JITGEN_FN void weigh_distances(const Args& args, const Head& head, Early& early, int first, int largest) {
   const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127;
   early.level = score_relative(args, head, first);
-  early.is_flat = jg::uniform(score_is_level(args, head, first - (kTileKv - 1), first + 63));
+  const int nearest = first - (kTileKv - 1);
+  const int is_level = jg::uniform(score_is_level(args, head, nearest, first + 63) + 2 * score_is_level(args, head, nearest, largest));
+  early.is_flat = is_level & 1;
+  early.is_settled = is_level == 3;
   if (early.is_flat) return;
 #pragma unroll
   for (int round = 0; round < kDistanceRounds; ++round)
@@ -523,12 +530,12 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, Shared shared, i
 }
 
 // ---- consumers: 64 query rows per warp group ----
-// S = Q K^T. Both products are only issued here; the callers wait.
+// S += Q K^T. Both products are only issued here; the callers wait.
 JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step)
-    jg::Wgmma<kTileKv>::shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), step != 0);
+    jg::Wgmma<kTileKv>::shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), 1);
   jg::wgmma_commit();
 }
 // O += P V, with P in registers or in shared memory.
@@ -658,12 +665,13 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       const auto weigh_tile_distances = [&] {
         const int4 here = jg::load_shared_int4(shared.work(slot.stage));
         const int first_q = here.x + group * 64 + static_cast<int>(args.q_offset);
-        weigh_distances(args, make_head(args, here.z, here.y), early, first_q - kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv);
+        weigh_distances(args, make_head(args, here.z, here.y), early, first_q - kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, first_q + 63);
       };
       // What can be said of the tile's scores before its logits are there.
-      const auto look_ahead = [&](auto at_end) {
+      const auto look_ahead = [&](auto at_end, bool is_known) {
         if (step >> jg::kStepShift != foreseen)
           read_ahead<decltype(at_end)::value>(args, head, rows, early, first_column(), static_cast<int>(args.kv_len));
+        if (is_known) return;
         if (early.is_flat) {
           early.level = score_level(args, head, early.level);
           return;
@@ -680,6 +688,14 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (jg::is_next_skipped(step, group)) return;
         const int first_kv = kv_tile(foreseen, num_tiles) * kTileKv + 2 * (thread & 3);
         read_ahead<!kDescending>(args, head, rows, early, first_kv, static_cast<int>(args.kv_len));
+      };
+      const auto fill_logits = [&] {
+        const float each = jg::stay(score_initial(args, head, ScoreCol(), jg::ColumnCounter(0, 0).at(1)));   // multiplied anew: registers are short
+#pragma unroll
+        for (int column = 0; column < kTileKv / 4; ++column) {
+          const int j = column / 2, c = column % 2;
+          s[j][c] = jg::stay(each * (8 * j + c)), s[j][2 + c] = jg::stay(s[j][c]);   // before the product: no copies behind its fence
+        }
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
@@ -715,10 +731,11 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           continue;
         }
         // A run of visible tiles: the products of a tile overlap with those of the next.
+        fill_logits();
         start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4));
         pass_turn();
         weigh_tile_distances();
-        look_ahead(jg::Constant<1>());
+        look_ahead(jg::Constant<1>(), false);
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
         shape(jg::Constant<1>());
@@ -737,17 +754,19 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::RingPosition<kNumStages> next = kv;
           next.advance();
           jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
+          fill_logits();
           take_turn();
           start_qk(s, q_operand, k_operand + (next.stage * Tile::kKeyBytes >> 4));
           step = read_step(next);
-          weigh_tile_distances();   // what it reads of captured tensors arrives while the products are issued
+          const bool is_known = kDescending && early.is_settled;
+          if (!is_known) weigh_tile_distances();   // what it reads of captured tensors arrives while the products are issued
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
           jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
           start_pv(o, p, p_operand, v_operand + (kv.stage * Tile::kValueBytes >> 4));
           pass_turn();
           const int value_stage = kv.stage;
           kv = next;
-          look_ahead(jg::Constant<!kDescending>());
+          look_ahead(jg::Constant<!kDescending>(), is_known);
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<!kDescending>());

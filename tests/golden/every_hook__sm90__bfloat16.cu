@@ -93,7 +93,7 @@ JITGEN_FN Head make_head(const Args& args, int b, int h) {
   return head;
 }
 
-// ---- score: q . k -> what tanh makes logit / score_factor ----
+// ---- score: q . k -> what tanh, after score_cap_scale, makes logit / score_factor ----
 struct ScoreRow {
 };
 
@@ -112,7 +112,11 @@ JITGEN_FN ScoreCol score_col(const Args& args, const Head& head, jg::Column kv_i
 
 JITGEN_FN float score_elem(const Args& args, const Head& head, const ScoreRow& row, const ScoreCol& col, float score,
                            int q_idx, jg::Column kv_idx) {
-  return score * head.product;
+  return score;
+}
+
+JITGEN_FN float score_cap_scale(const Args& args, const Head& head) {
+  return head.product;
 }
 
 JITGEN_FN float score_factor(const Args& args, const Head& head) {
@@ -276,12 +280,10 @@ JITGEN_FN void share_columns(const Args& args, const Head& head, unsigned table,
 }
 JITGEN_FN SharedColumn shared_column(unsigned first, int column) { return jg::from_bits<SharedColumn>(jg::load_shared(first + 4 * column)); }
 
-// Scores and masks one KV tile; `first_kv` is the column of element 0. kAtEnd: the tile may reach past kv_len.
+// What the score makes of one KV tile, but for the cap around it. kAtEnd: the tile may reach past kv_len.
 template <bool kAtEnd>
-JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows, Early& early, Logits& s, int first_kv, bool partial) {
-  const int kv_len = static_cast<int>(args.kv_len);
-  const jg::ColumnCounter columns(first_kv, kv_len);
-  const unsigned own_columns = early.table + 8 * (jg::stay(static_cast<int>(threadIdx.x)) & 3);
+JITGEN_FN void score_logits(const Args& args, const Head& head, const Rows& rows, Early& early, Logits& s, int first_kv) {
+  const jg::ColumnCounter columns(first_kv, static_cast<int>(args.kv_len));
 #pragma unroll
   for (int column = 0; column < kTileKv / 4; ++column) {
     const int j = column / 2, c = column % 2;
@@ -294,8 +296,15 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
                      rows.q_idx[half], kv_idx);
     }
   }
-  jg::cap_logits(s);
-  if (!(rows.factor > 0.0f)) {   // it would turn the maximum into the minimum
+}
+// Caps and masks the tile.
+template <bool kAtEnd>
+JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows, Early& early, const jg::Cap& cap, Logits& s, int first_kv, bool partial) {
+  const int kv_len = static_cast<int>(args.kv_len);
+  const jg::ColumnCounter columns(first_kv, kv_len);
+  const unsigned own_columns = early.table + 8 * (jg::stay(static_cast<int>(threadIdx.x)) & 3);
+  jg::cap_logits(s, cap);
+  if (!cap.stays && !(rows.factor > 0.0f)) {   // it would turn the maximum into the minimum
     jg::scale_logits(s, rows.factor);
   }
   if (partial) {
@@ -315,7 +324,7 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
     if (first_kv + kTileKv > kv_len) jg::mask_tail(s, first_kv, kv_len);
 }
 
-// ---- producer: one warp hands out query tiles, classifies KV tiles and issues the copies of K and V, others those of Q ----
+// ---- producer: one warp hands out query tiles, classifies KV tiles and issues the copies of K and V, another those of Q ----
 struct Maps { jg::Operand q, k, v, o; };
 
 JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& schedule, Shared shared) {
@@ -324,7 +333,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   const int num_tiles = num_kv_tiles(args);
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(1);
-  unsigned o_parity = 1, q_parity = 0;
+  unsigned o_parity = 1;
   int query_tile = blockIdx.x;
   const auto publish = [&](int4 message) {
     jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity);
@@ -333,22 +342,6 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       jg::barrier_arrive(JG_BARRIER(work_full, slot.stage));
     }
     slot.advance();
-  };
-  // K runs one tile ahead of V, into the next query tile too: a product can start while the V before it is on its way, and what
-  // begins a query tile is found and copied under the one before it (hd128: 7 % of a window of 256, 2 % of one of 1024, 0 to 1 %
-  // of long rows).
-  struct { int first_kv, kv_h, batch; } late = {-1, 0, 0};   // of the V still to be copied, if there is one: one stage behind kv
-  const auto load_value = [&] {
-    if (late.first_kv < 0) return;
-    const jg::RingPosition<kNumStages> at = kv.before();
-    const unsigned full = JG_BARRIER(v_full, at.stage);
-    if (Tile::kOutputOverV) jg::barrier_wait(JG_BARRIER(o_done), o_parity);   // passes at once after the first V
-    jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
-    if (leader) {
-      jg::barrier_expect(full, Tile::kValueBytes);
-      jg::tensor_load(shared.value(at.stage), maps.v, full, late.first_kv, late.kv_h, late.batch, keep);
-    }
-    late.first_kv = -1;
   };
   // Taken one query tile ahead, just before the last copy of the present one: earlier would commit the CTA too soon.
   const auto take_query_tile = [&] {
@@ -380,31 +373,43 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
       jg::tensor_load(shared.key(kv.stage), maps.k, full, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch, keep);
     };
+    const auto load_value = [&](int step, const jg::RingPosition<kNumStages>& at) {
+      const unsigned full = JG_BARRIER(v_full, at.stage);
+      if (Tile::kOutputOverV) jg::barrier_wait(JG_BARRIER(o_done), o_parity);   // passes at once after the first V
+      jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
+      if (!leader) return;
+      jg::barrier_expect(full, Tile::kValueBytes);
+      jg::tensor_load(shared.value(at.stage), maps.v, full, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch, keep);
+    };
+
     int step = visible.next();
-    // An empty tile copies nothing, so V still to be copied, and with O over V the store that it waits for, come before the
-    // consumers hear of it: messages further on wait for them, and they could take o_done two phases ahead.
+    // With O over V, copies into V wait until O of the query tile before has left. An empty tile copies nothing, so the
+    // wait comes before the consumers hear of it: they could finish it and take the barrier two phases ahead.
+    if (Tile::kOutputOverV && step < 0) jg::barrier_wait(JG_BARRIER(o_done), o_parity);
+    publish(make_int4(first_row, work.head, work.batch, step < 0 ? jg::kWorkEmpty : jg::kWorkTile));
     if (step < 0) {
-      load_value();
-      if (Tile::kOutputOverV) jg::barrier_wait(JG_BARRIER(o_done), o_parity);
-    }
-    publish(make_int4(first_row, work.head, work.batch, step < 0 ? jg::kWorkEmpty : jg::kWorkTile | q_parity << 1));
-    q_parity ^= step >= 0;
-#pragma unroll 1
-    while (step >= 0) {
-      const int next = visible.next();
+      take_query_tile();
+    } else {
+      int next = visible.next();
       load_key(step, next);
-      load_value();
-      late = {kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch};
+      // K runs one tile ahead of V: the product of the next tile can start while this V is on its way.
+#pragma unroll 1
+      while (next >= 0) {
+        const jg::RingPosition<kNumStages> at = kv;
+        const int after = visible.next();
+        kv.advance();
+        load_key(next, after);
+        load_value(step, at);
+        step = next;
+        next = after;
+      }
+      take_query_tile();
+      load_value(step, kv);
       kv.advance();
-      step = next;
     }
-    take_query_tile();
-    // With O over V it waits for the store of the query tile before, not of this one; wide heads lose 1 % with it later.
-    if (Tile::kOutputOverV || kHeadDimV > 128) load_value();
     o_parity ^= 1;
     query_tile = jg::uniform(query_tile);
   }
-  load_value();
   publish(make_int4(0, 0, 0, jg::kWorkStop));
   if (leader && schedule.counter >= 0) {
     int* counter = jg::tile_counters[schedule.counter];
@@ -412,9 +417,9 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   }
 }
 
-// Q of a group as soon as it is done with the rows before: groups are most of a tile apart, and none waits for another one, or for
-// room in the ring of K and V. A warp serves every kQueryWarps-th group.
-JITGEN_FN void load_queries(const Args& args, const Maps& maps, Shared shared, int first_group) {
+// Q of each group as soon as it is done with the rows before: the first group is most of a tile ahead of the last, and none waits
+// for room in the ring of K and V.
+JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
   const bool leader = (threadIdx.x & 31) == 0;
   const unsigned long long stream = jg::policy_evict_first();
   jg::RingPosition<2> slot(0);
@@ -424,20 +429,18 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, Shared shared, i
     jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
     const int4 work = jg::load_shared_int4(shared.work(slot.stage));
     __syncwarp();
-    if (work.w == jg::kWorkStop) return;
-    if (work.w != jg::kWorkEmpty) {
-#pragma unroll 1
-      for (int group = first_group; group < Tile::kGroups; group += Tile::kQueryWarps) {
-        const unsigned full = JG_BARRIER(q_full, group);
-        jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
-        if (leader) {
-          jg::barrier_expect(full, Tile::kGroupQBytes);
-          jg::tensor_load(shared.query(group), maps.q, full, work.x + 64 * group, work.y, work.z, stream);
-        }
-      }
-      q_parity ^= 1;
-    }
     if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+    if (work.w == jg::kWorkStop) return;
+    if (work.w == jg::kWorkEmpty) continue;
+#pragma unroll 1
+    for (int group = 0; group < Tile::kGroups; ++group) {
+      const unsigned full = JG_BARRIER(q_full, group);
+      jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
+      if (!leader) continue;
+      jg::barrier_expect(full, Tile::kGroupQBytes);
+      jg::tensor_load(shared.query(group), maps.q, full, work.x + 64 * group, work.y, work.z, stream);
+    }
+    q_parity ^= 1;
   }
 }
 
@@ -540,6 +543,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   const unsigned long long p_operand = jg::matrix_descriptor<WeightTile::kSpanBytes>(p_shared, 16);
   jg::RingPosition<kNumStages> kv(0);
   jg::RingPosition<2> slot(0);
+  unsigned q_parity = 0;
   // The groups issue their products in turn, so that the softmax of one runs under the products of another.
   if (group == 0) jg::named_arrive(kTurnBarrier, 256);
 #pragma unroll 1
@@ -555,13 +559,12 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     Output o;
 #pragma unroll
     for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
-    if (kind != jg::kWorkEmpty) {
+    if (kind == jg::kWorkTile) {
       Logits s;
       Weights p;
       Early early;
       float factor[2];
       int step, position = 0;
-      bool has_begun = false;
       // What the stage holds; without a mask the consumers count for themselves.
       const auto read_step = [&](const jg::RingPosition<kNumStages>& at) {
         if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(at.stage + at.parity * kNumStages)));
@@ -569,9 +572,9 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         return here << jg::kStepShift | last | (group_row > -64 ? kTileFull << 2 * group : 0);
       };
       const auto first_column = [&] { return kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + 2 * (thread & 3); };
-      const auto shape = [&](auto at_end) {
-        const int kind = jg::kind_of(step, group);
-        shape_logits<decltype(at_end)::value>(args, head, rows, early, s, first_column(), kind == kTilePartial);
+      const auto score = [&](auto at_end) { score_logits<decltype(at_end)::value>(args, head, rows, early, s, first_column()); };
+      const auto shape = [&](auto at_end, const jg::Cap& cap) {
+        shape_logits<decltype(at_end)::value>(args, head, rows, early, cap, s, first_column(), jg::kind_of(step, group) == kTilePartial);
       };
       // What can be said of the tile's scores before its logits are there.
       const auto look_ahead = [&](auto at_end) {
@@ -601,7 +604,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           __syncwarp();
         }
       };
-      jg::barrier_wait(JG_BARRIER(q_full, group), kind >> 1);
+      jg::barrier_wait(JG_BARRIER(q_full, group), q_parity);
 #pragma unroll 1
       do {
         jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
@@ -621,15 +624,15 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         look_ahead(jg::Constant<1>());
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
-        shape(jg::Constant<1>());
+        score(jg::Constant<1>());
+        shape(jg::Constant<1>(), jg::Cap(s, score_cap_scale(args, head)));
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
         jg::weigh_columns(softmax, s, units, shift);
         if constexpr (Tile::kOutputOverP) await_store();
         keep_weights();
-        if (has_begun && moved) jg::rescale_output(o, factor);   // O of the first run is 0
-        has_begun = true;
+        if (moved) jg::rescale_output(o, factor);
         moved = false;
 #pragma unroll 1
         while (!jg::is_next_skipped(step, group)) {
@@ -648,17 +651,27 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           look_ahead(jg::Constant<!kDescending>());
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
-          shape(jg::Constant<!kDescending>());
+          score(jg::Constant<!kDescending>());
+          jg::Cap cap(s, score_cap_scale(args, head));
+          cap.settle<kSlack, true>(softmax, rows.factor);
+          // Weights are made at once where nothing is in the way, the polynomial under the exponentials.
+          const bool is_free = cap.is_low && cap.stays && jg::kind_of(step, group) == kTileFull;
           moved = false;
-          if (jg::keeps_maximum(rows.factor)) jg::shift_by_maximum(softmax, units, shift);
-          else moved = jg::may_rise<kSlack>(softmax, s, units, shift) && jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
+          if (!is_free) {
+            shape(jg::Constant<!kDescending>(), cap);
+            if (!cap.stays) {
+              moved = jg::may_rise<kSlack>(softmax, s, units, shift) && jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
+              jg::make_exponents(s, units, shift);
+            }
+          }
           // Waited for before the exponentials, not after: packing and storing P then runs under them, and the other groups
           // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch before it keeps ptxas from moving
           // the wait up to the top of the softmax.)
           jg::Wgmma<kHeadDimV>::wait<0>(o);
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
           if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
-          jg::weigh_columns(softmax, s, units, shift);
+          if (is_free) jg::weigh_low(softmax, s, cap);
+          else jg::weigh_exponents(softmax, s);
           keep_weights();
         }
         if (kRescaleEarly && moved) jg::rescale_output(o, factor);
@@ -668,6 +681,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
       } while (!(step & jg::kStepLast));
+      q_parity ^= 1;
     }
 
     // The message is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
@@ -706,7 +720,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + Tile::kQueryWarps);   // one arrival per warp
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + 1);   // one arrival per warp
     }
     jg::barrier_init_fence();
   }
@@ -715,7 +729,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::give_registers<Tile::kProducerRegs>();
     const int warp = jg::uniform(threadIdx.x >> 5);
     if (warp == 0) produce(args, maps, schedule, shared);
-    else if (warp <= Tile::kQueryWarps) load_queries(args, maps, shared, warp - 1);
+    else if (warp == 1) load_queries(maps, shared);
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
     consume(args, maps, shared, group - 1);

@@ -79,6 +79,37 @@ def forgetting(kv_len):
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + gates[h, q_idx] - gates[h, kv_idx], mask_mod=causal)
 
 
+def forgetting_fast(kv_len):
+    """Sums of gates far larger than what is left of their differences."""
+    gates = torch.cumsum(-torch.rand(HEADS, kv_len, device="cuda") * 0.1, 1) - 400.0
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + gates[h, q_idx] - gates[h, kv_idx], mask_mod=causal)
+
+
+def key_bias(kv_len):
+    """A bias per key that takes some out, all of a tile among them; rows that see only those."""
+    bias = randn(2, HEADS, kv_len)
+    bias[:, :, :140] = -torch.inf
+    bias[:, :, ::5] = -torch.inf
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + bias[b, h, kv_idx], mask_mod=causal)
+
+
+def key_bias_alibi(kv_len):
+    """Beside a multiple of the distance, a table of it and a term of the row."""
+    bias, rows, slopes, table = randn(HEADS, kv_len), randn(HEADS, kv_len), torch.rand(HEADS, device="cuda"), randn(HEADS, 33)
+
+    def score(s, b, h, q_idx, kv_idx):
+        near = table[h, torch.clamp(q_idx - kv_idx, 0, 32)]
+        return s + bias[h, kv_idx] + rows[h, q_idx] - slopes[h] * (q_idx - kv_idx) + near
+
+    return jitgen.Variant(score_mod=score)
+
+
+def positions(kv_len):
+    """A bias that grows with the key's position, without a term of the row."""
+    slopes = torch.rand(HEADS, device="cuda") * 0.5
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + slopes[h] * kv_idx, mask_mod=causal)
+
+
 def steep(kv_len):
     """ALiBi turned round: every tile that is visited later exceeds those before by far."""
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + 0.25 * (q_idx - kv_idx), mask_mod=causal)
@@ -102,6 +133,11 @@ VARIANTS = {
     "soft_cap_bf16": soft_cap,
     "decaying": decaying,
     "forgetting": forgetting,
+    "forgetting_fast": forgetting_fast,
+    "key_bias": key_bias,
+    "key_bias_bf16": key_bias,
+    "key_bias_alibi": key_bias_alibi,
+    "positions": positions,
     "steep": steep,
     "documents": documents,
 }
@@ -110,7 +146,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_early_scores_are_the_oracle(name):
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if "cap" in name and name.endswith("_bf16") else torch.float16
+    dtype = torch.bfloat16 if name in ("capped_bf16", "soft_cap_bf16", "key_bias_bf16") else torch.float16
     for q_len, kv_len in LENGTHS:
         q = randn(2, HEADS, q_len, 128, dtype=dtype)
         k, v = randn(2, HEADS, kv_len, 128, dtype=dtype), randn(2, HEADS, kv_len, 128, dtype=dtype)

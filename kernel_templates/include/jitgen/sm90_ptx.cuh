@@ -118,6 +118,9 @@ template <class T> JITGEN_FN T from_bits(int bits) { T x; __builtin_memcpy(&x, &
 JITGEN_FN void store_shared(unsigned address, int4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
+JITGEN_FN void load_shared_pair(unsigned address, float& x, float& y) {
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x), "=f"(y) : "r"(address) : "memory");
+}
 JITGEN_FN int4 load_shared_int4(unsigned address) {
   int4 v;
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");

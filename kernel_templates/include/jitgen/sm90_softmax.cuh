@@ -104,11 +104,6 @@ template <int kSlack, int kColTiles>
 JITGEN_FN bool may_rise(const RowSoftmax& state, const float (&s)[kColTiles][4], float units, const float (&offset)[2], float (&shift)[2]) {
   return may_rise_from<kSlack, true>(state, s, units, offset, shift);
 }
-// `shift` as update_maximum would leave it if no logit exceeded the maximum.
-JITGEN_FN void shift_by_maximum(const RowSoftmax& state, float units, float (&shift)[2]) {
-  shift[0] = state.row_max[0] * units, shift[1] = state.row_max[1] * units;
-}
-
 // Logits become weights. All by the exp2 unit: polynomials for some, as other kernels have them, cost more issue slots than
 // the unit is short of (one in eight: 2 to 5 % slower for every head dim, 1 % with a soft cap).
 template <int kColTiles>
@@ -122,30 +117,114 @@ JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], float 
     }
 }
 
-// tanh of all logits. The unit that has tanh has the exponentials too, and both together take as long as the products: where no
-// logit of a warp is near the cap, it is a polynomial (7 % of hd128 causal 4k, with the maximum that is kept).
-template <int kColTiles> JITGEN_FN void cap_logits(float (&s)[kColTiles][4]) {
-  constexpr float kNear = 0.75f;   // to there the polynomial is good to 2^-12, twice as good as tanh.approx
-  float largest[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+// Logits become exponents of two, and these weights.
+template <int kColTiles> JITGEN_FN void make_exponents(float (&s)[kColTiles][4], float units, const float (&shift)[2]) {
 #pragma unroll
   for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) largest[e] = ::fmaxf(largest[e], ::fabsf(s[j][e]));
-  const float top = ::fmaxf(::fmaxf(largest[0], largest[1]), ::fmaxf(largest[2], largest[3]));
-  if (JITGEN_FAST_TANH && __all_sync(0xffffffffu, top <= kNear)) {
+    for (int e = 0; e < 4; ++e) s[j][e] = ::fmaf(s[j][e], units, -shift[e / 2]);
+}
+template <int kColTiles> JITGEN_FN void weigh_exponents(RowSoftmax& state, float (&s)[kColTiles][4]) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) state.row_sum[e / 2] += s[j][e] = exp2(s[j][e]);
+}
+
+// A soft cap: what becomes of a tile's logits x is tanh(scale * x). The unit that has tanh has the exponentials too, and both
+// together take as long as the products: where no logit of a warp is near the cap, it is a polynomial.
+struct Cap {
+  static constexpr float kLow = 0.4f, kMiddle = 0.75f;   // to there the polynomials are as good as tanh.approx: 2^-11, 2^-12
+  float scale;
+  bool is_low;                                 // |scale * x| is at most kLow in the whole warp
+  bool stays = false;                          // no maximum rises by this tile: exponents are made at once, as
+  float weight = 1.0f, shift[2] = {0.0f, 0.0f};   // weight * tanh(scale * x) - shift
+
+  template <int kColTiles> JITGEN_FN Cap(const float (&s)[kColTiles][4], float scale) : scale(scale), is_low(is_within(s, kLow)) {}
+  // Compared one by one: that reads one register an element and writes none, where the products in flight leave few ports of the
+  // register file. A scale whose powers are no normal numbers takes tanh.
+  template <int kColTiles> JITGEN_FN bool is_within(const float (&s)[kColTiles][4], float limit) const {
+    const float size = ::fabsf(scale), most = size > 1e-7f && size < 1e7f ? limit * reciprocal(size) : -1.0f;
+    bool beyond[4] = {false, false, false, false};
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float square = s[j][e] * s[j][e];
-        s[j][e] *= ::fmaf(square, ::fmaf(square, 0.09735367f, -0.32629587f), 0.99978514f);
-      }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kColTiles; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[j][e] = tanh(s[j][e]);
+      for (int e = 0; e < 4; ++e) beyond[e] |= ::fabsf(s[j][e]) > most;
+    return JITGEN_FAST_TANH && !__any_sync(0xffffffffu, beyond[0] | beyond[1] | beyond[2] | beyond[3]);
   }
+  // Finds whether the maxima stay; logits are to be multiplied by `factor` once they are capped. kBounded: weights have the range of
+  // fp32 (keeps_maximum).
+  template <int kSlack, bool kBounded> JITGEN_FN void settle(const RowSoftmax& state, float factor) {
+    const float units = exponent_units(factor), least = ::fminf(state.row_max[0], state.row_max[1]) * units + kSlack;
+    stays = (kBounded && keeps_maximum(factor)) || __all_sync(0xffffffffu, (is_low ? kLow : 1.0f) * reach_of(factor) <= least);
+    if (!stays) return;
+    weight = factor * kLog2E;
+    shift[0] = state.row_max[0] * units, shift[1] = state.row_max[1] * units;
+  }
+  JITGEN_FN float first() const { return weight * scale; }
+  JITGEN_FN float third() const { return weight * scale * scale * scale; }
+  // The polynomial up to kLow.
+  struct Cubic {
+    float a, b;
+    JITGEN_FN explicit Cubic(const Cap& cap) : a(cap.first() * 0.99960173f), b(cap.third() * -0.31317315f) {}
+    JITGEN_FN float at(float x, float shift) const { return ::fmaf(x, ::fmaf(x * x, b, a), -shift); }
+  };
+};
+template <int kColTiles> JITGEN_FN void cap_logits(float (&s)[kColTiles][4], const Cap& cap) {
+  const auto bend = [&](auto bent) {
+#pragma unroll
+    for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[j][e] = bent(s[j][e], cap.shift[e / 2]);
+  };
+  if (cap.is_low) {
+    const Cap::Cubic cubic(cap);
+    bend([&](float x, float shift) { return cubic.at(x, shift); });
+  } else if (cap.is_within(s, Cap::kMiddle)) {
+    const float a = cap.first() * 0.99978514f, b = cap.third() * -0.32629587f, c = cap.third() * cap.scale * cap.scale * 0.09735367f;
+    bend([=](float x, float shift) {
+      const float square = x * x;
+      return ::fmaf(x, ::fmaf(square, ::fmaf(square, c, b), a), -shift);
+    });
+  } else {
+    bend([&](float x, float shift) { return ::fmaf(tanh(x * cap.scale), cap.weight, -shift); });
+  }
+}
+// Logits far from the cap to weights, where the maxima stay: the polynomial runs under the exponentials.
+template <int kColTiles> JITGEN_FN void weigh_low(RowSoftmax& state, float (&s)[kColTiles][4], const Cap& cap) {
+  const Cap::Cubic cubic(cap);
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) state.row_sum[e / 2] += s[j][e] = exp2(cubic.at(s[j][e], cap.shift[e / 2]));
+}
+
+// What the logits of a tile's columns begin from, in a warp that shares it with consumers: lane by lane, 32 columns at a time.
+template <int kColumns> struct ColumnStarts {
+  float value[(kColumns + 31) / 32];
+
+  template <class Evaluate> JITGEN_FN void read(Evaluate evaluate) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int base = 0; base < kColumns; base += 32) value[base / 32] = evaluate(base + lane);
+  }
+  // All without that of the first column, which follows them: it may be large, as sums of gates are, and S is to keep the bits of
+  // the products.
+  JITGEN_FN void share(unsigned address) const {
+    const int lane = threadIdx.x & 31;
+    const float first = __shfl_sync(0xffffffffu, value[0], 0), start = ::fabsf(first) < INFINITY ? first : 0.0f;
+#pragma unroll
+    for (int base = 0; base < kColumns; base += 32)
+      store_shared_if(base + lane < kColumns, address + 4 * (base + lane), __float_as_int(value[base / 32] - start));
+    store_shared_if(lane == 0, address + 4 * kColumns, __float_as_int(start));
+  }
+};
+// A tile of them in a consumer: `address` is that of its first column.
+template <int kColTiles> JITGEN_FN void fill_columns(float (&s)[kColTiles][4], unsigned address) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) load_shared_pair(address + 32 * j, s[j][2 * half], s[j][2 * half + 1]);
 }
 
 template <int kColTiles> JITGEN_FN void scale_logits(float (&s)[kColTiles][4], float scale) {
