@@ -231,7 +231,6 @@ CASES: dict[str, Case] = {
     "window__sm80__float16": Case(window, "sm80", "float16", (256, 256)),
     "stick_breaking__sm80__bfloat16": Case(stick_breaking, "sm80", "bfloat16", (128, 128)),
     "alibi_sink__sm80__bfloat16": Case(alibi_sink, "sm80", "bfloat16", (128, 128)),
-    "segments__sm80__bfloat16": Case(segments, "sm80", "bfloat16", (128, 128)),
     "segments__sm80_paged__bfloat16": Case(segments, "sm80", "bfloat16", (128, 128), "paged"),
     "alibi_sigmoid__sm80_ragged__float16": Case(alibi_sigmoid, "sm80", "float16", (64, 64), "ragged"),
     "alibi_sink__sm80_ragged__float16": Case(alibi_sink, "sm80", "float16", (128, 128), "ragged"),

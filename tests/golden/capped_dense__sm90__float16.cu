@@ -248,7 +248,7 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
     if (first_kv + kTileKv > kv_len) jg::mask_tail(s, first_kv, kv_len);
 }
 
-// ---- producer: one warp hands out query tiles, classifies KV tiles and issues the copies of K and V, another those of Q ----
+// ---- producer: one warp hands out query tiles, classifies KV tiles and issues the copies of K and V, others those of Q ----
 struct Maps { jg::Operand q, k, v, o; };
 
 JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& schedule, Shared shared) {
@@ -257,7 +257,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   const int num_tiles = num_kv_tiles(args);
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(1);
-  unsigned o_parity = 1;
+  unsigned o_parity = 1, q_parity = 0;
   int query_tile = blockIdx.x;
   const auto publish = [&](int4 message) {
     jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity);
@@ -266,6 +266,22 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       jg::barrier_arrive(JG_BARRIER(work_full, slot.stage));
     }
     slot.advance();
+  };
+  // K runs one tile ahead of V, into the next query tile too: a product can start while the V before it is on its way, and what
+  // begins a query tile is found and copied under the one before it (hd128: 7 % of a window of 256, 2 % of one of 1024, 0 to 1 %
+  // of long rows).
+  struct { int first_kv, kv_h, batch; } late = {-1, 0, 0};   // of the V still to be copied, if there is one: one stage behind kv
+  const auto load_value = [&] {
+    if (late.first_kv < 0) return;
+    const jg::RingPosition<kNumStages> at = kv.before();
+    const unsigned full = JG_BARRIER(v_full, at.stage);
+    if (Tile::kOutputOverV) jg::barrier_wait(JG_BARRIER(o_done), o_parity);   // passes at once after the first V
+    jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
+    if (leader) {
+      jg::barrier_expect(full, Tile::kValueBytes);
+      jg::tensor_load(shared.value(at.stage), maps.v, full, late.first_kv, late.kv_h, late.batch, keep);
+    }
+    late.first_kv = -1;
   };
   // Taken one query tile ahead, just before the last copy of the present one: earlier would commit the CTA too soon.
   const auto take_query_tile = [&] {
@@ -292,43 +308,31 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
       jg::tensor_load(shared.key(kv.stage), maps.k, full, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch, keep);
     };
-    const auto load_value = [&](int step, const jg::RingPosition<kNumStages>& at) {
-      const unsigned full = JG_BARRIER(v_full, at.stage);
-      if (Tile::kOutputOverV) jg::barrier_wait(JG_BARRIER(o_done), o_parity);   // passes at once after the first V
-      jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
-      if (!leader) return;
-      jg::barrier_expect(full, Tile::kValueBytes);
-      jg::tensor_load(shared.value(at.stage), maps.v, full, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch, keep);
-    };
-
     int step = visible.next();
-    // With O over V, copies into V wait until O of the query tile before has left. An empty tile copies nothing, so the
-    // wait comes before the consumers hear of it: they could finish it and take the barrier two phases ahead.
-    if (Tile::kOutputOverV && step < 0) jg::barrier_wait(JG_BARRIER(o_done), o_parity);
-    publish(make_int4(first_row, work.head, work.batch, step < 0 ? jg::kWorkEmpty : jg::kWorkTile));
+    // An empty tile copies nothing, so V still to be copied, and with O over V the store that it waits for, come before the
+    // consumers hear of it: messages further on wait for them, and they could take o_done two phases ahead.
     if (step < 0) {
-      take_query_tile();
-    } else {
-      int next = visible.next();
-      load_key(step, next);
-      // K runs one tile ahead of V: the product of the next tile can start while this V is on its way.
-#pragma unroll 1
-      while (next >= 0) {
-        const jg::RingPosition<kNumStages> at = kv;
-        const int after = visible.next();
-        kv.advance();
-        load_key(next, after);
-        load_value(step, at);
-        step = next;
-        next = after;
-      }
-      take_query_tile();
-      load_value(step, kv);
-      kv.advance();
+      load_value();
+      if (Tile::kOutputOverV) jg::barrier_wait(JG_BARRIER(o_done), o_parity);
     }
+    publish(make_int4(first_row, work.head, work.batch, step < 0 ? jg::kWorkEmpty : jg::kWorkTile | q_parity << 1));
+    q_parity ^= step >= 0;
+#pragma unroll 1
+    while (step >= 0) {
+      const int next = visible.next();
+      load_key(step, next);
+      load_value();
+      late = {kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch};
+      kv.advance();
+      step = next;
+    }
+    take_query_tile();
+    // With O over V it waits for the store of the query tile before, not of this one; wide heads lose 1 % with it later.
+    if (Tile::kOutputOverV || kHeadDimV > 128) load_value();
     o_parity ^= 1;
     query_tile = jg::uniform(query_tile);
   }
+  load_value();
   publish(make_int4(0, 0, 0, jg::kWorkStop));
   if (leader && schedule.counter >= 0) {
     int* counter = jg::tile_counters[schedule.counter];
@@ -336,9 +340,9 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   }
 }
 
-// Q of each group as soon as it is done with the rows before: the first group is most of a tile ahead of the last, and none waits
-// for room in the ring of K and V.
-JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
+// Q of a group as soon as it is done with the rows before: groups are most of a tile apart, and none waits for another one, or for
+// room in the ring of K and V. A warp serves every kQueryWarps-th group.
+JITGEN_FN void load_queries(const Args& args, const Maps& maps, Shared shared, int first_group) {
   const bool leader = (threadIdx.x & 31) == 0;
   const unsigned long long stream = jg::policy_evict_first();
   jg::RingPosition<2> slot(0);
@@ -348,18 +352,20 @@ JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
     jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
     const int4 work = jg::load_shared_int4(shared.work(slot.stage));
     __syncwarp();
-    if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     if (work.w == jg::kWorkStop) return;
-    if (work.w == jg::kWorkEmpty) continue;
+    if (work.w != jg::kWorkEmpty) {
 #pragma unroll 1
-    for (int group = 0; group < Tile::kGroups; ++group) {
-      const unsigned full = JG_BARRIER(q_full, group);
-      jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
-      if (!leader) continue;
-      jg::barrier_expect(full, Tile::kGroupQBytes);
-      jg::tensor_load(shared.query(group), maps.q, full, work.x + 64 * group, work.y, work.z, stream);
+      for (int group = first_group; group < Tile::kGroups; group += Tile::kQueryWarps) {
+        const unsigned full = JG_BARRIER(q_full, group);
+        jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
+        if (leader) {
+          jg::barrier_expect(full, Tile::kGroupQBytes);
+          jg::tensor_load(shared.query(group), maps.q, full, work.x + 64 * group, work.y, work.z, stream);
+        }
+      }
+      q_parity ^= 1;
     }
-    q_parity ^= 1;
+    if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
   }
 }
 
@@ -459,7 +465,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   const unsigned long long p_operand = jg::matrix_descriptor<WeightTile::kSpanBytes>(p_shared, 16);
   jg::RingPosition<kNumStages> kv(0);
   jg::RingPosition<2> slot(0);
-  unsigned q_parity = 0;
   // The groups issue their products in turn, so that the softmax of one runs under the products of another.
   if (group == 0) jg::named_arrive(kTurnBarrier, 256);
 #pragma unroll 1
@@ -475,13 +480,14 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     Output o;
 #pragma unroll
     for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
-    if (kind == jg::kWorkTile) {
+    if (kind != jg::kWorkEmpty) {
       Logits s;
       Weights p;
       Early early;
       int foreseen = -1;   // the visiting position that `early` is of
       float factor[2];
       int step, position = 0;
+      bool has_begun = false;
       // What the stage holds; without a mask the consumers count for themselves.
       const auto read_step = [&](const jg::RingPosition<kNumStages>& at) {
         if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(at.stage + at.parity * kNumStages)));
@@ -491,7 +497,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       const auto first_column = [&] { return kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + 2 * (thread & 3); };
       const auto score = [&](auto at_end) { score_logits<decltype(at_end)::value>(args, head, rows, early, s, first_column()); };
       const auto shape = [&](auto at_end, const jg::Cap& cap) {
-        shape_logits<decltype(at_end)::value>(args, head, rows, early, cap, s, first_column(), jg::kind_of(step, group) == kTilePartial);
+        const int kind = jg::kind_of(step, group);
+        shape_logits<decltype(at_end)::value>(args, head, rows, early, cap, s, first_column(), kind == kTilePartial);
       };
       // What can be said of the tile's scores before its logits are there.
       const auto look_ahead = [&](auto at_end) {
@@ -524,7 +531,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           __syncwarp();
         }
       };
-      jg::barrier_wait(JG_BARRIER(q_full, group), q_parity);
+      jg::barrier_wait(JG_BARRIER(q_full, group), kind >> 1);
 #pragma unroll 1
       do {
         jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
@@ -553,7 +560,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         jg::weigh_columns(softmax, s, units, shift);
         if constexpr (Tile::kOutputOverP) await_store();
         keep_weights();
-        if (moved) jg::rescale_output(o, factor);
+        if (has_begun && moved) jg::rescale_output(o, factor);   // O of the first run is 0
+        has_begun = true;
         moved = false;
 #pragma unroll 1
         while (!jg::is_next_skipped(step, group)) {
@@ -603,7 +611,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
       } while (!(step & jg::kStepLast));
-      q_parity ^= 1;
     }
 
     // The message is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
@@ -642,7 +649,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + 1);   // one arrival per warp
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + Tile::kQueryWarps);   // one arrival per warp
     }
     jg::barrier_init_fence();
   }
@@ -651,7 +658,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::give_registers<Tile::kProducerRegs>();
     const int warp = jg::uniform(threadIdx.x >> 5);
     if (warp == 0) produce(args, maps, schedule, shared);
-    else if (warp == 1) load_queries(maps, shared);
+    else if (warp <= Tile::kQueryWarps) load_queries(args, maps, shared, warp - 1);
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
     consume(args, maps, shared, group - 1);

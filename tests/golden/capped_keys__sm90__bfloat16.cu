@@ -2,6 +2,7 @@
 // attention sm90 bfloat16 hd128
 // score = (cap * tanh(((score * gains[h, kv_idx]) / cap)))
 // mask = (kv_idx <= q_idx)
+#include "jitgen/column_bits.cuh"
 #include "jitgen/sm90_host.cuh"
 #include "jitgen/sm90_schedule.cuh"
 #include "jitgen/sm90_softmax.cuh"
@@ -125,16 +126,7 @@ JITGEN_FN MaskRow mask_row(const Args& args, const Head& head, int q_idx) {
   return row;
 }
 
-struct MaskCol {
-};
-
-JITGEN_FN MaskCol mask_col(const Args& args, const Head& head, jg::Column kv_idx) {
-  MaskCol col;
-  return col;
-}
-
-JITGEN_FN bool mask_elem(const Args& args, const Head& head, const MaskRow& row, const MaskCol& col, int q_idx,
-                         jg::Column kv_idx) {
+JITGEN_FN jg::ColumnBits mask_bits(const Args& args, const Head& head, const MaskRow& row, int q_idx, jg::Columns<kTileKv> kv_idx) {
   return kv_idx <= q_idx;
 }
 
@@ -211,7 +203,6 @@ struct Rows {
   int q_idx[2];
   float factor;
   ScoreRow score[2];
-  MaskRow mask[2];
 };
 
 JITGEN_FN Rows make_rows(const Args& args, const Head& head, int first_row) {
@@ -221,7 +212,6 @@ JITGEN_FN Rows make_rows(const Args& args, const Head& head, int first_row) {
   for (int half = 0; half < 2; ++half) {
     rows.q_idx[half] = query_index(args, first_row + 8 * half);
     rows.score[half] = score_row(args, head, rows.q_idx[half]);
-    rows.mask[half] = mask_row(args, head, rows.q_idx[half]);
   }
   return rows;
 }
@@ -245,6 +235,19 @@ JITGEN_FN void share_columns(const Args& args, const Head& head, unsigned table,
   }
 }
 JITGEN_FN SharedColumn shared_column(unsigned first, int column) { return jg::from_bits<SharedColumn>(jg::load_shared(first + 4 * column)); }
+
+// Masks a partial tile. The rows are looked at anew: their values would cost registers through the loop.
+JITGEN_FN void hide_columns(const Args& args, const Head& head, Logits& s, int group_row, int first_kv, int kind) {
+  const jg::Columns<kTileKv> columns(first_kv);
+  const int first_row = own_row(group_row);
+  jg::ColumnBits kept[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int q_idx = query_index(args, first_row + 8 * half);
+    kept[half] = mask_bits(args, head, mask_row(args, head, q_idx), q_idx, columns);
+  }
+  jg::keep_columns(s, kept);
+}
 
 // What the score makes of one KV tile, but for the cap around it. kAtEnd: the tile may reach past kv_len.
 template <bool kAtEnd>
@@ -274,24 +277,11 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
   if (!cap.stays && !(rows.factor > 0.0f)) {   // it would turn the maximum into the minimum
     jg::scale_logits(s, rows.factor);
   }
-  if (partial) {
-#pragma unroll
-    for (int column = 0; column < kTileKv / 4; ++column) {
-      const int j = column / 2, c = column % 2;
-      const jg::Column kv_idx = kAtEnd ? columns.clamped(8 * j + c) : columns.at(8 * j + c);
-      const MaskCol col = mask_col(args, head, kv_idx);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& x = s[j][2 * half + c];
-        x = mask_elem(args, head, rows.mask[half], col, rows.q_idx[half], kv_idx) ? x : -INFINITY;
-      }
-    }
-  }
   if constexpr (kAtEnd)
     if (first_kv + kTileKv > kv_len) jg::mask_tail(s, first_kv, kv_len);
 }
 
-// ---- producer: one warp hands out query tiles, classifies KV tiles and issues the copies of K and V, another those of Q ----
+// ---- producer: one warp hands out query tiles, classifies KV tiles and issues the copies of K and V, others those of Q ----
 struct Maps { jg::Operand q, k, v, o; };
 
 JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& schedule, Shared shared) {
@@ -300,7 +290,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   const int num_tiles = num_kv_tiles(args);
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(1);
-  unsigned o_parity = 1;
+  unsigned o_parity = 1, q_parity = 0;
   int query_tile = blockIdx.x;
   const auto publish = [&](int4 message) {
     jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity);
@@ -309,6 +299,22 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       jg::barrier_arrive(JG_BARRIER(work_full, slot.stage));
     }
     slot.advance();
+  };
+  // K runs one tile ahead of V, into the next query tile too: a product can start while the V before it is on its way, and what
+  // begins a query tile is found and copied under the one before it (hd128: 7 % of a window of 256, 2 % of one of 1024, 0 to 1 %
+  // of long rows).
+  struct { int first_kv, kv_h, batch; } late = {-1, 0, 0};   // of the V still to be copied, if there is one: one stage behind kv
+  const auto load_value = [&] {
+    if (late.first_kv < 0) return;
+    const jg::RingPosition<kNumStages> at = kv.before();
+    const unsigned full = JG_BARRIER(v_full, at.stage);
+    if (Tile::kOutputOverV) jg::barrier_wait(JG_BARRIER(o_done), o_parity);   // passes at once after the first V
+    jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
+    if (leader) {
+      jg::barrier_expect(full, Tile::kValueBytes);
+      jg::tensor_load(shared.value(at.stage), maps.v, full, late.first_kv, late.kv_h, late.batch, keep);
+    }
+    late.first_kv = -1;
   };
   // Taken one query tile ahead, just before the last copy of the present one: earlier would commit the CTA too soon.
   const auto take_query_tile = [&] {
@@ -340,43 +346,31 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
       jg::tensor_load(shared.key(kv.stage), maps.k, full, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch, keep);
     };
-    const auto load_value = [&](int step, const jg::RingPosition<kNumStages>& at) {
-      const unsigned full = JG_BARRIER(v_full, at.stage);
-      if (Tile::kOutputOverV) jg::barrier_wait(JG_BARRIER(o_done), o_parity);   // passes at once after the first V
-      jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
-      if (!leader) return;
-      jg::barrier_expect(full, Tile::kValueBytes);
-      jg::tensor_load(shared.value(at.stage), maps.v, full, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch, keep);
-    };
-
     int step = visible.next();
-    // With O over V, copies into V wait until O of the query tile before has left. An empty tile copies nothing, so the
-    // wait comes before the consumers hear of it: they could finish it and take the barrier two phases ahead.
-    if (Tile::kOutputOverV && step < 0) jg::barrier_wait(JG_BARRIER(o_done), o_parity);
-    publish(make_int4(first_row, work.head, work.batch, step < 0 ? jg::kWorkEmpty : jg::kWorkTile));
+    // An empty tile copies nothing, so V still to be copied, and with O over V the store that it waits for, come before the
+    // consumers hear of it: messages further on wait for them, and they could take o_done two phases ahead.
     if (step < 0) {
-      take_query_tile();
-    } else {
-      int next = visible.next();
-      load_key(step, next);
-      // K runs one tile ahead of V: the product of the next tile can start while this V is on its way.
-#pragma unroll 1
-      while (next >= 0) {
-        const jg::RingPosition<kNumStages> at = kv;
-        const int after = visible.next();
-        kv.advance();
-        load_key(next, after);
-        load_value(step, at);
-        step = next;
-        next = after;
-      }
-      take_query_tile();
-      load_value(step, kv);
-      kv.advance();
+      load_value();
+      if (Tile::kOutputOverV) jg::barrier_wait(JG_BARRIER(o_done), o_parity);
     }
+    publish(make_int4(first_row, work.head, work.batch, step < 0 ? jg::kWorkEmpty : jg::kWorkTile | q_parity << 1));
+    q_parity ^= step >= 0;
+#pragma unroll 1
+    while (step >= 0) {
+      const int next = visible.next();
+      load_key(step, next);
+      load_value();
+      late = {kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch};
+      kv.advance();
+      step = next;
+    }
+    take_query_tile();
+    // With O over V it waits for the store of the query tile before, not of this one; wide heads lose 1 % with it later.
+    if (Tile::kOutputOverV || kHeadDimV > 128) load_value();
     o_parity ^= 1;
     query_tile = jg::uniform(query_tile);
   }
+  load_value();
   publish(make_int4(0, 0, 0, jg::kWorkStop));
   if (leader && schedule.counter >= 0) {
     int* counter = jg::tile_counters[schedule.counter];
@@ -384,9 +378,9 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   }
 }
 
-// Q of each group as soon as it is done with the rows before: the first group is most of a tile ahead of the last, and none waits
-// for room in the ring of K and V.
-JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
+// Q of a group as soon as it is done with the rows before: groups are most of a tile apart, and none waits for another one, or for
+// room in the ring of K and V. A warp serves every kQueryWarps-th group.
+JITGEN_FN void load_queries(const Args& args, const Maps& maps, Shared shared, int first_group) {
   const bool leader = (threadIdx.x & 31) == 0;
   const unsigned long long stream = jg::policy_evict_first();
   jg::RingPosition<2> slot(0);
@@ -396,18 +390,20 @@ JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
     jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
     const int4 work = jg::load_shared_int4(shared.work(slot.stage));
     __syncwarp();
-    if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     if (work.w == jg::kWorkStop) return;
-    if (work.w == jg::kWorkEmpty) continue;
+    if (work.w != jg::kWorkEmpty) {
 #pragma unroll 1
-    for (int group = 0; group < Tile::kGroups; ++group) {
-      const unsigned full = JG_BARRIER(q_full, group);
-      jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
-      if (!leader) continue;
-      jg::barrier_expect(full, Tile::kGroupQBytes);
-      jg::tensor_load(shared.query(group), maps.q, full, work.x + 64 * group, work.y, work.z, stream);
+      for (int group = first_group; group < Tile::kGroups; group += Tile::kQueryWarps) {
+        const unsigned full = JG_BARRIER(q_full, group);
+        jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
+        if (leader) {
+          jg::barrier_expect(full, Tile::kGroupQBytes);
+          jg::tensor_load(shared.query(group), maps.q, full, work.x + 64 * group, work.y, work.z, stream);
+        }
+      }
+      q_parity ^= 1;
     }
-    q_parity ^= 1;
+    if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
   }
 }
 
@@ -507,7 +503,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   const unsigned long long p_operand = jg::matrix_descriptor<WeightTile::kSpanBytes>(p_shared, 16);
   jg::RingPosition<kNumStages> kv(0);
   jg::RingPosition<2> slot(0);
-  unsigned q_parity = 0;
+  int skipped = -1;   // stage and parity of a tile that was skipped and whose V is still to be released
   // The groups issue their products in turn, so that the softmax of one runs under the products of another.
   if (group == 0) jg::named_arrive(kTurnBarrier, 256);
 #pragma unroll 1
@@ -523,12 +519,13 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     Output o;
 #pragma unroll
     for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
-    if (kind == jg::kWorkTile) {
+    if (kind != jg::kWorkEmpty) {
       Logits s;
       Weights p;
       Early early;
       float factor[2];
       int step, position = 0;
+      bool has_begun = false;
       // What the stage holds; without a mask the consumers count for themselves.
       const auto read_step = [&](const jg::RingPosition<kNumStages>& at) {
         if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(at.stage + at.parity * kNumStages)));
@@ -538,7 +535,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       const auto first_column = [&] { return kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + 2 * (thread & 3); };
       const auto score = [&](auto at_end) { score_logits<decltype(at_end)::value>(args, head, rows, early, s, first_column()); };
       const auto shape = [&](auto at_end, const jg::Cap& cap) {
-        shape_logits<decltype(at_end)::value>(args, head, rows, early, cap, s, first_column(), jg::kind_of(step, group) == kTilePartial);
+        const int kind = jg::kind_of(step, group);
+        shape_logits<decltype(at_end)::value>(args, head, rows, early, cap, s, first_column(), kind == kTilePartial);
+        if (kind & 1)   // kTilePartial or kTilePositions
+          hide_columns(args, head, s, group_row, first_column(), kind);
       };
       // What can be said of the tile's scores before its logits are there.
       const auto look_ahead = [&](auto at_end) {
@@ -551,6 +551,14 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
         jg::barrier_arrive_if(leader && (step & jg::kStepLast), JG_BARRIER(q_empty, group));
+      };
+      // V of a skipped tile is released later, when it has come: those before it are not needed any more then.
+      const auto release_skipped = [&] {
+        if (skipped < 0) return;
+        const int stage = skipped % kNumStages;
+        jg::barrier_wait(JG_BARRIER(v_full, stage), skipped / kNumStages);
+        jg::barrier_arrive_if(leader, JG_BARRIER(v_empty, stage));
+        skipped = -1;
       };
       const auto take_turn = [&] { jg::named_sync(kTurnBarrier + group, 256); };
       const auto pass_turn = [&] { jg::named_arrive(kTurnBarrier + (group + 1 == Tile::kGroups ? 0 : group + 1), 256); };
@@ -567,7 +575,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           __syncwarp();
         }
       };
-      jg::barrier_wait(JG_BARRIER(q_full, group), q_parity);
+      jg::barrier_wait(JG_BARRIER(q_full, group), kind >> 1);
 #pragma unroll 1
       do {
         jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
@@ -576,8 +584,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (jg::kind_of(step, group) == kTileNone) {   // nothing to these rows: release it, and keep the order of turns
           pass_turn();
           release_key();
-          jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
-          if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
+          release_skipped();
+          skipped = kv.stage + kNumStages * kv.parity;
           kv.advance();
           continue;
         }
@@ -595,7 +603,9 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         jg::weigh_columns(softmax, s, units, shift);
         if constexpr (Tile::kOutputOverP) await_store();
         keep_weights();
-        if (moved) jg::rescale_output(o, factor);
+        if (has_begun && moved) jg::rescale_output(o, factor);   // O of the first run is 0
+        has_begun = true;
+        release_skipped();
         moved = false;
 #pragma unroll 1
         while (!jg::is_next_skipped(step, group)) {
@@ -644,7 +654,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
       } while (!(step & jg::kStepLast));
-      q_parity ^= 1;
     }
 
     // The message is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
@@ -683,7 +692,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + 1);   // one arrival per warp
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + Tile::kQueryWarps);   // one arrival per warp
     }
     jg::barrier_init_fence();
   }
@@ -692,7 +701,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::give_registers<Tile::kProducerRegs>();
     const int warp = jg::uniform(threadIdx.x >> 5);
     if (warp == 0) produce(args, maps, schedule, shared);
-    else if (warp == 1) load_queries(maps, shared);
+    else if (warp <= Tile::kQueryWarps) load_queries(args, maps, shared, warp - 1);
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
     consume(args, maps, shared, group - 1);

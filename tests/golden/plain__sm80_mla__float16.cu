@@ -34,6 +34,7 @@ struct Args {
   int64_t page_size;   // keys of a page; 0 when ragged
   int64_t num_pages;   // pages of the cache, or rows of k when ragged: bound of what may be addressed
   int64_t page_list_stride;   // entries between the page lists of two requests in a block table; 0 with kv_start
+  int64_t head_list_stride;   // entries between the page lists of two KV heads of a request; 0: they share one
   int64_t local_rows;   // 1: q_idx of a request's row i is i; 0: kv_len - q_len + i
   int64_t num_ctas;   // CTAs the plan was made for
   int64_t class_rows;   // requests of more rows (q_len * num_q_heads / num_kv_heads) are left to the prefill kernel

@@ -2,7 +2,6 @@
 // attention sm80 bfloat16 hd256
 // score = (tanh((score / cap)) * cap)
 #include "jitgen/cuda_math.cuh"
-#include "jitgen/sm80_items.cuh"
 #include "jitgen/sm80_pair.cuh"
 #include "jitgen/sm80_ptx.cuh"
 #include "jitgen/sm80_schedule.cuh"
@@ -122,7 +121,7 @@ constexpr int kHeldSteps = kHoldsQuery ? kHeadDim / 16 : 0;   // of 16 columns
 constexpr bool kCopiesLate = !kHoldsQuery;
 constexpr bool kDescending = true;             // the partial tiles of a causal row come first, their loads with Q
 constexpr long long kSectionBytes = jg::kEvenSection;
-constexpr unsigned kQueryBytes = kTileQ * kHeadDim * 2;
+constexpr unsigned kQueryBytes = kTileQ * kHeadDim * 2;     // O leaves through the same rows
 constexpr unsigned kKeyBytes = kTileKv * kHeadDim * 2;
 constexpr unsigned kStageBytes = kKeyBytes + kTileKv * kHeadDimV * 2;
 using Pair = jg::WarpPair<Element, kRowTiles, kColTiles>;
@@ -197,15 +196,15 @@ JITGEN_FN void scale_all(Logits& s, float scale) {
 // ---- place of a thread ----
 struct Place { int b, h, tile_row, warp, lane; };
 
-JITGEN_FN Place find_place(const jg::ItemOrder& order, int index) {
-  const jg::Item item = jg::item_at(order, index);
+JITGEN_FN Place find_place(const jg::CtaOrder& order) {
+  const jg::CtaWork work = jg::cta_work(order);
   const int thread = jg::thread_index();
-  return {item.batch, item.head, item.query_tile * kTileQ, __shfl_sync(0xffffffffu, thread >> 5, 0), thread & 31};
+  return {work.batch, work.head, work.query_tile * kTileQ, __shfl_sync(0xffffffffu, thread >> 5, 0), thread & 31};
 }
 JITGEN_FN char* at(const void* base, long long element) { return const_cast<char*>(static_cast<const char*>(base)) + element * 2; }
 
 // ---- epilogue: normalise, write LSE and O ----
-JITGEN_FN void write_output(const Args& args, const Place& place, Output& o, jg::OnlineSoftmax<kRowTiles>& softmax, float units, unsigned o_shared) {
+JITGEN_FN void write_output(const Args& args, const Place& place, Output& o, jg::OnlineSoftmax<kRowTiles>& softmax, float units, unsigned q_shared) {
   const Head head = make_head(args, place.b, place.h);
   const int start_row = place.tile_row + warp_row(place.warp), first_row = start_row + place.lane / 4;
   const int first_column = 2 * (place.lane % 4), start_column = warp_part(place.warp) * kOutTiles * 8;
@@ -221,175 +220,148 @@ JITGEN_FN void write_output(const Args& args, const Place& place, Output& o, jg:
       if (args.lse && row < args.q_len && start_column + first_column == 0) args.lse[(place.b * args.num_q_heads + place.h) * args.q_len + row] = lse;
     });
   const long long start = place.b * args.o_stride_b + place.h * args.o_stride_h + start_row * args.o_stride_s + start_column;
-  jg::store_rows<Element>(o, o_shared, at(args.o, start), args.o_stride_s,
+  jg::store_rows<Element>(o, q_shared + place.warp * (kQueryBytes / kNumWarps), at(args.o, start), args.o_stride_s,
                           static_cast<int>(args.q_len) - start_row);
 }
 
 // ---- kernel ----
 // One CTA attends kTileQ query rows of one head; a warp owns kWarpRows of them from Q K^T to the store of O.
-__global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::ItemOrder order) {
+__global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::CtaOrder order) {
   extern __shared__ __align__(1024) char shared[];
-  const Place place = find_place(order, jg::cta_index());
-  const int lane = place.lane, thread = place.warp * 32 + lane;
+  const Place place = find_place(order);
+  const int b = place.b, h = place.h, lane = place.lane, thread = place.warp * 32 + lane;
   const int q_len = static_cast<int>(args.q_len), kv_len = static_cast<int>(args.kv_len);
+  const int kv_h = order.group_size.divide(h);
+  const Head head = make_head(args, b, h);
+  const int tile_row = place.tile_row;
 
   const unsigned q_shared = jg::shared_address(shared), kv_shared = q_shared + kQueryBytes;
-  const auto k_of = [&](const Place& p) { return at(args.k, p.b * args.k_stride_b + order.group_size.divide(p.h) * args.k_stride_h); };
-  const auto v_of = [&](const Place& p) { return at(args.v, p.b * args.v_stride_b + order.group_size.divide(p.h) * args.v_stride_h); };
-  jg::TileCopy<kHeadDim, kThreads> keys(k_of(place), args.k_stride_s, thread);
-  jg::TileCopy<kHeadDimV, kThreads> values(v_of(place), args.v_stride_s, thread);
+  const jg::TileCopy<kHeadDim, kThreads> keys(at(args.k, b * args.k_stride_b + kv_h * args.k_stride_h), args.k_stride_s, thread);
+  const jg::TileCopy<kHeadDimV, kThreads> values(at(args.v, b * args.v_stride_b + kv_h * args.v_stride_h), args.v_stride_s, thread);
   const int part = warp_part(place.warp), part_bytes = part * kPartBytes;   // rows of V of the warp's keys
   const unsigned k_fragment = kv_shared + jg::b_fragment_offset<kHeadDim>(lane) + part * kWarpColumns * (kHeadDim * 2);
   const unsigned v_fragment = kv_shared + kKeyBytes + jg::a_fragment_offset<kHeadDimV>(lane) + part * kOutTiles * 16;
   const Pair pair(q_shared + kPairsAt, place.warp, lane);
 
-  // Each warp copies a part of Q, which is its own rows where warps share none: it is on its way while tiles are classified.
-  const auto copy_query = [&](const Place& p) {
-    constexpr int kRows = kTileQ / kNumWarps;
-    const char* base = at(args.q, p.b * args.q_stride_b + p.h * args.q_stride_h);
-    jg::copy_rows<kRows, kHeadDim>(q_shared + p.warp * kRows * (kHeadDim * 2), base, args.q_stride_s, p.tile_row + p.warp * kRows, q_len, p.lane);
-  };
-  copy_query(place);
+  // Q is on its way while tiles are classified.
+  jg::TileCopy<kHeadDim, kThreads>(at(args.q, b * args.q_stride_b + h * args.q_stride_h), args.q_stride_s, thread)
+      .template start<kTileQ>(q_shared, tile_row, q_len);
 
   // Tiles to visit, and the values of the hooks that depend on the row only.
-  const Place& ahead = place;
   const int num_tiles = (kv_len + kTileKv - 1) / kTileKv;
   jg::AllTiles<kDescending> tiles(num_tiles);
-  constexpr int kNoTile = kTileNone;   // tile 0, and nothing to do in it: the visit of rows that see no key
-  if (tiles.find()) {   // the copies leave before the warp looks at its own rows
-    const int first = tiles.next_tile() * kTileKv;
-    keys.template start<kTileKv>(kv_shared, first, kv_len);
-    if constexpr (kNumStages == 2) values.template start<kTileKv>(kv_shared + kKeyBytes, first, kv_len);
-    tiles.classify();
-  }
-  jg::cp_async_commit();
-  int visit = tiles.is_done() ? kNoTile : tiles.take(), stage = 0;
-
-  // What belongs to the rows.
-  Head head;
-  int tile_row;
-  float factor;   // of what S holds once score_elem is done
   ScoreRows score_rows;
+#pragma unroll
+  for (int r = 0; r < 2 * kRowTiles; ++r) score_rows[r / 2][r % 2] = score_row(args, head, query_index(args, own_row(tile_row), r / 2, r % 2));
+
+  const float factor = score_factor(args, head);   // of what S holds once score_elem is done
   Output o;
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < kOutTiles; ++j) o[i][j][0] = o[i][j][1] = o[i][j][2] = o[i][j][3] = 0.0f;
   jg::OnlineSoftmax<kRowTiles> softmax;
-  jg::QueryFragments<kRowTiles, kHeadDim, kHeldSteps> query;
-  query.address = q_shared + warp_row(place.warp) * (kHeadDim * 2) + jg::a_fragment_offset<kHeadDim>(lane);
-  const auto begin_rows = [&](const Place& p) {
-    head = make_head(args, p.b, p.h);
-    tile_row = p.tile_row;
-    factor = score_factor(args, head);
-#pragma unroll
-    for (int r = 0; r < 2 * kRowTiles; ++r) score_rows[r / 2][r % 2] = score_row(args, head, query_index(args, own_row(tile_row), r / 2, r % 2));
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int j = 0; j < kOutTiles; ++j) o[i][j][0] = o[i][j][1] = o[i][j][2] = o[i][j][3] = 0.0f;
-    softmax.init();
-    if constexpr (kHeldSteps > 0) {
-      jg::cp_async_wait_all();
-      __syncthreads();
-      query.hold();
-    }
-  };
+  softmax.init();
   // A factor that is not positive would turn the running maximum into a minimum: it is applied to the logits then.
   const auto scale_first = [&] { return !(jg::stay(factor) > 0.0f); };   // computed anew: registers are short
   const auto units = [&] { return (scale_first() ? 1.0f : factor) * jg::kLog2E; };
   const auto reach = [&] { return ::fabsf(jg::stay(factor)) * jg::kLog2E; };   // of exponents: score_elem is within [-1, 1]
 
   // ---- loop over the visited KV tiles: the copy of the next one runs under the products of this one ----
-  const auto visit_tiles = [&] {
-    bool is_last;
+  int visit = -1, stage = 0;
+  if (tiles.find()) {   // the copies leave before the warp looks at its own rows
+    const int first = tiles.next_tile() * kTileKv;
+    keys.template start<kTileKv>(kv_shared, first, kv_len);
+    if constexpr (kNumStages == 2) values.template start<kTileKv>(kv_shared + kKeyBytes, first, kv_len);
+    tiles.classify();
+    visit = tiles.next();
+  }
+  jg::cp_async_commit();
+  if (visit < 0) {   // O leaves through the rows that Q arrives in
+    jg::cp_async_wait_all();
+    __syncthreads();
+  }
+  jg::QueryFragments<kRowTiles, kHeadDim, kHeldSteps> query;
+  query.address = q_shared + warp_row(place.warp) * (kHeadDim * 2) + jg::a_fragment_offset<kHeadDim>(lane);
+  if constexpr (kHeldSteps > 0) {
+    jg::cp_async_wait_all();
+    __syncthreads();
+    query.hold();
+  }
 #pragma unroll 1
-    do {
-      const int kind = visit & 3, kv_start = (visit >> 2) * kTileKv;
-      const int next = tiles.next();
-      is_last = next < 0;
-      const auto copy_next = [&] {   // a whole tile ahead
-        const unsigned other = kv_shared + (stage ^ 1) * kStageBytes;
-        if (next >= 0) keys.template start<kTileKv>(other, (next >> 2) * kTileKv, kv_len);
-        if (next >= 0) values.template start<kTileKv>(other + kKeyBytes, (next >> 2) * kTileKv, kv_len);
-        jg::cp_async_commit();
-      };
-      jg::cp_async_wait_all();
-      __syncthreads();   // the tile is visible, and every warp has left the buffers filled below
-      if constexpr (kNumStages == 1) values.template start<kTileKv>(kv_shared + kKeyBytes, kv_start, kv_len);
-      if constexpr (kNumStages == 2 && !kCopiesLate) copy_next();
-      if constexpr (kNumStages == 1) jg::cp_async_commit();
-      Logits s;
+  while (visit >= 0) {
+    const int next = tiles.next(), kind = visit & 3, kv_start = (visit >> 2) * kTileKv;
+    const auto copy_next = [&] {   // a whole tile ahead
+      const unsigned other = kv_shared + (stage ^ 1) * kStageBytes;
+      if (next >= 0) keys.template start<kTileKv>(other, (next >> 2) * kTileKv, kv_len);
+      if (next >= 0) values.template start<kTileKv>(other + kKeyBytes, (next >> 2) * kTileKv, kv_len);
+      jg::cp_async_commit();
+    };
+    jg::cp_async_wait_all();
+    __syncthreads();   // the tile is visible, and every warp has left the buffers filled below
+    if constexpr (kNumStages == 1) values.template start<kTileKv>(kv_shared + kKeyBytes, kv_start, kv_len);
+    if constexpr (kNumStages == 2 && !kCopiesLate) copy_next();
+    if constexpr (kNumStages == 1) jg::cp_async_commit();
+    Logits s;
+    if (kind != kTileNone) {
+      jg::multiply_qk<Element>(s, query, k_fragment + stage * kStageBytes);
+      apply_score(args, head, score_rows, s, tile_row, kv_start);
+      if (scale_first()) scale_all(s, factor);
+      if (kv_start + kTileKv > kv_len) mask_tail(s, kv_start, kv_len);
+    }
+    if constexpr (kNumStages == 2 && kCopiesLate) copy_next();
+    float change[kRowTiles][2];
+    bool moved = false;
+    if (kind != kTileNone) {
+      moved = softmax.raise_within(reach(), s, change, units());
+      softmax.weigh(s, units());
+      pair.put_rows(softmax.row_max);
+      pair.put_weights(s);
+    }
+    jg::cp_async_wait_all();
+    const bool any_moved = __syncthreads_or(moved);   // V and the weights are visible, and every warp has left K
+    if (next >= 0) keys.template start<kTileKv>(kv_shared, (next >> 2) * kTileKv, kv_len);
+    jg::cp_async_commit();
+    if (any_moved) {
       if (kind != kTileNone) {
-        jg::multiply_qk<Element>(s, query, k_fragment + stage * kStageBytes);
-        apply_score(args, head, score_rows, s, tile_row, kv_start);
-        if (scale_first()) scale_all(s, factor);
-        if (kv_start + kTileKv > kv_len) mask_tail(s, kv_start, kv_len);
-      }
-      if constexpr (kNumStages == 2 && kCopiesLate) copy_next();
-      float change[kRowTiles][2];
-      bool moved = false;
-      if (kind != kTileNone) {
-        moved = softmax.raise_within(reach(), s, change, units());
-        softmax.weigh(s, units());
-        pair.put_rows(softmax.row_max);
+        pair.agree(softmax, s, change, moved, units());
+        jg::scale_rows(o, change);
         pair.put_weights(s);
       }
-      jg::cp_async_wait_all();
-      const bool any_moved = __syncthreads_or(moved);   // V and the weights are visible, and every warp has left K
-      if (next >= 0) keys.template start<kTileKv>(kv_shared, (next >> 2) * kTileKv, kv_len);
-      jg::cp_async_commit();
-      if (any_moved) {
-        if (kind != kTileNone) {
-          pair.agree(softmax, s, change, moved, units());
-          jg::scale_rows(o, change);
-          pair.put_weights(s);
-        }
-        __syncthreads();
-      }
-      if (kind != kTileNone) {
-        jg::multiply_pv<Element, kHeadDimV>(o, s, v_fragment + part_bytes);
-        pair.multiply_pv<kHeadDimV>(o, v_fragment + (kPartBytes - part_bytes));
-      }
-      visit = next;
-      if constexpr (kNumStages == 2) stage ^= 1;
-    } while (!is_last);
-  };
-  begin_rows(find_place(order, jg::cta_index()));
-  visit_tiles();
+      __syncthreads();
+    }
+    if (kind != kTileNone) {
+      jg::multiply_pv<Element, kHeadDimV>(o, s, v_fragment + part_bytes);
+      pair.multiply_pv<kHeadDimV>(o, v_fragment + (kPartBytes - part_bytes));
+    }
+    visit = next;
+    if constexpr (kNumStages == 2) stage ^= 1;
+  }
   pair.put_rows(softmax.row_sum);
   __syncthreads();   // also: every warp has left Q, where O goes
   pair.add_rows(softmax.row_sum);
-  const Place done = find_place(order, jg::cta_index());
-  write_output(args, done, o, softmax, units(), jg::shared_address(shared) + done.warp * (kQueryBytes / kNumWarps));
+  write_output(args, find_place(order), o, softmax, units(), jg::shared_address(shared));
 }
 
 // ---- launcher ----
-// CTAs that the current device runs at once; the kernel is prepared on first use.
-static cudaError_t count_ctas(int& num_ctas) {
+extern "C" int jitgen_launch(const Args* args) {
   constexpr int kMaxDevices = 64;
-  static int known[kMaxDevices];   // set once per device; two threads may both set it, to the same value
-  int device = 0, num_sms = 0, per_sm = 0;
+  static bool ready[kMaxDevices];   // set once per device; two threads may both set it, to the same effect
+  if (args->batch <= 0 || args->num_q_heads <= 0 || args->q_len <= 0) return 0;
+  int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  num_ctas = device < kMaxDevices ? __atomic_load_n(&known[device], __ATOMIC_ACQUIRE) : 0;
-  if (num_ctas > 0) return cudaSuccess;
-  error = cudaFuncSetAttribute(attention_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, attention_kernel, kThreads, kSharedBytes);
-  num_ctas = num_sms * (per_sm > 0 ? per_sm : 1);
-  if (error == cudaSuccess && device < kMaxDevices) __atomic_store_n(&known[device], num_ctas, __ATOMIC_RELEASE);
-  return error;
-}
-
-extern "C" int jitgen_launch(const Args* args) {
-  if (args->batch <= 0 || args->num_q_heads <= 0 || args->q_len <= 0) return 0;
-  int num_ctas = 0;
-  const cudaError_t error = count_ctas(num_ctas);
-  if (error != cudaSuccess) return error;
+  if (device >= kMaxDevices || !__atomic_load_n(&ready[device], __ATOMIC_ACQUIRE)) {
+    error = cudaFuncSetAttribute(attention_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (error != cudaSuccess) return error;
+    if (device < kMaxDevices) __atomic_store_n(&ready[device], true, __ATOMIC_RELEASE);
+  }
   const int64_t query_tiles = (args->q_len + kTileQ - 1) / kTileQ, heads = args->batch * args->num_q_heads;
   if (query_tiles * heads > 0x7fffffff) return cudaErrorInvalidConfiguration;
   const int64_t head_bytes = args->kv_len * (kHeadDim + kHeadDimV) * 2, group_size = args->num_q_heads / args->num_kv_heads;
   const int section = jg::section_heads(kSectionBytes, head_bytes, heads, group_size);
-  const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args->stream);
-  const jg::ItemOrder order = jg::item_order(query_tiles, section, heads, args->num_q_heads, group_size);
-  attention_kernel<<<order.num_items, kThreads, kSharedBytes, stream>>>(*args, order);
+  attention_kernel<<<static_cast<unsigned>(query_tiles * heads), kThreads, kSharedBytes, reinterpret_cast<cudaStream_t>(args->stream)>>>(
+      *args, jg::cta_order(query_tiles, section, args->num_q_heads, group_size));
   return cudaGetLastError();
 }
 extern "C" const char* jitgen_error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -2,7 +2,6 @@
 // attention sm80 bfloat16 hd128
 // mask = (kv_idx <= q_idx)
 #include "jitgen/cuda_math.cuh"
-#include "jitgen/sm80_items.cuh"
 #include "jitgen/sm80_ptx.cuh"
 #include "jitgen/sm80_schedule.cuh"
 #include "jitgen/sm80_softmax.cuh"
@@ -170,7 +169,7 @@ constexpr int kHeldSteps = kHoldsQuery ? kHeadDim / 16 : 0;   // of 16 columns
 constexpr bool kCopiesLate = false;
 constexpr bool kDescending = kNormReverse;
 constexpr long long kSectionBytes = jg::kMaskedSection;
-constexpr unsigned kQueryBytes = kTileQ * kHeadDim * 2;
+constexpr unsigned kQueryBytes = kTileQ * kHeadDim * 2;     // O leaves through the same rows
 constexpr unsigned kKeyBytes = kTileKv * kHeadDim * 2;
 constexpr unsigned kStageBytes = kKeyBytes + kTileKv * kHeadDimV * 2;
 constexpr unsigned kSharedBytes = kQueryBytes + kNumStages * kStageBytes;
@@ -251,15 +250,15 @@ template <int kHalf> JITGEN_FN void update_norm(const Args& args, const Head& he
 // ---- place of a thread ----
 struct Place { int b, h, tile_row, warp, lane; };
 
-JITGEN_FN Place find_place(const jg::ItemOrder& order, int index) {
-  const jg::Item item = jg::item_at(order, index);
+JITGEN_FN Place find_place(const jg::CtaOrder& order) {
+  const jg::CtaWork work = jg::cta_work(order);
   const int thread = jg::thread_index();
-  return {item.batch, item.head, item.query_tile * kTileQ, __shfl_sync(0xffffffffu, thread >> 5, 0), thread & 31};
+  return {work.batch, work.head, work.query_tile * kTileQ, __shfl_sync(0xffffffffu, thread >> 5, 0), thread & 31};
 }
 JITGEN_FN char* at(const void* base, long long element) { return const_cast<char*>(static_cast<const char*>(base)) + element * 2; }
 
 // ---- epilogue: normalise, write LSE and O ----
-JITGEN_FN void write_output(const Args& args, const Place& place, Output& o, const NormState (&state)[kRowTiles][2], unsigned o_shared) {
+JITGEN_FN void write_output(const Args& args, const Place& place, Output& o, const NormState (&state)[kRowTiles][2], unsigned q_shared) {
   const Head head = make_head(args, place.b, place.h);
   const int start_row = place.tile_row + warp_row(place.warp), first_row = start_row + place.lane / 4;
   const int first_column = 2 * (place.lane % 4), start_column = warp_part(place.warp) * kOutTiles * 8;
@@ -274,170 +273,142 @@ JITGEN_FN void write_output(const Args& args, const Place& place, Output& o, con
       if (args.lse && row < args.q_len && start_column + first_column == 0) args.lse[(place.b * args.num_q_heads + place.h) * args.q_len + row] = lse;
     });
   const long long start = place.b * args.o_stride_b + place.h * args.o_stride_h + start_row * args.o_stride_s + start_column;
-  jg::store_rows<Element>(o, o_shared, at(args.o, start), args.o_stride_s,
+  jg::store_rows<Element>(o, q_shared + place.warp * (kQueryBytes / kNumWarps), at(args.o, start), args.o_stride_s,
                           static_cast<int>(args.q_len) - start_row);
 }
 
 // ---- kernel ----
 // One CTA attends kTileQ query rows of one head; a warp owns kWarpRows of them from Q K^T to the store of O.
-__global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::ItemOrder order) {
+__global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::CtaOrder order) {
   extern __shared__ __align__(1024) char shared[];
-  const Place place = find_place(order, jg::cta_index());
-  const int lane = place.lane, thread = place.warp * 32 + lane;
+  const Place place = find_place(order);
+  const int b = place.b, h = place.h, lane = place.lane, thread = place.warp * 32 + lane;
   const int q_len = static_cast<int>(args.q_len), kv_len = static_cast<int>(args.kv_len);
+  const int kv_h = order.group_size.divide(h);
+  const Head head = make_head(args, b, h);
+  const int tile_row = place.tile_row;
 
   const unsigned q_shared = jg::shared_address(shared), kv_shared = q_shared + kQueryBytes;
-  const auto k_of = [&](const Place& p) { return at(args.k, p.b * args.k_stride_b + order.group_size.divide(p.h) * args.k_stride_h); };
-  const auto v_of = [&](const Place& p) { return at(args.v, p.b * args.v_stride_b + order.group_size.divide(p.h) * args.v_stride_h); };
-  jg::TileCopy<kHeadDim, kThreads> keys(k_of(place), args.k_stride_s, thread);
-  jg::TileCopy<kHeadDimV, kThreads> values(v_of(place), args.v_stride_s, thread);
+  const jg::TileCopy<kHeadDim, kThreads> keys(at(args.k, b * args.k_stride_b + kv_h * args.k_stride_h), args.k_stride_s, thread);
+  const jg::TileCopy<kHeadDimV, kThreads> values(at(args.v, b * args.v_stride_b + kv_h * args.v_stride_h), args.v_stride_s, thread);
   const unsigned k_fragment = kv_shared + jg::b_fragment_offset<kHeadDim>(lane);
   const unsigned v_fragment = kv_shared + kKeyBytes + jg::a_fragment_offset<kHeadDimV>(lane);
 
-  // Each warp copies a part of Q, which is its own rows where warps share none: it is on its way while tiles are classified.
-  const auto copy_query = [&](const Place& p) {
-    constexpr int kRows = kTileQ / kNumWarps;
-    const char* base = at(args.q, p.b * args.q_stride_b + p.h * args.q_stride_h);
-    jg::copy_rows<kRows, kHeadDim>(q_shared + p.warp * kRows * (kHeadDim * 2), base, args.q_stride_s, p.tile_row + p.warp * kRows, q_len, p.lane);
-  };
-  copy_query(place);
+  // Q is on its way while tiles are classified.
+  jg::TileCopy<kHeadDim, kThreads>(at(args.q, b * args.q_stride_b + h * args.q_stride_h), args.q_stride_s, thread)
+      .template start<kTileQ>(q_shared, tile_row, q_len);
 
   // Tiles to visit, and the values of the hooks that depend on the row only.
-  const Place& ahead = place;
   const int num_tiles = (kv_len + kTileKv - 1) / kTileKv;
   const auto span_of = [&](int row, int num_rows) {
-    const int low = jg::min(row, q_len - 1), high = jg::max(low, jg::min(row + num_rows, q_len) - 1), offset = static_cast<int>(args.q_offset);
-    return mask_span(args, make_head(args, ahead.b, ahead.h), low + offset, high + offset);
+    const int low = jg::min(row, q_len - 1), high = jg::max(low, jg::min(row + num_rows, q_len) - 1);
+    return mask_span(args, head, low + static_cast<int>(args.q_offset), high + static_cast<int>(args.q_offset));
   };
-  const auto cta_span = [&] { return span_of(jg::stay(ahead.tile_row), kTileQ); };
-  const auto warp_span = [&] { return span_of(ahead.tile_row + warp_row(jg::thread_index() / 32), kWarpRows); };
+  const auto cta_span = [&] { return span_of(jg::stay(tile_row), kTileQ); };
+  const auto warp_span = [&] { return span_of(tile_row + warp_row(jg::thread_index() / 32), kWarpRows); };
   const auto kind_of = [&](const MaskSpan& span, int tile) {
-    const int first = tile * kTileKv;
-    return mask_tile(args, make_head(args, ahead.b, ahead.h), span, first, jg::min(first + kTileKv, kv_len) - 1);
+    return mask_tile(args, head, span, tile * kTileKv, jg::min(tile * kTileKv + kTileKv, kv_len) - 1);
   };
-  const auto has_rows = [&] { return ahead.tile_row + warp_row(jg::thread_index() / 32) < q_len; };
-  jg::MaskedTiles<kDescending, MaskSpan, decltype(cta_span), decltype(warp_span), decltype(kind_of)> tiles(num_tiles, has_rows(), cta_span, warp_span, kind_of);
-  constexpr int kNoTile = kTileNone;   // tile 0, and nothing to do in it: the visit of rows that see no key
+  jg::MaskedTiles<kDescending, MaskSpan, decltype(cta_span), decltype(warp_span), decltype(kind_of)> tiles(
+      num_tiles, tile_row + warp_row(place.warp) < q_len, cta_span, warp_span, kind_of);
+
+  const float factor = head.scale;   // of what S holds once score_elem is done
+  Output o;
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < kOutTiles; ++j) o[i][j][0] = o[i][j][1] = o[i][j][2] = o[i][j][3] = 0.0f;
+  NormState state[kRowTiles][2];
+#pragma unroll
+  for (int r = 0; r < 2 * kRowTiles; ++r) state[r / 2][r % 2] = norm_init(args, head);
+
+  // ---- loop over the visited KV tiles: the copy of the next one runs under the products of this one ----
+  int visit = -1, stage = 0;
   if (tiles.find()) {   // the copies leave before the warp looks at its own rows
     const int first = tiles.next_tile() * kTileKv;
     keys.template start<kTileKv>(kv_shared, first, kv_len);
     if constexpr (kNumStages == 2) values.template start<kTileKv>(kv_shared + kKeyBytes, first, kv_len);
     tiles.classify();
+    visit = tiles.next();
   }
   jg::cp_async_commit();
-  int visit = tiles.is_done() ? kNoTile : tiles.take(), stage = 0;
-
-  // What belongs to the rows.
-  Head head;
-  int tile_row;
-  float factor;   // of what S holds once score_elem is done
-  Output o;
-  NormState state[kRowTiles][2];
+  if (visit < 0) {   // O leaves through the rows that Q arrives in
+    jg::cp_async_wait_all();
+    __syncthreads();
+  }
   jg::QueryFragments<kRowTiles, kHeadDim, kHeldSteps> query;
   query.address = q_shared + warp_row(place.warp) * (kHeadDim * 2) + jg::a_fragment_offset<kHeadDim>(lane);
-  const auto begin_rows = [&](const Place& p) {
-    head = make_head(args, p.b, p.h);
-    tile_row = p.tile_row;
-    factor = head.scale;
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int j = 0; j < kOutTiles; ++j) o[i][j][0] = o[i][j][1] = o[i][j][2] = o[i][j][3] = 0.0f;
-#pragma unroll
-    for (int r = 0; r < 2 * kRowTiles; ++r) state[r / 2][r % 2] = norm_init(args, head);
-    if constexpr (kHeldSteps > 0) {
-      jg::cp_async_wait_all();
-      __syncwarp();
-      query.hold();
-    }
-  };
-
-  // ---- loop over the visited KV tiles: the copy of the next one runs under the products of this one ----
-  const auto visit_tiles = [&] {
-    bool is_last;
+  if constexpr (kHeldSteps > 0) {
+    jg::cp_async_wait_all();
+    __syncthreads();
+    query.hold();
+  }
 #pragma unroll 1
-    do {
-      const int kind = visit & 3, kv_start = (visit >> 2) * kTileKv;
-      const int next = tiles.next();
-      is_last = next < 0;
-      const auto copy_next = [&] {   // a whole tile ahead
-        const unsigned other = kv_shared + (stage ^ 1) * kStageBytes;
-        if (next >= 0) keys.template start<kTileKv>(other, (next >> 2) * kTileKv, kv_len);
-        if (next >= 0) values.template start<kTileKv>(other + kKeyBytes, (next >> 2) * kTileKv, kv_len);
-        jg::cp_async_commit();
+  while (visit >= 0) {
+    const int next = tiles.next(), kind = visit & 3, kv_start = (visit >> 2) * kTileKv;
+    const auto copy_next = [&] {   // a whole tile ahead
+      const unsigned other = kv_shared + (stage ^ 1) * kStageBytes;
+      if (next >= 0) keys.template start<kTileKv>(other, (next >> 2) * kTileKv, kv_len);
+      if (next >= 0) values.template start<kTileKv>(other + kKeyBytes, (next >> 2) * kTileKv, kv_len);
+      jg::cp_async_commit();
+    };
+    jg::cp_async_wait_all();
+    __syncthreads();   // the tile is visible, and every warp has left the buffers filled below
+    if constexpr (kNumStages == 1) values.template start<kTileKv>(kv_shared + kKeyBytes, kv_start, kv_len);
+    if constexpr (kNumStages == 2 && !kCopiesLate) copy_next();
+    if constexpr (kNumStages == 1) jg::cp_async_commit();
+    Logits s;
+    if (kind != kTileNone) {
+      jg::multiply_qk<Element>(s, query, k_fragment + stage * kStageBytes);
+      scale_all(s, factor);
+      const auto mask_rows = [&](MaskRows& rows) {   // found again in every partial tile: registers are short in the others
+#pragma unroll
+        for (int r = 0; r < 2 * kRowTiles; ++r) rows[r / 2][r % 2] = mask_row(args, head, query_index(args, own_row(tile_row), r / 2, r % 2));
       };
+      MaskRows rows;
+      if (kind == kTilePartial) mask_rows(rows), apply_mask(args, head, rows, s, tile_row, kv_start);
+      if (kv_start + kTileKv > kv_len) mask_tail(s, kv_start, kv_len);
+    }
+    if constexpr (kNumStages == 2 && kCopiesLate) copy_next();
+    if constexpr (kNumStages == 1) {
       jg::cp_async_wait_all();
-      __syncthreads();   // the tile is visible, and every warp has left the buffers filled below
-      if constexpr (kNumStages == 1) values.template start<kTileKv>(kv_shared + kKeyBytes, kv_start, kv_len);
-      if constexpr (kNumStages == 2 && !kCopiesLate) copy_next();
-      if constexpr (kNumStages == 1) jg::cp_async_commit();
-      Logits s;
-      if (kind != kTileNone) {
-        jg::multiply_qk<Element>(s, query, k_fragment + stage * kStageBytes);
-        scale_all(s, factor);
-        const auto mask_rows = [&](MaskRows& rows) {   // found again in every partial tile: registers are short in the others
+      __syncthreads();   // V is visible, and every warp has left K
+      if (next >= 0) keys.template start<kTileKv>(kv_shared, (next >> 2) * kTileKv, kv_len);
+      jg::cp_async_commit();
+    }
+    if (kind != kTileNone) {
 #pragma unroll
-          for (int r = 0; r < 2 * kRowTiles; ++r) rows[r / 2][r % 2] = mask_row(args, head, query_index(args, own_row(tile_row), r / 2, r % 2));
-        };
-        MaskRows rows;
-        if (kind == kTilePartial) mask_rows(rows), apply_mask(args, head, rows, s, tile_row, kv_start);
-        if (kv_start + kTileKv > kv_len) mask_tail(s, kv_start, kv_len);
+      for (int i = 0; i < kRowTiles; ++i) {
+        update_norm<0>(args, head, s, o, i, state[i][0], own_column(kv_start));
+        update_norm<1>(args, head, s, o, i, state[i][1], own_column(kv_start));
       }
-      if constexpr (kNumStages == 2 && kCopiesLate) copy_next();
-      if constexpr (kNumStages == 1) {
-        jg::cp_async_wait_all();
-        __syncthreads();   // V is visible, and every warp has left K
-        if (next >= 0) keys.template start<kTileKv>(kv_shared, (next >> 2) * kTileKv, kv_len);
-        jg::cp_async_commit();
-      }
-      if (kind != kTileNone) {
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          update_norm<0>(args, head, s, o, i, state[i][0], own_column(kv_start));
-          update_norm<1>(args, head, s, o, i, state[i][1], own_column(kv_start));
-        }
-        jg::multiply_pv<Element, kHeadDimV>(o, s, v_fragment + stage * kStageBytes);
-      }
-      visit = next;
-      if constexpr (kNumStages == 2) stage ^= 1;
-    } while (!is_last);
-  };
-  begin_rows(find_place(order, jg::cta_index()));
-  visit_tiles();
-  const Place done = find_place(order, jg::cta_index());
-  write_output(args, done, o, state, jg::shared_address(shared) + done.warp * (kQueryBytes / kNumWarps));
+      jg::multiply_pv<Element, kHeadDimV>(o, s, v_fragment + stage * kStageBytes);
+    }
+    visit = next;
+    if constexpr (kNumStages == 2) stage ^= 1;
+  }
+  write_output(args, find_place(order), o, state, jg::shared_address(shared));
 }
 
 // ---- launcher ----
-// CTAs that the current device runs at once; the kernel is prepared on first use.
-static cudaError_t count_ctas(int& num_ctas) {
+extern "C" int jitgen_launch(const Args* args) {
   constexpr int kMaxDevices = 64;
-  static int known[kMaxDevices];   // set once per device; two threads may both set it, to the same value
-  int device = 0, num_sms = 0, per_sm = 0;
+  static bool ready[kMaxDevices];   // set once per device; two threads may both set it, to the same effect
+  if (args->batch <= 0 || args->num_q_heads <= 0 || args->q_len <= 0) return 0;
+  int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  num_ctas = device < kMaxDevices ? __atomic_load_n(&known[device], __ATOMIC_ACQUIRE) : 0;
-  if (num_ctas > 0) return cudaSuccess;
-  error = cudaFuncSetAttribute(attention_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, attention_kernel, kThreads, kSharedBytes);
-  num_ctas = num_sms * (per_sm > 0 ? per_sm : 1);
-  if (error == cudaSuccess && device < kMaxDevices) __atomic_store_n(&known[device], num_ctas, __ATOMIC_RELEASE);
-  return error;
-}
-
-extern "C" int jitgen_launch(const Args* args) {
-  if (args->batch <= 0 || args->num_q_heads <= 0 || args->q_len <= 0) return 0;
-  int num_ctas = 0;
-  const cudaError_t error = count_ctas(num_ctas);
-  if (error != cudaSuccess) return error;
+  if (device >= kMaxDevices || !__atomic_load_n(&ready[device], __ATOMIC_ACQUIRE)) {
+    error = cudaFuncSetAttribute(attention_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (error != cudaSuccess) return error;
+    if (device < kMaxDevices) __atomic_store_n(&ready[device], true, __ATOMIC_RELEASE);
+  }
   const int64_t query_tiles = (args->q_len + kTileQ - 1) / kTileQ, heads = args->batch * args->num_q_heads;
   if (query_tiles * heads > 0x7fffffff) return cudaErrorInvalidConfiguration;
   const int64_t head_bytes = args->kv_len * (kHeadDim + kHeadDimV) * 2, group_size = args->num_q_heads / args->num_kv_heads;
   const int section = jg::section_heads(kSectionBytes, head_bytes, heads, group_size);
-  const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args->stream);
-  const jg::ItemOrder order = jg::item_order(query_tiles, section, heads, args->num_q_heads, group_size);
-  attention_kernel<<<order.num_items, kThreads, kSharedBytes, stream>>>(*args, order);
+  attention_kernel<<<static_cast<unsigned>(query_tiles * heads), kThreads, kSharedBytes, reinterpret_cast<cudaStream_t>(args->stream)>>>(
+      *args, jg::cta_order(query_tiles, section, args->num_q_heads, group_size));
   return cudaGetLastError();
 }
 extern "C" const char* jitgen_error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -193,27 +193,6 @@ def test_documents_of_every_length(family, head_dim, q_len, is_sorted):
     torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=1e-4, rtol=1e-5)
 
 
-# More query tiles than CTAs that run at once, so a CTA takes several: of very different length, and some without a key.
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
-def test_query_tiles_that_ctas_take_one_after_the_other(family, head_dim):
-    length = 701
-    lengths = torch.tensor([1, 128, 30, 305, 64, 11, 162])
-    document = torch.repeat_interleave(torch.tensor([0, 1, 2, -1, 4, 5, 6]), lengths).int().cuda()
-    q, k, v = inputs(2, 40, 20, length, length, head_dim)
-    inside = jitgen.Variant(
-        mask_mod=lambda b, h, q_idx, kv_idx: (document[q_idx] == document[kv_idx]) & (kv_idx <= q_idx) & (document[kv_idx] >= 0)
-    )
-    positions = torch.arange(length, device="cuda")
-    keep = (document[:, None] == document) & (positions <= positions[:, None]) & (document >= 0)
-    logits = (q.double() @ k.double().repeat_interleave(2, 1).mT / math.sqrt(head_dim)).masked_fill(~keep, -math.inf)
-    want = torch.nan_to_num(logits.softmax(-1)) @ v.double().repeat_interleave(2, 1)
-    for _ in range(2):  # the second launch finds the counter as the first one has left it
-        poison(q)
-        got, lse = jitgen.attention(q, k, v, inside, return_lse=True, family=family)
-        assert relative_error(got, want) < torch.finfo(q.dtype).eps
-        torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=1e-4, rtol=1e-5)
-
-
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_rows_without_keys_are_zero_with_lse_minus_infinity(family, head_dim):
     q, k, v = inputs(1, 2, 2, 200, 300, head_dim)

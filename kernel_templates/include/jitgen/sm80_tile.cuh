@@ -39,10 +39,11 @@ template <int kCols, int kThreads> struct TileCopy {
   int row;
 
   JITGEN_FN TileCopy(const void* base, long long row_stride, int thread)
-      : row_bytes(row_stride * 2), dst(Tile::offset(thread / Tile::kSpan, thread % Tile::kSpan)), row(thread / Tile::kSpan) {
-    move_to(base, thread);
+      : row_bytes(row_stride * 2), row(thread / Tile::kSpan) {
+    const int chunk = thread % Tile::kSpan;
+    src = static_cast<const char*>(base) + row * row_bytes + chunk * 16;
+    dst = Tile::offset(row, chunk);
   }
-  JITGEN_FN void move_to(const void* base, int thread) { src = static_cast<const char*>(base) + row * row_bytes + thread % Tile::kSpan * 16; }
   // Rows [first, first + kRows) to the tile at `address`; rows from `limit` on become zero, so that a weight of zero
   // never meets a NaN left in memory.
   template <int kRows> JITGEN_FN void start(unsigned address, int first, int limit) const {
@@ -59,23 +60,6 @@ template <int kCols, int kThreads> struct TileCopy {
     }
   }
 };
-
-// Rows [first, first + kRows) of a matrix to the part at `address` of a tile, by one warp: eight rows by 64 bytes at once, so that
-// the rows of a lane share the swizzle. Rows from `limit` on become zero.
-template <int kRows, int kCols> JITGEN_FN void copy_rows(unsigned address, const void* base, long long row_stride, int first, int limit, int lane) {
-  using Tile = SwizzledTile<kCols>;
-  static_assert(kRows % 8 == 0 && Tile::kSpan >= 4, "eight rows at once");
-  const int row = Tile::kSpan == 8 ? lane / 8 + lane / 4 % 2 * 4 : lane / 4, chunk = lane % 4;   // in an order without bank conflicts
-  const long long pitch = row_stride * 2;
-  const char* from = static_cast<const char*>(base) + (first + row) * pitch + chunk * 16;
-  const unsigned to = address + Tile::offset(row, chunk);
-#pragma unroll
-  for (int r = 0; r < kRows; r += 8, from = stay(from + 8 * pitch)) {
-    const bool valid = first + row + r < limit;
-#pragma unroll
-    for (int at = 0; at < kCols / 8; at += 4) cp_async_16(Tile::advance(to, at) + r * Tile::kPitch, from + at * 16, valid);
-  }
-}
 
 // ---- lane addresses of the fragments: row part and chunk part of ldmatrix.x4 ----
 template <int kCols> JITGEN_FN unsigned a_fragment_offset(int lane) { return SwizzledTile<kCols>::offset(lane & 15, lane >> 4); }
@@ -171,35 +155,34 @@ JITGEN_FN void multiply_pv(float (&o)[kRowTiles][kOutTiles][4], const float (&p)
   }
 }
 
-// Writes the 16 * kRowTiles rows of a warp through its own part of shared memory (16 rows at `address`), 16 bytes per lane and
+// Writes the 16 * kRowTiles rows of a warp through its own part of shared memory (`address`), 16 bytes per lane and
 // store, so that rows leave in full sectors. Rows from `row_limit` on are dropped.
 template <class Element, int kRowTiles, int kOutTiles>
 JITGEN_FN void store_rows(const float (&o)[kRowTiles][kOutTiles][4], unsigned address, void* base, long long row_stride,
                           int row_limit) {
   using Tile = SwizzledTile<kOutTiles * 8>;
   const int lane = threadIdx.x & 31;
+  __syncwarp();   // O leaves through the rows that the warp's Q was read from
   const unsigned mine = address + Tile::offset(lane >> 2, 0) + (lane & 3) * 4;
   const unsigned mine_odd = address + Tile::offset(lane >> 2, 1) + (lane & 3) * 4;
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < kOutTiles; ++j) {
+      const unsigned at = Tile::advance(j % 2 ? mine_odd : mine, j - j % 2) + i * 16 * Tile::kPitch;
+      store_shared_32(at, Element::pack(o[i][j][0], o[i][j][1]));
+      store_shared_32(at + 8 * Tile::kPitch, Element::pack(o[i][j][2], o[i][j][3]));
+    }
+  __syncwarp();
   constexpr int kRowsAtOnce = 32 / Tile::kSpan;
   const int row = lane / Tile::kSpan, chunk = lane % Tile::kSpan;
   char* to = static_cast<char*>(base) + row * row_stride * 2 + chunk * 16;
 #pragma unroll
-  for (int i = 0; i < kRowTiles; ++i) {
-    __syncwarp();
+  for (int r = 0; r < 16 * kRowTiles; r += kRowsAtOnce, to += kRowsAtOnce * row_stride * 2) {
 #pragma unroll
-    for (int j = 0; j < kOutTiles; ++j) {
-      const unsigned at = Tile::advance(j % 2 ? mine_odd : mine, j - j % 2);
-      store_shared_32(at, Element::pack(o[i][j][0], o[i][j][1]));
-      store_shared_32(at + 8 * Tile::kPitch, Element::pack(o[i][j][2], o[i][j][3]));
-    }
-    __syncwarp();
-#pragma unroll
-    for (int r = 0; r < 16; r += kRowsAtOnce, to += kRowsAtOnce * row_stride * 2) {
-#pragma unroll
-      for (int span = 0; span < Tile::kSpans; ++span) {   // no branch between the rows: reads of several overlap
-        const uint4 out = load_shared_128(address + Tile::offset(r + row, span * Tile::kSpan + chunk));
-        if (16 * i + r + row < row_limit) *reinterpret_cast<uint4*>(to + span * Tile::kSpan * 16) = out;
-      }
+    for (int span = 0; span < Tile::kSpans; ++span) {   // no branch between the rows: reads of several overlap
+      const uint4 out = load_shared_128(address + Tile::offset(r + row, span * Tile::kSpan + chunk));
+      if (r + row < row_limit) *reinterpret_cast<uint4*>(to + span * Tile::kSpan * 16) = out;
     }
   }
 }
