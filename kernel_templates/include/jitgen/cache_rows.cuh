@@ -27,7 +27,7 @@ template <> struct WordOf<16> { using Type = uint4; };
 // kVec elements that are one access to memory.
 template <class T, int kVec> struct Chunk {
   using Word = typename WordOf<kVec * sizeof(T)>::Type;
-  union { Word word; T values[kVec]; };
+  union { Word word; T values[kVec]; unsigned short pairs[(kVec * sizeof(T) + 1) / 2]; };
   JITGEN_FN static Chunk load(const T* p) {
     Chunk chunk;
     chunk.word = *reinterpret_cast<const Word*>(p);
@@ -67,19 +67,25 @@ JITGEN_FN void round_pair(float a, float b, half16& first, half16& second) {
   first.bits = static_cast<unsigned short>(both);
   second.bits = static_cast<unsigned short>(both >> 16);
 }
+// 8-bit elements that the conversion units give in pairs. Taken apart into bytes, they would have to be joined again.
+template <class T> struct Pairs { static constexpr bool kJoined = false; };
 #if __CUDA_ARCH__ >= 890
-JITGEN_FN void round_pair(float a, float b, float8_e4m3fn& first, float8_e4m3fn& second) {
-  unsigned short both;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(b), "f"(a));
-  first.bits = static_cast<unsigned char>(both);
-  second.bits = static_cast<unsigned char>(both >> 8);
-}
-JITGEN_FN void round_pair(float a, float b, float8_e5m2& first, float8_e5m2& second) {
-  unsigned short both;
-  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(both) : "f"(b), "f"(a));
-  first.bits = static_cast<unsigned char>(both);
-  second.bits = static_cast<unsigned char>(both >> 8);
-}
+template <> struct Pairs<float8_e4m3fn> {
+  static constexpr bool kJoined = true;
+  JITGEN_FN static unsigned short round(float a, float b) {
+    unsigned short both;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(b), "f"(a));
+    return both;
+  }
+};
+template <> struct Pairs<float8_e5m2> {
+  static constexpr bool kJoined = true;
+  JITGEN_FN static unsigned short round(float a, float b) {
+    unsigned short both;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(both) : "f"(b), "f"(a));
+    return both;
+  }
+};
 #endif
 JITGEN_FN void round_to(float x, float8_e4m3fn& y) { y = to_e4m3(x); }
 JITGEN_FN void round_to(float x, float8_e5m2& y) { y = to_e5m2(x); }
@@ -106,8 +112,13 @@ template <class S> JITGEN_FN void store_row(const RowView<S>& row, typename S::O
         round_to(row.x[r][which][0], chunk.values[0]);
       } else {
 #pragma unroll
-        for (int i = 0; i < S::kVec; i += 2)
-          round_pair(row.x[r][which][i], row.x[r][which][i + 1], chunk.values[i], chunk.values[i + 1]);
+        for (int i = 0; i < S::kVec; i += 2) {
+          const float a = row.x[r][which][i], b = row.x[r][which][i + 1];
+          if constexpr (Pairs<typename S::Out>::kJoined)
+            chunk.pairs[i / 2] = Pairs<typename S::Out>::round(a, b);
+          else
+            round_pair(a, b, chunk.values[i], chunk.values[i + 1]);
+        }
       }
       chunk.store(to + Row::first(pair, which));
     }
@@ -116,15 +127,15 @@ template <class S> JITGEN_FN void store_row(const RowView<S>& row, typename S::O
 template <class S> JITGEN_FN void scale_row(const Rows& rows, RowView<S>& row, const Place& place, int64_t h) {
   if constexpr (S::kScale == Scale::kGiven || S::kScale == Scale::kStored) {
     float* const where = rows.scale + place.slot * rows.scale_stride_s + h * rows.scale_stride_h;
-    float scale;
+    float inverse;   // no division: its slow path is a branch, and would keep the heads of a batch one after the other
     if constexpr (S::kScale == Scale::kStored) {
+      constexpr float kMost = kLargest<typename S::Out>, kLeast = 0x1p-116f;   // below it, the scale would be no normal number
       const float most = row.max([](float v, int) { return ::fabsf(v); });
-      scale = most > 0.0f ? most / kLargest<typename S::Out> : 1.0f;
-      if (row.lane == 0) *where = scale;
+      if (row.lane == 0) *where = most > kLeast ? most * (1.0f / kMost) : 1.0f;
+      inverse = most > kLeast ? kMost * reciprocal(most) : 1.0f;
     } else {
-      scale = rows.scale ? *where : rows.scale_value;
+      inverse = reciprocal(rows.scale ? *where : rows.scale_value);
     }
-    const float inverse = 1.0f / scale;
     row.each([&](float& v, int) { v *= inverse; });
   }
 }
@@ -144,11 +155,38 @@ template <class S, class Args> JITGEN_FN void move_rows(const Args& args, int64_
   const int64_t units_per_token = (rows.num_heads + rows.heads_per_unit - 1) / rows.heads_per_unit;
   const int64_t token = units_per_token == 1 ? unit : unit / units_per_token;
   if (token >= args.num_tokens) return;
-  const Place place = find_place<S::kPlaces>(args, token);
-  if (!place.exists) return;
   RowView<S> row;
   row.lane = static_cast<int>(threadIdx.x) % Row::kLanes;
   row.team = Row::kLanes == 32 ? ~0u : ((1u << (Row::kLanes % 32)) - 1) << (threadIdx.x % 32 / Row::kLanes * Row::kLanes);
+  const int64_t begin = (unit - token * units_per_token) * rows.heads_per_unit;
+  const int64_t end = begin + rows.heads_per_unit < rows.num_heads ? begin + rows.heads_per_unit : rows.num_heads;
+
+  constexpr bool kReadsPlaces = kGathers<S::kPlaces>;
+  const auto* from = static_cast<const typename S::In*>(rows.x) + token * rows.x_stride_t;
+  const int64_t from_stride_h = kReadsPlaces ? rows.out_stride_h : rows.x_stride_h;
+  Input ahead[Row::kAhead][Row::kRepeat][2];
+  const auto load = [&](Input (&chunks)[Row::kRepeat][2], int64_t h) {
+#pragma unroll
+    for (int r = 0; r < Row::kRepeat; ++r)
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        const int pair = row.lane + r * Row::kLanes;
+        if (Row::has(pair, which)) chunks[r][which] = Input::load(from + h * from_stride_h + Row::first(pair, which));
+      }
+  };
+  // New rows are on their way while their place and angles are found, and those of a batch of heads while the one before is
+  // worked on. Gathered rows have no address yet, and lanes that hold captured rows no registers.
+  constexpr bool kEarly = !kReadsPlaces && S::kConstants == 0;
+  if (kEarly && begin + Row::kAhead <= end) {
+#pragma unroll
+    for (int a = 0; a < Row::kAhead; ++a) load(ahead[a], begin + a);
+  }
+  const Place place = find_place<S::kPlaces>(args, token);
+  if (!place.exists) return;
+  const int64_t by_token = token * rows.x_stride_t, by_place = place.page * rows.out_stride_p + place.offset * rows.out_stride_s;
+  auto* const to = static_cast<typename S::Out*>(rows.out) + (kReadsPlaces ? by_token : by_place);
+  const int64_t to_stride_h = kReadsPlaces ? rows.x_stride_h : rows.out_stride_h;
+  if (kReadsPlaces) from = static_cast<const typename S::In*>(rows.x) + by_place;
 
   if constexpr (S::kConstants > 0) row.load_constants(args);
 
@@ -164,23 +202,6 @@ template <class S, class Args> JITGEN_FN void move_rows(const Args& args, int64_
     }
   }
 
-  const int64_t begin = (unit - token * units_per_token) * rows.heads_per_unit;
-  const int64_t end = begin + rows.heads_per_unit < rows.num_heads ? begin + rows.heads_per_unit : rows.num_heads;
-  constexpr bool kReadsPlaces = kGathers<S::kPlaces>;
-  const int64_t by_token = token * rows.x_stride_t, by_place = place.page * rows.out_stride_p + place.offset * rows.out_stride_s;
-  const auto* const from = static_cast<const typename S::In*>(rows.x) + (kReadsPlaces ? by_place : by_token);
-  auto* const to = static_cast<typename S::Out*>(rows.out) + (kReadsPlaces ? by_token : by_place);
-  const int64_t from_stride_h = kReadsPlaces ? rows.out_stride_h : rows.x_stride_h;
-  const int64_t to_stride_h = kReadsPlaces ? rows.x_stride_h : rows.out_stride_h;
-  const auto load = [&](Input (&chunks)[Row::kRepeat][2], int64_t h) {
-#pragma unroll
-    for (int r = 0; r < Row::kRepeat; ++r)
-#pragma unroll
-      for (int which = 0; which < 2; ++which) {
-        const int pair = row.lane + r * Row::kLanes;
-        if (Row::has(pair, which)) chunks[r][which] = Input::load(from + h * from_stride_h + Row::first(pair, which));
-      }
-  };
   const auto work = [&](const Input (&chunks)[Row::kRepeat][2], int64_t h) {
 #pragma unroll
     for (int r = 0; r < Row::kRepeat; ++r)
@@ -198,13 +219,20 @@ template <class S, class Args> JITGEN_FN void move_rows(const Args& args, int64_
     scale_row(rows, row, place, h);
     store_row<S>(row, to + h * to_stride_h);
   };
-  Input ahead[Row::kAhead][Row::kRepeat][2];
   int64_t h = begin;
-  for (; h + Row::kAhead <= end; h += Row::kAhead) {
+  while (h + Row::kAhead <= end) {
+    const int64_t next = h + Row::kAhead;
+    const bool has_next = next + Row::kAhead <= end;
+    if (!kEarly) {
 #pragma unroll
-    for (int a = 0; a < Row::kAhead; ++a) load(ahead[a], h + a);
+      for (int a = 0; a < Row::kAhead; ++a) load(ahead[a], h + a);
+    }
 #pragma unroll
-    for (int a = 0; a < Row::kAhead; ++a) work(ahead[a], h + a);
+    for (int a = 0; a < Row::kAhead; ++a) {
+      work(ahead[a], h + a);
+      if (kEarly && has_next) load(ahead[a], next + a);
+    }
+    h = next;
   }
   for (; h < end; ++h) {
     load(ahead[0], h);

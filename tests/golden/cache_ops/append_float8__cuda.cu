@@ -160,6 +160,8 @@ struct V {
 __global__ void __launch_bounds__(jg::kThreads, 2) rows_kernel(const __grid_constant__ Args args) {
   jg::start_next_kernel();
   int64_t block = blockIdx.x;
+  // Streams with as many CTAs take turns: one may be short of instructions, the other of bandwidth.
+  if (args.k_blocks == args.v_blocks) block = (block & 1) * args.k_blocks + (block >> 1);
   if (block < args.k_blocks) return jg::move_rows<K>(args, block);
   block -= args.k_blocks;
   jg::move_rows<V>(args, block);

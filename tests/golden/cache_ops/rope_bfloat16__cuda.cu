@@ -124,6 +124,8 @@ struct K {
 __global__ void __launch_bounds__(jg::kThreads, 2) rows_kernel(const __grid_constant__ Args args) {
   jg::start_next_kernel();
   int64_t block = blockIdx.x;
+  // Streams with as many CTAs take turns: one may be short of instructions, the other of bandwidth.
+  if (args.q_blocks == args.k_blocks) block = (block & 1) * args.q_blocks + (block >> 1);
   if (block < args.q_blocks) return jg::move_rows<Q>(args, block);
   block -= args.q_blocks;
   jg::move_rows<K>(args, block);
