@@ -708,8 +708,9 @@ extern "C" int jitgen_launch(const Args* args) {
     if (const cudaError_t failed = cudaGetLastError()) return failed;
   }
   const int section = jg::section_heads(args->kv_len * (kHeadDim + kHeadDimV), heads, args->num_q_heads / args->num_kv_heads);
-  const jg::Schedule schedule = {static_cast<int>(query_tiles), static_cast<int>(query_tiles * heads), section,
-                                 static_cast<int>(query_tiles * kTileQ - args->q_len), jg::counter_of(stream)};
+  jg::Schedule schedule = {static_cast<int>(query_tiles), static_cast<int>(query_tiles * heads), section,
+                           static_cast<int>(query_tiles * kTileQ - args->q_len), jg::counter_of(stream)};
+  jg::enlarge_last_section(schedule, num_sms);
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
   attention_kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>({q.operand, k.operand, v.operand, o.operand}, *args, schedule);
   return cudaGetLastError();

@@ -247,7 +247,9 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     early.offset[half] = 0.0f;
-    early.offset[half] += score_offset(args, head, rows.score[half], columns.at(0)) + early.start;
+    // From the tile's first column, as what S begins from, not from the thread's.
+    const jg::Column tile_start = jg::ColumnCounter(first_kv - 2 * static_cast<int>(threadIdx.x & 3), kv_len).at(0);
+    early.offset[half] += score_offset(args, head, rows.score[half], tile_start) + early.start;
   }
   if (!(rows.factor > 0.0f)) {   // it would turn the maximum into the minimum
     jg::scale_logits(s, rows.factor);
@@ -701,8 +703,9 @@ extern "C" int jitgen_launch(const Args* args) {
 
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args->stream);
   const int section = jg::section_heads(args->kv_len * (kHeadDim + kHeadDimV) * 2, heads, args->num_q_heads / args->num_kv_heads);
-  const jg::Schedule schedule = {static_cast<int>(query_tiles), static_cast<int>(query_tiles * heads), section,
-                                 static_cast<int>(query_tiles * kTileQ - args->q_len), jg::counter_of(stream)};
+  jg::Schedule schedule = {static_cast<int>(query_tiles), static_cast<int>(query_tiles * heads), section,
+                           static_cast<int>(query_tiles * kTileQ - args->q_len), jg::counter_of(stream)};
+  jg::enlarge_last_section(schedule, num_sms);
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
   attention_kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>({q.operand, k.operand, v.operand, o.operand}, *args, schedule);
   return cudaGetLastError();

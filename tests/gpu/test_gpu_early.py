@@ -93,6 +93,14 @@ def key_bias(kv_len):
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + bias[b, h, kv_idx], mask_mod=causal)
 
 
+def hidden_keys(kv_len):
+    """Keys hidden by a large number, as masks of padding are: the first of a tile among them, beside keys that count."""
+    bias = randn(2, HEADS, kv_len)
+    bias[:, :, : kv_len // 3] = -1e9
+    bias[:, :, ::7] = torch.finfo(torch.float32).min
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + bias[b, h, kv_idx])
+
+
 def key_bias_alibi(kv_len):
     """Beside a multiple of the distance, a table of it and a term of the row."""
     bias, rows, slopes, table = randn(HEADS, kv_len), randn(HEADS, kv_len), torch.rand(HEADS, device="cuda"), randn(HEADS, 33)
@@ -137,6 +145,7 @@ VARIANTS = {
     "key_bias": key_bias,
     "key_bias_bf16": key_bias,
     "key_bias_alibi": key_bias_alibi,
+    "hidden_keys": hidden_keys,
     "positions": positions,
     "steep": steep,
     "documents": documents,

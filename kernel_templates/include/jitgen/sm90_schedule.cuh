@@ -9,10 +9,13 @@ namespace jg {
 // is the longest under a causal mask. CTAs take tiles as they finish others: 2 to 12 % faster than a fixed assignment.
 // Tiles end with the last row, so the one with rows missing is the first: it is the shortest under a causal mask, the last
 // one would be the longest (7 % of hd128 causal 4k, where 4096 rows are 21 tiles of 192 and a third).
+// The last section has at least two tiles for each SM, so that what is given out last are the shortest tiles of many heads
+// (H100, hd128 causal: 4k and 16k 1.4 and 1.7 % faster, 1k 1 % slower; other lengths and head dims within 1 %).
 struct Schedule {
   int num_query_tiles, num_tiles, section;
   int absent_rows;   // of tile 0, before the first row
   int counter;       // index of the tile counter, -1: none
+  int last_section, last_begin;   // heads of the last section, and the first of its tiles
 };
 struct QueryTile { int tile, head, batch; };
 
@@ -25,9 +28,18 @@ inline int section_heads(long long kv_head_bytes, long long num_heads, long long
   while (kv_heads * 2 * kv_head_bytes <= kSectionBytes && num_heads % (kv_heads * 2 * group_size) == 0) kv_heads *= 2;
   return static_cast<int>(kv_heads * group_size);
 }
+// Joins as many of the last sections as make two tiles for each SM.
+inline void enlarge_last_section(Schedule& schedule, int num_sms) {
+  const long long per_section = 1ll * schedule.section * schedule.num_query_tiles, count = (2ll * num_sms + per_section - 1) / per_section;
+  const long long begin = schedule.num_tiles - count * per_section;
+  schedule.last_begin = static_cast<int>(begin > 0 ? begin : 0);
+  schedule.last_section = (schedule.num_tiles - schedule.last_begin) / schedule.num_query_tiles;
+}
 JITGEN_FN QueryTile query_tile_at(unsigned index, const Schedule& schedule, unsigned num_q_heads) {
-  const unsigned section = schedule.section, per_section = section * schedule.num_query_tiles, inside = index % per_section;
-  const unsigned head = index / per_section * section + inside % section;
+  const bool is_last = index >= static_cast<unsigned>(schedule.last_begin);
+  const unsigned section = is_last ? schedule.last_section : schedule.section;
+  const unsigned begin = is_last ? schedule.last_begin : index - index % (section * schedule.num_query_tiles);
+  const unsigned inside = index - begin, head = begin / schedule.num_query_tiles + inside % section;
   return {schedule.num_query_tiles - 1 - static_cast<int>(inside / section), static_cast<int>(head % num_q_heads), static_cast<int>(head / num_q_heads)};
 }
 

@@ -208,11 +208,16 @@ template <int kColumns> struct ColumnStarts {
 #pragma unroll
     for (int base = 0; base < kColumns; base += 32) value[base / 32] = evaluate(base + lane);
   }
-  // All without that of the first column, which follows them: it may be large, as sums of gates are, and S is to keep the bits of
-  // the products.
+  // All without the greatest of them, which follows: it may be large, as sums of gates are, and S is to keep the bits of the
+  // products. Any other could be the number that stands for a hidden key, beside which all bits would be lost.
   JITGEN_FN void share(unsigned address) const {
     const int lane = threadIdx.x & 31;
-    const float first = __shfl_sync(0xffffffffu, value[0], 0), start = ::fabsf(first) < INFINITY ? first : 0.0f;
+    float top = value[0];
+#pragma unroll
+    for (int base = 32; base < kColumns; base += 32) top = ::fmaxf(top, value[base / 32]);
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) top = ::fmaxf(top, __shfl_xor_sync(0xffffffffu, top, distance));
+    const float start = ::fabsf(top) < INFINITY ? top : 0.0f;
 #pragma unroll
     for (int base = 0; base < kColumns; base += 32)
       store_shared_if(base + lane < kColumns, address + 4 * (base + lane), __float_as_int(value[base / 32] - start));
