@@ -113,7 +113,7 @@ def variant_tables(title: str, results: Sequence[Result], device: str) -> tuple[
     for cell, contest in by_cell(results).items():
         flex, best = contest.get("flex"), best_peer(contest)
         for result in contest.values():
-            if not result.is_ours:
+            if not result.is_ours or (result.ms is None and not result.is_fault):
                 continue
             rows.setdefault(cell.shape_label, []).append((
                 cell.variant_label,
