@@ -169,7 +169,8 @@ JITGEN_FN void write_output(const Args& args, const Place& place, Output& o, jg:
 
 // ---- kernel ----
 // One CTA attends kTileQ query rows of one head; a warp owns kWarpRows of them from Q K^T to the store of O.
-__global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::CtaOrder order) {
+// Without the 1 ptxas 13.0 gives some variants 32 registers on sm_90, a dense bias among them (11 kB of spills).
+__global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_constant__ Args args, const __grid_constant__ jg::CtaOrder order) {
   extern __shared__ __align__(1024) char shared[];
   const Place place = find_place(order);
   const int b = place.b, h = place.h, lane = place.lane, thread = place.warp * 32 + lane;
