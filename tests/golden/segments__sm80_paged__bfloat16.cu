@@ -630,7 +630,7 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
 }
 
 // ---- kernel ----
-__global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
   extern __shared__ __align__(1024) char shared[];
   if (threadIdx.x == 0) {
     own_cursor() = share_begin(args, launch, blockIdx.x);
