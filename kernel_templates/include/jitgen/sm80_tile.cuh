@@ -131,13 +131,14 @@ JITGEN_FN void pack_weights(unsigned (&a)[kRowTiles][4], const float (&p)[kRowTi
 }
 
 // O += P V for one step of 16 keys, P as an A operand. `v_address` is this lane's a-fragment address in the V tile (the transposing
-// load turns it into a B operand), whose rows have kCols elements.
+// load turns it into a B operand), whose rows have kCols elements; `offset` bytes behind it the keys begin. It is added after the
+// swizzle: before, every load would need an address of its own, and paged kernels spill more.
 template <class Element, int kCols, int kRowTiles, int kOutTiles>
-JITGEN_FN void multiply_values(float (&o)[kRowTiles][kOutTiles][4], const unsigned (&a)[kRowTiles][4], unsigned v_address) {
+JITGEN_FN void multiply_values(float (&o)[kRowTiles][kOutTiles][4], const unsigned (&a)[kRowTiles][4], unsigned v_address, int offset = 0) {
 #pragma unroll
   for (int j = 0; j < kOutTiles; j += 2) {
     unsigned b[4];
-    load_matrix_transposed(b, SwizzledTile<kCols>::advance(v_address, j));
+    load_matrix_transposed(b, SwizzledTile<kCols>::advance(v_address, j) + offset);
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
       Element::mma(o[i][j], a[i], b[0], b[1]);
@@ -151,7 +152,7 @@ JITGEN_FN void multiply_pv(float (&o)[kRowTiles][kOutTiles][4], const float (&p)
   for (int step = 0; step < kColTiles / 2; ++step) {
     unsigned a[kRowTiles][4];
     pack_weights<Element>(a, p, step);
-    multiply_values<Element, kCols>(o, a, v_address + step * 16 * SwizzledTile<kCols>::kPitch);
+    multiply_values<Element, kCols>(o, a, v_address, step * 16 * SwizzledTile<kCols>::kPitch);
   }
 }
 
