@@ -62,24 +62,11 @@ class EarlyText:
 
 
 @dataclass(frozen=True)
-class CaptureCheck:
-    """A size the host must check: dimension ``dim`` of ``slot`` is read at ``index`` without a clamp.
-
-    ``index`` is 'b', 'h', 'kv_h', 'q_idx', 'kv_idx', or 'any' for a clamped dimension, which must not be empty.
-    """
-
-    slot: int
-    dim: int
-    index: str
-
-
-@dataclass(frozen=True)
 class VariantSection:
     """Everything ``variant.h.jinja`` prints, and what the kernel templates and the launcher must know of it."""
 
     backend: str
     args: tuple[ArgField, ...]
-    capture_checks: tuple[CaptureCheck, ...]
     head: BlockText
     score: HookText
     early: EarlyText
@@ -196,7 +183,6 @@ def emit_variant(
     return VariantSection(
         backend=backend,
         args=capture_fields(unit),
-        capture_checks=tuple(CaptureCheck(*c) for c in sorted(unit.checks)),
         head=_block_text(unit.head),
         **text,  # type: ignore[arg-type]
         raw_scores=raw_scores,

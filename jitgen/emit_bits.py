@@ -133,6 +133,5 @@ def print_bits(low: Lowering, node: Expr, at: Block, narrow: bool) -> Term:
 
 def search_text(unit: Unit, search: Search, value: str) -> str:
     """The search of a row, whose value is given."""
-    unit.checks.add((search.slot, 0, "kv_idx"))
     function = "first_above" if search.above else "first_at_least"
     return f"jg::{function}(args.{unit.slot_names[search.slot]}, head.kv_len, {value})"

@@ -66,9 +66,7 @@ def index_term(low: Lowering, node: Expr, dim: int, at: Block) -> Term:
     """The index along one dimension: clamped, unless the host checks that it fits."""
     index, name = node.args[dim], low.unit.slot_names[node.attr]
     if index.op == "index" and index.attr in low.host_checked:
-        low.unit.checks.add((node.attr, dim, index.attr))
         return low.term(index, at)
-    low.unit.checks.add((node.attr, dim, "any"))
     term = low.term(index, at, narrow=at.level == "elem")
     size = f"args.{name}_size{dim}" if term.ctype == "long long" else f"(int)args.{name}_size{dim}"
     text = term.text if low.ranges.is_non_negative(index) else f"jg::wrap_index({term.text}, {size})"
@@ -120,7 +118,6 @@ def add_row_word(low: Lowering, node: Expr, words: Block) -> str:
     outer = tuple(d for d in dims if low.level(node.args[d]) == "head")
     base = _pointer(low, node, "head", f"args.{name}", outer) if outer else f"args.{name}"
     row = _pointer(low, node, "row", base, tuple(dims))
-    index_term(low, node, last, words)  # has the host check the size
     text = f"jg::load_pair<kPaired>({row}, kv_idx, step, last)"
     word = words.add_member((node, False), f"jg::Pair<{ELEMENT_CTYPE[slot.dtype]}>", name, text, low.unit.comment(node))
     low.given[node] = Term(f"{word.text}.at(odd)", ATOM, "float")

@@ -16,7 +16,6 @@ from jitgen.emit_text import ATOM, PRODUCT, Term, identifier, literal, unique
 from jitgen.ir import Expr, to_text, walk
 from jitgen.program import Slot
 
-LEVELS = ("head", "row", "col", "elem")
 # Where a leaf begins to vary; leaves not listed are known per (b, h). A row and a column value meet in an element.
 HOOK_LEVELS = {
     "q_idx": "row",
@@ -92,7 +91,6 @@ class Unit:
     ranges: Ranges = field(init=False)
     slot_names: tuple[str, ...] = field(init=False)
     head: Block = field(init=False)
-    checks: set[tuple[int, int, str]] = field(default_factory=set)  # (slot, dimension, index it is read by)
 
     def __post_init__(self) -> None:
         self.ranges = Ranges(self.slots)
