@@ -660,10 +660,9 @@ extern "C" int jitgen_launch(const Args* args) {
   if (code) return code;
 
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args->stream);
-  const int section = jg::section_heads(args->kv_len * (kHeadDim + kHeadDimV) * 2, heads, args->num_q_heads / args->num_kv_heads);
-  jg::Schedule schedule = {static_cast<int>(query_tiles), static_cast<int>(query_tiles * heads), section,
-                           static_cast<int>(query_tiles * kTileQ - args->q_len), jg::counter_of(stream)};
-  jg::enlarge_last_section(schedule, num_sms);
+  const jg::Schedule schedule =
+      jg::make_schedule(query_tiles, heads, args->num_q_heads / args->num_kv_heads, args->kv_len * (kHeadDim + kHeadDimV) * 2,
+                        query_tiles * kTileQ - args->q_len, jg::counter_of(stream), num_sms);
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
   attention_kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>({q.operand, k.operand, v.operand, o.operand}, *args, schedule);
   return cudaGetLastError();

@@ -28,12 +28,14 @@ inline int section_heads(long long kv_head_bytes, long long num_heads, long long
   while (kv_heads * 2 * kv_head_bytes <= kSectionBytes && num_heads % (kv_heads * 2 * group_size) == 0) kv_heads *= 2;
   return static_cast<int>(kv_heads * group_size);
 }
-// Joins as many of the last sections as make two tiles for each SM.
-inline void enlarge_last_section(Schedule& schedule, int num_sms) {
-  const long long per_section = 1ll * schedule.section * schedule.num_query_tiles, count = (2ll * num_sms + per_section - 1) / per_section;
-  const long long begin = schedule.num_tiles - count * per_section;
-  schedule.last_begin = static_cast<int>(begin > 0 ? begin : 0);
-  schedule.last_section = (schedule.num_tiles - schedule.last_begin) / schedule.num_query_tiles;
+// `num_heads` and `kv_head_bytes` as in section_heads. The last section is made of as many as have two tiles for each SM.
+inline Schedule make_schedule(long long num_query_tiles, long long num_heads, long long group_size, long long kv_head_bytes, long long absent_rows,
+                              int counter, int num_sms) {
+  const int section = section_heads(kv_head_bytes, num_heads, group_size);
+  const long long num_tiles = num_query_tiles * num_heads, per_section = section * num_query_tiles;
+  const long long begin = num_tiles - (2ll * num_sms + per_section - 1) / per_section * per_section, last_begin = begin > 0 ? begin : 0;
+  return {static_cast<int>(num_query_tiles), static_cast<int>(num_tiles), section, static_cast<int>(absent_rows), counter,
+          static_cast<int>((num_tiles - last_begin) / num_query_tiles), static_cast<int>(last_begin)};
 }
 JITGEN_FN QueryTile query_tile_at(unsigned index, const Schedule& schedule, unsigned num_q_heads) {
   const bool is_last = index >= static_cast<unsigned>(schedule.last_begin);
