@@ -248,10 +248,11 @@ def keys_of_area(block_pairs: int, length: int) -> int:
 
 @cache
 def count_cell(cell: Cell, device: str) -> tuple[int, int]:
-    """count_pairs of a cell."""
+    """count_pairs of a cell, with hooks for one head: no mask reads its number, and captured tensors may be large."""
     if cell.num_keys:
         return (cell.length * cell.num_keys,) * 2
-    return count_pairs(VARIANTS[cell.variant](cell, device).mask_mod, cell.length, device)
+    one_head = replace(cell, num_q_heads=1, num_kv_heads=1)
+    return count_pairs(VARIANTS[cell.variant](one_head, device).mask_mod, cell.length, device)
 
 
 def count_pairs(mask_mod: Callable[..., torch.Tensor] | None, length: int, device: str) -> tuple[int, int]:
