@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jitgen import api
 from jitgen.checks import check_tensors
+from jitgen.dense import run
 from jitgen.errors import ShapeMismatch, VariantError
 from jitgen.variant import Variant, resolve
 
@@ -95,7 +95,7 @@ def eager(
     else:
         program, values = resolve(score_mod, mask_mod)
         local = True
-    return api.run(program, values, query, key, value, scale=scale, local=local, want_lse=want_lse, family=family)
+    return run(program, values, query, key, value, scale=scale, local=local, want_lse=want_lse, family=family)
 
 
 # ---- BlockMask ----------------------------------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ LAYERS = {
     "requests": ["portable", "manifest", "recording"],
     "building": ["host_part", "loader", "build"],
     "calls": [
-        "checks", "looks", "runtime", "streams", "recall", "fp8", "layouts", "api", "reference", "mask_tiles", "flex", "op",
-        "block_*", "serving*", "sampling*", "rotary", "kv_*",
+        "checks", "looks", "runtime", "streams", "recall", "fp8", "layouts", "dense", "api", "reference", "mask_tiles", "flex",
+        "op", "block_*", "serving*", "sampling*", "rotary", "kv_*",
     ],
     "compat": ["compat*"],
     "tools": ["bench*", "show*", "doctor*", "demo", "prebuild*", "cli*", "__main__"],
