@@ -46,8 +46,8 @@ def attention(
              v [batch, num_kv_heads, kv_len, head_dim_v]; returns [batch, num_q_heads, q_len, head_dim_v] in q's dtype (8-bit
              q: out_dtype) and, with return_lse, also the logsumexp [batch, num_q_heads, q_len] in float32. Any strides.
     Units:   scale multiplies q . k before score_mod, default 1/sqrt(head_dim); logsumexp is a natural logarithm.
-    Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, GradNotSupported; UnsupportedVariant when a hook cannot be
-             expressed; CompileError, ToolchainMissing on the first use of a variant.
+    Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, InvalidType, GradNotSupported; UnsupportedVariant when a hook
+             cannot be expressed; CompileError, ToolchainMissing on the first use of a variant.
     Cost:    compiles once per variant, head dim and dtype; later calls launch one kernel, 8-bit ones another that transposes
              v into a workspace of its size. q_transform, k_transform and v_transform are one more each, which copies. Under
              torch.compile the call breaks the graph; jitgen.flex_attention is one operator of it.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from jitgen.checks import dtype_name
-from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
+from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.ir import walk
 from jitgen.kv_hooks import TransformTrace
 from jitgen.kv_spec import BYTES, FLOATS
@@ -33,7 +33,7 @@ def caches_of(kv: object, kv_layout: str) -> tuple[Tensor, Tensor]:
     elif isinstance(kv, tuple | list) and len(kv) == 2 and all(isinstance(t, Tensor) for t in kv):
         pair = kv
     else:
-        raise TypeError(f"the kv cache is a {type(kv).__name__}, expected {CACHE_FORMS}.")
+        raise InvalidType(f"the kv cache is a {type(kv).__name__}, expected {CACHE_FORMS}.")
     found = []
     for name, t in zip("kv", pair, strict=True):
         if t.dim() not in (3, 4):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from jitgen.checks import dtype_name
-from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.families import padded_head_dims
 from jitgen.fp8 import FP8
 
@@ -57,7 +57,7 @@ def finished(result: torch.Tensor, out: torch.Tensor | None, q: torch.Tensor, ou
 def check_out(out: torch.Tensor, shape: tuple[int, ...], q: torch.Tensor, dtype: torch.dtype) -> None:
     """``out=`` must be what the call would have allocated, up to strides."""
     if not isinstance(out, torch.Tensor):
-        raise TypeError(f"out is a {type(out).__name__}, expected a torch.Tensor.")
+        raise InvalidType(f"out is a {type(out).__name__}, expected a torch.Tensor.")
     if tuple(out.shape) != shape:
         raise ShapeMismatch(f"out has shape {tuple(out.shape)}, expected {shape}.")
     if out.dtype != dtype:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from jitgen.checks import check_memory, dtype_name
-from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.checks import as_int32, check_memory, dtype_name
+from jitgen.errors import GradNotSupported, InvalidType, InvalidValue, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_VOCAB = 2**24  # counts are exact in float32 up to here
@@ -15,7 +15,7 @@ Parameter = float | int | torch.Tensor
 def check_rows(name: str, x: torch.Tensor, dims: int = 2) -> None:
     """Logits or probabilities: [rows, vocab], or [batch, draft, vocab] with ``dims`` 3."""
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}, expected a torch.Tensor.")
+        raise InvalidType(f"{name} is a {type(x).__name__}, expected a torch.Tensor.")
     check_memory(**{name: x})
     axes = "[rows, vocab]" if dims == 2 else "[batch, tokens, vocab]"
     if x.dim() != dims:
@@ -54,13 +54,13 @@ def row_parameter(
             )
         if value.dtype == torch.bool or value.is_complex() or (wanted == torch.int32 and value.is_floating_point()):
             raise UnsupportedDtype(f"{name} has dtype {dtype_name(value.dtype)}, expected {dtype_name(wanted)}.")
-        return value.to(wanted).contiguous(), 0
+        return as_int32(value) if wanted == torch.int32 else value.to(wanted).contiguous(), 0
     number = int if wanted == torch.int32 else (int, float)
     if isinstance(value, bool) or not isinstance(value, number):
         kind = "an int" if number is int else "a number"
-        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, expected {kind} or a tensor [batch].")
+        raise InvalidType(f"{name} is {value!r} of type {type(value).__name__}, expected {kind} or a tensor [batch].")
     if not bounds[0] <= value <= bounds[1]:
-        raise ValueError(f"{name} is {value}, expected {bounds[0]:g} to {bounds[1]:g}.")
+        raise InvalidValue(f"{name} is {value}, expected {bounds[0]:g} to {bounds[1]:g}.")
     return None, value
 
 
@@ -75,7 +75,7 @@ def check_indices(indices: torch.Tensor | None, rows: int, device: torch.device)
         raise UnsupportedDevice(f"indices is on {indices.device}, the rows are on {device}. Move it with .to({str(device)!r}).")
     if device.type == "cpu" and indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < rows):
         raise ShapeMismatch(f"indices reach from {int(indices.min())} to {int(indices.max())}, expected 0 to {rows - 1}.")
-    return indices.to(torch.int32).contiguous(), indices.shape[0]
+    return as_int32(indices), indices.shape[0]
 
 
 def check_output(

@@ -9,7 +9,7 @@ import torch
 from torch.compiler import is_compiling
 
 from jitgen.checks import check_grad, check_scale
-from jitgen.errors import PlanMismatch, UnsupportedDevice, VariantError
+from jitgen.errors import InvalidType, PlanMismatch, UnsupportedDevice, VariantError
 from jitgen.looks import looks_of
 from jitgen.program import Program, uses_index
 from jitgen.serving_cascade import Cascade
@@ -95,7 +95,7 @@ def paged_attention(
         check_traced(variant, out, lse, captures)
         return call_paged(q, kv_cache, page_table, plan, scale, kv_layout, return_lse, k_scale, v_scale)
     if type(plan) is not Plan:
-        raise TypeError(f"plan is a {type(plan).__name__}, expected a jitgen.Plan.")
+        raise InvalidType(f"plan is a {type(plan).__name__}, expected a jitgen.Plan.")
     program, values = plan.trace_other(variant, captures) if captures or variant is not None else plan.trace()
     if plan.is_latent and plan.device_index is None:
         kv_cache = join_latent(kv_cache)
@@ -159,7 +159,7 @@ def ragged_attention(
         check_traced(variant, out, lse, captures)
         return call_ragged(q, k, v, plan, scale, return_lse, k_scale, v_scale)
     if type(plan) is not Plan:
-        raise TypeError(f"plan is a {type(plan).__name__}, expected a jitgen.Plan.")
+        raise InvalidType(f"plan is a {type(plan).__name__}, expected a jitgen.Plan.")
     program, values = plan.trace_other(variant, captures) if captures or variant is not None else plan.trace()
     options = (program, scale)
     recent = plan.recent

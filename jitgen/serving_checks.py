@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from jitgen.checks import dtype_name
-from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.emit_ranges import POSITION_LIMIT
+from jitgen.errors import InvalidType, PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.families import CUDA_HEAD_DIMS, padded_head_dims
 from jitgen.layouts import check_own_rows
 from jitgen.program import Program, direct_indices, too_short
@@ -147,6 +148,8 @@ def check_lengths(plan: Plan, q_indptr: Tensor, kv_len: Tensor, reads_q_idx: boo
         raise PlanMismatch(f"a {what} has {int(rows.max())} query rows, the plan was made for max_q_len={plan.max_q_len}.")
     if bool((kv_len < 0).any()):
         raise ShapeMismatch(f"kv_len is {_shown(kv_len)}, expected no negative length.")
+    if bool((kv_len > POSITION_LIMIT).any()):
+        raise ShapeMismatch(f"kv_len is {_shown(kv_len)}, expected at most {POSITION_LIMIT} keys. Is it in bytes, or garbage?")
     if plan.max_kv_len is not None and bool((kv_len > plan.max_kv_len).any()):
         raise PlanMismatch(f"a request has {int(kv_len.max())} keys, the plan was made for max_kv_len={plan.max_kv_len}.")
     if reads_q_idx and plan.q_index == "absolute" and bool(((q_len > kv_len) & (q_len > 0)).any()):
@@ -165,7 +168,7 @@ def _shown(t: Tensor) -> str:
 def check_query(plan: Plan, q: object) -> None:
     """q is what the plan was made for."""
     if not isinstance(q, Tensor):
-        raise TypeError(f"q is a {type(q).__name__}, expected a torch.Tensor.")
+        raise InvalidType(f"q is a {type(q).__name__}, expected a torch.Tensor.")
     if q.dim() != 3:
         raise ShapeMismatch(
             f"q has shape {tuple(q.shape)}, expected [total_q, num_q_heads, head_dim]: the rows of all requests."

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from jitgen.api import resolve_hooks
+from jitgen.checks import as_int32
 from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, VariantError
 from jitgen.ir import TRUE, to_text, walk
 from jitgen.program import Program, uses_index
@@ -15,7 +16,7 @@ from jitgen.serving_cascade import Cascade
 from jitgen.serving_checks import check_captures, check_lengths, check_plan_numbers
 from jitgen.serving_entries import ChosenEntries, Entries, make_chosen
 from jitgen.serving_kernels import DECODE_ROWS, KernelClass, make_classes
-from jitgen.serving_lists import KVLists, as_int32, check_indices
+from jitgen.serving_lists import KVLists, check_indices
 from jitgen.serving_op import register_plan
 from jitgen.serving_rows import Stage, make_stage
 from jitgen.serving_segments import check_cascade, make_segments

@@ -29,6 +29,7 @@ THREE = torch.zeros(3)
         (lambda: jitgen.sample(X, temperature=-1.0), ValueError, "temperature is -1.0, expected 0 to inf"),
         (lambda: jitgen.sample(X, top_k=2.5), TypeError, "top_k is 2.5 of type float, expected an int"),
         (lambda: jitgen.sample(X, top_k=True), TypeError, "top_k is True of type bool"),
+        (lambda: jitgen.sample(X, indices=torch.tensor([0, 2**32 + 1])), ShapeMismatch, "indices reach from 0 to 4294967297"),
         (lambda: jitgen.sample(X, top_k=THREE), UnsupportedDtype, "top_k has dtype float32, expected int32"),
         (lambda: jitgen.sample(X, top_p=torch.zeros(4)), ShapeMismatch, r"top_p has shape \(4,\), expected \(3,\)"),
         (lambda: jitgen.sample(X, top_p=THREE.to("meta")), UnsupportedDevice, "top_p is on meta"),
@@ -53,8 +54,9 @@ THREE = torch.zeros(3)
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(call, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         call()
+    assert isinstance(caught.value, jitgen.JitgenError)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,23 @@ def test_update_refuses_more_rows_than_keys_where_positions_are_read(batch):
     batch.plan().update(batch.ints([0, 1, 3]), batch.ints([40, 1]))  # no position is read
 
 
+@pytest.mark.parametrize("layout", ["paged", "ragged"])
+def test_update_refuses_64_bit_numbers_whose_low_bits_would_fit(batch, layout):
+    plan, high = batch.plan(layout=layout), 2**32  # plus a valid number
+    q_indptr, kv_len = batch.q_indptr().long(), batch.kv_len().long()
+    other = {"kv_len": kv_len} if layout == "paged" else {"kv_indptr": batch.kv_indptr().long()}
+    with pytest.raises(PlanMismatch, match="q_indptr ends with 2147483647 rows"):
+        plan.update(q_indptr + torch.tensor([0, 0, high]), **other)
+    with pytest.raises(ShapeMismatch, match=r"kv_len is .*, expected at most 268435456 keys"):
+        plan.update(q_indptr, **{name: t + torch.tensor([0] * (len(t) - 1) + [high]) for name, t in other.items()})
+
+
+def test_call_refuses_64_bit_page_numbers_whose_low_bits_would_fit(batch, plan, paged):
+    kv, (indptr, indices) = paged
+    with pytest.raises(LaunchError, match="page"):
+        jitgen.paged_attention(batch.q, kv, (indptr, indices.long() + 2**32), plan)
+
+
 def test_update_refuses_tensors_of_other_kinds(plan, batch):
     with pytest.raises(UnsupportedDtype, match="kv_len has dtype float32, expected int32 or int64"):
         plan.update(batch.q_indptr(), batch.kv_len().float())
