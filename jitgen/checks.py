@@ -29,11 +29,17 @@ def as_int32(t: torch.Tensor) -> torch.Tensor:
     return narrowed(t).contiguous()
 
 
+def check_is_tensor(**values: object) -> None:
+    """Arguments are tensors."""
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            raise InvalidType(f"{name} is a {type(value).__name__}, expected a torch.Tensor.")
+
+
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """q [batch, num_q_heads, q_len, head_dim], k and v [batch, num_kv_heads, kv_len, head_dim(_v)]."""
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, torch.Tensor):
-            raise InvalidType(f"{name} is a {type(t).__name__}, expected a torch.Tensor.")
+        check_is_tensor(**{name: t})
         if t.is_nested:
             raise ShapeMismatch(
                 f"{name} is a nested tensor, expected a dense one. Give its values to jitgen.ragged_attention, or pad it with "

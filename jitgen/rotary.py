@@ -205,7 +205,7 @@ def _prepare(q: Tensor, k: Tensor | None, where: Any, turn: Rope, targets: Any) 
         raise InvalidType(f"out has {len(targets)} entries, expected (q, k).")
     streams = []
     for name, x, target in (("q", q, targets[0]), ("k", k, targets[1])):
-        if x is not None:
+        if x is not None or name == "q":
             rows = new_rows(name, x)
             if target is not None:
                 _check_target(name, target, x)

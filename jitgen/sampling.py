@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from jitgen.checks import dtype_name
-from jitgen.errors import InvalidValue, VariantError
-from jitgen.sampling_checks import check_indices, check_output, check_rows, row_parameter
+from jitgen.errors import InvalidType, InvalidValue, UnsupportedDtype, VariantError
+from jitgen.sampling_checks import ROW_DTYPES, check_indices, check_output, check_rows, row_parameter
 from jitgen.sampling_hooks import Processor, resolve_processors
 from jitgen.sampling_launch import address, capture_words, get_kernel, launch, team_of
 from jitgen.sampling_processors import Penalties, processors_of
@@ -72,6 +72,8 @@ def sample(
         raise InvalidValue(f"order is {order!r}, expected 'top_k_first' or 'joint'.")
     if not from_logits and temperature is not None:
         raise VariantError("temperature divides logits, and from_logits is False. Pass logits, or leave it out.")
+    if isinstance(bad_token, bool) or not isinstance(bad_token, int):
+        raise InvalidType(f"bad_token is {bad_token!r} of type {type(bad_token).__name__}, expected an int.")
     rows, batch = check_indices(indices, x.shape[0], x.device)
     out = check_output("out", out, (batch,), (torch.int32, torch.int64), x.device)
     streams = resolve_streams(seed, offset, generator, advance, batch, x.device)
@@ -102,7 +104,9 @@ def softmax(
     Errors:  as sample.
     """
     check_rows("logits", logits)
-    out = check_output("out", out, tuple(logits.shape), (dtype if out is None else out.dtype,), logits.device)
+    if dtype not in ROW_DTYPES:
+        raise UnsupportedDtype(f"dtype is {dtype}, expected one of {', '.join(map(str, ROW_DTYPES))}.")
+    out = check_output("out", out, tuple(logits.shape), (dtype,) if out is None else ROW_DTYPES, logits.device)
     processors = processors_of(logits.shape[1], penalties, processor, bitmask)
     run("probs", logits, out, temperature=temperature, processors=processors, status=status)
     return out

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jitgen.checks import dtype_name
+from jitgen.checks import check_is_tensor, dtype_name
 from jitgen.emit_ranges import POSITION_LIMIT
 from jitgen.errors import InvalidType, PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.families import CUDA_HEAD_DIMS, padded_head_dims
@@ -25,6 +25,10 @@ MAX_CUDA_BATCH = 4096  # kPlanMaxBatch in plan.cuh
 
 def check_plan_numbers(plan: Plan) -> None:
     """What a plan is made from is possible."""
+    for name in ("dtype", "kv_dtype"):
+        value = getattr(plan, name)
+        if not isinstance(value, torch.dtype) and (name, value) != ("kv_dtype", None):
+            raise InvalidType(f"{name} is {value!r} of type {type(value).__name__}, expected one like torch.bfloat16.")
     for name in ("max_batch", "max_tokens", "num_q_heads", "num_kv_heads"):
         value = getattr(plan, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -165,10 +169,9 @@ def _shown(t: Tensor) -> str:
     return f"{values}" if t.shape[0] <= 8 else f"{str(values)[:-1]}, ...]"
 
 
-def check_query(plan: Plan, q: object) -> None:
+def check_query(plan: Plan, q: Tensor) -> None:
     """q is what the plan was made for."""
-    if not isinstance(q, Tensor):
-        raise InvalidType(f"q is a {type(q).__name__}, expected a torch.Tensor.")
+    check_is_tensor(q=q)
     if q.dim() != 3:
         raise ShapeMismatch(
             f"q has shape {tuple(q.shape)}, expected [total_q, num_q_heads, head_dim]: the rows of all requests."

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from jitgen.checks import check_is_tensor
 from jitgen.errors import InvalidType, ShapeMismatch
 
 Tensor = torch.Tensor
@@ -112,8 +113,7 @@ def ragged_place(k: Tensor, v: Tensor) -> KeyPlace:
     Errors:  ShapeMismatch.
     """
     for name, t in (("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise InvalidType(f"{name} is a {type(t).__name__}, expected a torch.Tensor.")
+        check_is_tensor(**{name: t})
         if t.dim() != 3:
             raise ShapeMismatch(f"{name} has shape {tuple(t.shape)}, expected [total_kv, num_kv_heads, head_dim].")
     for axis, what in ((0, "rows"), (1, "heads")):
