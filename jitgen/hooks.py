@@ -24,7 +24,7 @@ from jitgen.row_hooks import row_arguments, split_rotation, trace_row
 from jitgen.symbols import Sym, as_operand
 from jitgen.trace import Tracer, trace_lock
 
-CONTEXT = ("q_len", "kv_len", "ctx_len", "kv_h", "num_q_heads", "num_kv_heads", "scale")
+CONTEXT = ("q_len", "kv_len", "ctx_len", "q_off", "q_tok", "kv_off", "kv_h", "num_q_heads", "num_kv_heads", "scale")
 POSITIONAL: dict[str, tuple[str, ...]] = {
     "score_mod": ("score", "b", "h", "q_idx", "kv_idx"),
     "mask_mod": ("b", "h", "q_idx", "kv_idx"),
@@ -96,7 +96,15 @@ def check_hook(kind: str, hook: Any) -> Signature:
             f"{kind} '{name_of(hook)}' asks for keyword-only '{unknown[0]}', expected one of {', '.join(CONTEXT)}. "
             "Give it a default, or capture the value."
         )
+    for name, position in (("q_tok", "q_idx"), ("kv_off", "kv_idx")):
+        if name in found.context and position not in wanted:
+            raise VariantError(f"{kind} '{name_of(hook)}' asks for {name}, and it is given no {position}. Capture the value.")
     return found
+
+
+def _context_value(name: str) -> Expr:
+    """What a hook asks for by a keyword-only parameter."""
+    return ir.make("add", ir.index("q_idx"), ir.index("q_first")) if name == "q_tok" else ir.index(name)
 
 
 def name_of(hook: Any) -> str:
@@ -135,7 +143,7 @@ class HookTracer:
         label, code = f"{kind} '{name_of(hook)}'", code_of(hook)
         call = self.captures.wrap(hook, Path(None, "root", kind), name_of(hook))
         arguments = [Sym(ir.index(n)) for n in POSITIONAL[kind]]
-        context = {n: Sym(ir.index(n)) for n in signature.context}
+        context = {n: Sym(_context_value(n)) for n in signature.context}
 
         def finish(returned: object) -> tuple[Expr, ...]:
             return (converted(returned, dtype, label, code),)

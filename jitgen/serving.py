@@ -13,7 +13,7 @@ from jitgen.errors import InvalidType, PlanMismatch, UnsupportedDevice, VariantE
 from jitgen.looks import looks_of
 from jitgen.program import Program, uses_index
 from jitgen.serving_cascade import Cascade
-from jitgen.serving_checks import check_keys, check_query
+from jitgen.serving_checks import check_keys, check_packed, check_query
 from jitgen.serving_kernels import kernels_of, merge_kernel
 from jitgen.serving_launch import (
     PreparedCall,
@@ -279,6 +279,7 @@ def _prepare(
     q = tensors[0]
     mask_slots = plan.match_mask(program)
     check_query(plan, q)
+    check_packed(plan, program)
     check_keys(plan, place, tensors[1:])
     if scale is None and plan.is_latent:
         raise VariantError(

@@ -8,10 +8,10 @@ import torch
 
 from jitgen.checks import check_is_tensor, dtype_name
 from jitgen.emit_ranges import POSITION_LIMIT
-from jitgen.errors import InvalidType, PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.errors import InvalidType, PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.families import CUDA_HEAD_DIMS, padded_head_dims
 from jitgen.layouts import check_own_rows
-from jitgen.program import Program, direct_indices, too_short
+from jitgen.program import Program, direct_indices, too_short, uses_index
 from jitgen.serving_pages import KeyPlace
 from jitgen.serving_scales import stored_dtype
 from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM, MLA_DIMS, STORED_DTYPES
@@ -167,6 +167,16 @@ def check_lengths(plan: Plan, q_indptr: Tensor, kv_len: Tensor, reads_q_idx: boo
 def _shown(t: Tensor) -> str:
     values = t[:8].tolist()
     return f"{values}" if t.shape[0] <= 8 else f"{str(values)[:-1]}, ...]"
+
+
+def check_packed(plan: Plan, program: Program) -> None:
+    """Keys are where kv_off says: one request after the other, and not in pages or in a copy."""
+    if not uses_index(program, "kv_off"):
+        return
+    if plan.layout != "ragged":
+        raise VariantError("the variant reads kv_off, and keys in pages have no rows. Index by b and kv_idx, or by pages.")
+    if plan.stage is not None and (plan.stage.changes_keys or plan.stage.gathers_bytes):
+        raise VariantError("the variant reads kv_off, and this plan copies keys on their way. Capture kv_indptr instead.")
 
 
 def check_query(plan: Plan, q: Tensor) -> None:
