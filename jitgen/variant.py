@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from jitgen.errors import VariantError
-from jitgen.hooks import HOOKS, POSITIONAL, Trace, check_hook, name_of, signature_of, trace_hooks
+from jitgen.hooks import Trace, trace_hooks
 from jitgen.norms import OnlineNorm
 from jitgen.program import Program
+from jitgen.signatures import HOOKS, POSITIONAL, check_hook, name_of, signature_of
 from jitgen.trace import trace_lock
 
 MAX_TRACES = 64  # traces kept for one set of functions: their captures may have that many forms before the oldest is dropped

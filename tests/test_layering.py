@@ -25,6 +25,7 @@ LAYERS = {
         "rows",
         "row_hooks",
         "masks",
+        "signatures",
         "hooks",
         "variant",
     ],
