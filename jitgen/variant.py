@@ -48,6 +48,10 @@ class Variant:
     v_transform       (v, b, kv_h, kv_idx) -> row               as k_transform, of v
     q_index           'absolute' or 'local': what q_idx counts; by default the entry point decides
 
+    Hooks but those of rows get more by keyword-only parameters: q_len, kv_len and ctx_len of the request; q_off and q_tok, its
+    first row and the present one among those of all requests; kv_off, its first key in ragged k (score_mod, mask_mod); kv_h,
+    num_q_heads, num_kv_heads, scale.
+
     Hooks are traced here, so that what cannot be expressed is refused where it is defined.
 
     Errors:  VariantError, UnsupportedVariant (with the file and line of the hook).
