@@ -106,7 +106,8 @@ class VariantSection:
     has_position_bits: bool
     mask_scans: bool
     mask_spans_together: bool
-    mask_reads_head: bool
+    mask_reads_head: bool  # of either kind
+    mask_reads_query_head: bool  # so that the query heads of a KV head share no rectangle
     mask_reads_tensors: bool
     has_sink: bool
     custom_norm: bool
@@ -213,6 +214,7 @@ def emit_variant(
         mask_scans=analysis.scans,
         mask_spans_together=analysis.spans_together,
         mask_reads_head=mask is not None and not mask.deps.isdisjoint(("h", "kv_h")),
+        mask_reads_query_head=mask is not None and "h" in mask.deps,
         mask_reads_tensors=mask is not None and any(n.op == "load" for n in ir.walk(mask)),
         has_sink=program.sink is not None,
         custom_norm=program.norm is not None,

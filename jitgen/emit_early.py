@@ -38,12 +38,20 @@ def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str
     parts = {"relative", "cap", "offset", "initial"} if layout == "dense" else {"offset"}
     if layout == "dense" and head_dim_v < 256:  # whose descriptors take the uniform registers
         parts.add("columns")
+    if layout != "dense" and head_dim_v < 256 and _has_shared_columns(program):
+        parts.add("columns")
     if layout == "dense" and mask_by_bits(program) is not None:
         parts |= {"bits", "positions"}
     words = 0 if program.score is None else ahead_words(ahead_loads(program.score, program.slots), program.slots)
     if words <= (2 if head_dim_v < 256 else 1):  # more would not stay in registers
         parts.add("ahead")
     return frozenset(parts)
+
+
+def _has_shared_columns(program: Program) -> bool:
+    """Whether the mask is the only hook that looks at columns, and its columns are the same to all query heads of a KV head."""
+    mask, score = program.mask, program.score
+    return mask is not None and "h" not in mask.deps and (score is None or "kv_idx" not in score.deps)
 
 
 # ---- parts of the distance -----------------------------------------------------------------------------------------------

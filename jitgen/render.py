@@ -101,6 +101,7 @@ class KernelContext:
     mask_scans: bool
     mask_spans_together: bool
     mask_reads_head: bool
+    mask_reads_query_head: bool
     mask_reads_tensors: bool
     has_sink: bool
     custom_norm: bool
