@@ -132,8 +132,8 @@ def emit_variant(
     With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
     both multiplications then join others, and a soft cap costs one of them an element instead of three.
     ``early`` names what of a score the template takes over (emit_early.py): 'relative', 'columns', 'ahead', 'cap', 'initial',
-    'offset'; 'positions' where it tells tiles whose mask positions decide alone, and 'bits' where it masks by bits
-    (emit_bits.py).
+    'offset'; 'late' where a mask is to have few values by column; 'positions' where it tells tiles whose mask positions decide
+    alone, and 'bits' where it masks by bits (emit_bits.py).
 
     Errors:  UnsupportedVariant when an operation has no meaning where the program uses it.
     """
@@ -164,7 +164,7 @@ def emit_variant(
     )
     factor_text = _emit_value(unit, factor, {})
     bits = mask_by_bits(program) if "bits" in early and mask is not None else None
-    mask_text, positions_text = _emit_mask(unit, mask, positions, bits)
+    mask_text, positions_text = _emit_mask(unit, mask, positions, bits, compares_late="late" in early)
     text = dict(
         score=score_text,
         early=early_text,
@@ -271,13 +271,16 @@ def _level(node: Expr) -> str:
     return join_levels({HOOK_LEVELS.get(d, "head") for d in node.deps})
 
 
-def _emit_mask(unit: Unit, root: Expr | None, positions: list[Expr], bits: BitsMask | None) -> tuple[HookText, HookText]:
+def _emit_mask(
+    unit: Unit, root: Expr | None, positions: list[Expr], bits: BitsMask | None, *, compares_late: bool
+) -> tuple[HookText, HookText]:
     """The mask hook, split into rows, columns and elements, and the conjunction of some of its parts over the same values."""
     if root is None:
         return HookText(), HookText()
     alone = [functools.reduce(lambda a, b: ir.make("and", a, b), positions)] if positions else []
     root = split_floats(root, _level) if bits is None else bits.mask
     low = _element_lowering(unit, [root, *alone])
+    low.compares_late = compares_late
     if bits is not None:
         low.print_op = print_bits
     texts = []

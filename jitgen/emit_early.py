@@ -3,7 +3,8 @@
 - *relative*: a part that depends on positions through ``q_idx - kv_idx`` alone, such as a bucketed bias. A tile has far fewer
   distances than logits (191 for 64 x 128), so the part is evaluated once for each. Where it is the same for all of them,
   as it may be far from the diagonal, and is a term of the score, it joins the offset.
-- *columns*: what a hook computes per column, once instead of by every thread that has a row.
+- *columns*: what a hook computes per column, once instead of by every thread that has a row. There is room for one value, so
+  *late* leaves comparisons to the elements.
 - *ahead*: an element of a captured tensor that is contiguous along kv_idx, such as a dense bias. Two neighbouring columns are
   read as one word, and their latency passes under the product.
 - *cap*: a tanh around the whole score. The template bends a tile at once, and by a polynomial where all of it is far from the
@@ -39,7 +40,7 @@ def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str
     if layout == "dense" and head_dim_v < 256:  # whose descriptors take the uniform registers
         parts.add("columns")
     if layout != "dense" and head_dim_v < 256 and _has_shared_columns(program):
-        parts.add("columns")
+        parts |= {"columns", "late"}
     if layout == "dense" and mask_by_bits(program) is not None:
         parts |= {"bits", "positions"}
     words = 0 if program.score is None else ahead_words(ahead_loads(program.score, program.slots), program.slots)
