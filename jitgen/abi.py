@@ -126,6 +126,25 @@ MERGE_ARGS: tuple[ArgField, ...] = (
     _int("o_stride_h"),
 )
 
+# States that a caller has: outputs with their logsumexps.
+MERGE_OUTS_ARGS: tuple[ArgField, ...] = (
+    pointer("const void", "first", "[rows, num_heads, head_dim_v]: the first state of each row"),
+    pointer("const float", "first_lse", "[rows, num_heads]"),
+    pointer("const void", "others", "[rows, num_states - 1, num_heads, head_dim_v]: those behind it"),
+    pointer("const float", "other_lse", "[rows, num_states - 1, num_heads]"),
+    pointer("void", "o", "[rows, num_heads, head_dim_v], contiguous"),
+    pointer("float", "lse", "[rows, num_heads], contiguous"),
+    _int("stream", "CUDA stream"),
+    _int("rows"),
+    _int("num_heads"),
+    _int("num_states"),
+    *(_int(f"first_stride_{axis}", "elements" if axis == "s" else "") for axis in "sh"),
+    *(_int(f"first_lse_stride_{axis}") for axis in "sh"),
+    *(_int(f"other_stride_{axis}", "n: from one state to the next" if axis == "n" else "") for axis in "snh"),
+    *(_int(f"other_lse_stride_{axis}") for axis in "snh"),
+    ArgField("double", "exponents", "exponents of two in a unit of a logsumexp", "d"),
+)
+
 ARGS_OF_LAYOUT = {  # by KernelSpec.layout
     "dense": DENSE_ARGS,
     "ragged": SERVING_ARGS,
@@ -133,6 +152,7 @@ ARGS_OF_LAYOUT = {  # by KernelSpec.layout
     "ragged_states": STATES_ARGS,
     "paged_states": STATES_ARGS,
     "states": MERGE_ARGS,
+    "outs": MERGE_OUTS_ARGS,
 }
 
 

@@ -109,7 +109,8 @@ class VariantSection:
     has_position_bits: bool
     mask_scans: bool
     mask_spans_together: bool
-    mask_reads_head: bool
+    mask_reads_head: bool  # of either kind
+    mask_reads_query_head: bool  # so that the query heads of a KV head share no rectangle
     mask_reads_tensors: bool
     has_sink: bool
     custom_norm: bool
@@ -134,8 +135,8 @@ def emit_variant(
     With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
     both multiplications then join others, and a soft cap costs one of them an element instead of three.
     ``early`` names what of a score the template takes over (emit_early.py): 'relative', 'columns', 'ahead', 'cap', 'initial',
-    'offset'; 'positions' where it tells tiles whose mask positions decide alone, and 'bits' where it masks by bits
-    (emit_bits.py).
+    'offset'; 'late' where a mask is to have few values by column; 'positions' where it tells tiles whose mask positions decide
+    alone, and 'bits' where it masks by bits (emit_bits.py).
 
     Errors:  UnsupportedVariant when an operation has no meaning where the program uses it.
     """
@@ -166,7 +167,7 @@ def emit_variant(
     )
     factor_text = _emit_value(unit, factor, {})
     bits = mask_by_bits(program) if "bits" in early and mask is not None else None
-    mask_text, positions_text = _emit_mask(unit, mask, positions, bits)
+    mask_text, positions_text = _emit_mask(unit, mask, positions, bits, compares_late="late" in early)
     text = dict(
         score=score_text,
         early=early_text,
@@ -217,6 +218,7 @@ def emit_variant(
         mask_scans=analysis.scans,
         mask_spans_together=analysis.spans_together,
         mask_reads_head=mask is not None and not mask.deps.isdisjoint(("h", "kv_h")),
+        mask_reads_query_head=mask is not None and "h" in mask.deps,
         mask_reads_tensors=mask is not None and any(n.op == "load" for n in ir.walk(mask)),
         has_sink=program.sink is not None,
         custom_norm=program.norm is not None,
@@ -273,13 +275,16 @@ def _level(node: Expr) -> str:
     return join_levels({HOOK_LEVELS.get(d, "head") for d in node.deps})
 
 
-def _emit_mask(unit: Unit, root: Expr | None, positions: list[Expr], bits: BitsMask | None) -> tuple[HookText, HookText]:
+def _emit_mask(
+    unit: Unit, root: Expr | None, positions: list[Expr], bits: BitsMask | None, *, compares_late: bool
+) -> tuple[HookText, HookText]:
     """The mask hook, split into rows, columns and elements, and the conjunction of some of its parts over the same values."""
     if root is None:
         return HookText(), HookText()
     alone = [functools.reduce(lambda a, b: ir.make("and", a, b), positions)] if positions else []
     root = split_floats(root, _level) if bits is None else bits.mask
     low = _element_lowering(unit, [root, *alone])
+    low.compares_late = compares_late
     if bits is not None:
         low.print_op = print_bits
     texts = []

@@ -133,9 +133,12 @@ class Lowering:
         self.leaves = dict(LEAF_TEXT)
         self.host_checked = HOST_CHECKED
         self.given: dict[Expr, Term] = {}  # values that the function is passed
+        self.compares_late = False  # what is known of columns alone is compared for each element: fewer values by column
 
     def level(self, node: Expr) -> str:
-        return join_levels({self.levels.get(d, "head") for d in node.deps})
+        level = join_levels({self.levels.get(d, "head") for d in node.deps})
+        is_late = self.compares_late and level == "col" and node.dtype == "bool" and node.op != "load"
+        return "elem" if is_late else level
 
     def ctype(self, node: Expr) -> str:
         if node.dtype in ("f32", "bool"):

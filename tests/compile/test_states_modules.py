@@ -60,6 +60,8 @@ MODULES = [
     ("merge", plain, 128, "states"),
     ("merge", finished, 96, "states"),
     ("merge", finished, 256, "states"),
+    ("merge_outs", plain, 128, "outs"),
+    ("merge_outs", plain, 512, "outs"),
 ]
 
 

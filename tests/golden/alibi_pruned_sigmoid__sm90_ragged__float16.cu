@@ -715,8 +715,11 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     const Rows rows = make_rows(args, head, piece, own_row(piece.first_row + group * 64));
     Softmax softmax;
     Output o;
+    const auto clear = [&] {
 #pragma unroll
-    for (int j = 0; j < kOutTiles; ++j) o[0][j][0] = o[0][j][1] = o[0][j][2] = o[0][j][3] = 0.0f;
+      for (int j = 0; j < kOutTiles; ++j) o[0][j][0] = o[0][j][1] = o[0][j][2] = o[0][j][3] = 0.0f;
+    };
+    clear();
     softmax.rows[0][0] = softmax.rows[0][1] = norm_init(args, head);
     if (kind == jg::kWorkTile) {
       Logits s;
@@ -802,7 +805,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       laps ^= 4;
     }
 
-    // The piece is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
     const Piece& done = shared.control->piece[slot()];
     const int warp_row = done.first_row + (jg::stay(static_cast<int>(threadIdx.x)) - 128) / 32 * 16;
     const auto write = [&](auto& state) {
