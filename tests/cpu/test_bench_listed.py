@@ -1,4 +1,4 @@
-"""Suites cascade and sparse: their cells, and that wrong or missing contenders are named and never timed."""
+"""Suites cascade, fp8 and sparse: their cells, and that wrong or missing contenders are named and never timed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench_fakes import FakeTimer
 
-from jitgen.bench import cascade, sparse
+from jitgen.bench import cascade, fp8, sparse
 from jitgen.bench.config import BenchConfig
 from jitgen.bench.listed import Cell, run_suite
 
@@ -30,7 +30,7 @@ def tiny_blocks(device, seed):
     return sparse.Blocks(device, 256, 0.4, "float32", seed, 64, HEADS)
 
 
-@pytest.mark.parametrize("suite", [cascade, sparse], ids=["cascade", "sparse"])
+@pytest.mark.parametrize("suite", [cascade, fp8, sparse], ids=["cascade", "fp8", "sparse"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("quick", [False, True])
 def test_labels_are_distinct(suite, device, quick):
@@ -45,6 +45,17 @@ def test_ours_are_right_and_timed(make):
     assert not report.faults and "jitgen" in results
     assert all(r["ms"]["samples"] == 2 and r["error"] < 1e-5 and r["figure"] for r in results.values())
     assert "tiny: speed of ours over each" in report.to_text()
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_eight_bits_are_compared_with_the_same_numbers_in_sixteen(is_causal):
+    make = Cell("cell", lambda device, seed: fp8.EightBits(device, 64, 2, 2, 96, is_causal, seed))
+    (report,) = run_suite("tiny", [make], config(), "note")
+    results = {r["contender"]: r for r in report.data["results"]}
+    assert not report.faults and set(results) == {"jitgen", fp8.SIXTEEN}
+    assert results[fp8.SIXTEEN]["error"] < 1e-2 and results["jitgen"]["error"] < 6e-2
+    ratio = results[fp8.SIXTEEN]["ms"]["median"] / results["jitgen"]["ms"]["median"]
+    assert results["jitgen"]["figure"].endswith(f"{ratio:.2f} of bf16")
 
 
 def test_dense_attention_takes_turns_with_blocks():
