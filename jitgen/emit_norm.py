@@ -10,6 +10,7 @@ from jitgen.emit_split import split_floats
 from jitgen.emit_text import ATOM, TERNARY, Term, float_literal, identifier
 from jitgen.errors import UnsupportedVariant
 from jitgen.ir import Expr, walk
+from jitgen.ir_ops import ROW_OPS
 from jitgen.program import NormProgram
 
 MASKED = "x == -INFINITY"  # what the mask left of an excluded logit
@@ -61,7 +62,7 @@ class RowLowering(Lowering):
         self.host_checked = HOST_CHECKED - {"kv_idx"}  # the last tile's rows reach past kv_len
         print_plain = self.print_op
         self.print_op = lambda low, node, at, narrow: (
-            self.print_row_op(node, at) if node.op in ir.ROW_OPS else print_plain(low, node, at, narrow)
+            self.print_row_op(node, at) if node.op in ROW_OPS else print_plain(low, node, at, narrow)
         )
 
     def level(self, node: Expr) -> str:

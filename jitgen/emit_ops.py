@@ -23,10 +23,11 @@ from jitgen.emit_text import (
 )
 from jitgen.errors import UnsupportedVariant
 from jitgen.ir import Expr, index, make, make_lin
+from jitgen.ir_ops import FLOAT_UNARY
 
 COMPARE = {"eq": ("==", EQUALITY), "ne": ("!=", EQUALITY), "lt": ("<", RELATION), "le": ("<=", RELATION)}
 LOGIC = {"and": ("&", BITAND), "or": ("|", BITOR), "bitand": ("&", BITAND), "bitor": ("|", BITOR), "bitxor": ("^", BITXOR)}
-JG_CALLS = {*ir.FLOAT_UNARY, "isfinite", "isnan", "isinf"}
+JG_CALLS = {*FLOAT_UNARY, "isfinite", "isnan", "isinf"}
 NARROW_OTHER = 2**29  # the other side of a comparison with a saturated value must stay below this
 
 

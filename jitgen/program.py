@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import field, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -154,6 +155,30 @@ def direct_indices(program: Program) -> tuple[tuple[int, int, str], ...]:
                 direct = index.op == "index" and index.attr in ("b", "h", "kv_h", "q_idx", "kv_idx", "d")
                 found[(int(str(node.attr)), dim, str(index.attr) if direct else "any")] = None
     return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def number_indices(program: Program) -> tuple[tuple[int, int, Expr], ...]:
+    """(slot, dimension, index) where a tensor is indexed by a captured or a literal number alone, such as that of a layer."""
+    loads = [n for n in walk(*program.roots()) if n.op == "load"]
+    return tuple((int(str(n.attr)), dim, i) for n in loads for dim, i in enumerate(n.args) if i.op in ("scalar", "const"))
+
+
+def check_numbers(program: Program, values: Sequence[Any]) -> None:
+    """Numbers that index tensors are inside of these, as Python has it: generated code would clamp them.
+
+    Errors:  ShapeMismatch.
+    """
+    for slot, dim, index in number_indices(program):
+        size = values[slot].shape[dim]
+        own = index.op == "scalar"
+        number = values[int(str(index.attr))] if own else index.attr
+        if size and not -size <= number < size:
+            name = f"'{program.slots[int(str(index.attr))].name}', which is {number}," if own else f"the number {number}"
+            raise ShapeMismatch(
+                f"captured tensor '{program.slots[slot].name}' has size {size} along axis {dim}, and {name} indexes it there, "
+                f"expected {-size} to {size - 1}."
+            )
 
 
 def too_short(name: str, dim: int, size: int, index: str, least: int, where: str = "") -> ShapeMismatch:

@@ -9,7 +9,7 @@ import torch
 
 from jitgen.errors import UnsupportedDevice
 from jitgen.looks import looks_of
-from jitgen.program import too_short
+from jitgen.program import check_numbers, number_indices, too_short
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +56,8 @@ class RecentCall:
 
     def words(self, values: list[object]) -> list[object]:
         """``capture_words`` for values whose tensors look the same."""
+        if number_indices(self.call.program):
+            check_numbers(self.call.program, values)
         words = self._words.copy()
         for at, i, is_tensor in self._places:
             words[at] = values[i].data_ptr() if is_tensor else values[i]  # type: ignore[attr-defined]
@@ -66,6 +68,7 @@ def capture_words(call: PreparedCall, values: list[object], device: torch.device
     """Values for runtime.capture_fields. Captured tensors must be on the inputs' device and large enough for the positions
     they are indexed with."""
     words: list[object] = []
+    check_numbers(call.program, values)
     for value, capture in zip(values, call.captures, strict=True):
         if capture is None:
             words.append(value)

@@ -10,7 +10,7 @@ import torch
 
 from jitgen import runtime
 from jitgen.errors import UnsupportedDevice
-from jitgen.program import Program, direct_indices, too_short
+from jitgen.program import Program, check_numbers, direct_indices, too_short
 from jitgen.sampling_spec import SamplingSpec, render_sampling, team_size
 from jitgen.streams import call_on, cuda_index
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
@@ -97,6 +97,7 @@ def capture_words(program: Program, values: list[object], batch: int, vocab: int
                 f"captured tensor '{slot.name}' is on {value.device}, the logits are on {device}. "  # type: ignore[attr-defined]
                 f"Move it with {slot.name}.to({str(device)!r})."
             )
+    check_numbers(program, values)
     sizes = {"b": ("row", batch), "kv_idx": ("token", vocab), "any": ("any", 1)}
     for i, dim, index in direct_indices(program):
         name, least = sizes[index]

@@ -11,7 +11,7 @@ from jitgen.emit_ranges import POSITION_LIMIT
 from jitgen.errors import InvalidType, PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.families import CUDA_HEAD_DIMS, padded_head_dims
 from jitgen.layouts import check_own_rows
-from jitgen.program import Program, direct_indices, too_short, uses_index
+from jitgen.program import Program, check_numbers, direct_indices, too_short, uses_index
 from jitgen.serving_pages import KeyPlace
 from jitgen.serving_scales import stored_dtype
 from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM, MLA_DIMS, STORED_DTYPES
@@ -260,6 +260,7 @@ def check_captures(plan: Plan, program: Program, values: list[object]) -> None:
                 f"captured tensor '{slot.name}' is on {value.device}, the plan on {plan.device}. "  # type: ignore[attr-defined]
                 f"Move it there before building the variant."
             )
+    check_numbers(program, values)
     for i, dim, index in direct_indices(program):
         least = _reach(plan, program.slots[i].name, index)
         size = values[i].shape[dim]  # type: ignore[attr-defined]

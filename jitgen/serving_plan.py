@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from jitgen.api import resolve_hooks
 from jitgen.checks import as_int32
 from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, VariantError
 from jitgen.ir import TRUE, to_text, walk
@@ -178,8 +177,12 @@ class Plan:
             raise PlanMismatch(
                 f"the variant has q_index={variant.q_index or 'absolute'!r}, the plan's has {self.q_index!r}. Both must match."
             )
-        program, values, _ = resolve_hooks(variant.bind(**captures) if captures else variant, None, None, None)
-        return program, values
+        if captures:
+            try:
+                variant = variant.bind(**captures)
+            except VariantError as error:
+                raise VariantError(f"{error} Nor has the call an option of that name.") from None
+        return variant.resolve()
 
     def update(
         self,

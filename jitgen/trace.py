@@ -18,6 +18,7 @@ from jitgen import ir, ops_torch
 from jitgen.errors import JitgenError, UnsupportedVariant
 from jitgen.guards import Guards, Path, is_printable
 from jitgen.ir import Expr
+from jitgen.ir_ops import OPS
 from jitgen.location import definition_of, raised_at, refuse
 from jitgen.symbols import active
 
@@ -108,7 +109,7 @@ class Tracer:
             return float(args[0]) if e.dtype == "f32" else int(args[0])
         if e.op == "where":
             return args[1] if args[0] else args[2]
-        fold = ir.OPS[e.op].fold
+        fold = OPS[e.op].fold
         return None if fold is None else fold(*args)
 
     # ---- control flow ----

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "errors": ["errors", "records"],
     "machine": ["env", "paths", "memo", "progress", "events", "toolchain", "target"],
-    "expressions": ["ir", "arith", "location", "guards", "program", "evaluate"],
+    "expressions": ["ir", "ir_ops", "arith", "location", "guards", "program", "evaluate"],
     "language": [
         "symbols",
         "gather",

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import jitgen
-from jitgen.errors import UnsupportedVariant
+from jitgen import reference
+from jitgen.errors import ShapeMismatch, UnsupportedVariant
 
 
 class HasWeight:
@@ -39,6 +40,49 @@ def test_capture_is_refused_by_name(name):
     with pytest.raises(UnsupportedVariant, match=message) as raised:
         jitgen.Variant(mask_mod=mask)
     assert (raised.value.file, raised.value.line) == (__file__, inspect.getsourcelines(mask)[1])
+
+
+class Layer:
+    """A bias that is one row of a tensor for all layers."""
+
+    def __init__(self, number):
+        self.number, self.slopes = number, torch.randn(3, 4)
+
+    def __call__(self, score, b, h, q_idx, kv_idx):
+        return score + self.slopes[self.number, h]
+
+
+def test_number_outside_of_a_tensor_is_an_error_of_the_call():
+    q, layer = torch.randn(1, 4, 5, 16), Layer(2)
+    for number in (2, 0, -3):
+        layer.number = number
+        want = reference.attention(q, q, q, score_mod=layer)
+        for _ in range(3):  # a call that is made again is checked less
+            torch.testing.assert_close(jitgen.attention(q, q, q, score_mod=layer).double(), want, atol=2e-6, rtol=2e-6)
+    message = r"'slopes' has size 3 along axis 0, and 'number', which is {}, indexes it there, expected -3 to 2"
+    for number in (3, -4):
+        layer.number = number
+        with pytest.raises(ShapeMismatch, match=message.format(number)):
+            jitgen.attention(q, q, q, score_mod=layer)
+    with pytest.raises(ShapeMismatch, match=r"'bias' has size 4 along axis 0, and the number 7 indexes it there"):
+        bias = torch.randn(4)
+        jitgen.attention(q, q, q, score_mod=lambda s, b, h, q_idx, kv_idx: s + bias[7])
+
+
+def test_number_outside_of_a_tensor_is_an_error_of_plans_and_sampling():
+    layer = Layer(1)
+    plan = jitgen.Plan(1, 2, 4, 4, 16, dtype=torch.float32, device="cpu", variant=layer)
+    cache, table = torch.randn(2, 2, 4, 4, 16), torch.tensor([[1, 0]])
+    q_indptr, kv_len = torch.tensor([0, 2]), torch.tensor([7])
+    jitgen.paged_attention(torch.randn(2, 4, 16), cache, table, plan.update(q_indptr, kv_len))
+    layer.number = 3
+    with pytest.raises(ShapeMismatch, match="and 'number', which is 3, indexes it there"):
+        jitgen.paged_attention(torch.randn(2, 4, 16), cache, table, plan)
+    with pytest.raises(ShapeMismatch, match="and 'number', which is 3, indexes it there"):
+        plan.update(q_indptr, kv_len)
+    with pytest.raises(ShapeMismatch, match="and the number 9 indexes it there"):
+        biases = torch.randn(2, 40)
+        jitgen.sample(torch.zeros(1, 40), processor=lambda logit, token, row: logit + biases[9, token])
 
 
 def test_numpy_array_is_refused_with_the_way_to_capture_it():
