@@ -539,8 +539,11 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       };
       const auto keep_weights = [&] {
         jg::pack_fp8_tile(p, s);
+        if constexpr (Tile::kSharedP) jg::store_tile<kTileKv / 2>(p_shared, p, warp, lane);
+      };
+      // Before P V. It takes 120 cycles for the writes to be seen, under which Q K^T of the next tile starts.
+      const auto publish_weights = [&] {
         if constexpr (Tile::kSharedP) {   // a warp reads back its own 16 rows only: no wider barrier
-          jg::store_tile<kTileKv / 2>(p_shared, p, warp, lane);
           jg::fence_async_proxy();
           __syncwarp();
         }
@@ -577,13 +580,14 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         while (!jg::is_next_skipped(step, group)) {
           jg::RingPosition<kNumStages> next = kv;
           next.advance();
+          jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);   // before the turn: even one that is over takes 45 cycles
           jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
           take_turn();
           start_qk(s, q_operand, jg::operand_at(k_operand, next.stage * (Tile::kTileBytes >> 4)));
-          if (kRescaleEarly && moved) jg::rescale_output(o, factor);
-          jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
-          start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)));
           pass_turn();
+          publish_weights();
+          if (kRescaleEarly && moved) jg::rescale_output(o, factor);
+          start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)));
           const int value_stage = kv.stage;
           kv = next;
           step = read_step();
@@ -605,14 +609,13 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         }
         if (kRescaleEarly && moved) jg::rescale_output(o, factor);
         jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
+        publish_weights();
         start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)));
         jg::Wgmma<kHeadDimV>::wait<0>(o);
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
         if (step & jg::kStepLast) break;
-        ++held;
-        // With P in shared memory no register is free for this: O of rows that see no two tiles in succession stays as it is.
-        if (!Tile::kSharedP && held >= jg::kHeldTiles) keep_sums();
+        if (++held >= jg::kHeldTiles) keep_sums();
       }
       q_parity ^= 1;
     }
