@@ -63,6 +63,27 @@ JITGEN_FN unsigned pack_e4m3(unsigned low, unsigned high) {   // of pairs in hal
   return r;
 }
 
+// may_rise of sm90_softmax.cuh in kChains independent chains a row: one alone is as slow as its 16 steps.
+template <int kSlack, int kChains, int kColTiles>
+JITGEN_FN bool may_rise_fast(const RowSoftmax& state, const float (&s)[kColTiles][4], float units, float (&shift)[2]) {
+  bool rises = false;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float limit = state.row_max[half] + kSlack * reciprocal(units);
+    shift[half] = state.row_max[half] * units;
+    int top[kChains] = {};
+#pragma unroll
+    for (int j = 0; j < kColTiles; ++j) {
+      int& chain = top[j % kChains];
+      chain = max(max(chain, __float_as_int(s[j][2 * half])), __float_as_int(s[j][2 * half + 1]));
+    }
+#pragma unroll
+    for (int i = 1; i < kChains; ++i) top[0] = max(top[0], top[i]);
+    rises |= !(limit > 0.0f) | (top[0] > __float_as_int(limit));
+  }
+  return __any_sync(0xffffffffu, rises);
+}
+
 // ---- exponentials ----
 JITGEN_FN unsigned fma_half2(unsigned a, unsigned b, unsigned c) {
   unsigned r;
@@ -145,35 +166,53 @@ JITGEN_FN void weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], uns
 
 // ---- O in fp32 ----
 // The tensor cores add 8-bit products to a short accumulator and cut off the rest: with V of mean 1 and deviation 1, 16k keys
-// lose 18 % of O. Every kHeldTiles tiles the accumulators are therefore added to sums in shared memory, kept with the row
-// maxima they are measured from: 1 % is lost then (every 4 tiles: 0.5 %, 5 % slower). A thread has 16 bytes of each 2 KiB of
-// the sums, and 8 for the maxima.
+// lose 18 % of O. The accumulators are therefore added to sums in shared memory every kHeldTiles tiles: 1 % is lost then. One part
+// of them after another, each tile or so: all at once they held a group up for 1700 cycles. A thread has 16 bytes of each 2 KiB of
+// the sums; with each part the row maxima are kept from which it is measured.
 constexpr int kHeldTiles = 8;
 
-struct Sums { unsigned values, maxima; };   // addresses of one thread
+struct Sums { unsigned values, maxima; };   // addresses of one thread, and of its quad
 
-// O += sums
-template <int kOutTiles>
-JITGEN_FN void add_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2], float units) {
-  const float2 before = load_shared_float2(sums.maxima);
+// O += the sums of a part.
+template <int kPart, int kParts, int kOutTiles>
+JITGEN_FN void add_part(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2], float units) {
+  constexpr int kCount = kOutTiles / kParts;
+  const float2 before = load_shared_float2(sums.maxima + 256 * kPart);
+  float4 sum[kCount];
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) sum[j] = load_shared_float4(sums.values + 2048 * (kPart * kCount + j));
   const float upper = before.x == row_max[0] ? 1.0f : exp2((before.x - row_max[0]) * units);   // equal: both may be -inf
   const float lower = before.y == row_max[1] ? 1.0f : exp2((before.y - row_max[1]) * units);
 #pragma unroll
-  for (int j = 0; j < kOutTiles; ++j) {
-    const float4 sum = load_shared_float4(sums.values + 2048 * j);
-    o[j][0] = ::fmaf(sum.x, upper, o[j][0]), o[j][1] = ::fmaf(sum.y, upper, o[j][1]);
-    o[j][2] = ::fmaf(sum.z, lower, o[j][2]), o[j][3] = ::fmaf(sum.w, lower, o[j][3]);
+  for (int j = 0; j < kCount; ++j) {
+    float(&to)[4] = o[kPart * kCount + j];
+    to[0] = ::fmaf(sum[j].x, upper, to[0]), to[1] = ::fmaf(sum[j].y, upper, to[1]);
+    to[2] = ::fmaf(sum[j].z, lower, to[2]), to[3] = ::fmaf(sum[j].w, lower, to[3]);
   }
 }
-// sums = O, and O = 0.
-template <int kOutTiles>
-JITGEN_FN void store_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2]) {
-  store_shared(sums.maxima, make_float2(row_max[0], row_max[1]));
-#pragma unroll
-  for (int j = 0; j < kOutTiles; ++j) {
-    store_shared(sums.values + 2048 * j, make_float4(o[j][0], o[j][1], o[j][2], o[j][3]));
-    o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+// Adds the part that is next to its sums; `kept`: how often that was done for this O.
+template <int kParts, int kPart = 0, int kOutTiles>
+JITGEN_FN void keep_part(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2], float units, int kept) {
+  constexpr int kCount = kOutTiles / kParts;
+  if (kept % kParts != kPart) {
+    if constexpr (kPart + 1 < kParts) keep_part<kParts, kPart + 1>(o, sums, row_max, units, kept);
+    return;
   }
+  if (kept >= kParts) add_part<kPart, kParts>(o, sums, row_max, units);
+  store_shared(sums.maxima + 256 * kPart, make_float2(row_max[0], row_max[1]));
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    float(&from)[4] = o[kPart * kCount + j];
+    store_shared(sums.values + 2048 * (kPart * kCount + j), make_float4(from[0], from[1], from[2], from[3]));
+    from[0] = from[1] = from[2] = from[3] = 0.0f;
+  }
+}
+// O += all sums.
+template <int kParts, int kPart = 0, int kOutTiles>
+JITGEN_FN void add_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2], float units, int kept) {
+  if (kept <= kPart) return;
+  add_part<kPart, kParts>(o, sums, row_max, units);
+  if constexpr (kPart + 1 < kParts) add_sums<kParts, kPart + 1>(o, sums, row_max, units, kept);
 }
 
 // ---- V ----
@@ -243,7 +282,8 @@ template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches> st
   static constexpr int kTileBytes = kTileKv * kHeadDim;   // of a stage of K, and of V
   static constexpr int kGroupPBytes = 64 * kTileKv;
   static constexpr int kGroupSumBytes = 64 * kHeadDim * 4;
-  static constexpr int kGroupOBytes = kGroupSumBytes + 1024;
+  static constexpr int kSumParts = kHeadDim <= 128 ? 8 : 4;
+  static constexpr int kGroupOBytes = kGroupSumBytes + 256 * kSumParts;
   static constexpr int kKeyAt = kStages * kTileBytes;
   static constexpr int kQueryAt = kKeyAt + kStages * kTileBytes;
   static constexpr int kPAt = kQueryAt + kGroups * kGroupQBytes;
