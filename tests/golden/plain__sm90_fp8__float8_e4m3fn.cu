@@ -85,6 +85,8 @@ constexpr bool kRescaleEarly = kHeadDimV > 128;
 // When sums are kept: before the exponentials, or after them, when S is no more, where hooks leave few registers.
 constexpr bool kSumsFirst = Tile::kSharedP;
 static_assert(!kSumsFirst || !kRescaleEarly, "O must be up to date when it is added to the sums");
+// One weight in so many is a polynomial, 0: none. The exp2 unit alone takes as long as the tensor cores for head dim 128.
+constexpr int kPolynomialEvery = kHeadDim <= 128 ? 4 : 0;
 constexpr bool kMaybeEmpty = kHasMask || false;
 constexpr int kTurnBarrier = 1, kGroupBarrier = 5;   // named barriers: + group
 
@@ -235,8 +237,11 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
 }
 
 // ---- consumers: 64 query rows per warp group ----
-// S = Q K^T. Both products are only issued here; the callers wait.
+// S = Q K^T. Both products are only issued here; the callers wait. Zeros take no instruction, as the first step overwrites S, but
+// end the life of the tile before: ptxas runs out of registers else.
 JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
+#pragma unroll
+  for (int j = 0; j < kTileKv / 8; ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 32; ++step)
@@ -309,7 +314,7 @@ JITGEN_FN void store_output(const Args& args, const Maps& maps, Shared shared, O
 JITGEN_FN jg::Sums own_sums(Shared shared) {
   const unsigned here = jg::stay(static_cast<int>(threadIdx.x)), thread = here & 127;
   const unsigned group = shared.base + Tile::kOutputAt + (here / 128 - 1) * Tile::kGroupOBytes;
-  return {group + thread * 16, group + Tile::kGroupSumBytes + thread * 8};
+  return {group + thread * 16, group + Tile::kGroupSumBytes + thread / 4 * 8};
 }
 
 JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int group) {
@@ -337,8 +342,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     Output o;
 #pragma unroll
     for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
-    int held = 0;            // tiles whose products are in O and not in the sums
-    bool has_sums = false;   // whether part of O is in shared memory
+    int held = 0;   // tiles whose products went to O
+    int kept = 0;   // how often a part of O was added to its sums
     if (kind == jg::kWorkTile) {
       Logits s;
       Weights p;
@@ -361,25 +366,24 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       const auto take_turn = [&] { jg::named_sync(kTurnBarrier + group, 256); };
       const auto pass_turn = [&] { jg::named_arrive(kTurnBarrier + (group + 1 == Tile::kGroups ? 0 : group + 1), 256); };
       const auto find_maximum = [&](float units, float (&shift)[2]) {
-        const bool moved = jg::may_rise<jg::kSlackBits>(softmax, s, units, shift) &&
+        const bool moved = jg::may_rise_fast<jg::kSlackBits, 4>(softmax, s, units, shift) &&
                            jg::update_maximum<kMaybeEmpty, jg::kSlackBits>(softmax, s, units, shift, factor);
         shift[0] -= jg::kWeightBits, shift[1] -= jg::kWeightBits;
         return moved;
       };
+      const auto count_tile = [&] {   // half of kHeldTiles is skipped first, as then all parts have kHeldTiles on average
+        ++held;
+        return held > jg::kHeldTiles / 2 && held % (jg::kHeldTiles / Tile::kSumParts) == 0;
+      };
       const auto keep_sums = [&] {
-        const jg::Sums sums = own_sums(shared);
-        if (has_sums) {
-          jg::add_sums(o, sums, softmax.row_max, jg::exponent_units(rows.factor));
-        } else {   // until O of the query tile before has left
+        if (kept == 0) {   // until O of the query tile before has left
           jg::bulk_wait_read();
           jg::named_sync(kGroupBarrier + group, 128);
         }
-        jg::store_sums(o, sums, softmax.row_max);
-        has_sums = true, held = 0;
+        jg::keep_part<Tile::kSumParts>(o, own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor), kept++);
       };
-      const auto keep_weights = [&] {
-        jg::pack_fp8_tile(p, s);
-        if constexpr (Tile::kSharedP) jg::store_tile<kTileKv / 2>(p_shared, p, warp, lane);
+      const auto weigh = [&](float units, const float (&shift)[2]) {
+        jg::weigh_tile<kPolynomialEvery, Tile::kSharedP>(softmax, s, p, p_shared, warp, lane, units, shift);
       };
       // Before P V. It takes 120 cycles for the writes to be seen, under which Q K^T of the next tile starts.
       const auto publish_weights = [&] {
@@ -412,8 +416,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = find_maximum(units, shift);
-        jg::weigh_columns(softmax, s, units, shift);
-        keep_weights();
+        weigh(units, shift);
         if (moved) jg::rescale_output(o, factor);
         moved = false;
 #pragma unroll 1
@@ -424,10 +427,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
           take_turn();
           start_qk(s, q_operand, jg::operand_at(k_operand, next.stage * (Tile::kTileBytes >> 4)));
-          pass_turn();
           publish_weights();
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
           start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)));
+          pass_turn();
           const int value_stage = kv.stage;
           kv = next;
           step = read_step();
@@ -438,11 +441,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::Wgmma<kHeadDimV>::wait<0>(o);   // before the exponentials, as in sm90.cu.jinja
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
           if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
-          ++held;
-          if (kSumsFirst && held >= jg::kHeldTiles) keep_sums();
-          jg::weigh_columns(softmax, s, units, shift);
-          keep_weights();
-          if (!kSumsFirst && held >= jg::kHeldTiles) {
+          const bool keeps = count_tile();
+          if (kSumsFirst && keeps) keep_sums();
+          weigh(units, shift);
+          if (!kSumsFirst && keeps) {
             if (kRescaleEarly && moved) jg::rescale_output(o, factor), moved = false;
             keep_sums();
           }
@@ -455,12 +457,13 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
         if (step & jg::kStepLast) break;
-        if (++held >= jg::kHeldTiles) keep_sums();
+        // With P in shared memory no register is free for this: O of rows that see no two tiles in succession stays as it is.
+        if (!Tile::kSharedP && count_tile()) keep_sums();
       }
       q_parity ^= 1;
     }
 
-    if (has_sums) jg::add_sums(o, own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor));
+    jg::add_sums<Tile::kSumParts>(o, own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor), kept);
     // The message is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
     const int4 done = jg::load_shared_int4(shared.work(works & 1));
     __syncwarp();
