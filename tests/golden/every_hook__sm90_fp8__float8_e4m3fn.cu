@@ -202,8 +202,9 @@ constexpr bool kRescaleEarly = kHeadDimV > 128;
 // When sums are kept: before the exponentials, or after them, when S is no more, where hooks leave few registers.
 constexpr bool kSumsFirst = Tile::kSharedP;
 static_assert(!kSumsFirst || !kRescaleEarly, "O must be up to date when it is added to the sums");
-// One weight in so many is a polynomial, 0: none. The exp2 unit alone takes as long as the tensor cores for head dim 128.
-constexpr int kPolynomialEvery = kHeadDim <= 128 ? 4 : 0;
+// One pair of column tiles in so many gets its weights by polynomials, 0: none. The exp2 unit has as much to do as the tensor cores
+// for head dim 128, and twice as much for 64.
+constexpr int kPolynomialEvery = kHeadDim == 64 ? 3 : Tile::kSharedP ? 4 : 0;
 constexpr bool kMaybeEmpty = kHasMask || true;
 constexpr int kTurnBarrier = 1, kGroupBarrier = 5;   // named barriers: + group
 
@@ -394,11 +395,12 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
 }
 
 // ---- consumers: 64 query rows per warp group ----
-// S = Q K^T. Both products are only issued here; the callers wait. Zeros take no instruction, as the first step overwrites S, but
-// end the life of the tile before: ptxas runs out of registers else.
+// S = Q K^T. Both products are only issued here; the callers wait.
 JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
+  if constexpr (kPolynomialEvery != 0) {   // takes no instruction, as the first step overwrites S: without it ptxas keeps the tile before
 #pragma unroll
-  for (int j = 0; j < kTileKv / 8; ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
+    for (int j = 0; j < kTileKv / 8; ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
+  }
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 32; ++step)
@@ -474,7 +476,7 @@ JITGEN_FN void store_output(const Args& args, const Maps& maps, Shared shared, O
 JITGEN_FN jg::Sums own_sums(Shared shared) {
   const unsigned here = jg::stay(static_cast<int>(threadIdx.x)), thread = here & 127;
   const unsigned group = shared.base + Tile::kOutputAt + (here / 128 - 1) * Tile::kGroupOBytes;
-  return {group + thread * 16, group + Tile::kGroupSumBytes + thread / 4 * 8};
+  return {group + thread * 16, group + Tile::kGroupSumBytes + thread * 8};
 }
 
 JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int group) {
@@ -502,8 +504,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     Output o;
 #pragma unroll
     for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
-    int held = 0;   // tiles whose products went to O
-    int kept = 0;   // how often a part of O was added to its sums
+    int held = 0;            // tiles whose products are in O and not in the sums
+    bool has_sums = false;   // whether part of O is in shared memory
     if (kind == jg::kWorkTile) {
       Logits s;
       Weights p;
@@ -526,24 +528,29 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       const auto take_turn = [&] { jg::named_sync(kTurnBarrier + group, 256); };
       const auto pass_turn = [&] { jg::named_arrive(kTurnBarrier + (group + 1 == Tile::kGroups ? 0 : group + 1), 256); };
       const auto find_maximum = [&](float units, float (&shift)[2]) {
-        const bool moved = jg::may_rise_fast<jg::kSlackBits, 4>(softmax, s, units, shift) &&
+        const bool moved = jg::may_rise<jg::kSlackBits>(softmax, s, units, shift) &&
                            jg::update_maximum<kMaybeEmpty, jg::kSlackBits>(softmax, s, units, shift, factor);
         shift[0] -= jg::kWeightBits, shift[1] -= jg::kWeightBits;
         return moved;
       };
-      const auto count_tile = [&] {   // half of kHeldTiles is skipped first, as then all parts have kHeldTiles on average
-        ++held;
-        return held > jg::kHeldTiles / 2 && held % (jg::kHeldTiles / Tile::kSumParts) == 0;
-      };
       const auto keep_sums = [&] {
-        if (kept == 0) {   // until O of the query tile before has left
+        const jg::Sums sums = own_sums(shared);
+        if (has_sums) {
+          jg::add_sums(o, sums, softmax.row_max, jg::exponent_units(rows.factor));
+        } else {   // until O of the query tile before has left
           jg::bulk_wait_read();
           jg::named_sync(kGroupBarrier + group, 128);
         }
-        jg::keep_part<Tile::kSumParts>(o, own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor), kept++);
+        jg::store_sums(o, sums, softmax.row_max);
+        has_sums = true, held = 0;
       };
       const auto weigh = [&](float units, const float (&shift)[2]) {
-        jg::weigh_tile<kPolynomialEvery, Tile::kSharedP>(softmax, s, p, p_shared, warp, lane, units, shift);
+        if constexpr (kPolynomialEvery != 0) {
+          jg::weigh_tile<kPolynomialEvery, Tile::kSharedP>(softmax, s, p, p_shared, warp, lane, units, shift);
+        } else {
+          jg::weigh_columns(softmax, s, units, shift);
+          jg::pack_fp8_tile(p, s);
+        }
       };
       // Before P V. It takes 120 cycles for the writes to be seen, under which Q K^T of the next tile starts.
       const auto publish_weights = [&] {
@@ -583,12 +590,14 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         while (!jg::is_next_skipped(step, group)) {
           jg::RingPosition<kNumStages> next = kv;
           next.advance();
-          jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);   // before the turn: even one that is over takes 45 cycles
+          // Before the turn: a look takes 45 cycles even where nothing is to wait for. Two groups are faster with it after Q K^T.
+          if (Tile::kSharedP) jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
           jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
           take_turn();
           start_qk(s, q_operand, jg::operand_at(k_operand, next.stage * (Tile::kTileBytes >> 4)));
           publish_weights();
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
+          if (!Tile::kSharedP) jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
           start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)));
           pass_turn();
           const int value_stage = kv.stage;
@@ -601,10 +610,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::Wgmma<kHeadDimV>::wait<0>(o);   // before the exponentials, as in sm90.cu.jinja
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
           if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
-          const bool keeps = count_tile();
-          if (kSumsFirst && keeps) keep_sums();
+          ++held;
+          if (kSumsFirst && held >= jg::kHeldTiles) keep_sums();
           weigh(units, shift);
-          if (!kSumsFirst && keeps) {
+          if (!kSumsFirst && held >= jg::kHeldTiles) {
             if (kRescaleEarly && moved) jg::rescale_output(o, factor), moved = false;
             keep_sums();
           }
@@ -617,13 +626,14 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
         if (step & jg::kStepLast) break;
+        ++held;
         // With P in shared memory no register is free for this: O of rows that see no two tiles in succession stays as it is.
-        if (!Tile::kSharedP && count_tile()) keep_sums();
+        if (!Tile::kSharedP && held >= jg::kHeldTiles) keep_sums();
       }
       q_parity ^= 1;
     }
 
-    jg::add_sums<Tile::kSumParts>(o, own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor), kept);
+    if (has_sums) jg::add_sums(o, own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor));
     // The message is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
     const int4 done = jg::load_shared_int4(shared.work(works & 1));
     __syncwarp();

@@ -63,25 +63,15 @@ JITGEN_FN unsigned pack_e4m3(unsigned low, unsigned high) {   // of pairs in hal
   return r;
 }
 
-// may_rise of sm90_softmax.cuh in kChains independent chains a row: one alone is as slow as its 16 steps.
-template <int kSlack, int kChains, int kColTiles>
-JITGEN_FN bool may_rise_fast(const RowSoftmax& state, const float (&s)[kColTiles][4], float units, float (&shift)[2]) {
-  bool rises = false;
+// Accumulators as 8-bit A operands.
+template <int kColTiles> JITGEN_FN void pack_fp8_tile(unsigned (&p)[kColTiles / 4][4], const float (&s)[kColTiles][4]) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float limit = state.row_max[half] + kSlack * reciprocal(units);
-    shift[half] = state.row_max[half] * units;
-    int top[kChains] = {};
+  for (int step = 0; step < kColTiles / 4; ++step)
 #pragma unroll
-    for (int j = 0; j < kColTiles; ++j) {
-      int& chain = top[j % kChains];
-      chain = max(max(chain, __float_as_int(s[j][2 * half])), __float_as_int(s[j][2 * half + 1]));
+    for (int r = 0; r < 4; ++r) {
+      const float(&first)[4] = s[4 * step + r / 2 * 2], (&second)[4] = s[4 * step + r / 2 * 2 + 1];
+      p[step][r] = pack_e4m3(first[r % 2 * 2], first[r % 2 * 2 + 1], second[r % 2 * 2], second[r % 2 * 2 + 1]);
     }
-#pragma unroll
-    for (int i = 1; i < kChains; ++i) top[0] = max(top[0], top[i]);
-    rises |= !(limit > 0.0f) | (top[0] > __float_as_int(limit));
-  }
-  return __any_sync(0xffffffffu, rises);
 }
 
 // ---- exponentials ----
@@ -102,7 +92,10 @@ JITGEN_FN unsigned add_half2(unsigned a, unsigned b) {
 }
 JITGEN_FN float2 from_half2(unsigned x) {
   float2 r;
-  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}" : "=f"(r.x), "=f"(r.y) : "r"(x));
+  asm("{\n.reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.f32.f16 %0, low;\n"
+      "cvt.f32.f16 %1, high;\n}" : "=f"(r.x), "=f"(r.y) : "r"(x));
   return r;
 }
 JITGEN_FN float max_nan(float a, float b) {   // a NaN stays
@@ -111,10 +104,10 @@ JITGEN_FN float max_nan(float a, float b) {   // a NaN stays
   return r;
 }
 
-// 2^x of two numbers below 16 in half precision and without the exp2 unit; `y` is x + kFixedPoint, whose low 16 bits are x + 15 in
+// 2^x of two numbers below 16 in half precision and without the exp2 unit. `y` is x + kFixedPoint: its low 16 bits are x + 15 in
 // fixed point with 10 bits of fraction. Read as a number, those are 2^n m for x = n + m - 1, 1 <= m < 2. 2^(m - 1) is taken as
-// (m^2 + 2) / 3, which is exact at m = 1 (rows of one key stay exact) and else within 0.26 %; e4m3 rounds by up to 6 %.
-// x below -15 becomes 0, a NaN stays.
+// (m^2 + 2) / 3, which is exact at m = 1 (rows of one key stay exact) and else within 0.26 %, 0.02 % on average; e4m3 rounds by
+// up to 6 %. x below -15 becomes 0, a NaN stays. LSE was off by up to 6e-4 on an H100, by 5e-4 without polynomials.
 constexpr float kFixedPoint = 12288.0f + 15.0f;
 JITGEN_FN unsigned exp2_pair(float y0, float y1) {
   const unsigned number = __byte_perm(__float_as_uint(max_nan(y0, 12288.0f)), __float_as_uint(max_nan(y1, 12288.0f)), 0x5410);
@@ -125,11 +118,12 @@ JITGEN_FN unsigned exp2_pair(float y0, float y1) {
 }
 // Column tiles 2 `pair` and 2 `pair` + 1 of S become weights, which are added to the sums, and the A operand of P V.
 template <int kColTiles>
-JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], int pair, bool by_polynomial,
-                          float units, const float (&shift)[2]) {
+JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], int pair,
+                          bool by_polynomial, float units, const float (&shift)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float logits[4] = {s[2 * pair][2 * half], s[2 * pair][2 * half + 1], s[2 * pair + 1][2 * half], s[2 * pair + 1][2 * half + 1]};
+    const float(&first)[4] = s[2 * pair], (&second)[4] = s[2 * pair + 1];
+    const float logits[4] = {first[2 * half], first[2 * half + 1], second[2 * half], second[2 * half + 1]};
     unsigned& packed = p[pair / 2][pair % 2 * 2 + half];
     float x[4];
 #pragma unroll
@@ -146,11 +140,12 @@ JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], uns
     }
   }
 }
-// All of a tile's; one pair in `kEvery` without the exp2 unit. kStored: they go to shared memory as well, 32 columns at a time, so that
+// All of a tile's, one pair in `kEvery` without the exp2 unit. A polynomial of two weights takes 4 issue slots more than the unit's
+// 16 cycles: the share is what an H100 was fastest with. kStored: they go to shared memory as well, 32 columns at a time, so that
 // those done leave their registers to the rest.
 template <int kEvery, bool kStored, int kColTiles>
-JITGEN_FN void weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], unsigned p_shared, int warp,
-                          int lane, float units, const float (&shift)[2]) {
+JITGEN_FN void weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], unsigned p_shared,
+                          int warp, int lane, float units, const float (&shift)[2]) {
   using Weights = SpanTile<kColTiles * 4>;
   constexpr int kSteps = Weights::kSpan / 16;
   unsigned first = 0;   // as in store_tile
@@ -159,60 +154,42 @@ JITGEN_FN void weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], uns
   for (int step = 0; step < kColTiles / 4; ++step) {
 #pragma unroll
     for (int pair = 2 * step; pair < 2 * step + 2; ++pair)
-      weigh_pair(state, s, p, pair, kEvery != 0 && pair % (kEvery + !kEvery) == kEvery - 1, units, shift);
+      weigh_pair(state, s, p, pair, pair % kEvery == kEvery - 1, units, shift);
     if (kStored) store_matrix((first ^ step % kSteps * 32) + step / kSteps * 64 * Weights::kSpanBytes, p[step]);
   }
 }
 
 // ---- O in fp32 ----
 // The tensor cores add 8-bit products to a short accumulator and cut off the rest: with V of mean 1 and deviation 1, 16k keys
-// lose 18 % of O. The accumulators are therefore added to sums in shared memory every kHeldTiles tiles: 1 % is lost then. One part
-// of them after another, each tile or so: all at once they held a group up for 1700 cycles. A thread has 16 bytes of each 2 KiB of
-// the sums; with each part the row maxima are kept from which it is measured.
+// lose 18 % of O. Every kHeldTiles tiles the accumulators are therefore added to sums in shared memory, kept with the row
+// maxima they are measured from: 1 % is lost then (every 4 tiles: 0.5 %, 5 % slower). A thread has 16 bytes of each 2 KiB of
+// the sums, and 8 for the maxima.
 constexpr int kHeldTiles = 8;
 
-struct Sums { unsigned values, maxima; };   // addresses of one thread, and of its quad
+struct Sums { unsigned values, maxima; };   // addresses of one thread
 
-// O += the sums of a part.
-template <int kPart, int kParts, int kOutTiles>
-JITGEN_FN void add_part(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2], float units) {
-  constexpr int kCount = kOutTiles / kParts;
-  const float2 before = load_shared_float2(sums.maxima + 256 * kPart);
-  float4 sum[kCount];
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) sum[j] = load_shared_float4(sums.values + 2048 * (kPart * kCount + j));
+// O += sums
+template <int kOutTiles>
+JITGEN_FN void add_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2], float units) {
+  const float2 before = load_shared_float2(sums.maxima);
   const float upper = before.x == row_max[0] ? 1.0f : exp2((before.x - row_max[0]) * units);   // equal: both may be -inf
   const float lower = before.y == row_max[1] ? 1.0f : exp2((before.y - row_max[1]) * units);
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    float(&to)[4] = o[kPart * kCount + j];
-    to[0] = ::fmaf(sum[j].x, upper, to[0]), to[1] = ::fmaf(sum[j].y, upper, to[1]);
-    to[2] = ::fmaf(sum[j].z, lower, to[2]), to[3] = ::fmaf(sum[j].w, lower, to[3]);
+  for (int j = 0; j < kOutTiles; ++j) {
+    const float4 sum = load_shared_float4(sums.values + 2048 * j);
+    o[j][0] = ::fmaf(sum.x, upper, o[j][0]), o[j][1] = ::fmaf(sum.y, upper, o[j][1]);
+    o[j][2] = ::fmaf(sum.z, lower, o[j][2]), o[j][3] = ::fmaf(sum.w, lower, o[j][3]);
   }
 }
-// Adds the part that is next to its sums; `kept`: how often that was done for this O.
-template <int kParts, int kPart = 0, int kOutTiles>
-JITGEN_FN void keep_part(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2], float units, int kept) {
-  constexpr int kCount = kOutTiles / kParts;
-  if (kept % kParts != kPart) {
-    if constexpr (kPart + 1 < kParts) keep_part<kParts, kPart + 1>(o, sums, row_max, units, kept);
-    return;
-  }
-  if (kept >= kParts) add_part<kPart, kParts>(o, sums, row_max, units);
-  store_shared(sums.maxima + 256 * kPart, make_float2(row_max[0], row_max[1]));
+// sums = O, and O = 0.
+template <int kOutTiles>
+JITGEN_FN void store_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2]) {
+  store_shared(sums.maxima, make_float2(row_max[0], row_max[1]));
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    float(&from)[4] = o[kPart * kCount + j];
-    store_shared(sums.values + 2048 * (kPart * kCount + j), make_float4(from[0], from[1], from[2], from[3]));
-    from[0] = from[1] = from[2] = from[3] = 0.0f;
+  for (int j = 0; j < kOutTiles; ++j) {
+    store_shared(sums.values + 2048 * j, make_float4(o[j][0], o[j][1], o[j][2], o[j][3]));
+    o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
   }
-}
-// O += all sums.
-template <int kParts, int kPart = 0, int kOutTiles>
-JITGEN_FN void add_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2], float units, int kept) {
-  if (kept <= kPart) return;
-  add_part<kPart, kParts>(o, sums, row_max, units);
-  if constexpr (kPart + 1 < kParts) add_sums<kParts, kPart + 1>(o, sums, row_max, units, kept);
 }
 
 // ---- V ----
@@ -282,8 +259,7 @@ template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches> st
   static constexpr int kTileBytes = kTileKv * kHeadDim;   // of a stage of K, and of V
   static constexpr int kGroupPBytes = 64 * kTileKv;
   static constexpr int kGroupSumBytes = 64 * kHeadDim * 4;
-  static constexpr int kSumParts = kHeadDim <= 128 ? 8 : 4;
-  static constexpr int kGroupOBytes = kGroupSumBytes + 256 * kSumParts;
+  static constexpr int kGroupOBytes = kGroupSumBytes + 1024;
   static constexpr int kKeyAt = kStages * kTileBytes;
   static constexpr int kQueryAt = kKeyAt + kStages * kTileBytes;
   static constexpr int kPAt = kQueryAt + kGroups * kGroupQBytes;
