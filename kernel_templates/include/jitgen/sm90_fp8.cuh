@@ -140,9 +140,9 @@ JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], uns
     }
   }
 }
-// All of a tile's, one pair in `kEvery` without the exp2 unit. A polynomial of two weights takes 4 issue slots more than the unit's
-// 16 cycles: the share is what an H100 was fastest with. kStored: they go to shared memory as well, 32 columns at a time, so that
-// those done leave their registers to the rest.
+// All of a tile's, one pair in `kEvery` by polynomials: two weights take 5 issue slots more and spare the exp2 unit 16 cycles. More
+// of them were slower on an H100, and so were polynomials in fp32. kStored: they go to shared memory as well, 32 columns at a time,
+// so that those done leave their registers to the rest.
 template <int kEvery, bool kStored, int kColTiles>
 JITGEN_FN void weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], unsigned p_shared,
                           int warp, int lane, float units, const float (&shift)[2]) {
