@@ -85,6 +85,9 @@ constexpr bool kRescaleEarly = kHeadDimV > 128;
 // When sums are kept: before the exponentials, or after them, when S is no more, where hooks leave few registers.
 constexpr bool kSumsFirst = Tile::kSharedP;
 static_assert(!kSumsFirst || !kRescaleEarly, "O must be up to date when it is added to the sums");
+// One pair of column tiles in so many gets its weights by polynomials, 0: none. The exp2 unit has as much to do as the tensor cores
+// for head dim 128, and twice as much for 64.
+constexpr int kPolynomialEvery = kHeadDim == 64 ? 3 : Tile::kSharedP ? 4 : 0;
 constexpr bool kMaybeEmpty = kHasMask || false;
 constexpr int kTurnBarrier = 1, kGroupBarrier = 5;   // named barriers: + group
 
@@ -237,6 +240,10 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
 // ---- consumers: 64 query rows per warp group ----
 // S = Q K^T. Both products are only issued here; the callers wait.
 JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
+  if constexpr (kPolynomialEvery != 0) {   // takes no instruction, as the first step overwrites S: without it ptxas keeps the tile before
+#pragma unroll
+    for (int j = 0; j < kTileKv / 8; ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
+  }
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 32; ++step)
@@ -377,10 +384,17 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         jg::store_sums(o, sums, softmax.row_max);
         has_sums = true, held = 0;
       };
-      const auto keep_weights = [&] {
-        jg::pack_fp8_tile(p, s);
+      const auto weigh = [&](float units, const float (&shift)[2]) {
+        if constexpr (kPolynomialEvery != 0) {
+          jg::weigh_tile<kPolynomialEvery, Tile::kSharedP>(softmax, s, p, p_shared, warp, lane, units, shift);
+        } else {
+          jg::weigh_columns(softmax, s, units, shift);
+          jg::pack_fp8_tile(p, s);
+        }
+      };
+      // Before P V. It takes 120 cycles for the writes to be seen, under which Q K^T of the next tile starts.
+      const auto publish_weights = [&] {
         if constexpr (Tile::kSharedP) {   // a warp reads back its own 16 rows only: no wider barrier
-          jg::store_tile<kTileKv / 2>(p_shared, p, warp, lane);
           jg::fence_async_proxy();
           __syncwarp();
         }
@@ -409,19 +423,21 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = find_maximum(units, shift);
-        jg::weigh_columns(softmax, s, units, shift);
-        keep_weights();
+        weigh(units, shift);
         if (moved) jg::rescale_output(o, factor);
         moved = false;
 #pragma unroll 1
         while (!jg::is_next_skipped(step, group)) {
           jg::RingPosition<kNumStages> next = kv;
           next.advance();
+          // Before the turn: a look takes 45 cycles even where nothing is to wait for. Two groups are faster with it after Q K^T.
+          if (Tile::kSharedP) jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
           jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
           take_turn();
           start_qk(s, q_operand, jg::operand_at(k_operand, next.stage * (Tile::kTileBytes >> 4)));
+          publish_weights();
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
-          jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
+          if (!Tile::kSharedP) jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
           start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)));
           pass_turn();
           const int value_stage = kv.stage;
@@ -436,8 +452,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
           ++held;
           if (kSumsFirst && held >= jg::kHeldTiles) keep_sums();
-          jg::weigh_columns(softmax, s, units, shift);
-          keep_weights();
+          weigh(units, shift);
           if (!kSumsFirst && held >= jg::kHeldTiles) {
             if (kRescaleEarly && moved) jg::rescale_output(o, factor), moved = false;
             keep_sums();
@@ -445,6 +460,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         }
         if (kRescaleEarly && moved) jg::rescale_output(o, factor);
         jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
+        publish_weights();
         start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)));
         jg::Wgmma<kHeadDimV>::wait<0>(o);
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
