@@ -39,9 +39,8 @@ class EightBits:
     def __post_init__(self) -> None:
         generator = torch.Generator(self.device).manual_seed(self.seed)
         shape = (self.batch, self.length, self.num_heads, self.head_dim)
-        self.eight = [
-            torch.randn(shape, generator=generator, device=self.device).to(torch.float8_e4m3fn).transpose(1, 2) for _ in range(3)
-        ]
+        normal = [torch.randn(shape, generator=generator, device=self.device) for _ in range(3)]
+        self.eight = [t.to(torch.float8_e4m3fn).transpose(1, 2) for t in normal]
         self.sixteen = [t.bfloat16() for t in self.eight]
         tokens = self.batch * self.length
         self.rows = torch.arange(CHECKED, device=self.device) * tokens // CHECKED
