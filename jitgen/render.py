@@ -102,6 +102,7 @@ class KernelContext:
     mask_spans_together: bool
     mask_reads_head: bool
     mask_reads_tensors: bool
+    mask_is_causal: bool
     has_sink: bool
     custom_norm: bool
     norm_rescales: bool
