@@ -33,6 +33,7 @@ SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     "sm90": "attention/sm90_serving.cu.jinja",
     "merge": "attention/merge.cu.jinja",
     "merge_cpu": "attention/merge.cpp.jinja",
+    "merge_outs": "attention/merge_outs.cu.jinja",
 }
 # Their templates take part of the scaling out of the element loop.
 RAW_SCORE_FAMILIES = ("sm80", "sm90", "sm90_fp8", "decode", "mla", "sm80_mla")
@@ -101,6 +102,7 @@ class KernelContext:
     mask_scans: bool
     mask_spans_together: bool
     mask_reads_head: bool
+    mask_reads_query_head: bool
     mask_reads_tensors: bool
     mask_is_causal: bool
     has_sink: bool
