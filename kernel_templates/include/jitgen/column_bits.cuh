@@ -54,25 +54,17 @@ template <int kTileKv> struct Columns : Ascends<Columns<kTileKv>> {
 
 // What both rows of a thread see of a tile.
 struct KeptColumns {
-  ColumnBits kept[2];
-  unsigned by_all;   // by every row of the warp
+  ColumnBits of[2];
 
-  KeptColumns() = default;
-  JITGEN_MEMBER explicit KeptColumns(const ColumnBits (&kept)[2])
-      : kept{kept[0], kept[1]}, by_all(__reduce_and_sync(0xffffffffu, kept[0].bits & kept[1].bits)) {}
-  // Logits of other columns never count. Where a mask ends, most rows see whole runs of 32 columns: those are left alone.
+  // Logits of other columns never count.
   template <int kColTiles> JITGEN_MEMBER void hide_others(float (&s)[kColTiles][4]) const {
 #pragma unroll
-    for (int first = 0; first < 2 * kColTiles; first += 8) {
-      if ((by_all >> first & 0xff) == 0xff) continue;
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int n = first; n < first + 8 && n < 2 * kColTiles; ++n) {
-          float& x = s[n / 2][2 * half + n % 2];
-          x = kept[half].bits >> n & 1 ? x : -INFINITY;
-        }
-    }
+      for (int n = 0; n < 2 * kColTiles; ++n) {
+        float& x = s[n / 2][2 * half + n % 2];
+        x = of[half].bits >> n & 1 ? x : -INFINITY;
+      }
   }
 };
 

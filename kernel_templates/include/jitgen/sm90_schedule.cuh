@@ -9,8 +9,9 @@ namespace jg {
 // is the longest under a causal mask. CTAs take tiles as they finish others: 2 to 12 % faster than a fixed assignment.
 // Tiles end with the last row, so the one with rows missing is the first: it is the shortest under a causal mask, the last
 // one would be the longest (7 % of hd128 causal 4k, where 4096 rows are 21 tiles of 192 and a third).
-// Under a causal mask the first query tiles of all heads are left for the end: they are the shortest, and the CTAs finish together
-// (XX). Only so many that their keys stay in L2, and not where tiles are alike: all keys would be read again.
+// Under a causal mask the first query tiles of all heads come late: they are the shortest, and CTAs finish together (H100, hd128,
+// against sections alone: 4k causal and windows 2 %, documents 6 % faster; 16k windows 1 %, causal 1 to 4 %, documents 11 %; 1k
+// 0 to 2 %). Only as many as have their keys in L2 together, and none where tiles are alike: their keys are all (1k: 17 % slower).
 struct Schedule {
   int num_query_tiles, num_tiles, num_heads, section;   // num_heads: over the whole batch
   int absent_rows;                                      // of tile 0, before the first row
