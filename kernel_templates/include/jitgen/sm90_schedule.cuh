@@ -38,10 +38,10 @@ inline long long num_late_tiles(long long num_query_tiles, long long num_heads, 
   return count < num_query_tiles ? count : num_query_tiles;
 }
 // `num_heads`: over the whole batch; `row_bytes`: of K and V for one key.
-inline Schedule make_schedule(long long q_len, long long kv_len, long long tile_q, long long row_bytes, long long num_heads, long long group_size,
-                              bool is_causal, int counter, int num_sms) {
-  const long long num_query_tiles = (q_len + tile_q - 1) / tile_q;
-  const long long num_late = is_causal ? num_late_tiles(num_query_tiles, num_heads, num_heads / group_size * tile_q * row_bytes, num_sms) : 0;
+inline Schedule make_schedule(long long q_len, long long kv_len, long long tile_q, long long row_bytes, long long num_heads,
+                              long long group_size, bool is_causal, int counter, int num_sms) {
+  const long long num_query_tiles = (q_len + tile_q - 1) / tile_q, key_bytes = num_heads / group_size * tile_q * row_bytes;
+  const long long num_late = is_causal ? num_late_tiles(num_query_tiles, num_heads, key_bytes, num_sms) : 0;
   return {static_cast<int>(num_query_tiles), static_cast<int>(num_query_tiles * num_heads), static_cast<int>(num_heads),
           section_heads(kv_len * row_bytes, num_heads, group_size), static_cast<int>(num_query_tiles * tile_q - q_len), counter,
           static_cast<int>(num_late)};
@@ -50,7 +50,8 @@ JITGEN_FN QueryTile query_tile_at(unsigned index, const Schedule& schedule, unsi
   const unsigned num_heads = schedule.num_heads, num_early = (schedule.num_query_tiles - schedule.num_late) * num_heads;
   unsigned tile, head;
   if (index < num_early) {
-    const unsigned section = schedule.section, per_section = section * (schedule.num_query_tiles - schedule.num_late), inside = index % per_section;
+    const unsigned section = schedule.section, per_section = section * (schedule.num_query_tiles - schedule.num_late);
+    const unsigned inside = index % per_section;
     tile = schedule.num_query_tiles - 1 - inside / section, head = index / per_section * section + inside % section;
   } else {
     const unsigned inside = index - num_early;
