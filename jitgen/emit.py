@@ -15,7 +15,7 @@ from jitgen.emit_bits import BitsMask, mask_by_bits, print_bits, search_text
 from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_initial, take_offset, take_relative
 from jitgen.emit_load import add_row_word
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
-from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis, position_parts
+from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis, is_causal, position_parts
 from jitgen.emit_norm import NormText, OutputText, emit_norm, emit_output
 from jitgen.emit_split import divided, outer_factor, split_floats
 from jitgen.emit_text import ELEMENT_CTYPE
@@ -112,6 +112,7 @@ class VariantSection:
     mask_reads_head: bool  # of either kind
     mask_reads_query_head: bool  # so that the query heads of a KV head share no rectangle
     mask_reads_tensors: bool
+    mask_is_causal: bool
     has_sink: bool
     custom_norm: bool
     norm_rescales: bool
@@ -220,6 +221,7 @@ def emit_variant(
         mask_reads_head=mask is not None and not mask.deps.isdisjoint(("h", "kv_h")),
         mask_reads_query_head=mask is not None and "h" in mask.deps,
         mask_reads_tensors=mask is not None and any(n.op == "load" for n in ir.walk(mask)),
+        mask_is_causal=is_causal(mask),
         has_sink=program.sink is not None,
         custom_norm=program.norm is not None,
         norm_rescales=norm.rescales,

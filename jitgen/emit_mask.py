@@ -44,6 +44,13 @@ def position_parts(mask: Expr | None) -> list[Expr]:
     return found if len(found) < len(parts) and not any(n.dtype == "f32" for p in found for n in walk(p)) else []
 
 
+def is_causal(mask: Expr | None) -> bool:
+    """Whether a mask hides, among others, the keys behind a query: the first rows see few keys then."""
+    parts = [] if mask is None else operands(mask, "and")
+    q_idx, kv_idx = ir.index("q_idx"), ir.index("kv_idx")
+    return ir.make("le", kv_idx, q_idx) in parts or ir.make("lt", kv_idx, q_idx) in parts
+
+
 def emit_mask_analysis(unit: Unit, mask: Expr | None, *, by_positions: bool = False) -> MaskAnalysisText:
     """mask_span and mask_tile of a mask.
 

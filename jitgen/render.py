@@ -104,6 +104,7 @@ class KernelContext:
     mask_reads_head: bool
     mask_reads_query_head: bool
     mask_reads_tensors: bool
+    mask_is_causal: bool
     has_sink: bool
     custom_norm: bool
     norm_rescales: bool

@@ -7,6 +7,7 @@ import torch
 
 import jitgen
 from jitgen.emit_bits import mask_by_bits
+from jitgen.emit_mask import is_causal
 from jitgen.evaluate import evaluate
 from jitgen.families import cuda_spec
 from jitgen.render import render_kernel
@@ -71,3 +72,12 @@ def test_mask_over_what_is_found_is_the_mask(name):
 def test_scores_with_tables_of_their_own_leave_no_room_for_a_search():
     program = jitgen.Variant(score_mod=lambda s, b, h, q, k: s + k, mask_mod=MASKS["documents"][0]).trace().program
     assert mask_by_bits(program) is None
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_causal_masks_hide_the_keys_behind_a_query(name):
+    trace = jitgen.Variant(mask_mod=MASKS[name][0]).trace()
+    shown = evaluate(trace.program.mask, trace.values(), leaves()).expand(len(IDS), len(IDS))
+    says = {"causal", "window", "window of a head", "sinks", "documents", "documents in a window", "unsorted", "blocks"}
+    assert is_causal(trace.program.mask) == (name in says)
+    assert not (name in says and bool((shown & (KV > Q)).any()))

@@ -236,17 +236,17 @@ JITGEN_FN void share_columns(const Args& args, const Head& head, unsigned table,
 }
 JITGEN_FN SharedColumn shared_column(unsigned first, int column) { return jg::from_bits<SharedColumn>(jg::load_shared(first + 4 * column)); }
 
-// Masks a partial tile. The rows are looked at anew: their values would cost registers through the loop.
-JITGEN_FN void hide_columns(const Args& args, const Head& head, Logits& s, int group_row, int first_kv, int kind) {
+// What the rows of a thread see of a partial tile. They are looked at anew: their values would cost registers through the loop.
+JITGEN_FN jg::KeptColumns see_columns(const Args& args, const Head& head, int group_row, int first_kv, int kind) {
   const jg::Columns<kTileKv> columns(first_kv);
   const int first_row = own_row(group_row);
-  jg::ColumnBits kept[2];
+  jg::KeptColumns kept;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int q_idx = query_index(args, first_row + 8 * half);
-    kept[half] = mask_bits(args, head, mask_row(args, head, q_idx), q_idx, columns);
+    kept.of[half] = mask_bits(args, head, mask_row(args, head, q_idx), q_idx, columns);
   }
-  jg::keep_columns(s, kept);
+  return kept;
 }
 
 // What the score makes of one KV tile, but for the cap around it. kAtEnd: the tile may reach past kv_len.
@@ -534,11 +534,16 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       };
       const auto first_column = [&] { return kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + 2 * (thread & 3); };
       const auto score = [&](auto at_end) { score_logits<decltype(at_end)::value>(args, head, rows, early, s, first_column()); };
+      // Of a partial tile, while its product runs.
+      jg::KeptColumns kept;
+      const auto see = [&] {
+        const int kind = jg::kind_of(step, group);
+        if (kind & 1) kept = see_columns(args, head, group_row, first_column(), kind);
+      };
       const auto shape = [&](auto at_end, const jg::Cap& cap) {
         const int kind = jg::kind_of(step, group);
         shape_logits<decltype(at_end)::value>(args, head, rows, early, cap, s, first_column(), kind == kTilePartial);
-        if (kind & 1)   // kTilePartial or kTilePositions
-          hide_columns(args, head, s, group_row, first_column(), kind);
+        if (kind & 1) kept.hide_others(s);   // kTilePartial or kTilePositions
       };
       // What can be said of the tile's scores before its logits are there.
       const auto look_ahead = [&](auto at_end) {
@@ -557,6 +562,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (skipped < 0) return;
         const int stage = skipped % kNumStages;
         jg::barrier_wait(JG_BARRIER(v_full, stage), skipped / kNumStages);
+        jg::named_sync(kGroupBarrier + group, 128);   // a warp that looked after the stage had been filled again would wait for ever
         jg::barrier_arrive_if(leader, JG_BARRIER(v_empty, stage));
         skipped = -1;
       };
@@ -593,6 +599,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4));
         pass_turn();
         look_ahead(jg::Constant<1>());
+        see();
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
         score(jg::Constant<1>());
@@ -622,6 +629,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           kv = next;
           step = read_step(kv);
           look_ahead(jg::Constant<!kDescending>());
+          see();
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           score(jg::Constant<!kDescending>());
@@ -730,8 +738,8 @@ extern "C" int jitgen_launch(const Args* args) {
 
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args->stream);
   const jg::Schedule schedule =
-      jg::make_schedule(query_tiles, heads, args->num_q_heads / args->num_kv_heads, args->kv_len * (kHeadDim + kHeadDimV) * 2,
-                        query_tiles * kTileQ - args->q_len, jg::counter_of(stream), num_sms);
+      jg::make_schedule(args->q_len, args->kv_len, kTileQ, (kHeadDim + kHeadDimV) * 2, heads, args->num_q_heads / args->num_kv_heads,
+                        true, jg::counter_of(stream), num_sms);
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
   attention_kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>({q.operand, k.operand, v.operand, o.operand}, *args, schedule);
   return cudaGetLastError();

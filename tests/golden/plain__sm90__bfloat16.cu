@@ -547,8 +547,8 @@ extern "C" int jitgen_launch(const Args* args) {
 
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args->stream);
   const jg::Schedule schedule =
-      jg::make_schedule(query_tiles, heads, args->num_q_heads / args->num_kv_heads, args->kv_len * (kHeadDim + kHeadDimV) * 2,
-                        query_tiles * kTileQ - args->q_len, jg::counter_of(stream), num_sms);
+      jg::make_schedule(args->q_len, args->kv_len, kTileQ, (kHeadDim + kHeadDimV) * 2, heads, args->num_q_heads / args->num_kv_heads,
+                        false, jg::counter_of(stream), num_sms);
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
   attention_kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>({q.operand, k.operand, v.operand, o.operand}, *args, schedule);
   return cudaGetLastError();

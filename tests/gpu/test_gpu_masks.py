@@ -8,6 +8,7 @@ from gallery.rounding import largest_error, rounding_error
 
 import jitgen
 from jitgen import reference
+from jitgen.bench.workloads import document_ids
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
@@ -91,3 +92,24 @@ def test_masks_by_bits_are_the_oracle(name, head_dim):
         error = largest_error(got, want)
         assert error <= allowed, f"{where}: error {error:.3g}, allowed {allowed:.3g}"
         assert torch.equal(got, jitgen.attention(q, k, v, variant, family="sm90")), where
+
+
+def mixed_documents(kv_len):
+    doc = jitgen.sorted(document_ids(kv_len).cuda())
+    return lambda b, h, q, k: same(doc, q, k)
+
+
+# Groups of rows skip KV tiles at both ends of a query tile, and CTAs take many of them: documents at head_dim 64 once hung.
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("mask", [window(1025), mixed_documents], ids=["window", "documents"])
+def test_many_query_tiles_are_those_of_a_small_launch(mask, head_dim):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(4, 32, 4096, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    variant = jitgen.Variant(mask_mod=mask(4096))
+    for _ in range(5):
+        got = jitgen.attention(q, k, v, variant, family="sm90")
+    few = [x[1:2, 5:7].contiguous() for x in (q, k, v)]
+    assert torch.equal(got[1:2, 5:7], jitgen.attention(*few, variant, family="sm90"))
+    want = reference.attention(*few, variant)
+    allowed = 1.5 * rounding_error(*few, variant, want, "absolute") + torch.finfo(q.dtype).eps * 1e-2
+    assert largest_error(got[1:2, 5:7], want) <= allowed

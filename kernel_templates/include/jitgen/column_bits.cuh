@@ -52,16 +52,21 @@ template <int kTileKv> struct Columns : Ascends<Columns<kTileKv>> {
   }
 };
 
-// Logits of other columns never count. `kept`: of both rows of a thread.
-template <int kColTiles> JITGEN_FN void keep_columns(float (&s)[kColTiles][4], const ColumnBits (&kept)[2]) {
+// What both rows of a thread see of a tile.
+struct KeptColumns {
+  ColumnBits of[2];
+
+  // Logits of other columns never count.
+  template <int kColTiles> JITGEN_MEMBER void hide_others(float (&s)[kColTiles][4]) const {
 #pragma unroll
-  for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-    for (int n = 0; n < 2 * kColTiles; ++n) {
-      float& x = s[n / 2][2 * half + n % 2];
-      x = kept[half].bits >> n & 1 ? x : -INFINITY;
-    }
-}
+      for (int n = 0; n < 2 * kColTiles; ++n) {
+        float& x = s[n / 2][2 * half + n % 2];
+        x = of[half].bits >> n & 1 ? x : -INFINITY;
+      }
+  }
+};
 
 // First of `size` ascending elements that is not below x, or is above it; `size` if there is none.
 template <class T, class X> JITGEN_FN int first_at_least(const T* values, int size, X x) {
