@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields, replace
 from jitgen import ir
 from jitgen.abi import ArgField
 from jitgen.emit_bits import BitsMask, mask_by_bits, print_bits, search_text
-from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_initial, take_offset, take_relative
-from jitgen.emit_load import add_row_word
+from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_copied, take_initial, take_offset, take_relative
+from jitgen.emit_load import add_row_word, index_term
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis, position_parts
 from jitgen.emit_norm import NormText, OutputText, emit_norm, emit_output
@@ -62,11 +62,23 @@ class EarlyText:
 
 
 @dataclass(frozen=True)
+class CopiedText:
+    """A captured tensor that is copied in tiles of rows and keys."""
+
+    name: str = ""
+    dtype: str = ""
+    sizes: tuple[str, ...] = ()  # keys, rows, two more
+    strides: tuple[str, ...] = ()  # all but that of keys, which is 1
+    places: tuple[str, ...] = ()  # in the two others
+
+
+@dataclass(frozen=True)
 class VariantSection:
     """Everything ``variant.h.jinja`` prints, and what the kernel templates and the launcher must know of it."""
 
     backend: str
     args: tuple[ArgField, ...]
+    copied: CopiedText
     head: BlockText
     score: HookText
     early: EarlyText
@@ -93,6 +105,7 @@ class VariantSection:
     has_distance_offset: bool
     has_initial: bool
     initial_by_column: bool
+    initial_by_tile: bool
     initial_by_steps: bool
     score_is_initial: bool
     score_columns: bool
@@ -148,8 +161,11 @@ def emit_variant(
     if "offset" in early and score is not None and program.norm is None:
         score, offset = take_offset(score)
     ahead = ahead_loads(score, program.slots) if "ahead" in early and score is not None else []
-    by_column = False
-    if "initial" in early and score is not None and program.norm is None:
+    by_column, copied = False, None
+    if "tile" in early and score is not None and program.norm is None:
+        score, initial, copied = take_copied(score, program.slots)
+        ahead = [] if copied is not None else ahead
+    if "initial" in early and copied is None and score is not None and program.norm is None:
         score, initial, rows = take_initial(score)
         by_column = initial is not None and "kv_idx" in initial.deps
         if by_column:  # they are counted from the tile's first, which the offset has
@@ -183,6 +199,7 @@ def emit_variant(
     return VariantSection(
         backend=backend,
         args=capture_fields(unit),
+        copied=_copied_text(unit, copied),
         head=_block_text(unit.head),
         **text,  # type: ignore[arg-type]
         raw_scores=raw_scores,
@@ -194,12 +211,13 @@ def emit_variant(
         flat_is_plain=early_text.flat.value == "score" and not early_text.flat.lines,
         flat_is_marked=bool(early_text.marks),
         has_ahead=bool(ahead),
-        ahead_serves_batch=bool(ahead) and not any("b" in n.deps for n in ahead),
+        ahead_serves_batch=bool(ahead or copied) and not any("b" in n.deps for n in (*ahead, *([copied] if copied else []))),
         has_offset=early_text.offset.value != "" or early_text.flat.value != "",
         has_distance_offset=early_text.offset.value != "",
         has_initial=initial is not None,
         initial_by_column=by_column,
-        initial_by_steps=initial is not None and not by_column,
+        initial_by_tile=copied is not None,
+        initial_by_steps=initial is not None and not by_column and copied is None,
         score_is_initial=initial is not None and score is ir.index("score"),
         score_columns=shared == "score",
         mask_columns=shared == "mask",
@@ -246,6 +264,24 @@ def capture_fields(unit: Unit) -> tuple[ArgField, ...]:
         out += [ArgField("int64_t", f"{name}_size{d}") for d in range(slot.rank)]
         out += [ArgField("int64_t", f"{name}_stride{d}") for d in range(slot.rank)]
     return tuple(out)
+
+
+def _copied_text(unit: Unit, load: Expr | None) -> CopiedText:
+    if load is None:
+        return CopiedText()
+    name, slot = unit.slot_names[load.attr], unit.slots[load.attr]
+    keys, rows = (next(d for d, i in enumerate(load.args) if leaf in i.deps) for leaf in ("kv_idx", "q_idx"))
+    others = [d for d in range(slot.rank) if d not in (keys, rows) and slot.layout[d] != "0"]
+    low = _element_lowering(unit, [load])
+    places = [index_term(low, load, d, unit.head).text for d in others]
+    none = 2 - len(others)
+    return CopiedText(
+        name,
+        slot.dtype,
+        (*(f"args->{name}_size{d}" for d in (keys, rows, *others)), *["1"] * none),
+        (*(f"args->{name}_stride{d}" for d in (rows, *others)), *["0"] * none),
+        (*places, *["0"] * none),
+    )
 
 
 def _block_text(block: Block) -> BlockText:

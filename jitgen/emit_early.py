@@ -28,6 +28,7 @@ from jitgen.program import Program, Slot
 
 POSITIONS = frozenset(("q_idx", "kv_idx"))
 PAIRED_DTYPES = ("float16", "bfloat16", "float32")  # of which two elements are one word
+COPIED_DTYPES = ("float16", "bfloat16")
 _Q, _KV, _DISTANCE = ir.index("q_idx"), ir.index("kv_idx"), ir.index("distance")
 _AFFINE = frozenset(("index", "lin", "cast", "add", "sub", "mul", "neg"))
 
@@ -38,6 +39,8 @@ def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str
     parts = {"relative", "cap", "offset", "initial"} if layout == "dense" else {"offset"}
     if layout == "dense" and head_dim_v < 256:  # whose descriptors take the uniform registers
         parts.add("columns")
+    if layout == "dense":
+        parts.add("tile")
     if layout == "dense" and mask_by_bits(program) is not None:
         parts |= {"bits", "positions"}
     words = 0 if program.score is None else ahead_words(ahead_loads(program.score, program.slots), program.slots)
@@ -200,6 +203,31 @@ def _is_row_load(node: Expr, slot: Slot) -> bool:
     if slot.dtype not in PAIRED_DTYPES or len(dims) != 1 or "q_idx" not in node.deps:
         return False
     return node.args[dims[0]] is _KV and slot.layout[dims[0]] == "c"
+
+
+# ---- a tensor that is copied in tiles ---------------------------------------------------------------------------------------
+
+
+def take_copied(root: Expr, slots: Sequence[Slot]) -> tuple[Expr, Expr | None, Expr | None]:
+    """``root`` without its term of a dense bias; that term over the leaf 'copied', and the load that it stands for. None where
+    there is no such term, or ``score`` occurs otherwise than as one."""
+    loads = ahead_loads(root, slots)
+    terms = list(_signed_terms(root, 1))
+    if [(s, t) for s, t in terms if "score" in t.deps] != [(1, ir.index("score"))] or len(loads) != 1:
+        return root, None, None
+    (load,) = loads
+    mine = [(s, t) for s, t in terms if any(n is load for n in walk(t))]
+    rest = [term for term in terms if term not in mine]
+    term = ir.rebuild(_sum_of(mine), lambda n: ir.index("copied") if n is load else None)
+    if not _is_copied_in_tiles(load, slots[int(load.attr)]) or term.deps & (_VARYING | POSITIONS):
+        return root, None, None
+    return _sum_of(rest), term, load
+
+
+def _is_copied_in_tiles(load: Expr, slot: Slot) -> bool:
+    """Whether the copy engine can take a tile of rows and keys of a tensor: a box of two dimensions, at a place in two more."""
+    rows = [d for d, index in enumerate(load.args) if "q_idx" in index.deps]
+    return slot.dtype in COPIED_DTYPES and slot.rank <= 4 and len(rows) == 1 and load.args[rows[0]] is _Q and slot.layout[rows[0]] == "s"
 
 
 # ---- terms of columns and of rows -------------------------------------------------------------------------------------------

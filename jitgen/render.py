@@ -10,7 +10,7 @@ from functools import cache
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jitgen.abi import ARGS_OF_LAYOUT, SCALE_ARGS, ArgField
-from jitgen.emit import VariantSection, emit_variant, section_context
+from jitgen.emit import CopiedText, VariantSection, emit_variant, section_context
 from jitgen.emit_early import early_parts
 from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directives
 from jitgen.paths import template_dir
@@ -84,7 +84,9 @@ class KernelContext:
     has_distance_offset: bool
     has_initial: bool
     initial_by_column: bool
+    initial_by_tile: bool
     initial_by_steps: bool
+    copied: CopiedText  # of the captured tensor where initial_by_tile
     score_is_initial: bool
     has_ahead: bool
     ahead_serves_batch: bool
@@ -198,6 +200,7 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         rows_section="" if spec.rows is None else spec.rows.section(spec.program.slots, spec.target),
         transforms_keys=spec.rows is not None and "k" in spec.rows.names,
         transforms_values=spec.rows is not None and "v" in spec.rows.names,
+        copied=section.copied,
         layout=spec.layout.removesuffix("_states"),
         has_states=spec.layout.endswith("_states"),
         head_dim=spec.head_dim,

@@ -70,6 +70,28 @@ template <int kCols> struct OperandMap {
   }
 };
 
+// A captured tensor of 16-bit elements, copied in boxes of box_rows rows and kSpan keys. Sizes and strides (in elements) of keys,
+// rows and two more dimensions; that of keys is 1.
+struct CapturedKey { const void* base; int64_t sizes[4], strides[3]; };
+template <int kSpan> struct CapturedBoxes {
+  CapturedKey key = {};
+  TensorMap map = {};
+
+  int update(const CapturedKey& wanted, bool is_bf16, unsigned box_rows) {
+    if (!__builtin_memcmp(&key, &wanted, sizeof(key))) return 0;
+    static const EncodeTiled encode = find_encoder();
+    if (!encode) return kErrorNoEncoder;
+    unsigned long long sizes[4], strides[3];
+    for (int i = 0; i < 4; ++i) sizes[i] = wanted.sizes[i];
+    for (int i = 0; i < 3; ++i) strides[i] = wanted.sizes[i + 1] == 1 ? 16 : wanted.strides[i] * 2;
+    const unsigned box[4] = {kSpan, box_rows, 1, 1}, ones[4] = {1, 1, 1, 1};
+    key.base = nullptr;
+    if (encode(&map, is_bf16 ? 9 : 6, 4, const_cast<void*>(wanted.base), sizes, strides, box, ones, 0, kSpan == 64 ? 3 : 2, 3, 0)) return kErrorTensorMap;
+    key = wanted;
+    return 0;
+  }
+};
+
 // ---- tile counters ----
 // A launch that takes its tiles dynamically counts in device memory; its last CTA sets the counter back to zero. Launches
 // that may run at the same time must not share one: each stream has its own (launches of a stream follow each other), and
