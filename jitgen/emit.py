@@ -144,7 +144,7 @@ def emit_variant(
     With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
     both multiplications then join others, and a soft cap costs one of them an element instead of three.
     ``early`` names what of a score the template takes over (emit_early.py): 'relative', 'columns', 'ahead', 'cap', 'initial',
-    'offset'; 'positions' where it tells tiles whose mask positions decide alone, and 'bits' where it masks by bits
+    'tile', 'offset'; 'positions' where it tells tiles whose mask positions decide alone, and 'bits' where it masks by bits
     (emit_bits.py).
 
     Errors:  UnsupportedVariant when an operation has no meaning where the program uses it.
@@ -153,18 +153,19 @@ def emit_variant(
     score = program.score if program.score is not ir.index("score") else None
     mask = program.mask if program.mask is not ir.TRUE else None
     norm = emit_norm(unit, program.norm)
-    factor = relative = offset = initial = rows = None
+    factor = relative = offset = initial = rows = copied = None
     if "relative" in early and score is not None:
         score, relative = take_relative(score)
+    if "tile" in early and score is not None:
+        score, initial, copied = take_copied(score, program.slots)
     if raw_scores and score is not None:
         score, factor = _raw_score(score, keep_units=program.norm is not None)
     if "offset" in early and score is not None and program.norm is None:
         score, offset = take_offset(score)
     ahead = ahead_loads(score, program.slots) if "ahead" in early and score is not None else []
-    by_column, copied = False, None
-    if "tile" in early and score is not None and program.norm is None:
-        score, initial, copied = take_copied(score, program.slots)
-        ahead = [] if copied is not None else ahead
+    by_column = False
+    if copied is not None:
+        initial = split_floats(ir.make("mul", initial, ir.make("truediv", ir.const(1.0), ir.index("scale"))), _level)
     if "initial" in early and copied is None and score is not None and program.norm is None:
         score, initial, rows = take_initial(score)
         by_column = initial is not None and "kv_idx" in initial.deps
@@ -195,6 +196,7 @@ def emit_variant(
     )
     columns = BlockText() if initial is not None else score_text.col
     shared = None if relative is not None or "columns" not in early else column_table(columns, mask_text.col)
+    read = ahead if copied is None else [*ahead, copied]
     looks_ahead = relative is not None or bool(ahead) or shared is not None
     return VariantSection(
         backend=backend,
@@ -211,7 +213,7 @@ def emit_variant(
         flat_is_plain=early_text.flat.value == "score" and not early_text.flat.lines,
         flat_is_marked=bool(early_text.marks),
         has_ahead=bool(ahead),
-        ahead_serves_batch=bool(ahead or copied) and not any("b" in n.deps for n in (*ahead, *([copied] if copied else []))),
+        ahead_serves_batch=bool(read) and not any("b" in n.deps for n in read),
         has_offset=early_text.offset.value != "" or early_text.flat.value != "",
         has_distance_offset=early_text.offset.value != "",
         has_initial=initial is not None,

@@ -6,6 +6,9 @@
 - *columns*: what a hook computes per column, once instead of by every thread that has a row.
 - *ahead*: an element of a captured tensor that is contiguous along kv_idx, such as a dense bias. Two neighbouring columns are
   read as one word, and their latency passes under the product.
+- *tile*: where such a tensor is a term of the score, its elements have 16 bits and q_idx and kv_idx index it as they are, the
+  copy engine brings a tile of it to each warp group, and the product begins from it. Loads would take 2 columns of 8 rows at a
+  time, and the first cache nearly as long as the products take.
 - *cap*: a tanh around the whole score. The template bends a tile at once, and by a polynomial where all of it is far from the
   cap: the unit that knows tanh has the exponentials to compute. What all of a tile is multiplied by goes into its coefficients.
 - *offset*: a multiple of the distance, as in ALiBi. Up to the first column of a tile it is the same for a whole row of the tile
@@ -39,7 +42,7 @@ def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str
     parts = {"relative", "cap", "offset", "initial"} if layout == "dense" else {"offset"}
     if layout == "dense" and head_dim_v < 256:  # whose descriptors take the uniform registers
         parts.add("columns")
-    if layout == "dense":
+    if layout == "dense" and is_copied(program):
         parts.add("tile")
     if layout == "dense" and mask_by_bits(program) is not None:
         parts |= {"bits", "positions"}
@@ -208,6 +211,17 @@ def _is_row_load(node: Expr, slot: Slot) -> bool:
 # ---- a tensor that is copied in tiles ---------------------------------------------------------------------------------------
 
 
+def is_copied(program: Program) -> bool:
+    """Whether a kernel may copy a dense bias of this program in tiles: nothing else of it needs many registers."""
+    score = program.score
+    if score is None or program.norm is not None or take_relative(score)[1] is not None:
+        return False
+    rest, _, load = take_copied(score, program.slots)
+    others = [n for n in walk(rest) if n.op == "load" and "kv_idx" in n.deps]
+    searched = [n for n in walk(program.mask) if n.op == "load" and n.deps & POSITIONS]
+    return load is not None and not others and all(program.slots[int(n.attr)].is_sorted for n in searched)
+
+
 def take_copied(root: Expr, slots: Sequence[Slot]) -> tuple[Expr, Expr | None, Expr | None]:
     """``root`` without its term of a dense bias; that term over the leaf 'copied', and the load that it stands for. None where
     there is no such term, or ``score`` occurs otherwise than as one."""
@@ -227,7 +241,9 @@ def take_copied(root: Expr, slots: Sequence[Slot]) -> tuple[Expr, Expr | None, E
 def _is_copied_in_tiles(load: Expr, slot: Slot) -> bool:
     """Whether the copy engine can take a tile of rows and keys of a tensor: a box of two dimensions, at a place in two more."""
     rows = [d for d, index in enumerate(load.args) if "q_idx" in index.deps]
-    return slot.dtype in COPIED_DTYPES and slot.rank <= 4 and len(rows) == 1 and load.args[rows[0]] is _Q and slot.layout[rows[0]] == "s"
+    if slot.dtype not in COPIED_DTYPES or len(rows) != 1:
+        return False
+    return load.args[rows[0]] is _Q and slot.layout[rows[0]] == "s"
 
 
 # ---- terms of columns and of rows -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directive
 from jitgen.paths import template_dir
 from jitgen.spec import MLA_FAMILIES, KernelSpec
 from jitgen.target import CompileTarget
+from jitgen.tiles_sm90 import has_room
 
 TEMPLATE_OF_FAMILY = {
     "cpu": "attention/cpu.cpp.jinja",
@@ -156,8 +157,7 @@ def template_of(spec: KernelSpec) -> str:
 def render_kernel(spec: KernelSpec) -> Source:
     """Generate the translation unit of ``spec``."""
     backend = spec.target.kind
-    early = _early_of(spec)
-    section = emit_variant(spec.program, backend=backend, raw_scores=spec.family in RAW_SCORE_FAMILIES, early=early)
+    section = _section_of(spec)
     variant_text = render_template("attention/variant.h.jinja", section_context(section, spec.layout))
     context = kernel_context(spec, section, variant_text.rstrip("\n"))
     rendered = strip_marks(render_template(template_of(spec), _fields_of(context)))
@@ -169,12 +169,22 @@ def render_kernel(spec: KernelSpec) -> Source:
     )
 
 
+def _section_of(spec: KernelSpec) -> VariantSection:
+    """The variant section, without what of a score the shared memory of an sm90 kernel has no room for."""
+    early, raw = _early_of(spec), spec.family in RAW_SCORE_FAMILIES
+    section = emit_variant(spec.program, backend=spec.target.kind, raw_scores=raw, early=early)
+    if spec.family != "sm90" or spec.layout != "dense" or has_room(spec.tiles, spec.head_dim, spec.head_dim_v, section):
+        return section
+    return emit_variant(spec.program, backend=spec.target.kind, raw_scores=raw, early=early - {"initial"})
+
+
 def _early_of(spec: KernelSpec) -> frozenset[str]:
     """What the template of a kernel does early: see emit_variant."""
     if spec.family == "sm90":
         parts = early_parts(spec.program, spec.layout, spec.head_dim_v)
         # masks by bits gain where a thread has 32 columns of a tile: 1 to 5 % slower with half of them
-        return parts if spec.tiles.tile_kv > 64 else parts - {"bits", "positions"}
+        parts = parts if spec.tiles.tile_kv > 64 else parts - {"bits", "positions"}
+        return parts if spec.copies else parts - {"tile"}
     if spec.family == "sm80":
         return frozenset({"offset", "positions"} if spec.layout == "dense" else {"offset"})
     return frozenset()
