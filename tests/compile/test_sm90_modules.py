@@ -63,6 +63,17 @@ def dense_bias() -> jitgen.Variant:
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + bias[h, q_idx, kv_idx], mask_mod=causal)
 
 
+def biases() -> jitgen.Variant:
+    """A bias of each key, a row, a multiple of the distance and a table of it."""
+    keys, rows, slopes, table = torch.zeros(32, 64), torch.zeros(32, 64), torch.zeros(32), torch.zeros(32, 33)
+
+    def score(s, b, h, q_idx, kv_idx):
+        near = table[h, torch.clamp(q_idx - kv_idx, 0, 32)]
+        return s + keys[h, kv_idx] + rows[h, q_idx] - slopes[h] * (q_idx - kv_idx) + near
+
+    return jitgen.Variant(score_mod=score)
+
+
 def key_bias() -> jitgen.Variant:
     bias = torch.zeros(32, 64)
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + bias[h, kv_idx], mask_mod=causal)
@@ -102,7 +113,8 @@ MODULES = [
     (alibi, "bfloat16", 96, 96),
     (alibi, "float16", 256, 256),
     (clipped_bias, "bfloat16", 128, 128),
-    (dense_bias, "bfloat16", 128, 128),
+    *((dense_bias, "bfloat16", *dims) for dims in HEAD_DIMS),
+    *((biases, dtype, *dims) for dims in HEAD_DIMS for dtype in ("bfloat16", "float16")),
     (key_bias, "bfloat16", 128, 128),
     (key_bias, "float16", 256, 256),
     (sorted_documents, "bfloat16", 128, 128),
