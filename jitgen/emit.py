@@ -20,7 +20,7 @@ from jitgen.emit_norm import NormText, OutputText, emit_norm, emit_output
 from jitgen.emit_split import divided, outer_factor, split_floats
 from jitgen.emit_text import ELEMENT_CTYPE
 from jitgen.ir import Expr
-from jitgen.program import Program
+from jitgen.program import Program, uses_index
 
 CAPS = ("tanh", "tanh_approx")
 WITHIN_ONE = (*CAPS, "sigmoid", "erf", "sin", "cos")  # functions whose values stay within [-1, 1]
@@ -92,6 +92,9 @@ class VariantSection:
     lse: HookText
     output: OutputText
     raw_scores: bool
+    reads_q_off: bool
+    reads_q_first: bool
+    reads_kv_off: bool
     has_score: bool
     score_is_bounded: bool
     score_is_capped: bool
@@ -119,7 +122,8 @@ class VariantSection:
     has_position_bits: bool
     mask_scans: bool
     mask_spans_together: bool
-    mask_reads_head: bool
+    mask_reads_head: bool  # of either kind
+    mask_reads_query_head: bool  # so that the query heads of a KV head share no rectangle
     mask_reads_tensors: bool
     has_sink: bool
     custom_norm: bool
@@ -144,8 +148,8 @@ def emit_variant(
     With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
     both multiplications then join others, and a soft cap costs one of them an element instead of three.
     ``early`` names what of a score the template takes over (emit_early.py): 'relative', 'columns', 'ahead', 'cap', 'initial',
-    'tile', 'offset'; 'positions' where it tells tiles whose mask positions decide alone, and 'bits' where it masks by bits
-    (emit_bits.py).
+    'tile', 'offset'; 'late' where a mask is to have few values by column; 'positions' where it tells tiles whose mask positions
+    decide alone, and 'bits' where it masks by bits (emit_bits.py).
 
     Errors:  UnsupportedVariant when an operation has no meaning where the program uses it.
     """
@@ -180,7 +184,7 @@ def emit_variant(
     )
     factor_text = _emit_value(unit, factor, {})
     bits = mask_by_bits(program) if "bits" in early and mask is not None else None
-    mask_text, positions_text = _emit_mask(unit, mask, positions, bits)
+    mask_text, positions_text = _emit_mask(unit, mask, positions, bits, compares_late="late" in early)
     text = dict(
         score=score_text,
         early=early_text,
@@ -205,6 +209,7 @@ def emit_variant(
         head=_block_text(unit.head),
         **text,  # type: ignore[arg-type]
         raw_scores=raw_scores,
+        **{f"reads_{name}": uses_index(program, name) for name in ir.PACKED},  # type: ignore[arg-type]
         has_score=score is not None,
         score_is_bounded=score is not None and score.op in WITHIN_ONE,
         score_is_capped=is_capped,
@@ -213,7 +218,7 @@ def emit_variant(
         flat_is_plain=early_text.flat.value == "score" and not early_text.flat.lines,
         flat_is_marked=bool(early_text.marks),
         has_ahead=bool(ahead),
-        ahead_serves_batch=bool(read) and not any("b" in n.deps for n in read),
+        ahead_serves_batch=bool(read) and all(n.deps.isdisjoint(("b", *ir.PACKED)) for n in read),
         has_offset=early_text.offset.value != "" or early_text.flat.value != "",
         has_distance_offset=early_text.offset.value != "",
         has_initial=initial is not None,
@@ -233,6 +238,7 @@ def emit_variant(
         mask_scans=analysis.scans,
         mask_spans_together=analysis.spans_together,
         mask_reads_head=mask is not None and not mask.deps.isdisjoint(("h", "kv_h")),
+        mask_reads_query_head=mask is not None and "h" in mask.deps,
         mask_reads_tensors=mask is not None and any(n.op == "load" for n in ir.walk(mask)),
         has_sink=program.sink is not None,
         custom_norm=program.norm is not None,
@@ -307,13 +313,16 @@ def _level(node: Expr) -> str:
     return join_levels({HOOK_LEVELS.get(d, "head") for d in node.deps})
 
 
-def _emit_mask(unit: Unit, root: Expr | None, positions: list[Expr], bits: BitsMask | None) -> tuple[HookText, HookText]:
+def _emit_mask(
+    unit: Unit, root: Expr | None, positions: list[Expr], bits: BitsMask | None, *, compares_late: bool
+) -> tuple[HookText, HookText]:
     """The mask hook, split into rows, columns and elements, and the conjunction of some of its parts over the same values."""
     if root is None:
         return HookText(), HookText()
     alone = [functools.reduce(lambda a, b: ir.make("and", a, b), positions)] if positions else []
     root = split_floats(root, _level) if bits is None else bits.mask
     low = _element_lowering(unit, [root, *alone])
+    low.compares_late = compares_late
     if bits is not None:
         low.print_op = print_bits
     texts = []

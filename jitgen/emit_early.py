@@ -3,7 +3,8 @@
 - *relative*: a part that depends on positions through ``q_idx - kv_idx`` alone, such as a bucketed bias. A tile has far fewer
   distances than logits (191 for 64 x 128), so the part is evaluated once for each. Where it is the same for all of them,
   as it may be far from the diagonal, and is a term of the score, it joins the offset.
-- *columns*: what a hook computes per column, once instead of by every thread that has a row.
+- *columns*: what a hook computes per column, once instead of by every thread that has a row. There is room for one value, so
+  *late* leaves comparisons to the elements.
 - *ahead*: an element of a captured tensor that is contiguous along kv_idx, such as a dense bias. Two neighbouring columns are
   read as one word, and their latency passes under the product.
 - *tile*: where such a tensor is a term of the score, its elements have 16 bits and q_idx and kv_idx index it as they are, the
@@ -44,12 +45,20 @@ def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str
         parts.add("columns")
     if layout == "dense" and is_copied(program):
         parts.add("tile")
+    if layout != "dense" and head_dim_v < 256 and _has_shared_columns(program):
+        parts |= {"columns", "late"}
     if layout == "dense" and mask_by_bits(program) is not None:
         parts |= {"bits", "positions"}
     words = 0 if program.score is None else ahead_words(ahead_loads(program.score, program.slots), program.slots)
     if words <= (2 if head_dim_v < 256 else 1):  # more would not stay in registers
         parts.add("ahead")
     return frozenset(parts)
+
+
+def _has_shared_columns(program: Program) -> bool:
+    """Whether the mask is the only hook that looks at columns, and its columns are the same to all query heads of a KV head."""
+    mask, score = program.mask, program.score
+    return mask is not None and "h" not in mask.deps and (score is None or "kv_idx" not in score.deps)
 
 
 # ---- parts of the distance -----------------------------------------------------------------------------------------------

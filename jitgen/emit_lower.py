@@ -23,7 +23,7 @@ HOOK_LEVELS = {
     **dict.fromkeys(("score", "relative", "copied", "step", "start", "distance", "found"), "elem"),
 }
 LEAF_TEXT = {
-    **{n: f"head.{n}" for n in ("b", "h", "kv_h", "q_len", "kv_len", "num_q_heads", "num_kv_heads", "scale")},
+    **{n: f"head.{n}" for n in ("b", "h", "kv_h", "q_len", "kv_len", "num_q_heads", "num_kv_heads", "scale", *ir.PACKED)},
     **{n: n for n in ("q_idx", "kv_idx", "score", "lse", "distance", "relative", "copied", "found")},
     **{n: f"kv_idx.{n}" for n in ("start", "step")},
     "o": "x",
@@ -133,9 +133,12 @@ class Lowering:
         self.leaves = dict(LEAF_TEXT)
         self.host_checked = HOST_CHECKED
         self.given: dict[Expr, Term] = {}  # values that the function is passed
+        self.compares_late = False  # what is known of columns alone is compared for each element: fewer values by column
 
     def level(self, node: Expr) -> str:
-        return join_levels({self.levels.get(d, "head") for d in node.deps})
+        level = join_levels({self.levels.get(d, "head") for d in node.deps})
+        is_late = self.compares_late and level == "col" and node.dtype == "bool" and node.op != "load"
+        return "elem" if is_late else level
 
     def ctype(self, node: Expr) -> str:
         if node.dtype in ("f32", "bool"):

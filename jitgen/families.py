@@ -23,6 +23,7 @@ FAMILIES = ("cpu", "sm80", "sm90", "sm90_fp8")
 SERVING_FAMILIES = ("cpu", "decode", "mla", "sm80", "sm80_mla", "sm90")
 SM90_ARCHS = ("9.0a",)  # wgmma and setmaxnreg exist in this architecture only
 SMALL_SHARED_ARCHS = ("8.6", "8.9", "12.0", "12.1")  # 99 kB of shared memory for a CTA; all others have at least 163
+MERGE_FAMILIES = ("merge", "merge_outs")  # of states that kernels have left, and of a caller's
 PAGE_BOX = 8  # keys: pages of the sm90 prefill kernel are a multiple of it
 MAX_SM90_KEYS = 1 << 22  # of a request in the sm90 prefill kernel
 CUDA_HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -111,7 +112,7 @@ def cuda_spec(
     """A CUDA spec of a given family; also used for compile-only checks, where there is no device."""
     check_rows(program)
     check_fp8(program, dtype, family, target)
-    if (family in MLA_FAMILIES) != (head_dims == MLA_DIMS) and family != "merge":
+    if (family in MLA_FAMILIES) != (head_dims == MLA_DIMS) and family not in MERGE_FAMILIES:
         names = " and ".join(repr(name) for name in MLA_FAMILIES)
         raise VariantError(f"family={family!r} and head dims {head_dims} do not go together: {names} are for {MLA_DIMS} only.")
     if family in MLA_FAMILIES:
@@ -121,7 +122,7 @@ def cuda_spec(
     elif family == "sm90_fp8":
         tiles = fp8_tiles(*head_dims, program)
         out_dtype = out_dtype or "bfloat16"
-    elif family == "merge":
+    elif family in MERGE_FAMILIES:
         tiles = Tiles(0, 0)
     elif family == "sm90":
         if target.arch not in SM90_ARCHS:

@@ -34,6 +34,7 @@ SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     "sm90": "attention/sm90_serving.cu.jinja",
     "merge": "attention/merge.cu.jinja",
     "merge_cpu": "attention/merge.cpp.jinja",
+    "merge_outs": "attention/merge_outs.cu.jinja",
 }
 # Their templates take part of the scaling out of the element loop.
 RAW_SCORE_FAMILIES = ("sm80", "sm90", "sm90_fp8", "decode", "mla", "sm80_mla")
@@ -104,6 +105,7 @@ class KernelContext:
     mask_scans: bool
     mask_spans_together: bool
     mask_reads_head: bool
+    mask_reads_query_head: bool
     mask_reads_tensors: bool
     has_sink: bool
     custom_norm: bool

@@ -161,7 +161,7 @@ def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
     found = GivenOut(shape.groups - tail, tail, places, least)
     order = list(reversed(range(len(tiles))))
     if len(tiles) <= PLAN_THREADS:
-        order.sort(key=lambda i: -costs[i])  # stable
+        order.sort(key=lambda i: -_weight(tiles[i], shape))  # stable
     line = pieces = 0
     for place, i in enumerate(order):
         wanted = _pieces_wanted(tiles[i], line, found, shape)
@@ -170,6 +170,12 @@ def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
         line += costs[i]
         pieces += wanted if wanted > 1 else 0
     return replace(found, pieces=pieces)
+
+
+def _weight(tile: PlanTile, shape: PlanShape) -> int:
+    """How long a tile takes among others: rows that it lacks count half."""
+    rows = min(tile.q_len * shape.pack - tile.index * shape.tile_rows, shape.tile_rows)
+    return tile.units(shape.unit_keys) * (shape.tile_rows + rows)
 
 
 def _pieces_wanted(tile: PlanTile, line: int, given_out: GivenOut, shape: PlanShape) -> int:

@@ -6,11 +6,20 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.compiler import is_compiling
 
+from jitgen import runtime
+from jitgen.checks import check_is_tensor, dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDtype
+from jitgen.families import cuda_spec
+from jitgen.streams import call_on, cuda_index, stream_of
+from jitgen.target import detect_cuda
+from jitgen.variant import Variant
 
 Tensor = torch.Tensor
 BASES = {"e": 1.0, 2: math.log(2.0)}  # what turns a logsumexp of that base into a natural one
+LANES = 32  # of a warp, which takes a row of a head: head dims are a multiple
+MAX_HEAD_DIM = 512
 
 
 def merge_states(
@@ -23,11 +32,14 @@ def merge_states(
     Shapes:  outs [rows, states, heads, head_dim_v]; lses [rows, states, heads] float32; or both lists of states, without that
              axis; returns [rows, heads, head_dim_v] in outs's dtype and [rows, heads] float32.
     Units:   logsumexps of base 'e', as jitgen returns them, or 2, as FlashInfer does; the result has the same base.
-    Errors:  ShapeMismatch, UnsupportedDtype.
-    Cost:    a few torch operations, float32 throughout.
+    Errors:  InvalidType, ShapeMismatch, UnsupportedDtype.
+    Cost:    one kernel for 16-bit outputs on a GPU, compiled once for a dtype and head dim; else a few torch operations.
+             float32 throughout.
     """
     outs, lses = _stacked("outs", outs), _stacked("lses", lses)
     _check(outs, lses, base, 4)
+    if outs.shape[1] and _has_kernel(outs, lses):
+        return _join(outs[:, 0], lses[:, 0], outs[:, 1:], lses[:, 1:], base)
     weights = lses * BASES[base]
     merged = weights.logsumexp(1)
     empty = merged == -math.inf
@@ -44,11 +56,15 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, b
     Errors:  ShapeMismatch, UnsupportedDtype.
     Cost:    as merge_states.
     """
+    check_is_tensor(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape:
         raise ShapeMismatch(
             f"the parts have outputs of shapes {tuple(out_a.shape)} and {tuple(out_b.shape)}, logsumexps of shapes "
             f"{tuple(lse_a.shape)} and {tuple(lse_b.shape)}. They must match."
         )
+    _check(out_a, lse_a, base, 3)
+    if (out_a.dtype, out_a.device) == (out_b.dtype, out_b.device) and _has_kernel(out_a, lse_a) and _has_kernel(out_b, lse_b):
+        return _join(out_a, lse_a, out_b[:, None], lse_b[:, None], base)
     return merge_states(torch.stack([out_a, out_b], 1), torch.stack([lse_a, lse_b], 1), base=base)
 
 
@@ -56,7 +72,9 @@ def _stacked(name: str, states: Tensor | Sequence[Tensor]) -> Tensor:
     """The states along axis 1."""
     if isinstance(states, Tensor):
         return states
-    shapes = [tuple(t.shape) if isinstance(t, Tensor) else t for t in states]
+    for i, t in enumerate(states):
+        check_is_tensor(**{f"{name}[{i}]": t})
+    shapes = [tuple(t.shape) for t in states]
     if not shapes or any(s != shapes[0] for s in shapes):
         raise ShapeMismatch(f"{name} has states of shapes {shapes}, expected one state at least, and all alike.")
     return torch.stack(tuple(states), 1)
@@ -66,9 +84,39 @@ def _check(outs: Tensor, lses: Tensor, base: str | int, rank: int) -> None:
     if base not in BASES:
         raise ShapeMismatch(f"base={base!r} is not a base of logsumexps. Use 'e' or 2.")
     if outs.dim() != rank or outs.shape[:-1] != lses.shape:
+        axes = "rows, states, heads" if rank == 4 else "rows, heads"
         raise ShapeMismatch(
-            f"outs has shape {tuple(outs.shape)}, lses {tuple(lses.shape)}, expected [rows, states, heads, head_dim_v] and "
-            "[rows, states, heads]."
+            f"outs has shape {tuple(outs.shape)}, lses {tuple(lses.shape)}, expected [{axes}, head_dim_v] and [{axes}]."
         )
     if lses.dtype != torch.float32:
         raise UnsupportedDtype(f"lses has dtype {str(lses.dtype).removeprefix('torch.')}, expected float32.")
+
+
+def _has_kernel(outs: Tensor, lses: Tensor) -> bool:
+    """Whether the kernel takes these states: 16 bits on a GPU, and nobody who traces or wants gradients."""
+    is_plain = type(outs) is Tensor and type(lses) is Tensor and outs.is_cuda and lses.device == outs.device
+    if not is_plain or is_compiling() or (torch.is_grad_enabled() and (outs.requires_grad or lses.requires_grad)):
+        return False
+    dim = outs.shape[-1]
+    return outs.dtype in (torch.bfloat16, torch.float16) and outs.stride(-1) == 1 and dim % LANES == 0 and dim <= MAX_HEAD_DIM
+
+
+def _join(first: Tensor, first_lse: Tensor, others: Tensor, other_lse: Tensor, base: str | int) -> tuple[Tensor, Tensor]:
+    """The kernel's merge of a first state and those behind it.
+
+    Shapes:  first [rows, heads, head_dim_v], others [rows, states - 1, heads, head_dim_v]; logsumexps too, without head_dim_v.
+    """
+    rows, heads, dim = first.shape
+    out, lse = first.new_empty(first.shape), first_lse.new_empty(first_lse.shape)
+    index = cuda_index(first.device)
+    plain, target = Variant().trace().program, detect_cuda(index)
+    kernel = runtime.get_kernel(cuda_spec(plain, dtype_name(first.dtype), (dim, dim), "merge_outs", target, layout="outs"))
+    addresses = [t.data_ptr() for t in (first, first_lse, others, other_lse, out, lse)]
+    strides = (*first.stride()[:2], *first_lse.stride(), *others.stride()[:3], *other_lse.stride())
+    packed = kernel.pack(
+        *addresses, stream_of(index), rows, heads, others.shape[1] + 1, *strides, BASES[base] / math.log(2.0)
+    )  # fmt: skip
+    code = call_on(index, kernel.launch, packed)
+    if code:
+        kernel.raise_error(code)
+    return out, lse

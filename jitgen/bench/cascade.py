@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -56,8 +56,12 @@ class SharedPrefix:
     def ints(self, *values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
-    def expected(self) -> torch.Tensor:
-        """Attention in float64 from the definition; requests one at a time."""
+    def expected(self, contender: str) -> torch.Tensor:
+        """Attention in float64 from the definition, the same of all contenders; requests one at a time."""
+        return self._wanted
+
+    @cached_property
+    def _wanted(self) -> torch.Tensor:
         num_q, num_kv, dim = self.heads
         outs = []
         for b in self.rows.tolist():

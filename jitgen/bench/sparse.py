@@ -1,4 +1,4 @@
-"""Suite sparse: attention over a share of the blocks of the matrix of logits, beside dense attention over all of it."""
+"""Suite sparse: attention over a share of the blocks of the matrix of logits, in turns with dense attention over all of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from jitgen.bench.tables import rate_text, rate_unit
 DENSITIES = (0.1, 0.25, 0.5)
 LENGTHS = {"cuda": 16384, "cpu": 2048}
 CHECKED = 64  # rows whose output is compared
-NOTE = "operations a second count visited blocks only: what a block costs beside one of dense attention"
+DENSE = "jitgen-dense"  # attends every block
+NOTE = "operations a second count visited blocks; dense attention, of all blocks, takes turns with the others"
 
 
 @dataclass
@@ -51,18 +52,20 @@ class Blocks:
         self.share = float(self.listed.float().mean())
         self.rows = torch.arange(CHECKED, device=self.device) * (self.length // CHECKED)
 
-    def expected(self) -> torch.Tensor:
+    def expected(self, contender: str) -> torch.Tensor:
         """Attention in float64 of some rows, from the definition."""
         num_q, num_kv, dim = self.heads
         q = self.q[self.rows].double().view(CHECKED, num_kv, -1, dim)
-        seen = self.listed[self.rows // self.block].repeat_interleave(self.block, 1)
+        seen = self.listed[self.rows // self.block].repeat_interleave(self.block, 1) | (contender == DENSE)
         logits = torch.einsum("rhgd,khd->rhgk", q, self.k.double()) / math.sqrt(dim)
         weights = logits.masked_fill(~seen[:, None, None], -math.inf).softmax(-1)
         return torch.einsum("rhgk,khd->rhgd", weights, self.v.double()).reshape(CHECKED, num_q, dim)
 
     def contenders(self) -> Mapping[str, Callable[[], Callable[[], torch.Tensor]]]:
-        """Ours, the same blocks as a mask of ordinary attention, and FlashInfer's by both of its backends."""
-        found: dict[str, Callable[[], Callable[[], torch.Tensor]]] = {"jitgen": self.ours, "jitgen-mask": self.by_mask}
+        """Ours, the same blocks as a mask of ordinary attention, all blocks, and FlashInfer's by both of its backends."""
+        found: dict[str, Callable[[], Callable[[], torch.Tensor]]] = {
+            "jitgen": self.ours, "jitgen-mask": self.by_mask, DENSE: self.dense,
+        }  # fmt: skip
         peers = {f"flashinfer-{backend}": partial(self.flashinfer, backend) for backend in ("fa2", "fa3")}
         return found | (peers if self.device == "cuda" else {})
 
@@ -80,6 +83,10 @@ class Blocks:
         qkv = [t.transpose(0, 1)[None] for t in (self.q, self.k, self.v)]
         return lambda: jitgen.attention(*qkv, mask_mod=blocks.mask_mod)[0].transpose(0, 1)  # type: ignore[arg-type,index]
 
+    def dense(self) -> Callable[[], torch.Tensor]:
+        qkv = [t.transpose(0, 1)[None] for t in (self.q, self.k, self.v)]
+        return lambda: jitgen.attention(*qkv)[0].transpose(0, 1)  # type: ignore[arg-type,index]
+
     def flashinfer(self, backend: str) -> Callable[[], torch.Tensor]:
         from flashinfer import BlockSparseAttentionWrapper
 
@@ -92,37 +99,24 @@ class Blocks:
         return lambda: wrapper.run(self.q, self.k, self.v)
 
     def figure(self, name: str, ms: float, of: Mapping[str, float]) -> str:
-        """Operations a second of both products, in visited blocks."""
+        """Operations a second of both products in visited blocks, and how that compares with the dense kernel."""
         num_q, _, dim = self.heads
         unit, _ = rate_unit(self.device)
-        return f"{rate_text(4 * self.length**2 * self.share * num_q * dim / ms / 1e9, self.device)} {unit}"
-
-
-@dataclass
-class Dense(Blocks):
-    """The same with every block, by the dense kernel: what blocks are compared with."""
-
-    def ours(self) -> Callable[[], torch.Tensor]:
-        qkv = [t.transpose(0, 1)[None] for t in (self.q, self.k, self.v)]
-        return lambda: jitgen.attention(*qkv)[0].transpose(0, 1)  # type: ignore[arg-type,index]
-
-    def contenders(self) -> Mapping[str, Callable[[], Callable[[], torch.Tensor]]]:
-        """Ours alone."""
-        return {"jitgen": self.ours}
+        share = 1.0 if name == DENSE else self.share
+        rate = f"{rate_text(4 * self.length**2 * share * num_q * dim / ms / 1e9, self.device)} {unit}"
+        return rate if name == DENSE or DENSE not in of else f"{rate}, {share * of[DENSE] / ms:.1%} of dense per block"
 
 
 def cells(config: BenchConfig) -> list[Cell]:
-    """Dense, then each density."""
+    """Each density."""
     length = 512 if config.quick and config.device == "cpu" else LENGTHS[config.device]
     dtype = "bfloat16" if config.device == "cuda" else "float32"
-    prefix = f"{dtype} hd128 32/8 {length} blocks 128x128"
-    dense = [Cell(f"{prefix} dense", partial(_make, Dense, length, 1.0, dtype))]
     densities = DENSITIES[1:2] if config.quick else DENSITIES
-    return dense + [Cell(f"{prefix} {d:.0%}", partial(_make, Blocks, length, d, dtype)) for d in densities]
+    return [Cell(f"{dtype} hd128 32/8 {length} blocks 128x128 {d:.0%}", partial(_make, length, d, dtype)) for d in densities]
 
 
-def _make(kind: type[Blocks], length: int, density: float, dtype: str, device: str, seed: int) -> Blocks:
-    return kind(device, length, density, dtype, seed)
+def _make(length: int, density: float, dtype: str, device: str, seed: int) -> Blocks:
+    return Blocks(device, length, density, dtype, seed)
 
 
 def labels(config: BenchConfig) -> list[str]:

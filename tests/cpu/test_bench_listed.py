@@ -47,9 +47,13 @@ def test_ours_are_right_and_timed(make):
     assert "tiny: speed of ours over each" in report.to_text()
 
 
-def test_dense_attends_all_blocks():
-    (report,) = run_suite("tiny", [Cell("cell", lambda d, s: sparse.Dense(d, 256, 1.0, "float32", s, 64, HEADS))], config(), "")
-    assert not report.faults
+def test_dense_attention_takes_turns_with_blocks():
+    (report,) = run_suite("tiny", [Cell("cell", tiny_blocks)], config(), "note")
+    figures = {r["contender"]: r["figure"] for r in report.data["results"]}
+    ms = {r["contender"]: r["ms"]["median"] for r in report.data["results"]}
+    share = tiny_blocks("cpu", 0).share
+    assert sparse.DENSE in figures and "of dense" not in figures[sparse.DENSE]
+    assert figures["jitgen"].endswith(f"{share * ms[sparse.DENSE] / ms['jitgen']:.1%} of dense per block")
 
 
 def test_wrong_and_missing_contenders_are_named_and_not_timed():

@@ -281,3 +281,10 @@ def test_caches_of_8_bits_with_scales(dtype):
     assert_near(out, exact.run(batch.q, batch.cache).double())
     with pytest.raises(UnsupportedDtype, match=r"k has dtype torch.float32, the plan says"):
         wrapper.run(batch.q, batch.cache)
+
+
+def test_pages_have_keys():
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(WORKSPACE)
+    batch = paged_batch([1, 1], [5, 9])
+    with pytest.raises(ShapeMismatch, match="page_size is 0, expected the number of keys"):
+        wrapper.plan(*batch.tables, 4, 2, 16, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ from jitgen.emit_split import split_floats
 from jitgen.evaluate import evaluate
 from jitgen.families import cuda_spec, loading_spec
 from jitgen.render import render_kernel
+from jitgen.serving_place import ChosenLists, place
 from jitgen.target import cuda_target
 from jitgen.tiles_sm90 import sm90_tiles
 
@@ -224,6 +227,26 @@ def test_cheap_hooks_keep_the_large_tile():
     for program in (None, t5().program, documents):
         assert sm90_tiles(128, 128, program).tile_q == 192
     assert sm90_tiles(128, 128, t5().program, layout="paged").tile_q == 128  # its rows are heads as well
+
+
+@pytest.mark.parametrize("is_even", [False, True])
+def test_masks_of_chosen_keys_share_tiles_and_columns(is_even):
+    """Places of keys are looked up by KV head: its query heads share a tile, and a thread looks up one column for all rows."""
+    program = place(
+        jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: kv_idx <= q_idx).trace().program, ChosenLists(16, is_even)
+    )[0]
+    assert "columns" in early_parts(program, "paged", 128) and sm90_tiles(128, 128, program, layout="paged").tile_q == 192
+    text = render_kernel(cuda_spec(program, "bfloat16", (128, 128), "sm90", cuda_target("9.0a"), layout="paged")).text
+    assert "launch.packing = jg::packing_shift(group_size);" in text and "share_columns(args, make_head(" in text
+    assert re.search(r"struct MaskCol {\n  int \w+;[^\n]*\n};", text)
+
+
+def test_masks_of_query_heads_share_nothing():
+    width = torch.zeros(8, dtype=torch.int32)
+    hooks = jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: q_idx - kv_idx < width[h]).trace().program
+    assert "columns" not in early_parts(hooks, "paged", 128)
+    text = render_kernel(cuda_spec(hooks, "bfloat16", (128, 128), "sm90", cuda_target("9.0a"), layout="paged")).text
+    assert "launch.packing = 0;" in text and "share_columns" not in text
 
 
 def stepped():

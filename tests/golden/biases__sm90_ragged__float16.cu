@@ -26,9 +26,9 @@ struct Args {
   const int* pages;   // page numbers in logical order; null when ragged
   int64_t stream;   // CUDA stream
   int64_t num_threads;   // CPU threads; 0: the OpenMP default
-  int64_t batch;   //
-  int64_t num_q_heads;   //
-  int64_t num_kv_heads;   //
+  int64_t batch;
+  int64_t num_q_heads;
+  int64_t num_kv_heads;
   int64_t total_q;   // rows of q
   int64_t page_size;   // keys of a page; 0 when ragged
   int64_t num_pages;   // pages of the cache, or rows of k when ragged: bound of what may be addressed
@@ -41,30 +41,30 @@ struct Args {
   int64_t programmatic;   // 1: the launch may overlap the end of the kernel before it, which must trigger its dependents
   double scale;   // multiplies q . k
   int64_t q_stride_s;   // elements
-  int64_t q_stride_h;   //
+  int64_t q_stride_h;
   int64_t o_stride_s;   // elements
-  int64_t o_stride_h;   //
-  int64_t k_stride_p;   // elements; page: 0 when ragged
-  int64_t k_stride_s;   //
-  int64_t k_stride_h;   //
-  int64_t v_stride_p;   // elements; page: 0 when ragged
-  int64_t v_stride_s;   //
-  int64_t v_stride_h;   //
+  int64_t o_stride_h;
+  int64_t k_stride_p;   // elements between pages; 0 when ragged
+  int64_t k_stride_s;
+  int64_t k_stride_h;
+  int64_t v_stride_p;   // elements between pages; 0 when ragged
+  int64_t v_stride_s;
+  int64_t v_stride_h;
   const float* a0_slopes;   // float32, layout c
-  int64_t a0_slopes_size0;   //
-  int64_t a0_slopes_stride0;   //
+  int64_t a0_slopes_size0;
+  int64_t a0_slopes_stride0;
   const float* a1_table;   // float32, layout sc
-  int64_t a1_table_size0;   //
-  int64_t a1_table_size1;   //
-  int64_t a1_table_stride0;   //
-  int64_t a1_table_stride1;   //
+  int64_t a1_table_size0;
+  int64_t a1_table_size1;
+  int64_t a1_table_stride0;
+  int64_t a1_table_stride1;
   const jg::half16* a2_dense;   // float16, layout ssc
-  int64_t a2_dense_size0;   //
-  int64_t a2_dense_size1;   //
-  int64_t a2_dense_size2;   //
-  int64_t a2_dense_stride0;   //
-  int64_t a2_dense_stride1;   //
-  int64_t a2_dense_stride2;   //
+  int64_t a2_dense_size0;
+  int64_t a2_dense_size1;
+  int64_t a2_dense_size2;
+  int64_t a2_dense_stride0;
+  int64_t a2_dense_stride1;
+  int64_t a2_dense_stride2;
 };
 
 // ---- constants ----
@@ -456,13 +456,25 @@ JITGEN_FN float logit_factor(const Args& args, const Head& head) { return score_
 // A factor that is not positive is applied to S itself, as it would turn the running maximum into a minimum.
 JITGEN_FN float exponent_units(float factor) { return factor > 0.0f ? factor * jg::kLog2E : jg::kLog2E; }
 
+// What O of finished rows is multiplied by, and their logsumexps.
+template <int kTiles> struct RowEnds { float factor[kTiles][2], lse[kTiles][2]; };
+template <int kTiles> JITGEN_FN RowEnds<kTiles> finish_rows(const Args& args, const Head& head, jg::OnlineSoftmax<kTiles>& softmax) {
+  const float units = exponent_units(logit_factor(args, head));
+  RowEnds<kTiles> ends;
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      ends.lse[i][half] = softmax.finish(i, half, units, -INFINITY, ends.factor[i][half]);
+  return ends;
+}
+
 // Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp, kColumnTiles * 8 columns from first_out on. kStores: O is
 // written too, otherwise the caller does that.
 template <int kTiles, int kColumnTiles, bool kStores = true>
 JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][kColumnTiles][4],
-                            jg::OnlineSoftmax<kTiles>& softmax, int warp_row, int first_out = 0) {
+                            const RowEnds<kTiles>& ends, int warp_row, int first_out = 0) {
   const Head head = own_head(args, piece);
-  const float units = exponent_units(logit_factor(args, head));
   const int lane = jg::stay(static_cast<int>(threadIdx.x)) % 32, first_column = 2 * (lane % 4);   // anew: registers are short in the KV loop
   const int num_rows = piece.request.q_len << piece.packing;
 #pragma unroll
@@ -470,8 +482,8 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTi
     jg::for_each_half([&](auto half_constant) {
       constexpr int kHalf = decltype(half_constant)::value;
       const int row = warp_row + lane / 4 + 16 * i + 8 * kHalf;
-      float factor;
-      float lse = softmax.finish(i, kHalf, units, -INFINITY, factor);
+      const float factor = ends.factor[i][kHalf];
+      float lse = ends.lse[i][kHalf];
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) o[i][j][2 * kHalf] *= factor, o[i][j][2 * kHalf + 1] *= factor;
       const long long q_row = piece.request.q_start + jg::packed_query(row, piece.packing);
@@ -502,7 +514,8 @@ JITGEN_FN void merge_pieces(const Args& args, const Piece& piece, int first, int
 #pragma unroll 4
   for (int i = 1; i < num_pieces; ++i)
     Partial::add(args.workspace, first + 1 + (i - 1) * step, row_tile, first_tile, thread, o, softmax, units);
-  write_output(args, piece, o, softmax, piece.first_row + thread / 32 * kWarpRows + 16 * row_tile, 8 * first_tile);
+  const RowEnds<1> ends = finish_rows(args, own_head(args, piece), softmax);
+  write_output(args, piece, o, ends, piece.first_row + thread / 32 * kWarpRows + 16 * row_tile, 8 * first_tile);
 }
 
 __global__ void __launch_bounds__(kMergeThreads, 1) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
@@ -792,8 +805,18 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     const Rows rows = make_rows(args, head, piece, own_row(piece.first_row + group * 64));
     Softmax softmax;
     Output o;
+    RowEnds<1> ends;
+    const auto finish = [&] {   // the head is made again: what only the end needs would cost registers through the loop
+      jg::OnlineSoftmax<1> sums;
 #pragma unroll
-    for (int j = 0; j < kOutTiles; ++j) o[0][j][0] = o[0][j][1] = o[0][j][2] = o[0][j][3] = 0.0f;
+      for (int half = 0; half < 2; ++half) sums.row_max[0][half] = softmax.row_max[half], sums.row_sum[0][half] = softmax.row_sum[half];
+      ends = finish_rows(args, own_head(args, piece), sums);
+    };
+    const auto clear = [&] {
+#pragma unroll
+      for (int j = 0; j < kOutTiles; ++j) o[0][j][0] = o[0][j][1] = o[0][j][2] = o[0][j][3] = 0.0f;
+    };
+    clear();
     if (kind == jg::kWorkTile) {
       Logits s;
       Weights p;
@@ -882,24 +905,28 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (kRescaleEarly && moved) jg::rescale_output(o[0], factor);
         jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
         start_pv(o[0], p, p_operand, v_operand + (kv.stage * Tile::kValueBytes >> 4));
+        if (step & jg::kStepLast) finish();   // under the last product
         jg::Wgmma<kHeadDimV>::wait<0>(o[0]);
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
       } while (!(step & jg::kStepLast));
       laps ^= 4;
     }
+    if (kind != jg::kWorkTile) finish();
 
-    // The piece is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
     const Piece& done = shared.control->piece[slot()];
     const int warp_row = done.first_row + (jg::stay(static_cast<int>(threadIdx.x)) - 128) / 32 * 16;
     const auto write = [&](auto& state) {
       write_output<1, kOutTiles, !kCopiesOutput>(args, done, o, state, warp_row);
     };
-    jg::OnlineSoftmax<1> finished;
+    if (done.slot < 0) {
+      write(ends);
+    } else {
+      jg::OnlineSoftmax<1> finished;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) finished.row_max[0][half] = softmax.row_max[half], finished.row_sum[0][half] = softmax.row_sum[half];
-    if (done.slot < 0) write(finished);
-    else Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, finished);
+      for (int half = 0; half < 2; ++half) finished.row_max[0][half] = softmax.row_max[half], finished.row_sum[0][half] = softmax.row_sum[half];
+      Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, finished);
+    }
     __syncwarp();
     if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
     laps ^= laps & 1 ? 3 : 1;

@@ -17,37 +17,37 @@ struct Args {
   void* workspace;   // device scratch a family asks for; null otherwise
   int64_t stream;   // CUDA stream
   int64_t num_threads;   // CPU threads; 0: the OpenMP default
-  int64_t batch;   //
-  int64_t num_q_heads;   //
-  int64_t num_kv_heads;   //
-  int64_t q_len;   //
-  int64_t kv_len;   //
+  int64_t batch;
+  int64_t num_q_heads;
+  int64_t num_kv_heads;
+  int64_t q_len;
+  int64_t kv_len;
   int64_t q_offset;   // q_idx of row 0
   double scale;   // multiplies q . k
   int64_t q_stride_b;   // elements
-  int64_t q_stride_h;   //
-  int64_t q_stride_s;   //
-  int64_t q_stride_d;   //
+  int64_t q_stride_h;
+  int64_t q_stride_s;
+  int64_t q_stride_d;
   int64_t k_stride_b;   // elements
-  int64_t k_stride_h;   //
-  int64_t k_stride_s;   //
-  int64_t k_stride_d;   //
+  int64_t k_stride_h;
+  int64_t k_stride_s;
+  int64_t k_stride_d;
   int64_t v_stride_b;   // elements
-  int64_t v_stride_h;   //
-  int64_t v_stride_s;   //
-  int64_t v_stride_d;   //
+  int64_t v_stride_h;
+  int64_t v_stride_s;
+  int64_t v_stride_d;
   int64_t o_stride_b;   // elements
-  int64_t o_stride_h;   //
-  int64_t o_stride_s;   //
-  int64_t o_stride_d;   //
+  int64_t o_stride_h;
+  int64_t o_stride_s;
+  int64_t o_stride_d;
   const jg::half16* a0_dense;   // float16, layout sc
-  int64_t a0_dense_size0;   //
-  int64_t a0_dense_size1;   //
-  int64_t a0_dense_stride0;   //
-  int64_t a0_dense_stride1;   //
+  int64_t a0_dense_size0;
+  int64_t a0_dense_size1;
+  int64_t a0_dense_stride0;
+  int64_t a0_dense_stride1;
   const int* a1_document;   // int32, layout c
-  int64_t a1_document_size0;   //
-  int64_t a1_document_stride0;   //
+  int64_t a1_document_size0;
+  int64_t a1_document_stride0;
 };
 
 // ---- constants ----
@@ -255,9 +255,9 @@ using SharedColumn = MaskCol;
 static_assert(sizeof(SharedColumn) == 4, "there is room for one word a column");
 
 // What the mask needs of each column of a tile, a column a thread.
-JITGEN_FN void share_columns(const Args& args, const Head& head, unsigned table, int first_kv) {
+JITGEN_FN void share_columns(const Args& args, const Head& head, unsigned table, int first_kv, int kv_len) {
   const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127;
-  const jg::ColumnCounter columns(first_kv, static_cast<int>(args.kv_len));
+  const jg::ColumnCounter columns(first_kv, kv_len);
 #pragma unroll
   for (int base = 0; base < kTileKv; base += 128) {
     const int i = base + thread;
@@ -594,13 +594,13 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         // Whoever has passed the turn barrier is done with the table of the tile before.
         early.table = shared.table(group);
         const int4 here = jg::load_shared_int4(shared.work(slot.stage));   // the head is made again: it would cost registers
-        share_columns(args, make_head(args, here.z, here.y), early.table, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv);
+        share_columns(args, make_head(args, here.z, here.y), early.table, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, static_cast<int>(args.kv_len));
         jg::named_sync(kGroupBarrier + group, 128);
       };
       const auto fill_logits = [&] {
         jg::barrier_wait(shared.copied_full(group), copied_parity);
         copied_parity ^= 1;
-        jg::fill_tile<jg::half16, 64>(s, shared.copied(group), warp * 16, lane, [&](float copied) { return score_initial(args, head, copied); });
+        jg::fill_tile<jg::half16, 64, 0, kTileKv / 16>(s, shared.copied(group), warp * 16, lane, [&](float copied) { return score_initial(args, head, copied); });
       };
       // Once the product has taken what was read: a read that is only issued may still wait for the tensor cores' own.
       const auto release_copied = [&] { jg::barrier_arrive_if(lane == 0, shared.copied_empty(group)); };

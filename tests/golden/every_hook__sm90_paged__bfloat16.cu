@@ -29,9 +29,9 @@ struct Args {
   const int* pages;   // page numbers in logical order; null when ragged
   int64_t stream;   // CUDA stream
   int64_t num_threads;   // CPU threads; 0: the OpenMP default
-  int64_t batch;   //
-  int64_t num_q_heads;   //
-  int64_t num_kv_heads;   //
+  int64_t batch;
+  int64_t num_q_heads;
+  int64_t num_kv_heads;
   int64_t total_q;   // rows of q
   int64_t page_size;   // keys of a page; 0 when ragged
   int64_t num_pages;   // pages of the cache, or rows of k when ragged: bound of what may be addressed
@@ -44,25 +44,25 @@ struct Args {
   int64_t programmatic;   // 1: the launch may overlap the end of the kernel before it, which must trigger its dependents
   double scale;   // multiplies q . k
   int64_t q_stride_s;   // elements
-  int64_t q_stride_h;   //
+  int64_t q_stride_h;
   int64_t o_stride_s;   // elements
-  int64_t o_stride_h;   //
-  int64_t k_stride_p;   // elements; page: 0 when ragged
-  int64_t k_stride_s;   //
-  int64_t k_stride_h;   //
-  int64_t v_stride_p;   // elements; page: 0 when ragged
-  int64_t v_stride_s;   //
-  int64_t v_stride_h;   //
+  int64_t o_stride_h;
+  int64_t k_stride_p;   // elements between pages; 0 when ragged
+  int64_t k_stride_s;
+  int64_t k_stride_h;
+  int64_t v_stride_p;   // elements between pages; 0 when ragged
+  int64_t v_stride_s;
+  int64_t v_stride_h;
   double a0_cap;   // f32
   const int* a1_doc;   // int32, layout c
-  int64_t a1_doc_size0;   //
-  int64_t a1_doc_stride0;   //
+  int64_t a1_doc_size0;
+  int64_t a1_doc_stride0;
   const float* a2_sink;   // float32, layout c
-  int64_t a2_sink_size0;   //
-  int64_t a2_sink_stride0;   //
+  int64_t a2_sink_size0;
+  int64_t a2_sink_stride0;
   const float* a3_gate;   // float32, layout c
-  int64_t a3_gate_size0;   //
-  int64_t a3_gate_stride0;   //
+  int64_t a3_gate_size0;
+  int64_t a3_gate_stride0;
 };
 
 // ---- constants ----
@@ -231,7 +231,8 @@ static int launch_planner(const Args& args, const jg::PlanShape& shape) {
 }
 
 // ---- geometry ----
-using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, true>;
+constexpr int kTableBytes = kTileKv * 4;   // of a warp group: values by column
+using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, true, kTableBytes * (kTileQ / 64)>;
 using KeyTile = jg::SpanTile<kHeadDim>;
 using ValueTile = jg::SpanTile<kHeadDimV>;
 using OutputTile = jg::SpanTile<kHeadDimV>;
@@ -250,7 +251,7 @@ constexpr bool kRescaleEarly = kHeadDimV > 128;
 // Growth of the maximum (exponents of two) below which O is left alone.
 constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = true;
-constexpr int kTurnBarrier = 1;   // named barrier: + group
+constexpr int kTurnBarrier = 1, kGroupBarrier = 5;   // named barriers: + group
 
 // O leaves by the copy engine where P lay in shared memory, otherwise from registers.
 constexpr bool kCopiesOutput = Tile::kSharedP && kHeadDimV <= kTileKv;
@@ -398,7 +399,7 @@ struct Control {
   int step[2 * kNumStages];   // first key of the KV tile that a stage holds, with flags: two laps, as no barrier guards its last reader
 };
 constexpr int kControlAt = Tile::kOwnOAt;
-constexpr int kSharedBytes = kControlAt + static_cast<int>(sizeof(Control));
+constexpr int kTablesAt = kControlAt + static_cast<int>(sizeof(Control)), kSharedBytes = kTablesAt + kTableBytes * Tile::kGroups;
 static_assert(kSharedBytes <= 232448, "tile does not fit in shared memory");
 
 struct Shared {
@@ -409,6 +410,7 @@ struct Shared {
   JITGEN_FN unsigned query(int group) const { return base + Tile::kQueryAt + group * Tile::kGroupQBytes; }
   JITGEN_FN unsigned barrier(unsigned offset, int stage = 0) const { return base + kControlAt + offset + 8 * stage; }
   JITGEN_FN unsigned step(int slot) const { return base + kControlAt + __builtin_offsetof(Control, step) + 4 * slot; }
+  JITGEN_FN unsigned table(int group) const { return base + kTablesAt + group * kTableBytes; }
 };
 #define JG_BARRIER(name, ...) shared.barrier(__builtin_offsetof(Control, name), ##__VA_ARGS__)
 
@@ -430,13 +432,25 @@ JITGEN_FN float logit_factor(const Args& args, const Head& head) { return score_
 // A factor that is not positive is applied to S itself, as it would turn the running maximum into a minimum.
 JITGEN_FN float exponent_units(float factor) { return factor > 0.0f ? factor * jg::kLog2E : jg::kLog2E; }
 
+// What O of finished rows is multiplied by, and their logsumexps.
+template <int kTiles> struct RowEnds { float factor[kTiles][2], lse[kTiles][2]; };
+template <int kTiles> JITGEN_FN RowEnds<kTiles> finish_rows(const Args& args, const Head& head, jg::OnlineSoftmax<kTiles>& softmax) {
+  const float units = exponent_units(logit_factor(args, head));
+  RowEnds<kTiles> ends;
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      ends.lse[i][half] = softmax.finish(i, half, units, sink_logit(args, head), ends.factor[i][half]);
+  return ends;
+}
+
 // Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp, kColumnTiles * 8 columns from first_out on. kStores: O is
 // written too, otherwise the caller does that.
 template <int kTiles, int kColumnTiles, bool kStores = true>
 JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][kColumnTiles][4],
-                            jg::OnlineSoftmax<kTiles>& softmax, int warp_row, int first_out = 0) {
+                            const RowEnds<kTiles>& ends, int warp_row, int first_out = 0) {
   const Head head = own_head(args, piece);
-  const float units = exponent_units(logit_factor(args, head));
   const int lane = jg::stay(static_cast<int>(threadIdx.x)) % 32, first_column = 2 * (lane % 4);   // anew: registers are short in the KV loop
   const int num_rows = piece.request.q_len << piece.packing;
 #pragma unroll
@@ -446,8 +460,8 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTi
       const int row = warp_row + lane / 4 + 16 * i + 8 * kHalf;
       const int q_idx = query_index(piece, row);
       jg::FragmentRow<kColumnTiles, kHalf, false> out_row(o[i], first_column);
-      float factor;
-      float lse = softmax.finish(i, kHalf, units, sink_logit(args, head), factor);
+      const float factor = ends.factor[i][kHalf];
+      float lse = ends.lse[i][kHalf];
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) o[i][j][2 * kHalf] *= factor, o[i][j][2 * kHalf + 1] *= factor;
       output_row(args, head, out_row, lse, q_idx);
@@ -480,7 +494,8 @@ JITGEN_FN void merge_pieces(const Args& args, const Piece& piece, int first, int
 #pragma unroll 1
   for (int i = 1; i < num_pieces; ++i)
     Partial::add(args.workspace, first + 1 + (i - 1) * step, row_tile, first_tile, thread, o, softmax, units);
-  write_output(args, piece, o, softmax, piece.first_row + thread / 32 * kWarpRows + 16 * row_tile, 8 * first_tile);
+  const RowEnds<1> ends = finish_rows(args, own_head(args, piece), softmax);
+  write_output(args, piece, o, ends, piece.first_row + thread / 32 * kWarpRows + 16 * row_tile, 8 * first_tile);
 }
 
 __global__ void __launch_bounds__(kMergeThreads, 1) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
@@ -525,11 +540,32 @@ JITGEN_FN Rows make_rows(const Args& args, const Head& head, const Piece& piece,
   return rows;
 }
 
+struct Early {
+  unsigned table;                         // shared-memory address of values by column
+};
+
+using SharedColumn = MaskCol;
+static_assert(sizeof(SharedColumn) == 4, "there is room for one word a column");
+
+// What the mask needs of each column of a tile, a column a thread.
+JITGEN_FN void share_columns(const Args& args, const Head& head, unsigned table, int first_kv, int kv_len) {
+  const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127;
+  const jg::ColumnCounter columns(first_kv, kv_len);
+#pragma unroll
+  for (int base = 0; base < kTileKv; base += 128) {
+    const int i = base + thread;
+    const SharedColumn column = mask_col(args, head, columns.clamped(i));
+    jg::store_shared_if(base + 128 <= kTileKv || i < kTileKv, table + 4 * i, jg::bits_of(column));
+  }
+}
+JITGEN_FN SharedColumn shared_column(unsigned first, int column) { return jg::from_bits<SharedColumn>(jg::load_shared(first + 4 * column)); }
+
 // Scores and masks one KV tile; `first_kv` is the column of element 0. kAtEnd: the tile may reach past kv_len.
 template <bool kAtEnd>
-JITGEN_FN void shape_logits(const Args& args, const Head& head, const Piece& piece, const Rows& rows, Logits& s, int first_kv, bool partial) {
+JITGEN_FN void shape_logits(const Args& args, const Head& head, const Piece& piece, const Rows& rows, Early& early, Logits& s, int first_kv, bool partial) {
   const int kv_len = piece.request.kv_len;   // read again: no register is free
   const jg::ColumnCounter columns(first_kv, kv_len);
+  const unsigned own_columns = early.table + 8 * (jg::stay(static_cast<int>(threadIdx.x)) & 3);
 #pragma unroll
   for (int column = 0; column < kTileKv / 4; ++column) {
     const int j = column / 2, c = column % 2;
@@ -550,7 +586,7 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Piece& pie
     for (int column = 0; column < kTileKv / 4; ++column) {
       const int j = column / 2, c = column % 2;
       const jg::Column kv_idx = kAtEnd ? columns.clamped(8 * j + c) : columns.at(8 * j + c);
-      const MaskCol col = mask_col(args, head, kv_idx);
+      const MaskCol col = shared_column(own_columns, 8 * j + c);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float& x = s[j][2 * half + c];
@@ -820,17 +856,37 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     const Rows rows = make_rows(args, head, piece, own_row(piece.first_row + group * 64));
     Softmax softmax;
     Output o;
+    RowEnds<1> ends;
+    const auto finish = [&] {   // the head is made again: what only the end needs would cost registers through the loop
+      jg::OnlineSoftmax<1> sums;
 #pragma unroll
-    for (int j = 0; j < kOutTiles; ++j) o[0][j][0] = o[0][j][1] = o[0][j][2] = o[0][j][3] = 0.0f;
+      for (int half = 0; half < 2; ++half) sums.row_max[0][half] = softmax.row_max[half], sums.row_sum[0][half] = softmax.row_sum[half];
+      ends = finish_rows(args, own_head(args, piece), sums);
+    };
+    const auto clear = [&] {
+#pragma unroll
+      for (int j = 0; j < kOutTiles; ++j) o[0][j][0] = o[0][j][1] = o[0][j][2] = o[0][j][3] = 0.0f;
+    };
+    clear();
     if (kind == jg::kWorkTile) {
       Logits s;
       Weights p;
+      Early early;
       float factor[2];
       int step;
       const auto read_step = [&] { return jg::uniform(jg::load_shared(shared.step(kv.stage + kv.parity * kNumStages))); };
       const auto first_column = [&] { return key_of(step) + 2 * (thread & 3); };
       const auto shape = [&](auto at_end) {
-        shape_logits<decltype(at_end)::value>(args, head, piece, rows, s, first_column(), jg::kind_of(step, group) == kTilePartial);
+        shape_logits<decltype(at_end)::value>(args, head, piece, rows, early, s, first_column(), jg::kind_of(step, group) == kTilePartial);
+      };
+      const auto look_ahead = [&](auto at_end) {
+        if (jg::kind_of(step, group) != kTilePartial) return;
+        // Whoever has passed the turn barrier is done with the table of the tile before. The head is made again: it would cost
+        // registers; any of the tile's will do, as columns are the same to all of them.
+        const Piece& here = shared.control->piece[slot()];
+        early.table = shared.table(group);
+        share_columns(args, make_head(args, here.request, here.group << here.packing), early.table, key_of(step), here.request.kv_len);
+        jg::named_sync(kGroupBarrier + group, 128);
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
@@ -863,6 +919,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         // A run of visible tiles: the products of a tile overlap with those of the next.
         start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4));
         pass_turn();
+        look_ahead(jg::Constant<1>());
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
         shape(jg::Constant<1>());
@@ -888,6 +945,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           const int value_stage = kv.stage;
           kv = next;
           step = read_step();
+          look_ahead(jg::Constant<!kDescending>());
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<!kDescending>());
@@ -905,25 +963,29 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (kRescaleEarly && moved) jg::rescale_output(o[0], factor);
         jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
         start_pv(o[0], p, p_operand, v_operand + (kv.stage * Tile::kValueBytes >> 4));
+        if (step & jg::kStepLast) finish();   // under the last product
         jg::Wgmma<kHeadDimV>::wait<0>(o[0]);
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
       } while (!(step & jg::kStepLast));
       laps ^= 4;
     }
+    if (kind != jg::kWorkTile) finish();
 
-    // The piece is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
     const Piece& done = shared.control->piece[slot()];
     const int warp_row = done.first_row + (jg::stay(static_cast<int>(threadIdx.x)) - 128) / 32 * 16;
     const auto write = [&](auto& state) {
       write_output<1, kOutTiles, !kCopiesOutput>(args, done, o, state, warp_row);
       if constexpr (kCopiesOutput) copy_output(args, maps, done, p_shared, o, warp_row);
     };
-    jg::OnlineSoftmax<1> finished;
+    if (done.slot < 0) {
+      write(ends);
+    } else {
+      jg::OnlineSoftmax<1> finished;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) finished.row_max[0][half] = softmax.row_max[half], finished.row_sum[0][half] = softmax.row_sum[half];
-    if (done.slot < 0) write(finished);
-    else Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, finished);
+      for (int half = 0; half < 2; ++half) finished.row_max[0][half] = softmax.row_max[half], finished.row_sum[0][half] = softmax.row_sum[half];
+      Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, finished);
+    }
     __syncwarp();
     if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
     laps ^= laps & 1 ? 3 : 1;

@@ -25,9 +25,9 @@ struct Args {
   const int* pages;   // page numbers in logical order; null when ragged
   int64_t stream;   // CUDA stream
   int64_t num_threads;   // CPU threads; 0: the OpenMP default
-  int64_t batch;   //
-  int64_t num_q_heads;   //
-  int64_t num_kv_heads;   //
+  int64_t batch;
+  int64_t num_q_heads;
+  int64_t num_kv_heads;
   int64_t total_q;   // rows of q
   int64_t page_size;   // keys of a page; 0 when ragged
   int64_t num_pages;   // pages of the cache, or rows of k when ragged: bound of what may be addressed
@@ -40,18 +40,18 @@ struct Args {
   int64_t programmatic;   // 1: the launch may overlap the end of the kernel before it, which must trigger its dependents
   double scale;   // multiplies q . k
   int64_t q_stride_s;   // elements
-  int64_t q_stride_h;   //
+  int64_t q_stride_h;
   int64_t o_stride_s;   // elements
-  int64_t o_stride_h;   //
-  int64_t k_stride_p;   // elements; page: 0 when ragged
-  int64_t k_stride_s;   //
-  int64_t k_stride_h;   //
-  int64_t v_stride_p;   // elements; page: 0 when ragged
-  int64_t v_stride_s;   //
-  int64_t v_stride_h;   //
+  int64_t o_stride_h;
+  int64_t k_stride_p;   // elements between pages; 0 when ragged
+  int64_t k_stride_s;
+  int64_t k_stride_h;
+  int64_t v_stride_p;   // elements between pages; 0 when ragged
+  int64_t v_stride_s;
+  int64_t v_stride_h;
   const int* a0_start;   // int32, layout c
-  int64_t a0_start_size0;   //
-  int64_t a0_start_stride0;   //
+  int64_t a0_start_size0;
+  int64_t a0_start_stride0;
 };
 
 // ---- constants ----
@@ -432,13 +432,25 @@ JITGEN_FN float logit_factor(const Args& args, const Head& head) { return head.s
 // A factor that is not positive is applied to S itself, as it would turn the running maximum into a minimum.
 JITGEN_FN float exponent_units(float factor) { return factor > 0.0f ? factor * jg::kLog2E : jg::kLog2E; }
 
+// What O of finished rows is multiplied by, and their logsumexps.
+template <int kTiles> struct RowEnds { float factor[kTiles][2], lse[kTiles][2]; };
+template <int kTiles> JITGEN_FN RowEnds<kTiles> finish_rows(const Args& args, const Head& head, jg::OnlineSoftmax<kTiles>& softmax) {
+  const float units = exponent_units(logit_factor(args, head));
+  RowEnds<kTiles> ends;
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      ends.lse[i][half] = softmax.finish(i, half, units, -INFINITY, ends.factor[i][half]);
+  return ends;
+}
+
 // Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp, kColumnTiles * 8 columns from first_out on. kStores: O is
 // written too, otherwise the caller does that.
 template <int kTiles, int kColumnTiles, bool kStores = true>
 JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTiles][kColumnTiles][4],
-                            jg::OnlineSoftmax<kTiles>& softmax, int warp_row, int first_out = 0) {
+                            const RowEnds<kTiles>& ends, int warp_row, int first_out = 0) {
   const Head head = own_head(args, piece);
-  const float units = exponent_units(logit_factor(args, head));
   const int lane = jg::stay(static_cast<int>(threadIdx.x)) % 32, first_column = 2 * (lane % 4);   // anew: registers are short in the KV loop
   const int num_rows = piece.request.q_len << piece.packing;
 #pragma unroll
@@ -446,8 +458,8 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTi
     jg::for_each_half([&](auto half_constant) {
       constexpr int kHalf = decltype(half_constant)::value;
       const int row = warp_row + lane / 4 + 16 * i + 8 * kHalf;
-      float factor;
-      float lse = softmax.finish(i, kHalf, units, -INFINITY, factor);
+      const float factor = ends.factor[i][kHalf];
+      float lse = ends.lse[i][kHalf];
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) o[i][j][2 * kHalf] *= factor, o[i][j][2 * kHalf + 1] *= factor;
       const long long q_row = piece.request.q_start + jg::packed_query(row, piece.packing);
@@ -478,7 +490,8 @@ JITGEN_FN void merge_pieces(const Args& args, const Piece& piece, int first, int
 #pragma unroll 4
   for (int i = 1; i < num_pieces; ++i)
     Partial::add(args.workspace, first + 1 + (i - 1) * step, row_tile, first_tile, thread, o, softmax, units);
-  write_output(args, piece, o, softmax, piece.first_row + thread / 32 * kWarpRows + 16 * row_tile, 8 * first_tile);
+  const RowEnds<1> ends = finish_rows(args, own_head(args, piece), softmax);
+  write_output(args, piece, o, ends, piece.first_row + thread / 32 * kWarpRows + 16 * row_tile, 8 * first_tile);
 }
 
 __global__ void __launch_bounds__(kMergeThreads, 1) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
@@ -625,7 +638,7 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
   }
 
   const int warp_row = piece.first_row + warp * kWarpRows;
-  if (piece.slot < 0) write_output<kRowTiles>(args, piece, o, softmax, warp_row);
+  if (piece.slot < 0) write_output<kRowTiles>(args, piece, o, finish_rows(args, own_head(args, piece), softmax), warp_row);
   else Partial::store(args.workspace, piece.slot, thread, o, softmax);
 }
 

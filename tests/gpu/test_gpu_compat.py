@@ -207,3 +207,30 @@ def test_cascade_and_shared_prefix(workspace):
         for b in range(3)
     ]
     assert_near(wrapper.run(own.q.cuda(), cache).cpu(), torch.cat([w[0] for w in want]), TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_decode_with_a_prefix_that_has_no_pages(workspace, layout):
+    batch = batch_of([1] * 5, [5, 0, 70, 300, 16], layout=layout)
+    k, v = (torch.randn(333, HEADS[1], DIM, dtype=torch.bfloat16) for _ in range(2))
+    shared = (k, v) if layout == "NHD" else (k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous())
+    wrapper = flashinfer.BatchDecodeWithSharedPrefixPagedKVCacheWrapper(workspace, layout)
+    wrapper.begin_forward(*(t.cuda() for t in batch.tables), *HEADS, DIM, PAGE, data_type=torch.bfloat16)
+    got = wrapper.forward(batch.q.cuda(), *(t.cuda() for t in shared), tuple(t.cuda() for t in batch.cache))
+    want = [exact(batch.q[b : b + 1], torch.cat((k, batch.keys[b])), torch.cat((v, batch.values[b])))[0] for b in range(5)]
+    assert_near(got.cpu(), torch.cat(want), TOLERANCE)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_prefill_with_a_prefix_that_has_no_pages(workspace, causal):
+    batch = batch_of([3, 100, 17], [5, 170, 70])
+    k, v = (torch.randn(333, HEADS[1], DIM, dtype=torch.bfloat16) for _ in range(2))
+    wrapper = flashinfer.BatchPrefillWithSharedPrefixPagedKVCacheWrapper(workspace)
+    wrapper.begin_forward(batch.qo_indptr.cuda(), *(t.cuda() for t in batch.tables), *HEADS, DIM, PAGE)
+    cache = tuple(t.cuda() for t in batch.cache)
+    got = wrapper.forward(batch.q.cuda(), k.cuda(), v.cuda(), cache, causal=causal, sm_scale=0.1)
+    want = [
+        exact(q, torch.cat((k, keys)), torch.cat((v, values)), causal=causal, scale=0.1)[0]
+        for q, keys, values in ((batch.q[batch.rows(b)], batch.keys[b], batch.values[b]) for b in range(3))
+    ]
+    assert_near(got.cpu(), torch.cat(want), TOLERANCE)

@@ -57,6 +57,10 @@ class Batch:
     kv_split: int | None = None
     max_q_len: int | None = None  # most rows of a request, where it is known
 
+    def __post_init__(self) -> None:
+        if self.pages is not None and self.page_size < 1:
+            raise ShapeMismatch(f"page_size is {self.page_size}, expected the number of keys of a page, 1 at least.")
+
     @property
     def size(self) -> int:
         """Number of requests."""

@@ -16,10 +16,10 @@ def merge_state(v_a: torch.Tensor, s_a: torch.Tensor, v_b: torch.Tensor, s_b: to
     Shapes:  v [n, num_heads, head_dim]; s [n, num_heads], any float dtype; returns v in the dtype of v_a and float32 s.
     Units:   s is a logsumexp of base 2, -inf for no key; a state without keys leaves the other as it is, whatever its v holds.
     Errors:  ShapeMismatch.
-    Cost:    torch operations, no wait.
+    Cost:    one kernel for 16-bit outputs on a GPU, else torch operations; no wait.
     """
     check_states((v_a, s_a), (v_b, s_b))
-    return merge_states(torch.stack((v_a, v_b.to(v_a.dtype)), 1), torch.stack((s_a.float(), s_b.float()), 1))
+    return native.merge_state(v_a, s_a.float(), v_b.to(v_a.dtype), s_b.float(), base=2)
 
 
 def merge_state_in_place(

@@ -278,14 +278,17 @@ __device__ __forceinline__ int scan_block(int value, int& total) {
   return sum + (warp > 0 ? earlier : 0);
 }
 
-// The order of the last groups: the longest tiles first, later ones before earlier ones of the same length. More tiles than
-// threads keep the order of other groups, as so many items for each CTA end nearly together without.
+// The order of the last groups: the longest tiles first, later ones before earlier ones of the same length. A tile that lacks
+// rows counts half as much less (128 of 192 rows take 0.82 of the time). More tiles than threads keep the order of other groups,
+// as so many items for each CTA end nearly together without.
 __device__ __forceinline__ void order_tail(PlanTile* tiles, int num_tiles, PlanHeader& header, const PlanShape& shape) {
   __shared__ int costs[kPlanThreads];
   const int thread = threadIdx.x;
   const auto units_at = [&](int i) { return units_of({tiles[i].begin, tiles[i].end}, shape.unit_keys); };
   if (num_tiles <= kPlanThreads) {
-    const int own = thread < num_tiles ? units_at(thread) : 0;   // written by this thread
+    const auto rows_at = [&](int i) { return tiles[i].q_len * shape.pack - tiles[i].index * shape.tile_rows; };
+    const auto weight = [&](int rows) { return shape.tile_rows + (rows < shape.tile_rows ? rows : shape.tile_rows); };
+    const int own = thread < num_tiles ? units_at(thread) * weight(rows_at(thread)) : 0;   // written by this thread
     costs[thread] = own;
     __syncthreads();
     int place = 0;
