@@ -520,12 +520,25 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (kind & 1)   // kTilePartial or kTilePositions
           hide_columns(args, head, s, group_row, first_column(), kind);
       };
-      const auto fill_logits = [&] {
+      // What the product over a tile begins from, from step to step of 16 columns: half of a tile where the other is in use still.
+      using First = jg::Constant<0>;
+      using Middle = jg::Constant<kTileKv / 32>;
+      using End = jg::Constant<kTileKv / 16>;
+      const auto spread_words = [&](auto& part, const auto& words) {
+        jg::spread_tile<jg::bf16_16>(part, words, [&](float copied) { return score_initial(args, head, copied); });
+      };
+      const auto await_copied = [&] {
         jg::barrier_wait(shared.copied_full(group), copied_parity);
         copied_parity ^= 1;
-        jg::fill_tile<jg::bf16_16, 64, 0, kTileKv / 16>(s, shared.copied(group), warp * 16, lane, [&](float copied) { return score_initial(args, head, copied); });
       };
-      // Once the product has taken what was read: a read that is only issued may still wait for the tensor cores' own.
+      const auto fill_steps = [&](int, auto begin, auto end) {
+        constexpr int kBegin = decltype(begin)::value, kSteps = decltype(end)::value - kBegin;
+        unsigned words[kSteps][4];
+        jg::read_tile<kTileKv, kBegin, kBegin + kSteps>(words, shared.copied(group), warp * 16, lane);
+        spread_words(jg::part_of<2 * kBegin, 2 * kSteps>(s), words);
+      };
+      // Once the product has taken what was read: a read that is only issued may have to wait until the tensor cores leave shared
+      // memory some cycles, longer than the next copy needs.
       const auto release_copied = [&] { jg::barrier_arrive_if(lane == 0, shared.copied_empty(group)); };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
@@ -569,7 +582,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           continue;
         }
         // A run of visible tiles: the products of a tile overlap with those of the next.
-        fill_logits();
+        await_copied();
+        fill_steps(kv.stage, First(), End());
         start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4));
         release_copied();
         pass_turn();
@@ -594,10 +608,13 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
           start_pv(o, p, p_operand, v_operand + (kv.stage * Tile::kValueBytes >> 4));
           pass_turn();
+          await_copied();
+          unsigned words[kTileKv / 16][4];   // half as many as S has registers; P has the other half
+          jg::read_tile<kTileKv, 0, kTileKv / 16>(words, shared.copied(group), warp * 16, lane);
           jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
           jg::Wgmma<kHeadDimV>::wait<0>(o);
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
-          fill_logits();
+          spread_words(s, words);
           start_qk(s, q_operand, k_operand + (next.stage * Tile::kKeyBytes >> 4));
           release_copied();
           kv = next;
