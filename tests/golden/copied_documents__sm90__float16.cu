@@ -379,23 +379,35 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
       jg::tensor_load(shared.key(kv.stage), maps.k, full, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch, keep);
     };
-    // Its rows of a0_dense for each group that sees the tile, as soon as the group has begun the product before.
-    const auto load_copied = [&](int step) {
+    // What a step needs of a0_dense: rows of each group that sees the tile, in boxes.
+    const auto for_each_copied = [&](int step, auto take_group, auto take_box) {
       for (int group = 0; group < Tile::kGroups; ++group) {
         const int row = first_row + 64 * group;
         if (kHasMask ? jg::kind_of(step, group) == kTileNone : row <= -64) continue;
-        jg::barrier_wait(shared.copied_empty(group), copied_parity >> group & 1);
-        copied_parity ^= 1 << group;
+        take_group(group);
         if (!leader) continue;
-        const unsigned full = shared.copied_full(group);
-        jg::barrier_expect(full, kCopiedBytes);
 #pragma unroll
         for (int column = 0; column < kTileKv; column += CopiedTile::kSpan)
-          jg::captured_load(shared.copied(group) + column * 64 * 2, maps.copied, full, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + column,
-                            row + static_cast<int>(args.q_offset), 0, 0);
+          take_box(group, column, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + column, row + static_cast<int>(args.q_offset));
       }
     };
+    // A step ahead into L2, since there is one buffer a group; then to it, as soon as the group has begun the product before.
+    const auto prefetch_copied = [&](int step) {
+      for_each_copied(step, [](int) {}, [&](int, int, int kv_idx, int q_idx) {
+        jg::captured_prefetch(maps.copied, kv_idx, q_idx, 0, 0);
+      });
+    };
+    const auto load_copied = [&](int step) {
+      for_each_copied(step, [&](int group) {
+        jg::barrier_wait(shared.copied_empty(group), copied_parity >> group & 1);
+        copied_parity ^= 1 << group;
+        if (leader) jg::barrier_expect(shared.copied_full(group), kCopiedBytes);
+      }, [&](int group, int column, int kv_idx, int q_idx) {
+        jg::captured_load(shared.copied(group) + column * 128, maps.copied, shared.copied_full(group), kv_idx, q_idx, 0, 0);
+      });
+    };
     int step = visible.next();
+    if (step >= 0) prefetch_copied(step);
     // An empty tile copies nothing, so V still to be copied, and with O over V the store that it waits for, come before the
     // consumers hear of it: messages further on wait for them, and they could take o_done two phases ahead.
     if (step < 0) {
@@ -407,6 +419,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
 #pragma unroll 1
     while (step >= 0) {
       const int next = visible.next();
+      if (next >= 0) prefetch_copied(next);
       load_key(step, next);
       load_value();
       load_copied(step);
@@ -597,25 +610,12 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         share_columns(args, make_head(args, here.z, here.y), early.table, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, static_cast<int>(args.kv_len));
         jg::named_sync(kGroupBarrier + group, 128);
       };
-      // What the product over a tile begins from, from step to step of 16 columns: half of a tile where the other is in use still.
-      using First = jg::Constant<0>;
-      using Middle = jg::Constant<kTileKv / 32>;
-      using End = jg::Constant<kTileKv / 16>;
-      const auto spread_words = [&](auto& part, const auto& words) {
-        jg::spread_tile<jg::half16>(part, words, [&](float copied) { return score_initial(args, head, copied); });
-      };
-      const auto await_copied = [&] {
+      const auto fill_logits = [&] {
         jg::barrier_wait(shared.copied_full(group), copied_parity);
         copied_parity ^= 1;
+        jg::fill_tile<jg::half16, 64, 0, kTileKv / 16>(s, shared.copied(group), warp * 16, lane, [&](float copied) { return score_initial(args, head, copied); });
       };
-      const auto fill_steps = [&](int, auto begin, auto end) {
-        constexpr int kBegin = decltype(begin)::value, kSteps = decltype(end)::value - kBegin;
-        unsigned words[kSteps][4];
-        jg::read_tile<kTileKv, kBegin, kBegin + kSteps>(words, shared.copied(group), warp * 16, lane);
-        spread_words(jg::part_of<2 * kBegin, 2 * kSteps>(s), words);
-      };
-      // Once the product has taken what was read: a read that is only issued may have to wait until the tensor cores leave shared
-      // memory some cycles, longer than the next copy needs.
+      // Once the product has taken what was read: a read that is only issued may still wait for the tensor cores' own.
       const auto release_copied = [&] { jg::barrier_arrive_if(lane == 0, shared.copied_empty(group)); };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
@@ -636,24 +636,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         jg::bulk_wait_read();   // only the leader has copies to wait for
         jg::named_sync(kGroupBarrier + group, 128);
       };
-      // The exponentials of a tile's second half take long enough to fill the first one for the next product.
-      const auto weigh_and_fill = [&](float units, const float (&shift)[2]) {
-        constexpr int kLow = Middle::value, kHigh = End::value - kLow;
-        auto& low = jg::part_of<0, 2 * kLow>(s);
-        auto& high = jg::part_of<2 * kLow, 2 * kHigh>(s);
-        jg::weigh_columns(softmax, low, units, shift);
-        jg::pack_tile<Element>(jg::part_of<0, kLow>(p), low);
-        if constexpr (Tile::kSharedP) jg::store_tile<kTileKv, 0, kLow>(p_shared, p, warp, lane);
-        if (!jg::is_next_skipped(step, group)) {
-          jg::RingPosition<kNumStages> next = kv;
-          next.advance();
-          await_copied();
-          fill_steps(next.stage, First(), Middle());
-        }
-        jg::weigh_columns(softmax, high, units, shift);
-        jg::pack_tile<Element>(jg::part_of<kLow, kHigh>(p), high);
-        if constexpr (Tile::kSharedP) {
-          jg::store_tile<kTileKv, kLow, kLow + kHigh>(p_shared, p, warp, lane);
+      const auto keep_weights = [&] {
+        jg::pack_tile<Element>(p, s);
+        if constexpr (Tile::kSharedP) {   // a warp reads back its own 16 rows only: no wider barrier
+          jg::store_tile<kTileKv>(p_shared, p, warp, lane);
           jg::fence_async_proxy();
           __syncwarp();
         }
@@ -673,8 +659,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           continue;
         }
         // A run of visible tiles: the products of a tile overlap with those of the next.
-        await_copied();
-        fill_steps(kv.stage, First(), End());
+        fill_logits();
         start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4));
         release_copied();
         pass_turn();
@@ -685,8 +670,9 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, early.offset, shift, factor);
+        jg::weigh_columns(softmax, s, units, shift);
         if constexpr (Tile::kOutputOverP) await_store();
-        weigh_and_fill(units, shift);
+        keep_weights();
         if (has_begun && moved) jg::rescale_output(o, factor);   // O of the first run is 0
         has_begun = true;
         release_skipped();
@@ -696,7 +682,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::RingPosition<kNumStages> next = kv;
           next.advance();
           jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
-          fill_steps(next.stage, Middle(), End());
+          fill_logits();
           take_turn();
           start_qk(s, q_operand, k_operand + (next.stage * Tile::kKeyBytes >> 4));
           release_copied();
@@ -719,7 +705,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::Wgmma<kHeadDimV>::wait<0>(o);
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
           if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
-          weigh_and_fill(units, shift);
+          jg::weigh_columns(softmax, s, units, shift);
+          keep_weights();
         }
         if (kRescaleEarly && moved) jg::rescale_output(o, factor);
         jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);

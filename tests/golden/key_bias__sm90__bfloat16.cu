@@ -571,14 +571,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         share_columns(args, make_head(args, here.z, here.y), early.table, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, static_cast<int>(args.kv_len));
         jg::named_sync(kGroupBarrier + group, 128);
       };
-      // What the product over a tile begins from, from step to step of 16 columns: half of a tile where the other is in use still.
-      using First = jg::Constant<0>;
-      using Middle = jg::Constant<kTileKv / 32>;
-      using End = jg::Constant<kTileKv / 16>;
-      const auto fill_steps = [&](int stage, auto begin, auto end) {
-        constexpr int kBegin = decltype(begin)::value, kSteps = decltype(end)::value - kBegin;
-        jg::fill_columns(jg::part_of<2 * kBegin, 2 * kSteps>(s), shared.initial(stage) + 8 * (thread & 3) + 64 * kBegin);
-        if (kBegin > 0 || kSteps == kTileKv / 16) early.start = __int_as_float(jg::load_shared(shared.initial(stage) + 4 * kTileKv));
+      const auto fill_logits = [&](int stage) {
+        const unsigned first = shared.initial(stage);
+        jg::fill_columns(s, first + 8 * (thread & 3));
+        early.start = __int_as_float(jg::load_shared(first + 4 * kTileKv));
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
@@ -591,24 +587,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         jg::bulk_wait_read();   // only the leader has copies to wait for
         jg::named_sync(kGroupBarrier + group, 128);
       };
-      // The exponentials of a tile's second half take long enough to fill the first one for the next product.
-      const auto weigh_and_fill = [&](float units, const float (&shift)[2]) {
-        constexpr int kLow = Middle::value, kHigh = End::value - kLow;
-        auto& low = jg::part_of<0, 2 * kLow>(s);
-        auto& high = jg::part_of<2 * kLow, 2 * kHigh>(s);
-        jg::weigh_columns(softmax, low, units, shift);
-        jg::pack_tile<Element>(jg::part_of<0, kLow>(p), low);
-        if constexpr (Tile::kSharedP) jg::store_tile<kTileKv, 0, kLow>(p_shared, p, warp, lane);
-        if (!jg::is_next_skipped(step, group)) {
-          jg::RingPosition<kNumStages> next = kv;
-          next.advance();
-          jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
-          fill_steps(next.stage, First(), Middle());
-        }
-        jg::weigh_columns(softmax, high, units, shift);
-        jg::pack_tile<Element>(jg::part_of<kLow, kHigh>(p), high);
-        if constexpr (Tile::kSharedP) {
-          jg::store_tile<kTileKv, kLow, kLow + kHigh>(p_shared, p, warp, lane);
+      const auto keep_weights = [&] {
+        jg::pack_tile<Element>(p, s);
+        if constexpr (Tile::kSharedP) {   // a warp reads back its own 16 rows only: no wider barrier
+          jg::store_tile<kTileKv>(p_shared, p, warp, lane);
           jg::fence_async_proxy();
           __syncwarp();
         }
@@ -628,7 +610,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           continue;
         }
         // A run of visible tiles: the products of a tile overlap with those of the next.
-        fill_steps(kv.stage, First(), End());
+        fill_logits(kv.stage);
         start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4));
         pass_turn();
         look_ahead(jg::Constant<1>());
@@ -638,8 +620,9 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, early.offset, shift, factor);
+        jg::weigh_columns(softmax, s, units, shift);
         if constexpr (Tile::kOutputOverP) await_store();
-        weigh_and_fill(units, shift);
+        keep_weights();
         if (has_begun && moved) jg::rescale_output(o, factor);   // O of the first run is 0
         has_begun = true;
         moved = false;
@@ -647,7 +630,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         while (!jg::is_next_skipped(step, group)) {
           jg::RingPosition<kNumStages> next = kv;
           next.advance();
-          fill_steps(next.stage, Middle(), End());
+          jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
+          fill_logits(next.stage);
           take_turn();
           start_qk(s, q_operand, k_operand + (next.stage * Tile::kKeyBytes >> 4));
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
@@ -669,7 +653,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::Wgmma<kHeadDimV>::wait<0>(o);
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
           if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
-          weigh_and_fill(units, shift);
+          jg::weigh_columns(softmax, s, units, shift);
+          keep_weights();
         }
         if (kRescaleEarly && moved) jg::rescale_output(o, factor);
         jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);

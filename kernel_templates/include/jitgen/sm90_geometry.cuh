@@ -51,7 +51,7 @@ struct Geometry {
   static constexpr int kProducerRegs = kGroups == 2 ? (kClassifies ? 40 : 24) : 32;
   static constexpr int kConsumerRegs = kGroups == 2 ? (kClassifies ? 232 : 240) : kGroups == 3 ? 160 : 112;
   static constexpr bool kSharedP = kGroups >= 3 && kHeadDimV >= 96 && !kInPlace;
-  static_assert(!kSharedP || kTileKv % 64 == 0, "P tiles are spans of 64 columns");
+  static_assert(!kSharedP || kTileKv % 32 == 0, "P tiles are spans of 64 or 32 columns");
 
   // ---- shared memory: V stages, K stages, Q, P, O, what is copied, control ----
   static constexpr int kGroupQBytes = 64 * kHeadDim * 2;

@@ -199,12 +199,6 @@ template <int kColTiles> JITGEN_FN void weigh_low(RowSoftmax& state, float (&s)[
     for (int e = 0; e < 4; ++e) state.row_sum[e / 2] += s[j][e] = exp2(cubic.at(s[j][e], cap.shift[e / 2]));
 }
 
-// Part of an array of accumulators or of A operands.
-template <int kBegin, int kCount, class T, int kTiles> JITGEN_FN T (&part_of(T (&x)[kTiles][4]))[kCount][4] {
-  static_assert(kBegin + kCount <= kTiles, "no such part");
-  return reinterpret_cast<T (&)[kCount][4]>(x[kBegin]);
-}
-
 // What the logits of a tile's columns begin from, in a warp that shares it with consumers: lane by lane, 32 columns at a time.
 template <int kColumns> struct ColumnStarts {
   float value[(kColumns + 31) / 32];
@@ -238,26 +232,22 @@ template <int kColTiles> JITGEN_FN void fill_columns(float (&s)[kColTiles][4], u
     for (int half = 0; half < 2; ++half) load_shared_pair(address + 32 * j, s[j][2 * half], s[j][2 * half + 1]);
 }
 
-// Words of a tile of a captured tensor, of kCols columns and 64 rows as the copy engine writes them: each thread's are the pairs
-// of elements that it has of S, from step kBegin to kEnd of 16 columns. `row`: the first of the warp's 16.
-template <int kCols, int kBegin, int kEnd>
-JITGEN_FN void read_tile(unsigned (&words)[kEnd - kBegin][4], unsigned address, int row, int lane) {
-  using Copied = SpanTile<kCols>;
+// A tile of a captured tensor as the copy engine writes it, element by element to where wgmma has that of S. `address`: of the
+// tile, of kRows rows; `row`: the first of the warp's 16. From step kBegin to kEnd, 16 columns each.
+template <class T, int kRows, int kBegin, int kEnd, int kColTiles, class Evaluate>
+JITGEN_FN void fill_tile(float (&s)[kColTiles][4], unsigned address, int row, int lane, Evaluate evaluate) {
+  using Copied = SpanTile<8 * kColTiles>;
   constexpr int kSteps = Copied::kSpan / 16;
-  const unsigned first = address + Copied::chunk_offset(row + (lane & 15), lane >> 4, 64);
+  const unsigned first = address + Copied::chunk_offset(row + (lane & 15), lane >> 4, kRows);
 #pragma unroll
-  for (int step = kBegin; step < kEnd; ++step)
-    load_matrix(words[step - kBegin], (first ^ step % kSteps * 32) + step / kSteps * 64 * Copied::kSpanBytes);
-}
-// What S begins from, by elements of type T.
-template <class T, int kSteps, class Evaluate>
-JITGEN_FN void spread_tile(float (&s)[2 * kSteps][4], const unsigned (&words)[kSteps][4], Evaluate evaluate) {
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step)
+  for (int step = kBegin; step < kEnd; ++step) {
+    unsigned words[4];
+    load_matrix(words, (first ^ step % kSteps * 32) + step / kSteps * kRows * Copied::kSpanBytes);
 #pragma unroll
     for (int r = 0; r < 4; ++r)
 #pragma unroll
-      for (int odd = 0; odd < 2; ++odd) s[2 * step + r / 2][r % 2 * 2 + odd] = evaluate(Pair<T>{words[step][r]}.at(odd));
+      for (int odd = 0; odd < 2; ++odd) s[2 * step + r / 2][r % 2 * 2 + odd] = evaluate(Pair<T>{words[r]}.at(odd));
+  }
 }
 
 template <int kColTiles> JITGEN_FN void scale_logits(float (&s)[kColTiles][4], float scale) {
@@ -290,12 +280,11 @@ template <class Element, int kColTiles> JITGEN_FN void pack_tile(unsigned (&p)[k
 }
 // Writes a packed 64-row tile of a warp group to shared memory in the layout of the copy engine and of wgmma. The swizzle makes
 // the addresses of a span differ in single bits: they are worked out here, and only the first takes a register through the KV loop.
-// From step kBegin to kEnd, 16 columns each.
-template <int kCols, int kBegin = 0, int kEnd = kCols / 16> JITGEN_FN void store_tile(unsigned address, const unsigned (*p)[4], int warp, int lane) {
+template <int kCols> JITGEN_FN void store_tile(unsigned address, const unsigned (*p)[4], int warp, int lane) {
   constexpr int kSteps = SpanTile<kCols>::kSpan / 16;
   const unsigned first = stay(static_cast<int>(address + SpanTile<kCols>::chunk_offset(warp * 16 + (lane & 15), lane >> 4, 64)));
 #pragma unroll
-  for (int step = kBegin; step < kEnd; ++step)
+  for (int step = 0; step < kCols / 16; ++step)
     store_matrix((first ^ step % kSteps * 32) + step / kSteps * 64 * SpanTile<kCols>::kSpanBytes, p[step]);
 }
 
