@@ -455,6 +455,19 @@ JITGEN_FN void store_present_rows(const Args& args, unsigned address, int thread
   }
 }
 
+// O leaves from registers, where shared memory has no room for it.
+JITGEN_FN void store_registers(const Args& args, const Output& o, int group_row, int h, int b) {
+  char* const first = static_cast<char*>(args.o) + (b * args.o_stride_b + h * args.o_stride_h + 2 * (threadIdx.x & 3)) * 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = own_row(group_row) + 8 * half;
+    if (row < 0) continue;
+    unsigned* const words = reinterpret_cast<unsigned*>(first + row * args.o_stride_s * 2);
+#pragma unroll
+    for (int j = 0; j < kHeadDimV / 8; ++j) words[4 * j] = Element::pack(o[j][2 * half], o[j][2 * half + 1]);
+  }
+}
+
 // O leaves through shared memory.
 JITGEN_FN void store_output(const Args& args, const Maps& maps, Shared shared, Output& o, int group, int group_row, int h, int b) {
   // The group is worked out anew: from a shared one the address of O, where it is that of P, would draw P's descriptor out of
@@ -640,7 +653,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     slot.advance();
     const int done_row = done.x + group * 64;
     finish_rows(args, make_head(args, done.z, done.y), softmax, o, done_row);
-    store_output(args, maps, shared, o, group, done_row, done.y, done.z);
+    if constexpr (Tile::kOutputDirect) store_registers(args, o, done_row, done.y, done.z);
+    else store_output(args, maps, shared, o, group, done_row, done.y, done.z);
   }
   if (leader) jg::bulk_wait_read();   // shared memory must outlive the copy
 }

@@ -74,7 +74,8 @@ struct Geometry {
     return cols;
   }
   static constexpr bool kOwnO = !kOutputOverP && own_output_cols() > 0;
-  static constexpr bool kOutputOverV = !kOwnO && !kOutputOverP;
+  static constexpr bool kOutputDirect = !kOwnO && kInPlace;   // from registers: V is not held up
+  static constexpr bool kOutputOverV = !kOwnO && !kOutputOverP && !kOutputDirect;
   static constexpr int kOutputCols = kOwnO ? own_output_cols() : kHeadDimV;
   static constexpr int kGroupOBytes = 64 * kOutputCols * 2;
   static constexpr int kOutputAt = kOwnO ? kOwnOAt : kOutputOverP ? kPAt : 0;
