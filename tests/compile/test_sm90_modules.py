@@ -221,17 +221,17 @@ def test_main_loop_waits_for_pv_between_maximum_and_weights(module):
     assert early <= 0.1 * len(exponentials), f"{early} of {len(exponentials)} exponentials before the wait for P V"
 
 
-def test_copied_bias_is_read_before_the_wait_for_pv(module):
-    """A group whose P has the registers of S waits for P V before Q K^T, and reads meanwhile what that begins from."""
+def test_products_in_place_follow_each_other(module):
+    """Where P has the registers of S, a group waits for P V, and then reads what Q K^T begins from."""
     if not module.is_in_place:
         pytest.skip("P has registers of its own, or shared memory")
-    loop = main_loop(module.sass, module.spec.head_dim // 16 + module.spec.tiles.tile_kv // 16)
+    num_values, num_keys = module.spec.tiles.tile_kv // 16, module.spec.head_dim // 16
+    loop = main_loop(module.sass, num_keys + num_values)
     wait_for_o = next(i for i, line in enumerate(loop) if line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0"))
     products = [i for i, line in enumerate(loop) if line.startswith("HGMMA")]
     reads = [i for i, line in enumerate(loop) if line.startswith("LDSM")]
-    assert len(reads) == module.spec.tiles.tile_kv // 16
-    num_values = module.spec.tiles.tile_kv // 16
-    assert products[num_values - 1] < min(reads) and max(reads) < wait_for_o < products[num_values]
+    assert len(reads) == num_values
+    assert products[num_values - 1] < wait_for_o < min(reads) and max(reads) < products[num_values]
 
 
 def test_main_loop_keeps_descriptors_in_uniform_registers(module):

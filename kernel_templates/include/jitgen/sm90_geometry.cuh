@@ -51,7 +51,7 @@ struct Geometry {
   static constexpr int kProducerRegs = kGroups == 2 ? (kClassifies ? 40 : 24) : 32;
   static constexpr int kConsumerRegs = kGroups == 2 ? (kClassifies ? 232 : 240) : kGroups == 3 ? 160 : 112;
   static constexpr bool kSharedP = kGroups >= 3 && kHeadDimV >= 96 && !kInPlace;
-  static_assert(!kSharedP || kTileKv % 32 == 0, "P tiles are spans of 64 or 32 columns");
+  static_assert(!kSharedP || kTileKv % 64 == 0, "P tiles are spans of 64 columns");
 
   // ---- shared memory: V stages, K stages, Q, P, O, what is copied, control ----
   static constexpr int kGroupQBytes = 64 * kHeadDim * 2;
@@ -74,8 +74,7 @@ struct Geometry {
     return cols;
   }
   static constexpr bool kOwnO = !kOutputOverP && own_output_cols() > 0;
-  static constexpr bool kOutputDirect = !kOwnO && kInPlace;   // from registers: V is not held up
-  static constexpr bool kOutputOverV = !kOwnO && !kOutputOverP && !kOutputDirect;
+  static constexpr bool kOutputOverV = !kOwnO && !kOutputOverP;
   static constexpr int kOutputCols = kOwnO ? own_output_cols() : kHeadDimV;
   static constexpr int kGroupOBytes = 64 * kOutputCols * 2;
   static constexpr int kOutputAt = kOwnO ? kOwnOAt : kOutputOverP ? kPAt : 0;

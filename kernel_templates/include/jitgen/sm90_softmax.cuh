@@ -232,17 +232,17 @@ template <int kColTiles> JITGEN_FN void fill_columns(float (&s)[kColTiles][4], u
     for (int half = 0; half < 2; ++half) load_shared_pair(address + 32 * j, s[j][2 * half], s[j][2 * half + 1]);
 }
 
-// A tile of a captured tensor as the copy engine writes it, element by element to where wgmma has that of S. `address`: of the
-// tile, of kRows rows; `row`: the first of the warp's 16. From step kBegin to kEnd, 16 columns each.
-template <class T, int kRows, int kBegin, int kEnd, int kColTiles, class Evaluate>
+// A tile of a captured tensor, 64 rows of elements T as the copy engine writes them, each to where wgmma has that element of S.
+// `row`: the first of the warp's 16.
+template <class T, int kColTiles, class Evaluate>
 JITGEN_FN void fill_tile(float (&s)[kColTiles][4], unsigned address, int row, int lane, Evaluate evaluate) {
   using Copied = SpanTile<8 * kColTiles>;
   constexpr int kSteps = Copied::kSpan / 16;
-  const unsigned first = address + Copied::chunk_offset(row + (lane & 15), lane >> 4, kRows);
+  const unsigned first = address + Copied::chunk_offset(row + (lane & 15), lane >> 4, 64);
 #pragma unroll
-  for (int step = kBegin; step < kEnd; ++step) {
+  for (int step = 0; step < kColTiles / 2; ++step) {
     unsigned words[4];
-    load_matrix(words, (first ^ step % kSteps * 32) + step / kSteps * kRows * Copied::kSpanBytes);
+    load_matrix(words, (first ^ step % kSteps * 32) + step / kSteps * 64 * Copied::kSpanBytes);
 #pragma unroll
     for (int r = 0; r < 4; ++r)
 #pragma unroll
