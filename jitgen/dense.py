@@ -169,7 +169,11 @@ def remember(recent: RecentCall | None, options: tuple[object, ...], call: Prepa
 def launch(kernel: runtime.CompiledKernel, cuda_index: int | None, pointers: tuple[int, ...], rest: bytes) -> None:
     """Start the kernel, on the current stream; ``rest`` is struct Args from `batch` on."""
     threads = torch.get_num_threads() if cuda_index is None else 0
-    code = call_on(cuda_index, kernel.launch, _pack_pointers(*pointers, stream_of(cuda_index), threads) + rest)
+    packed = _pack_pointers(*pointers, stream_of(cuda_index), threads) + rest
+    code = call_on(cuda_index, kernel.launch, packed)
+    if code == runtime.CANNOT_COPY:  # nothing was launched
+        kernel = kernel.that_loads()
+        code = call_on(cuda_index, kernel.launch, packed)
     if code:
         kernel.raise_error(code)
 

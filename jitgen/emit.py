@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields, replace
 from jitgen import ir
 from jitgen.abi import ArgField
 from jitgen.emit_bits import BitsMask, mask_by_bits, print_bits, search_text
-from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_initial, take_offset, take_relative
-from jitgen.emit_load import add_row_word
+from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_copied, take_initial, take_offset, take_relative
+from jitgen.emit_load import add_row_word, index_term
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis, is_causal, position_parts
 from jitgen.emit_norm import NormText, OutputText, emit_norm, emit_output
@@ -62,11 +62,23 @@ class EarlyText:
 
 
 @dataclass(frozen=True)
+class CopiedText:
+    """A captured tensor that is copied in tiles of rows and keys."""
+
+    name: str = ""
+    dtype: str = ""
+    sizes: tuple[str, ...] = ()  # keys, rows, two more
+    strides: tuple[str, ...] = ()  # all but that of keys, which is 1
+    places: tuple[str, ...] = ()  # in the two others
+
+
+@dataclass(frozen=True)
 class VariantSection:
     """Everything ``variant.h.jinja`` prints, and what the kernel templates and the launcher must know of it."""
 
     backend: str
     args: tuple[ArgField, ...]
+    copied: CopiedText
     head: BlockText
     score: HookText
     early: EarlyText
@@ -96,6 +108,7 @@ class VariantSection:
     has_distance_offset: bool
     has_initial: bool
     initial_by_column: bool
+    initial_by_tile: bool
     initial_by_steps: bool
     score_is_initial: bool
     score_columns: bool
@@ -136,8 +149,8 @@ def emit_variant(
     With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
     both multiplications then join others, and a soft cap costs one of them an element instead of three.
     ``early`` names what of a score the template takes over (emit_early.py): 'relative', 'columns', 'ahead', 'cap', 'initial',
-    'offset'; 'late' where a mask is to have few values by column; 'positions' where it tells tiles whose mask positions decide
-    alone, and 'bits' where it masks by bits (emit_bits.py).
+    'tile', 'offset'; 'late' where a mask is to have few values by column; 'positions' where it tells tiles whose mask positions
+    decide alone, and 'bits' where it masks by bits (emit_bits.py).
 
     Errors:  UnsupportedVariant when an operation has no meaning where the program uses it.
     """
@@ -145,16 +158,20 @@ def emit_variant(
     score = program.score if program.score is not ir.index("score") else None
     mask = program.mask if program.mask is not ir.TRUE else None
     norm = emit_norm(unit, program.norm)
-    factor = relative = offset = initial = rows = None
+    factor = relative = offset = initial = rows = copied = None
     if "relative" in early and score is not None:
         score, relative = take_relative(score)
+    if "tile" in early and score is not None:
+        score, initial, copied = take_copied(score, program.slots)
     if raw_scores and score is not None:
         score, factor = _raw_score(score, keep_units=program.norm is not None)
     if "offset" in early and score is not None and program.norm is None:
         score, offset = take_offset(score)
     ahead = ahead_loads(score, program.slots) if "ahead" in early and score is not None else []
     by_column = False
-    if "initial" in early and score is not None and program.norm is None:
+    if copied is not None:
+        initial = split_floats(ir.make("mul", initial, ir.make("truediv", ir.const(1.0), ir.index("scale"))), _level)
+    if "initial" in early and copied is None and score is not None and program.norm is None:
         score, initial, rows = take_initial(score)
         by_column = initial is not None and "kv_idx" in initial.deps
         if by_column:  # they are counted from the tile's first, which the offset has
@@ -184,10 +201,12 @@ def emit_variant(
     )
     columns = BlockText() if initial is not None else score_text.col
     shared = None if relative is not None or "columns" not in early else column_table(columns, mask_text.col)
+    read = ahead if copied is None else [*ahead, copied]
     looks_ahead = relative is not None or bool(ahead) or shared is not None
     return VariantSection(
         backend=backend,
         args=capture_fields(unit),
+        copied=_copied_text(unit, copied),
         head=_block_text(unit.head),
         **text,  # type: ignore[arg-type]
         raw_scores=raw_scores,
@@ -200,12 +219,13 @@ def emit_variant(
         flat_is_plain=early_text.flat.value == "score" and not early_text.flat.lines,
         flat_is_marked=bool(early_text.marks),
         has_ahead=bool(ahead),
-        ahead_serves_batch=bool(ahead) and all(n.deps.isdisjoint(("b", *ir.PACKED)) for n in ahead),
+        ahead_serves_batch=bool(read) and all(n.deps.isdisjoint(("b", *ir.PACKED)) for n in read),
         has_offset=early_text.offset.value != "" or early_text.flat.value != "",
         has_distance_offset=early_text.offset.value != "",
         has_initial=initial is not None,
         initial_by_column=by_column,
-        initial_by_steps=initial is not None and not by_column,
+        initial_by_tile=copied is not None,
+        initial_by_steps=initial is not None and not by_column and copied is None,
         score_is_initial=initial is not None and score is ir.index("score"),
         score_columns=shared == "score",
         mask_columns=shared == "mask",
@@ -254,6 +274,24 @@ def capture_fields(unit: Unit) -> tuple[ArgField, ...]:
         out += [ArgField("int64_t", f"{name}_size{d}") for d in range(slot.rank)]
         out += [ArgField("int64_t", f"{name}_stride{d}") for d in range(slot.rank)]
     return tuple(out)
+
+
+def _copied_text(unit: Unit, load: Expr | None) -> CopiedText:
+    if load is None:
+        return CopiedText()
+    name, slot = unit.slot_names[load.attr], unit.slots[load.attr]
+    keys, rows = (next(d for d, i in enumerate(load.args) if leaf in i.deps) for leaf in ("kv_idx", "q_idx"))
+    others = [d for d in range(slot.rank) if d not in (keys, rows) and slot.layout[d] != "0"]
+    low = _element_lowering(unit, [load])
+    places = [index_term(low, load, d, unit.head).text for d in others]
+    none = 2 - len(others)
+    return CopiedText(
+        name,
+        slot.dtype,
+        (*(f"args->{name}_size{d}" for d in (keys, rows, *others)), *["1"] * none),
+        (*(f"args->{name}_stride{d}" for d in (rows, *others)), *["0"] * none),
+        (*places, *["0"] * none),
+    )
 
 
 def _block_text(block: Block) -> BlockText:

@@ -7,6 +7,9 @@
   *late* leaves comparisons to the elements.
 - *ahead*: an element of a captured tensor that is contiguous along kv_idx, such as a dense bias. Two neighbouring columns are
   read as one word, and their latency passes under the product.
+- *tile*: where such a tensor is a term of the score, its elements have 16 bits and q_idx and kv_idx index it as they are, the
+  copy engine brings a tile of it to each warp group, and the product begins from it. Loads would take 2 columns of 8 rows at a
+  time, and the first cache nearly as long as the products take.
 - *cap*: a tanh around the whole score. The template bends a tile at once, and by a polynomial where all of it is far from the
   cap: the unit that knows tanh has the exponentials to compute. What all of a tile is multiplied by goes into its coefficients.
 - *offset*: a multiple of the distance, as in ALiBi. Up to the first column of a tile it is the same for a whole row of the tile
@@ -29,6 +32,7 @@ from jitgen.program import Program, Slot
 
 POSITIONS = frozenset(("q_idx", "kv_idx"))
 PAIRED_DTYPES = ("float16", "bfloat16", "float32")  # of which two elements are one word
+COPIED_DTYPES = ("float16", "bfloat16")
 _Q, _KV, _DISTANCE = ir.index("q_idx"), ir.index("kv_idx"), ir.index("distance")
 _AFFINE = frozenset(("index", "lin", "cast", "add", "sub", "mul", "neg"))
 
@@ -39,6 +43,8 @@ def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str
     parts = {"relative", "cap", "offset", "initial"} if layout == "dense" else {"offset"}
     if layout == "dense" and head_dim_v < 256:  # whose descriptors take the uniform registers
         parts.add("columns")
+    if layout == "dense" and is_copied(program):
+        parts.add("tile")
     if layout != "dense" and head_dim_v < 256 and _has_shared_columns(program):
         parts |= {"columns", "late"}
     if layout == "dense" and mask_by_bits(program) is not None:
@@ -209,6 +215,44 @@ def _is_row_load(node: Expr, slot: Slot) -> bool:
     if slot.dtype not in PAIRED_DTYPES or len(dims) != 1 or "q_idx" not in node.deps:
         return False
     return node.args[dims[0]] is _KV and slot.layout[dims[0]] == "c"
+
+
+# ---- a tensor that is copied in tiles ---------------------------------------------------------------------------------------
+
+
+def is_copied(program: Program) -> bool:
+    """Whether a kernel may copy a dense bias of this program in tiles: nothing else of it needs many registers."""
+    score = program.score
+    if score is None or program.norm is not None or take_relative(score)[1] is not None:
+        return False
+    rest, _, load = take_copied(score, program.slots)
+    others = [n for n in walk(rest) if n.op == "load" and "kv_idx" in n.deps]
+    searched = [n for n in walk(program.mask) if n.op == "load" and n.deps & POSITIONS]
+    return load is not None and not others and all(program.slots[int(n.attr)].is_sorted for n in searched)
+
+
+def take_copied(root: Expr, slots: Sequence[Slot]) -> tuple[Expr, Expr | None, Expr | None]:
+    """``root`` without its term of a dense bias; that term over the leaf 'copied', and the load that it stands for. None where
+    there is no such term, or ``score`` occurs otherwise than as one."""
+    loads = ahead_loads(root, slots)
+    terms = list(_signed_terms(root, 1))
+    if [(s, t) for s, t in terms if "score" in t.deps] != [(1, ir.index("score"))] or len(loads) != 1:
+        return root, None, None
+    (load,) = loads
+    mine = [(s, t) for s, t in terms if any(n is load for n in walk(t))]
+    rest = [term for term in terms if term not in mine]
+    term = ir.rebuild(_sum_of(mine), lambda n: ir.index("copied") if n is load else None)
+    if not _is_copied_in_tiles(load, slots[int(load.attr)]) or term.deps & (_VARYING | POSITIONS):
+        return root, None, None
+    return _sum_of(rest), term, load
+
+
+def _is_copied_in_tiles(load: Expr, slot: Slot) -> bool:
+    """Whether the copy engine can take a tile of rows and keys of a tensor: a box of two dimensions, at a place in two more."""
+    rows = [d for d, index in enumerate(load.args) if "q_idx" in index.deps]
+    if slot.dtype not in COPIED_DTYPES or len(rows) != 1:
+        return False
+    return load.args[rows[0]] is _Q and slot.layout[rows[0]] == "s"
 
 
 # ---- terms of columns and of rows -------------------------------------------------------------------------------------------

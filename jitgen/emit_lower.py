@@ -20,11 +20,11 @@ from jitgen.program import Slot
 HOOK_LEVELS = {
     "q_idx": "row",
     "kv_idx": "col",
-    **dict.fromkeys(("score", "relative", "step", "start", "distance", "found"), "elem"),
+    **dict.fromkeys(("score", "relative", "copied", "step", "start", "distance", "found"), "elem"),
 }
 LEAF_TEXT = {
     **{n: f"head.{n}" for n in ("b", "h", "kv_h", "q_len", "kv_len", "num_q_heads", "num_kv_heads", "scale", *ir.PACKED)},
-    **{n: n for n in ("q_idx", "kv_idx", "score", "lse", "distance", "relative", "found")},
+    **{n: n for n in ("q_idx", "kv_idx", "score", "lse", "distance", "relative", "copied", "found")},
     **{n: f"kv_idx.{n}" for n in ("start", "step")},
     "o": "x",
     "d": "i",

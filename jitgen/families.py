@@ -6,6 +6,8 @@ variant compiles at most two modules for a head dim and dtype.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from jitgen.errors import ShapeMismatch, UnsupportedDtype, UnsupportedVariant, VariantError
@@ -134,6 +136,12 @@ def cuda_spec(
     if kv_dtype and family != "decode":
         raise VariantError(f"family={family!r} does not read a cache of {kv_dtype}. Leave family out, or use 'decode'.")
     return KernelSpec(family, program, dtype, *head_dims, tiles, target, layout, kv_dtype, out_dtype)
+
+
+def loading_spec(spec: KernelSpec) -> KernelSpec:
+    """The kernel in place of one that copies a captured tensor, for a tensor that the copy engine cannot take."""
+    tiles = sm90_tiles(spec.head_dim, spec.head_dim_v, spec.program, copies=False)
+    return replace(spec, copies=False, tiles=tiles)
 
 
 def check_rows(program: Program) -> None:

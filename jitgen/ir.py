@@ -29,7 +29,7 @@ INDEX_DTYPE = {
     **dict.fromkeys(("b", "h", "q_idx", "kv_idx", "kv_h", "q_len", "kv_len", "ctx_len", "d"), "i32"),
     **dict.fromkeys(("num_q_heads", "num_kv_heads", "head_dim_v", *PACKED), "i32"),
     **dict.fromkeys(("score", "scale", "o", "lse", "x", "cumsum"), "f32"),
-    **dict.fromkeys(("relative", "step", "start"), "f32"), **dict.fromkeys(("distance", "found"), "i32"),
+    **dict.fromkeys(("relative", "step", "start", "copied"), "f32"), **dict.fromkeys(("distance", "found"), "i32"),
 }
 
 

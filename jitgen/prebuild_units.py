@@ -229,4 +229,4 @@ def _chosen_anew(spec: KernelSpec, target: CompileTarget) -> KernelSpec:
 
     lengths = (q_len for q_len in reversed(Q_LENS) if chosen(spec.target.arch, spec.family, q_len).tiles == spec.tiles)
     new = chosen(target.arch, None, next(lengths, Q_LENS[-1]))
-    return dataclasses.replace(spec, family=new.family, tiles=new.tiles, target=new.target)
+    return dataclasses.replace(spec, family=new.family, tiles=new.tiles, target=new.target, copies=new.copies)

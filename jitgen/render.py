@@ -10,12 +10,13 @@ from functools import cache
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jitgen.abi import ARGS_OF_LAYOUT, SCALE_ARGS, ArgField
-from jitgen.emit import VariantSection, emit_variant, section_context
+from jitgen.emit import CopiedText, VariantSection, emit_variant, section_context
 from jitgen.emit_early import early_parts
 from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directives
 from jitgen.paths import template_dir
 from jitgen.spec import MLA_FAMILIES, KernelSpec
 from jitgen.target import CompileTarget
+from jitgen.tiles_sm90 import has_room
 
 TEMPLATE_OF_FAMILY = {
     "cpu": "attention/cpu.cpp.jinja",
@@ -85,7 +86,9 @@ class KernelContext:
     has_distance_offset: bool
     has_initial: bool
     initial_by_column: bool
+    initial_by_tile: bool
     initial_by_steps: bool
+    copied: CopiedText  # of the captured tensor where initial_by_tile
     score_is_initial: bool
     has_ahead: bool
     ahead_serves_batch: bool
@@ -157,8 +160,7 @@ def template_of(spec: KernelSpec) -> str:
 def render_kernel(spec: KernelSpec) -> Source:
     """Generate the translation unit of ``spec``."""
     backend = spec.target.kind
-    early = _early_of(spec)
-    section = emit_variant(spec.program, backend=backend, raw_scores=spec.family in RAW_SCORE_FAMILIES, early=early)
+    section = _section_of(spec)
     variant_text = render_template("attention/variant.h.jinja", section_context(section, spec.layout))
     context = kernel_context(spec, section, variant_text.rstrip("\n"))
     rendered = strip_marks(render_template(template_of(spec), _fields_of(context)))
@@ -170,12 +172,22 @@ def render_kernel(spec: KernelSpec) -> Source:
     )
 
 
+def _section_of(spec: KernelSpec) -> VariantSection:
+    """The variant section, without what of a score the shared memory of an sm90 kernel has no room for."""
+    early, raw = _early_of(spec), spec.family in RAW_SCORE_FAMILIES
+    section = emit_variant(spec.program, backend=spec.target.kind, raw_scores=raw, early=early)
+    if spec.family != "sm90" or spec.layout != "dense" or has_room(spec.tiles, spec.head_dim, spec.head_dim_v, section):
+        return section
+    return emit_variant(spec.program, backend=spec.target.kind, raw_scores=raw, early=early - {"initial"})
+
+
 def _early_of(spec: KernelSpec) -> frozenset[str]:
     """What the template of a kernel does early: see emit_variant."""
     if spec.family == "sm90":
         parts = early_parts(spec.program, spec.layout, spec.head_dim_v)
         # masks by bits gain where a thread has 32 columns of a tile: 1 to 5 % slower with half of them
-        return parts if spec.tiles.tile_kv > 64 else parts - {"bits", "positions"}
+        parts = parts if spec.tiles.tile_kv > 64 else parts - {"bits", "positions"}
+        return parts if spec.copies else parts - {"tile"}
     if spec.family == "sm80":
         return frozenset({"offset", "positions"} if spec.layout == "dense" else {"offset"})
     return frozenset()
@@ -201,6 +213,7 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         rows_section="" if spec.rows is None else spec.rows.section(spec.program.slots, spec.target),
         transforms_keys=spec.rows is not None and "k" in spec.rows.names,
         transforms_values=spec.rows is not None and "v" in spec.rows.names,
+        copied=section.copied,
         layout=spec.layout.removesuffix("_states"),
         has_states=spec.layout.endswith("_states"),
         head_dim=spec.head_dim,

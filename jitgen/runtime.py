@@ -14,6 +14,8 @@ from jitgen.errors import CacheError, LaunchError
 from jitgen.program import Program
 from jitgen.spec import KernelSpec
 
+CANNOT_COPY = 20004  # code of a launch that launched nothing: kErrorCannotCopy of sm90_host.cuh
+
 
 class CompiledKernel:
     """A loaded module and the packer of its arguments.
@@ -22,7 +24,7 @@ class CompiledKernel:
     kernel does not stop other Python threads.
     """
 
-    __slots__ = ("_library", "_tail", "launch", "pack", "path", "spec")
+    __slots__ = ("_library", "_loading", "_tail", "launch", "pack", "path", "spec")
 
     def __init__(self, path: Path, spec: KernelSpec, fields: tuple[ArgField, ...]) -> None:
         self.path, self.spec = path, spec
@@ -36,6 +38,15 @@ class CompiledKernel:
         self.launch.restype = ctypes.c_int
         self.pack = struct.Struct(pack_format(fields)).pack
         self._tail: struct.Struct | None = None
+        self._loading: CompiledKernel | None = None
+
+    def that_loads(self) -> CompiledKernel:
+        """The kernel for captured tensors that the copy engine cannot take; compiled when it is first asked for."""
+        if self._loading is None:
+            from jitgen.families import loading_spec
+
+            self._loading = get_kernel(loading_spec(self.spec))
+        return self._loading
 
     def pack_tail(self, words: list[object]) -> bytes:
         """The last fields of the arguments, as many as there are words."""

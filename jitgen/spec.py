@@ -46,6 +46,7 @@ class KernelSpec:
     kv_dtype: str = ""  # of K and V where it is one of STORED_DTYPES; empty: dtype
     out_dtype: str = ""  # of the output; empty: dtype
     rows: Any = None  # transforms of K and V inside of a decode kernel: kv_decode.DecodeRows
+    copies: bool = True  # a dense bias comes by the copy engine, which asks for aligned rows; False: by loads
 
     @cached_property
     def digest(self) -> str:
@@ -58,6 +59,8 @@ class KernelSpec:
         )  # fmt: skip
         if self.out_dtype:
             shape += (self.out_dtype,)
+        if not self.copies:
+            shape += ("loads",)
         if self.rows is not None:
             shape += self.rows.shape()
         return hashlib.sha256(_attr_bytes(shape)).hexdigest()[:32]

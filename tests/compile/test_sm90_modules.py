@@ -13,6 +13,7 @@ from norm_cases import StickBreaking
 
 import jitgen
 from jitgen import toolchain
+from jitgen.emit_early import early_parts
 from jitgen.render import render_kernel
 from jitgen.spec import KernelSpec
 from jitgen.target import cuda_target
@@ -63,6 +64,17 @@ def dense_bias() -> jitgen.Variant:
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + bias[h, q_idx, kv_idx], mask_mod=causal)
 
 
+def biases() -> jitgen.Variant:
+    """A bias of each key, a row, a multiple of the distance and a table of it."""
+    keys, rows, slopes, table = torch.zeros(32, 64), torch.zeros(32, 64), torch.zeros(32), torch.zeros(32, 33)
+
+    def score(s, b, h, q_idx, kv_idx):
+        near = table[h, torch.clamp(q_idx - kv_idx, 0, 32)]
+        return s + keys[h, kv_idx] + rows[h, q_idx] - slopes[h] * (q_idx - kv_idx) + near
+
+    return jitgen.Variant(score_mod=score)
+
+
 def key_bias() -> jitgen.Variant:
     bias = torch.zeros(32, 64)
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + bias[h, kv_idx], mask_mod=causal)
@@ -102,7 +114,8 @@ MODULES = [
     (alibi, "bfloat16", 96, 96),
     (alibi, "float16", 256, 256),
     (clipped_bias, "bfloat16", 128, 128),
-    (dense_bias, "bfloat16", 128, 128),
+    *((dense_bias, "bfloat16", *dims) for dims in HEAD_DIMS),
+    *((biases, dtype, *dims) for dims in HEAD_DIMS for dtype in ("bfloat16", "float16")),
     (key_bias, "bfloat16", 128, 128),
     (key_bias, "float16", 256, 256),
     (sorted_documents, "bfloat16", 128, 128),
@@ -132,6 +145,12 @@ class Module:
     @property
     def threads(self) -> int:
         return 32 * self.spec.tiles.num_warps
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether P has the registers of S, as beside a copied bias where three groups leave no others."""
+        is_copied = "tile" in early_parts(self.spec.program, "dense", self.spec.head_dim_v)
+        return is_copied and self.spec.tiles.tile_q == 192 and self.spec.head_dim_v > 64
 
     @property
     def sass(self) -> list[str]:
@@ -190,6 +209,8 @@ def test_main_loop_waits_for_pv_between_maximum_and_weights(module):
     """Hooks and maximum run under P V; packing and storing P under the exponentials."""
     if module.spec.program.norm is not None:
         pytest.skip("the variant's own norm orders its work itself")
+    if module.is_in_place:
+        pytest.skip("P V is waited for before Q K^T")
     loop = main_loop(module.sass, module.spec.head_dim // 16 + module.spec.tiles.tile_kv // 16)
     wait_for_o = next(i for i, line in enumerate(loop) if line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0"))
     maxima = [i for i, line in enumerate(loop) if line.startswith("FMNMX")]
@@ -198,6 +219,19 @@ def test_main_loop_waits_for_pv_between_maximum_and_weights(module):
     assert before >= 0.9 * len(maxima), f"{before} of {len(maxima)} maxima before the wait for P V"
     early = sum(i < wait_for_o for i in exponentials)
     assert early <= 0.1 * len(exponentials), f"{early} of {len(exponentials)} exponentials before the wait for P V"
+
+
+def test_products_in_place_follow_each_other(module):
+    """Where P has the registers of S, a group waits for P V, and then reads what Q K^T begins from."""
+    if not module.is_in_place:
+        pytest.skip("P has registers of its own, or shared memory")
+    num_values, num_keys = module.spec.tiles.tile_kv // 16, module.spec.head_dim // 16
+    loop = main_loop(module.sass, num_keys + num_values)
+    wait_for_o = next(i for i, line in enumerate(loop) if line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0"))
+    products = [i for i, line in enumerate(loop) if line.startswith("HGMMA")]
+    reads = [i for i, line in enumerate(loop) if line.startswith("LDSM")]
+    assert len(reads) == num_values
+    assert products[num_values - 1] < wait_for_o < min(reads) and max(reads) < products[num_values]
 
 
 def test_main_loop_keeps_descriptors_in_uniform_registers(module):

@@ -183,6 +183,19 @@ def dense_bias() -> jitgen.Variant:
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + dense[b, h, q_idx, kv_idx])
 
 
+def copied_bias() -> jitgen.Variant:
+    dense = torch.zeros(2, 1, 512, 512, dtype=torch.bfloat16).expand(2, 8, 512, 512)
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + 2.0 * dense[b, h, q_idx, kv_idx], mask_mod=causal)
+
+
+def copied_documents() -> jitgen.Variant:
+    dense, document = torch.zeros(512, 512, dtype=torch.float16), jitgen.sorted(torch.zeros(512, dtype=torch.int32))
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: s + dense[q_idx, kv_idx] + 0.5 * (kv_idx - q_idx),
+        mask_mod=lambda b, h, q_idx, kv_idx: document[q_idx] == document[kv_idx],
+    )
+
+
 def forgetting() -> jitgen.Variant:
     gates = torch.zeros(8, 512)
     return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx: s + gates[h, q_idx] - gates[h, kv_idx], mask_mod=causal)
@@ -258,6 +271,8 @@ CASES: dict[str, Case] = {
     "key_bias__sm90__bfloat16": Case(key_bias, "sm90", "bfloat16", (128, 128)),
     "biases__sm90__float16": Case(biases, "sm90", "float16", (128, 128)),
     "decay__sm90__bfloat16": Case(decay, "sm90", "bfloat16", (128, 128)),
+    "copied_bias__sm90__bfloat16": Case(copied_bias, "sm90", "bfloat16", (128, 128)),
+    "copied_documents__sm90__float16": Case(copied_documents, "sm90", "float16", (64, 64)),
     "dense_bias__sm90__bfloat16": Case(dense_bias, "sm90", "bfloat16", (128, 128)),
     "forgetting__sm90__bfloat16": Case(forgetting, "sm90", "bfloat16", (128, 128)),
     "documents__sm90__bfloat16": Case(documents, "sm90", "bfloat16", (128, 128)),

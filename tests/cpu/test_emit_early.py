@@ -16,13 +16,14 @@ from jitgen.emit_early import (
     early_parts,
     level_marks,
     of_distance,
+    take_copied,
     take_initial,
     take_offset,
     take_relative,
 )
 from jitgen.emit_split import split_floats
 from jitgen.evaluate import evaluate
-from jitgen.families import cuda_spec
+from jitgen.families import cuda_spec, loading_spec
 from jitgen.render import render_kernel
 from jitgen.serving_place import ChosenLists, place
 from jitgen.target import cuda_target
@@ -179,6 +180,45 @@ def test_too_many_words_are_not_read_ahead():
     assert "ahead" not in early_parts(program, "dense", 128)
     source = render_kernel(cuda_spec(program, "bfloat16", (128, 128), "sm90", cuda_target("9.0a")))
     assert "ScoreAhead" not in source.text and source.text.count("jg::load(row.") == 2
+
+
+BIAS, WIDE, COLUMN = torch.zeros(2, 64, 64, dtype=torch.bfloat16), torch.zeros(2, 64, 64), torch.zeros(64)
+SHARED = BIAS[:1].expand(2, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("score_mod", "copied"),
+    [
+        (lambda s, b, h, q_idx, kv_idx: s + BIAS[h, q_idx, kv_idx], True),
+        (lambda s, b, h, q_idx, kv_idx: 0.5 * (kv_idx - q_idx) - 2.0 * BIAS[h, q_idx, kv_idx] + s, True),
+        (lambda s, b, h, q_idx, kv_idx: s + SHARED[b, q_idx, kv_idx], True),
+        (lambda s, b, h, q_idx, kv_idx: s * 2.0 + BIAS[h, q_idx, kv_idx], False),  # the product cannot begin from it
+        (lambda s, b, h, q_idx, kv_idx: torch.tanh(s + BIAS[h, q_idx, kv_idx]), False),
+        (lambda s, b, h, q_idx, kv_idx: s + torch.exp(BIAS[h, q_idx, kv_idx]) * kv_idx, False),
+        (lambda s, b, h, q_idx, kv_idx: s + BIAS[h, q_idx, kv_idx] + COLUMN[kv_idx], False),
+        (lambda s, b, h, q_idx, kv_idx: s + BIAS[h, q_idx + 1, kv_idx], False),
+        (lambda s, b, h, q_idx, kv_idx: s + BIAS[h, kv_idx, q_idx], False),
+        (lambda s, b, h, q_idx, kv_idx: s + BIAS[h, q_idx, kv_idx] + BIAS[b, q_idx, kv_idx], False),
+        (lambda s, b, h, q_idx, kv_idx: s + WIDE[h, q_idx, kv_idx], False),
+    ],
+)
+def test_a_dense_bias_of_16_bits_is_copied(score_mod, copied):
+    program = traced(score_mod).program
+    assert ("tile" in early_parts(program, "dense", 128)) is copied
+    assert "tile" not in early_parts(program, "paged", 128)
+    spec = cuda_spec(program, "bfloat16", (128, 128), "sm90", cuda_target("9.0a"))
+    assert ("load_copied" in render_kernel(spec).text) is copied
+    assert "load_copied" not in render_kernel(loading_spec(spec)).text
+
+
+def test_what_is_copied_and_the_rest_are_the_score():
+    dense = torch.randn(2, 40, 50).bfloat16()
+    variant = traced(lambda s, b, h, q_idx, kv_idx: 0.5 * (kv_idx - q_idx) - 2.0 * dense[h, q_idx, kv_idx] + s)
+    program, values = variant.program, variant.values()
+    rest, term, load = take_copied(program.score, program.slots)
+    copied = evaluate(load, values, leaves())
+    got = evaluate(rest, values, leaves()) + evaluate(term, values, leaves(copied=copied))
+    torch.testing.assert_close(got, evaluate(program.score, values, leaves()))
 
 
 def test_cheap_hooks_keep_the_large_tile():

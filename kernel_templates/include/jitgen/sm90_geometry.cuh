@@ -34,8 +34,11 @@ template <int kStages> struct ControlBlock {
   int step[2 * kStages];      // which KV tile a stage holds, with flags: two laps, as no barrier guards its last reader
 };
 
-// kExtraBytes: of what a kernel has beside these, behind the control block.
-template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, bool kClassifies, int kExtraBytes = 0> struct Geometry {
+// kExtraBytes: of what a kernel has beside these, behind the control block. kCopiedBytes: of what it has the copy engine bring, for
+// all groups. kInPlace: P takes the registers of S, as the products of a group never overlap.
+template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, bool kClassifies, int kExtraBytes = 0,
+          int kCopiedBytes = 0, bool kInPlace = false>
+struct Geometry {
   static constexpr int kGroups = kTileQ / 64;   // consumer warp groups, 64 query rows each
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kQueryWarps = kGroups == 3 ? 3 : 1;   // of the producer's, beside the first: they copy Q
@@ -47,10 +50,10 @@ template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, boo
   // (192 x 128 with P in registers spills 560 B and serialises wgmma).
   static constexpr int kProducerRegs = kGroups == 2 ? (kClassifies ? 40 : 24) : 32;
   static constexpr int kConsumerRegs = kGroups == 2 ? (kClassifies ? 232 : 240) : kGroups == 3 ? 160 : 112;
-  static constexpr bool kSharedP = kGroups >= 3 && kHeadDimV >= 96;
+  static constexpr bool kSharedP = kGroups >= 3 && kHeadDimV >= 96 && !kInPlace;
   static_assert(!kSharedP || kTileKv % 64 == 0, "P tiles are spans of 64 columns");
 
-  // ---- shared memory: V stages, K stages, Q, P, O, control ----
+  // ---- shared memory: V stages, K stages, Q, P, O, what is copied, control ----
   static constexpr int kGroupQBytes = 64 * kHeadDim * 2;
   static constexpr int kKeyBytes = kTileKv * kHeadDim * 2;
   static constexpr int kValueBytes = kTileKv * kHeadDimV * 2;
@@ -59,7 +62,7 @@ template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, boo
   static constexpr int kQueryAt = kKeyAt + kStages * kKeyBytes;
   static constexpr int kPAt = kQueryAt + kGroups * kGroupQBytes;
   static constexpr int kOwnOAt = kPAt + (kSharedP ? kGroups * kGroupPBytes : 0);
-  static constexpr int kLimit = 232448 - static_cast<int>(sizeof(ControlBlock<kStages>)) - kExtraBytes;   // 227 KiB per CTA
+  static constexpr int kLimit = 232448 - static_cast<int>(sizeof(ControlBlock<kStages>)) - kExtraBytes - kCopiedBytes;   // 227 KiB per CTA
   // O has its own buffer when there is room; else each group's lies over its own P, and the next P waits for the store; else
   // it leaves in passes of kOutputCols columns through a buffer of that width (hd256: 1 to 3 % faster at 1k and 4k than over V); else all
   // of it lies over V, and the next V waits.
@@ -76,10 +79,11 @@ template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, boo
   static constexpr int kGroupOBytes = 64 * kOutputCols * 2;
   static constexpr int kOutputAt = kOwnO ? kOwnOAt : kOutputOverP ? kPAt : 0;
   static constexpr int kOutputPitch = kOutputOverP ? kGroupPBytes : kGroupOBytes;
-  static constexpr int kControlAt = kOwnOAt + (kOwnO ? kGroups * kGroupOBytes : 0);
+  static constexpr int kCopiedAt = kOwnOAt + (kOwnO ? kGroups * kGroupOBytes : 0);
+  static constexpr int kControlAt = kCopiedAt + kCopiedBytes;
   static constexpr int kExtraAt = kControlAt + static_cast<int>(sizeof(ControlBlock<kStages>));
   static constexpr int kSharedBytes = kExtraAt + kExtraBytes;
-  static_assert(kControlAt <= kLimit, "tile does not fit in shared memory");
+  static_assert(kCopiedAt <= kLimit, "tile does not fit in shared memory");
   static_assert(!kOutputOverV || kGroups * kGroupOBytes <= kKeyAt, "O does not fit over V");
   static_assert(kKeyBytes % 1024 == 0 && kValueBytes % 1024 == 0, "stages must stay 1024-byte aligned");
 };

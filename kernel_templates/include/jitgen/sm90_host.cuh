@@ -10,10 +10,12 @@ namespace {
 constexpr int kErrorNoEncoder = 20001;    // the driver has no cuTensorMapEncodeTiled
 constexpr int kErrorTensorMap = 20002;    // it refused a tensor, or rows are broadcast
 constexpr int kErrorTooManyTiles = 20003;
+constexpr int kErrorCannotCopy = 20004;   // a captured tensor is not for the copy engine: the caller has another kernel for it
 
 inline const char* launch_error_string(int code) {
   if (code == kErrorNoEncoder) return "the driver has no cuTensorMapEncodeTiled. Update it, or use the sm80 family.";
   if (code == kErrorTensorMap) return "the driver refused a tensor map: bases and strides must be multiples of 16 bytes, and that of rows not 0. Copy the tensor.";
+  if (code == kErrorCannotCopy) return "the copy engine cannot take a captured tensor.";
   if (code == kErrorTooManyTiles) return "more than 2^31 query tiles in one launch. Split the batch.";
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
@@ -67,6 +69,31 @@ template <int kCols> struct OperandMap {
   bool same(const TensorKey& k) const {
     return key.base == k.base && key.rows == k.rows && key.heads == k.heads && key.batch == k.batch && key.stride_s == k.stride_s &&
            key.stride_h == k.stride_h && key.stride_b == k.stride_b;
+  }
+};
+
+// A captured tensor of 16-bit elements, copied in boxes of box_rows rows and kSpan keys. Sizes and strides (in elements) of keys,
+// rows and two more dimensions; that of keys is 1.
+struct CapturedKey { const void* base; int64_t sizes[4], strides[3]; };
+template <int kSpan> struct CapturedBoxes {
+  CapturedKey key = {};
+  TensorMap map = {};
+
+  int update(const CapturedKey& wanted, bool is_bf16, unsigned box_rows) {
+    if (!__builtin_memcmp(&key, &wanted, sizeof(key))) return 0;
+    bool is_aligned = reinterpret_cast<unsigned long long>(wanted.base) % 16 == 0 && wanted.sizes[0] > 0;
+    for (int i = 0; i < 3; ++i) is_aligned &= wanted.sizes[i + 1] == 1 || wanted.strides[i] % 8 == 0;
+    if (!is_aligned) return kErrorCannotCopy;
+    static const EncodeTiled encode = find_encoder();
+    if (!encode) return kErrorNoEncoder;
+    unsigned long long sizes[4], strides[3];
+    for (int i = 0; i < 4; ++i) sizes[i] = wanted.sizes[i];
+    for (int i = 0; i < 3; ++i) strides[i] = wanted.sizes[i + 1] == 1 ? 16 : wanted.strides[i] * 2;
+    const unsigned box[4] = {kSpan, box_rows, 1, 1}, ones[4] = {1, 1, 1, 1};
+    key.base = nullptr;
+    if (encode(&map, is_bf16 ? 9 : 6, 4, const_cast<void*>(wanted.base), sizes, strides, box, ones, 0, kSpan == 64 ? 3 : 2, 3, 0)) return kErrorCannotCopy;
+    key = wanted;
+    return 0;
   }
 };
 

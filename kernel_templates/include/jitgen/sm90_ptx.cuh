@@ -70,6 +70,12 @@ JITGEN_FN void tensor_load(unsigned dst, const Operand& t, unsigned barrier, int
       ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(row), "r"(head * t.head_step), "r"(batch * t.batch_step), "l"(policy)
       : "memory");
 }
+// A box of a captured tensor; coordinates are {key, row, two more}.
+JITGEN_FN void captured_load(unsigned dst, const TensorMap& map, unsigned barrier, int key, int row, int third, int fourth) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+      ::"r"(dst), "l"(&map), "r"(barrier), "r"(key), "r"(row), "r"(third), "r"(fourth) : "memory");
+}
 JITGEN_FN void tensor_store(const Operand& t, unsigned src, int row, int span, int head, int batch) {
   asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
                ::"l"(&t.map), "r"(src), "r"(0), "r"(row), "r"(span), "r"(head), "r"(batch) : "memory");
