@@ -15,8 +15,13 @@ class ArgField:
 
     ctype: str
     name: str
-    comment: str = ""
+    comment: str = ""  # what the name does not say: a shape, a unit, what a special value means
     format: str = "q"
+
+    @property
+    def declaration(self) -> str:
+        """The field as a member of the struct."""
+        return f"{self.ctype} {self.name};   // {self.comment}" if self.comment else f"{self.ctype} {self.name};"
 
 
 def pointer(ctype: str, name: str, comment: str = "") -> ArgField:
@@ -26,6 +31,12 @@ def pointer(ctype: str, name: str, comment: str = "") -> ArgField:
 
 def _int(name: str, comment: str = "") -> ArgField:
     return ArgField("int64_t", name, comment, "q")
+
+
+def _strides(tensors: str, axes: str, **comments: str) -> tuple[ArgField, ...]:
+    """Strides in elements; ``comments`` by axis."""
+    names = [f"{t}_stride_{axis}" for t in tensors for axis in axes]
+    return tuple(_int(name, comments.get(name[-1], "")) for name in names)
 
 
 DENSE_ARGS: tuple[ArgField, ...] = (
@@ -44,7 +55,7 @@ DENSE_ARGS: tuple[ArgField, ...] = (
     _int("kv_len"),
     _int("q_offset", "q_idx of row 0"),
     ArgField("double", "scale", "multiplies q . k", "d"),
-    *(_int(f"{t}_stride_{axis}", "elements" if axis == "b" else "") for t in "qkvo" for axis in "bhsd"),
+    *_strides("qkvo", "bhsd", b="elements"),
 )
 
 SERVING_ARGS: tuple[ArgField, ...] = (
@@ -75,8 +86,8 @@ SERVING_ARGS: tuple[ArgField, ...] = (
     _int("split", "1: a long request may be cut into pieces; 0: never; more, on the CPU: keys of a piece"),
     _int("programmatic", "1: the launch may overlap the end of the kernel before it, which must trigger its dependents"),
     ArgField("double", "scale", "multiplies q . k", "d"),
-    *(_int(f"{t}_stride_{axis}", "elements" if axis == "s" else "") for t in "qo" for axis in "sh"),
-    *(_int(f"{t}_stride_{axis}", "elements; page: 0 when ragged" if axis == "p" else "") for t in "kv" for axis in "psh"),
+    *_strides("qo", "sh", s="elements"),
+    *_strides("kv", "psh", p="elements between pages; 0 when ragged"),
 )
 
 # Requests in parts, each of which leaves a state: o and lse are float, and have a row for every row of every part.
@@ -89,7 +100,7 @@ SCALE_ARGS: tuple[ArgField, ...] = (
     *(_int(f"{t}_scale_stride_{axis}", "elements between slots; 0: a slot has none of its own" if axis == "s" else "")
       for t in "kv" for axis in "sh"),
     ArgField("double", "k_factor", "multiplies all of k_scale", "d"),
-    ArgField("double", "v_factor", "", "d"),
+    ArgField("double", "v_factor", "as k_factor, of v_scale", "d"),
 )  # fmt: skip
 
 MERGE_ARGS: tuple[ArgField, ...] = (

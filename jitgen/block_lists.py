@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 
 from jitgen.errors import PlanMismatch
 from jitgen.families import CUDA_HEAD_DIMS, prefill_family
+from jitgen.ir import PACKED
 from jitgen.program import Program
 from jitgen.serving import paged_attention
 from jitgen.serving_checks import MAX_CUDA_BATCH
@@ -24,7 +25,7 @@ from jitgen.serving_selection import ChosenKeys
 from jitgen.variant import Variant
 
 Tensor = torch.Tensor
-POSITIONS = frozenset(("b", "q_idx", "kv_idx", "q_len", "kv_len", "ctx_len"))
+POSITIONS = frozenset(("b", "q_idx", "kv_idx", "q_len", "kv_len", "ctx_len", *PACKED))
 PAGE_STEP = 16  # keys: the kernels copy whole boxes of pages of a multiple of it
 MAX_PLANS = 16
 

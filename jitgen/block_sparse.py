@@ -14,9 +14,9 @@ import torch
 
 from jitgen.api import attention
 from jitgen.block_lists import BlockLists
+from jitgen.checks import as_int32
 from jitgen.errors import ShapeMismatch, UnsupportedDtype, VariantError
 from jitgen.masks import and_masks, static
-from jitgen.serving_lists import as_int32
 from jitgen.variant import Variant
 
 if TYPE_CHECKING:

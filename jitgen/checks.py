@@ -11,15 +11,35 @@ from numbers import Real
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
+from jitgen.emit_ranges import POSITION_LIMIT
+from jitgen.errors import GradNotSupported, InvalidType, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, FP8_DTYPE, MAX_CPU_HEAD_DIM
+
+INT32 = torch.iinfo(torch.int32)
+
+
+def narrowed(t: torch.Tensor) -> torch.Tensor:
+    """Integers as int32. Those that do not fit become the largest or the smallest, which no check lets pass: cut to their low
+    bits they could be any valid number."""
+    return t if t.dtype is torch.int32 else t.clamp(INT32.min, INT32.max).to(torch.int32)
+
+
+def as_int32(t: torch.Tensor) -> torch.Tensor:
+    """``narrowed``, in contiguous memory: the tensor itself where that is so already."""
+    return narrowed(t).contiguous()
+
+
+def check_is_tensor(**values: object) -> None:
+    """Arguments are tensors."""
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            raise InvalidType(f"{name} is a {type(value).__name__}, expected a torch.Tensor.")
 
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """q [batch, num_q_heads, q_len, head_dim], k and v [batch, num_kv_heads, kv_len, head_dim(_v)]."""
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{name} is a {type(t).__name__}, expected a torch.Tensor.")
+        check_is_tensor(**{name: t})
         if t.is_nested:
             raise ShapeMismatch(
                 f"{name} is a nested tensor, expected a dense one. Give its values to jitgen.ragged_attention, or pad it with "
@@ -73,6 +93,9 @@ def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             raise ShapeMismatch(f"v has {what} {v.shape[axis]}, k has {k.shape[axis]} (axis {axis}). Both must match.")
     if k.shape[0] != q.shape[0] and k.shape[0] != 1:
         raise ShapeMismatch(f"k has batch {k.shape[0]}, q has {q.shape[0]} (axis 0). Both must match, or k and v have batch 1.")
+    for name, t in (("q", q), ("k and v", k)):
+        if t.shape[2] > POSITION_LIMIT:
+            raise ShapeMismatch(f"length of {name} is {t.shape[2]} (axis 2), expected at most {POSITION_LIMIT}. Cut it.")
     if k.shape[3] != q.shape[3]:
         raise ShapeMismatch(f"k has head_dim {k.shape[3]}, q has {q.shape[3]} (axis 3). Both must match.")
     if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:

@@ -20,7 +20,7 @@ from jitgen.emit_norm import NormText, OutputText, emit_norm, emit_output
 from jitgen.emit_split import divided, outer_factor, split_floats
 from jitgen.emit_text import ELEMENT_CTYPE
 from jitgen.ir import Expr
-from jitgen.program import Program
+from jitgen.program import Program, uses_index
 
 CAPS = ("tanh", "tanh_approx")
 WITHIN_ONE = (*CAPS, "sigmoid", "erf", "sin", "cos")  # functions whose values stay within [-1, 1]
@@ -80,6 +80,9 @@ class VariantSection:
     lse: HookText
     output: OutputText
     raw_scores: bool
+    reads_q_off: bool
+    reads_q_first: bool
+    reads_kv_off: bool
     has_score: bool
     score_is_bounded: bool
     score_is_capped: bool
@@ -187,6 +190,7 @@ def emit_variant(
         head=_block_text(unit.head),
         **text,  # type: ignore[arg-type]
         raw_scores=raw_scores,
+        **{f"reads_{name}": uses_index(program, name) for name in ir.PACKED},  # type: ignore[arg-type]
         has_score=score is not None,
         score_is_bounded=score is not None and score.op in WITHIN_ONE,
         score_is_capped=is_capped,
@@ -195,7 +199,7 @@ def emit_variant(
         flat_is_plain=early_text.flat.value == "score" and not early_text.flat.lines,
         flat_is_marked=bool(early_text.marks),
         has_ahead=bool(ahead),
-        ahead_serves_batch=bool(ahead) and not any("b" in n.deps for n in ahead),
+        ahead_serves_batch=bool(ahead) and all(n.deps.isdisjoint(("b", *ir.PACKED)) for n in ahead),
         has_offset=early_text.offset.value != "" or early_text.flat.value != "",
         has_distance_offset=early_text.offset.value != "",
         has_initial=initial is not None,

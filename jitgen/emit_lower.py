@@ -23,7 +23,7 @@ HOOK_LEVELS = {
     **dict.fromkeys(("score", "relative", "step", "start", "distance", "found"), "elem"),
 }
 LEAF_TEXT = {
-    **{n: f"head.{n}" for n in ("b", "h", "kv_h", "q_len", "kv_len", "num_q_heads", "num_kv_heads", "scale")},
+    **{n: f"head.{n}" for n in ("b", "h", "kv_h", "q_len", "kv_len", "num_q_heads", "num_kv_heads", "scale", *ir.PACKED)},
     **{n: n for n in ("q_idx", "kv_idx", "score", "lse", "distance", "relative", "found")},
     **{n: f"kv_idx.{n}" for n in ("start", "step")},
     "o": "x",

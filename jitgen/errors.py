@@ -13,6 +13,14 @@ class JitgenError(Exception):
     """Base of all errors of jitgen."""
 
 
+class InvalidValue(JitgenError, ValueError):
+    """An option has a value that the call does not take."""
+
+
+class InvalidType(JitgenError, TypeError):
+    """An argument is of a Python type that the call does not take."""
+
+
 class ShapeMismatch(JitgenError, ValueError):
     """Sizes, strides or head counts of the inputs do not fit together."""
 

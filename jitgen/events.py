@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from jitgen.errors import InvalidType
 from jitgen.progress import logger
 from jitgen.records import record
 
@@ -48,6 +49,8 @@ def on_event(listener: Listener) -> Callable[[], None]:
 
     An exception of a listener is logged and goes no further: metrics must not break a service.
     """
+    if not callable(listener):
+        raise InvalidType(f"listener is {listener!r} of type {type(listener).__name__}, expected a function of an Event.")
     _listeners.append(listener)
 
     def remove() -> None:

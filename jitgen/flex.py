@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jitgen import api
 from jitgen.checks import check_tensors
+from jitgen.dense import run
 from jitgen.errors import ShapeMismatch, VariantError
 from jitgen.variant import Variant, resolve
 
@@ -35,7 +35,9 @@ def flex_attention(
 ) -> object:
     """Attention with a score modification and a mask, called as torch.nn.attention.flex_attention.flex_attention is.
 
-    Calling it directly is the normal case; under torch.compile it becomes one opaque operator. ``mask_mod`` may be given
+    Calling it directly is the normal case; under torch.compile it becomes one opaque operator, for hooks that are made outside
+    of the compiled function or close over numbers alone: Dynamo has no value for tensors that a function made inside closes
+    over, and fails. jitgen.attention takes those, between two graphs. ``mask_mod`` may be given
     without a BlockMask: tiles that it excludes are skipped all the same. Of ``kernel_options`` only ``"FAMILY"`` is read
     (``"sm80"``, ``"sm90"``); tile sizes of other back ends are ignored.
 
@@ -95,7 +97,7 @@ def eager(
     else:
         program, values = resolve(score_mod, mask_mod)
         local = True
-    return api.run(program, values, query, key, value, scale=scale, local=local, want_lse=want_lse, family=family)
+    return run(program, values, query, key, value, scale=scale, local=local, want_lse=want_lse, family=family)
 
 
 # ---- BlockMask ----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,10 @@
-"""From the hooks of a variant to its Program: what each hook is called with, and what it must return."""
+"""From the hooks of a variant to its Program: running each hook on stand-ins, and what it must return."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import CodeType, FunctionType
+from types import CodeType
 from typing import Any
 
 import torch
@@ -21,23 +19,10 @@ from jitgen.norms import OnlineNorm
 from jitgen.program import NormProgram, Program, RowHooks, RowProgram
 from jitgen.records import record
 from jitgen.row_hooks import row_arguments, split_rotation, trace_row
+from jitgen.signatures import HOOKS, POSITIONAL, ROW_TRANSFORMS, check_hook, code_of, name_of, shown
 from jitgen.symbols import Sym, as_operand
 from jitgen.trace import Tracer, trace_lock
 
-CONTEXT = ("q_len", "kv_len", "ctx_len", "kv_h", "num_q_heads", "num_kv_heads", "scale")
-POSITIONAL: dict[str, tuple[str, ...]] = {
-    "score_mod": ("score", "b", "h", "q_idx", "kv_idx"),
-    "mask_mod": ("b", "h", "q_idx", "kv_idx"),
-    "sink": ("b", "h"),
-    "softmax": (),
-    "output_transform": ("o", "lse", "b", "h", "q_idx"),
-    "lse_transform": ("lse", "b", "h", "q_idx"),
-    "q_transform": ("q", "b", "h", "q_idx"),
-    "k_transform": ("k", "b", "kv_h", "kv_idx"),
-    "v_transform": ("v", "b", "kv_h", "kv_idx"),
-}
-HOOKS = tuple(POSITIONAL)
-ROW_TRANSFORMS = HOOKS[-3:]
 Check = Callable[..., "list[object] | None"]
 
 
@@ -50,74 +35,12 @@ class Trace:
     names: frozenset[str]  # captured names, which Variant.bind accepts
 
 
-# ---- signatures ---------------------------------------------------------------------------------------------------------
-
-
-@record
-class Signature:
-    """How a hook may be called."""
-
-    required: int  # positional parameters without default
-    accepted: int
-    context: tuple[str, ...]  # keyword-only parameters without default
-
-
-def signature_of(hook: Any) -> Signature:
-    """Signature of a function, method, partial, callable object or module."""
-    target = hook.forward if isinstance(hook, torch.nn.Module) else hook
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError) as e:
-        raise VariantError(f"{name_of(hook)} has no signature that Python can tell ({e}). Wrap it into a function.") from None
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = sum(1 for p in positional if p.default is p.empty)
-    any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    keywords = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
-    return Signature(required, 64 if any_number else len(positional), keywords)
-
-
-def check_hook(kind: str, hook: Any) -> Signature:
-    """Signature of a hook, which must fit its kind.
-
-    Errors:  VariantError naming the hook, the parameters expected and those found.
-    """
-    if not callable(hook):
-        index = " Index it in one, as in mask[q_idx, kv_idx]." if isinstance(hook, torch.Tensor) else ""
-        raise VariantError(f"{kind} is {_shown(hook)}, expected a function ({', '.join(POSITIONAL[kind])}).{index}")
-    found, wanted = signature_of(hook), POSITIONAL[kind]
-    if not found.required <= len(wanted) <= found.accepted:
-        raise VariantError(
-            f"{kind} '{name_of(hook)}' takes {found.required} positional parameters, expected {len(wanted)}: "
-            f"({', '.join(wanted)}). Further context is asked for by keyword-only parameters."
-        )
-    unknown = [name for name in found.context if name not in CONTEXT]
-    if unknown:
-        raise VariantError(
-            f"{kind} '{name_of(hook)}' asks for keyword-only '{unknown[0]}', expected one of {', '.join(CONTEXT)}. "
-            "Give it a default, or capture the value."
-        )
-    return found
-
-
-def name_of(hook: Any) -> str:
-    """What the user calls a hook."""
-    while hasattr(hook, "func"):  # functools.partial
-        hook = hook.func
-    return str(getattr(hook, "__name__", type(hook).__name__))
-
-
-def code_of(hook: Any) -> CodeType | None:
-    """Code object behind a hook, for its file and line."""
-    while hasattr(hook, "func"):
-        hook = hook.func
-    hook = getattr(hook, "__func__", hook)
-    if not hasattr(hook, "__code__") and not isinstance(hook, type):
-        method = "forward" if isinstance(hook, torch.nn.Module) else "__call__"
-        hook = getattr(type(hook), method, hook)
-    return getattr(hook, "__code__", None)
-
-
 # ---- one hook -----------------------------------------------------------------------------------------------------------
+
+
+def _context_value(name: str) -> Expr:
+    """What a hook asks for by a keyword-only parameter."""
+    return ir.make("add", ir.index("q_idx"), ir.index("q_first")) if name == "q_tok" else ir.index(name)
 
 
 class HookTracer:
@@ -135,7 +58,7 @@ class HookTracer:
         label, code = f"{kind} '{name_of(hook)}'", code_of(hook)
         call = self.captures.wrap(hook, Path(None, "root", kind), name_of(hook))
         arguments = [Sym(ir.index(n)) for n in POSITIONAL[kind]]
-        context = {n: Sym(ir.index(n)) for n in signature.context}
+        context = {n: Sym(_context_value(n)) for n in signature.context}
 
         def finish(returned: object) -> tuple[Expr, ...]:
             return (converted(returned, dtype, label, code),)
@@ -216,10 +139,10 @@ class HookTracer:
 
         def finish(returned: object) -> tuple[Expr, ...]:
             if not (isinstance(returned, tuple) and len(returned) == 3):
-                refuse(f"{label} returned {_shown(returned)}, expected (weight, factor, state).", at=definition_of(code))
+                refuse(f"{label} returned {shown(returned)}, expected (weight, factor, state).", at=definition_of(code))
             weight, factor, state = returned
             if not isinstance(state, Mapping) or set(state) != set(names):
-                found = sorted(state) if isinstance(state, Mapping) else _shown(state)
+                found = sorted(state) if isinstance(state, Mapping) else shown(state)
                 refuse(f"{label} returned the state {found}, expected a dict of {sorted(names)}.", at=definition_of(code))
             return tuple(converted(v, "f32", label, code) for v in (weight, factor, *(state[n] for n in names)))
 
@@ -250,14 +173,6 @@ def _state_of(norm: OnlineNorm) -> tuple[tuple[str, ...], tuple[float, ...]]:
     return tuple(norm.state), tuple(float(v) for v in norm.state.values())
 
 
-def _shown(value: object) -> str:
-    return (
-        f"{value!r} of type {type(value).__name__}"
-        if not isinstance(value, torch.Tensor)
-        else f"a tensor of shape {tuple(value.shape)}"
-    )
-
-
 _CONVERT = {
     "bool": "Compare the value, or put the bias in score_mod.",
     "f32": "Make it a mask_mod, or torch.where(cond, score, -inf).",
@@ -268,7 +183,7 @@ def converted(returned: object, dtype: str, label: str, code: CodeType | None) -
     """What a hook returned, as an expression of the type it must have."""
     operand = as_operand(returned)
     if operand is None:
-        missing = "nothing (None). Return the value" if returned is None else f"{_shown(returned)}, expected {dtype}"
+        missing = "nothing (None). Return the value" if returned is None else f"{shown(returned)}, expected {dtype}"
         refuse(f"{label} returned {missing}.", at=definition_of(code))
     if isinstance(operand, tuple):
         if len(operand) != 1:
@@ -386,30 +301,3 @@ def with_slots(program: Program, found: Sequence[Capture]) -> tuple[Program, lis
     return Program(
         new(program.score), new(program.mask), new(program.sink), norm, new(program.output), new(program.lse), slots, rows
     ), used
-
-
-# ---- functions that are no hooks of a variant: logit processors, transforms of appended rows --------------------------
-
-
-def trace_key(function: Any) -> object:
-    """What tells sets of traces apart: the code of a function, the type of anything else."""
-    if isinstance(function, functools.partial):
-        return (functools.partial, trace_key(function.func))
-    return function.__code__ if isinstance(function, FunctionType) else type(function)
-
-
-def check_parameters(what: str, function: Any, parameters: Sequence[str]) -> None:
-    """``function`` takes these positional parameters and no context.
-
-    Errors:  VariantError.
-    """
-    listed = ", ".join(parameters)
-    if not callable(function):
-        raise VariantError(f"{what} is {function!r} of type {type(function).__name__}, expected a function ({listed}).")
-    found = signature_of(function)
-    if not found.required <= len(parameters) <= found.accepted or found.context:
-        raise VariantError(
-            f"{what} '{name_of(function)}' takes {found.required} positional parameters"
-            f"{' and keyword-only ' + found.context[0] if found.context else ''}, expected {len(parameters)}: ({listed}). "
-            "Capture what else it needs."
-        )

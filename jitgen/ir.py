@@ -20,11 +20,14 @@ RANK = {"bool": 0, "i32": 1, "i64": 2, "f32": 3}
 INT_DTYPES = ("i32", "i64")
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
+# Where the rows of a request lie among those of all: its first row in q, what is to be added to q_idx for a row's own number,
+# and its first row in ragged k.
+PACKED = ("q_off", "q_first", "kv_off")
 # Index leaves and their types. `score`, `o`, `lse` and `x` are the values a hook receives; `d` is the position in the head dim.
 # Those of the last line stand for what was taken out of a score or a mask: see emit_early.py and emit_bits.py.
 INDEX_DTYPE = {
     **dict.fromkeys(("b", "h", "q_idx", "kv_idx", "kv_h", "q_len", "kv_len", "ctx_len", "d"), "i32"),
-    **dict.fromkeys(("num_q_heads", "num_kv_heads", "head_dim_v"), "i32"),
+    **dict.fromkeys(("num_q_heads", "num_kv_heads", "head_dim_v", *PACKED), "i32"),
     **dict.fromkeys(("score", "scale", "o", "lse", "x", "cumsum"), "f32"),
     **dict.fromkeys(("relative", "step", "start"), "f32"), **dict.fromkeys(("distance", "found"), "i32"),
 }

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from jitgen.checks import dtype_name
-from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
+from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.ir import walk
 from jitgen.kv_hooks import TransformTrace
 from jitgen.kv_spec import BYTES, FLOATS
 from jitgen.kv_tokens import Tokens
+from jitgen.layouts import check_own_rows
 from jitgen.program import RowProgram, Slot, too_short
 from jitgen.serving_pages import KV_LAYOUTS
 
@@ -33,7 +34,7 @@ def caches_of(kv: object, kv_layout: str) -> tuple[Tensor, Tensor]:
     elif isinstance(kv, tuple | list) and len(kv) == 2 and all(isinstance(t, Tensor) for t in kv):
         pair = kv
     else:
-        raise TypeError(f"the kv cache is a {type(kv).__name__}, expected {CACHE_FORMS}.")
+        raise InvalidType(f"the kv cache is a {type(kv).__name__}, expected {CACHE_FORMS}.")
     found = []
     for name, t in zip("kv", pair, strict=True):
         if t.dim() not in (3, 4):
@@ -57,6 +58,7 @@ def check_cache(name: str, x: Tensor, cache: Tensor, k: Tensor) -> None:
     for what, t in ((name, x), (f"the {name} cache", cache)):
         if t.device != k.device:
             raise UnsupportedDevice(f"{what} is on {t.device}, k is on {k.device}. All must be on one device.")
+    check_own_rows(cache, f"the {name} cache")
     if cache.stride(3) != 1 and cache.shape[3] > 1:
         raise ShapeMismatch(f"the {name} cache has strides {cache.stride()}, expected unit stride along the head dim.")
 

@@ -12,13 +12,14 @@ from typing import Any
 from jitgen import ir
 from jitgen.errors import VariantError
 from jitgen.guards import Path
-from jitgen.hooks import HookTracer, check_parameters, code_of, converted, name_of, trace_key, with_slots
+from jitgen.hooks import HookTracer, converted, with_slots
 from jitgen.ir import Expr, walk
 from jitgen.location import definition_of, refuse
 from jitgen.program import Program, RowProgram, Slot
 from jitgen.records import record
 from jitgen.rotary import Rope
 from jitgen.row_hooks import POSITION, row_arguments, split_rotation, trace_row
+from jitgen.signatures import check_parameters, code_of, name_of, trace_key
 from jitgen.symbols import Sym
 from jitgen.trace import trace_lock
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from jitgen.checks import check_memory, dtype_name
+from jitgen.checks import as_int32, check_is_tensor, check_memory, dtype_name
 from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.kv_spec import FLOATS, MAX_HEAD_DIM
-from jitgen.serving_lists import as_int32, check_indices
+from jitgen.serving_lists import check_indices
 
 Tensor = torch.Tensor
 
@@ -105,8 +105,7 @@ def new_rows(name: str, x: Tensor) -> Tensor:
 
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, GradNotSupported.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}, expected a torch.Tensor.")
+    check_is_tensor(**{name: x})
     check_memory(**{name: x})
     if x.dim() not in (2, 3):
         raise ShapeMismatch(f"{name} has shape {tuple(x.shape)}, expected [num_tokens, heads, head_dim].")

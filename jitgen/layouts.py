@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jitgen.checks import dtype_name
+from jitgen.checks import check_is_tensor, dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.families import padded_head_dims
 from jitgen.fp8 import FP8
@@ -56,8 +56,7 @@ def finished(result: torch.Tensor, out: torch.Tensor | None, q: torch.Tensor, ou
 
 def check_out(out: torch.Tensor, shape: tuple[int, ...], q: torch.Tensor, dtype: torch.dtype) -> None:
     """``out=`` must be what the call would have allocated, up to strides."""
-    if not isinstance(out, torch.Tensor):
-        raise TypeError(f"out is a {type(out).__name__}, expected a torch.Tensor.")
+    check_is_tensor(out=out)
     if tuple(out.shape) != shape:
         raise ShapeMismatch(f"out has shape {tuple(out.shape)}, expected {shape}.")
     if out.dtype != dtype:
@@ -71,7 +70,7 @@ def check_out(out: torch.Tensor, shape: tuple[int, ...], q: torch.Tensor, dtype:
     check_own_rows(out)
 
 
-def check_own_rows(out: torch.Tensor) -> None:
-    """No two rows of ``out=`` are the same memory, as those of an expanded tensor are."""
+def check_own_rows(out: torch.Tensor, name: str = "out") -> None:
+    """No two rows of what is written are the same memory, as those of an expanded tensor are."""
     if 0 in out.stride() and any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
-        raise ShapeMismatch(f"out has strides {tuple(out.stride())}, so rows of it share memory. Give one from torch.empty.")
+        raise ShapeMismatch(f"{name} has strides {tuple(out.stride())}, so rows of it share memory. Give one from torch.empty.")

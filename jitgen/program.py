@@ -50,6 +50,12 @@ class NormProgram:
     lse: Expr | None
     order: str  # 'any', 'forward' or 'reverse'
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether results over parts of the keys may just be added."""
+        carries = any(n.op == "row_cumsum" for n in walk(*self.roots()))
+        return not self.state_names and not carries and self.rescale.is_const and self.rescale.attr == 1.0
+
     def roots(self) -> tuple[Expr | None, ...]:
         return (self.weight, self.rescale, *self.next_state, self.finalize, self.lse)
 

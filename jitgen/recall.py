@@ -14,7 +14,7 @@ from jitgen.program import too_short
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jitgen.api import PreparedCall
+    from jitgen.dense import PreparedCall
 
 Tensor = torch.Tensor
 

@@ -166,8 +166,12 @@ def index_leaves(
         "num_q_heads": num_q_heads,
         "num_kv_heads": num_kv_heads,
     }
+    b = along(0, batch)
     return {
-        "b": along(0, batch),
+        "b": b,
+        "q_off": b * q_len,
+        "q_first": b * q_len - q_offset,
+        "kv_off": b * kv_len,
         "h": along(1, num_q_heads),
         "kv_h": along(1, num_q_heads) // (num_q_heads // num_kv_heads),
         "q_idx": along(2, q_len, q_offset),

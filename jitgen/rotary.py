@@ -12,7 +12,7 @@ import torch
 from torch.compiler import is_compiling
 
 from jitgen import ir
-from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
+from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.ir import Expr
 from jitgen.symbols import Sym, active, as_operand
 
@@ -130,7 +130,7 @@ def _to_float32(x: float) -> float:
 
 def _check_table(table: Tensor, rotary_dim: int | None) -> None:
     if not isinstance(table, Tensor):
-        raise TypeError(f"cos_sin is a {type(table).__name__}, expected a torch.Tensor [max_position, rotary_dim].")
+        raise InvalidType(f"cos_sin is a {type(table).__name__}, expected a torch.Tensor [max_position, rotary_dim].")
     if table.dim() != 2 or table.shape[0] == 0 or (rotary_dim is not None and table.shape[1] != rotary_dim):
         wanted = "rotary_dim" if rotary_dim is None else rotary_dim
         raise ShapeMismatch(f"cos_sin has shape {tuple(table.shape)}, expected [max_position, {wanted}].")
@@ -202,10 +202,10 @@ def _prepare(q: Tensor, k: Tensor | None, where: Any, turn: Rope, targets: Any) 
     from jitgen.kv_tokens import Tokens, new_rows
 
     if len(targets) != 2:
-        raise TypeError(f"out has {len(targets)} entries, expected (q, k).")
+        raise InvalidType(f"out has {len(targets)} entries, expected (q, k).")
     streams = []
     for name, x, target in (("q", q, targets[0]), ("k", k, targets[1])):
-        if x is not None:
+        if x is not None or name == "q":
             rows = new_rows(name, x)
             if target is not None:
                 _check_target(name, target, x)
@@ -214,7 +214,7 @@ def _prepare(q: Tensor, k: Tensor | None, where: Any, turn: Rope, targets: Any) 
             )
             streams.append(Stream.in_rows(name, rows, written, turn))
         elif target is not None:
-            raise TypeError("out has a tensor for k, which is None.")
+            raise InvalidType("out has a tensor for k, which is None.")
     for s in streams[1:]:
         if s.x.shape[0] != q.shape[0] or s.x.device != q.device:
             raise ShapeMismatch(

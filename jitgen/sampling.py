@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from jitgen.checks import dtype_name
-from jitgen.errors import VariantError
-from jitgen.sampling_checks import check_indices, check_output, check_rows, row_parameter
+from jitgen.errors import InvalidType, InvalidValue, UnsupportedDtype, VariantError
+from jitgen.sampling_checks import ROW_DTYPES, check_indices, check_output, check_rows, row_parameter
 from jitgen.sampling_hooks import Processor, resolve_processors
 from jitgen.sampling_launch import address, capture_words, get_kernel, launch, team_of
 from jitgen.sampling_processors import Penalties, processors_of
@@ -62,15 +62,18 @@ def sample(
              return_valid, bool [batch]. ``status`` uint8 [batch] receives codes, see jitgen.sampling.STATUS.
     Units:   seed, offset: see jitgen.sampling_random. A row's token depends on its seed, offset and distribution only; advance
              adds 64 to the offsets on the device, so that replays of a CUDA graph differ.
-    Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, UnsupportedVariant (of a processor), CompileError.
+    Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, InvalidValue, InvalidType, UnsupportedVariant (of a
+             processor), CompileError.
              A row with NaN, infinite, negative or no mass gets bad_token and valid False; it disturbs no other.
     Cost:    compiles once per combination of filters and dtypes; reads x from memory once.
     """
     check_rows("x", x)
     if order not in ORDERS:
-        raise ValueError(f"order is {order!r}, expected 'top_k_first' or 'joint'.")
+        raise InvalidValue(f"order is {order!r}, expected 'top_k_first' or 'joint'.")
     if not from_logits and temperature is not None:
         raise VariantError("temperature divides logits, and from_logits is False. Pass logits, or leave it out.")
+    if isinstance(bad_token, bool) or not isinstance(bad_token, int):
+        raise InvalidType(f"bad_token is {bad_token!r} of type {type(bad_token).__name__}, expected an int.")
     rows, batch = check_indices(indices, x.shape[0], x.device)
     out = check_output("out", out, (batch,), (torch.int32, torch.int64), x.device)
     streams = resolve_streams(seed, offset, generator, advance, batch, x.device)
@@ -101,7 +104,9 @@ def softmax(
     Errors:  as sample.
     """
     check_rows("logits", logits)
-    out = check_output("out", out, tuple(logits.shape), (dtype if out is None else out.dtype,), logits.device)
+    if dtype not in ROW_DTYPES:
+        raise UnsupportedDtype(f"dtype is {dtype}, expected one of {', '.join(map(str, ROW_DTYPES))}.")
+    out = check_output("out", out, tuple(logits.shape), (dtype,) if out is None else ROW_DTYPES, logits.device)
     processors = processors_of(logits.shape[1], penalties, processor, bitmask)
     run("probs", logits, out, temperature=temperature, processors=processors, status=status)
     return out
@@ -125,7 +130,7 @@ def renorm(
     """
     check_rows("probs", probs)
     if order not in ORDERS:
-        raise ValueError(f"order is {order!r}, expected 'top_k_first' or 'joint'.")
+        raise InvalidValue(f"order is {order!r}, expected 'top_k_first' or 'joint'.")
     out = check_output("out", out, tuple(probs.shape), (probs.dtype,), probs.device)
     run(
         "probs", probs, out, from_probs=True, top_k=top_k, top_p=top_p, min_p=min_p, top_k_first=order == "top_k_first",

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from jitgen.checks import check_memory, dtype_name
-from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.checks import as_int32, check_is_tensor, check_memory, dtype_name
+from jitgen.errors import GradNotSupported, InvalidType, InvalidValue, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 
-DTYPES = ("float32", "bfloat16", "float16")
+ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_VOCAB = 2**24  # counts are exact in float32 up to here
 Parameter = float | int | torch.Tensor
 
 
 def check_rows(name: str, x: torch.Tensor, dims: int = 2) -> None:
     """Logits or probabilities: [rows, vocab], or [batch, draft, vocab] with ``dims`` 3."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}, expected a torch.Tensor.")
+    check_is_tensor(**{name: x})
     check_memory(**{name: x})
     axes = "[rows, vocab]" if dims == 2 else "[batch, tokens, vocab]"
     if x.dim() != dims:
@@ -24,10 +23,9 @@ def check_rows(name: str, x: torch.Tensor, dims: int = 2) -> None:
         raise UnsupportedDevice(
             f"{name} is on {x.device}, expected a cpu or cuda tensor. Move it with .to('cpu') or .to('cuda')."
         )
-    if dtype_name(x.dtype) not in DTYPES:
-        raise UnsupportedDtype(
-            f"{name} has dtype {dtype_name(x.dtype)}, expected {', '.join(DTYPES)}. Convert with .to(torch.float32)."
-        )
+    if x.dtype not in ROW_DTYPES:
+        allowed = ", ".join(map(dtype_name, ROW_DTYPES))
+        raise UnsupportedDtype(f"{name} has dtype {dtype_name(x.dtype)}, expected {allowed}. Convert with .to(torch.float32).")
     if not 1 <= x.shape[-1] <= MAX_VOCAB:
         raise ShapeMismatch(f"{name} has a vocabulary of {x.shape[-1]} (axis {dims - 1}), expected 1 to {MAX_VOCAB}.")
     if x.shape[-1] > 1 and x.stride(-1) != 1:
@@ -54,13 +52,13 @@ def row_parameter(
             )
         if value.dtype == torch.bool or value.is_complex() or (wanted == torch.int32 and value.is_floating_point()):
             raise UnsupportedDtype(f"{name} has dtype {dtype_name(value.dtype)}, expected {dtype_name(wanted)}.")
-        return value.to(wanted).contiguous(), 0
+        return as_int32(value) if wanted == torch.int32 else value.to(wanted).contiguous(), 0
     number = int if wanted == torch.int32 else (int, float)
     if isinstance(value, bool) or not isinstance(value, number):
         kind = "an int" if number is int else "a number"
-        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, expected {kind} or a tensor [batch].")
+        raise InvalidType(f"{name} is {value!r} of type {type(value).__name__}, expected {kind} or a tensor [batch].")
     if not bounds[0] <= value <= bounds[1]:
-        raise ValueError(f"{name} is {value}, expected {bounds[0]:g} to {bounds[1]:g}.")
+        raise InvalidValue(f"{name} is {value}, expected {bounds[0]:g} to {bounds[1]:g}.")
     return None, value
 
 
@@ -75,7 +73,7 @@ def check_indices(indices: torch.Tensor | None, rows: int, device: torch.device)
         raise UnsupportedDevice(f"indices is on {indices.device}, the rows are on {device}. Move it with .to({str(device)!r}).")
     if device.type == "cpu" and indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < rows):
         raise ShapeMismatch(f"indices reach from {int(indices.min())} to {int(indices.max())}, expected 0 to {rows - 1}.")
-    return indices.to(torch.int32).contiguous(), indices.shape[0]
+    return as_int32(indices), indices.shape[0]
 
 
 def check_output(
@@ -84,6 +82,7 @@ def check_output(
     """``out`` if it is what the call would have allocated, or a new tensor of the first dtype."""
     if out is None:
         return torch.empty(shape, dtype=dtypes[0], device=device)
+    check_is_tensor(**{name: out})
     if tuple(out.shape) != shape:
         raise ShapeMismatch(f"{name} has shape {tuple(out.shape)}, expected {shape}.")
     if out.dtype not in dtypes:

@@ -17,10 +17,11 @@ from jitgen.emit_lower import Block, Lowering, Unit
 from jitgen.emit_split import split_floats
 from jitgen.errors import VariantError
 from jitgen.guards import Path
-from jitgen.hooks import HookTracer, check_parameters, code_of, converted, name_of, trace_key, with_slots
+from jitgen.hooks import HookTracer, converted, with_slots
 from jitgen.ir import Expr
 from jitgen.program import Program
 from jitgen.sampling_spec import NO_PROCESSOR
+from jitgen.signatures import check_parameters, code_of, name_of, trace_key
 from jitgen.symbols import Sym
 from jitgen.trace import trace_lock
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from jitgen.errors import ShapeMismatch, UnsupportedDtype
+from jitgen.checks import check_is_tensor
+from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDtype
 from jitgen.sampling_hooks import Processor
 
 COUNT_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -33,6 +34,7 @@ class Penalties:
     presence: float | torch.Tensor = 0.0
 
     def __post_init__(self) -> None:
+        check_is_tensor(counts=self.counts)
         if self.counts.dim() != 2:
             raise ShapeMismatch(f"counts has shape {tuple(self.counts.shape)}, expected [batch, vocab].")
         if self.counts.dtype not in COUNT_DTYPES:
@@ -79,6 +81,7 @@ def bitmask_processor(bitmask: torch.Tensor, vocab: int) -> Processor:
 
     Shapes:  bitmask [batch, ceil(vocab / 32)] int32.
     """
+    check_is_tensor(bitmask=bitmask)
     words = (vocab + 31) // 32
     if bitmask.dim() != 2 or bitmask.shape[1] < words:
         raise ShapeMismatch(f"bitmask has shape {tuple(bitmask.shape)}, expected [batch, {words}]: a bit for each token.")
@@ -98,6 +101,8 @@ def processors_of(
     bitmask: torch.Tensor | None,
 ) -> tuple[Processor, ...]:
     """All processors of a call in their order: penalties, the user's, bitmask."""
+    if penalties is not None and not isinstance(penalties, Penalties):
+        raise InvalidType(f"penalties is {penalties!r} of type {type(penalties).__name__}, expected a jitgen.Penalties.")
     found: list[Processor] = [] if penalties is None else [penalties.processor()]
     if processor is not None:
         found += list(processor) if isinstance(processor, (list, tuple)) else [processor]

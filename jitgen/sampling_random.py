@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.errors import InvalidType, InvalidValue, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 
 DRAWS_PER_CALL = 64
 _SIGN, _ALL = 2**63, 2**64
@@ -41,22 +41,22 @@ def resolve_streams(
 ) -> Streams:
     """Streams of a call; without a seed they come from ``generator``, else from torch's default one (torch.manual_seed).
 
-    Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice; ValueError when arguments exclude each other, or when a CUDA
+    Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice; InvalidValue when arguments exclude each other, or when a CUDA
              graph is captured and every replay would repeat the same numbers.
     """
     if seed is None:
         if offset is not None or advance:
-            raise ValueError("offset and advance need a seed. Pass seed, an int or a tensor [batch] of int64.")
+            raise InvalidValue("offset and advance need a seed. Pass seed, an int or a tensor [batch] of int64.")
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise ValueError(
+            raise InvalidValue(
                 "a CUDA graph is being captured without a seed, so every replay would repeat the same draws. "
                 "Pass seed and offset tensors and advance=True."
             )
         return _from_generators(generator, batch, device)
     if generator is not None:
-        raise ValueError("seed and generator were both given. Use one of the two.")
+        raise InvalidValue("seed and generator were both given. Use one of the two.")
     if advance and not isinstance(offset, torch.Tensor):
-        raise ValueError(f"advance=True moves offsets in place, but offset is {offset!r}. Pass a tensor [batch] of int64.")
+        raise InvalidValue(f"advance=True moves offsets in place, but offset is {offset!r}. Pass a tensor [batch] of int64.")
     seeds, seed_value = _per_row("seed", seed, batch, device)
     offsets, offset_value = _per_row("offset", 0 if offset is None else offset, batch, device)
     return Streams(seeds, seed_value, offsets, offset_value, advance)
@@ -65,7 +65,7 @@ def resolve_streams(
 def _per_row(name: str, value: int | torch.Tensor, batch: int, device: torch.device) -> tuple[torch.Tensor | None, int]:
     if not isinstance(value, torch.Tensor):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, expected an int or a tensor [batch].")
+            raise InvalidType(f"{name} is {value!r} of type {type(value).__name__}, expected an int or a tensor [batch].")
         return None, (value + _SIGN) % _ALL - _SIGN
     if value.dtype not in (torch.int64, torch.uint64):
         raise UnsupportedDtype(f"{name} has dtype {str(value.dtype)[6:]}, expected int64. Convert with .to(torch.int64).")

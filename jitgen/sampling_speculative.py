@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from jitgen.checks import dtype_name
+from jitgen.checks import as_int32, dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.sampling_checks import check_output, check_rows
 from jitgen.sampling_launch import address, get_kernel, launch, team_of
@@ -68,7 +68,7 @@ def speculative_verify(
     if batch == 0:
         return result
     kernel = get_kernel("verify", dtype_name(target_probs.dtype), device, NO_PROCESSOR, from_probs=True)
-    draft_ids, parents = (None if t is None else t.to(torch.int32).contiguous() for t in (draft_ids, parents))
+    draft_ids, parents = (None if t is None else as_int32(t) for t in (draft_ids, parents))
     launch(kernel, device, (
         address(draft_probs), target_probs.data_ptr(), address(draft_ids), address(parents),
         *(t.data_ptr() for t in (result.ids, result.path, result.accepted, result.emitted)), address(status),

@@ -9,11 +9,11 @@ import torch
 from torch.compiler import is_compiling
 
 from jitgen.checks import check_grad, check_scale
-from jitgen.errors import PlanMismatch, UnsupportedDevice, VariantError
+from jitgen.errors import InvalidType, PlanMismatch, UnsupportedDevice, VariantError
 from jitgen.looks import looks_of
 from jitgen.program import Program, uses_index
 from jitgen.serving_cascade import Cascade
-from jitgen.serving_checks import check_keys, check_query
+from jitgen.serving_checks import check_keys, check_packed, check_query
 from jitgen.serving_kernels import kernels_of, merge_kernel
 from jitgen.serving_launch import (
     PreparedCall,
@@ -95,7 +95,7 @@ def paged_attention(
         check_traced(variant, out, lse, captures)
         return call_paged(q, kv_cache, page_table, plan, scale, kv_layout, return_lse, k_scale, v_scale)
     if type(plan) is not Plan:
-        raise TypeError(f"plan is a {type(plan).__name__}, expected a jitgen.Plan.")
+        raise InvalidType(f"plan is a {type(plan).__name__}, expected a jitgen.Plan.")
     program, values = plan.trace_other(variant, captures) if captures or variant is not None else plan.trace()
     if plan.is_latent and plan.device_index is None:
         kv_cache = join_latent(kv_cache)
@@ -159,7 +159,7 @@ def ragged_attention(
         check_traced(variant, out, lse, captures)
         return call_ragged(q, k, v, plan, scale, return_lse, k_scale, v_scale)
     if type(plan) is not Plan:
-        raise TypeError(f"plan is a {type(plan).__name__}, expected a jitgen.Plan.")
+        raise InvalidType(f"plan is a {type(plan).__name__}, expected a jitgen.Plan.")
     program, values = plan.trace_other(variant, captures) if captures or variant is not None else plan.trace()
     options = (program, scale)
     recent = plan.recent
@@ -220,6 +220,9 @@ def _recall(
     if recent is not None and options == recent.options and recent.looks_same(*tensors):
         call, looks_same = recent.call, recent.looks_same
     else:
+        if not all(isinstance(t, Tensor) for t in tensors):
+            check_query(plan, tensors[0])
+            find_place()  # says which one is no tensor
         key = _key_of(tensors, options)
         call = plan.calls.get(key)
         if call is None:
@@ -276,6 +279,7 @@ def _prepare(
     q = tensors[0]
     mask_slots = plan.match_mask(program)
     check_query(plan, q)
+    check_packed(plan, program)
     check_keys(plan, place, tensors[1:])
     if scale is None and plan.is_latent:
         raise VariantError(

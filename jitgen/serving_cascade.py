@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from jitgen.errors import ShapeMismatch
-from jitgen.serving_lists import KVLists, PageTable, as_int32, check_indices
+from jitgen.checks import as_int32
+from jitgen.errors import InvalidType, ShapeMismatch
+from jitgen.serving_lists import KVLists, PageTable, check_indices
 from jitgen.serving_tree import Path, SharedRun, shared_runs_of
 
 Tensor = torch.Tensor
@@ -33,12 +34,12 @@ class CascadeLevel:
     def of(cls, value: object) -> CascadeLevel:
         """The level that ``value`` is, or that a triple (q_indptr, page_table, kv_len) stands for.
 
-        Errors:  ShapeMismatch, UnsupportedDtype; TypeError for anything else.
+        Errors:  ShapeMismatch, UnsupportedDtype; InvalidType for anything else.
         """
         if isinstance(value, cls):
             return value
         if not isinstance(value, tuple | list) or len(value) != 3:
-            raise TypeError(f"a level is a {type(value).__name__}, expected (q_indptr, page_table, kv_len).")
+            raise InvalidType(f"a level is a {type(value).__name__}, expected (q_indptr, page_table, kv_len).")
         q_indptr, page_table, kv_len = value
         check_indices("q_indptr", q_indptr, 1)
         check_indices("kv_len", kv_len, 1)
@@ -73,7 +74,7 @@ class Cascade(KVLists):
     12 us with larger ones. So below some 10,000 and 50,000 saved keys (of 8 KV heads of 128, in 16 bits) a plan without levels
     is faster, given page lists with the shared pages in front.
 
-    Errors:  ShapeMismatch, UnsupportedDtype; TypeError.
+    Errors:  ShapeMismatch, UnsupportedDtype; InvalidType.
     Cost:    a copy of the page lists, made again by every update; no wait for the device.
     """
 

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jitgen.checks import dtype_name
-from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.checks import check_is_tensor, dtype_name
+from jitgen.emit_ranges import POSITION_LIMIT
+from jitgen.errors import InvalidType, PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.families import CUDA_HEAD_DIMS, padded_head_dims
 from jitgen.layouts import check_own_rows
-from jitgen.program import Program, direct_indices, too_short
+from jitgen.program import Program, direct_indices, too_short, uses_index
 from jitgen.serving_pages import KeyPlace
 from jitgen.serving_scales import stored_dtype
 from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM, MLA_DIMS, STORED_DTYPES
@@ -24,6 +25,10 @@ MAX_CUDA_BATCH = 4096  # kPlanMaxBatch in plan.cuh
 
 def check_plan_numbers(plan: Plan) -> None:
     """What a plan is made from is possible."""
+    for name in ("dtype", "kv_dtype"):
+        value = getattr(plan, name)
+        if not isinstance(value, torch.dtype) and (name, value) != ("kv_dtype", None):
+            raise InvalidType(f"{name} is {value!r} of type {type(value).__name__}, expected one like torch.bfloat16.")
     for name in ("max_batch", "max_tokens", "num_q_heads", "num_kv_heads"):
         value = getattr(plan, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -147,6 +152,8 @@ def check_lengths(plan: Plan, q_indptr: Tensor, kv_len: Tensor, reads_q_idx: boo
         raise PlanMismatch(f"a {what} has {int(rows.max())} query rows, the plan was made for max_q_len={plan.max_q_len}.")
     if bool((kv_len < 0).any()):
         raise ShapeMismatch(f"kv_len is {_shown(kv_len)}, expected no negative length.")
+    if bool((kv_len > POSITION_LIMIT).any()):
+        raise ShapeMismatch(f"kv_len is {_shown(kv_len)}, expected at most {POSITION_LIMIT} keys. Is it in bytes, or garbage?")
     if plan.max_kv_len is not None and bool((kv_len > plan.max_kv_len).any()):
         raise PlanMismatch(f"a request has {int(kv_len.max())} keys, the plan was made for max_kv_len={plan.max_kv_len}.")
     if reads_q_idx and plan.q_index == "absolute" and bool(((q_len > kv_len) & (q_len > 0)).any()):
@@ -162,10 +169,19 @@ def _shown(t: Tensor) -> str:
     return f"{values}" if t.shape[0] <= 8 else f"{str(values)[:-1]}, ...]"
 
 
-def check_query(plan: Plan, q: object) -> None:
+def check_packed(plan: Plan, program: Program) -> None:
+    """Keys are where kv_off says: one request after the other, and not in pages or in a copy."""
+    if not uses_index(program, "kv_off"):
+        return
+    if plan.layout != "ragged":
+        raise VariantError("the variant reads kv_off, and keys in pages have no rows. Index by b and kv_idx, or by pages.")
+    if plan.stage is not None and (plan.stage.changes_keys or plan.stage.gathers_bytes):
+        raise VariantError("the variant reads kv_off, and this plan copies keys on their way. Capture kv_indptr instead.")
+
+
+def check_query(plan: Plan, q: Tensor) -> None:
     """q is what the plan was made for."""
-    if not isinstance(q, Tensor):
-        raise TypeError(f"q is a {type(q).__name__}, expected a torch.Tensor.")
+    check_is_tensor(q=q)
     if q.dim() != 3:
         raise ShapeMismatch(
             f"q has shape {tuple(q.shape)}, expected [total_q, num_q_heads, head_dim]: the rows of all requests."

@@ -52,11 +52,14 @@ class Entries:
 
     def place(self, program: Program) -> Program:
         """``program`` as kernels of entries run it."""
-        return place(program, self.chosen)[0]
+        return self._placed(program)[0]
 
     def tables(self, program: Program) -> list[object]:
         """What ``program`` captures once it is placed, besides its own captures."""
-        return [self.named[name] for name in place(program, self.chosen)[1]]
+        return [self.named[name] for name in self._placed(program)[1]]
+
+    def _placed(self, program: Program) -> tuple[Program, tuple[str, ...]]:
+        return place(program, self.chosen, self.is_local)
 
     def words(self, program: Program, values: list[object], scales: list[object]) -> list[object]:
         """Fields of a kernel behind the strides."""
@@ -94,7 +97,7 @@ class ChosenEntries(Entries):
 
     def tables(self, program: Program) -> list[object]:
         """What ``program`` captures once it is placed, besides its own captures."""
-        if not self._fills_rows and any(name.startswith("row_") for name in place(program, self.chosen)[1]):
+        if not self._fills_rows and any(name.startswith("row_") for name in self._placed(program)[1]):
             # what a CUDA graph that is being captured fills, nothing else may rely on
             self._fills_rows = self.device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
             self._fill_rows()

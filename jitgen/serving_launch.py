@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from jitgen import runtime
+from jitgen.checks import check_is_tensor
 from jitgen.errors import PlanMismatch, UnsupportedDevice
 from jitgen.program import Program
 from jitgen.serving_checks import check_captures, check_query, check_results
@@ -218,6 +219,7 @@ def _run_with_values(
 
 def _check_results(plan: Plan, recent: RecentCall, q: Tensor, out: Tensor | None, lse: Tensor | None) -> Blocks:
     """``out=`` and ``lse=`` are as they must be; returns the blocks for the strides of ``out``."""
+    check_is_tensor(**{name: t for name, t in (("out", out), ("lse", lse)) if t is not None})
     call = recent.call
     given = (q.shape[0], q.dtype, *[t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in (out, lse)])
     if given != plan.checked_results:

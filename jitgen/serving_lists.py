@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import torch
 
-from jitgen.errors import ShapeMismatch, UnsupportedDtype
+from jitgen.checks import as_int32, narrowed
+from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDtype
 
 Tensor = torch.Tensor
 
@@ -87,7 +88,7 @@ class PageTable(KVLists):
         Errors:  ShapeMismatch, UnsupportedDtype.
         """
         check_indices("block_table", block_table, 2)
-        table = block_table.to(torch.int32)
+        table = narrowed(block_table)
         if table.shape[1] > 1 and table.stride(1) != 1:
             table = table.contiguous()
         return cls(table.shape[0], table, None, table.stride(0))
@@ -101,7 +102,7 @@ class PageTable(KVLists):
             return cls.dense(value)
         if isinstance(value, tuple | list) and len(value) == 2:
             return cls.csr(*value)
-        raise TypeError(
+        raise InvalidType(
             f"page_table is a {type(value).__name__}, expected a jitgen.PageTable, a block table of shape [batch, max_pages], "
             "or a pair (indptr, indices)."
         )
@@ -124,7 +125,7 @@ class PageTable(KVLists):
         if self.indptr is None:
             raise ShapeMismatch("kv_len needs the CSR form, this table is dense: it does not say how many pages are in use.")
         pages = self.indptr.diff()
-        return torch.where(pages > 0, (pages - 1) * page_size + last_page_len.to(torch.int32), 0)
+        return torch.where(pages > 0, (pages - 1) * page_size + narrowed(last_page_len), 0)
 
     def check_extent(self, kv_len: Tensor, page_size: int) -> None:
         """On the CPU: the lists are long enough for ``kv_len`` keys."""
@@ -145,13 +146,8 @@ class PageTable(KVLists):
 def check_indices(name: str, t: object, rank: int) -> None:
     """``t`` is a tensor of page numbers, row numbers or lengths."""
     if not isinstance(t, Tensor):
-        raise TypeError(f"{name} is a {type(t).__name__}, expected a torch.Tensor of int32 or int64.")
+        raise InvalidType(f"{name} is a {type(t).__name__}, expected a torch.Tensor of int32 or int64.")
     if t.dtype not in (torch.int32, torch.int64):
         raise UnsupportedDtype(f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected int32 or int64.")
     if t.dim() != rank:
         raise ShapeMismatch(f"{name} has shape {tuple(t.shape)}, expected {rank} dimension{'s' if rank > 1 else ''}.")
-
-
-def as_int32(t: Tensor) -> Tensor:
-    """The tensor itself if it is contiguous int32, otherwise a copy."""
-    return t if t.dtype is torch.int32 and t.is_contiguous() else t.to(torch.int32).contiguous()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from jitgen.checks import check_is_tensor
 from jitgen.errors import ShapeMismatch, UnsupportedDtype
 
 Tensor = torch.Tensor
@@ -23,9 +24,10 @@ def bit_mask(packed: Tensor, byte_indptr: Tensor) -> Callable[..., Any]:
     beside it lets kernels skip keys, which the bits alone do not.
 
     Shapes:  packed [bytes] uint8; byte_indptr [batch + 1] int32 or int64. See ``pack_mask`` for making both.
-    Errors:  ShapeMismatch, UnsupportedDtype.
+    Errors:  InvalidType, ShapeMismatch, UnsupportedDtype.
     Cost:    one byte read per query row and key.
     """
+    check_is_tensor(packed=packed, byte_indptr=byte_indptr)
     if packed.dtype != torch.uint8:
         raise UnsupportedDtype(f"packed has dtype {str(packed.dtype).removeprefix('torch.')}, expected uint8.")
     if packed.dim() != 1 or byte_indptr.dim() != 1:
@@ -42,9 +44,10 @@ def pack_mask(mask: Tensor, q_len: Tensor, kv_len: Tensor) -> tuple[Tensor, Tens
     """Bits and offsets for ``bit_mask`` from a bool tensor: the masks of all requests, row by row, one after the other.
 
     Shapes:  mask [sum of q_len * kv_len] bool; q_len, kv_len [batch]; returns uint8 [bytes], int32 [batch + 1].
-    Errors:  ShapeMismatch.
+    Errors:  InvalidType, ShapeMismatch.
     Cost:    a few passes over the mask; waits for its device.
     """
+    check_is_tensor(mask=mask, q_len=q_len, kv_len=kv_len)
     sizes = q_len.to(torch.int64) * kv_len.to(torch.int64)
     if mask.dim() != 1 or mask.shape[0] != int(sizes.sum()):
         raise ShapeMismatch(
@@ -70,9 +73,10 @@ def tree_mask(visible: Tensor) -> Callable[..., Any]:
     the name ``visible``. For absolute positions (the default of a plan).
 
     Shapes:  visible [tokens, tokens] or [batch, tokens, tokens], bool; tokens at least the largest q_len.
-    Errors:  ShapeMismatch, UnsupportedDtype.
+    Errors:  InvalidType, ShapeMismatch, UnsupportedDtype.
     Cost:    context tiles are read without a mask; one byte per pair of draft tokens.
     """
+    check_is_tensor(visible=visible)
     if visible.dtype != torch.bool:
         raise UnsupportedDtype(f"visible has dtype {str(visible.dtype).removeprefix('torch.')}, expected bool.")
     if visible.dim() not in (2, 3) or visible.shape[-1] != visible.shape[-2]:

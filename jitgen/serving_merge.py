@@ -9,7 +9,7 @@ import torch
 from torch.compiler import is_compiling
 
 from jitgen import runtime
-from jitgen.checks import dtype_name
+from jitgen.checks import check_is_tensor, dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDtype
 from jitgen.families import cuda_spec
 from jitgen.streams import call_on, cuda_index, stream_of
@@ -32,7 +32,7 @@ def merge_states(
     Shapes:  outs [rows, states, heads, head_dim_v]; lses [rows, states, heads] float32; or both lists of states, without that
              axis; returns [rows, heads, head_dim_v] in outs's dtype and [rows, heads] float32.
     Units:   logsumexps of base 'e', as jitgen returns them, or 2, as FlashInfer does; the result has the same base.
-    Errors:  ShapeMismatch, UnsupportedDtype.
+    Errors:  InvalidType, ShapeMismatch, UnsupportedDtype.
     Cost:    one kernel for 16-bit outputs on a GPU, compiled once for a dtype and head dim; else a few torch operations.
              float32 throughout.
     """
@@ -56,6 +56,7 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, b
     Errors:  ShapeMismatch, UnsupportedDtype.
     Cost:    as merge_states.
     """
+    check_is_tensor(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape:
         raise ShapeMismatch(
             f"the parts have outputs of shapes {tuple(out_a.shape)} and {tuple(out_b.shape)}, logsumexps of shapes "
@@ -71,7 +72,9 @@ def _stacked(name: str, states: Tensor | Sequence[Tensor]) -> Tensor:
     """The states along axis 1."""
     if isinstance(states, Tensor):
         return states
-    shapes = [tuple(t.shape) if isinstance(t, Tensor) else t for t in states]
+    for i, t in enumerate(states):
+        check_is_tensor(**{f"{name}[{i}]": t})
+    shapes = [tuple(t.shape) for t in states]
     if not shapes or any(s != shapes[0] for s in shapes):
         raise ShapeMismatch(f"{name} has states of shapes {shapes}, expected one state at least, and all alike.")
     return torch.stack(tuple(states), 1)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from jitgen.errors import ShapeMismatch
+from jitgen.checks import check_is_tensor
+from jitgen.errors import InvalidType, ShapeMismatch
 
 Tensor = torch.Tensor
 KV_LAYOUTS = ("NHD", "HND")
@@ -33,7 +34,7 @@ class KeyPlace:
 def cache_place(cache: object, kv_layout: str) -> KeyPlace:
     """Addressing of a paged cache.
 
-    Errors:  ShapeMismatch, UnsupportedDtype; TypeError for anything that is no cache.
+    Errors:  ShapeMismatch, UnsupportedDtype; InvalidType for anything that is no cache.
     """
     if kv_layout not in KV_LAYOUTS:
         raise ShapeMismatch(f"kv_layout={kv_layout!r} is not a layout. Use 'NHD' or 'HND'.")
@@ -63,7 +64,7 @@ def _split_cache(cache: object) -> tuple[Tensor, Tensor, int]:
             raise ShapeMismatch(f"the kv cache has shape {tuple(cache.shape)}, expected {CACHE_FORMS}.")
         return cache[:, 0], cache[:, 1], cache.stride(1) * cache.element_size()
     if not isinstance(cache, tuple | list) or len(cache) != 2 or not all(isinstance(t, Tensor) for t in cache):
-        raise TypeError(f"the kv cache is a {type(cache).__name__}, expected {CACHE_FORMS}.")
+        raise InvalidType(f"the kv cache is a {type(cache).__name__}, expected {CACHE_FORMS}.")
     for name, t in zip("kv", cache, strict=True):
         if t.dim() != 4:
             raise ShapeMismatch(f"the {name} cache has shape {tuple(t.shape)}, expected {CACHE_FORMS}.")
@@ -112,8 +113,7 @@ def ragged_place(k: Tensor, v: Tensor) -> KeyPlace:
     Errors:  ShapeMismatch.
     """
     for name, t in (("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} is a {type(t).__name__}, expected a torch.Tensor.")
+        check_is_tensor(**{name: t})
         if t.dim() != 3:
             raise ShapeMismatch(f"{name} has shape {tuple(t.shape)}, expected [total_kv, num_kv_heads, head_dim].")
     for axis, what in ((0, "rows"), (1, "heads")):

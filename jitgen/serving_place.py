@@ -35,10 +35,10 @@ class ChosenLists:
 
 
 @lru_cache(maxsize=256)
-def place(program: Program, chosen: ChosenLists | None = None) -> tuple[Program, tuple[str, ...]]:
+def place(program: Program, chosen: ChosenLists | None = None, is_local: bool = False) -> tuple[Program, tuple[str, ...]]:
     """``program`` for entries that are parts of requests: without the hooks of finished rows, as a row is in several entries;
     or with all hooks for ``chosen`` lists, where it is in one. A transform of rows that many requests share sees the first of
-    these.
+    these. ``is_local``: the program's q_idx counts the rows of a request from 0.
 
     Returns the program and the names of the tables that it captures, as int32 tensors, after the captures of ``program``.
     """
@@ -51,10 +51,11 @@ def place(program: Program, chosen: ChosenLists | None = None) -> tuple[Program,
         wanted |= {"kv_idx"} | ({"b"} & {str(n.attr) for n in ir.walk(*rows.roots()) if n.op == "index"})
     tables = _tables_for(wanted, chosen is not None, has_end)
     slots = (*program.slots, *(_table_slot(name, chosen is not None) for name in tables))
-    places = _Places({name: len(program.slots) + i for i, name in enumerate(tables)}, chosen)
-    score, mask, sink, output, lse = (
-        None if root is None else ir.rebuild(root, places.of_hook) for root in (program.score, program.mask, *finished)
+    places = _Places({name: len(program.slots) + i for i, name in enumerate(tables)}, chosen, is_local)
+    score, mask, output, lse = (
+        None if root is None else ir.rebuild(root, places.of_hook) for root in (program.score, program.mask, *finished[1:])
     )
+    sink = None if finished[0] is None else ir.rebuild(finished[0], places.of_sink)
     if has_end:
         inside = make("lt", places.key(index("kv_idx")), places.read("entry_end", index("b")))
         mask = inside if mask is None else make("and", mask, inside)
@@ -66,8 +67,8 @@ def place(program: Program, chosen: ChosenLists | None = None) -> tuple[Program,
 class _Places:
     """What stands for an index of an entry: ``number`` has the slots of the tables."""
 
-    def __init__(self, number: dict[str, int], chosen: ChosenLists | None) -> None:
-        self._number, self._chosen = number, chosen
+    def __init__(self, number: dict[str, int], chosen: ChosenLists | None, is_local: bool) -> None:
+        self._number, self._chosen, self._is_local = number, chosen, is_local
 
     def read(self, table: str, *at: Expr) -> Expr:
         return load(self._number[table], "i32", at)
@@ -83,39 +84,61 @@ class _Places:
         return make("add", first, make("mod", number, page_size))
 
     def of_hook(self, node: Expr) -> Expr | None:
+        return self._of_request(node, index("q_idx"))
+
+    def of_sink(self, node: Expr) -> Expr | None:
+        """Sinks are the same for all rows of an entry, which are those of one request."""
+        return self._of_request(node, const(0))
+
+    def _of_request(self, node: Expr, row_of_entry: Expr) -> Expr | None:
         if node.op != "index":
             return None
         if node.attr == "kv_idx":
             return self.key(node)
-        if node.attr not in _ROW_TABLE_OF:
+        if node.attr == "kv_off":
+            return make("sub", node, self.read("kv_base", index("b")))
+        if node.attr not in _ROW_TABLES_OF:
             return None
-        row = make("add", self.read("entry_row", index("b")), index("q_idx"))
+        row = make("add", self.read("entry_row", index("b")), row_of_entry)
+        tables = [self.read(name, row) for name in _ROW_TABLES_OF[str(node.attr)]]
         if node.attr == "ctx_len":
-            return make("sub", self.read("row_kv_len", row), self.read("row_q_len", row))
-        return self.read(_ROW_TABLE_OF[str(node.attr)], row)
+            return make("sub", *tables)
+        if node.attr == "q_first" or (node.attr == "q_off" and self._is_local):
+            return make("sub", row, tables[0])
+        if node.attr == "q_off":
+            position, kv_len, q_len = tables
+            return make("add", make("sub", row, position), make("sub", kv_len, q_len))
+        return tables[0]
 
     def in_row(self, p: RowProgram) -> RowProgram:
         """A transform of keys or values, whose rows are numbered by q_idx."""
         position = index("q_idx") if p.position is None and p.rope is not None else p.position
-        before, position, after = (None if e is None else ir.rebuild(e, self._of_row) for e in (p.before, position, p.after))
+        before, position, after = (None if e is None else ir.rebuild(e, self._of_key) for e in (p.before, position, p.after))
         return RowProgram(before, p.rope, position, after)
 
-    def _of_row(self, node: Expr) -> Expr | None:
+    def _of_key(self, node: Expr) -> Expr | None:
         if node.op != "index" or node.attr not in ("q_idx", "b"):
             return None
         return self.read("row_request", self.read("entry_row", node)) if node.attr == "b" else self.key(node)
 
 
-_ROW_TABLE_OF = {"q_idx": "row_position", "b": "row_request", "q_len": "row_q_len", "kv_len": "row_kv_len", "ctx_len": ""}
+# What is read of a row for an index of its request.
+_ROW_TABLES_OF = {
+    "q_idx": ("row_position",),
+    "b": ("row_request",),
+    "q_len": ("row_q_len",),
+    "kv_len": ("row_kv_len",),
+    "ctx_len": ("row_kv_len", "row_q_len"),
+    "q_first": ("row_position",),
+    "q_off": ("row_position", "row_kv_len", "row_q_len"),
+}
 
 
 def _tables_for(wanted: set[str], is_chosen: bool, has_end: bool) -> tuple[str, ...]:
-    used = {_ROW_TABLE_OF[name] for name in wanted if _ROW_TABLE_OF.get(name)}
-    if "ctx_len" in wanted:
-        used |= {"row_q_len", "row_kv_len"}
+    used = {table for name in wanted for table in _ROW_TABLES_OF.get(name, ())}
     if used:
         used.add("entry_row")
-    if "kv_idx" in wanted:
+    if "kv_idx" in wanted or "kv_off" in wanted:
         used |= {"list_start", "list_position"} if is_chosen else {"kv_base"}
     if has_end:
         used.add("entry_end")

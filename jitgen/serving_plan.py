@@ -8,14 +8,15 @@ from typing import Any
 import torch
 
 from jitgen.api import resolve_hooks
+from jitgen.checks import as_int32
 from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, VariantError
 from jitgen.ir import TRUE, to_text, walk
 from jitgen.program import Program, uses_index
 from jitgen.serving_cascade import Cascade
-from jitgen.serving_checks import check_captures, check_lengths, check_plan_numbers
+from jitgen.serving_checks import check_captures, check_lengths, check_packed, check_plan_numbers
 from jitgen.serving_entries import ChosenEntries, Entries, make_chosen
 from jitgen.serving_kernels import DECODE_ROWS, KernelClass, make_classes
-from jitgen.serving_lists import KVLists, as_int32, check_indices
+from jitgen.serving_lists import KVLists, check_indices
 from jitgen.serving_op import register_plan
 from jitgen.serving_rows import Stage, make_stage
 from jitgen.serving_segments import check_cascade, make_segments
@@ -135,6 +136,7 @@ class Plan:
     def _choose_kernels(self, program: Program, values: list[object]) -> None:
         """The kernels for a program, and what they need of it in front of them."""
         self.stage = make_stage(self, program)
+        check_packed(self, program)
         self.classes = make_classes(self, program, values)
         if self.stage is not None:
             self.stage.set_classes(self.classes)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from jitgen.checks import dtype_name
-from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.spec import STORED_DTYPES
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _words(plan: Plan, num_pages: int, page_size: int, name: str, scale: Scale) 
         return 0, 0, 0, 1.0
     if not isinstance(scale, Tensor):
         if isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise TypeError(f"{name} is a {type(scale).__name__}, expected a number or a float32 tensor.")
+            raise InvalidType(f"{name} is a {type(scale).__name__}, expected a number or a float32 tensor.")
         return 0, 0, 0, float(scale)
     if scale.dtype != torch.float32:
         raise UnsupportedDtype(f"{name} has dtype {dtype_name(scale.dtype)}, expected float32.")

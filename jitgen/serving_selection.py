@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from jitgen.checks import as_int32
 from jitgen.errors import ShapeMismatch
-from jitgen.serving_lists import KVLists, PageTable, as_int32, check_indices
+from jitgen.serving_lists import KVLists, PageTable, check_indices
 from jitgen.serving_place import NO_POSITION
 
 Tensor = torch.Tensor
@@ -73,7 +74,7 @@ class Selection(ChosenKeys):
 
     Shapes:  q_indptr [batch + 1]; kv_len [batch]; chosen [lists, num_kv_heads or 1, blocks]; list_indptr [lists + 1]; int32, or
              int64, which is copied here and now; on one device.
-    Errors:  ShapeMismatch, UnsupportedDtype; TypeError. On the CPU also for numbers that make no sense, when the plan is
+    Errors:  ShapeMismatch, UnsupportedDtype; InvalidType. On the CPU also for numbers that make no sense, when the plan is
              updated.
     Cost:    some 25 torch operations over ``chosen``, and memory for it as pages twice; no wait for the device. Attention costs
              what as many keys cost in page lists (decode on an H100: 1.03 times with lists for each KV head). Hooks that

@@ -22,6 +22,7 @@ CPU_FLAGS = (
 LINK_FLAGS = ("-Wl,--as-needed", "-Wl,-s")
 # A CUDA module links to no CUDA library. -z defs: a function that nobody has is found out when linking.
 CUDA_LINK_FLAGS = (*LINK_FLAGS, "-Wl,-z,defs")
+LEAST_MAJOR = 8  # of the compute capabilities that kernels run on
 
 # cpuinfo names of each level, in the order they are tried
 _AVX512 = ("avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl")
@@ -154,14 +155,19 @@ def _device_arch(device: object) -> str:
             "Set JITGEN_CUDA_ARCH (for example 9.0) to compile without a device, or see 'jitgen doctor'."
         )
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
+    if major < LEAST_MAJOR:
         name = torch.cuda.get_device_name(device)
-        raise UnsupportedDevice(f"{name} has compute capability {major}.{minor}, kernels need at least 8.0.")
+        raise UnsupportedDevice(f"{name} has compute capability {major}.{minor}, kernels need at least {LEAST_MAJOR}.0.")
     return f"{major}.{minor}"
 
 
 def cuda_target(arch: str) -> CompileTarget:
-    """The target of a CUDA architecture such as '8.0' or '9.0a'; needs no device."""
+    """The target of a CUDA architecture such as '8.0' or '9.0a'; needs no device.
+
+    Errors:  UnsupportedDevice below 8.0.
+    """
+    if int(arch.split(".")[0]) < LEAST_MAJOR:
+        raise UnsupportedDevice(f"there are no kernels for compute capability {arch}: they need at least {LEAST_MAJOR}.0.")
     sm = arch.replace(".", "")
     cxx, toolkit = (toolchain.find_cxx(), toolchain.find_toolkit()) if _may_compile() else (None, None)
     known = toolkit is not None and cxx is not None

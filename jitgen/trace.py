@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from torch.overrides import TorchFunctionMode
+
 from jitgen import ir, ops_torch
 from jitgen.errors import JitgenError, UnsupportedVariant
 from jitgen.guards import Guards, Path, is_printable
@@ -27,6 +29,19 @@ trace_lock = threading.RLock()
 
 Results = tuple[Expr, ...]
 Decision = tuple[Expr, bool]
+
+
+RANDOM_FUNCTIONS = frozenset(("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson"))
+
+
+class _NoRandomNumbers(TorchFunctionMode):
+    """Refuses numbers that would be drawn once, while the hook is traced. Stand-ins see no function without one among its
+    arguments."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in RANDOM_FUNCTIONS:
+            refuse(f"torch.{func.__name__} would be drawn once, when the hook is traced. Draw outside, and index the tensor.")
+        return func(*args, **(kwargs or {}))
 
 
 class Tracer:
@@ -156,7 +171,8 @@ class Tracer:
     def _call_user(self, call: Callable[[], object]) -> object:
         """Run the hook. NOTE: location.user_frame finds the end of the user's frames by this function's name."""
         try:
-            return call()
+            with _NoRandomNumbers():
+                return call()
         except UnsupportedVariant as e:
             if e.file is not None:
                 raise

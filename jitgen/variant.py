@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from jitgen.errors import VariantError
-from jitgen.hooks import HOOKS, POSITIONAL, Trace, check_hook, name_of, signature_of, trace_hooks
+from jitgen.hooks import Trace, trace_hooks
 from jitgen.norms import OnlineNorm
 from jitgen.program import Program
+from jitgen.signatures import HOOKS, POSITIONAL, check_hook, name_of, signature_of
 from jitgen.trace import trace_lock
 
 MAX_TRACES = 64  # traces kept for one set of functions: their captures may have that many forms before the oldest is dropped
@@ -46,6 +47,10 @@ class Variant:
     k_transform       (k, b, kv_h, kv_idx) -> row               on rows of k, each time they are read
     v_transform       (v, b, kv_h, kv_idx) -> row               as k_transform, of v
     q_index           'absolute' or 'local': what q_idx counts; by default the entry point decides
+
+    Hooks but those of rows get more by keyword-only parameters: q_len, kv_len and ctx_len of the request; q_off and q_tok, its
+    first row and the present one among those of all requests; kv_off, its first key in ragged k (score_mod, mask_mod); kv_h,
+    num_q_heads, num_kv_heads, scale.
 
     Hooks are traced here, so that what cannot be expressed is refused where it is defined.
 

@@ -24,8 +24,11 @@ def private_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def session_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The store of tests that do not ask for their own: fresh in each run, unless JITGEN_CACHE_DIR names one."""
+    """The store of tests that do not ask for their own: fresh in each run, unless JITGEN_CACHE_DIR names one. The processes of
+    pytest-xdist share it, so that a kernel which several tests use is compiled once, wherever they run."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
         if "JITGEN_CACHE_DIR" not in os.environ:
-            patch.setenv("JITGEN_CACHE_DIR", str(tmp_path_factory.mktemp("session") / "store"))
+            patch.setenv("JITGEN_CACHE_DIR", str(shared / "store"))
         yield

@@ -25,6 +25,7 @@ LAYERS = {
         "rows",
         "row_hooks",
         "masks",
+        "signatures",
         "hooks",
         "variant",
     ],
@@ -34,8 +35,8 @@ LAYERS = {
     "requests": ["portable", "manifest", "recording"],
     "building": ["host_part", "loader", "build"],
     "calls": [
-        "checks", "looks", "runtime", "streams", "recall", "fp8", "layouts", "api", "reference", "mask_tiles", "flex", "op",
-        "block_*", "serving*", "sampling*", "rotary", "kv_*",
+        "checks", "looks", "runtime", "streams", "recall", "fp8", "layouts", "dense", "api", "reference", "mask_tiles", "flex",
+        "op", "block_*", "serving*", "sampling*", "rotary", "kv_*",
     ],
     "compat": ["compat*"],
     "tools": ["bench*", "show*", "doctor*", "demo", "prebuild*", "cli*", "__main__"],

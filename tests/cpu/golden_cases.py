@@ -193,6 +193,16 @@ def documents() -> jitgen.Variant:
     return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx))
 
 
+def packed() -> jitgen.Variant:
+    """Reads where rows and keys of a request lie among those of all."""
+    bias, gate = torch.zeros(4096), torch.zeros(4096, 8)
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx, *, kv_off: s + bias[kv_off + kv_idx],
+        sink=lambda b, h, *, q_off: bias[q_off],
+        output_transform=lambda o, lse, b, h, q_idx, *, q_tok: o * gate[q_tok, h],
+    )
+
+
 def rotated() -> jitgen.Variant:
     rope = jitgen.Rope()
     return jitgen.Variant(k_transform=lambda k, b, h, pos: rope(k, pos))
@@ -220,6 +230,7 @@ class Case(NamedTuple):
 
 CASES: dict[str, Case] = {
     "plain__cpu__float32": Case(plain, "cpu", "float32", (64, 64)),
+    "packed__cpu__float32": Case(packed, "cpu", "float32", (64, 64)),
     "every_hook__cpu_amx__bfloat16": Case(every_hook, "cpu", "bfloat16", (128, 128), isa="amx"),
     "sigmoid__cpu__float16": Case(sigmoid, "cpu", "float16", (192, 128)),
     "every_hook__cpu_paged__float32": Case(every_hook, "cpu", "float32", (128, 128), "paged"),
@@ -251,6 +262,7 @@ CASES: dict[str, Case] = {
     "forgetting__sm90__bfloat16": Case(forgetting, "sm90", "bfloat16", (128, 128)),
     "documents__sm90__bfloat16": Case(documents, "sm90", "bfloat16", (128, 128)),
     "biases__sm90_ragged__float16": Case(biases, "sm90", "float16", (128, 128), "ragged"),
+    "packed__sm80_ragged__bfloat16": Case(packed, "sm80", "bfloat16", (128, 128), "ragged"),
     "plain__sm90_ragged__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128), "ragged"),
     "every_hook__sm90_paged__bfloat16": Case(every_hook, "sm90", "bfloat16", (64, 64), "paged"),
     "alibi_pruned_sigmoid__sm90_ragged__float16": Case(alibi_pruned_sigmoid, "sm90", "float16", (128, 128), "ragged"),

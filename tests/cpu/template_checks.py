@@ -62,6 +62,7 @@ def assert_tidy(text: str) -> None:
     code = re.sub(r"//[^\n]*", "", text)
     assert "\t" not in text
     assert not re.findall(r"[ \t]+$", text, re.MULTILINE)
+    assert not re.findall(r"[^ \n] *//$", text, re.MULTILINE)  # an empty comment behind code
     assert "\n\n\n" not in text
     assert not re.findall(r"\b(?:None|True|False|Undefined|nan|inf)\b", code)
     assert "{{" not in code.replace("{{}}", "") and "{%" not in text and "\ue000" not in text

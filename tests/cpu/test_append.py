@@ -119,6 +119,7 @@ def test_a_place_that_is_not_there_is_an_error_and_the_others_are_written():
         {"slot_mapping": torch.tensor([1000, 2])},
         {"page_table": cache.table[:, :2], "positions": torch.tensor([8, 2]), "batch_indices": torch.tensor([0, 0])},
         {"page_table": (cache.indptr, cache.indices), "positions": torch.tensor([1, 2]), "batch_indices": torch.tensor([1, 0])},
+        {"page_table": cache.table, "q_indptr": torch.tensor([0, 2]), "kv_len": torch.tensor([1])},
     ):
         cache.k.fill_(0)
         with pytest.raises(LaunchError, match="not there"):
@@ -139,6 +140,7 @@ WRONG = {
     "layout": ({**SLOTS, "kv_layout": "HND"}, ShapeMismatch, "k has 2 heads of 64, the k cache has 16 of 64"),
     "tokens": ({**SLOTS, "v": torch.zeros(4, 2, 64)}, ShapeMismatch, "v has 4 tokens, k has 3 (axis 0). Both must match."),
     "cache": ({**SLOTS, "kv": KV[0]}, ShapeMismatch, "the kv cache has shape (4, 16, 2, 64), expected a pair"),
+    "shared_rows": ({**SLOTS, "kv": (KV[0], KV[1][:1].expand(4, 16, 2, 64))}, ShapeMismatch, "rows of it share memory"),
     "dtype": ({**SLOTS, "kv": tuple(t.double() for t in KV)}, UnsupportedDtype, "the k cache has dtype float64"),
     "slots": ({"slot_mapping": torch.zeros(2, dtype=torch.int64)}, ShapeMismatch, "slot_mapping has 2 entries, expected 3"),
     "int8": ({**SLOTS, "kv": INT8}, VariantError, "the k cache is int8 and there is no scale for it"),

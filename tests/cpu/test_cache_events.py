@@ -138,3 +138,8 @@ def test_log_is_summed_up_when_it_is_long(private_store: Path, monkeypatch) -> N
     cache.get_module(request(FakeSource("int b;\n"), spec="b"), FakeBuilder())
     assert len((private_store / usage.LOG).read_bytes().splitlines()) == 2
     assert usage.read(private_store)[entry.name].loads == 50
+
+
+def test_a_listener_is_a_function() -> None:
+    with pytest.raises(TypeError, match="listener is 'log' of type str, expected a function"):
+        on_event("log")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jitgen import api, demo, runtime, toolchain
+from jitgen import demo, dense, runtime, toolchain
 from jitgen.__main__ import main
 
 needs_compiler = pytest.mark.skipif(toolchain.find_cxx() is None, reason="no C++ compiler on this machine")
@@ -20,8 +20,8 @@ def forget(monkeypatch):
 
     def empty() -> None:
         monkeypatch.setattr(runtime, "_kernels", {})
-        monkeypatch.setattr(api, "_prepared", {})
-        monkeypatch.setattr(api, "_recent", {})
+        monkeypatch.setattr(dense, "_prepared", {})
+        monkeypatch.setattr(dense, "_recent", {})
 
     empty()
     return empty

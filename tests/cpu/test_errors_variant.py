@@ -70,6 +70,10 @@ def random_number(b, h, q, k):
     return torch.rand_like(q) > 0.5  # here
 
 
+def drawn_number(b, h, q, k):
+    return (torch.rand(()) > 0.5) & (k <= q)  # here
+
+
 def in_place(b, h, q, k):
     return q.add_(1) > k  # here
 
@@ -205,6 +209,7 @@ REFUSED = [
     (unknown_function, r"unsupported op torch\.(linalg_)?det on a traced value"),
     (unknown_method, r"unsupported op Tensor\.kthvalue on a traced value\. Write it with elementwise torch ops"),
     (sorting, r"unsupported op torch\.sort on a traced value"),
+    (drawn_number, r"torch\.rand would be drawn once, when the hook is traced\. Draw outside, and index the tensor"),
     (random_number, r"unsupported op torch\.rand_like on a traced value\. A hook must be pure"),
     (in_place, r"in-place op Tensor\.add_ on a traced value\. Hooks are pure: write x = x\.add\("),
     (in_place_operator, r"an element of a captured tensor or traced value is assigned.*torch\.where\(cond, new, old\)"),

@@ -10,7 +10,7 @@ import torch
 from gallery import CASES, Sizes
 
 import jitgen
-from jitgen import api, build, runtime
+from jitgen import build, dense, runtime
 from jitgen.abi import pack_format
 
 NUM_SHAPES = 50
@@ -40,15 +40,15 @@ def builds(monkeypatch, private_store):
     monkeypatch.setattr(build, "build", build_nothing)
     monkeypatch.setattr(runtime, "CompiledKernel", CountedKernel)
     monkeypatch.setattr(runtime, "_kernels", {})
-    monkeypatch.setattr(api, "_prepared", {})
-    monkeypatch.setattr(api, "_recent", {})
+    monkeypatch.setattr(dense, "_prepared", {})
+    monkeypatch.setattr(dense, "_recent", {})
     return names
 
 
 def shapes():
     rng = random.Random(0)
     for i in range(NUM_SHAPES):
-        kv_len = rng.choice([1, 3, 64, 257, 1000]) + i
+        kv_len = rng.choice([1, 3, 64, 150, 257]) + i
         q_len = 1 if i % 5 == 0 else rng.randrange(1, kv_len + 1)
         num_kv_heads = rng.choice([1, 2, 3])
         yield Sizes(
@@ -104,8 +104,8 @@ def test_head_dim_and_dtype_are_a_module_each_and_nothing_else_is(builds, name, 
 def test_module_stored_by_another_process_is_not_built_again(builds, monkeypatch):
     call(CASES["causal"], Sizes(5, 9), 0)
     monkeypatch.setattr(runtime, "_kernels", {})
-    monkeypatch.setattr(api, "_prepared", {})
-    monkeypatch.setattr(api, "_recent", {})
+    monkeypatch.setattr(dense, "_prepared", {})
+    monkeypatch.setattr(dense, "_recent", {})
     call(CASES["causal"], Sizes(300, 300), 1)
     assert len(builds) == 1
 

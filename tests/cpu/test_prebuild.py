@@ -17,7 +17,7 @@ from jitgen import prebuild, runtime, toolchain
 from jitgen.__main__ import main
 from jitgen.cache.layer import STAMP
 from jitgen.cache.store import Store
-from jitgen.errors import CacheError, KernelNotPrebuilt, ManifestError
+from jitgen.errors import CacheError, JitgenError, KernelNotPrebuilt, ManifestError
 from jitgen.manifest import parse_manifest
 from jitgen.portable import unpack
 from jitgen.tiles_sm90 import sm90_tiles
@@ -106,6 +106,11 @@ def test_kernel_without_target_takes_those_of_the_command(folder: Path) -> None:
     assert {s.target.arch for s in specs(folder, kernel(), ["8.0", "8.9"])} == {"8.0", "8.9"}
     with pytest.raises(ManifestError, match="no target: write arch"):
         specs(folder, kernel())
+
+
+def test_gpus_without_kernels_are_refused_before_anything_is_compiled(folder: Path) -> None:
+    with pytest.raises(JitgenError, match=r"no kernels for compute capability 7\.5: they need at least 8\.0"):
+        specs(folder, kernel(arch="7.5"))
 
 
 @pytest.mark.parametrize("variant", ["user_variants:bias", "user_variants.py:bias", "user_variants:Capped"])

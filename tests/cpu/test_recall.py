@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import jitgen
-from jitgen import api, looks, reference
+from jitgen import dense, looks, reference
 from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDtype
 
 LENGTH, HEADS = 5, 2
@@ -48,7 +48,7 @@ def again(request, monkeypatch):
         monkeypatch.setattr(looks, "TensorGuards", None)
     elif looks.TensorGuards is None:
         pytest.skip("this torch has no TensorGuards")
-    monkeypatch.setattr(api, "_recent", {})
+    monkeypatch.setattr(dense, "_recent", {})
 
     def call(tensors, **hooks):
         for _ in range(3):
@@ -60,14 +60,14 @@ def again(request, monkeypatch):
 @pytest.mark.parametrize("name", CALLS)
 def test_known_call_is_not_looked_up_and_reads_its_own_tensors(name, again, monkeypatch):
     again(inputs(), **CALLS[name])
-    monkeypatch.delattr(api, "find_call")
+    monkeypatch.delattr(dense, "find_call")
     check(inputs(), **CALLS[name])
 
 
 def test_one_tensor_for_keys_and_values_is_known_too(again, monkeypatch):
     q, k, _ = inputs()
     again((q, k, k))
-    monkeypatch.delattr(api, "find_call")
+    monkeypatch.delattr(dense, "find_call")
     check((q * 2, k, k))
 
 
@@ -128,7 +128,7 @@ def test_function_made_anew_is_known_by_its_code(again, monkeypatch):
 
     tensors = inputs()
     again(tensors, mask_mod=window(2))
-    monkeypatch.delattr(api, "find_call")
+    monkeypatch.delattr(dense, "find_call")
     check(tensors, mask_mod=window(4))
 
 

@@ -7,7 +7,7 @@ import torch
 from append_cases import assert_rows_close, check_rope, poisoned, random_rows, rotated
 
 import jitgen
-from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDtype, VariantError
+from jitgen.errors import GradNotSupported, InvalidType, ShapeMismatch, UnsupportedDtype, VariantError
 
 TABLE = torch.randn(1000, 32, generator=torch.Generator().manual_seed(1))
 KINDS = {
@@ -71,6 +71,7 @@ Q = torch.zeros(3, 2, 64)
 P = torch.zeros(3, dtype=torch.int32)
 WRONG = {
     "rank": (dict(q=torch.zeros(64)), ShapeMismatch, "q has shape (64,), expected [num_tokens, heads, head_dim]."),
+    "no_tensor": (dict(q=None), InvalidType, "q is a NoneType, expected a torch.Tensor."),
     "dtype": (dict(q=Q.double()), UnsupportedDtype, "q has dtype float64, expected float32, bfloat16, float16."),
     "rows": (dict(k=torch.zeros(4, 2, 64)), ShapeMismatch, "k has 4 rows on cpu, q has 3 on cpu. Both must match."),
     "positions": (dict(positions=P[:2]), ShapeMismatch, "positions has 2 entries, expected 3: one for each token."),

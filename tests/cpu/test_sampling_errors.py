@@ -29,6 +29,7 @@ THREE = torch.zeros(3)
         (lambda: jitgen.sample(X, temperature=-1.0), ValueError, "temperature is -1.0, expected 0 to inf"),
         (lambda: jitgen.sample(X, top_k=2.5), TypeError, "top_k is 2.5 of type float, expected an int"),
         (lambda: jitgen.sample(X, top_k=True), TypeError, "top_k is True of type bool"),
+        (lambda: jitgen.sample(X, indices=torch.tensor([0, 2**32 + 1])), ShapeMismatch, "indices reach from 0 to 4294967297"),
         (lambda: jitgen.sample(X, top_k=THREE), UnsupportedDtype, "top_k has dtype float32, expected int32"),
         (lambda: jitgen.sample(X, top_p=torch.zeros(4)), ShapeMismatch, r"top_p has shape \(4,\), expected \(3,\)"),
         (lambda: jitgen.sample(X, top_p=THREE.to("meta")), UnsupportedDevice, "top_p is on meta"),
@@ -38,6 +39,12 @@ THREE = torch.zeros(3)
         (lambda: jitgen.sample(X, indices=THREE), ShapeMismatch, r"indices is \(3,\) float32, expected a tensor"),
         (lambda: jitgen.sample(X, out=torch.zeros(3)), UnsupportedDtype, "out has dtype float32, expected int32 or int64"),
         (lambda: jitgen.sample(X, out=torch.zeros(4, dtype=torch.int32)), ShapeMismatch, r"out has shape \(4,\)"),
+        (lambda: jitgen.sample(X, out=[0]), TypeError, "out is a list, expected a torch.Tensor"),
+        (lambda: jitgen.sample(X, bad_token="none"), TypeError, "bad_token is 'none' of type str, expected an int"),
+        (lambda: jitgen.sample(X, bitmask=[1]), TypeError, "bitmask is a list, expected a torch.Tensor"),
+        (lambda: jitgen.sample(X, penalties=1.2), TypeError, "penalties is 1.2 of type float, expected a jitgen.Penalties"),
+        (lambda: jitgen.softmax(X, dtype=torch.int32), UnsupportedDtype, "dtype is torch.int32, expected one of torch.float32"),
+        (lambda: jitgen.softmax(X, out=X.int()), UnsupportedDtype, "out has dtype int32, expected float32 or bfloat16 or"),
         (lambda: jitgen.sample(X, status=torch.zeros(3)), UnsupportedDtype, "status has dtype float32, expected uint8"),
         (lambda: jitgen.sample(X, seed=1.5), TypeError, "seed is 1.5 of type float"),
         (lambda: jitgen.sample(X, seed=torch.zeros(3)), UnsupportedDtype, "seed has dtype float32, expected int64"),
@@ -53,8 +60,9 @@ THREE = torch.zeros(3)
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(call, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         call()
+    assert isinstance(caught.value, jitgen.JitgenError)
 
 
 @pytest.mark.parametrize(

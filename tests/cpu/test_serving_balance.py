@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from norm_cases import Sigmoid, StickBreaking
 from serving_batch import Batch
 
 import jitgen
@@ -249,6 +250,15 @@ def test_explain_says_how_the_work_is_divided(four_threads):
     assert "2 requests, 301 query rows, 20900 keys; 8 query heads on 2 KV heads; split balanced; cpu" in text
     assert "for 4 threads" in text and "a thread's part 25.0%" in text
     assert len(text.splitlines()) == 7  # the batch, the kernel, titles, three pieces, how many more
+
+
+@pytest.mark.parametrize("norm, adds_up", [(Sigmoid, True), (StickBreaking, False)])
+def test_explain_says_that_norms_are_not_cut(norm, adds_up, four_threads):
+    variant = jitgen.Variant(softmax=norm)
+    assert variant.trace().program.norm.adds_up is adds_up  # which decode on a GPU cuts
+    text = Batch([(1, 20000)]).plan(variant).explain()
+    assert "cpu: requests are not cut, as the states of a norm are not merged" in text
+    assert "not cut" not in Batch([(1, 20000)]).plan(causal).explain()
 
 
 def test_explain_needs_lengths():

@@ -47,6 +47,8 @@ PLANS = [
     (dict(num_kv_heads=3), ShapeMismatch, "num_q_heads is 4, num_kv_heads 3. The number of query heads must be a multiple"),
     (dict(head_dim=20), ShapeMismatch, "head_dim is 20, expected a multiple of 8 from 8 to 512"),
     (dict(dtype=torch.float64), UnsupportedDtype, "dtype is float64, expected float32 or bfloat16 or float16 on cpu"),
+    (dict(dtype="bfloat16"), TypeError, "dtype is 'bfloat16' of type str, expected one like torch.bfloat16"),
+    (dict(kv_dtype="int8"), TypeError, "kv_dtype is 'int8' of type str, expected one like torch.bfloat16"),
     (dict(layout="dense"), ShapeMismatch, "layout='dense' is not a layout of a plan. Use 'paged' or 'ragged'"),
     (dict(max_kv_len=-1), ShapeMismatch, "max_kv_len is -1, expected a positive integer or None"),
     (dict(max_q_len=1.5), ShapeMismatch, "max_q_len is 1.5, expected a positive integer or None"),
@@ -97,6 +99,23 @@ def test_update_refuses_more_rows_than_keys_where_positions_are_read(batch):
     with pytest.raises(ShapeMismatch, match=r"request 1 has q_len 2 and kv_len 1, .* append them first"):
         plan.update(batch.ints([0, 1, 3]), batch.ints([40, 1]))
     batch.plan().update(batch.ints([0, 1, 3]), batch.ints([40, 1]))  # no position is read
+
+
+@pytest.mark.parametrize("layout", ["paged", "ragged"])
+def test_update_refuses_64_bit_numbers_whose_low_bits_would_fit(batch, layout):
+    plan, high = batch.plan(layout=layout), 2**32  # plus a valid number
+    q_indptr, kv_len = batch.q_indptr().long(), batch.kv_len().long()
+    other = {"kv_len": kv_len} if layout == "paged" else {"kv_indptr": batch.kv_indptr().long()}
+    with pytest.raises(PlanMismatch, match="q_indptr ends with 2147483647 rows"):
+        plan.update(q_indptr + torch.tensor([0, 0, high]), **other)
+    with pytest.raises(ShapeMismatch, match=r"kv_len is .*, expected at most 268435456 keys"):
+        plan.update(q_indptr, **{name: t + torch.tensor([0] * (len(t) - 1) + [high]) for name, t in other.items()})
+
+
+def test_call_refuses_64_bit_page_numbers_whose_low_bits_would_fit(batch, plan, paged):
+    kv, (indptr, indices) = paged
+    with pytest.raises(LaunchError, match="page"):
+        jitgen.paged_attention(batch.q, kv, (indptr, indices.long() + 2**32), plan)
 
 
 def test_update_refuses_tensors_of_other_kinds(plan, batch):
@@ -265,6 +284,18 @@ def test_results_must_fit(batch, plan, paged):
         jitgen.paged_attention(batch.q, *paged, plan, lse=torch.zeros(4, 3))
     with pytest.raises(UnsupportedDtype, match="lse has dtype float64"):
         jitgen.paged_attention(batch.q, *paged, plan, lse=torch.zeros(3, 4, dtype=torch.float64))
+
+
+def test_call_names_what_is_no_tensor(batch, plan, paged):
+    with pytest.raises(TypeError, match=r"q is a list, expected a torch\.Tensor"):
+        jitgen.paged_attention(batch.q.tolist(), *paged, plan)
+    with pytest.raises(TypeError, match=r"lse is a bool, expected a torch\.Tensor"):
+        jitgen.paged_attention(batch.q, *paged, plan, lse=True)
+    ragged = batch.update(batch.plan(layout="ragged"))
+    with pytest.raises(ShapeMismatch, match=r"k has shape .*, expected \[total_kv, num_kv_heads, head_dim\]"):
+        jitgen.ragged_attention(batch.q, *paged[0], ragged)
+    with pytest.raises(TypeError, match=r"v is a PageTable, expected a torch\.Tensor"):
+        jitgen.ragged_attention(batch.q, batch.ragged()[0], jitgen.PageTable.of(paged[1]), ragged)
 
 
 def test_gradients_are_refused(batch, plan, paged):

@@ -9,7 +9,7 @@ import torch
 from serving_batch import Batch
 
 import jitgen
-from jitgen.errors import ShapeMismatch, UnsupportedDtype
+from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDtype
 
 LENGTHS = [(5, 40), (1, 33), (0, 9), (50, 57), (3, 3)]
 
@@ -92,6 +92,8 @@ def test_packing_refuses_a_mask_of_another_size():
 
 
 def test_bit_mask_refuses_other_tensors():
+    with pytest.raises(InvalidType, match=r"byte_indptr is a list, expected a torch\.Tensor"):
+        jitgen.bit_mask(torch.ones(8, dtype=torch.uint8), [0, 1])
     with pytest.raises(UnsupportedDtype, match="packed has dtype bool, expected uint8"):
         jitgen.bit_mask(torch.ones(8, dtype=torch.bool), torch.tensor([0, 1]))
     with pytest.raises(ShapeMismatch, match=r"byte_indptr \(1, 2\), expected rank 1"):
@@ -138,6 +140,8 @@ def test_every_request_may_have_its_own_tree():
 
 
 def test_tree_mask_refuses_other_tensors():
+    with pytest.raises(InvalidType, match=r"visible is a list, expected a torch\.Tensor"):
+        jitgen.tree_mask([[True]])
     with pytest.raises(UnsupportedDtype, match="visible has dtype int64, expected bool"):
         jitgen.tree_mask(torch.ones(3, 3, dtype=torch.int64))
     with pytest.raises(ShapeMismatch, match=r"visible has shape \(3, 4\)"):
@@ -181,6 +185,8 @@ def test_parts_without_keys_are_left_out():
 
 def test_merging_refuses_what_does_not_fit():
     out, lse = torch.zeros(3, 2, 8), torch.zeros(3, 2)
+    with pytest.raises(InvalidType, match=r"lses\[1\] is a float, expected a torch\.Tensor"):
+        jitgen.merge_states([out, out], [lse, 1.0])
     with pytest.raises(ShapeMismatch, match="base=10 is not a base"):
         jitgen.merge_state(out, lse, out, lse, base=10)
     with pytest.raises(ShapeMismatch, match=r"outs has states of shapes \[\(3, 2, 8\), \(4, 2, 8\)\]"):

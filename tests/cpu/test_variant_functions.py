@@ -132,7 +132,9 @@ def test_masks_that_ask_for_context_can_be_combined():
     assert program_of(combined).id == program_of(lambda b, h, q, k, *, ctx_len: (k <= q) | (k < ctx_len)).id
 
 
-@pytest.mark.parametrize("name", ["q_len", "kv_len", "ctx_len", "kv_h", "num_q_heads", "num_kv_heads", "scale"])
+@pytest.mark.parametrize(
+    "name", ["q_len", "kv_len", "ctx_len", "q_off", "kv_off", "kv_h", "num_q_heads", "num_kv_heads", "scale"]
+)
 def test_context_is_given_by_keyword_name(name):
     scope: dict[str, object] = {}
     exec(f"def score(s, b, h, q, k, *, {name}): return s + {name}", scope)

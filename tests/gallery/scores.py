@@ -246,3 +246,36 @@ def quadratic(z: Sizes) -> jitgen.Variant:
         return s - ((q_idx - kv_idx) / width) ** 2
 
     return jitgen.Variant(score_mod=score)
+
+
+@case("ALiBi behind a gate of each head, one of the layers of a tensor")
+def gated_alibi(z: Sizes) -> jitgen.Variant:
+    gates, slopes, layer = z.floats(3, z.num_q_heads), z.floats(3, z.num_q_heads).abs() / 16, 2
+
+    def score(s, b, h, q_idx, kv_idx):
+        return s + torch.tanh(gates[layer, h]) * slopes[layer, h] * (kv_idx - q_idx)
+
+    return jitgen.Variant(score_mod=score)
+
+
+@case("windows dilated by head, with first keys and sinks of each head", forks=True)
+def dilated_heads(z: Sizes) -> jitgen.Variant:
+    step, first, window = z.ints(1, 8, z.num_q_heads), z.ints(0, 6, z.num_q_heads), 21
+
+    def mask(b, h, q_idx, kv_idx):
+        distance = q_idx - kv_idx
+        inside = 0 <= distance < window * step[h] and distance % step[h] == 0
+        return inside or (kv_idx < first[h] and kv_idx <= q_idx)
+
+    return jitgen.Variant(mask_mod=mask, sink=z.floats(z.num_q_heads))
+
+
+@case("documents with global tokens, which see and are seen by all")
+def global_tokens(z: Sizes) -> jitgen.Variant:
+    document, is_global = z.documents(29)[0], z.bools(0.06, z.num_positions)
+
+    def mask(b, h, q_idx, kv_idx):
+        own = (document[q_idx] == document[kv_idx]) & (kv_idx <= q_idx)
+        return own | is_global[q_idx] | is_global[kv_idx]
+
+    return jitgen.Variant(mask_mod=mask)

@@ -17,32 +17,32 @@ struct Args {
   void* workspace;   // device scratch a family asks for; null otherwise
   int64_t stream;   // CUDA stream
   int64_t num_threads;   // CPU threads; 0: the OpenMP default
-  int64_t batch;   //
-  int64_t num_q_heads;   //
-  int64_t num_kv_heads;   //
-  int64_t q_len;   //
-  int64_t kv_len;   //
+  int64_t batch;
+  int64_t num_q_heads;
+  int64_t num_kv_heads;
+  int64_t q_len;
+  int64_t kv_len;
   int64_t q_offset;   // q_idx of row 0
   double scale;   // multiplies q . k
   int64_t q_stride_b;   // elements
-  int64_t q_stride_h;   //
-  int64_t q_stride_s;   //
-  int64_t q_stride_d;   //
+  int64_t q_stride_h;
+  int64_t q_stride_s;
+  int64_t q_stride_d;
   int64_t k_stride_b;   // elements
-  int64_t k_stride_h;   //
-  int64_t k_stride_s;   //
-  int64_t k_stride_d;   //
+  int64_t k_stride_h;
+  int64_t k_stride_s;
+  int64_t k_stride_d;
   int64_t v_stride_b;   // elements
-  int64_t v_stride_h;   //
-  int64_t v_stride_s;   //
-  int64_t v_stride_d;   //
+  int64_t v_stride_h;
+  int64_t v_stride_s;
+  int64_t v_stride_d;
   int64_t o_stride_b;   // elements
-  int64_t o_stride_h;   //
-  int64_t o_stride_s;   //
-  int64_t o_stride_d;   //
+  int64_t o_stride_h;
+  int64_t o_stride_s;
+  int64_t o_stride_d;
   const int* a0_doc;   // int32, layout c
-  int64_t a0_doc_size0;   //
-  int64_t a0_doc_stride0;   //
+  int64_t a0_doc_size0;
+  int64_t a0_doc_stride0;
 };
 
 // ---- constants ----

@@ -42,10 +42,10 @@ struct Args {
   int64_t q_stride_h;
   int64_t o_stride_s;   // elements
   int64_t o_stride_h;
-  int64_t k_stride_p;   // elements; page: 0 when ragged
+  int64_t k_stride_p;   // elements between pages; 0 when ragged
   int64_t k_stride_s;
   int64_t k_stride_h;
-  int64_t v_stride_p;   // elements; page: 0 when ragged
+  int64_t v_stride_p;   // elements between pages; 0 when ragged
   int64_t v_stride_s;
   int64_t v_stride_h;
   const float* k_scale;   // what a stored key is multiplied by; null: 1
@@ -55,7 +55,7 @@ struct Args {
   int64_t v_scale_stride_s;   // elements between slots; 0: a slot has none of its own
   int64_t v_scale_stride_h;
   double k_factor;   // multiplies all of k_scale
-  double v_factor;
+  double v_factor;   // as k_factor, of v_scale
 };
 
 using Element = jg::float32;

@@ -18,16 +18,16 @@ struct Args {
   const int* kv_len;   // [batch] keys of each request, at all levels
   int64_t stream;   // CUDA stream
   int64_t num_threads;   // CPU threads; 0: the OpenMP default
-  int64_t batch;   //
-  int64_t num_q_heads;   //
-  int64_t num_kv_heads;   //
+  int64_t batch;
+  int64_t num_q_heads;
+  int64_t num_kv_heads;
   int64_t total_q;   // rows of q
-  int64_t num_levels;   //
+  int64_t num_levels;
   int64_t level_stride;   // entries between the levels of row_state
   int64_t local_rows;   // 1: q_idx of a request's row i is i; 0: kv_len - q_len + i
   double scale;   // multiplies q . k
   int64_t o_stride_s;   // elements
-  int64_t o_stride_h;   //
+  int64_t o_stride_h;
 };
 
 // ---- constants ----

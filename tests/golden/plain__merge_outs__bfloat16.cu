@@ -13,19 +13,19 @@ struct Args {
   void* o;   // [rows, num_heads, head_dim_v], contiguous
   float* lse;   // [rows, num_heads], contiguous
   int64_t stream;   // CUDA stream
-  int64_t rows;   //
-  int64_t num_heads;   //
-  int64_t num_states;   //
+  int64_t rows;
+  int64_t num_heads;
+  int64_t num_states;
   int64_t first_stride_s;   // elements
-  int64_t first_stride_h;   //
-  int64_t first_lse_stride_s;   //
-  int64_t first_lse_stride_h;   //
-  int64_t other_stride_s;   //
+  int64_t first_stride_h;
+  int64_t first_lse_stride_s;
+  int64_t first_lse_stride_h;
+  int64_t other_stride_s;
   int64_t other_stride_n;   // n: from one state to the next
-  int64_t other_stride_h;   //
-  int64_t other_lse_stride_s;   //
-  int64_t other_lse_stride_n;   //
-  int64_t other_lse_stride_h;   //
+  int64_t other_stride_h;
+  int64_t other_lse_stride_s;
+  int64_t other_lse_stride_n;
+  int64_t other_lse_stride_h;
   double exponents;   // exponents of two in a unit of a logsumexp
 };
 

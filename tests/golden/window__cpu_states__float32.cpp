@@ -43,10 +43,10 @@ struct Args {
   int64_t q_stride_h;
   int64_t o_stride_s;   // elements
   int64_t o_stride_h;
-  int64_t k_stride_p;   // elements; page: 0 when ragged
+  int64_t k_stride_p;   // elements between pages; 0 when ragged
   int64_t k_stride_s;
   int64_t k_stride_h;
-  int64_t v_stride_p;   // elements; page: 0 when ragged
+  int64_t v_stride_p;   // elements between pages; 0 when ragged
   int64_t v_stride_s;
   int64_t v_stride_h;
   const int* state_row;   // [batch] first row of each entry in o and lse

@@ -25,9 +25,9 @@ struct Args {
   const int* pages;   // page numbers in logical order; null when ragged
   int64_t stream;   // CUDA stream
   int64_t num_threads;   // CPU threads; 0: the OpenMP default
-  int64_t batch;   //
-  int64_t num_q_heads;   //
-  int64_t num_kv_heads;   //
+  int64_t batch;
+  int64_t num_q_heads;
+  int64_t num_kv_heads;
   int64_t total_q;   // rows of q
   int64_t page_size;   // keys of a page; 0 when ragged
   int64_t num_pages;   // pages of the cache, or rows of k when ragged: bound of what may be addressed
@@ -40,23 +40,23 @@ struct Args {
   int64_t programmatic;   // 1: the launch may overlap the end of the kernel before it, which must trigger its dependents
   double scale;   // multiplies q . k
   int64_t q_stride_s;   // elements
-  int64_t q_stride_h;   //
+  int64_t q_stride_h;
   int64_t o_stride_s;   // elements
-  int64_t o_stride_h;   //
-  int64_t k_stride_p;   // elements; page: 0 when ragged
-  int64_t k_stride_s;   //
-  int64_t k_stride_h;   //
-  int64_t v_stride_p;   // elements; page: 0 when ragged
-  int64_t v_stride_s;   //
-  int64_t v_stride_h;   //
+  int64_t o_stride_h;
+  int64_t k_stride_p;   // elements between pages; 0 when ragged
+  int64_t k_stride_s;
+  int64_t k_stride_h;
+  int64_t v_stride_p;   // elements between pages; 0 when ragged
+  int64_t v_stride_s;
+  int64_t v_stride_h;
   const float* k_scale;   // what a stored key is multiplied by; null: 1
   const float* v_scale;   // as k_scale, of a value
   int64_t k_scale_stride_s;   // elements between slots; 0: a slot has none of its own
-  int64_t k_scale_stride_h;   //
+  int64_t k_scale_stride_h;
   int64_t v_scale_stride_s;   // elements between slots; 0: a slot has none of its own
-  int64_t v_scale_stride_h;   //
+  int64_t v_scale_stride_h;
   double k_factor;   // multiplies all of k_scale
-  double v_factor;   //
+  double v_factor;   // as k_factor, of v_scale
   int64_t a0_width;   // i32
 };
 

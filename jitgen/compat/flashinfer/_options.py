@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, UnsupportedOption
+from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, UnsupportedOption
 
 LAYOUTS = ("NHD", "HND")
 POSITIONS = ("NONE", "ROPE_LLAMA", "ALIBI")
@@ -73,7 +73,7 @@ def check_multi_item(prefix_len_ptr: object, token_pos_in_items_ptr: object, max
 def check_workspace(buffer: torch.Tensor, name: str = "float_workspace_buffer") -> torch.device:
     """Device of a workspace. Its memory is not used: plans allocate what they need, which is known exactly."""
     if not isinstance(buffer, torch.Tensor):
-        raise TypeError(f"{name} is a {type(buffer).__name__}, expected a torch.Tensor.")
+        raise InvalidType(f"{name} is a {type(buffer).__name__}, expected a torch.Tensor.")
     if buffer.device.type not in ("cpu", "cuda"):
         raise UnsupportedDevice(f"{name} is on {buffer.device}, expected cpu or cuda. Allocate it where q will be.")
     if buffer.numel() and buffer.data_ptr() % WORKSPACE_ALIGNMENT:
@@ -150,9 +150,9 @@ def rows_first(t: torch.Tensor, layout: str) -> torch.Tensor:
 def named_options(call: str, names: tuple[str, ...], values: tuple[object, ...], options: dict[str, Any]) -> dict[str, Any]:
     """Options of which some were given by position, under their names."""
     if len(values) > len(names):
-        raise TypeError(f"{call} takes at most {len(names)} options by position ({', '.join(names)}), got {len(values)}.")
+        raise InvalidType(f"{call} takes at most {len(names)} options by position ({', '.join(names)}), got {len(values)}.")
     given = dict(zip(names, values, strict=False))
     twice = given.keys() & options.keys()
     if twice:
-        raise TypeError(f"{call} got {', '.join(twice)} by position and by name.")
+        raise InvalidType(f"{call} got {', '.join(twice)} by position and by name.")
     return {**given, **options}

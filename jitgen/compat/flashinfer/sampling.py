@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from jitgen import sampling as native
-from jitgen.errors import UnsupportedOption
+from jitgen.errors import InvalidValue, UnsupportedOption
 from jitgen.sampling_speculative import speculative_verify
 
 Number = float | torch.Tensor
@@ -232,7 +232,7 @@ def _sample(
     **filters: object,
 ) -> Sampled:
     if check_nan and bool(torch.isnan(x).any()):
-        raise ValueError(f"{'logits' if from_logits else 'probs'} contain NaN, and check_nan is set. Look at what made them.")
+        raise InvalidValue(f"{'logits' if from_logits else 'probs'} contain NaN, and check_nan is set. Look at what made them.")
     batch = x.shape[0] if indices is None else indices.shape[0]
     return native.sample(
         x, from_logits=from_logits, indices=indices, generator=generator, seed=per_row(seed, batch, x.device),

@@ -6,6 +6,8 @@ import enum
 
 import torch
 
+from jitgen.errors import InvalidValue
+
 
 class PosEncodingMode(enum.Enum):
     """Position encoding inside attention."""
@@ -39,7 +41,7 @@ def has_flashinfer_jit_cache() -> bool:
 def get_compute_capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device."""
     if torch.device(device).type != "cuda":
-        raise ValueError(f"device is {device}, expected a CUDA device: only those have a compute capability.")
+        raise InvalidValue(f"device is {device}, expected a CUDA device: only those have a compute capability.")
     return torch.cuda.get_device_capability(device)
 
 

@@ -89,8 +89,9 @@ template <Places kPlaces, class Args> JITGEN_FN Place find_place(const Args& arg
   }
   if (kPlaces == Places::kPages || kPlaces == Places::kFromPages) {
     const int64_t at = kPlaces == Places::kFromPages && place.exists ? token - args.q_indptr[b] : pos;   // in the list
+    const bool is_wrong = at > 0x7fffffff || (at < 0 && args.q_indptr);   // a request has more new tokens than tokens
+    place.is_wrong = place.exists && b >= 0 && (b >= args.batch || is_wrong);
     place.exists = place.exists && b >= 0 && at >= 0;
-    place.is_wrong = place.exists && (b >= args.batch || at > 0x7fffffff);
     if (place.exists && !place.is_wrong) {
       const int64_t number = static_cast<unsigned>(at) / static_cast<unsigned>(args.page_size);
       const int64_t start = args.list_start ? args.list_start[b] : b * args.list_stride;

@@ -138,5 +138,5 @@ extern "C" int jitgen_launch(const Args* given) {
   return wrong ? jg::kErrorPlace : 0;
 }
 extern "C" const char* jitgen_error_string(int code) {
-  return code == jg::kErrorPlace ? "a token names a request, a page or a slot that is not there; it was skipped" : "unknown error";
+  return code == jg::kErrorPlace ? "a token names a request, a page or a slot that is not there, or a position before 0; it was skipped" : "unknown error";
 }
