@@ -806,9 +806,9 @@ JITGEN_FN void await_copies() {
 JITGEN_FN void copy_output(const Args& args, const Maps& maps, const Piece& piece, unsigned address, const Output& o, int warp_row) {
   const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127, warp = thread >> 5, lane = thread & 31;
   const int rows = (piece.request.q_len << piece.packing) - warp_row, first_head = piece.group << piece.packing;
+  await_copies();   // an item without keys has had no P
   unsigned packed[kHeadDimV / 16][4];
   jg::pack_tile<Element>(packed, o[0]);
-  await_copies();   // an item without keys has had no P
   jg::store_tile<kHeadDimV>(address, packed, warp, lane);
   jg::fence_async_proxy();
   __syncwarp();
