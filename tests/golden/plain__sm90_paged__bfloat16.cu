@@ -694,6 +694,23 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       __syncwarp();
     }
   };
+  Softmax softmax;
+  RowEnds<1> ends;
+      const auto write = [&](int last) {
+        const Piece& done = shared.control->piece[last];
+        const int warp_row = done.first_row + (jg::stay(static_cast<int>(threadIdx.x)) - 128) / 32 * 16;
+        if (done.slot < 0) {
+          write_output<1, kOutTiles, !kCopiesOutput>(args, done, o, ends, warp_row);
+          if constexpr (kCopiesOutput) copy_output(args, maps, done, p_shared, o, warp_row);
+        } else {
+          jg::OnlineSoftmax<1> finished;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) finished.row_max[0][half] = softmax.row_max[half], finished.row_sum[0][half] = softmax.row_sum[half];
+          Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, finished);
+        }
+        __syncwarp();
+        if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, last));
+      };
   // The groups issue their products in turn, so that the softmax of one runs under the products of another.
   if (group == 0) jg::named_arrive(kTurnBarrier, 256);
   int kind = next_kind();
@@ -701,8 +718,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   issue_first(kind);
 #pragma unroll 1
   for (;;) {
-    Softmax softmax;
-    RowEnds<1> ends;
+    softmax = Softmax();
     const Piece& piece = shared.control->piece[slot()];
     const Head head = own_head(args, piece);
     const Rows rows = make_rows(args, head, piece, own_row(piece.first_row + group * 64));
@@ -714,21 +730,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
 #pragma unroll
       for (int half = 0; half < 2; ++half) sums.row_max[0][half] = softmax.row_max[half], sums.row_sum[0][half] = softmax.row_sum[half];
       ends = finish_rows(args, own_head(args, piece), sums);
-    };
-    const auto write = [&](int last) {
-      const Piece& done = shared.control->piece[last];
-      const int warp_row = done.first_row + (jg::stay(static_cast<int>(threadIdx.x)) - 128) / 32 * 16;
-      if (done.slot < 0) {
-        write_output<1, kOutTiles, !kCopiesOutput>(args, done, o, ends, warp_row);
-        if constexpr (kCopiesOutput) copy_output(args, maps, done, p_shared, o, warp_row);
-      } else {
-        jg::OnlineSoftmax<1> finished;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) finished.row_max[0][half] = softmax.row_max[half], finished.row_sum[0][half] = softmax.row_sum[half];
-        Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, finished);
-      }
-      __syncwarp();
-      if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, last));
     };
 #pragma unroll
     for (int j = 0; j < kOutTiles; ++j) o[0][j][0] = o[0][j][1] = o[0][j][2] = o[0][j][3] = 0.0f;
@@ -793,7 +794,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         kind = next_kind();
         if (kind == jg::kWorkStop) {
           jg::Wgmma<kHeadDimV>::wait<0>(o[0]);
-          write(slot() ^ 1);
           break;
         }
         issue_first(kind);
@@ -808,13 +808,11 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     }
     laps ^= laps & 1 ? 3 : 1;
     kind = next_kind();
-    if (kind == jg::kWorkStop) {
-      write(slot() ^ 1);
-      break;
-    }
+    if (kind == jg::kWorkStop) break;
     issue_first(kind);
     write(slot() ^ 1);
   }
+  write(slot() ^ 1);
   if constexpr (kCopiesOutput) jg::bulk_wait_read();   // shared memory must outlive the copies
 }
 
