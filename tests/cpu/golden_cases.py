@@ -274,7 +274,6 @@ CASES: dict[str, Case] = {
     "rotated__decode__bfloat16": Case(rotated, "decode", "bfloat16", (128, 128), "paged"),
     "normed_rows__decode_states__float16": Case(normed_rows, "decode", "float16", (128, 128), "paged_states"),
     "window__cpu_states__float32": Case(window, "cpu", "float32", (64, 64), "paged_states"),
-    "plain__sm90_paged__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128), "paged"),
     "plain__sm90_states__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128), "paged_states"),
     "window__decode_states__bfloat16": Case(window, "decode", "bfloat16", (128, 128), "ragged_states"),
     "alibi_sink__decode_chosen__bfloat16": Case(alibi_sink, "decode", "bfloat16", (128, 128), "paged_chosen"),
