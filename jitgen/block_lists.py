@@ -2,8 +2,8 @@
 
 The kernels then walk the lists themselves and see nothing else; tiles hold the query heads of a KV head together, so a block
 row fills them, and the planner divides long lists among the CTAs. Hooks would see the positions of the whole sequence, but
-look each of them up: on an H100 a causal mask then takes 1.2 to 1.3 times as long as with the blocks as a mask too, ALiBi 1.7
-to 1.8 times. So hooks that read positions keep to masks.
+look each of them up: on an H100 that gains 2 to 3 % with a causal mask over the blocks as a mask too, and ALiBi takes 1.7 to
+1.8 times as long. So hooks that read positions keep to masks.
 """
 
 from __future__ import annotations

@@ -85,6 +85,8 @@ MODULES = [
     ("sm80", "ragged", segments, "bfloat16", 64, 64),
     ("sm80", "paged", window_per_head, "bfloat16", 128, 128),
     ("sm80", "paged", sigmoid, "bfloat16", 128, 128),
+    ("sm90", "paged", plain, "bfloat16", 128, 128),
+    ("sm90", "paged", plain, "float16", 256, 256),
     ("sm90", "paged", causal_only, "bfloat16", 64, 64),
     ("sm90", "paged", causal_only, "bfloat16", 128, 128),
     ("sm90", "ragged", causal_only, "bfloat16", 128, 128),

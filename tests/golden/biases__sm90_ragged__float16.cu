@@ -905,14 +905,13 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (kRescaleEarly && moved) jg::rescale_output(o[0], factor);
         jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
         start_pv(o[0], p, p_operand, v_operand + (kv.stage * Tile::kValueBytes >> 4));
-        if (step & jg::kStepLast) finish();   // under the last product
         jg::Wgmma<kHeadDimV>::wait<0>(o[0]);
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
       } while (!(step & jg::kStepLast));
       laps ^= 4;
     }
-    if (kind != jg::kWorkTile) finish();
+    finish();
 
     const Piece& done = shared.control->piece[slot()];
     const int warp_row = done.first_row + (jg::stay(static_cast<int>(threadIdx.x)) - 128) / 32 * 16;

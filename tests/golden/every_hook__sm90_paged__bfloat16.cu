@@ -806,9 +806,9 @@ JITGEN_FN void await_copies() {
 JITGEN_FN void copy_output(const Args& args, const Maps& maps, const Piece& piece, unsigned address, const Output& o, int warp_row) {
   const int thread = jg::stay(static_cast<int>(threadIdx.x)) & 127, warp = thread >> 5, lane = thread & 31;
   const int rows = (piece.request.q_len << piece.packing) - warp_row, first_head = piece.group << piece.packing;
+  await_copies();   // an item without keys has had no P
   unsigned packed[kHeadDimV / 16][4];
   jg::pack_tile<Element>(packed, o[0]);
-  await_copies();   // an item without keys has had no P
   jg::store_tile<kHeadDimV>(address, packed, warp, lane);
   jg::fence_async_proxy();
   __syncwarp();
@@ -963,14 +963,13 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (kRescaleEarly && moved) jg::rescale_output(o[0], factor);
         jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
         start_pv(o[0], p, p_operand, v_operand + (kv.stage * Tile::kValueBytes >> 4));
-        if (step & jg::kStepLast) finish();   // under the last product
         jg::Wgmma<kHeadDimV>::wait<0>(o[0]);
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
       } while (!(step & jg::kStepLast));
       laps ^= 4;
     }
-    if (kind != jg::kWorkTile) finish();
+    finish();
 
     const Piece& done = shared.control->piece[slot()];
     const int warp_row = done.first_row + (jg::stay(static_cast<int>(threadIdx.x)) - 128) / 32 * 16;

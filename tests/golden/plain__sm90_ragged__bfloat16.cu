@@ -642,7 +642,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         // A run of visible tiles: the products of a tile overlap with those of the next.
         start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4));
         pass_turn();
-        clear();   // under the product: the only run of tiles
+        clear();   // under the product
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
         shape(jg::Constant<1>());
@@ -690,8 +690,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       } while (!(step & jg::kStepLast));
       laps ^= 4;
     }
-    if (kind != jg::kWorkTile) clear();
-    if (kind != jg::kWorkTile) finish();
+    if (kind != jg::kWorkTile) {
+      clear();
+      finish();
+    }
 
     const Piece& done = shared.control->piece[slot()];
     const int warp_row = done.first_row + (jg::stay(static_cast<int>(threadIdx.x)) - 128) / 32 * 16;
