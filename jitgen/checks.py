@@ -6,7 +6,9 @@ Runs once per combination of shapes, strides and dtypes; the result is remembere
 from __future__ import annotations
 
 import math
+import operator
 from numbers import Real
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -27,6 +29,12 @@ def narrowed(t: torch.Tensor) -> torch.Tensor:
 def as_int32(t: torch.Tensor) -> torch.Tensor:
     """``narrowed``, in contiguous memory: the tensor itself where that is so already."""
     return narrowed(t).contiguous()
+
+
+def plain_int(value: Any) -> Any:
+    """What is an integer, as NumPy's are, as an int; anything else as it is, for the checks to name."""
+    is_integer = hasattr(type(value), "__index__") and not isinstance(value, bool | torch.Tensor)
+    return operator.index(value) if is_integer else value
 
 
 def check_is_tensor(**values: object) -> None:

@@ -33,7 +33,7 @@ def check_plan_numbers(plan: Plan) -> None:
         value = getattr(plan, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ShapeMismatch(f"{name} is {value!r}, expected a positive integer.")
-    for name in ("max_q_len", "max_kv_len", "max_kv_tokens"):
+    for name in ("max_q_len", "max_kv_len", "max_kv_tokens", "page_size", "kv_split"):
         value = getattr(plan, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ShapeMismatch(f"{name} is {value!r}, expected a positive integer or None.")
@@ -64,10 +64,8 @@ def check_plan_numbers(plan: Plan) -> None:
             f"head_dim is {plan.head_dim}, head_dim_v {plan.head_dim_v}; on cuda the cache must be stored with both one of "
             f"{dims}, or 192 and 128. Allocate it with the next larger one, zeros behind the last column."
         )
-    if plan.page_size is not None and (plan.layout != "paged" or plan.page_size < 1):
-        raise ShapeMismatch(
-            f"page_size is {plan.page_size!r} and layout {plan.layout!r}: only paged plans take a positive page_size."
-        )
+    if plan.page_size is not None and plan.layout != "paged":
+        raise ShapeMismatch(f"page_size is {plan.page_size} and layout {plan.layout!r}: only paged plans take a page_size.")
     if plan.layout not in ("paged", "ragged"):
         raise ShapeMismatch(f"layout={plan.layout!r} is not a layout of a plan. Use 'paged' or 'ragged'.")
     if plan.split not in ("balanced", "fixed", "none"):
@@ -80,7 +78,7 @@ def check_plan_numbers(plan: Plan) -> None:
             f"layout={plan.layout!r} and split={plan.split!r}."
         )
     _check_selection(plan)
-    if (plan.split == "fixed") != (plan.kv_split is not None) or (plan.kv_split is not None and plan.kv_split < 1):
+    if (plan.split == "fixed") != (plan.kv_split is not None):
         raise ShapeMismatch(
             f"split={plan.split!r} and kv_split={plan.kv_split!r} do not go together. "
             "split='fixed' needs kv_split=, the keys of a piece, and no other split takes it."

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from jitgen.checks import as_int32
+from jitgen.checks import as_int32, plain_int
 from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, VariantError
 from jitgen.ir import TRUE, to_text, walk
 from jitgen.program import Program, uses_index
@@ -93,14 +93,15 @@ class Plan:
         device: torch.device | str | None = None,
         family: str | None = None,
     ) -> None:
-        self.max_batch, self.max_tokens = max_batch, max_tokens
-        self.num_q_heads, self.num_kv_heads = num_q_heads, num_kv_heads
-        self.head_dim, self.head_dim_v = head_dim, head_dim if head_dim_v is None else head_dim_v
+        self.max_batch, self.max_tokens = plain_int(max_batch), plain_int(max_tokens)
+        self.num_q_heads, self.num_kv_heads = plain_int(num_q_heads), plain_int(num_kv_heads)
+        self.head_dim = plain_int(head_dim)
+        self.head_dim_v = self.head_dim if head_dim_v is None else plain_int(head_dim_v)
         self.dtype, self.kv_dtype = dtype, None if kv_dtype == dtype else kv_dtype
         self.layout, self.family = layout, family
-        self.max_q_len, self.max_kv_len, self.page_size = max_q_len, max_kv_len, page_size
-        self.split, self.kv_split, self.levels, self.selection = split, kv_split, levels, selection
-        self.max_kv_tokens = max_kv_tokens
+        self.max_q_len, self.max_kv_len, self.page_size = plain_int(max_q_len), plain_int(max_kv_len), plain_int(page_size)
+        self.split, self.kv_split, self.levels, self.selection = split, plain_int(kv_split), plain_int(levels), selection
+        self.max_kv_tokens = plain_int(max_kv_tokens)
         self.device = _complete(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         check_plan_numbers(self)
         self.is_latent = (self.head_dim, self.head_dim_v) == MLA_DIMS  # absorbed MLA: the values are in the rows of keys

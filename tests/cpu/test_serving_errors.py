@@ -52,13 +52,29 @@ PLANS = [
     (dict(layout="dense"), ShapeMismatch, "layout='dense' is not a layout of a plan. Use 'paged' or 'ragged'"),
     (dict(max_kv_len=-1), ShapeMismatch, "max_kv_len is -1, expected a positive integer or None"),
     (dict(max_q_len=1.5), ShapeMismatch, "max_q_len is 1.5, expected a positive integer or None"),
-    (dict(page_size=0), ShapeMismatch, "page_size is 0 and layout 'paged': only paged plans take a positive page_size"),
+    (dict(page_size=0), ShapeMismatch, "page_size is 0, expected a positive integer or None"),
+    (dict(page_size="16"), ShapeMismatch, "page_size is '16', expected a positive integer or None"),
+    (dict(page_size=16, layout="ragged"), ShapeMismatch, "page_size is 16 and layout 'ragged': only paged plans"),
+    (dict(split="fixed", kv_split=0), ShapeMismatch, "kv_split is 0, expected a positive integer or None"),
     (dict(split="even"), ShapeMismatch, "split='even' is not a way to split"),
     (dict(split="fixed"), ShapeMismatch, "split='fixed' and kv_split=None do not go together"),
     (dict(kv_split=64), ShapeMismatch, "split='balanced' and kv_split=64 do not go together"),
     (dict(family="decode"), VariantError, "family='decode' needs a plan on cuda, this one is on cpu"),
     (dict(device="meta"), UnsupportedDevice, "device is meta, expected cpu or cuda"),
 ]
+
+
+class Four:
+    """An integer of somebody else's, as NumPy has them."""
+
+    def __index__(self) -> int:
+        return 4
+
+
+def test_plan_takes_integers_of_any_type():
+    plan = jitgen.Plan(Four(), Four(), Four(), Four(), 16, max_kv_len=Four(), dtype=torch.float32, device="cpu")
+    assert plan.max_batch == plan.max_tokens == plan.num_q_heads == plan.max_kv_len == 4
+    assert all(type(value) is int for value in (plan.max_batch, plan.num_kv_heads, plan.head_dim_v, plan.max_kv_len))
 
 
 @pytest.mark.parametrize("change, error, message", PLANS, ids=[next(iter(p[0])) for p in PLANS])
