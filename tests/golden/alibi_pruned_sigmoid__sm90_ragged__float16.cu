@@ -411,7 +411,7 @@ struct Control {
   unsigned long long piece_full[2], work_full[2], work_empty[2];
   Piece piece[2];
   int kind[2];                // of the pieces: kWorkTile, kWorkEmpty, kWorkStop
-  int step[2 * kNumStages];   // first key of the KV tile that a stage holds, with flags: two laps, as no barrier guards its last reader
+  int step[2 * kNumStages];   // first key of the KV tile that a stage holds, with flags: in two laps, as in sm90_geometry.cuh
 };
 constexpr int kControlAt = Tile::kOwnOAt;
 constexpr int kSharedBytes = kControlAt + static_cast<int>(sizeof(Control));

@@ -31,7 +31,10 @@ template <int kStages> struct ControlBlock {
   unsigned long long k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
   unsigned long long work_full[2], work_empty[2], found_full[2];
   alignas(16) int4 work[2];   // {first row, head, batch, kind}
-  int step[2 * kStages];      // which KV tile a stage holds, with flags: two laps, as no barrier guards its last reader
+  // Which KV tile a stage holds, with flags. Two laps: a word is written again after every group has released the K of one lap later,
+  // which its leader does behind a turn that all threads of the group pass after they have read the word. (racecheck does not follow
+  // a named barrier and an mbarrier in a chain, and reports it.)
+  int step[2 * kStages];
 };
 
 // kExtraBytes: of what a kernel has beside these, behind the control block. kCopiedBytes: of what it has the copy engine bring, for
