@@ -30,7 +30,7 @@ from jitgen.kv_spec import (
 from jitgen.kv_tokens import Tokens
 from jitgen.program import Program
 from jitgen.rotary import Rope
-from jitgen.streams import call_on, cuda_index, stream_of
+from jitgen.streams import cuda_index, start, stream_of
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
 
 Tensor = torch.Tensor
@@ -214,9 +214,7 @@ class RowsCall:
         packed = self.pack(*words) + self.turns
         if values:
             packed += self.pack_captures(*runtime.capture_words(self.trace, list(values)))  # type: ignore[arg-type]
-        code = call_on(index, self.kernel.launch, packed)
-        if code:
-            self.kernel.raise_error(code)
+        start(self.kernel, index, packed)
 
 
 def turn_words(turns: Sequence[Turn]) -> list[object]:

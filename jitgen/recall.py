@@ -26,10 +26,11 @@ class RecentCall:
     microsecond to make, and lengths may differ at every step.
     """
 
-    __slots__ = ("_places", "_tensors_of", "_words", "call", "looks_same")
+    __slots__ = ("_has_numbers", "_places", "_tensors_of", "_words", "call", "looks_same")
 
     def __init__(self, call: PreparedCall) -> None:
         self.call = call
+        self._has_numbers = bool(number_indices(call.program))  # to be checked anew: numbers differ from call to call
         self.looks_same: Callable[..., bool] | None = None
 
     def come_again(self, q: Tensor, k: Tensor, v: Tensor, values: list[object], words: list[object]) -> None:
@@ -56,7 +57,7 @@ class RecentCall:
 
     def words(self, values: list[object]) -> list[object]:
         """``capture_words`` for values whose tensors look the same."""
-        if number_indices(self.call.program):
+        if self._has_numbers:
             check_numbers(self.call.program, values)
         words = self._words.copy()
         for at, i, is_tensor in self._places:

@@ -12,7 +12,7 @@ from jitgen import runtime
 from jitgen.errors import UnsupportedDevice
 from jitgen.program import Program, check_numbers, direct_indices, too_short
 from jitgen.sampling_spec import SamplingSpec, render_sampling, team_size
-from jitgen.streams import call_on, cuda_index
+from jitgen.streams import cuda_index, start
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
 
 _kernels: dict[tuple[str, CompileTarget], runtime.CompiledKernel] = {}
@@ -79,9 +79,7 @@ def launch(kernel: runtime.CompiledKernel, device: torch.device, words: Sequence
 
     Errors:  LaunchError.
     """
-    code = call_on(cuda_index(device), kernel.launch, kernel.pack(*words))
-    if code:
-        kernel.raise_error(code)
+    start(kernel, cuda_index(device), kernel.pack(*words))
 
 
 def capture_words(program: Program, values: list[object], batch: int, vocab: int, device: torch.device) -> list[object]:

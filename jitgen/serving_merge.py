@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch.compiler import is_compiling
@@ -12,7 +13,7 @@ from jitgen import runtime
 from jitgen.checks import check_is_tensor, dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDtype
 from jitgen.families import cuda_spec
-from jitgen.streams import call_on, cuda_index, stream_of
+from jitgen.streams import cuda_index, start, stream_of
 from jitgen.target import detect_cuda
 from jitgen.variant import Variant
 
@@ -101,6 +102,13 @@ def _has_kernel(outs: Tensor, lses: Tensor) -> bool:
     return outs.dtype in (torch.bfloat16, torch.float16) and outs.stride(-1) == 1 and dim % LANES == 0 and dim <= MAX_HEAD_DIM
 
 
+@lru_cache(maxsize=64)
+def _kernel(dtype: torch.dtype, dim: int, index: int | None) -> runtime.CompiledKernel:
+    """Remembered here: to trace, and to name, a kernel takes longer than to launch it."""
+    plain, target = Variant().trace().program, detect_cuda(index)
+    return runtime.get_kernel(cuda_spec(plain, dtype_name(dtype), (dim, dim), "merge_outs", target, layout="outs"))
+
+
 def _join(first: Tensor, first_lse: Tensor, others: Tensor, other_lse: Tensor, base: str | int) -> tuple[Tensor, Tensor]:
     """The kernel's merge of a first state and those behind it.
 
@@ -109,14 +117,11 @@ def _join(first: Tensor, first_lse: Tensor, others: Tensor, other_lse: Tensor, b
     rows, heads, dim = first.shape
     out, lse = first.new_empty(first.shape), first_lse.new_empty(first_lse.shape)
     index = cuda_index(first.device)
-    plain, target = Variant().trace().program, detect_cuda(index)
-    kernel = runtime.get_kernel(cuda_spec(plain, dtype_name(first.dtype), (dim, dim), "merge_outs", target, layout="outs"))
+    kernel = _kernel(first.dtype, dim, index)
     addresses = [t.data_ptr() for t in (first, first_lse, others, other_lse, out, lse)]
     strides = (*first.stride()[:2], *first_lse.stride(), *others.stride()[:3], *other_lse.stride())
     packed = kernel.pack(
         *addresses, stream_of(index), rows, heads, others.shape[1] + 1, *strides, BASES[base] / math.log(2.0)
     )  # fmt: skip
-    code = call_on(index, kernel.launch, packed)
-    if code:
-        kernel.raise_error(code)
+    start(kernel, index, packed)
     return out, lse

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from jitgen.runtime import CompiledKernel
 
 Result = TypeVar("Result")
 
@@ -29,3 +32,13 @@ def call_on(index: int | None, function: Callable[..., Result], *args: object) -
         return function(*args)
     with torch.cuda.device(index):
         return function(*args)
+
+
+def start(kernel: CompiledKernel, index: int | None, packed: bytes) -> None:
+    """Launch a kernel with CUDA device ``index`` current; None: one of the CPU's.
+
+    Errors:  LaunchError.
+    """
+    code = call_on(index, kernel.launch, packed)
+    if code:
+        kernel.raise_error(code)
