@@ -33,3 +33,16 @@ def rounding_error(q: Tensor, k: Tensor, v: Tensor, variant: jitgen.Variant, wan
     noise = 2 * torch.rand(v.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(v.device) - 1
     changed = reference.attention(q, k, v.double() * (1 + unit * noise), variant, q_index=q_index)
     return largest_error(changed, want) + largest_error(want.to(v.dtype), want)
+
+
+def check_attention(variant: jitgen.Variant, q: Tensor, k: Tensor, v: Tensor, where: str, *, atol: float = 2e-4,
+                    family: str | None = None) -> Tensor:  # fmt: skip
+    """The output of jitgen.attention, once it and its logsumexp have been compared with the oracle. ``atol``: of logsumexps."""
+    want, want_lse = reference.attention(q, k, v, variant, return_lse=True)
+    out = torch.full_like(q, torch.nan)
+    got, got_lse = jitgen.attention(q, k, v, variant, return_lse=True, out=out, family=family)
+    torch.testing.assert_close(got_lse.double(), want_lse, rtol=1e-5, atol=atol, msg=lambda m: f"{where}: {m}")
+    allowed = 1.5 * rounding_error(q, k, v, variant, want, "absolute") + torch.finfo(q.dtype).eps * 1e-2
+    error = largest_error(got, want)
+    assert error <= allowed, f"{where}: error {error:.3g}, allowed {allowed:.3g}"
+    return got
