@@ -590,11 +590,15 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     const Rows rows = make_rows(args, head, piece, own_row(piece.first_row + group * 64));
     Softmax softmax;
     Output o;
-    RowEnds<1> ends;
-    const auto finish = [&] {   // the head is made again: what only the end needs would cost registers through the loop
+    const auto row_sums = [&] {   // as the output of serving kernels takes them
       jg::OnlineSoftmax<1> sums;
 #pragma unroll
       for (int half = 0; half < 2; ++half) sums.row_max[0][half] = softmax.row_max[half], sums.row_sum[0][half] = softmax.row_sum[half];
+      return sums;
+    };
+    RowEnds<1> ends;
+    const auto finish = [&] {   // the head is made again: what only the end needs would cost registers through the loop
+      jg::OnlineSoftmax<1> sums = row_sums();
       ends = finish_rows(args, own_head(args, piece), sums);
     };
     const auto clear = [&] {
@@ -703,10 +707,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     if (done.slot < 0) {
       write(ends);
     } else {
-      jg::OnlineSoftmax<1> finished;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) finished.row_max[0][half] = softmax.row_max[half], finished.row_sum[0][half] = softmax.row_sum[half];
-      Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, finished);
+      Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, row_sums());
     }
     __syncwarp();
     if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
