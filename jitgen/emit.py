@@ -20,7 +20,7 @@ from jitgen.emit_norm import NormText, OutputText, emit_norm, emit_output
 from jitgen.emit_split import divided, outer_factor, split_floats
 from jitgen.emit_text import ELEMENT_CTYPE
 from jitgen.ir import Expr
-from jitgen.program import Program, uses_index
+from jitgen.program import Program, reads_pages, uses_index
 
 CAPS = ("tanh", "tanh_approx")
 WITHIN_ONE = (*CAPS, "sigmoid", "erf", "sin", "cos")  # functions whose values stay within [-1, 1]
@@ -95,6 +95,7 @@ class VariantSection:
     reads_q_off: bool
     reads_q_first: bool
     reads_kv_off: bool
+    reads_pages: bool
     has_score: bool
     score_is_bounded: bool
     score_is_capped: bool
@@ -211,6 +212,7 @@ def emit_variant(
         **text,  # type: ignore[arg-type]
         raw_scores=raw_scores,
         **{f"reads_{name}": uses_index(program, name) for name in ir.PACKED},  # type: ignore[arg-type]
+        reads_pages=bool(reads_pages(*program.roots())),
         has_score=score is not None,
         score_is_bounded=score is not None and score.op in WITHIN_ONE,
         score_is_capped=is_capped,

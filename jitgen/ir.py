@@ -14,7 +14,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from jitgen.ir_ops import OPS, ROW_LOCAL, ROW_OPS, Op
+from jitgen.ir_ops import OPS, PAGE_OPS, ROW_LOCAL, ROW_OPS, Op
 
 RANK = {"bool": 0, "i32": 1, "i64": 2, "f32": 3}
 INT_DTYPES = ("i32", "i64")
@@ -417,6 +417,8 @@ def to_text(node: Expr, names: Sequence[str] = ()) -> str:
             return f"{name_of(n.attr)}[{', '.join(text(a) for a in n.args)}]"
         if n.op == "lin":
             return _lin_text(n, text)
+        if n.op in PAGE_OPS:
+            return n.op
         if n.op == "cast":
             return f"{n.dtype}({text(n.args[0])})"
         if n.op in _INFIX:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from jitgen.abi import ArgField
 from jitgen.checks import dtype_name
+from jitgen.ir import Expr
 from jitgen.kv_launch import Turn
 from jitgen.kv_spec import Rotation, RowsSpec, StreamSpec, rotation_args, rotations_of
 from jitgen.program import Program, RowProgram, Slot
@@ -25,6 +26,10 @@ class DecodeRows:
     def shape(self) -> tuple[object, ...]:
         """Identity as plain values."""
         return tuple(s.shape() for s in self.streams)
+
+    def roots(self) -> tuple[Expr | None, ...]:
+        """The expressions of the transforms."""
+        return tuple(e for s in self.streams for e in s.roots())
 
     @property
     def names(self) -> tuple[str, ...]:

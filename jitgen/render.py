@@ -9,7 +9,7 @@ from functools import cache
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from jitgen.abi import ARGS_OF_LAYOUT, SCALE_ARGS, ArgField
+from jitgen.abi import ArgField
 from jitgen.emit import CopiedText, VariantSection, emit_variant, section_context
 from jitgen.emit_early import early_parts
 from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directives
@@ -197,18 +197,12 @@ def _mapped(rendered: Rendered) -> str:
     return with_line_directives(rendered, "kernel_templates")
 
 
-def args_before_captures(spec: KernelSpec) -> tuple[ArgField, ...]:
-    """The fields of ``struct Args`` in front of the captures."""
-    own = ARGS_OF_LAYOUT[spec.layout] + (SCALE_ARGS if spec.kv_dtype else ())
-    return own if spec.rows is None else own + spec.rows.args
-
-
 def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str) -> KernelContext:
     """Template context of a spec."""
     flags = {f.name: getattr(section, f.name) for f in fields(KernelContext) if f.type == "bool" and hasattr(section, f.name)}
     return KernelContext(
         header_comment=_header_comment(spec),
-        args_fields=args_before_captures(spec) + section.args,
+        args_fields=spec.own_args + section.args,
         variant_section=variant_text,
         rows_section="" if spec.rows is None else spec.rows.section(spec.program.slots, spec.target),
         transforms_keys=spec.rows is not None and "k" in spec.rows.names,
