@@ -2,7 +2,8 @@
 
 They decide the C++ type (int or long long), whether `//` and `%` need the floor form, whether a gather index may be
 negative, and whether interval arithmetic in 64 bits is exact. Positions and lengths are below 2**28, head counts below
-2**16, the batch below 2**24, rows of all requests and slots of a cache below 2**30; a captured scalar or element may be anything its type holds.
+2**16, the batch below 2**24, rows of all requests and slots of a cache below 2**30; a captured scalar or element may be
+anything its type holds.
 """
 
 from __future__ import annotations

@@ -104,8 +104,8 @@ class HookTracer:
         unknown = [name for name in names if name not in PAGE_OPS]
         if unknown:
             raise VariantError(
-                f"{kind} '{name_of(hook)}' asks for keyword-only '{unknown[0]}'; rows of k and v have {' and '.join(sorted(PAGE_OPS))}, "
-                "those of q no context. Capture the value."
+                f"{kind} '{name_of(hook)}' asks for keyword-only '{unknown[0]}'; rows of k and v have "
+                f"{' and '.join(sorted(PAGE_OPS))}, those of q no context. Capture the value."
             )
         context = {name: Sym(_context_value(name, POSITION)) for name in names}
         label, code = f"{kind} '{name_of(hook)}'", code_of(hook)

@@ -361,14 +361,24 @@ def walk(*roots: Expr | None) -> Iterator[Expr]:
 
 
 def rebuild(root: Expr, leaf: Callable[[Expr], Expr | None]) -> Expr:
-    """Copy of ``root`` with every node for which ``leaf`` returns a replacement exchanged; the rest is re-canonicalised."""
+    """Copy of ``root`` with every node for which ``leaf`` returns a replacement exchanged; the rest is re-canonicalised. What
+    is only below exchanged nodes is not looked at."""
     done: dict[Expr, Expr] = {}
-    for node in walk(root):
-        new = leaf(node)
-        if new is None:
+    stack = [(root, False)]
+    while stack:
+        node, ready = stack.pop()
+        if node in done:
+            continue
+        if ready:
             args = tuple(done[a] for a in node.args)
-            new = node if args == node.args else remake(node, args)
-        done[node] = new
+            done[node] = node if args == node.args else remake(node, args)
+            continue
+        new = leaf(node)
+        if new is not None:
+            done[node] = new
+        else:
+            stack.append((node, True))
+            stack.extend((a, False) for a in reversed(node.args))
     return done[root]
 
 

@@ -173,7 +173,7 @@ def check_packed(plan: Plan, program: Program) -> None:
     if not uses_index(program, "kv_off"):
         return
     if plan.layout != "ragged":
-        raise VariantError("the variant reads kv_off, and keys in pages have no rows. Index by b and kv_idx, or by pages.")
+        raise VariantError("the variant reads kv_off, and keys in pages have no rows. Index by b and kv_idx, or by kv_slot.")
     if plan.stage is not None and (plan.stage.changes_keys or plan.stage.gathers_bytes):
         raise VariantError("the variant reads kv_off, and this plan copies keys on their way. Capture kv_indptr instead.")
 

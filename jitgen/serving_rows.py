@@ -211,7 +211,8 @@ class Stage:
                 for i, (name, target, p) in enumerate((("k", self.k, rows.k), ("v", self.v, rows.v)))
             ]
             places = "from_pages" if pages else "from_rows"
-            call = self._keep(key, prepare_rows(streams, places, Tokens(self.capacity, page_size=where[1]), self.device, placed))
+            tokens = Tokens(self.capacity, page_size=where[1])
+            call = self._keep(key, prepare_rows(streams, places, tokens, self.device, placed))
         of_scales = [(0, 0), (0, 0)] if not scales else [tuple(scales[2:4]), tuple(scales[4:6])]
         call = replace(
             call,

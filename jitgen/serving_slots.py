@@ -1,4 +1,4 @@
-"""Where keys lie in a paged cache, for hooks that read kv_slot or page: launch arguments, and how far captured tensors reach."""
+"""Where keys lie in a paged cache, for hooks that read kv_slot or page: launch arguments, and sizes of captured tensors."""
 
 from __future__ import annotations
 

@@ -229,6 +229,16 @@ def normed_rows() -> jitgen.Variant:
     )
 
 
+def slot_scales() -> jitgen.Variant:
+    """Reads where keys lie in a paged cache."""
+    ks, vs, kept = torch.zeros(4096, 8), torch.zeros(4096, 8), torch.ones(256, dtype=torch.bool)
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx, *, kv_slot, kv_h: s * ks[kv_slot, kv_h],
+        mask_mod=lambda b, h, q_idx, kv_idx, *, page: (kv_idx <= q_idx) & kept[page],
+        v_transform=lambda v, b, kv_h, kv_idx, *, kv_slot: v * vs[kv_slot, kv_h],
+    )
+
+
 class Case(NamedTuple):
     """A source to generate: a kernel of a family, or with family mask_tiles the module behind jitgen.mask_tiles."""
 
@@ -307,7 +317,9 @@ CASES: dict[str, Case] = {
     "plain__sm80_mla__float16": Case(plain, "sm80_mla", "float16", (576, 512), "paged"),
     "window__sm80_mla__bfloat16": Case(window, "sm80_mla", "bfloat16", (576, 512), "paged"),
     "alibi_sink__mla__float16": Case(alibi_sink, "mla", "float16", (576, 512), "paged"),
+    "slot_scales__decode__bfloat16": Case(slot_scales, "decode", "bfloat16", (128, 128), "paged"),
     "window__mask_tiles": Case(window, "mask_tiles"),
+    "slot_scales__mask_tiles": Case(slot_scales, "mask_tiles"),
 }
 TARGETS = {
     "sm80": partial(cuda_target, "8.0"),

@@ -28,7 +28,7 @@ struct KeyPages {
 };
 
 template <class Args> JITGEN_FN KeyPages key_pages(const Args& args, int b, int kv_h, int kv_len) {
-  const long long start = args.key_page_start ? args.key_page_start[b] : b * args.key_page_stride;
+  const long long start = args.key_page_start ? jg::load(args.key_page_start, b) : b * args.key_page_stride;
   return {args.key_pages + start + kv_h * args.key_page_head_stride, kv_len - 1, static_cast<int>(args.key_page_size),
           static_cast<unsigned>(args.key_page_magic), static_cast<int>(args.key_page_shift)};
 }
