@@ -325,6 +325,8 @@ def _emit_mask(
         return HookText(), HookText()
     alone = [functools.reduce(lambda a, b: ir.make("and", a, b), positions)] if positions else []
     root = split_floats(root, _level) if bits is None else bits.mask
+    if compares_late:
+        root = ir.rebuild(root, _as_number)
     low = _element_lowering(unit, [root, *alone])
     low.compares_late = compares_late
     if bits is not None:
@@ -338,6 +340,13 @@ def _emit_mask(
     if bits is not None:
         texts = [replace(text, col=BlockText()) for text in texts]
     return texts[0], texts[1] if alone else HookText()
+
+
+def _as_number(node: Expr) -> Expr | None:
+    """A truth that is stored by slot or page, as a number that is compared: columns in shared memory are words."""
+    if node.op == "load" and node.dtype == "bool" and reads_pages(node):
+        return ir.make("ne", ir.load(int(str(node.attr)), "i32", node.args), ir.const(0))
+    return None
 
 
 def _emit_search(unit: Unit, bits: BitsMask | None) -> HookText:

@@ -76,6 +76,20 @@ def normed_rows() -> jitgen.Variant:
     )
 
 
+def slot_scales() -> jitgen.Variant:
+    """Scales by slot of a paged cache."""
+    ks, vs = torch.zeros(8192, 8), torch.zeros(8192, 8)
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx, *, kv_slot, kv_h: s * ks[kv_slot, kv_h],
+        v_transform=lambda v, b, kv_h, kv_idx, *, kv_slot: v * vs[kv_slot, kv_h],
+    )
+
+
+def evicted() -> jitgen.Variant:
+    kept = torch.ones(8192, dtype=torch.bool)
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx, *, kv_slot: (kv_idx <= q_idx) & kept[kv_slot])
+
+
 # variant, dtype, head dims, packed rows, layout, architecture, dtype of K and V in a cache of 8 bits
 MODULES = [
     (plain, "bfloat16", (128, 128), 8, "paged", "9.0a", ""),
@@ -98,6 +112,9 @@ MODULES = [
     (rotated, "bfloat16", (128, 128), 8, "ragged", "8.0", ""),
     (normed_rows, "bfloat16", (128, 128), 8, "paged", "9.0a", ""),
     (normed_rows, "float16", (192, 128), 16, "ragged", "8.0", ""),
+    (slot_scales, "bfloat16", (128, 128), 8, "paged", "9.0a", ""),
+    (slot_scales, "float16", (256, 256), 8, "paged", "8.0", ""),
+    (evicted, "bfloat16", (128, 128), 8, "paged", "9.0a", "int8"),
 ]
 
 
