@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from cascade_batch import SharedBatch
@@ -11,7 +13,7 @@ from serving_batch import Batch, poisoned
 from stored_batch import stored
 
 import jitgen
-from jitgen import reference
+from jitgen import portable, reference, runtime
 from jitgen.errors import ShapeMismatch, VariantError
 
 LENGTHS = [(1, 100), (20, 45), (0, 0), (1, 7), (3, 300), (2, 17)]
@@ -238,3 +240,43 @@ def test_a_call_with_another_score_reads_slots_too():
     for variant in (jitgen.Variant(), other, jitgen.Variant()):
         got = jitgen.paged_attention(batch.q, (k, v), batch.csr(lists), plan, variant=variant, return_lse=True)
         assert_right(got, batch.expected(variant, lists=lists, page_size=8))
+
+
+# ---- tools -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_model_holds_the_call():
+    batch = Batch([(1, 60), (5, 33)])
+    k, v, lists = batch.pages(8)
+    variant = jitgen.Variant(score_mod=slot_scaled(torch.rand(k.shape[0] * 8)))
+    plan, table = batch.plan(variant), batch.block_table(lists)
+
+    def layer(q, k, v, table):
+        return jitgen.paged_attention(q * 1.0, (k, v), table, plan, return_lse=True)
+
+    got = torch.compile(layer, backend="eager", fullgraph=True)(batch.q, k, v, table)
+    assert_right(got, batch.expected(variant, lists=lists, page_size=8))
+
+
+def test_kernels_are_recorded_and_built_again():
+    variant = PAGED_CASES["slot_scales"].make(Cache(4, 16))
+    batch = Batch([(1, 20)])
+    kernel = batch.plan(variant).classes[0].kernel
+    request = json.loads(json.dumps(portable.pack((runtime.module_path, kernel.spec))))
+    function, (spec,) = portable.unpack(request)
+    assert function is runtime.module_path and spec.digest == kernel.spec.digest and spec.reads_pages
+
+
+def test_combined_masks_pass_the_names_on():
+    batch = Batch([(3, 60), (5, 33)])
+    k = batch.pages(8)[0]
+    kept, open_pages = torch.rand(k.shape[0] * 8) < 0.5, torch.rand(k.shape[0]) < 0.5
+    mask = jitgen.and_masks(
+        lambda b, h, q_idx, kv_idx: kv_idx <= q_idx,
+        jitgen.or_masks(
+            lambda b, h, q_idx, kv_idx, *, kv_slot: kept[kv_slot],
+            lambda b, h, q_idx, kv_idx, *, page: open_pages[page],
+            lambda b, h, q_idx, kv_idx: kv_idx == 0,
+        ),
+    )
+    assert_right(*attend(batch, jitgen.Variant(mask_mod=mask), 8))
