@@ -12,7 +12,7 @@ import torch
 
 from jitgen.errors import ShapeMismatch, UnsupportedDtype, UnsupportedVariant, VariantError
 from jitgen.program import Program, all_roots, reads_pages
-from jitgen.spec import FP8_DTYPE, MLA_DIMS, MLA_FAMILIES, KernelSpec, Tiles
+from jitgen.spec import FP8_DTYPE, FP8_OUT_DTYPES, MLA_DIMS, MLA_FAMILIES, KernelSpec, Tiles
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
 from jitgen.tiles import sm80_tiles
 from jitgen.tiles_decode import decode_tiles
@@ -48,7 +48,9 @@ def choose_spec(
     if device.type == "cpu":
         if family not in (None, "cpu"):
             raise VariantError(f"family={family!r} needs cuda tensors, q is on cpu. Leave family out.")
-        return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims), detect_cpu())
+        of_inputs = FP8_DTYPE if dtype == FP8_DTYPE else ""
+        dtype = (out_dtype or FP8_OUT_DTYPES[0]) if of_inputs else dtype
+        return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims), detect_cpu(), kv_dtype=of_inputs)
     if family == "cpu":
         raise VariantError(f"family='cpu' needs cpu tensors, q is on {device}. Leave family out.")
     target = detect_cuda(device.index, accelerated=family != "sm80")

@@ -52,7 +52,6 @@ def spec_of(program: Program, choice: Choice) -> KernelSpec:
     dtype = choice.dtype or ("float32" if is_cpu else "bfloat16")
     dims = (choice.head_dim, choice.head_dim_v)
     if is_cpu:
-        dtype = "float32" if dtype == FP8_DTYPE else dtype  # what a call dequantises to
         if is_paged:
             return serving_spec(program, dtype, dims, torch.device("cpu"), "paged", family=choice.family)
         return choose_spec(program, dtype, dims, torch.device("cpu"), q_len=choice.q_len, family=choice.family)

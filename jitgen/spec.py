@@ -44,7 +44,7 @@ class KernelSpec:
     tiles: Tiles
     target: CompileTarget
     layout: str = "dense"  # 'dense', 'ragged' or 'paged': how requests and their keys are addressed
-    kv_dtype: str = ""  # of K and V where it is one of STORED_DTYPES; empty: dtype
+    kv_dtype: str = ""  # of K and V where it is one of STORED_DTYPES; FP8_DTYPE of a dense CPU kernel: of Q too; empty: dtype
     out_dtype: str = ""  # of the output; empty: dtype
     rows: Any = None  # transforms of K and V inside of a decode kernel: kv_decode.DecodeRows
     copies: bool = True  # a dense bias comes by the copy engine, which asks for aligned rows; False: by loads
@@ -75,7 +75,7 @@ class KernelSpec:
     @property
     def own_args(self) -> tuple[ArgField, ...]:
         """Fields of ``struct Args`` without the captures."""
-        own = ARGS_OF_LAYOUT[self.layout] + (SCALE_ARGS if self.kv_dtype else ())
+        own = ARGS_OF_LAYOUT[self.layout] + (SCALE_ARGS if self.kv_dtype and self.layout != "dense" else ())
         own += () if self.rows is None else self.rows.args
         return own + PAGE_ARGS if self.reads_pages else own
 

@@ -309,6 +309,7 @@ CASES: dict[str, Case] = {
     "plain__merge_cpu__float32": Case(plain, "merge_cpu", "float32", (64, 64), "states"),
     "every_hook__merge_cpu__bfloat16": Case(every_hook, "merge_cpu", "bfloat16", (128, 128), "states"),
     "soft_cap__cpu_paged_stored__bfloat16": Case(soft_cap, "cpu", "bfloat16", (64, 64), "paged", "float8_e4m3fn"),
+    "plain__cpu_amx_e4m3__bfloat16": Case(plain, "cpu", "bfloat16", (64, 64), "dense", "float8_e4m3fn", "amx"),
     "plain__cpu_ragged_stored__float32": Case(plain, "cpu", "float32", (64, 64), "ragged", "int8"),
     "window__decode_stored__float16": Case(window, "decode", "float16", (64, 64), "ragged", "float8_e5m2"),
     "sigmoid__decode_stored__bfloat16": Case(sigmoid, "decode", "bfloat16", (128, 128), "paged", "int8"),
