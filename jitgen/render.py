@@ -228,7 +228,7 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
 
 
 def uses_amx(spec: KernelSpec) -> bool:
-    """Whether a CPU kernel multiplies in the tile registers of AMX: bfloat16, and keys of the same type once they are packed."""
+    """Whether a CPU kernel multiplies in the tile registers of AMX: bfloat16, and keys of that type once they are packed."""
     is_packed = not spec.kv_dtype or spec.layout == "dense"
     return spec.family == "cpu" and spec.target.isa == "amx" and spec.dtype == "bfloat16" and is_packed
 

@@ -134,7 +134,7 @@ struct PackedTile { const float *k, *v; };
 
 // Packed tiles of K and V, packed by the first thread that needs one and read by all others of the wave. A thread that
 // meets a tile another one is still packing makes its own copy rather than wait.
-// Stored: the elements of K and V in memory, of rows of kHeadDim and kHeadDimV, where those are not the elements of the products.
+// Stored: the elements of K and V in memory, of rows of kHeadDim and kHeadDimV, where the products have others.
 template <class Products, int kTileKv, class Stored = typename Products::Element, int kHeadDim = 0, int kHeadDimV = 0>
 struct TileStore {
   using Element = typename Products::Element;
