@@ -239,6 +239,11 @@ def slot_scales() -> jitgen.Variant:
     )
 
 
+def slot_weights() -> jitgen.Variant:
+    weight = torch.zeros(4096, 8)
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx, *, kv_slot, kv_h: s * weight[kv_slot, kv_h], mask_mod=causal)
+
+
 class Case(NamedTuple):
     """A source to generate: a kernel of a family, or with family mask_tiles the module behind jitgen.mask_tiles."""
 
@@ -318,6 +323,7 @@ CASES: dict[str, Case] = {
     "plain__sm80_mla__float16": Case(plain, "sm80_mla", "float16", (576, 512), "paged"),
     "window__sm80_mla__bfloat16": Case(window, "sm80_mla", "bfloat16", (576, 512), "paged"),
     "alibi_sink__mla__float16": Case(alibi_sink, "mla", "float16", (576, 512), "paged"),
+    "slot_weights__sm90_paged__bfloat16": Case(slot_weights, "sm90", "bfloat16", (128, 128), "paged"),
     "slot_scales__decode__bfloat16": Case(slot_scales, "decode", "bfloat16", (128, 128), "paged"),
     "window__mask_tiles": Case(window, "mask_tiles"),
     "slot_scales__mask_tiles": Case(slot_scales, "mask_tiles"),
