@@ -12,7 +12,16 @@ from dataclasses import dataclass, fields, replace
 from jitgen import ir
 from jitgen.abi import ArgField
 from jitgen.emit_bits import BitsMask, mask_by_bits, print_bits, search_text
-from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_copied, take_initial, take_offset, take_relative
+from jitgen.emit_early import (
+    ahead_loads,
+    drop_relative,
+    level_marks,
+    looks_up_columns,
+    take_copied,
+    take_initial,
+    take_offset,
+    take_relative,
+)
 from jitgen.emit_load import add_row_word, index_term
 from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis, is_causal, position_parts
@@ -96,6 +105,7 @@ class VariantSection:
     reads_q_first: bool
     reads_kv_off: bool
     reads_pages: bool
+    hoists_columns: bool  # values by column take a look-up of their page, and are the same to all query heads of a KV head
     has_score: bool
     score_is_bounded: bool
     score_is_capped: bool
@@ -213,6 +223,7 @@ def emit_variant(
         raw_scores=raw_scores,
         **{f"reads_{name}": uses_index(program, name) for name in ir.PACKED},  # type: ignore[arg-type]
         reads_pages=bool(reads_pages(*program.roots())),
+        hoists_columns=looks_up_columns(program),
         has_score=score is not None,
         score_is_bounded=score is not None and score.op in WITHIN_ONE,
         score_is_capped=is_capped,

@@ -47,7 +47,7 @@ def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str
         parts.add("tile")
     if layout != "dense" and head_dim_v < 256 and _has_shared_columns(program):
         parts |= {"columns", "late"}
-    if layout != "dense" and head_dim_v < 256 and _has_shared_scales(program):
+    if layout != "dense" and head_dim_v < 256 and reads_pages(program.score) and looks_up_columns(program):
         parts.add("columns")
     if layout == "dense" and mask_by_bits(program) is not None:
         parts |= {"bits", "positions"}
@@ -63,11 +63,11 @@ def _has_shared_columns(program: Program) -> bool:
     return mask is not None and "h" not in mask.deps and (score is None or "kv_idx" not in score.deps)
 
 
-def _has_shared_scales(program: Program) -> bool:
-    """Whether a score looks up what is stored by slot or page, which is the same to all query heads of a KV head: the look-up
-    is two loads and a division."""
+def looks_up_columns(program: Program) -> bool:
+    """Whether hooks on logits look up what is stored by slot or page, two loads and a division, and their columns are the same
+    to all query heads of a KV head."""
     roots = [root for root in (program.score, program.mask) if root is not None]
-    return bool(reads_pages(program.score)) and not any("h" in root.deps for root in roots)
+    return bool(reads_pages(*roots)) and not any("h" in root.deps for root in roots)
 
 
 # ---- parts of the distance -----------------------------------------------------------------------------------------------

@@ -96,6 +96,7 @@ class KernelContext:
     score_columns: bool
     mask_columns: bool
     looks_ahead: bool
+    hoists_columns: bool
     has_early: bool
     has_mask: bool
     has_mask_positions: bool

@@ -231,12 +231,16 @@ def normed_rows() -> jitgen.Variant:
 
 def slot_scales() -> jitgen.Variant:
     """Reads where keys lie in a paged cache."""
-    ks, vs, kept = torch.zeros(4096, 8), torch.zeros(4096, 8), torch.ones(256, dtype=torch.bool)
+    ks, vs = torch.zeros(4096, 8), torch.zeros(4096, 8)
     return jitgen.Variant(
         score_mod=lambda s, b, h, q_idx, kv_idx, *, kv_slot, kv_h: s * ks[kv_slot, kv_h],
-        mask_mod=lambda b, h, q_idx, kv_idx, *, page: (kv_idx <= q_idx) & kept[page],
         v_transform=lambda v, b, kv_h, kv_idx, *, kv_slot: v * vs[kv_slot, kv_h],
     )
+
+
+def evicted() -> jitgen.Variant:
+    kept = torch.ones(256, dtype=torch.bool)
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx, *, page: (kv_idx <= q_idx) & kept[page])
 
 
 def slot_weights() -> jitgen.Variant:
@@ -326,7 +330,8 @@ CASES: dict[str, Case] = {
     "slot_weights__sm90_paged__bfloat16": Case(slot_weights, "sm90", "bfloat16", (128, 128), "paged"),
     "slot_scales__decode__bfloat16": Case(slot_scales, "decode", "bfloat16", (128, 128), "paged"),
     "window__mask_tiles": Case(window, "mask_tiles"),
-    "slot_scales__mask_tiles": Case(slot_scales, "mask_tiles"),
+    "evicted__decode__bfloat16": Case(evicted, "decode", "bfloat16", (64, 64), "paged"),
+    "evicted__mask_tiles": Case(evicted, "mask_tiles"),
 }
 TARGETS = {
     "sm80": partial(cuda_target, "8.0"),

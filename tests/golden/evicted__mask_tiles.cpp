@@ -16,19 +16,9 @@ struct Args {
   int64_t kv_len;
   int64_t q_offset;   // q_idx of row 0
   double scale;   // multiplies q . k
-  const float* a0_ks;   // float32, layout sc
-  int64_t a0_ks_size0;
-  int64_t a0_ks_size1;
-  int64_t a0_ks_stride0;
-  int64_t a0_ks_stride1;
-  const bool* a1_kept;   // bool, layout c
-  int64_t a1_kept_size0;
-  int64_t a1_kept_stride0;
-  const float* a2_vs;   // float32, layout sc
-  int64_t a2_vs_size0;
-  int64_t a2_vs_size1;
-  int64_t a2_vs_stride0;
-  int64_t a2_vs_stride1;
+  const bool* a0_kept;   // bool, layout c
+  int64_t a0_kept_size0;
+  int64_t a0_kept_stride0;
 };
 
 // ---- variant ----
@@ -65,18 +55,18 @@ JITGEN_FN MaskRow mask_row(const Args& args, const Head& head, int q_idx) {
 }
 
 struct MaskCol {
-  bool a1_kept_bk;  // a1_kept[page]
+  bool a0_kept_bk;  // a0_kept[page]
 };
 
 JITGEN_FN MaskCol mask_col(const Args& args, const Head& head, jg::Column kv_idx) {
   MaskCol col;
-  col.a1_kept_bk = jg::load(args.a1_kept, head.keys.page(kv_idx)) != 0;
+  col.a0_kept_bk = jg::load(args.a0_kept, head.keys.page(kv_idx)) != 0;
   return col;
 }
 
 JITGEN_FN bool mask_elem(const Args& args, const Head& head, const MaskRow& row, const MaskCol& col, int q_idx,
                          jg::Column kv_idx) {
-  return (kv_idx <= q_idx) & col.a1_kept_bk;
+  return (kv_idx <= q_idx) & col.a0_kept_bk;
 }
 
 // ---- mask of a rectangle: the same expression over intervals ----
@@ -96,7 +86,7 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
   const jg::Bounds kv_idx = {k_lo, k_hi};
   const jg::Truth part0 = kv_idx <= q_idx;  // kv_idx <= q_idx
   if (!part0.may) return kTileNone;
-  const jg::Truth part1 = jg::as_truth(jg::Bounds(0, 1));  // a1_kept[page]
+  const jg::Truth part1 = jg::as_truth(jg::Bounds(0, 1));  // a0_kept[page]
   return jg::tile_kind(jg::possible(part0) & part1);
 }
 
