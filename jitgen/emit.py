@@ -23,7 +23,7 @@ from jitgen.emit_early import (
     take_relative,
 )
 from jitgen.emit_load import add_row_word, index_term
-from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
+from jitgen.emit_lower import HOOK_LEVELS, HOST_CHECKED, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis, is_causal, position_parts
 from jitgen.emit_norm import NormText, OutputText, emit_norm, emit_output
 from jitgen.emit_split import divided, outer_factor, split_floats
@@ -34,6 +34,7 @@ from jitgen.program import Program, reads_pages, uses_index
 CAPS = ("tanh", "tanh_approx")
 WITHIN_ONE = (*CAPS, "sigmoid", "erf", "sin", "cos")  # functions whose values stay within [-1, 1]
 ELEMENT_NAMES = frozenset(("args", "head", "row", "col", "ahead", "odd", "relative", "score", "q_idx", "kv_idx"))  # parameters
+ROWS_CHECKED = frozenset(("kv_h",))  # of what transforms of rows index: see kv_emit.py
 ELEMENT_BLOCKS = {"row": "row.", "col": "col.", "elem": ""}
 
 
@@ -99,12 +100,14 @@ class VariantSection:
     sink: HookText
     norm: NormText
     lse: HookText
+    value: HookText
     output: OutputText
     raw_scores: bool
     reads_q_off: bool
     reads_q_first: bool
     reads_kv_off: bool
     reads_pages: bool
+    has_value: bool
     hoists_columns: bool  # values by column take a look-up of their page, and are the same to all query heads of a KV head
     has_score: bool
     score_is_bounded: bool
@@ -208,6 +211,7 @@ def emit_variant(
         sink=_emit_value(unit, program.sink, {}),
         norm=norm,
         lse=_emit_value(unit, program.lse, {"q_idx": "elem", "lse": "elem"}),
+        value=_emit_value(unit, program.value, {"kv_idx": "elem"}, host_checked=ROWS_CHECKED),
         output=emit_output(unit, program.output),
     )
     columns = BlockText() if initial is not None else score_text.col
@@ -224,6 +228,7 @@ def emit_variant(
         **{f"reads_{name}": uses_index(program, name) for name in ir.PACKED},  # type: ignore[arg-type]
         reads_pages=bool(reads_pages(*program.roots())),
         hoists_columns=looks_up_columns(program),
+        has_value=program.value is not None,
         has_score=score is not None,
         score_is_bounded=score is not None and score.op in WITHIN_ONE,
         score_is_capped=is_capped,
@@ -418,11 +423,14 @@ def _emit_score(
     )
 
 
-def _emit_value(unit: Unit, root: Expr | None, levels: dict[str, str]) -> HookText:
+def _emit_value(
+    unit: Unit, root: Expr | None, levels: dict[str, str], host_checked: frozenset[str] = HOST_CHECKED
+) -> HookText:
     """A hook that yields one value, not one per element."""
     if root is None:
         return HookText()
-    block = Block("elem", taken={"args", "head", "lse", "q_idx"})
+    block = Block("elem", taken={"args", "head", "lse", "q_idx", "kv_idx"})
     low = Lowering(unit, {level: block for level in ("row", "col", "elem")} | {"head": unit.head}, levels, [root])
+    low.host_checked = host_checked
     value = low.term(root, block).text  # adds to the lines of block
     return HookText(lines=tuple(block.lines), value=value)

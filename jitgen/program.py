@@ -117,9 +117,11 @@ class Program:
     lse: Expr | None = None
     slots: tuple[Slot, ...] = ()
     rows: RowHooks | None = None  # seen by nothing that asks for ``roots``, the hooks of logits and results
+    value: Expr | None = None  # in a decode kernel, the factor of a key's value, in place of a transform: see kv_decode.py
 
     def roots(self) -> tuple[Expr | None, ...]:
-        return (self.score, self.mask, self.sink, self.output, self.lse, *(self.norm.roots() if self.norm else ()))
+        found = (self.score, self.mask, self.sink, self.output, self.lse, *(self.norm.roots() if self.norm else ()))
+        return found if self.value is None else (*found, self.value)
 
     @cached_property
     def id(self) -> str:

@@ -97,6 +97,7 @@ class KernelContext:
     mask_columns: bool
     looks_ahead: bool
     hoists_columns: bool
+    has_value: bool
     has_early: bool
     has_mask: bool
     has_mask_positions: bool

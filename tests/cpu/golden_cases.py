@@ -11,7 +11,7 @@ import torch
 
 import jitgen
 from jitgen.families import cpu_tiles, cuda_spec
-from jitgen.kv_decode import rows_in_decode
+from jitgen.kv_decode import rows_in_decode, with_value_factor
 from jitgen.mask_tiles import render_mask_tiles
 from jitgen.program import Program, without_rows
 from jitgen.render import Source, render_kernel
@@ -231,9 +231,10 @@ def normed_rows() -> jitgen.Variant:
 
 def slot_scales() -> jitgen.Variant:
     """Reads where keys lie in a paged cache."""
-    ks, vs = torch.zeros(4096, 8), torch.zeros(4096, 8)
+    ks, zero, vs = torch.zeros(4096, 8), torch.zeros(4096), torch.zeros(4096, 8)
     return jitgen.Variant(
         score_mod=lambda s, b, h, q_idx, kv_idx, *, kv_slot, kv_h: s * ks[kv_slot, kv_h],
+        k_transform=lambda k, b, kv_h, kv_idx, *, kv_slot: k - zero[kv_slot],
         v_transform=lambda v, b, kv_h, kv_idx, *, kv_slot: v * vs[kv_slot, kv_h],
     )
 
@@ -368,6 +369,7 @@ def case_spec(name: str) -> KernelSpec:
     target = TARGETS[case.family]()
     if case.family == "merge_cpu":
         return KernelSpec("merge_cpu", program, case.dtype, *case.head_dims, Tiles(0, 0), target, case.layout)
+    program = with_value_factor(program) if case.family == "decode" else program
     bare, layout = without_rows(program), case.layout.removesuffix("_chosen")
     spec = cuda_spec(bare, case.dtype, case.head_dims, case.family, target, layout=layout, kv_dtype=case.kv_dtype)
     return spec if program.rows is None else replace(spec, rows=rows_in_decode(program, case.dtype, *case.head_dims))

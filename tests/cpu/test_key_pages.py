@@ -15,6 +15,8 @@ from stored_batch import stored
 import jitgen
 from jitgen import portable, reference, runtime
 from jitgen.errors import ShapeMismatch, VariantError
+from jitgen.ir import to_text
+from jitgen.kv_decode import value_factor, with_value_factor
 
 LENGTHS = [(1, 100), (20, 45), (0, 0), (1, 7), (3, 300), (2, 17)]
 
@@ -280,3 +282,32 @@ def test_combined_masks_pass_the_names_on():
         ),
     )
     assert_right(*attend(batch, jitgen.Variant(mask_mod=mask), 8))
+
+
+# ---- what decode kernels on a GPU make of it ---------------------------------------------------------------------------------
+
+
+def factor_of(v_transform):
+    program = jitgen.Variant(v_transform=v_transform).trace().program
+    found = value_factor(program)
+    return None if found is None else to_text(found, [slot.name for slot in program.slots])
+
+
+def test_a_factor_of_values_goes_to_their_weights():
+    vs, other, row = torch.ones(64, 2), torch.ones(9), torch.ones(16)
+    assert factor_of(lambda v, b, kv_h, pos, *, kv_slot: v * vs[kv_slot, kv_h]) == "vs[kv_slot, kv_h]"
+    assert factor_of(lambda v, b, kv_h, pos, *, page: 2.0 * (v / other[page])) == "(2.0 / other[page])"
+    assert factor_of(lambda v, b, kv_h, pos, *, kv_slot: other[pos] * v * vs[kv_slot, kv_h]).count("kv_idx") == 1
+    for transform in (
+        lambda v, b, kv_h, pos, *, kv_slot: v * vs[kv_slot, kv_h] + 1.0,
+        lambda v, b, kv_h, pos, *, kv_slot: vs[kv_slot, kv_h] / v,
+        lambda v, b, kv_h, pos, *, kv_slot: v * row * vs[kv_slot, kv_h],
+        lambda v, b, kv_h, pos, *, kv_slot: v * vs[kv_slot, kv_h] * v.rms(),
+        lambda v, b, kv_h, pos: v * other[pos],  # which reads no page, and is generated as ever
+    ):
+        assert factor_of(transform) is None
+    both = jitgen.Variant(
+        k_transform=lambda k, b, kv_h, pos: 2.0 * k, v_transform=lambda v, b, kv_h, pos, *, kv_slot: v * vs[kv_slot, kv_h]
+    )
+    left = with_value_factor(both.trace().program)
+    assert left.value is not None and left.rows.v.is_empty and not left.rows.k.is_empty

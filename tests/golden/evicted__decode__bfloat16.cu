@@ -298,7 +298,7 @@ JITGEN_FN void load_query(const Args& args, const jg::DecodeSetup& setup, const 
 }
 
 // ---- hooks on the logits of a unit ----
-// What the hooks need of this lane's keys, the same for all query heads. It is looked up while the keys are on their way.
+// What hooks need of this lane's keys, the same for all query heads. It is looked up while the keys are on their way.
 struct UnitColumns {
   MaskCol mask[2];
 };

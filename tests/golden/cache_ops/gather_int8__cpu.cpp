@@ -46,18 +46,21 @@ struct Args {
   int64_t a0_ks_size1;
   int64_t a0_ks_stride0;
   int64_t a0_ks_stride1;
-  const float* a1_vs;   // float32, layout sc
-  int64_t a1_vs_size0;
-  int64_t a1_vs_size1;
-  int64_t a1_vs_stride0;
-  int64_t a1_vs_stride1;
+  const float* a1_zero;   // float32, layout c
+  int64_t a1_zero_size0;
+  int64_t a1_zero_stride0;
+  const float* a2_vs;   // float32, layout sc
+  int64_t a2_vs_size0;
+  int64_t a2_vs_size1;
+  int64_t a2_vs_stride0;
+  int64_t a2_vs_stride1;
 };
 
 // Values known per (request, head).
 struct Head {
   int b, kv_h;
   jg::KeyPages keys;
-  const float*a1_vs;  // a1_vs[:, kv_h]
+  const float*a2_vs;  // a2_vs[:, kv_h]
 };
 
 JITGEN_FN Head make_head(const Args& args, int b, int kv_h) {
@@ -65,7 +68,7 @@ JITGEN_FN Head make_head(const Args& args, int b, int kv_h) {
   head.b = b;
   head.kv_h = kv_h;
   head.keys = jg::pages_to_gather(args, b);
-  head.a1_vs = args.a1_vs + head.kv_h;
+  head.a2_vs = args.a2_vs + head.kv_h;
   return head;
 }
 
@@ -81,9 +84,9 @@ struct V {
 
   template <class Row> JITGEN_MEMBER static void before(const Args& args, Row& row, int b, int kv_h, int pos) {
     const Head head = make_head(args, b, kv_h);
-    const float a1_vs_bq = jg::load(head.a1_vs, head.keys.slot(pos) * args.a1_vs_stride0);
+    const float a2_vs_bq = jg::load(head.a2_vs, head.keys.slot(pos) * args.a2_vs_stride0);
     row.each([&](float& x, int i) {
-      x = x * a1_vs_bq;
+      x = x * a2_vs_bq;
     });
   }
 
