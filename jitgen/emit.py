@@ -29,6 +29,7 @@ from jitgen.emit_norm import NormText, OutputText, emit_norm, emit_output
 from jitgen.emit_split import divided, outer_factor, split_floats
 from jitgen.emit_text import ELEMENT_CTYPE
 from jitgen.ir import Expr
+from jitgen.ir_ops import PAGE_OPS
 from jitgen.program import Program, reads_pages, uses_index
 
 CAPS = ("tanh", "tanh_approx")
@@ -101,6 +102,7 @@ class VariantSection:
     norm: NormText
     lse: HookText
     value: HookText
+    prefetches: tuple[str, ...]
     output: OutputText
     raw_scores: bool
     reads_q_off: bool
@@ -108,6 +110,7 @@ class VariantSection:
     reads_kv_off: bool
     reads_pages: bool
     has_value: bool
+    prefetches_keys: bool
     hoists_columns: bool  # values by column take a look-up of their page, and are the same to all query heads of a KV head
     has_score: bool
     score_is_bounded: bool
@@ -161,7 +164,7 @@ def emit_variant(
     """The variant section of ``program``; ``backend`` is 'cpu' or 'cuda'.
 
     With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
-    both multiplications then join others, and a soft cap costs one of them an element instead of three.
+    decide alone, 'bits' where it masks by bits (emit_bits.py); 'prefetch' where it asks for what is stored by slot beforehand.
     ``early`` names what of a score the template takes over (emit_early.py): 'relative', 'columns', 'ahead', 'cap', 'initial',
     'tile', 'offset'; 'late' where a mask is to have few values by column; 'positions' where it tells tiles whose mask positions
     decide alone, and 'bits' where it masks by bits (emit_bits.py).
@@ -212,6 +215,7 @@ def emit_variant(
         norm=norm,
         lse=_emit_value(unit, program.lse, {"q_idx": "elem", "lse": "elem"}),
         value=_emit_value(unit, program.value, {"kv_idx": "elem"}, host_checked=ROWS_CHECKED),
+        prefetches=_prefetches(unit, program) if "prefetch" in early else (),
         output=emit_output(unit, program.output),
     )
     columns = BlockText() if initial is not None else score_text.col
@@ -229,6 +233,7 @@ def emit_variant(
         reads_pages=bool(reads_pages(*program.roots())),
         hoists_columns=looks_up_columns(program),
         has_value=program.value is not None,
+        prefetches_keys=text["prefetches"] != (),
         has_score=score is not None,
         score_is_bounded=score is not None and score.op in WITHIN_ONE,
         score_is_capped=is_capped,
@@ -269,6 +274,25 @@ def emit_variant(
         has_lse_mod=program.lse is not None,
         has_output=program.output is not None,
     )
+
+
+def _prefetches(unit: Unit, program: Program) -> tuple[str, ...]:
+    """Statements that ask for what is stored of a key by slot or page, where nothing else but the KV head says where."""
+    lines: dict[str, None] = {}
+    for node in ir.walk(program.score, program.mask, program.value):
+        if node.op != "load" or not any(i.op in PAGE_OPS for i in node.args):
+            continue
+        name, offsets = unit.slot_names[node.attr], []
+        for dim, i in enumerate(node.args):
+            place = {"kv_slot": "slot", "page": "page"}.get(i.op, "kv_h" if i is ir.index("kv_h") else None)
+            stride = unit.slots[node.attr].layout[dim]
+            if place is None:
+                break
+            if stride != "0":
+                offsets.append(place if stride == "c" else f"{place} * args.{name}_stride{dim}")
+        else:
+            lines[f"jg::prefetch(args.{name} + {' + '.join(offsets)});"] = None
+    return tuple(lines)
 
 
 def column_table(score: BlockText, mask: BlockText) -> str | None:

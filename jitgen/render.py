@@ -98,6 +98,7 @@ class KernelContext:
     looks_ahead: bool
     hoists_columns: bool
     has_value: bool
+    prefetches_keys: bool
     has_early: bool
     has_mask: bool
     has_mask_positions: bool
@@ -190,6 +191,8 @@ def _early_of(spec: KernelSpec) -> frozenset[str]:
         # masks by bits gain where a thread has 32 columns of a tile: 1 to 5 % slower with half of them
         parts = parts if spec.tiles.tile_kv > 64 else parts - {"bits", "positions"}
         return parts if spec.copies else parts - {"tile"}
+    if spec.family == "decode":
+        return frozenset({"prefetch"})
     if spec.family == "sm80":
         return frozenset({"offset", "positions"} if spec.layout == "dense" else {"offset"})
     return frozenset()

@@ -99,7 +99,7 @@ JITGEN_FN Head make_head(const Args& args, const Request& request, int h) {
   Head head;
   head.b = request.b;
   head.h = h;
-  head.kv_h = h / (int)(args.num_q_heads / args.num_kv_heads);
+  head.kv_h = h / ((int)args.num_q_heads / (int)args.num_kv_heads);
   head.q_len = request.q_len;
   head.kv_len = request.kv_len;
   head.num_q_heads = (int)args.num_q_heads;
@@ -152,6 +152,11 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
   if (!part0.may) return kTileNone;
   const jg::Truth part1 = jg::as_truth(jg::Bounds(0, 1));  // a0_kept[page]
   return jg::tile_kind(jg::possible(part0) & part1);
+}
+
+// Asks for what is stored of a key.
+JITGEN_FN void prefetch_key(const Args& args, int kv_h, int page, int slot) {
+  jg::prefetch(args.a0_kept + page);
 }
 
 constexpr bool kGivesOut = false;   // items are cut at shares only
@@ -524,7 +529,12 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
       jg::multiply_values<Element>(o, s, value_at + offset);
     }
     __syncwarp();
-    if (places[0].head >= 0) loader.start(args, setup, stage, places[0]);
+    if (places[0].head >= 0) {
+      loader.start(args, setup, stage, places[0]);
+      const int row = places[0].row + (Loader::by_engine(setup) ? lane & 15 : 0);
+      if (lane < 16 && places[0].page >= 0 && places[0].page < static_cast<int>(args.num_pages))
+        prefetch_key(args, places[0].head, places[0].page, places[0].page * static_cast<int>(setup.page_size.value) + row);
+    }
     find_next();
     const bool multiplied = filled;
     if (++stage == kNumStages) {

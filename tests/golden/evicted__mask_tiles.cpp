@@ -35,7 +35,7 @@ JITGEN_FN Head make_head(const Args& args, int b, int h) {
   Head head;
   head.b = b;
   head.h = h;
-  head.kv_h = h / (int)(args.num_q_heads / args.num_kv_heads);
+  head.kv_h = h / ((int)args.num_q_heads / (int)args.num_kv_heads);
   head.q_len = (int)args.q_len;
   head.kv_len = (int)args.kv_len;
   head.num_q_heads = (int)args.num_q_heads;

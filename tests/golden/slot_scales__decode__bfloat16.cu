@@ -112,7 +112,7 @@ JITGEN_FN Head make_head(const Args& args, const Request& request, int h) {
   Head head;
   head.b = request.b;
   head.h = h;
-  head.kv_h = h / (int)(args.num_q_heads / args.num_kv_heads);
+  head.kv_h = h / ((int)args.num_q_heads / (int)args.num_kv_heads);
   head.q_len = request.q_len;
   head.kv_len = request.kv_len;
   head.num_q_heads = (int)args.num_q_heads;
@@ -155,6 +155,12 @@ JITGEN_FN float score_factor(const Args& args, const Head& head) {
 // ---- value: what the values of a key are multiplied by ----
 JITGEN_FN float value_factor(const Args& args, const Head& head, jg::Column kv_idx) {
   return jg::load(head.a2_vs, head.keys.slot(kv_idx) * args.a2_vs_stride0);
+}
+
+// Asks for what is stored of a key.
+JITGEN_FN void prefetch_key(const Args& args, int kv_h, int page, int slot) {
+  jg::prefetch(args.a0_ks + slot * args.a0_ks_stride0 + kv_h);
+  jg::prefetch(args.a2_vs + slot * args.a2_vs_stride0 + kv_h);
 }
 
 #include "jitgen/key_pages.h"
@@ -558,7 +564,12 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
       jg::multiply_values<Element>(o, s, value_at + offset);
     }
     __syncwarp();
-    if (places[0].head >= 0) loader.start(args, setup, stage, places[0]);
+    if (places[0].head >= 0) {
+      loader.start(args, setup, stage, places[0]);
+      const int row = places[0].row + (Loader::by_engine(setup) ? lane & 15 : 0);
+      if (lane < 16 && places[0].page >= 0 && places[0].page < static_cast<int>(args.num_pages))
+        prefetch_key(args, places[0].head, places[0].page, places[0].page * static_cast<int>(setup.page_size.value) + row);
+    }
     find_next();
     const bool multiplied = filled;
     if (++stage == kNumStages) {

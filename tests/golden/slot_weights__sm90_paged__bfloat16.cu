@@ -103,7 +103,7 @@ JITGEN_FN Head make_head(const Args& args, const Request& request, int h) {
   Head head;
   head.b = request.b;
   head.h = h;
-  head.kv_h = h / (int)(args.num_q_heads / args.num_kv_heads);
+  head.kv_h = h / ((int)args.num_q_heads / (int)args.num_kv_heads);
   head.q_len = request.q_len;
   head.kv_len = request.kv_len;
   head.num_q_heads = (int)args.num_q_heads;
