@@ -111,7 +111,7 @@ class VariantSection:
     reads_pages: bool
     has_value: bool
     prefetches_keys: bool
-    hoists_columns: bool  # values by column take a look-up of their page, and are the same to all query heads of a KV head
+    hoists_columns: bool  # decode looks them up with those of `value`; alone they are looked up as fast where they are used
     has_score: bool
     score_is_bounded: bool
     score_is_capped: bool
@@ -231,7 +231,7 @@ def emit_variant(
         raw_scores=raw_scores,
         **{f"reads_{name}": uses_index(program, name) for name in ir.PACKED},  # type: ignore[arg-type]
         reads_pages=bool(reads_pages(*program.roots())),
-        hoists_columns=looks_up_columns(program),
+        hoists_columns=program.value is not None and looks_up_columns(program),
         has_value=program.value is not None,
         prefetches_keys=text["prefetches"] != (),
         has_score=score is not None,

@@ -240,8 +240,11 @@ def slot_scales() -> jitgen.Variant:
 
 
 def evicted() -> jitgen.Variant:
-    kept = torch.ones(256, dtype=torch.bool)
-    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx, *, page: (kv_idx <= q_idx) & kept[page])
+    kept, vs = torch.ones(256, dtype=torch.bool), torch.zeros(4096)
+    return jitgen.Variant(
+        mask_mod=lambda b, h, q_idx, kv_idx, *, page: (kv_idx <= q_idx) & kept[page],
+        v_transform=lambda v, b, kv_h, kv_idx, *, kv_slot: v * vs[kv_slot],
+    )
 
 
 def slot_weights() -> jitgen.Variant:
@@ -372,7 +375,8 @@ def case_spec(name: str) -> KernelSpec:
     program = with_value_factor(program) if case.family == "decode" else program
     bare, layout = without_rows(program), case.layout.removesuffix("_chosen")
     spec = cuda_spec(bare, case.dtype, case.head_dims, case.family, target, layout=layout, kv_dtype=case.kv_dtype)
-    return spec if program.rows is None else replace(spec, rows=rows_in_decode(program, case.dtype, *case.head_dims))
+    transforms = program.rows is not None and program.rows.changes_keys
+    return spec if not transforms else replace(spec, rows=rows_in_decode(program, case.dtype, *case.head_dims))
 
 
 def case_source(name: str) -> Source:

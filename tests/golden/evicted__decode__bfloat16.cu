@@ -58,6 +58,9 @@ struct Args {
   const bool* a0_kept;   // bool, layout c
   int64_t a0_kept_size0;
   int64_t a0_kept_stride0;
+  const float* a1_vs;   // float32, layout c
+  int64_t a1_vs_size0;
+  int64_t a1_vs_stride0;
 };
 
 // ---- constants ----
@@ -154,9 +157,15 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
   return jg::tile_kind(jg::possible(part0) & part1);
 }
 
+// ---- value: what the values of a key are multiplied by ----
+JITGEN_FN float value_factor(const Args& args, const Head& head, jg::Column kv_idx) {
+  return jg::load(args.a1_vs, head.keys.slot(kv_idx));
+}
+
 // Asks for what is stored of a key.
 JITGEN_FN void prefetch_key(const Args& args, int kv_h, int page, int slot) {
   jg::prefetch(args.a0_kept + page);
+  jg::prefetch(args.a1_vs + slot);
 }
 
 constexpr bool kGivesOut = false;   // items are cut at shares only
@@ -301,11 +310,17 @@ JITGEN_FN void load_query(const Args& args, const jg::DecodeSetup& setup, const 
   }
   place.sync(setup);
 }
+// Elements of S^T or P^T times the scales of their keys.
+JITGEN_FN void scale_keys(float (&x)[kTiles][4], float2 scales) {
+#pragma unroll
+  for (int i = 0; i < 4 * kTiles; ++i) x[i / 4][i % 4] *= i % 4 < 2 ? scales.x : scales.y;
+}
 
 // ---- hooks on the logits of a unit ----
 // What hooks need of this lane's keys, the same for all query heads. It is looked up while the keys are on their way.
 struct UnitColumns {
   MaskCol mask[2];
+  float value[2];
 };
 JITGEN_FN UnitColumns unit_columns(const Args& args, const jg::DecodeSetup& setup, const jg::PlanTile& tile, int kv_h, int lane,
                                    int first) {
@@ -316,6 +331,7 @@ JITGEN_FN UnitColumns unit_columns(const Args& args, const jg::DecodeSetup& setu
   for (int half = 0; half < 2; ++half) {
     const jg::Column kv_idx = columns.clamped(8 * half);
     found.mask[half] = mask_col(args, head, kv_idx);
+    found.value[half] = value_factor(args, head, kv_idx);
   }
   return found;
 }
@@ -526,6 +542,7 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
       jg::multiply_keys<Element, kHeadDim>(s, key_at + offset, query);
       apply_hooks(args, setup, here.tile, kv_head(here.group), lane, s, first, is_edge, columns);
       state.update(s, o);
+      scale_keys(s, make_float2(columns.value[0], columns.value[1]));
       jg::multiply_values<Element>(o, s, value_at + offset);
     }
     __syncwarp();

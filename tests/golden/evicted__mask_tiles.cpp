@@ -19,6 +19,9 @@ struct Args {
   const bool* a0_kept;   // bool, layout c
   int64_t a0_kept_size0;
   int64_t a0_kept_stride0;
+  const float* a1_vs;   // float32, layout c
+  int64_t a1_vs_size0;
+  int64_t a1_vs_stride0;
 };
 
 // ---- variant ----
