@@ -189,7 +189,7 @@ constexpr bool kRescaleEarly = kHeadDimV > 128;
 // Growth of the maximum (exponents of two) below which O is left alone.
 constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = kHasMask || true;
-// Arrivals by which a group lets go of K, V and Q: each warp's.
+// Arrivals by which a group lets go of V and Q: each warp's.
 constexpr int kReleases = 4;
 constexpr int kTurnBarrier = 1, kAllConsumersBarrier = 5, kGroupBarrier = 6;   // named barriers: + group
 
@@ -745,13 +745,13 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     }
     for (int stage = 0; stage < kNumStages; ++stage) {
       jg::barrier_init(JG_BARRIER(k_full, stage), 1);
-      jg::barrier_init(JG_BARRIER(k_empty, stage), kReleases * Tile::kGroups);
+      jg::barrier_init(JG_BARRIER(k_empty, stage), 4 * Tile::kGroups);   // one arrival per warp
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
       jg::barrier_init(JG_BARRIER(v_empty, stage), kReleases * Tile::kGroups);
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + Tile::kQueryWarps);   // one arrival per warp
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + Tile::kQueryWarps);
     }
     jg::barrier_init_fence();
   }
