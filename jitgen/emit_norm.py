@@ -13,6 +13,7 @@ from jitgen.ir import Expr, walk
 from jitgen.ir_ops import ROW_OPS
 from jitgen.program import NormProgram
 
+MERGE_NAMES = ("a", "b", "scale_a", "scale_b")  # parameters of norm_merge
 MASKED = "x == -INFINITY"  # what the mask left of an excluded logit
 
 
@@ -37,6 +38,7 @@ class NormText:
     rescales: bool = False
     reverse: bool = False
     needs_cumsum: bool = False
+    merge_lines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class RowLowering(Lowering):
     def __init__(self, unit: Unit, roots: list[Expr], elements: tuple[str, ...], guard: bool) -> None:
         states = {str(n.attr) for n in walk(*roots) if n.op == "state"}
         levels = {"row": "row", "lse": "row", "q_idx": "row", **dict.fromkeys(states, "row"), **dict.fromkeys(elements, "elem")}
-        self.body = Block("row", taken={"args", "head", "row", "state", "x", "i", "lse", "q_idx", "inclusive"})
+        self.body = Block("row", taken={*MERGE_NAMES, "args", "head", "row", "state", "x", "i", "lse", "q_idx", "inclusive"})
         super().__init__(unit, {"head": unit.head, "row": self.body}, levels, roots)
         self.guard = guard
         self.leaves.update(score="x", kv_idx="i", o="x", d="i")
@@ -137,6 +139,7 @@ def emit_norm(unit: Unit, norm: NormProgram | None) -> NormText:
         rescales=rescale != "1.0f",
         reverse=norm.order == "reverse",
         needs_cumsum=any(n.op == "row_cumsum" for n in walk(*norm.roots())),
+        merge_lines=_emit_merge(unit, norm),
     )
 
 
@@ -155,6 +158,18 @@ def _emit_update(unit: Unit, norm: NormProgram) -> tuple[tuple[str, ...], str]:
             assignments.append(f"state.{identifier(name)} = {term};")
     low.rewrite_each(weight, "0.0f")
     return (*low.body.lines, *assignments), factor
+
+
+def _emit_merge(unit: Unit, norm: NormProgram) -> tuple[str, ...]:
+    """norm_merge: the state of two parts together, then what their outputs are multiplied by."""
+    if not norm.merges:
+        return ()
+    low = RowLowering(unit, list(norm.merge), (), guard=False)
+    roots = [split_floats(r, low.level) for r in norm.merge]
+    low = RowLowering(unit, roots, (), guard=False)
+    targets = [*(f"state.{identifier(n)}" for n in norm.state_names), "scale_a", "scale_b"]
+    values = [low.term(root, low.body).text for root in roots]
+    return (*low.body.lines, *(f"{target} = {value};" for target, value in zip(targets, values, strict=True)))
 
 
 def _named(low: RowLowering, root: Expr, name: str) -> str:

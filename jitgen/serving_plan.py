@@ -346,14 +346,19 @@ class Plan:
     def match_mask(self, program: Program) -> tuple[tuple[int, int], ...]:
         """Pairs of slots, the plan's and ``program``'s, that hold what the mask reads.
 
-        Errors:  PlanMismatch if the masks are not the same expression, or only one of the two replaces softmax.
+        Errors:  PlanMismatch if the masks are not the same expression, or requests are cut differently.
         """
         if (program.norm is None) != (self._program.norm is None):
             kinds = ("softmax", "a softmax replacement")
             has, planned = kinds if program.norm is None else kinds[::-1]
             raise PlanMismatch(
-                f"the variant has {has}, the plan was made for one that has {planned}: requests are cut for softmax only. "
+                f"the variant has {has}, the plan was made for one that has {planned}: their parts are joined differently. "
                 "Make a plan with variant= for each."
+            )
+        if program.norm is not None and program.norm.division != self._program.norm.division:  # type: ignore[union-attr]
+            raise PlanMismatch(
+                "the variant replaces softmax by another OnlineNorm than the plan's, and the two are not cut alike: they differ in "
+                "merge(a, b), order or the values of the state. Make a plan with variant= for each."
             )
         (own, own_slots), (other, other_slots) = mask_signature(self._program), mask_signature(program)
         if own != other:
