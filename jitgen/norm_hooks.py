@@ -78,8 +78,8 @@ class NormTracer:
         reductions = [n.op for n in walk(*roots) if n.op.startswith("row_")]
         if reductions:
             refuse(
-                f"{label} uses {reductions[0]}, and it is given two states and no row. Reduce in update, and keep the result in "
-                "the state.",
+                f"{label} uses {reductions[0]}, and it is given two states and no row. Reduce in update, and keep the result "
+                "in the state.",
                 at=definition_of(code),
             )
         return roots

@@ -43,8 +43,8 @@ class OnlineNorm:
 
         Each part was begun with the start state, and a part may have seen no key. The output accumulated by both is
         ``scale_a * o_a + scale_b * o_b``. All keys of ``a`` are visited before those of ``b``, so with ``order = "reverse"``
-        they are the later ones; with ``order = "any"`` and no row_cumsum, the two may be any keys. Parts are joined pairwise, in
-        any grouping: ``merge`` must be associative. A norm that does not override this is not cut along the keys.
+        they are the later ones; with ``order = "any"`` and no row_cumsum, the two may be any keys. Parts are joined two by two,
+        in any grouping: ``merge`` must be associative. A norm that does not override this is not cut along the keys.
 
         Shapes:  a and b are dicts like ``state``, of numbers; returns (such a dict, number, number).
         Errors:  VariantError when a Variant is made of a norm whose parts, joined, are not the whole. It is tried on rows of a

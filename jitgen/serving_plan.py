@@ -357,8 +357,8 @@ class Plan:
             )
         if program.norm is not None and program.norm.division != self._program.norm.division:  # type: ignore[union-attr]
             raise PlanMismatch(
-                "the variant replaces softmax by another OnlineNorm than the plan's, and the two are not cut alike: they differ in "
-                "merge(a, b), order or the values of the state. Make a plan with variant= for each."
+                "the variant replaces softmax by another OnlineNorm than the plan's, and the two are not cut alike: they "
+                "differ in merge(a, b), order or the number of values of the state. Make a plan with variant= for each."
             )
         (own, own_slots), (other, other_slots) = mask_signature(self._program), mask_signature(program)
         if own != other:

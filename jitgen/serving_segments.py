@@ -171,8 +171,8 @@ def make_segments(plan: Plan, program: Program) -> Segments | None:
     if plan.levels > 1:
         if not program.can_split:
             raise VariantError(
-                "the variant replaces softmax by an OnlineNorm without merge(a, b), and levels= needs it to join what a row finds "
-                "at each level. Give it one, or make the plan without levels, with page lists that have the shared pages in front."
+                "the variant replaces softmax by an OnlineNorm without merge(a, b), which levels= needs to join the parts of a "
+                "row. Give it one, or make the plan without levels, with page lists that begin with shared pages."
             )
         return Segments(plan, plan.levels, values=_state_values(program))
     if plan.split != "fixed" or plan.max_kv_len is None or not program.can_split or cuts_itself(plan.device):

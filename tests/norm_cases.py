@@ -95,11 +95,11 @@ class Power(jitgen.OnlineNorm):
 
 
 class Forgetting(jitgen.OnlineNorm):
-    """From the first key to the last, what came before loses a tenth of itself with each key that weighs 1: O is rescaled."""
+    """From the first key to the last, what came before loses 2 % of itself with each key that weighs 1: O is rescaled."""
 
     state = {"seen": 0.0}  # noqa: RUF012
     order = "forward"
-    rate = 0.1
+    rate = 0.02
 
     def update(self, s, st):
         own = torch.sigmoid(s)
