@@ -54,7 +54,8 @@ class Plan:
     split         'balanced': long requests are cut along their keys so that all CTAs are busy equally long. 'fixed': cut at
                   multiples of ``kv_split`` keys, so a request's result does not depend on what else is in the batch, bit by
                   bit. On a GPU requests of more rows than the decode kernel takes (32, counted once for each query head of a
-                  KV head) stay whole, as do all without ``max_kv_len``. 'none': never cut
+                  KV head) stay whole, as do all without ``max_kv_len``. 'none': never cut.
+                  Requests under a jitgen.OnlineNorm are cut if it has merge
     levels        most levels of the cascades that ``update`` is given in the place of lengths; 1: requests share no keys. The
                   plan then holds the states of max_tokens rows at every level
     selection     'even' or 'uneven': ``update`` is given a jitgen.Selection in the place of lengths; max_batch and max_q_len
