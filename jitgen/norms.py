@@ -15,8 +15,7 @@ class OnlineNorm:
     Errors:  VariantError, UnsupportedVariant when a Variant is made of it.
     Cost:    as softmax in dense attention. Plans cut long requests along their keys, and join the parts by ``merge``. Of a norm
              without it requests stay whole, which leaves most of a device idle where they are few; but for decode on a GPU of
-             norms without state, row_cumsum and factor. A norm of an order, or with row_cumsum, decodes with one warp for each
-             KV head of a multiprocessor, so it is slow where a GPU has few KV heads.
+             norms without state, row_cumsum and factor.
     Source:  the online form of Milakov and Gimelshein 2018, with other weights than exponentials.
     """
 

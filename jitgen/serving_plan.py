@@ -221,6 +221,7 @@ class Plan:
         self.lengths = (self.q_indptr.data_ptr(), self.kv_len.data_ptr())  # type: ignore[union-attr]
         self.version, self.checked_values = self.version + 1, []
         if program is not self._program:
+            self._match_norm(program)
             self._choose_kernels(program, values)
             self.calls.clear()
             self.recent = None
@@ -349,6 +350,17 @@ class Plan:
 
         Errors:  PlanMismatch if the masks are not the same expression, or requests are cut differently.
         """
+        self._match_norm(program)
+        (own, own_slots), (other, other_slots) = mask_signature(self._program), mask_signature(program)
+        if own != other:
+            raise PlanMismatch(
+                "the variant's mask is not the one the plan was made for: the plan has looked for visible keys with its own "
+                f"({own or 'no mask'}, the call has {other or 'no mask'}). Make a plan with variant= for every mask."
+            )
+        return tuple(zip(own_slots, other_slots, strict=True))
+
+    def _match_norm(self, program: Program) -> None:
+        """Requests are cut, and their parts joined, as the plan was made for."""
         if (program.norm is None) != (self._program.norm is None):
             kinds = ("softmax", "a softmax replacement")
             has, planned = kinds if program.norm is None else kinds[::-1]
@@ -361,13 +373,6 @@ class Plan:
                 "the variant replaces softmax by another OnlineNorm than the plan's, and the two are not cut alike: they "
                 "differ in merge(a, b), order or the number of values of the state. Make a plan with variant= for each."
             )
-        (own, own_slots), (other, other_slots) = mask_signature(self._program), mask_signature(program)
-        if own != other:
-            raise PlanMismatch(
-                "the variant's mask is not the one the plan was made for: the plan has looked for visible keys with its own "
-                f"({own or 'no mask'}, the call has {other or 'no mask'}). Make a plan with variant= for every mask."
-            )
-        return tuple(zip(own_slots, other_slots, strict=True))
 
     def check_values(self, pairs: tuple[tuple[int, int], ...], program: Program, values: list[object]) -> None:
         """What the mask of a call reads is what ``update`` saw: the planner has looked for visible keys with it."""

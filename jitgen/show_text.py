@@ -172,8 +172,6 @@ def print_report(report: Report) -> None:
 
 def plans_text(norm: NormProgram) -> str:
     """Whether plans cut long requests along their keys for a norm, and why not."""
-    if norm.merges and norm.has_order:
-        return "cut long requests along their keys; decode on a GPU takes one warp for each KV head, as the keys have an order"
     if norm.merges:
         return "cut long requests along their keys"
     but = ", except in decode on a GPU, where parts are added: it has no state and no factor" if norm.adds_up else ""

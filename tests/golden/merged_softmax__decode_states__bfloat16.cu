@@ -276,7 +276,7 @@ constexpr int kTiles = kColumns / 8;
 constexpr int kSlices = kHeadDimV / 16;        // of O^T
 constexpr int kKeyCols = kHeadDim * kStoredBytes / 2, kValueCols = kHeadDimV * kStoredBytes / 2;   // 16-bit ones, as stored
 static_assert(kColumns % 8 == 0 && kHeadDim % 32 == 0 && kKeyCols % 32 == 0 && kValueCols % 32 == 0, "unsupported tile");
-// Warps split the keys of a head among themselves, unit by unit, if they may be visited in any order; CTAs in any case.
+// Warps split the keys of a head among themselves, unit by unit, and CTAs by pieces.
 constexpr bool kSplits = true;
 constexpr bool kReverse = kNormReverse;
 constexpr float kUnits = 1.0f;                 // norms take logits in natural units

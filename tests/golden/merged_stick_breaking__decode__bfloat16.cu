@@ -238,7 +238,7 @@ constexpr int kTiles = kColumns / 8;
 constexpr int kSlices = kHeadDimV / 16;        // of O^T
 constexpr int kKeyCols = kHeadDim * kStoredBytes / 2, kValueCols = kHeadDimV * kStoredBytes / 2;   // 16-bit ones, as stored
 static_assert(kColumns % 8 == 0 && kHeadDim % 32 == 0 && kKeyCols % 32 == 0 && kValueCols % 32 == 0, "unsupported tile");
-// Warps split the keys of a head among themselves, unit by unit, if they may be visited in any order; CTAs in any case.
+// The keys of a piece are visited in order, by one warp. Warps for different heads are a team; each team has a share of the plan.
 constexpr bool kSplits = false;
 constexpr bool kReverse = kNormReverse;
 constexpr float kUnits = 1.0f;                 // norms take logits in natural units
@@ -270,10 +270,11 @@ constexpr unsigned kQueryBarriersAt = kBarriersAt + kNumWarps * kNumStages * 8;
 constexpr unsigned kScalesAt = kQueryBarriersAt + kMaxHeads * kQueries * 8;
 constexpr unsigned kSharedBytes = kScalesAt + (kStoredBytes == 1 ? kNumWarps * kNumStages * jg::kScaleBytes : 0);
 
-// Place of a warp: `slot` counts the key heads of the CTA, `slice` the warps that share the keys of one.
+// Place of a warp: `slot` counts the warps of the CTA, `head` the key heads of its team, whose share is `share`.
 struct Place {
   int warp, lane, slot, slice;
   unsigned shared;
+  int head, share;
 
   JITGEN_FN unsigned query(int n) const { return shared + kQueryAt + (slot * kQueries + n) * kQueryBytes; }
   JITGEN_FN unsigned query_barrier(int n) const { return shared + kQueryBarriersAt + (slot * kQueries + n) * 8; }
@@ -459,7 +460,7 @@ JITGEN_FN void finish_rows(const Args& args, const jg::DecodeSetup& setup, const
 JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, const Place& place, const jg::PlanTile& tile,
                             int kv_h, int first, int last, const Output& o, const State& state) {
   constexpr int kQuads = kHeadDimV / 4;
-  const int rows = rows_of(setup, tile), cta = blockIdx.x, first_warp = place.slot * setup.kv_warps;
+  const int rows = rows_of(setup, tile), cta = place.share, first_warp = place.slot * setup.kv_warps;
 #pragma unroll 1
   for (int n = 0; n < kTiles; ++n) {
     const int tile_rows = jg::min(8, rows - 8 * n);
@@ -480,7 +481,7 @@ JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, cons
         all.add(jg::load_shared_float4(own + w * Buffer::kBytes), state_at(place.states(first_warp + w) + column * kStateBytes));
       if (first != last) {
         const long long per_cta = setup.heads * kTiles * 8 * kQuads;
-        const jg::PartBoxes<NormPart> boxes(args.workspace, per_cta, setup.shape.shares, (place.slot * kTiles + n) * 8 * kQuads + i);
+        const jg::PartBoxes<NormPart> boxes(args.workspace, per_cta, setup.shape.shares, (place.head * kTiles + n) * 8 * kQuads + i);
         boxes.join<kPiecesInFlight>(all, cta, first, last, active);
       }
       if (!active || cta != first) continue;
@@ -498,9 +499,9 @@ JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, cons
 __global__ void __launch_bounds__(kThreads, 1)
 decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_constant__ Args args) {
   extern __shared__ __align__(1024) char shared[];
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, cta = blockIdx.x;
-  if (warp >= setup.heads * setup.kv_warps) return;
-  const Place place = {warp, lane, warp / setup.kv_warps, warp % setup.kv_warps, jg::shared_address(shared)};
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
+  const int cta = blockIdx.x * (kNumWarps / setup.heads) + warp / setup.heads;   // the team, as others count CTAs
+  const Place place = {warp, lane, warp, 0, jg::shared_address(shared), warp % setup.heads, cta};
   const Loader loader(place.shared + warp * kRingBytes, place.shared + kBarriersAt + warp * kNumStages * 8,
                       place.shared + kScalesAt + warp * kNumStages * jg::kScaleBytes, lane, setup, args);
   if constexpr (kQueryAhead) {
@@ -519,7 +520,7 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
     if (!setup.kv_start) return b * setup.page_list_stride;
     return b < 32 ? __shfl_sync(0xffffffffu, early_start, b) : __ldg(setup.kv_start + b);
   };
-  const auto kv_head = [&](int group) { return group * setup.heads + place.slot; };
+  const auto kv_head = [&](int group) { return group * setup.heads + place.head; };
 
   // ---- places of the next units: kNumStages page numbers are on their way ----
   jg::UnitCursor ahead(share, setup.shape), here(share, setup.shape);
@@ -648,7 +649,7 @@ static jg::PlanShape plan_shape(const Args& args) {
   shape.fixed_cost = 0;   // Q is there when an item begins; with a unit, page size 1 was 2 % slower under skew, 16 1 % faster
   shape.least_piece = args.split ? 1 : jg::kNeverCut;
   shape.whole_items = 64, shape.many_items = 0;
-  shape.shares = static_cast<int>(args.num_ctas);
+  shape.shares = static_cast<int>(args.num_ctas) * (kNumWarps / heads);
   // Beside a prefill: of it the products of kRowsOfKey rows with a key take as long as reading one, measured on an H100. Memory
   // is nearly as busy with 5 of 12 CTAs, which are the least.
   constexpr int kRowsOfKey = 400;
@@ -717,7 +718,7 @@ extern "C" long long jitgen_plan_bytes(const Args* args) {
 }
 extern "C" long long jitgen_workspace_bytes(const Args* args) {
   constexpr long long kThreadBytes = sizeof(float4) + kStateBytes;   // of four dims of a column
-  return args->num_ctas * heads_per_cta(*args) * kColumns * (kHeadDimV / 4) * kThreadBytes;
+  return args->num_ctas * kNumWarps * kColumns * (kHeadDimV / 4) * kThreadBytes;
 }
 // CTAs that fill the current device; negative: an error.
 extern "C" int jitgen_num_ctas(const Args*) {
@@ -726,4 +727,5 @@ extern "C" int jitgen_num_ctas(const Args*) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   return error == cudaSuccess ? num_sms : -static_cast<int>(error);
 }
+extern "C" int jitgen_num_shares(const Args* args) { return plan_shape(*args).shares; }
 extern "C" const char* jitgen_error_string(int code) { return jg::launch_error_string(code); }
