@@ -13,7 +13,6 @@ from jitgen.ir import Expr, walk
 from jitgen.ir_ops import ROW_OPS
 from jitgen.program import NormProgram
 
-MERGE_NAMES = ("a", "b", "scale_a", "scale_b")  # parameters of norm_merge
 MASKED = "x == -INFINITY"  # what the mask left of an excluded logit
 
 
@@ -57,7 +56,7 @@ class RowLowering(Lowering):
     def __init__(self, unit: Unit, roots: list[Expr], elements: tuple[str, ...], guard: bool) -> None:
         states = {str(n.attr) for n in walk(*roots) if n.op == "state"}
         levels = {"row": "row", "lse": "row", "q_idx": "row", **dict.fromkeys(states, "row"), **dict.fromkeys(elements, "elem")}
-        self.body = Block("row", taken={*MERGE_NAMES, "args", "head", "row", "state", "x", "i", "lse", "q_idx", "inclusive"})
+        self.body = Block("row", taken={"args", "head", "row", "state", "x", "i", "lse", "q_idx", "inclusive"})
         super().__init__(unit, {"head": unit.head, "row": self.body}, levels, roots)
         self.guard = guard
         self.leaves.update(score="x", kv_idx="i", o="x", d="i")
@@ -167,6 +166,7 @@ def _emit_merge(unit: Unit, norm: NormProgram) -> tuple[str, ...]:
     low = RowLowering(unit, list(norm.merge), (), guard=False)
     roots = [split_floats(r, low.level) for r in norm.merge]
     low = RowLowering(unit, roots, (), guard=False)
+    low.body.taken.update(("a", "b", "scale_a", "scale_b"))
     targets = [*(f"state.{identifier(n)}" for n in norm.state_names), "scale_a", "scale_b"]
     values = [low.term(root, low.body).text for root in roots]
     return (*low.body.lines, *(f"{target} = {value};" for target, value in zip(targets, values, strict=True)))

@@ -235,6 +235,7 @@ def test_stored_keys(name):
     scales = batch.call_scales(16, lists, like.shape[0])
     out = jitgen.paged_attention(batch.q, caches, batch.csr(lists), plan, **scales)
     check(batch, variant, (out, None))
+    assert "units on" in plan.explain() and "not cut" not in plan.explain()
 
 
 def test_replays_of_a_graph_follow_the_lengths():
