@@ -45,8 +45,7 @@ def explain(plan: Plan, program: Program, values: list[object], rows: int) -> st
 
 def _explain_device(plan: Plan, c: KernelClass, program: Program, values: list[object], rows: int) -> list[str]:
     shares = c.num_ctas
-    has_teams = c.name == "decode" and program.norm is not None and program.norm.merges and program.norm.has_order
-    if has_teams or c.name in MLA_FAMILIES:  # CTAs take several shares, or by twos one
+    if c.name in MLA_FAMILIES:  # whose CTAs take a share by twos
         shares = ask(c.kernel, "jitgen_num_shares", c.pack(plan, program, values, plan.max_batch, plan.max_tokens), plan)
     record = read_plan(c.plan.cpu().numpy().tobytes(), shares)  # type: ignore[union-attr]
     if not record.tiles:

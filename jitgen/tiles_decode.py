@@ -31,8 +31,7 @@ def decode_tiles(
     shared = SHARED_KIB.get(target.compute_capability, min(SHARED_KIB.values())) * 1024
     for warps, stages in SHAPES:
         ring = warps * stages * UNIT_KEYS * (head_dim + head_dim_v) * stored_bytes
-        shares_keys = program.norm is None or (program.norm.merges and not program.norm.has_order)
-        heads = warps // 2 if shares_keys else warps  # of a CTA: see kMaxHeads
+        heads = warps // 2 if program.can_split else warps  # of a CTA: see kMaxHeads
         queries = 2 * stages + 2 if is_ahead else 1
         rest = heads * queries * columns * head_dim * 2 + warps * MERGE_COLUMNS * (head_dim_v + 4) * 4
         rest += warps * _control_bytes(program)

@@ -276,7 +276,6 @@ constexpr int kTiles = kColumns / 8;
 constexpr int kSlices = kHeadDimV / 16;        // of O^T
 constexpr int kKeyCols = kHeadDim * kStoredBytes / 2, kValueCols = kHeadDimV * kStoredBytes / 2;   // 16-bit ones, as stored
 static_assert(kColumns % 8 == 0 && kHeadDim % 32 == 0 && kKeyCols % 32 == 0 && kValueCols % 32 == 0, "unsupported tile");
-// Warps split the keys of a head among themselves, unit by unit, and CTAs by pieces.
 constexpr bool kSplits = true;
 constexpr bool kReverse = kNormReverse;
 constexpr float kUnits = 1.0f;                 // norms take logits in natural units
@@ -662,7 +661,7 @@ static jg::PlanShape plan_shape(const Args& args) {
   shape.most_rows = args.class_rows < 0x7fffffff ? static_cast<int>(args.class_rows) : 0x7fffffff;
   shape.least_keys = 1;
   shape.fixed_cost = 0;   // Q is there when an item begins; with a unit, page size 1 was 2 % slower under skew, 16 1 % faster
-  shape.least_piece = args.split ? 1 : jg::kNeverCut;
+  shape.least_piece = kSplits && args.split ? 1 : jg::kNeverCut;
   shape.whole_items = 64, shape.many_items = 0;
   shape.shares = static_cast<int>(args.num_ctas);
   shape.beside_key = shape.beside_row = shape.least_shares = 0;   // a cascade's prefill leaves room itself

@@ -238,8 +238,7 @@ constexpr int kTiles = kColumns / 8;
 constexpr int kSlices = kHeadDimV / 16;        // of O^T
 constexpr int kKeyCols = kHeadDim * kStoredBytes / 2, kValueCols = kHeadDimV * kStoredBytes / 2;   // 16-bit ones, as stored
 static_assert(kColumns % 8 == 0 && kHeadDim % 32 == 0 && kKeyCols % 32 == 0 && kValueCols % 32 == 0, "unsupported tile");
-// The keys of a piece are visited in order, by one warp. Warps for different heads are a team; each team has a share of the plan.
-constexpr bool kSplits = false;
+constexpr bool kSplits = true;
 constexpr bool kReverse = kNormReverse;
 constexpr float kUnits = 1.0f;                 // norms take logits in natural units
 constexpr int kMaxHeads = kSplits ? kNumWarps / 2 : kNumWarps;   // key heads of a CTA
@@ -270,11 +269,10 @@ constexpr unsigned kQueryBarriersAt = kBarriersAt + kNumWarps * kNumStages * 8;
 constexpr unsigned kScalesAt = kQueryBarriersAt + kMaxHeads * kQueries * 8;
 constexpr unsigned kSharedBytes = kScalesAt + (kStoredBytes == 1 ? kNumWarps * kNumStages * jg::kScaleBytes : 0);
 
-// Place of a warp: `slot` counts the warps of the CTA, `head` the key heads of its team, whose share is `share`.
+// Place of a warp: `slot` counts the key heads of the CTA, `slice` the warps that share the keys of one.
 struct Place {
   int warp, lane, slot, slice;
   unsigned shared;
-  int head, share;
 
   JITGEN_FN unsigned query(int n) const { return shared + kQueryAt + (slot * kQueries + n) * kQueryBytes; }
   JITGEN_FN unsigned query_barrier(int n) const { return shared + kQueryBarriersAt + (slot * kQueries + n) * 8; }
@@ -460,7 +458,7 @@ JITGEN_FN void finish_rows(const Args& args, const jg::DecodeSetup& setup, const
 JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, const Place& place, const jg::PlanTile& tile,
                             int kv_h, int first, int last, const Output& o, const State& state) {
   constexpr int kQuads = kHeadDimV / 4;
-  const int rows = rows_of(setup, tile), cta = place.share, first_warp = place.slot * setup.kv_warps;
+  const int rows = rows_of(setup, tile), cta = blockIdx.x, first_warp = place.slot * setup.kv_warps;
 #pragma unroll 1
   for (int n = 0; n < kTiles; ++n) {
     const int tile_rows = jg::min(8, rows - 8 * n);
@@ -481,7 +479,7 @@ JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, cons
         all.add(jg::load_shared_float4(own + w * Buffer::kBytes), state_at(place.states(first_warp + w) + column * kStateBytes));
       if (first != last) {
         const long long per_cta = setup.heads * kTiles * 8 * kQuads;
-        const jg::PartBoxes<NormPart> boxes(args.workspace, per_cta, setup.shape.shares, (place.head * kTiles + n) * 8 * kQuads + i);
+        const jg::PartBoxes<NormPart> boxes(args.workspace, per_cta, setup.shape.shares, (place.slot * kTiles + n) * 8 * kQuads + i);
         boxes.join<kPiecesInFlight>(all, cta, first, last, active);
       }
       if (!active || cta != first) continue;
@@ -499,9 +497,9 @@ JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, cons
 __global__ void __launch_bounds__(kThreads, 1)
 decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_constant__ Args args) {
   extern __shared__ __align__(1024) char shared[];
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
-  const int cta = blockIdx.x * (kNumWarps / setup.heads) + warp / setup.heads;   // the team, as others count CTAs
-  const Place place = {warp, lane, warp, 0, jg::shared_address(shared), warp % setup.heads, cta};
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, cta = blockIdx.x;
+  if (warp >= setup.heads * setup.kv_warps) return;
+  const Place place = {warp, lane, warp / setup.kv_warps, warp % setup.kv_warps, jg::shared_address(shared)};
   const Loader loader(place.shared + warp * kRingBytes, place.shared + kBarriersAt + warp * kNumStages * 8,
                       place.shared + kScalesAt + warp * kNumStages * jg::kScaleBytes, lane, setup, args);
   if constexpr (kQueryAhead) {
@@ -520,10 +518,11 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
     if (!setup.kv_start) return b * setup.page_list_stride;
     return b < 32 ? __shfl_sync(0xffffffffu, early_start, b) : __ldg(setup.kv_start + b);
   };
-  const auto kv_head = [&](int group) { return group * setup.heads + place.head; };
+  const auto kv_head = [&](int group) { return group * setup.heads + place.slot; };
 
   // ---- places of the next units: kNumStages page numbers are on their way ----
   jg::UnitCursor ahead(share, setup.shape), here(share, setup.shape);
+  jg::PieceRuns ahead_run(ahead, end), here_run(here, end);
   int ahead_start = kv_first(ahead.tile.request);
   bool more = true;
   jg::KeyPlace places[kNumStages];
@@ -534,13 +533,14 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
     jg::KeyPlace& next = places[kNumStages - 1];
     next.head = -1;
     if (!more) return;
-    const int first = ahead.first_key<kReverse>(setup.shape, place.slice);
+    const int first = ahead_run.first_key<kReverse>(ahead, setup.shape, place.slice);
     next = loader.find(setup, ahead.tile, first, ahead_start, kv_head(ahead.group));
     more = !ahead.ends_share(setup.shape, end);
     if (!more) return;
     const int before = ahead.tile.request;
     const bool item_ends = ahead.ends_item();
     ahead.advance(setup.plan, setup.shape);
+    if (item_ends) ahead_run = jg::PieceRuns(ahead, end);
     if (ahead.tile.request != before) ahead_start = kv_first(ahead.tile.request);
     if (kQueryAhead && item_ends) {
       ahead_query = ahead_query + 1 == kQueries ? 0 : ahead_query + 1;
@@ -566,7 +566,7 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
 #pragma unroll 1
   while (true) {
     const unsigned offset = stage * Loader::kStageBytes;
-    const int first = here.first_key<kReverse>(setup.shape, place.slice);
+    const int first = here_run.first_key<kReverse>(here, setup.shape, place.slice);
     if (filled) {
       if (new_item) {
         if constexpr (kQueryAhead) {
@@ -623,6 +623,7 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
       new_item = from_start = true;
     }
     here.advance(setup.plan, setup.shape);
+    if (new_item) here_run = jg::PieceRuns(here, end);
   }
 }
 
@@ -647,9 +648,9 @@ static jg::PlanShape plan_shape(const Args& args) {
   shape.most_rows = args.class_rows < 0x7fffffff ? static_cast<int>(args.class_rows) : 0x7fffffff;
   shape.least_keys = 0;
   shape.fixed_cost = 0;   // Q is there when an item begins; with a unit, page size 1 was 2 % slower under skew, 16 1 % faster
-  shape.least_piece = args.split ? 1 : jg::kNeverCut;
+  shape.least_piece = kSplits && args.split ? 1 : jg::kNeverCut;
   shape.whole_items = 64, shape.many_items = 0;
-  shape.shares = static_cast<int>(args.num_ctas) * (kNumWarps / heads);
+  shape.shares = static_cast<int>(args.num_ctas);
   // Beside a prefill: of it the products of kRowsOfKey rows with a key take as long as reading one, measured on an H100. Memory
   // is nearly as busy with 5 of 12 CTAs, which are the least.
   constexpr int kRowsOfKey = 400;
@@ -718,7 +719,7 @@ extern "C" long long jitgen_plan_bytes(const Args* args) {
 }
 extern "C" long long jitgen_workspace_bytes(const Args* args) {
   constexpr long long kThreadBytes = sizeof(float4) + kStateBytes;   // of four dims of a column
-  return args->num_ctas * kNumWarps * kColumns * (kHeadDimV / 4) * kThreadBytes;
+  return args->num_ctas * heads_per_cta(*args) * kColumns * (kHeadDimV / 4) * kThreadBytes;
 }
 // CTAs that fill the current device; negative: an error.
 extern "C" int jitgen_num_ctas(const Args*) {
@@ -727,5 +728,4 @@ extern "C" int jitgen_num_ctas(const Args*) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   return error == cudaSuccess ? num_sms : -static_cast<int>(error);
 }
-extern "C" int jitgen_num_shares(const Args* args) { return plan_shape(*args).shares; }
 extern "C" const char* jitgen_error_string(int code) { return jg::launch_error_string(code); }

@@ -117,9 +117,9 @@ def test_head_dims_and_several_rows(name, dims, rows):
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_are_bit_equal(name):
     batch = decode_batch(name, [1] * 5, [random.Random(3).randint(0, 9000) for _ in range(5)], Shape(32, 8))
-    first = [t.clone() for t in batch.run()]
+    first = [t.nan_to_num() for t in batch.run()]  # a norm without logsumexp has NaN there
     for _ in range(10):
-        assert all(torch.equal(a, b) for a, b in zip(first, batch.run(), strict=True))
+        assert all(torch.equal(a, b.nan_to_num()) for a, b in zip(first, batch.run(), strict=True))
 
 
 # ---- plans -------------------------------------------------------------------------------------------------------------------
