@@ -134,7 +134,7 @@ def check_merge(norm: NormProgram, values: Sequence[Any], user: object) -> None:
     A norm that reads captured tensors is not tried: they may be on a GPU, and for more rows than there are here.
 
     Errors:  VariantError.
-    Cost:    about a millisecond, of norms with merge only.
+    Cost:    some milliseconds, of norms with merge only.
     """
     if not norm.merges or any(n.op == "load" for n in walk(*norm.roots())):
         return
