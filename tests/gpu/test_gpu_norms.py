@@ -16,6 +16,7 @@ from stored_batch import StoredBatch
 import jitgen
 from jitgen.families import cuda_spec
 from jitgen.runtime import module_path
+from jitgen.serving_balance import read_plan
 from jitgen.target import detect_cuda
 
 DEVICE = "cuda"
@@ -163,6 +164,15 @@ def test_prefill_cuts_long_requests_and_joins_them(family, name, page_size):
     got = run(batch, plan, name, page_size)
     check(batch, variant, got)
     assert torch.equal(run(batch, plan, name, page_size)[0], got[0])
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "softmax", "stick_breaking"])
+def test_pieces_of_items_that_are_given_out_are_joined(name):
+    batch, variant = Batch([(2100, 2100), (64, 24001)], 16, 4, 128, 0, torch.bfloat16, DEVICE), variant_of(name)
+    plan = batch.plan(variant, layout="paged", page_size=16, family="sm90")
+    kernel = plan.classes[0]
+    assert read_plan(kernel.plan.cpu().numpy().tobytes(), kernel.num_ctas).given_out.pieces > 0
+    check(batch, variant, run(batch, plan, name))
 
 
 def test_hooks_see_the_joined_row(family):
