@@ -166,6 +166,9 @@ def test_prefill_cuts_long_requests_and_joins_them(family, name, page_size):
     assert torch.equal(run(batch, plan, name, page_size)[0], got[0])
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="the sm80 family gives out no items"
+)
 @pytest.mark.parametrize("name", ["sigmoid", "softmax", "stick_breaking"])
 def test_pieces_of_items_that_are_given_out_are_joined(name):
     batch, variant = Batch([(2100, 2100), (64, 24001)], 16, 4, 128, 0, torch.bfloat16, DEVICE), variant_of(name)
