@@ -28,7 +28,8 @@ def merge_states(
 ) -> tuple[Tensor, Tensor]:
     """Attention over all keys from attention over each of several parts of them.
 
-    A part that saw no key has logsumexp -inf and is left out, whatever its output holds.
+    A part that saw no key has logsumexp -inf and is left out, whatever its output holds. For softmax only: parts of a row under
+    a jitgen.OnlineNorm are joined by its own merge, in plans (``split``, ``levels``).
 
     Shapes:  outs [rows, states, heads, head_dim_v]; lses [rows, states, heads] float32; or both lists of states, without that
              axis; returns [rows, heads, head_dim_v] in outs's dtype and [rows, heads] float32.
