@@ -50,9 +50,17 @@ def attention(
              cannot be expressed; CompileError, ToolchainMissing on the first use of a variant.
     Cost:    compiles once per variant, head dim and dtype; later calls launch one kernel, 8-bit ones another that transposes
              v into a workspace of its size. q_transform, k_transform and v_transform are one more each, which copies. Under
-             torch.compile the call breaks the graph; jitgen.flex_attention is one operator of it.
+             torch.compile the call is one operator, but breaks the graph where out is given.
     Source:  online softmax (Milakov & Gimelshein 2018), tiled as in FlashAttention (Dao et al. 2022).
     """
+    if is_compiling() and out is None:
+        from jitgen.op import call_op
+
+        result, lse = call_op(
+            q, k, v, variant, score_mod, mask_mod, sink, scale_q, scale_k, scale_v,
+            convention=q_index or "", scale=scale, want_lse=return_lse, out_dtype=out_dtype, family=family,
+        )  # fmt: skip
+        return (result, lse) if return_lse else result  # type: ignore[return-value]
     if is_compiling():
         from jitgen.op import attention_outside
 

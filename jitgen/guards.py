@@ -65,6 +65,10 @@ class Guards:
         ident = (kind, path, id(payload) if kind in ("is", "type", "code") else repr(payload))
         self._rows.setdefault(ident, (kind, path, payload))
 
+    def paths(self) -> list[Path]:
+        """Where the values lie that the conditions read."""
+        return [path for _, path, _ in self._rows.values() if path is not None]
+
     def compile(
         self, roots: Sequence[str], values: Sequence[Path], scalars: dict[int, Path]
     ) -> Callable[..., list[object] | None]:

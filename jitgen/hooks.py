@@ -33,6 +33,7 @@ class Trace:
     program: Program
     check: Check  # (*hooks, bound) -> captured values by slot, or None
     names: frozenset[str]  # captured names, which Variant.bind accepts
+    paths: tuple[Path, ...]  # of all values that the check reads
 
 
 # ---- one hook -----------------------------------------------------------------------------------------------------------
@@ -113,6 +114,10 @@ class HookTracer:
         if all(hook is None for hook in hooks):
             return None
         return RowHooks(*(self.row(kind, hook) for kind, hook in zip(ROW_TRANSFORMS, hooks, strict=True)))
+
+    def paths(self, used: Sequence[Capture]) -> tuple[Path, ...]:
+        """Where all values lie that the trace depends on."""
+        return (*self.tracer.guards.paths(), *(c.path for c in used), *self.tracer.scalar_paths.values())
 
     # ---- softmax replacements ----
     def norm(self, norm: OnlineNorm | None) -> NormProgram | None:
@@ -228,7 +233,7 @@ def trace_hooks(hooks: Sequence[Any], bound: Mapping[str, object]) -> Trace:
         program, used = with_slots(program, tracing.captures.found)
         tracer = tracing.tracer
         check = tracer.guards.compile((*HOOKS, "bound"), [c.path for c in used], tracer.scalar_paths)
-        return Trace(program, check, frozenset(tracing.captures.names))
+        return Trace(program, check, frozenset(tracing.captures.names), tracing.paths(used))
 
 
 def check_lse(program: Program) -> None:
