@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch._dynamo import variables
+from torch._dynamo.exc import RestartAnalysis
 from torch._dynamo.variables.functions import (
     BaseUserFunctionVariable,
     FunctoolsPartialVariable,
@@ -315,6 +316,8 @@ def lift_here(
     found = tx.symbolic_locals["found"].items
     try:
         arguments, lifted = lift(tx, names, paths_of_call)
+    except RestartAnalysis:  # how Dynamo begins anew with something it has learnt
+        raise
     except Exception:  # also of another torch, with other trackers
         found.append(variables.ConstantVariable.create(-1))
         return
