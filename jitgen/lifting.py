@@ -84,9 +84,8 @@ class Lift:
 
     def _as_tensor(self, number: Tracker) -> Tracker:
         """A float that may differ from call to call, as operators take it."""
-        build, as_tensor = variables.VariableTracker.build, variables.TorchInGraphFunctionVariable(torch.scalar_tensor)
-        options = {"dtype": build(self._tx, torch.float64), "device": build(self._tx, torch.device("cpu"))}
-        return as_tensor.call_function(self._tx, [number], options)
+        options = {"dtype": self._build(torch.float64), "device": self._build(torch.device("cpu"))}
+        return self._build(torch.scalar_tensor).call_function(self._tx, [number], options)
 
     def _items(self, kind: type, items: Any, reads: Reads) -> Recipe:
         return recipes.sequence(kind, [self.recipe(x, reads.get(("item", i))) for i, x in enumerate(items)])
@@ -109,7 +108,7 @@ class Lift:
                 raise CannotLift(f"the function '{code.co_name}', which has attributes of its own")
             scope = tracker.fn.__globals__
             defaults, kwdefaults, closure = (
-                None if getattr(tracker.fn, name) is None else tracker.var_getattr(self._tx, name).realize()
+                None if getattr(tracker.fn, name) is None else self._get(tracker, name)
                 for name in ("__defaults__", "__kwdefaults__", "__closure__")
             )
         else:
@@ -129,7 +128,15 @@ class Lift:
         cell = cell.realize()
         if isinstance(cell, variables.CellVariable):
             return self._tx.output.side_effects.load_cell(cell)
-        return cell.var_getattr(self._tx, "cell_contents")
+        return self._get(cell, "cell_contents")
+
+    def _get(self, tracker: Tracker, name: str) -> Tracker:
+        """An attribute, as ``getattr`` in the traced code would have it."""
+        read, arguments = self._build(getattr), [tracker, self._build(name)]
+        return read.call_function(self._tx, arguments, {}).realize()
+
+    def _build(self, value: object) -> Tracker:
+        return variables.VariableTracker.build(self._tx, value)
 
     # ---- objects ----
     def _object(self, tracker: Tracker, reads: Reads) -> Recipe:
@@ -140,7 +147,7 @@ class Lift:
         if issubclass(cls, int | float):  # jitgen.static
             return self._static(tracker, made_here)
         if cls is types.MethodType:  # one that an attribute holds
-            func, owner = (tracker.var_getattr(self._tx, name) for name in ("__func__", "__self__"))
+            func, owner = (self._get(tracker, name) for name in ("__func__", "__self__"))
             return recipes.method(self.recipe(func), self.recipe(owner, reads.get(("attr", "__self__"))))
         if is_library(cls.__module__) and not isinstance(tracker.value, torch.nn.Module | types.SimpleNamespace):
             if made_here:
@@ -165,12 +172,12 @@ class Lift:
 
     def _attribute(self, tracker: Tracker, name: str, reads: Reads) -> Recipe:
         if name in _TABLES and isinstance(tracker.value, torch.nn.Module):
-            entries = {key: (tracker.var_getattr(self._tx, key), at) for (_, key), at in reads.items()}
+            entries = {key: (self._get(tracker, key), at) for (_, key), at in reads.items()}
             return recipes.mapping({key: self.recipe(value, at) for key, (value, at) in entries.items()})
-        return self.recipe(tracker.var_getattr(self._tx, name), reads)
+        return self.recipe(self._get(tracker, name), reads)
 
     def _variant(self, tracker: Tracker) -> Recipe:
-        hooks, bound, q_index = (tracker.var_getattr(self._tx, name).realize() for name in ("_hooks", "_bound", "q_index"))
+        hooks, bound, q_index = (self._get(tracker, name) for name in ("_hooks", "_bound", "q_index"))
         made = [self.recipe(x, self._root(kind)) for kind, x in zip(HOOKS, hooks.items, strict=True)]
         values = self.recipe(bound, self._root("bound"))
         convention = _constant_of(q_index)
