@@ -185,8 +185,8 @@ def _build(request: Request, builder: Builder, waiting: Waiting) -> Found:
     except OSError as error:
         raise CacheError(
             f"a compiled kernel can be kept nowhere: {reason}; {error.strerror or error} "
-            f"({error.filename or tempfile.gettempdir()}). Set JITGEN_CACHE_DIR to a directory with some free megabytes that you "
-            "can write; a limit on the size of files (ulimit -f) must allow as much."
+            f"({error.filename or tempfile.gettempdir()}). Set JITGEN_CACHE_DIR to a directory with some free megabytes that "
+            "you can write; a limit on the size of files (ulimit -f) must allow as much."
         ) from error
 
 

@@ -34,7 +34,7 @@ def test_what_is_written_is_read_as_it_was(values: list) -> None:
         ("[kernel]\nvariant = 'causal'\n", r"write \[\[kernel\]\]"),
         ("[[kernels]]\n", "has 'kernels'"),
         ("[[kernel]]\ndtype = 'float32'\n", "1 has no variant"),
-        ("[[kernel]]\nvariant = ['causal', 3]\n", r"1 has the variant \['causal', 3\]\. Write variant = \"module:name\", or a list"),
+        ("[[kernel]]\nvariant = ['causal', 3]\n", r"1 has the variant \['causal', 3\]\. Write variant = .*, or a list"),
         ("[[kernel]]\nvariant = []\n", "1 has the variant \\[\\]"),
         ("[[kernel]]\nvariant = 'causal'\nhead_dim = 64\n", "1 has no dtype"),
         ("[[kernel]]\nvariant = 'causal'\nheaddim = 64\n", "1 has 'headdim'. Options are variant, dtype"),
