@@ -279,6 +279,21 @@ def test_other_calls_break_the_graph_or_name_the_remedy(call):
         torch.compile(call, backend="aot_eager", fullgraph=True)(*given)
 
 
+def test_calls_that_are_no_operators_cost_one_break_and_no_recompilation():
+    def step(logits, seeds):
+        return jitgen.sample(logits * 2, temperature=0.8, top_p=0.9, seed=seeds) + 1
+
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(step, backend=counter)
+    for rows in (1, 2, 3, 5, 8):
+        logits, seeds = torch.randn(rows, 50), torch.arange(rows)
+        assert torch.equal(compiled(logits, seeds), step(logits, seeds))
+    assert counter.frame_count == 4  # before and after the call, for one row and for any number
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"jitgen\.sampling\.sample is no operator of a graph\. Call it outs"):
+        torch.compile(step, backend="eager", fullgraph=True)(torch.randn(2, 50), torch.arange(2))
+
+
 def test_hooks_that_eager_calls_refuse_are_refused_with_their_line():
     def call(q, k, v, x):
         return jitgen.attention(q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: x[q_idx].item() > 3)
