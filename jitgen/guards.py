@@ -94,6 +94,7 @@ class Guards:
 _CHECKS = {
     "is": "{v} is not {p}",
     "type": "type({v}) is not {p}",
+    "one of": "type({v}) not in {p}",
     "code": "{v}.__code__ is not {p} and {v}.__code__ != {p}",
     "equal": "type({v}) is not type({p}) or {v} != {p}",
     "length": "len({v}) != {p}",

@@ -6,6 +6,7 @@ A graph holds tensors and numbers. The transform of an append is taken apart whi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,20 +29,22 @@ REMEDY = (
 # The call between two graphs, as Dynamo would look into every function of it
 append_outside = torch.compiler.disable(append, reason=REMEDY)
 
-_transforms: list[Recipe] = []  # by handle
+_transforms: dict[int, Recipe] = {}  # by handle
+_numbers = itertools.count()
 
 
 def register(arguments: dict[str, Recipe]) -> int:
     """Handle of a transform."""
-    _transforms.append(arguments["transform"])
-    return len(_transforms) - 1
+    handle = next(_numbers)
+    _transforms[handle] = arguments["transform"]
+    return handle
 
 
 def lift_transform(context: Any) -> None:
     """Dynamo runs this where it meets the call: the handle and the inputs for the transform go to the local list ``found``."""
     from jitgen.lifting import lift_here
 
-    lift_here(context, ("transform",), lambda examples: resolve_transform(examples["transform"])[0].paths, register)
+    lift_here(context, ("transform",), lambda examples: resolve_transform(examples["transform"])[0], register)
 
 
 # ---- append -----------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ CannotLift, for which the caller leaves the graph.
 
 from __future__ import annotations
 
+import enum
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,17 +28,16 @@ from torch._dynamo.variables.functions import (
 )
 
 from jitgen import recipes
-from jitgen.captures import is_library
+from jitgen.captures import PLAIN_TENSORS, is_library
 from jitgen.errors import JitgenError
 from jitgen.guards import Path
 from jitgen.recipes import Leaves, Recipe
 from jitgen.signatures import HOOKS
-from jitgen.variant import Variant, hooks_of, paths_of
+from jitgen.variant import Variant, hooks_of, trace_of
 
 Tracker = Any
 Reads = dict[tuple[str, object], Any]  # attributes and items that are read, nested
 _FUNCTIONS = (UserFunctionVariable, NestedUserFunctionVariable)
-_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -58,8 +58,10 @@ class Lift:
         tracker = tracker.realize()
         if isinstance(tracker, variables.TensorVariable):
             kind = tracker.python_type()
-            if kind not in _TENSORS:  # jitgen.sorted's among others, which no graph takes
+            if kind not in PLAIN_TENSORS:  # jitgen.sorted's among others, which no graph takes
                 raise CannotLift(f"a captured {kind.__name__}")
+            if tracker.as_proxy().node.meta["example_value"].requires_grad:  # captured tensors are taken as values
+                tracker = self._get(tracker, "detach").call_function(self._tx, [], {})
             return recipes.tensor(_add(self.tensors, tracker))
         if isinstance(tracker, variables.SymNodeVariable):
             if tracker.python_type() is float:
@@ -149,7 +151,11 @@ class Lift:
         if cls is types.MethodType:  # one that an attribute holds
             func, owner = (self._get(tracker, name) for name in ("__func__", "__self__"))
             return recipes.method(self.recipe(func), self.recipe(owner, reads.get(("attr", "__self__"))))
-        if is_library(cls.__module__) and not isinstance(tracker.value, torch.nn.Module | types.SimpleNamespace):
+        if issubclass(cls, tuple) and hasattr(cls, "_fields"):
+            fields = [self.recipe(self._get(tracker, name), reads.get(("item", i))) for i, name in enumerate(cls._fields)]
+            return recipes.sequence(cls._make, fields)  # type: ignore[attr-defined]
+        is_opaque = is_library(cls.__module__) and not isinstance(tracker.value, torch.nn.Module | types.SimpleNamespace)
+        if is_opaque or issubclass(cls, enum.Enum):
             if made_here:
                 raise CannotLift(f"a {cls.__name__} made in the compiled function")
             _guard_identity(tracker)
@@ -257,25 +263,32 @@ def reads_of(paths: Sequence[Path]) -> Reads:
 
 
 def lift(
-    tx: Any, names: Sequence[str], paths_of_call: Callable[[dict[str, Any]], Sequence[Path]]
+    tx: Any, names: Sequence[str], trace_of_call: Callable[[dict[str, Any]], Any]
 ) -> tuple[dict[str, Recipe], Lift]:
     """Recipes of the locals ``names`` of the function being traced, and the trackers of the inputs they need.
 
-    ``paths_of_call`` traces hooks over examples of these locals, and says where the values lie that matter.
+    ``trace_of_call`` gives the trace of the hooks among examples of these locals, whose paths say where the values lie that
+    matter. What the recipes make must have the same trace.
 
     Errors:  CannotLift.
     """
     trackers = {name: _local(tx, name) for name in names}
     first = Lift(tx, None)
-    made = {name: first.recipe(tracker) for name, tracker in trackers.items()}
-    leaves = first.examples()
-    examples = {name: recipe(leaves) for name, recipe in made.items()}
+    examples = _made({name: first.recipe(tracker) for name, tracker in trackers.items()}, first)
     try:
-        paths = paths_of_call(examples)
+        trace = trace_of_call(examples)
     except (JitgenError, NameError) as e:  # raised again by the call, outside of the graph
         raise CannotLift(f"hooks that fail ({e})") from e
-    second = Lift(tx, _with_definition(reads_of(paths), examples.get("variant")))
-    return {name: second.hook(name, tracker) for name, tracker in trackers.items()}, second
+    second = Lift(tx, _with_definition(reads_of(trace.paths), examples.get("variant")))
+    found = {name: second.hook(name, tracker) for name, tracker in trackers.items()}
+    if trace_of_call(_made(found, second)) is not trace:
+        raise CannotLift("hooks that mean something else when they are made anew")
+    return found, second
+
+
+def _made(arguments: Mapping[str, Recipe], lifted: Lift) -> dict[str, Any]:
+    leaves = lifted.examples()
+    return {name: recipe(leaves) for name, recipe in arguments.items()}
 
 
 def _with_definition(reads: Reads, definition: object) -> Reads:
@@ -293,16 +306,16 @@ def _with_definition(reads: Reads, definition: object) -> Reads:
     return {**reads, ("root", "variant"): own}
 
 
-def paths_of_attention(examples: dict[str, Any]) -> Sequence[Path]:
-    """Where the values lie that the hooks of a call of attention capture."""
+def trace_of_attention(examples: dict[str, Any]) -> Any:
+    """The trace of the hooks of a call of attention."""
     definition = examples["variant"]
     if isinstance(examples["score_mod"], Variant):  # as jitgen.flex_attention takes one
         definition = examples["score_mod"]
     if isinstance(definition, Variant):
-        return paths_of(*definition.parts)
+        return trace_of(*definition.parts)
     if definition is not None:
-        return paths_of(hooks_of(definition)[0], {})
-    return paths_of(tuple([examples.get(kind) for kind in HOOKS]), {})
+        return trace_of(hooks_of(definition)[0], {})
+    return trace_of(tuple([examples.get(kind) for kind in HOOKS]), {})
 
 
 def _local(tx: Any, name: str) -> Tracker:
@@ -313,7 +326,7 @@ def _local(tx: Any, name: str) -> Tracker:
 
 
 def lift_here(
-    context: Any, names: Sequence[str], paths_of_call: Callable[[dict[str, Any]], Sequence[Path]],
+    context: Any, names: Sequence[str], trace_of_call: Callable[[dict[str, Any]], Any],
     register: Callable[[dict[str, Recipe]], int],
 ) -> None:  # fmt: skip
     """Fill the list ``found`` of the function that Dynamo traces with a handle and lists of the tensors and ints that the
@@ -322,7 +335,7 @@ def lift_here(
     tx = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     found = tx.symbolic_locals["found"].items
     try:
-        arguments, lifted = lift(tx, names, paths_of_call)
+        arguments, lifted = lift(tx, names, trace_of_call)
     except RestartAnalysis:  # how Dynamo begins anew with something it has learnt
         raise
     except Exception:  # also of another torch, with other trackers

@@ -8,6 +8,7 @@ taken apart leaves the graph and is called between two of them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,13 +27,15 @@ REMEDY = (
     "tensors, numbers, modules and containers of these, and make no attention call with out= there"
 )
 
-_calls: list[dict[str, Recipe]] = []  # by handle: recipes of the arguments that are no inputs of the graph
+_calls: dict[int, dict[str, Recipe]] = {}  # by handle: recipes of the arguments that are no inputs of the graph
+_numbers = itertools.count()
 
 
 def register(arguments: dict[str, Recipe]) -> int:
     """Handle of the arguments of a call."""
-    _calls.append(arguments)
-    return len(_calls) - 1
+    handle = next(_numbers)
+    _calls[handle] = arguments
+    return handle
 
 
 # The calls between two graphs, as Dynamo would look into every function of them
@@ -97,9 +100,9 @@ def _(
 
 def lift_call(context: Any) -> None:
     """Dynamo runs this where it meets the call: the handle and the inputs for the hooks go to the local list ``found``."""
-    from jitgen.lifting import lift_here, paths_of_attention
+    from jitgen.lifting import lift_here, trace_of_attention
 
-    lift_here(context, ARGUMENTS, paths_of_attention, register)
+    lift_here(context, ARGUMENTS, trace_of_attention, register)
 
 
 def call_op(

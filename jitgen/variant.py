@@ -11,7 +11,6 @@ import torch
 from torch.compiler import is_compiling
 
 from jitgen.errors import VariantError
-from jitgen.guards import Path
 from jitgen.hooks import Trace, trace_hooks
 from jitgen.norms import OnlineNorm
 from jitgen.program import Program
@@ -284,9 +283,9 @@ _NO_OTHERS = (None,) * (len(HOOKS) - 3)
 _FUNCTION = types.FunctionType
 
 
-def paths_of(hooks: tuple[Any, ...], bound: Mapping[str, object]) -> tuple[Path, ...]:
-    """Where the values lie that hooks, in the order of HOOKS, capture or depend on."""
-    return _find(hooks, bound)[0].paths
+def trace_of(hooks: tuple[Any, ...], bound: Mapping[str, object]) -> Trace:
+    """The trace that holds for hooks in the order of HOOKS."""
+    return _find(hooks, bound)[0]
 
 
 def _find(hooks: tuple[Any, ...], bound: Mapping[str, object]) -> tuple[Trace, list[object]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -61,6 +63,7 @@ class Layer(torch.nn.Module):
         self.stored = self.alibi
         self.rope = jitgen.Rope(theta=1e4)
         self.steps = 0
+        self.mode = Mode.DOUBLE
 
     def alibi(self, score, b, h, q_idx, kv_idx):
         return score + self.slopes[h] * (kv_idx - q_idx)
@@ -163,6 +166,26 @@ def logsumexp_and_scales(self, q, k, v, x):
     return out + lse[..., None]
 
 
+class Mode(enum.Enum):
+    DOUBLE = 2
+    TRIPLE = 3
+
+
+class Pair(NamedTuple):
+    table: torch.Tensor
+    shift: float
+
+
+def objects_of_other_kinds(self, q, k, v, x):
+    pair = Pair(self.slopes * 2, 0.5)
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        factor = 2.0 if self.mode is Mode.DOUBLE else 3.0
+        return score * factor + pair.table[h] + pair.shift
+
+    return jitgen.attention(q, k, v, score_mod=score_mod)
+
+
 def a_block_mask(self, q, k, v, x):
     def same(b, h, q_idx, kv_idx):
         return x[q_idx] == x[kv_idx]
@@ -173,7 +196,7 @@ def a_block_mask(self, q, k, v, x):
 
 CALLS = [
     a_closure, a_closure_of_self, numbers, partials_and_nested_functions, methods, combined_masks, containers_and_defaults,
-    a_variant, a_norm, a_definition, state_that_the_graph_writes, logsumexp_and_scales, a_block_mask,
+    a_variant, a_norm, a_definition, state_that_the_graph_writes, logsumexp_and_scales, objects_of_other_kinds, a_block_mask,
 ]  # fmt: skip
 
 
@@ -187,6 +210,7 @@ def test_compiled_call_needs_one_graph_and_does_what_the_eager_one_does(call):
         if step == 2:  # what a layer holds may change
             for one in (eager, layer):
                 one.config.window, one.config.cap, one.config.causal, one.tables["shift"] = 4, 2.0, False, 1.5
+                one.mode = Mode.TRIPLE
                 one.doc.copy_(torch.arange(LENGTH) // 11)
         q, k, v = inputs()
         torch.testing.assert_close(compiled(q, k, v, x), eager(q, k, v, x), rtol=1e-4, atol=1e-5)
@@ -309,6 +333,33 @@ def test_a_torch_with_other_trackers_breaks_the_graph(monkeypatch):
     layer = Layer(a_closure)
     given = (*inputs(), torch.arange(LENGTH) // 3)
     torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(*given), layer(*given))
+
+
+def test_captured_parameters_are_taken_as_values():
+    layer = Layer(a_norm)
+    given = (*inputs(), torch.arange(LENGTH))
+    with torch.enable_grad():
+        got = torch.compile(layer, backend="aot_eager", fullgraph=True)(*given)
+        assert layer.slopes.requires_grad and not got.requires_grad
+        torch.testing.assert_close(got, layer(*given), rtol=1e-4, atol=1e-5)
+
+
+class Items(dict):
+    """No object that can be made of some attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+def test_object_that_cannot_be_made_anew_breaks_the_graph():
+    items = Items(table=torch.rand(HEADS))
+
+    def call(q, k, v):
+        return jitgen.attention(q, k, v, score_mod=lambda score, b, h, q_idx, kv_idx: score * items.table[h])
+
+    given = inputs()
+    torch.testing.assert_close(torch.compile(call, backend="aot_eager")(*given), call(*given))
+    items["table"] = torch.rand(HEADS)
+    torch.testing.assert_close(torch.compile(call, backend="aot_eager")(*given), call(*given))
 
 
 def test_gradients_are_refused():
