@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.compiler import is_compiling
 
-from jitgen.checks import check_grad, check_tensors
+from jitgen.checks import check_grad, check_tensors, is_traced
 from jitgen.dense import run
 from jitgen.errors import VariantError
 from jitgen.fp8 import Scale, with_scales
@@ -53,7 +53,7 @@ def attention(
              torch.compile the call is one operator, but breaks the graph where out is given.
     Source:  online softmax (Milakov & Gimelshein 2018), tiled as in FlashAttention (Dao et al. 2022).
     """
-    if is_compiling() and out is None:
+    if is_compiling() and out is None and is_traced(q):
         from jitgen.op import call_op
 
         result, lse = call_op(
@@ -61,7 +61,7 @@ def attention(
             convention=q_index or "", scale=scale, want_lse=return_lse, out_dtype=out_dtype, family=family,
         )  # fmt: skip
         return (result, lse) if return_lse else result  # type: ignore[return-value]
-    if is_compiling():
+    if is_compiling() and is_traced(q):
         from jitgen.op import attention_outside
 
         return attention_outside(  # type: ignore[no-any-return]

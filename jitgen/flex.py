@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.compiler import is_compiling
 
-from jitgen.checks import check_tensors
+from jitgen.checks import check_tensors, is_traced
 from jitgen.dense import run
 from jitgen.errors import ShapeMismatch, VariantError
 from jitgen.variant import Variant, resolve
@@ -65,7 +65,7 @@ def flex_attention(
     want_lse = return_lse or (return_aux is not None and return_aux.lse)
     mask = mask_mod if block_mask is None else mask_of(block_mask, mask_mod, query, key)
     family = str(kernel_options["FAMILY"]).lower() if kernel_options and "FAMILY" in kernel_options else None
-    if is_compiling():
+    if is_compiling() and is_traced(query):
         from jitgen.op import call_op
 
         out, lse = call_op(
@@ -123,8 +123,9 @@ def mask_of(block_mask: BlockMask, extra: Callable[..., object] | None, query: t
         raise ShapeMismatch(
             f"block_mask is on {block_mask.kv_num_blocks.device}, query is on {query.device}. Use block_mask.to(...)."
         )
-    entry = None if is_compiling() else _masks.get(id(block_mask))
-    if is_compiling():  # the mask may be made in the compiled function, of which there is no object to remember
+    is_in_graph = is_compiling() and is_traced(query)
+    entry = None if is_in_graph else _masks.get(id(block_mask))
+    if is_in_graph:  # the mask may be made in the compiled function, of which there is no object to remember
         mask = block_mask_function(block_mask)
     elif entry is None or entry[0]() is not block_mask:
         ident = id(block_mask)

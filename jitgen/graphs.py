@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 functions: dict[str, Callable[..., Any]] = {}  # by qualified name
@@ -25,7 +25,7 @@ def between_graphs(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if is_compiling():
+        if is_dynamo_compiling():
             from jitgen.graph_breaks import disabled
 
             return disabled[name](*args, **kwargs)

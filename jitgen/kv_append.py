@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.compiler import is_compiling
 
-from jitgen.checks import dtype_name
+from jitgen.checks import dtype_name, is_traced
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.kv_checks import caches_of, check_cache, check_captures, check_reads
 from jitgen.kv_hooks import Transform, TransformTrace, resolve_transform
@@ -61,7 +61,7 @@ def append(
     Cost:    compiles once for each transform and combination of dtypes; reads the rows and writes the cache once. Inside
              torch.compile the call is one operator, whatever the transform captures there.
     """
-    if is_compiling():
+    if is_compiling() and is_traced(k):
         from jitgen.kv_op import call_append
 
         indices = [positions, batch_indices, q_indptr, kv_len, slot_mapping]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from jitgen.captures import SortedTensor
 from jitgen.errors import VariantError
@@ -17,7 +17,7 @@ Mask = Callable[..., Any]
 
 def and_masks(*mask_mods: Mask) -> Mask:
     """A mask that keeps what every one of ``mask_mods`` keeps."""
-    if is_compiling() and not _any_asks_for_context(mask_mods):
+    if is_dynamo_compiling() and not _any_asks_for_context(mask_mods):
 
         def kept_by_all(b, h, q_idx, kv_idx):  # type: ignore[no-untyped-def]
             result = mask_mods[0](b, h, q_idx, kv_idx)
@@ -40,7 +40,7 @@ def and_masks(*mask_mods: Mask) -> Mask:
 
 def or_masks(*mask_mods: Mask) -> Mask:
     """A mask that keeps what at least one of ``mask_mods`` keeps."""
-    if is_compiling() and not _any_asks_for_context(mask_mods):
+    if is_dynamo_compiling() and not _any_asks_for_context(mask_mods):
 
         def kept_by_any(b, h, q_idx, kv_idx):  # type: ignore[no-untyped-def]
             result = mask_mods[0](b, h, q_idx, kv_idx)
@@ -111,7 +111,7 @@ def static(value: bool | int | float) -> bool | int | float:
     It lets the compiler fold it, at the price of one kernel for each value. Inside of torch.compile the number stays as it is,
     which is a launch argument.
     """
-    if isinstance(value, bool) or is_compiling():
+    if isinstance(value, bool) or is_dynamo_compiling():
         return value
     if isinstance(value, int):
         return StaticInt(value)

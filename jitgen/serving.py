@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
-from jitgen.checks import check_grad, check_scale
+from jitgen.checks import check_grad, check_scale, is_traced
 from jitgen.errors import InvalidType, PlanMismatch, UnsupportedDevice, VariantError
 from jitgen.looks import looks_of
 from jitgen.program import Program, uses_index
@@ -91,7 +91,7 @@ def paged_attention(
              where the plan gathers these (see max_kv_tokens of jitgen.Plan). Inside torch.compile the call is one operator,
              but variant=, out=, lse= and captures break the graph.
     """
-    if is_compiling():
+    if is_compiling() and is_traced(q):
         if variant is not None or captures or out is not None or lse is not None:
             from jitgen.serving_outside import paged_outside
 
@@ -161,7 +161,7 @@ def ragged_attention(
     Errors:  as paged_attention; on the CPU LaunchError for lengths that reach past the rows of k and v.
     Cost:    as paged_attention.
     """
-    if is_compiling():
+    if is_compiling() and is_traced(q):
         if variant is not None or captures or out is not None or lse is not None:
             from jitgen.serving_outside import ragged_outside
 
@@ -249,7 +249,7 @@ def _recall(
     blocks = blocks_of(plan, call, call.launches, total_q, list_strides_of(plan, lists))
     lists_at, new_out = _addresses_of(plan, lists), maker_of(plan, total_q)
     start = starter_of(plan, call, blocks, lists_at, new_out)
-    if is_compiling():  # Dynamo looks into every function that a call runs outside of a graph
+    if is_dynamo_compiling():  # Dynamo looks into every function that a call runs outside of a graph
         return RecentCall(call, options, looks_of, total_q, plan.version, _NO_TABLE, lists, lists_at, blocks, new_out, start)
     if looks_same is None:
         looks_same = looks_of(tensors)

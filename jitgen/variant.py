@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from jitgen.errors import VariantError
 from jitgen.hooks import Trace, trace_hooks
@@ -85,7 +85,7 @@ class Variant:
             given, own_q_index = hooks_of(definition)
             q_index = q_index or own_q_index
         self._set(given, {}, q_index)
-        if is_compiling():  # Dynamo runs this: the call that is given the variant traces it
+        if is_dynamo_compiling():  # Dynamo runs this: the call that is given the variant traces it
             return
         try:
             self.trace()

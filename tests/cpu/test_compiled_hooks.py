@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import threading
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -360,6 +361,46 @@ def test_object_that_cannot_be_made_anew_breaks_the_graph():
     torch.testing.assert_close(torch.compile(call, backend="aot_eager")(*given), call(*given))
     items["table"] = torch.rand(HEADS)
     torch.testing.assert_close(torch.compile(call, backend="aot_eager")(*given), call(*given))
+
+
+def test_calls_of_other_threads_are_not_those_that_are_compiled():
+    """is_compiling() is true in all threads while one of them compiles."""
+    ended, failed = threading.Event(), []
+
+    def serve():
+        q, k, v = inputs()
+        while not ended.is_set():
+            try:
+                jitgen.attention(q, k, v, mask_mod=causal)
+                jitgen.flex_attention(q, k, v)
+                jitgen.rope(q[0], None, torch.arange(HEADS))
+            except BaseException as e:
+                failed.append(repr(e))
+                return
+
+    server = threading.Thread(target=serve)
+    server.start()
+    try:
+        for length in (20, 21, 22):
+            torch._dynamo.reset()
+            compiled = torch.compile(lambda q, k, v: jitgen.attention(q * 2, k, v), fullgraph=True, backend="aot_eager")
+            compiled(*inputs(length))
+    finally:
+        ended.set()
+        server.join()
+    assert not failed
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_program_holds_the_operator(strict):
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return jitgen.attention(q * 2, k, v, mask_mod=causal)
+
+    given = inputs()
+    exported = torch.export.export(Model(), given, strict=strict)
+    assert torch.ops.jitgen.attention.default in [node.target for node in exported.graph.nodes]
+    torch.testing.assert_close(exported.module()(*given), Model()(*given))
 
 
 def test_gradients_are_refused():
