@@ -34,6 +34,7 @@ class Trace:
     program: Program
     check: Check  # (*hooks, bound) -> captured values by slot, or None
     names: frozenset[str]  # captured names, which Variant.bind accepts
+    paths: tuple[Path, ...]  # of all values that the check reads
 
 
 # ---- one hook -----------------------------------------------------------------------------------------------------------
@@ -50,6 +51,10 @@ class HookTracer:
     def __init__(self, bound: Mapping[str, object]) -> None:
         self.tracer = Tracer()
         self.captures = Captures(self.tracer, bound)
+
+    def paths(self, used: Sequence[Capture]) -> tuple[Path, ...]:
+        """Where all values lie that the trace depends on."""
+        return (*self.tracer.guards.paths(), *(c.path for c in used), *self.tracer.scalar_paths.values())
 
     def value(self, kind: str, hook: Any, dtype: str) -> Expr | None:
         """A hook that returns one value."""
@@ -172,12 +177,13 @@ def trace_hooks(hooks: Sequence[Any], bound: Mapping[str, object]) -> Trace:
             rows=tracing.rows(*row_transforms),
         )
         check_lse(program)
+        check_norm(program.norm)
         program, used = with_slots(program, tracing.captures.found)
         tracer = tracing.tracer
         if program.norm is not None:
             check_merge(program.norm, [tracer.scalar_values.get(c.slot) for c in used], softmax)
         check = tracer.guards.compile((*HOOKS, "bound"), [c.path for c in used], tracer.scalar_paths)
-        return Trace(program, check, frozenset(tracing.captures.names))
+        return Trace(program, check, frozenset(tracing.captures.names), tracing.paths(used))
 
 
 def check_lse(program: Program) -> None:
@@ -186,6 +192,22 @@ def check_lse(program: Program) -> None:
         return
     if program.lse is not None or (program.output is not None and "lse" in program.output.deps):
         raise VariantError("a hook reads lse, but the variant's OnlineNorm has none. Give it a method lse(state).")
+
+
+def check_norm(norm: NormProgram | None) -> None:
+    """What a norm hands from tile to tile is one number a row: logits enter it through reductions over the row.
+
+    Errors:  VariantError.
+    """
+    if norm is None:
+        return
+    named = zip(norm.state_names, norm.next_state, strict=True)
+    for what, value in (("factor", norm.rescale), *((f"state '{name}'", value) for name, value in named)):
+        if value.deps & {"score", "kv_idx"}:
+            raise VariantError(
+                f"the norm's {what} differs from key to key, expected one number a row. ``score`` is a single logit, of which "
+                "score.max() and score.sum() are itself: reduce over the row with jitgen.row_max or jitgen.row_sum."
+            )
 
 
 def move_mask(score: Expr, mask: Expr | None) -> tuple[Expr, Expr | None]:

@@ -9,6 +9,7 @@ import torch
 
 from jitgen.checks import as_int32, plain_int
 from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, VariantError
+from jitgen.graphs import between_graphs
 from jitgen.ir import TRUE, to_text, walk
 from jitgen.program import Program, uses_index
 from jitgen.serving_cascade import Cascade
@@ -186,6 +187,7 @@ class Plan:
                 raise VariantError(f"{error} Nor has the call an option of that name.") from None
         return variant.resolve()
 
+    @between_graphs
     def update(
         self,
         q_indptr: Tensor | Cascade | ChosenKeys,
