@@ -17,6 +17,13 @@ from jitgen.kv_append import append
 from jitgen.kv_hooks import resolve_transform
 from jitgen.recipes import Leaves, Recipe, constant
 
+try:
+    from jitgen.lifting import lift_here
+except ImportError:  # as in op.py
+    CAN_LIFT = False
+else:
+    CAN_LIFT = True
+
 if TYPE_CHECKING:
     from jitgen.serving_lists import PageTable
 
@@ -42,8 +49,6 @@ def register(arguments: dict[str, Recipe]) -> int:
 
 def lift_transform(context: Any) -> None:
     """Dynamo runs this where it meets the call: the handle and the inputs for the transform go to the local list ``found``."""
-    from jitgen.lifting import lift_here
-
     lift_here(context, ("transform",), lambda examples: resolve_transform(examples["transform"])[0], register)
 
 
@@ -108,8 +113,9 @@ def call_append(
     given = scales or (None, None)
     tensors = [s if isinstance(s, Tensor) else None for s in given]
     factors = [] if scales is None else [1.0 if s is None or isinstance(s, Tensor) else float(s) for s in scales]
-    found: list[Any] = []
-    comptime(lift_transform)
+    found: list[Any] = [] if CAN_LIFT else [-1]
+    if CAN_LIFT:
+        comptime(lift_transform)
     if not found:  # traced by running, as torch.export may: the transform stays as it is
         found = [register({"transform": constant(transform)}), [], []]
     if found[0] < 0:

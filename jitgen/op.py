@@ -19,6 +19,13 @@ from jitgen import api, flex
 from jitgen.checks import check_grad
 from jitgen.recipes import Leaves, Recipe, constant
 
+try:
+    from jitgen.lifting import lift_here, trace_of_attention
+except ImportError:  # another torch, whose Dynamo has other names: calls leave the graph
+    CAN_LIFT = False
+else:
+    CAN_LIFT = True
+
 Tensor = torch.Tensor
 ARGUMENTS = ("variant", "score_mod", "mask_mod", "sink", "scale_q", "scale_k", "scale_v")
 REMEDY = (
@@ -100,8 +107,6 @@ def _(
 
 def lift_call(context: Any) -> None:
     """Dynamo runs this where it meets the call: the handle and the inputs for the hooks go to the local list ``found``."""
-    from jitgen.lifting import lift_here, trace_of_attention
-
     lift_here(context, ARGUMENTS, trace_of_attention, register)
 
 
@@ -126,8 +131,9 @@ def call_op(
     """The operator as traced code calls it."""
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         refuse_grad(query, key, value)
-    found: list[Any] = []
-    comptime(lift_call)
+    found: list[Any] = [] if CAN_LIFT else [-1]
+    if CAN_LIFT:
+        comptime(lift_call)
     if not found:  # traced by running, as torch.export may: hooks stay as they are
         given = zip(ARGUMENTS, (variant, score_mod, mask_mod, sink, scale_q, scale_k, scale_v), strict=True)
         found = [register({name: constant(value) for name, value in given}), [], []]

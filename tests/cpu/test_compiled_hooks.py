@@ -336,6 +336,19 @@ def test_a_torch_with_other_trackers_breaks_the_graph(monkeypatch):
     torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(*given), layer(*given))
 
 
+def test_a_torch_whose_names_are_others_breaks_the_graph(monkeypatch):
+    from jitgen import op
+
+    monkeypatch.setattr(op, "CAN_LIFT", False)
+    q, k, v = inputs()
+    doc = torch.arange(LENGTH) // 7
+
+    def run(q, doc):
+        return jitgen.attention(q * 2, k, v, mask_mod=lambda b, h, q_idx, kv_idx: doc[q_idx] == doc[kv_idx]) + 1
+
+    torch.testing.assert_close(torch.compile(run, backend="aot_eager")(q, doc), run(q, doc))
+
+
 def test_captured_parameters_are_taken_as_values():
     layer = Layer(a_norm)
     given = (*inputs(), torch.arange(LENGTH))
