@@ -156,7 +156,7 @@ def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
     if not (shape.many_items and items and (shape.least_piece == NEVER_CUT or items >= shape.many_items * shape.shares)):
         return GivenOut()
     costs = [_cost(tile, shape) for tile in tiles]
-    tail = min(-(-shape.shares * max(costs) // places), shape.groups)
+    tail = min(-(-3 * shape.shares * max(costs) // (2 * places)), shape.groups)
     least = NEVER_CUT if shape.least_piece == NEVER_CUT else 24 if items >= 4 * shape.shares else 48
     found = GivenOut(shape.groups - tail, tail, places, least)
     order = list(reversed(range(len(tiles))))
@@ -164,7 +164,7 @@ def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
         order.sort(key=lambda i: -_weight(tiles[i], shape))  # stable
     line = pieces = 0
     for place, i in enumerate(order):
-        wanted = _pieces_wanted(tiles[i], line, found, shape)
+        wanted = _pieces_wanted(tiles[i], line, (len(tiles) - place) * tail, found, shape)
         has_room = (pieces + wanted) * tail <= TAIL_PIECES * shape.shares
         tiles[place] = replace(tiles[place], at=i, at_pieces=wanted if has_room else 1, pieces=pieces)
         line += costs[i]
@@ -173,14 +173,15 @@ def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
 
 
 def _weight(tile: PlanTile, shape: PlanShape) -> int:
-    """How long a tile takes among others: rows that it lacks count half."""
+    """How long a tile takes among others: rows that it lacks count three quarters."""
     rows = min(tile.q_len * shape.pack - tile.index * shape.tile_rows, shape.tile_rows)
-    return tile.units(shape.unit_keys) * (shape.tile_rows + rows)
+    return tile.units(shape.unit_keys) * (shape.tile_rows + 3 * rows)
 
 
-def _pieces_wanted(tile: PlanTile, line: int, given_out: GivenOut, shape: PlanShape) -> int:
-    units = tile.units(shape.unit_keys)
-    wanted = -(-5 * (units + shape.fixed_cost) * shape.shares // (8 * (given_out.places - line) * given_out.tail_groups))
+def _pieces_wanted(tile: PlanTile, line: int, items: int, given_out: GivenOut, shape: PlanShape) -> int:
+    """Pieces of a tile where so many items are left, with it, and ``line`` places before them."""
+    units, part = tile.units(shape.unit_keys), 8 * (given_out.places - line) * given_out.tail_groups
+    wanted = -(-(5 if items < shape.shares else 8) * (units + shape.fixed_cost) * shape.shares // part)
     return max(min(wanted, TAIL_PIECES, units // given_out.least_units), 1)
 
 

@@ -9,6 +9,7 @@
 #include "jitgen/sm80_serving.cuh"
 #include "jitgen/sm80_softmax.cuh"
 #include "jitgen/sm80_tile.cuh"
+#include "jitgen/sm90_ptx.cuh"
 #include "jitgen/span.h"
 
 struct Args {
@@ -195,6 +196,7 @@ using Logits = float[kRowTiles][kColTiles][4];
 using Output = float[kRowTiles][kOutTiles][4];
 
 #define JG_TAKE_FN static __device__ __noinline__   // once an item, by one thread: inlined it would spill around it
+[[maybe_unused]] constexpr bool kEarlyMerge = false;
 constexpr int kManyItems = jg::kNotForMany;   // shares of the line are 2 to 14 % faster on an H100, with 16 items for each CTA
 // ---- pieces ----
 // What a launch adds to Args.
@@ -543,7 +545,6 @@ static int start_attention(const Args& args, const Launch& launch) {
   return cudaGetLastError();
 }
 
-[[maybe_unused]] constexpr bool kEarlyMerge = false;
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 

@@ -258,6 +258,7 @@ constexpr bool kCopiesOutput = Tile::kSharedP && kHeadDimV <= kTileKv;
 
 #define JG_TAKE_FN JITGEN_FN
 constexpr int kManyItems = 2;   // for each CTA: from so many on they are given out
+[[maybe_unused]] constexpr bool kEarlyMerge = true;   // attention_kernel lets it start
 // ---- pieces ----
 // What a launch adds to Args.
 struct Launch {
@@ -393,7 +394,7 @@ JITGEN_FN Head own_head(const Args& args, const Piece& piece) {
 struct Control {
   unsigned long long q_full[Tile::kGroups], q_empty[Tile::kGroups], tail_full;
   unsigned long long k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
-  unsigned long long piece_full[2], work_full[2], work_empty[2];
+  unsigned long long piece_full[2], work_full[2], work_empty[2], piece_wanted;
   Piece piece[2];
   int kind[2];                // of the pieces: kWorkTile, kWorkEmpty, kWorkStop
   int step[2 * kNumStages];   // first key of the KV tile that a stage holds, with flags: in two laps, as in sm90_geometry.cuh
@@ -499,21 +500,27 @@ JITGEN_FN void merge_pieces(const Args& args, const Piece& piece, int first, int
 }
 
 __global__ void __launch_bounds__(kMergeThreads, 1) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
-  const jg::PlanHeader& header = *jg::plan_header(args.plan);
   if (takes_items(args)) {
-    if (header.pieces == 0) return;
-    const int whole = header.whole_groups * header.tiles;
+    if constexpr (kEarlyMerge) jg::wait_for_previous_kernel();   // before a return too: the end of this kernel stands for both
+    const jg::PlanHeader& header = *jg::plan_header(args.plan);
+    const int items = header.pieces > 0 ? header.tiles * launch.shape.groups : 0, lane = static_cast<int>(threadIdx.x) & 31;
+    const int step = static_cast<int>(gridDim.x);
 #pragma unroll 1
-    for (int number = whole + blockIdx.x; number < header.tiles * launch.shape.groups; number += gridDim.x) {
-      const Item item = item_at(args, launch, number);
-      if (item.pieces > 1)
+    for (int first = header.whole_groups * header.tiles + blockIdx.x; first < items; first += 32 * step) {   // 32 at a look
+      const int own = first + lane * step;
+      unsigned cut = __ballot_sync(0xffffffffu, own < items && item_at(args, launch, own).pieces > 1);
+#pragma unroll 1
+      for (; cut; cut &= cut - 1) {
+        const Item item = item_at(args, launch, first + (__ffs(cut) - 1) * step);
         merge_pieces(args, make_piece(args, launch, *item.tile, item.group, 0, -1), item.slot, item.pieces, 1);
+      }
     }
     return;
   }
   // Share c has slots 2 c, for an item that it begins inside of, and 2 c + 1, for one that it leaves unfinished.
   const int first = blockIdx.x + 1;
   const Cut cut = cut_at(args, launch, first);
+  if constexpr (kEarlyMerge) jg::wait_for_previous_kernel();
   if (cut.pieces == 0) return;
   const Piece piece = make_piece(args, launch, jg::plan_tiles_of(args.plan, launch.shape.shares)[cut.tile], cut.group, 0, -1);
   merge_pieces(args, piece, 2 * first - 1, cut.pieces, 2);
@@ -601,13 +608,15 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Piece& pie
 // ---- producer ----
 struct Maps { jg::Operand q, k, v, o; };
 
-// One warp walks the CTA's part of the line, pieces ahead of the others.
+// One warp takes the pieces of this CTA. Each only some KV tiles before it is begun: so the CTA that takes an item is the one
+// that will be free first, not one that has a long item before it.
 JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
   jg::RingPosition<2> slot(1);
   Cursor at = share_begin(args, launch, blockIdx.x);
   bool is_piece = true;
 #pragma unroll 1
   while (is_piece) {
+    jg::barrier_wait(JG_BARRIER(piece_wanted), slot.stage ^ 1);   // a phase a piece
     jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity);
     if ((threadIdx.x & 31) == 0) {
       const Piece piece = take_piece(args, launch, at);
@@ -618,6 +627,7 @@ JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
     is_piece = jg::uniform(is_piece);
     slot.advance();
   }
+  if (kEarlyMerge) jg::start_next_kernel();   // its CTAs come as these leave, and wait for the last
 }
 
 // Another one classifies the KV tiles of a piece and issues the copies of K and V. A tile comes in boxes of box_keys keys.
@@ -674,6 +684,9 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       shared.control->kind[slot.stage] = kind;
       jg::barrier_arrive(JG_BARRIER(work_full, slot.stage));
     };
+    const auto want_piece = [&] {   // once a piece: the next is there before the copies of this one are done
+      if (leader) jg::barrier_arrive(JG_BARRIER(piece_wanted));
+    };
     if (piece.first_row < 0) {
       publish(jg::kWorkStop);
       copy_owed();
@@ -717,9 +730,10 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     };
     int step = next_step();
     publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);
+    int next = step < 0 ? -1 : next_step();
+    if (next < 0) want_piece();
     if (step < 0) copy_owed();
     if (step < 0) continue;
-    int next = next_step();
     int page = look_up(step), next_page = next < 0 ? 0 : look_up(next);
     load_key(step, page, next);
     copy_owed();
@@ -728,6 +742,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     while (next >= 0) {
       const jg::RingPosition<kNumStages> at = kv;
       const int after = next_step();
+      if (after < 0) want_piece();   // some four tiles before the last product: to look a piece up takes about one
       const int after_page = after < 0 ? 0 : look_up(after);   // read under the copies
       kv.advance();
       load_key(next, next_page, after);
@@ -1010,6 +1025,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
       jg::barrier_init(JG_BARRIER(q_empty, group), 1);
     }
     jg::barrier_init(JG_BARRIER(tail_full), 1);
+    jg::barrier_init(JG_BARRIER(piece_wanted), 1);
     for (int stage = 0; stage < kNumStages; ++stage) {
       jg::barrier_init(JG_BARRIER(k_full, stage), 1);
       jg::barrier_init(JG_BARRIER(k_empty, stage), Tile::kGroups);
@@ -1065,7 +1081,6 @@ static int start_attention(const Args& args, const Launch& launch) {
                            args.programmatic, Maps{q.operand, k.operand, v.operand, o.operand}, args, launch, keys);
 }
 
-[[maybe_unused]] constexpr bool kEarlyMerge = false;
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 constexpr int kLeastPiece = 8;       // KV tiles: a cut costs the partial results of both sides
