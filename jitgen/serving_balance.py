@@ -164,7 +164,7 @@ def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
         order.sort(key=lambda i: -_weight(tiles[i], shape))  # stable
     line = pieces = 0
     for place, i in enumerate(order):
-        wanted = _pieces_wanted(tiles[i], line, (len(tiles) - place) * tail, found, shape)
+        wanted = _pieces_wanted(tiles[i], line, place * tail, found, shape)
         has_room = (pieces + wanted) * tail <= TAIL_PIECES * shape.shares
         tiles[place] = replace(tiles[place], at=i, at_pieces=wanted if has_room else 1, pieces=pieces)
         line += costs[i]
@@ -178,10 +178,10 @@ def _weight(tile: PlanTile, shape: PlanShape) -> int:
     return tile.units(shape.unit_keys) * (shape.tile_rows + 3 * rows)
 
 
-def _pieces_wanted(tile: PlanTile, line: int, items: int, given_out: GivenOut, shape: PlanShape) -> int:
-    """Pieces of a tile where so many items are left, with it, and ``line`` places before them."""
+def _pieces_wanted(tile: PlanTile, line: int, before: int, given_out: GivenOut, shape: PlanShape) -> int:
+    """Pieces of a tile that is given out after so many items of the last groups, and ``line`` places of each of these."""
     units, part = tile.units(shape.unit_keys), 8 * (given_out.places - line) * given_out.tail_groups
-    wanted = -(-(5 if items < shape.shares else 8) * (units + shape.fixed_cost) * shape.shares // part)
+    wanted = -(-(8 if 2 * before < shape.shares else 5) * (units + shape.fixed_cost) * shape.shares // part)
     return max(min(wanted, TAIL_PIECES, units // given_out.least_units), 1)
 
 

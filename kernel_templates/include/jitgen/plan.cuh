@@ -237,12 +237,12 @@ JITGEN_PLAN_FN int least_units_of(long long items, const PlanShape& shape) {
   if (shape.least_piece == kNeverCut) return kNeverCut;
   return items >= 4ll * shape.shares ? 24 : 48;
 }
-// Pieces of a tile of `units` where `rest` places of `items` items are left, with it, when it is first given out. Several where it
-// is longer than a CTA's part of them; or only from 8/5 of that part on where no other item may be left for a CTA beside it,
-// as these are nearly as long.
-JITGEN_PLAN_FN int pieces_wanted(int units, unsigned rest, int items, int least_units, const PlanShape& shape) {
-  const bool is_last = items < shape.shares;
-  const unsigned long long work = (is_last ? 5ull : 8ull) * (units + shape.fixed_cost) * shape.shares, part = 8ull * rest;
+// Pieces of a tile of `units` that is first given out after `before` items of the last groups, where `rest` places are left, with
+// it. Of the first items, that are few and long, those longer than a CTA's part of what is left are cut, since all CTAs would wait
+// for them. Later ones from 8/5 of that part on: others that are nearly as long have been begun by then, and end as late.
+JITGEN_PLAN_FN int pieces_wanted(int units, unsigned rest, int before, int least_units, const PlanShape& shape) {
+  const bool is_first = 2 * before < shape.shares;
+  const unsigned long long work = (is_first ? 8ull : 5ull) * (units + shape.fixed_cost) * shape.shares, part = 8ull * rest;
   const int most = units / least_units, wanted = static_cast<int>((work + part - 1) / part);
   const int pieces = wanted < kTailPieces ? wanted : kTailPieces;
   return pieces < most ? pieces : most > 1 ? most : 1;
@@ -307,8 +307,8 @@ __device__ __forceinline__ void order_tail(PlanTile* tiles, int num_tiles, PlanH
     const unsigned line = places + scan_block(cost, total) - cost;
     places += total;
     const unsigned rest = (header.places - line) * header.tail_groups;
-    const int left = (num_tiles - i) * header.tail_groups;
-    const int wanted = i < num_tiles ? pieces_wanted(units, rest, left, header.least_units, shape) : 0, counted = wanted > 1 ? wanted : 0;
+    const int wanted = i < num_tiles ? pieces_wanted(units, rest, i * header.tail_groups, header.least_units, shape) : 0;
+    const int counted = wanted > 1 ? wanted : 0;
     const int before = pieces + scan_block(counted, total) - counted;
     pieces += total;
     if (i < num_tiles) tiles[i].at_pieces = pieces_given(wanted, before, header, shape), tiles[i].pieces = before;
