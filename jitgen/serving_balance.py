@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 NEVER_CUT = 0x7FFFFFFF  # as least_piece: items stay whole
 NOT_FOR_MANY = 0x7FFFFFFF  # as many_items: only items that must not be cut are given out
-PLAN_THREADS = 1024  # more tiles are not sorted
+PLAN_THREADS = 1024  # more tiles are sorted by powers of two
 TAIL_PIECES = 4  # of an item that is given out in pieces, at most
 _HEADER = struct.Struct("@iiI4iI2i6i")
 _TILE = struct.Struct("@8iI3i")
@@ -160,8 +160,8 @@ def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
     least = NEVER_CUT if shape.least_piece == NEVER_CUT else 24 if items >= 4 * shape.shares else 48
     found = GivenOut(shape.groups - tail, tail, places, least)
     order = list(reversed(range(len(tiles))))
-    if len(tiles) <= PLAN_THREADS:
-        order.sort(key=lambda i: -_weight(tiles[i], shape))  # stable
+    is_short = len(tiles) <= PLAN_THREADS
+    order.sort(key=lambda i: -(_weight(tiles[i], shape) if is_short else tiles[i].units(shape.unit_keys).bit_length()))  # stable
     line = pieces = 0
     for place, i in enumerate(order):
         wanted = _pieces_wanted(tiles[i], line, place * tail, found, shape)
