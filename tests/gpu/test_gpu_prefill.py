@@ -163,9 +163,9 @@ SHORT = [(128, 128 * (1 + 7 * i % 5)) for i in range(60)]
 @pytest.mark.parametrize(
     ("lengths", "kv_heads", "is_cut"),
     [
-        ([*SHORT[:30], (128, 20000), *SHORT[30:]], 8, True),  # one that all others together would not last as long as
-        (SHORT, 8, False),
-        ([(700, 900), (40, 6000), (1, 77), (900, 3000), *SHORT[:9]], 8, False),
+        ([*SHORT[:30], (128, 12000), *SHORT[30:]], 4, True),  # one that all others together would not last as long as
+        (SHORT, 4, False),
+        ([(700, 900), (40, 5000), (1, 77), (900, 1500), *SHORT[:9]], 8, False),
         ([(33, 200), (40, 1000), (1, 130)] * 350 + [(33, 3000)], 1, False),  # more than are sorted but by powers of two
     ],
     ids=["one long", "short", "mixed", "many tiles"],
