@@ -161,7 +161,7 @@ def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
     found = GivenOut(shape.groups - tail, tail, places, least)
     order = list(reversed(range(len(tiles))))
     is_short = len(tiles) <= PLAN_THREADS
-    order.sort(key=lambda i: -(_weight(tiles[i], shape) if is_short else tiles[i].units(shape.unit_keys).bit_length()))  # stable
+    order.sort(key=lambda i: -(_weight(tiles[i], shape) if is_short else tiles[i].units(shape.unit_keys).bit_length()))
     line = pieces = 0
     for place, i in enumerate(order):
         wanted = _pieces_wanted(tiles[i], line, place * tail, found, shape)
