@@ -269,6 +269,12 @@ def _share_start(line: _Line, shape: PlanShape, length: int, used: int, c: int) 
     return Share(tile, group, unit, place)
 
 
+def cuts_nothing(header: bytes) -> bool:
+    """Whether the plan that begins with this gives its items out, and all of them whole."""
+    *_, tail_groups, _, _, pieces = _HEADER.unpack_from(header, 0)[:10]
+    return tail_groups > 0 and pieces == 0
+
+
 def read_plan(buffer: bytes, shares: int) -> PlanRecord:
     """A plan buffer, copied from the device, made for this many shares."""
     num_tiles, used, length, _, _, *given_out = _HEADER.unpack_from(buffer, 0)[:10]

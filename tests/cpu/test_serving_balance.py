@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from serving_batch import Batch
 
 import jitgen
 from jitgen.families import prefill_family
-from jitgen.serving_balance import NEVER_CUT, TAIL_PIECES, PlanShape, balance
+from jitgen.serving_balance import NEVER_CUT, SHARES_AT, TAIL_PIECES, PlanShape, balance, cuts_nothing
 from jitgen.serving_explain import host_pieces, share_loads
 
 shapes = st.builds(
@@ -189,6 +190,15 @@ def test_items_are_cut_where_whole_ones_would_not_end_together(lists, groups, cu
     assert time_over_mean(record, shape) <= most
     whole = PlanShape(**{**vars(shape), "least_piece": NEVER_CUT})
     assert (time_over_mean(made(lists, whole), whole) > most) == (cut > 0)
+
+
+def test_header_tells_that_nothing_is_cut():
+    def header(tail_groups, pieces):
+        return struct.pack("@iiI4iI2i6i", 9, 132, 999, 0, 0, 7, tail_groups, 111, 24, pieces, *[0] * 6)
+
+    assert len(header(1, 0)) == SHARES_AT
+    assert cuts_nothing(header(1, 0)) and not cuts_nothing(header(1, 2))
+    assert not cuts_nothing(header(0, 0)), "shares of the line, which cut items"
 
 
 def test_skewed_batches_are_balanced():
