@@ -76,8 +76,8 @@ def test_walked_lists_know_their_positions():
 @pytest.mark.parametrize("long_row", [False, True])
 def test_calls_merge_nothing_where_nothing_is_cut(long_row):
     """The host learns it after the first call. A row that lists everything is cut, as no others last as long."""
-    q_len, kv_len = 2048, 8192
-    chosen = torch.rand(16, 64, generator=torch.Generator().manual_seed(3)) < 0.05
+    q_len, kv_len = 2048, 12800
+    chosen = torch.rand(16, 100, generator=torch.Generator().manual_seed(3)) < 0.05
     chosen[7] |= long_row
     counts = chosen.sum(1)
     indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int().to(DEVICE)
