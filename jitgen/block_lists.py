@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from jitgen.errors import PlanMismatch
 from jitgen.families import CUDA_HEAD_DIMS, prefill_family
@@ -68,7 +68,7 @@ class BlockLists:
 
         Shapes:  as jitgen.attention.
         """
-        if is_compiling() or q.shape[0] != 1 or self.block[1] % PAGE_STEP or self.rows.batch > MAX_CUDA_BATCH:
+        if is_dynamo_compiling() or q.shape[0] != 1 or self.block[1] % PAGE_STEP or self.rows.batch > MAX_CUDA_BATCH:
             return False
         is_plain = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] and q.shape[-1] in CUDA_HEAD_DIMS
         strides = [s for t in (q, k, v) for s in t.stride()[1:3]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from compiling import code_for, compile_source
 from disassembly import disassemble
-from norm_cases import Sigmoid
+from norm_cases import MERGED, Sigmoid
 
 import jitgen
 from jitgen import toolchain
@@ -73,6 +73,10 @@ def sigmoid() -> jitgen.Variant:
     return jitgen.Variant(mask_mod=causal, softmax=Sigmoid)
 
 
+def merged_softmax() -> jitgen.Variant:
+    return jitgen.Variant(mask_mod=causal, softmax=MERGED["softmax"])
+
+
 MODULES = [
     ("sm80", "paged", causal_only, "bfloat16", 64, 64),
     ("sm80", "paged", causal_only, "bfloat16", 128, 128),
@@ -85,6 +89,7 @@ MODULES = [
     ("sm80", "ragged", segments, "bfloat16", 64, 64),
     ("sm80", "paged", window_per_head, "bfloat16", 128, 128),
     ("sm80", "paged", sigmoid, "bfloat16", 128, 128),
+    ("sm80", "paged", merged_softmax, "bfloat16", 128, 128),
     ("sm90", "paged", plain, "bfloat16", 128, 128),
     ("sm90", "paged", plain, "float16", 256, 256),
     ("sm90", "paged", causal_only, "bfloat16", 64, 64),
@@ -98,6 +103,7 @@ MODULES = [
     ("sm90", "ragged", every_hook, "float16", 256, 256),
     ("sm90", "ragged", segments, "bfloat16", 64, 64),
     ("sm90", "paged", sigmoid, "bfloat16", 128, 128),
+    ("sm90", "paged", merged_softmax, "bfloat16", 128, 128),
 ]
 
 
@@ -144,7 +150,7 @@ def test_attention_spills_no_more_than_its_head_dim_allows(module):
 
 
 def test_planner_and_merge_spill_nothing(module):
-    kernels = ["plan_kernel"] + ([] if module.spec.program.norm else ["merge_kernel"])
+    kernels = ["plan_kernel"] + (["merge_kernel"] if module.spec.program.can_split else [])
     for kernel in kernels:
         found = module.spills(kernel)
         assert len(found) == len(module.archs), module.output

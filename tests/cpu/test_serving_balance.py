@@ -311,7 +311,7 @@ def test_explain_says_that_norms_are_not_cut(norm, adds_up, four_threads):
     variant = jitgen.Variant(softmax=norm)
     assert variant.trace().program.norm.adds_up is adds_up  # which decode on a GPU cuts
     text = Batch([(1, 20000)]).plan(variant).explain()
-    assert "cpu: requests are not cut, as the states of a norm are not merged" in text
+    assert "cpu: requests are not cut, as the norm has no merge(a, b)" in text
     assert "not cut" not in Batch([(1, 20000)]).plan(causal).explain()
 
 

@@ -605,7 +605,7 @@ using Softmax = jg::RowSoftmax;
 
 JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int group) {
   const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5;
-  const bool leader = thread == 0;
+  const bool leader = lane == 0;   // each warp lets go of K, V and Q for itself
   const unsigned p_shared = shared.base + Tile::kPAt + group * Tile::kGroupPBytes;
   const unsigned long long q_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.query(group), 16);
   const unsigned long long k_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.key(0), 16, kEightKeys);
@@ -646,7 +646,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       Weights p;
       float factor[2];
       int step;
-      const auto read_step = [&] { return jg::uniform(jg::load_shared(shared.step(kv.stage + kv.parity * kNumStages))); };
+      const auto read_step = [&] { return jg::load_shared_by(leader, shared.step(kv.stage + kv.parity * kNumStages)); };
       const auto first_column = [&] { return key_of(step) + 2 * (thread & 3); };
       const auto shape = [&](auto at_end) {
         shape_logits<decltype(at_end)::value>(args, head, piece, rows, s, first_column(), jg::kind_of(step, group) == kTilePartial);
@@ -766,15 +766,15 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     if (kCopiesOutput) jg::prefetch_tensor_map(maps.o);
     for (int group = 0; group < Tile::kGroups; ++group) {
       jg::barrier_init(JG_BARRIER(q_full, group), 1);
-      jg::barrier_init(JG_BARRIER(q_empty, group), 1);
+      jg::barrier_init(JG_BARRIER(q_empty, group), 4);   // one arrival per warp
     }
     jg::barrier_init(JG_BARRIER(tail_full), 1);
     jg::barrier_init(JG_BARRIER(piece_wanted), 1);
     for (int stage = 0; stage < kNumStages; ++stage) {
       jg::barrier_init(JG_BARRIER(k_full, stage), 1);
-      jg::barrier_init(JG_BARRIER(k_empty, stage), Tile::kGroups);
+      jg::barrier_init(JG_BARRIER(k_empty, stage), 4 * Tile::kGroups);
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
-      jg::barrier_init(JG_BARRIER(v_empty, stage), Tile::kGroups);
+      jg::barrier_init(JG_BARRIER(v_empty, stage), 4 * Tile::kGroups);
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(piece_full, slot), 1);

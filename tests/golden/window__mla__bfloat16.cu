@@ -360,7 +360,9 @@ struct Control {
   unsigned long long piece_full[2], work_full[2], work_empty[2];
   Piece piece[2];
   int kind[2];                // of the pieces: kWorkTile, kWorkEmpty, kWorkStop
-  int step[2 * kNumStages];   // as in sm90_serving.cu.jinja
+  // First key of the KV tile that a stage holds, with flags. Two laps: a word is written again after every group has released its part
+  // of the lap after it, which its leader does behind a barrier that all threads of the group pass after they have read the word.
+  int step[2 * kNumStages];
   float row_max[kTileQ];      // with P: what its exponents are measured from
   float row_sum[2][2][kTileQ];   // by slot of the piece and warp group
 };
