@@ -127,6 +127,7 @@ class Plan:
         self.q_indptr: Tensor | None = None
         self.kv_len: Tensor | None = None
         self.kv_start: Tensor | None = None
+        self.is_whole = False  # nothing was cut, and nothing is to be merged
         self.request_lengths: Any = (None, None)  # q_indptr and kv_len of requests, where entries are parts of them
         self._program, self._values = self.trace()
         self.segments = make_segments(self, self._program)
@@ -225,8 +226,8 @@ class Plan:
         if program is not self._program:
             self._match_norm(program)
             self._choose_kernels(program, values)
-            self.calls.clear()
-            self.recent = None
+        if program is not self._program or self.is_whole:
+            self.forget_calls()
         self._program, self._values = program, values
         check_captures(self, program, values)
         if self.stage is not None:
@@ -234,6 +235,12 @@ class Plan:
         for c in self.classes:
             c.launch_planner(self, program, values)
         return self
+
+    def forget_calls(self, *, is_whole: bool = False) -> None:
+        """Calls are prepared anew. ``is_whole``: the planner has cut no request of the last update, so they merge nothing."""
+        self.is_whole = is_whole
+        self.calls.clear()
+        self.recent = None
 
     def _take_lengths(self, q_indptr: Tensor, kv_len: Tensor | None, kv_indptr: Tensor | None) -> None:
         """Lengths of whole requests, cut here where ``split`` says so."""
