@@ -178,7 +178,16 @@ def _build(request: Request, builder: Builder, waiting: Waiting) -> Found:
         reason = f"{user} is full"
     except OSError as error:
         reason = f"{error.strerror or error} ({error.filename or user})"
-    return _build_in(_temporary_store(reason), request, builder, waiting)
+    try:
+        return _build_in(_temporary_store(reason), request, builder, waiting)
+    except CacheError:
+        raise
+    except OSError as error:
+        raise CacheError(
+            f"a compiled kernel can be kept nowhere: {reason}; {error.strerror or error} "
+            f"({error.filename or tempfile.gettempdir()}). Set JITGEN_CACHE_DIR to a directory with some free megabytes that "
+            "you can write; a limit on the size of files (ulimit -f) must allow as much."
+        ) from error
 
 
 def _build_in(store: Store, request: Request, builder: Builder, waiting: Waiting) -> Found:

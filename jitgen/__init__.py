@@ -127,11 +127,26 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"jitgen.{name}")
+    if name in ("cache", "kernel_templates"):
+        return _installed(name)
     if name not in _HOME:
         raise AttributeError(f"module 'jitgen' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
+
+
+def _installed(name: str) -> Any:
+    """A part that lies beside the package in a checkout, and inside of it where it is installed."""
+    try:
+        return import_module(f"jitgen.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"jitgen.{name}":
+            raise
+        raise ImportError(
+            f"jitgen was imported from the checkout {__file__.rpartition('/jitgen/')[0]}, which is not installed in place. "
+            "Run 'pip install -e .' in it, or start Python from another directory to have the installed jitgen."
+        ) from None
 
 
 def __dir__() -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import io
 import os
 import sys
@@ -57,6 +58,12 @@ def dispatch(arguments: list[str]) -> int:
     if command in ("-V", "--version"):
         print(f"jitgen {__version__}")
         return OK
+    if importlib.util.find_spec("jitgen.cache") is None:
+        try:
+            import_module("jitgen").cache  # noqa: B018 - says what is wrong
+        except ImportError as error:
+            print(f"jitgen: {error}", file=sys.stderr)
+            return FAILED
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, 1)
         hint = f"Did you mean {close[0]}?" if close else f"Commands: {', '.join(COMMANDS)}."

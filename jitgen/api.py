@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.compiler import is_compiling
 
-from jitgen.checks import check_grad, check_tensors
+from jitgen.checks import check_grad, check_tensors, is_traced
 from jitgen.dense import run
 from jitgen.errors import VariantError
 from jitgen.fp8 import Scale, with_scales
@@ -50,10 +50,18 @@ def attention(
              cannot be expressed; CompileError, ToolchainMissing on the first use of a variant.
     Cost:    compiles once per variant, head dim and dtype; later calls launch one kernel, 8-bit ones another that transposes
              v into a workspace of its size. q_transform, k_transform and v_transform are one more each, which copies. Under
-             torch.compile the call breaks the graph; jitgen.flex_attention is one operator of it.
+             torch.compile the call is one operator, but breaks the graph where out is given.
     Source:  online softmax (Milakov & Gimelshein 2018), tiled as in FlashAttention (Dao et al. 2022).
     """
-    if is_compiling():
+    if is_compiling() and out is None and is_traced(q):
+        from jitgen.op import call_op
+
+        result, lse = call_op(
+            q, k, v, variant, score_mod, mask_mod, sink, scale_q, scale_k, scale_v,
+            convention=q_index or "", scale=scale, want_lse=return_lse, out_dtype=out_dtype, family=family,
+        )  # fmt: skip
+        return (result, lse) if return_lse else result  # type: ignore[return-value]
+    if is_compiling() and is_traced(q):
         from jitgen.op import attention_outside
 
         return attention_outside(  # type: ignore[no-any-return]

@@ -11,13 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from jitgen.errors import PlanMismatch
 from jitgen.families import CUDA_HEAD_DIMS, prefill_family
 from jitgen.ir import PACKED
 from jitgen.program import Program
 from jitgen.serving import paged_attention
+from jitgen.serving_balance import SHARES_AT, cuts_nothing
 from jitgen.serving_checks import MAX_CUDA_BATCH
 from jitgen.serving_lists import KVLists
 from jitgen.serving_plan import Plan
@@ -56,7 +57,7 @@ class BlockLists:
     lengths: tuple[int, int]
     block: tuple[int, int]
     rows: BlockRows = field(init=False)
-    plans: dict[tuple[object, ...], tuple[Plan, Variant]] = field(default_factory=dict)
+    plans: dict[tuple[object, ...], tuple[Plan, Variant, CutWatch]] = field(default_factory=dict)
     captured: list[Plan] = field(default_factory=list)  # that CUDA graphs use: kept
 
     def __post_init__(self) -> None:
@@ -67,7 +68,7 @@ class BlockLists:
 
         Shapes:  as jitgen.attention.
         """
-        if is_compiling() or q.shape[0] != 1 or self.block[1] % PAGE_STEP or self.rows.batch > MAX_CUDA_BATCH:
+        if is_dynamo_compiling() or q.shape[0] != 1 or self.block[1] % PAGE_STEP or self.rows.batch > MAX_CUDA_BATCH:
             return False
         is_plain = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] and q.shape[-1] in CUDA_HEAD_DIMS
         strides = [s for t in (q, k, v) for s in t.stride()[1:3]]
@@ -114,11 +115,35 @@ class BlockLists:
             )  # fmt: skip
             if len(self.plans) >= MAX_PLANS:
                 self.plans.clear()
-            self.plans[(stream, *key)] = plan.update(self.rows), variant  # the variant keeps its id
-        plan = self.plans[(stream, *key)][0]
+            self.plans[(stream, *key)] = plan.update(self.rows), variant, CutWatch(plan)  # the variant keeps its id
+        plan, _, watch = self.plans[(stream, *key)]
+        watch.look(is_captured)
         if is_captured:
             self.captured.append(plan)
         return plan
+
+
+class CutWatch:
+    """Tells a plan that nothing was cut, and so nothing is to be merged, once the host knows that without a wait."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan: Plan | None = None
+        buffer = plan.classes[0].plan
+        if buffer is None or not buffer.is_cuda:
+            return
+        self._plan = plan
+        self._header = torch.empty(SHARES_AT, dtype=torch.uint8, pin_memory=True)
+        self._header.copy_(buffer.view(torch.uint8)[:SHARES_AT], non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def look(self, is_captured: bool) -> None:
+        """See whether it is known by now; a call that is captured in a CUDA graph asks nothing."""
+        if self._plan is None or is_captured or not self._event.query():
+            return
+        if cuts_nothing(self._header.numpy().tobytes()):
+            self._plan.forget_calls(is_whole=True)
+        self._plan = None
 
 
 def is_hopper(device: torch.device) -> bool:

@@ -47,10 +47,23 @@ _FOLLOWED = (
 _CONSTANTS = (str, bytes, torch.dtype, torch.device, torch.Size, slice, range, type(Ellipsis), complex, torch.layout)
 
 
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)  # stand for one another
+
+
 class SortedTensor(torch.Tensor):
     """A tensor declared ascending by jitgen.sorted; everything computed from it is a plain tensor again."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+
+class AttributeDict(dict[Any, Any]):
+    """Stands for a dict of the user's whose items are attributes too, as configurations often are."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 class Capture:
@@ -159,7 +172,8 @@ class Captures:
                 f"captured tensor '{name}' has rank {t.dim()}, limit {MAX_RANK}. Fold axes with t.flatten() or index outside."
             )
         add("dtype", path, t.dtype)
-        add("type", path, type(t))
+        kind = type(t)
+        add("one of", path, PLAIN_TENSORS if kind in PLAIN_TENSORS else (kind,))
         if t.dim() == 0 and not t.is_cuda:
             add("cpu_scalar", path, True)
             return self._scalar(t.item(), path.number, name)
@@ -192,7 +206,8 @@ class Captures:
             return value
         if isinstance(value, dict):
             add("keys", path, tuple(value))
-            return {k: self.wrap(v, path.item(k), f"{name}_{k}") for k, v in value.items()}
+            items = {k: self.wrap(v, path.item(k), f"{name}_{k}") for k, v in value.items()}
+            return AttributeDict(items) if hasattr(type(value), "__getattr__") else items
         add("length", path, len(value))
         items = [self.wrap(v, path.item(i), f"{name}_{i}") for i, v in enumerate(value)]
         if isinstance(value, tuple) and hasattr(value, "_fields"):

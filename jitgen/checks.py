@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_dynamo_compiling
 
 from jitgen.emit_ranges import POSITION_LIMIT
 from jitgen.errors import GradNotSupported, InvalidType, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
@@ -138,6 +139,11 @@ def check_scale(scale: object) -> None:
             f"scale is {scale!r} of type {type(scale).__name__}, expected a finite number or None. Convert it with float(), or "
             "multiply in a score_mod what differs from call to call."
         )
+
+
+def is_traced(t: object) -> bool:
+    """Whether a call with this tensor is being traced, where is_compiling() says so: it does while any thread compiles."""
+    return is_dynamo_compiling() or type(t) not in (torch.Tensor, torch.nn.Parameter)
 
 
 def check_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from jitgen import env, paths
 from jitgen.cache import admin
-from jitgen.cli_text import counted, duration_text, field, paint, short_arch, size_text, table
+from jitgen.cli_text import age_text, counted, duration_text, field, paint, short_arch, size_text, table
 from jitgen.errors import CacheError
 
 DAY = 24 * 3600  # seconds
@@ -71,7 +71,7 @@ def run_ls(root: Path, args: argparse.Namespace) -> int:
         print(f"{root} holds no kernels")
         return 0
     rows = [("kernel", "what", "for", "size", "age")]
-    rows += [(e.name, e.label, short_arch(e.arch), size_text(e.size), duration_text(e.age)) for e in entries]
+    rows += [(e.name, e.label, short_arch(e.arch), size_text(e.size), age_text(e.age)) for e in entries]
     print("\n".join(table(rows, right=(3, 4))))
     print(f"\n{counted(len(entries), 'kernel')}, {size_text(sum(e.size for e in entries))} in {root}")
     return 0
@@ -113,7 +113,7 @@ def info_of_entry(root: Path, args: argparse.Namespace) -> int:
     target = facts["target"]
     for name in ("label", "path"):
         print(field(name, str(facts[name]), name_width=12))
-    print(field("age", duration_text(facts["age"]), name_width=12))
+    print(field("age", age_text(facts["age"]), name_width=12))
     for name in ("arch", "compiler", "flags", "link_flags"):
         value = target.get(name) or "none"
         print(field(name.replace("_", " "), " ".join(value) if isinstance(value, list) else str(value), name_width=12))

@@ -67,6 +67,11 @@ def size_text(size: float) -> str:
     return f"{size:.0f} {unit}" if size >= 10 else f"{size:.1f} {unit}"
 
 
+def age_text(seconds: float) -> str:
+    """How long ago, or that a clock was wrong."""
+    return duration_text(seconds) if seconds >= 0 else "in the future"
+
+
 def duration_text(seconds: float) -> str:
     """A time span in the unit that leaves a small number."""
     units = ((1e-3, 1e-6, "us"), (1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h"))

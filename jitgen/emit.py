@@ -149,6 +149,8 @@ class VariantSection:
     norm_reverse: bool
     norm_needs_cumsum: bool
     has_norm_lse: bool
+    norm_has_order: bool
+    can_split: bool  # parts of a row's keys can be joined
     has_lse_mod: bool
     has_output: bool
 
@@ -271,6 +273,8 @@ def emit_variant(
         norm_reverse=norm.reverse,
         norm_needs_cumsum=norm.needs_cumsum,
         has_norm_lse=norm.lse.value != "",
+        norm_has_order=program.norm is not None and program.norm.has_order,
+        can_split=program.can_split,
         has_lse_mod=program.lse is not None,
         has_output=program.output is not None,
     )

@@ -177,7 +177,8 @@ class Lowering:
                 return Term("head.kv_len - head.q_len", 70, "int")
             return Term(self.leaves[node.attr], ATOM, "float" if node.dtype == "f32" else "int")
         if node.op == "state":
-            return Term(f"state.{identifier(node.attr)}", ATOM, "float")
+            of, _, name = node.attr.rpartition(".")  # of one of the two states of a merge
+            return Term(f"{of or 'state'}.{identifier(name)}", ATOM, "float")
         return self.scalar(node) if node.op == "scalar" else None
 
     def scalar(self, node: Expr) -> Term:

@@ -37,6 +37,7 @@ class NormText:
     rescales: bool = False
     reverse: bool = False
     needs_cumsum: bool = False
+    merge_lines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def emit_norm(unit: Unit, norm: NormProgram | None) -> NormText:
         rescales=rescale != "1.0f",
         reverse=norm.order == "reverse",
         needs_cumsum=any(n.op == "row_cumsum" for n in walk(*norm.roots())),
+        merge_lines=_emit_merge(unit, norm),
     )
 
 
@@ -155,6 +157,19 @@ def _emit_update(unit: Unit, norm: NormProgram) -> tuple[tuple[str, ...], str]:
             assignments.append(f"state.{identifier(name)} = {term};")
     low.rewrite_each(weight, "0.0f")
     return (*low.body.lines, *assignments), factor
+
+
+def _emit_merge(unit: Unit, norm: NormProgram) -> tuple[str, ...]:
+    """norm_merge: the state of two parts together, then what their outputs are multiplied by."""
+    if not norm.merges:
+        return ()
+    low = RowLowering(unit, list(norm.merge), (), guard=False)
+    roots = [split_floats(r, low.level) for r in norm.merge]
+    low = RowLowering(unit, roots, (), guard=False)
+    low.body.taken.update(("a", "b", "scale_a", "scale_b"))
+    targets = [*(f"state.{identifier(n)}" for n in norm.state_names), "scale_a", "scale_b"]
+    values = [low.term(root, low.body).text for root in roots]
+    return (*low.body.lines, *(f"{target} = {value};" for target, value in zip(targets, values, strict=True)))
 
 
 def _named(low: RowLowering, root: Expr, name: str) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch.compiler import is_compiling
 
-from jitgen.checks import check_tensors
+from jitgen.checks import check_tensors, is_traced
 from jitgen.dense import run
 from jitgen.errors import ShapeMismatch, VariantError
 from jitgen.variant import Variant, resolve
@@ -35,18 +36,17 @@ def flex_attention(
 ) -> object:
     """Attention with a score modification and a mask, called as torch.nn.attention.flex_attention.flex_attention is.
 
-    Calling it directly is the normal case; under torch.compile it becomes one opaque operator, for hooks that are made outside
-    of the compiled function or close over numbers alone: Dynamo has no value for tensors that a function made inside closes
-    over, and fails. jitgen.attention takes those, between two graphs. ``mask_mod`` may be given
-    without a BlockMask: tiles that it excludes are skipped all the same. Of ``kernel_options`` only ``"FAMILY"`` is read
-    (``"sm80"``, ``"sm90"``); tile sizes of other back ends are ignored.
+    Calling it directly is the normal case; under torch.compile it is one opaque operator, wherever the hooks are made, and what
+    they capture is an input of it. ``mask_mod`` may be given without a BlockMask: tiles that it excludes are skipped all the
+    same. Of ``kernel_options`` only ``"FAMILY"`` is read (``"sm80"``, ``"sm90"``); tile sizes of other back ends are ignored.
 
     Shapes:  query [batch, num_q_heads, q_len, head_dim]; key [batch, num_kv_heads, kv_len, head_dim]; value [batch,
              num_kv_heads, kv_len, head_dim_v]; returns [batch, num_q_heads, q_len, head_dim_v], then the logsumexp
              [batch, num_q_heads, q_len] when return_lse, or an AuxOutput when return_aux is given.
     Units:   q_idx counts query rows from 0, whatever kv_len is; scale default 1/sqrt(head_dim); natural logarithm.
     Errors:  as jitgen.attention; ShapeMismatch when num_kv_heads differs without enable_gqa, or block_mask has other lengths.
-    Cost:    as jitgen.attention; a BlockMask is turned into a table of block classes once per object.
+    Cost:    as jitgen.attention; a BlockMask is turned into a table of block classes once per object, under torch.compile in
+             every call.
     """
     if return_aux is not None and return_aux.max_scores:
         raise VariantError("return_aux asks for max_scores, which jitgen's kernels do not keep. Ask for lse only.")
@@ -65,10 +65,12 @@ def flex_attention(
     want_lse = return_lse or (return_aux is not None and return_aux.lse)
     mask = mask_mod if block_mask is None else mask_of(block_mask, mask_mod, query, key)
     family = str(kernel_options["FAMILY"]).lower() if kernel_options and "FAMILY" in kernel_options else None
-    if torch.compiler.is_compiling():
+    if is_compiling() and is_traced(query):
         from jitgen.op import call_op
 
-        out, lse = call_op(query, key, value, score_mod, mask, scale, want_lse, family)
+        out, lse = call_op(
+            query, key, value, None, score_mod, mask, convention="flex", scale=scale, want_lse=want_lse, family=family
+        )
     else:
         out, lse = eager(query, key, value, score_mod, mask, scale, want_lse, family)
     if return_aux is not None:
@@ -121,8 +123,11 @@ def mask_of(block_mask: BlockMask, extra: Callable[..., object] | None, query: t
         raise ShapeMismatch(
             f"block_mask is on {block_mask.kv_num_blocks.device}, query is on {query.device}. Use block_mask.to(...)."
         )
-    entry = _masks.get(id(block_mask))
-    if entry is None or entry[0]() is not block_mask:
+    is_in_graph = is_compiling() and is_traced(query)
+    entry = None if is_in_graph else _masks.get(id(block_mask))
+    if is_in_graph:  # the mask may be made in the compiled function, of which there is no object to remember
+        mask = block_mask_function(block_mask)
+    elif entry is None or entry[0]() is not block_mask:
         ident = id(block_mask)
         mask = block_mask_function(block_mask)
         _masks[ident] = (weakref.ref(block_mask, lambda _: _masks.pop(ident, None)), mask)

@@ -65,6 +65,10 @@ class Guards:
         ident = (kind, path, id(payload) if kind in ("is", "type", "code") else repr(payload))
         self._rows.setdefault(ident, (kind, path, payload))
 
+    def paths(self) -> list[Path]:
+        """Where the values lie that the conditions read."""
+        return [path for _, path, _ in self._rows.values() if path is not None]
+
     def compile(
         self, roots: Sequence[str], values: Sequence[Path], scalars: dict[int, Path]
     ) -> Callable[..., list[object] | None]:
@@ -90,6 +94,7 @@ class Guards:
 _CHECKS = {
     "is": "{v} is not {p}",
     "type": "type({v}) is not {p}",
+    "one of": "type({v}) not in {p}",
     "code": "{v}.__code__ is not {p} and {v}.__code__ != {p}",
     "equal": "type({v}) is not type({p}) or {v} != {p}",
     "length": "len({v}) != {p}",

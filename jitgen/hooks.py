@@ -16,6 +16,7 @@ from jitgen.guards import Path
 from jitgen.ir import Expr
 from jitgen.ir_ops import PAGE_OPS
 from jitgen.location import definition_of, refuse
+from jitgen.norm_hooks import NormTracer, check_merge
 from jitgen.norms import OnlineNorm
 from jitgen.program import NormProgram, Program, RowHooks, RowProgram, all_roots
 from jitgen.records import record
@@ -34,6 +35,7 @@ class Trace:
     program: Program
     check: Check  # (*hooks, bound) -> captured values by slot, or None
     names: frozenset[str]  # captured names, which Variant.bind accepts
+    paths: tuple[Path, ...]  # of all values that the check reads
 
 
 # ---- one hook -----------------------------------------------------------------------------------------------------------
@@ -52,6 +54,10 @@ class HookTracer:
     def __init__(self, bound: Mapping[str, object]) -> None:
         self.tracer = Tracer()
         self.captures = Captures(self.tracer, bound)
+
+    def paths(self, used: Sequence[Capture]) -> tuple[Path, ...]:
+        """Where all values lie that the trace depends on."""
+        return (*self.tracer.guards.paths(), *(c.path for c in used), *self.tracer.scalar_paths.values())
 
     def value(self, kind: str, hook: Any, dtype: str) -> Expr | None:
         """A hook that returns one value."""
@@ -125,63 +131,9 @@ class HookTracer:
             return None
         return RowHooks(*(self.row(kind, hook) for kind, hook in zip(ROW_TRANSFORMS, hooks, strict=True)))
 
-    # ---- softmax replacements ----
     def norm(self, norm: OnlineNorm | None) -> NormProgram | None:
         """An instance of an OnlineNorm subclass."""
-        if norm is None:
-            return None
-        root = Path(None, "root", "softmax")
-        proxy = self.captures.wrap(norm, root, "softmax")
-        names, starts = _state_of(norm)
-        self.tracer.guards.add("equal", root.attr("state"), norm.state)
-        self.tracer.guards.add("equal", root.attr("order"), norm.order)
-        weight, rescale, *next_state = self._update(norm, proxy, names)
-        self.tracer.row_axis = "d"
-        try:
-            (finalize,) = self._method(norm, proxy, "finalize", names, Sym(ir.index("o")))
-        finally:
-            self.tracer.row_axis = None
-        has_lse = type(norm).lse is not OnlineNorm.lse
-        lse = self._method(norm, proxy, "lse", names)[0] if has_lse else None
-        return NormProgram(names, starts, weight, rescale, tuple(next_state), finalize, lse, norm.order)
-
-    def _update(self, norm: OnlineNorm, proxy: Any, names: tuple[str, ...]) -> tuple[Expr, ...]:
-        label, code = f"{type(norm).__name__}.update", code_of(norm.update)
-
-        def finish(returned: object) -> tuple[Expr, ...]:
-            if not (isinstance(returned, tuple) and len(returned) == 3):
-                refuse(f"{label} returned {shown(returned)}, expected (weight, factor, state).", at=definition_of(code))
-            weight, factor, state = returned
-            if not isinstance(state, Mapping) or set(state) != set(names):
-                found = sorted(state) if isinstance(state, Mapping) else shown(state)
-                refuse(f"{label} returned the state {found}, expected a dict of {sorted(names)}.", at=definition_of(code))
-            return tuple(converted(v, "f32", label, code) for v in (weight, factor, *(state[n] for n in names)))
-
-        start = {n: Sym(ir.state(n)) for n in names}
-        return self.tracer.run(label, code, lambda: proxy.update(Sym(ir.index("score")), start), finish)
-
-    def _method(self, norm: OnlineNorm, proxy: Any, method: str, names: tuple[str, ...], *first: Sym) -> tuple[Expr, ...]:
-        label, code = f"{type(norm).__name__}.{method}", code_of(getattr(norm, method))
-        states = {n: Sym(ir.state(n)) for n in names}
-
-        def finish(returned: object) -> tuple[Expr, ...]:
-            return (converted(returned, "f32", label, code),)
-
-        return self.tracer.run(label, code, lambda: getattr(proxy, method)(*first, states), finish)
-
-
-def _state_of(norm: OnlineNorm) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    what = type(norm).__name__
-    if norm.order not in ("any", "forward", "reverse"):
-        raise VariantError(f"{what}.order is {norm.order!r}, expected 'any', 'forward' or 'reverse'.")
-    if not isinstance(norm.state, Mapping):
-        raise VariantError(f"{what}.state is {norm.state!r}, expected a dict of names and start values.")
-    for name, start in norm.state.items():
-        if not (isinstance(name, str) and name.isidentifier()):
-            raise VariantError(f"{what}.state has the name {name!r}, expected an identifier.")
-        if isinstance(start, bool) or not isinstance(start, (int, float)):
-            raise VariantError(f"{what}.state[{name!r}] starts from {start!r}, expected a number.")
-    return tuple(norm.state), tuple(float(v) for v in norm.state.values())
+        return None if norm is None else NormTracer(self.tracer, self.captures, norm, converted).program()
 
 
 _CONVERT = {
@@ -236,10 +188,13 @@ def trace_hooks(hooks: Sequence[Any], bound: Mapping[str, object]) -> Trace:
             rows=tracing.rows(*row_transforms),
         )
         check_lse(program)
+        check_norm(program.norm)
         program, used = with_slots(program, tracing.captures.found)
         tracer = tracing.tracer
+        if program.norm is not None:
+            check_merge(program.norm, [tracer.scalar_values.get(c.slot) for c in used], softmax)
         check = tracer.guards.compile((*HOOKS, "bound"), [c.path for c in used], tracer.scalar_paths)
-        return Trace(program, check, frozenset(tracing.captures.names))
+        return Trace(program, check, frozenset(tracing.captures.names), tracing.paths(used))
 
 
 def check_lse(program: Program) -> None:
@@ -248,6 +203,22 @@ def check_lse(program: Program) -> None:
         return
     if program.lse is not None or (program.output is not None and "lse" in program.output.deps):
         raise VariantError("a hook reads lse, but the variant's OnlineNorm has none. Give it a method lse(state).")
+
+
+def check_norm(norm: NormProgram | None) -> None:
+    """What a norm hands from tile to tile is one number a row: logits enter it through reductions over the row.
+
+    Errors:  VariantError.
+    """
+    if norm is None:
+        return
+    named = zip(norm.state_names, norm.next_state, strict=True)
+    for what, value in (("factor", norm.rescale), *((f"state '{name}'", value) for name, value in named)):
+        if value.deps & {"score", "kv_idx"}:
+            raise VariantError(
+                f"the norm's {what} differs from key to key, expected one number a row. ``score`` is a single logit, of which "
+                "score.max() and score.sum() are itself: reduce over the row with jitgen.row_max or jitgen.row_sum."
+            )
 
 
 def move_mask(score: Expr, mask: Expr | None) -> tuple[Expr, Expr | None]:
@@ -303,8 +274,7 @@ def with_slots(program: Program, found: Sequence[Capture]) -> tuple[Program, lis
     used = [found[slot] for slot in number]
     norm = program.norm
     if norm is not None:
-        weight, rescale, *next_state, finalize, lse = map(new, norm.roots())
-        norm = NormProgram(norm.state_names, norm.state_init, weight, rescale, tuple(next_state), finalize, lse, norm.order)  # type: ignore[arg-type]
+        norm = norm.over(new)
     if rows is not None:
         rows = RowHooks(*(RowProgram(new(p.before), p.rope, new(p.position), new(p.after)) for p in (rows.q, rows.k, rows.v)))
     slots = tuple(c.as_slot() for c in used)

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch.compiler import is_compiling
 
-from jitgen.checks import dtype_name
+from jitgen.checks import dtype_name, is_traced
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.kv_checks import caches_of, check_cache, check_captures, check_reads
 from jitgen.kv_hooks import Transform, TransformTrace, resolve_transform
 from jitgen.kv_launch import RowsCall, Stream, prepare_rows
-from jitgen.kv_op import call_append
 from jitgen.kv_spec import BYTES
 from jitgen.kv_tokens import Tokens, form_of, low_bits, new_rows, token_indices
 from jitgen.serving_lists import PageTable
@@ -60,9 +59,11 @@ def append(
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, VariantError, UnsupportedVariant, CompileError. A place that is
              not there is a LaunchError on the CPU; on a GPU such a token is skipped.
     Cost:    compiles once for each transform and combination of dtypes; reads the rows and writes the cache once. Inside
-             torch.compile the call is one operator, whose transform must exist outside of the compiled function.
+             torch.compile the call is one operator, whatever the transform captures there.
     """
-    if is_compiling():
+    if is_compiling() and is_traced(k):
+        from jitgen.kv_op import call_append
+
         indices = [positions, batch_indices, q_indptr, kv_len, slot_mapping]
         return call_append(kv, k, v, page_table, indices, transform, scales, kv_layout)
     trace, values = resolve_transform(transform)

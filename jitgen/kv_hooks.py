@@ -39,6 +39,7 @@ class TransformTrace:
     reads_request: bool
     reads_position: bool
     check: Callable[..., list[object] | None]
+    paths: tuple[Path, ...] = ()  # of all values that the check reads
 
 
 NO_TRANSFORM = TransformTrace(RowProgram(), RowProgram(), (), False, False, lambda *_: [])
@@ -79,6 +80,7 @@ def trace_transform(transform: Transform) -> TransformTrace:
         v, v_rope = _trace_row(tracing, transform, call, 1)
         program, used = with_slots(Program(score=k, output=v), tracing.captures.found)
         check = tracing.tracer.guards.compile(("transform", "bound"), [c.path for c in used], tracing.tracer.scalar_paths)
+        paths = tracing.paths(used)
     label, code = f"transform '{name_of(transform)}'", code_of(transform)
     reads = {str(n.attr) for n in walk(*program.roots()) if n.op == "index"}
     return TransformTrace(
@@ -88,6 +90,7 @@ def trace_transform(transform: Transform) -> TransformTrace:
         "b" in reads,
         POSITION in reads,
         check,
+        paths,
     )
 
 

@@ -1,36 +1,55 @@
 """The operators that torch.compile sees in place of jitgen.append and jitgen.rope.
 
-A graph holds tensors and numbers. The transform of an append is registered once, while Dynamo traces, and the graph holds its
-handle; what it captures is read when the operator runs.
+A graph holds tensors and numbers. The transform of an append is taken apart while Dynamo traces, as hooks of attention are
+(op.py): what it captures becomes an input of the operator, and the graph holds the number of its recipe.
 """
 
 from __future__ import annotations
 
-import threading
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._dynamo.comptime import comptime
+
+from jitgen.kv_append import append
+from jitgen.kv_hooks import resolve_transform
+from jitgen.recipes import Leaves, Recipe, constant
+
+try:
+    from jitgen.lifting import lift_here
+except ImportError:  # as in op.py
+    CAN_LIFT = False
+else:
+    CAN_LIFT = True
 
 if TYPE_CHECKING:
     from jitgen.serving_lists import PageTable
 
 Tensor = torch.Tensor
-_transforms: list[object] = [None]
-_handles: dict[int, int] = {id(None): 0}
-_lock = threading.Lock()
+REMEDY = (
+    "jitgen cannot take the transform of this append apart while torch.compile traces it, and leaves the graph. Without "
+    "fullgraph=True that is a graph break and no error; with it, make the transform a plain function, a partial or a method "
+    "that captures tensors, numbers, modules and containers of these"
+)
+# The call between two graphs, as Dynamo would look into every function of it
+append_outside = torch.compiler.disable(append, reason=REMEDY)
+
+_transforms: dict[int, Recipe] = {}  # by handle
+_numbers = itertools.count()
 
 
-def _register(transform: object) -> int:
-    with _lock:
-        if id(transform) not in _handles:  # the list keeps it alive, so its id stays its own
-            _transforms.append(transform)
-            _handles[id(transform)] = len(_transforms) - 1
-        return _handles[id(transform)]
+def register(arguments: dict[str, Recipe]) -> int:
+    """Handle of a transform."""
+    handle = next(_numbers)
+    _transforms[handle] = arguments["transform"]
+    return handle
 
 
-# Dynamo runs this while tracing and keeps the number; a transform must exist outside the compiled function.
-register_transform = torch._dynamo.assume_constant_result(_register)
+def lift_transform(context: Any) -> None:
+    """Dynamo runs this where it meets the call: the handle and the inputs for the transform go to the local list ``found``."""
+    lift_here(context, ("transform",), lambda examples: resolve_transform(examples["transform"])[0], register)
 
 
 # ---- append -----------------------------------------------------------------------------------------------------------------
@@ -45,6 +64,8 @@ def append_op(
     pages: Tensor | None,
     list_indptr: Tensor | None,
     indices: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+    ints: Sequence[int],
     handle: int,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
@@ -52,9 +73,8 @@ def append_op(
     kv_layout: str,
 ) -> None:
     """A call of jitgen.append. v_cache is None where k_cache is the whole cache; indices: positions, batch_indices, q_indptr,
-    kv_len, slot_mapping; factors: scales that are numbers, none without scales."""
-    from jitgen.kv_append import append
-
+    kv_len, slot_mapping; tensors and ints: what the transform captures; factors: scales that are numbers, none without
+    scales."""
     positions, batch_indices, q_indptr, kv_len, slot_mapping = indices
     table = pages if list_indptr is None else (list_indptr, pages)
     scales = None
@@ -62,8 +82,8 @@ def append_op(
         scales = (factors[0] if k_scale is None else k_scale, factors[1] if v_scale is None else v_scale)
     append(
         k_cache if v_cache is None else (k_cache, v_cache), k, v, table, positions, batch_indices,
-        q_indptr=q_indptr, kv_len=kv_len, slot_mapping=slot_mapping, transform=_transforms[handle],  # type: ignore[arg-type]
-        scales=scales, kv_layout=kv_layout,
+        q_indptr=q_indptr, kv_len=kv_len, slot_mapping=slot_mapping, scales=scales, kv_layout=kv_layout,
+        transform=_transforms[handle](Leaves(tensors, ints)),
     )  # fmt: skip
 
 
@@ -93,8 +113,20 @@ def call_append(
     given = scales or (None, None)
     tensors = [s if isinstance(s, Tensor) else None for s in given]
     factors = [] if scales is None else [1.0 if s is None or isinstance(s, Tensor) else float(s) for s in scales]
-    handle = register_transform(transform)
-    append_op(k_cache, v_cache, k, v, pages, indptr, indices, handle, *tensors, factors, kv_layout)
+    found: list[Any] = [] if CAN_LIFT else [-1]
+    if CAN_LIFT:
+        comptime(lift_transform)
+    if not found:  # traced by running, as torch.export may: the transform stays as it is
+        found = [register({"transform": constant(transform)}), [], []]
+    if found[0] < 0:
+        positions, batch_indices, q_indptr, kv_len, slot_mapping = indices
+        append_outside(
+            kv, k, v, page_table, positions, batch_indices, q_indptr=q_indptr, kv_len=kv_len, slot_mapping=slot_mapping,
+            transform=transform, scales=scales, kv_layout=kv_layout,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return
+    handle, captured, ints = found
+    append_op(k_cache, v_cache, k, v, pages, indptr, indices, captured, ints, handle, *tensors, factors, kv_layout)
 
 
 # ---- rope -------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ needs no CUDA of its own.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from jitgen import toolchain
 from jitgen.build import CUDA_RUNTIME
@@ -63,8 +65,7 @@ def compile_module(
             _start_cuda(compilers, kernel, includes, target, scratch)
         else:
             _start_cpu(compilers, kernel, target)
-        from torch.utils import cpp_extension  # noqa: F401 - here, as it takes time that the compilers run in
-
+        _torchs_loader()  # here, as importing it takes time that the compilers run in
         output = compilers.finish()
         if target.kind == "cuda":
             compilers.start([_cxx(), "-c", "device.s", "-o", f"{COMPILED}/device.o"])
@@ -184,13 +185,23 @@ esac
     return script
 
 
+def _torchs_loader() -> Any:
+    """torch.utils.cpp_extension, without the warning it logs where there is a toolkit and no GPU: nothing is wrong there."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from torch.utils import cpp_extension
+    finally:
+        logger.setLevel(level)
+    return cpp_extension
+
+
 def _link(sources: list[Path], linker: Path, name: str, scratch: Path) -> Path:
     """The library, linked and opened by torch's loader."""
     with _lock, _plain_name(scratch.parent) as plain, _loader_environment(plain / linker.relative_to(scratch.parent)):
-        from torch.utils import cpp_extension
-
         try:
-            module = cpp_extension.load(
+            module = _torchs_loader().load(
                 name=name,
                 sources=[str(plain / source.relative_to(scratch.parent)) for source in sources],
                 build_directory=str(plain / scratch.name),

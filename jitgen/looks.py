@@ -29,4 +29,4 @@ def looks_of(tensors: tuple[torch.Tensor, ...]) -> Callable[..., bool]:
         return [(type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
 
     looks = look(tensors)
-    return lambda *others: all(isinstance(t, torch.Tensor) for t in others) and looks == look(others)
+    return lambda *others: all(isinstance(t, torch.Tensor) and not t.is_nested for t in others) and looks == look(others)

@@ -71,12 +71,20 @@ def parse_manifest(text: str, path: Path) -> Manifest:
     kernels, requests = tables
     for number, kernel in enumerate(kernels, start=1):
         _check_kernel(kernel, f"{path}: [[kernel]] {number}")
-    return Manifest(path, tuple(kernels), tuple(requests))
+    each = [{**kernel, "variant": variant} for kernel in kernels for variant in _variants_of(kernel)]
+    return Manifest(path, tuple(each), tuple(requests))
+
+
+def _variants_of(kernel: Mapping[str, Any]) -> list[Any]:
+    variant = kernel.get("variant", [])
+    return variant if isinstance(variant, list) else [variant]
 
 
 def _check_kernel(kernel: Mapping[str, Any], where: str) -> None:
-    if not isinstance(kernel.get("variant"), str):
-        raise ManifestError(f'{where} has no variant. Write variant = "module:name".')
+    variants = _variants_of(kernel)
+    if not variants or not all(isinstance(variant, str) for variant in variants):
+        found = f"the variant {kernel['variant']!r}" if "variant" in kernel else "no variant"
+        raise ManifestError(f'{where} has {found}. Write variant = "module:name", or a list of such names.')
     for name in kernel:
         if name not in KERNEL_OPTIONS:
             raise ManifestError(f"{where} has {name!r}. Options are {', '.join(KERNEL_OPTIONS)}.")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from jitgen.captures import SortedTensor
 from jitgen.errors import VariantError
@@ -16,6 +17,15 @@ Mask = Callable[..., Any]
 
 def and_masks(*mask_mods: Mask) -> Mask:
     """A mask that keeps what every one of ``mask_mods`` keeps."""
+    if is_dynamo_compiling() and not _any_asks_for_context(mask_mods):
+
+        def kept_by_all(b, h, q_idx, kv_idx):  # type: ignore[no-untyped-def]
+            result = mask_mods[0](b, h, q_idx, kv_idx)
+            for mask in mask_mods[1:]:
+                result = result & mask(b, h, q_idx, kv_idx)
+            return result
+
+        return kept_by_all
     parts = _with_context("and_masks", mask_mods)
 
     def all_masks(b, h, q_idx, kv_idx, **context):  # type: ignore[no-untyped-def]
@@ -30,6 +40,15 @@ def and_masks(*mask_mods: Mask) -> Mask:
 
 def or_masks(*mask_mods: Mask) -> Mask:
     """A mask that keeps what at least one of ``mask_mods`` keeps."""
+    if is_dynamo_compiling() and not _any_asks_for_context(mask_mods):
+
+        def kept_by_any(b, h, q_idx, kv_idx):  # type: ignore[no-untyped-def]
+            result = mask_mods[0](b, h, q_idx, kv_idx)
+            for mask in mask_mods[1:]:
+                result = result | mask(b, h, q_idx, kv_idx)
+            return result
+
+        return kept_by_any
     parts = _with_context("or_masks", mask_mods)
 
     def any_mask(b, h, q_idx, kv_idx, **context):  # type: ignore[no-untyped-def]
@@ -40,6 +59,13 @@ def or_masks(*mask_mods: Mask) -> Mask:
         return result
 
     return _with_signature(any_mask, parts)
+
+
+def _any_asks_for_context(mask_mods: tuple[Mask, ...]) -> bool:
+    """Whether the signatures must be looked into, as Dynamo cannot, and not the code alone."""
+    if len(mask_mods) == 0:
+        return True
+    return any(not hasattr(mask, "__code__") or mask.__code__.co_kwonlyargcount > 0 for mask in mask_mods)
 
 
 Parts = tuple[tuple[Mask, tuple[str, ...]], ...]
@@ -82,9 +108,10 @@ class StaticFloat(float):
 def static(value: bool | int | float) -> bool | int | float:
     """A captured number that is compiled into the kernel instead of being a launch argument.
 
-    It lets the compiler fold it, at the price of one kernel for each value.
+    It lets the compiler fold it, at the price of one kernel for each value. Inside of torch.compile the number stays as it is,
+    which is a launch argument.
     """
-    if isinstance(value, bool):
+    if isinstance(value, bool) or is_dynamo_compiling():
         return value
     if isinstance(value, int):
         return StaticInt(value)

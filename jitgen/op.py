@@ -1,87 +1,151 @@
 """The operator that torch.compile sees: one opaque node with a fake kernel, whatever the variant.
 
-A graph can carry tensors and numbers, not Python functions. The hooks are therefore registered once, while Dynamo traces,
-and the graph holds their handle. Captured values are read when the operator runs, as in eager mode: a changed global or
-attribute takes effect without a recompile.
+A graph can carry tensors and numbers, not Python functions. While Dynamo traces the call, ``lift_call`` takes the hooks apart:
+what they capture becomes an input of the node, and a recipe (recipes.py) that the node holds by its number makes them again
+when it runs. Hooks may therefore be made inside of the compiled function, be given to it, or exist outside. What cannot be
+taken apart leaves the graph and is called between two of them.
 """
 
 from __future__ import annotations
 
-import threading
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch._dynamo.comptime import comptime
 
-from jitgen.api import attention
+from jitgen import api, flex
+from jitgen.checks import check_grad
+from jitgen.recipes import Leaves, Recipe, constant
 
-_hooks: list[tuple[object, object]] = []
-_handles: dict[tuple[int, int], int] = {}
-_lock = threading.Lock()
+try:
+    from jitgen.lifting import lift_here, trace_of_attention
+except ImportError:  # another torch, whose Dynamo has other names: calls leave the graph
+    CAN_LIFT = False
+else:
+    CAN_LIFT = True
+
+Tensor = torch.Tensor
+ARGUMENTS = ("variant", "score_mod", "mask_mod", "sink", "scale_q", "scale_k", "scale_v")
+REMEDY = (
+    "jitgen cannot take the hooks of this call apart while torch.compile traces it, and leaves the graph. Without "
+    "fullgraph=True that is a graph break and no error; with it, make hooks plain functions, partials or methods that capture "
+    "tensors, numbers, modules and containers of these, and make no attention call with out= there"
+)
+
+_calls: dict[int, dict[str, Recipe]] = {}  # by handle: recipes of the arguments that are no inputs of the graph
+_numbers = itertools.count()
 
 
-def _register(score_mod: object, mask_mod: object) -> int:
-    key = (id(score_mod), id(mask_mod))
-    with _lock:
-        if key not in _handles:  # the list keeps both alive, so the ids stay theirs
-            _hooks.append((score_mod, mask_mod))
-            _handles[key] = len(_hooks) - 1
-        return _handles[key]
+def register(arguments: dict[str, Recipe]) -> int:
+    """Handle of the arguments of a call."""
+    handle = next(_numbers)
+    _calls[handle] = arguments
+    return handle
 
 
-# Dynamo runs this while tracing and keeps the number; hooks must exist outside the compiled function.
-register_hooks = torch._dynamo.assume_constant_result(_register)
-# jitgen.attention as traced code calls it: between two graphs, as Dynamo would look into every function of it
-attention_outside = torch.compiler.disable(attention)
+# The calls between two graphs, as Dynamo would look into every function of them
+attention_outside = torch.compiler.disable(api.attention, reason=REMEDY)
+flex_outside = torch.compiler.disable(flex.eager, reason=REMEDY)
+refuse_grad = torch.compiler.disable(
+    check_grad, reason="an input requires grad, and jitgen computes no gradients: call under torch.no_grad(), or detach it"
+)
 
 
-@torch.library.custom_op("jitgen::flex_attention", mutates_args=())
-def flex_attention_op(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+@torch.library.custom_op("jitgen::attention", mutates_args=())
+def attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tensors: Sequence[Tensor],
+    ints: Sequence[int],
     handle: int,
+    convention: str,
     scale: float | None,
     want_lse: bool,
+    out_dtype: torch.dtype | None,
     family: str | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run registered hooks. The second result is empty unless want_lse."""
-    from jitgen.flex import eager
-
-    score_mod, mask_mod = _hooks[handle]
-    out, lse = eager(query, key, value, score_mod, mask_mod, scale, want_lse, family)
+) -> tuple[Tensor, Tensor]:
+    """A call of jitgen.attention, or of jitgen.flex_attention where ``convention`` is "flex"; else it is what q_index counts,
+    or empty. tensors and ints are what its hooks capture. The second result is empty unless want_lse."""
+    given: dict[str, Any] = {name: recipe(Leaves(tensors, ints)) for name, recipe in _calls[handle].items()}
+    if convention == "flex":
+        out, lse = flex.eager(query, key, value, given["score_mod"], given["mask_mod"], scale, want_lse, family)
+    else:
+        found = api.attention(
+            query, key, value, **given, q_index=convention or None, scale=scale, return_lse=want_lse, out_dtype=out_dtype,
+            family=family,
+        )  # fmt: skip
+        out, lse = found if want_lse else (found, None)  # type: ignore[assignment]
     return out, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
-@flex_attention_op.register_fake
+@attention_op.register_fake
 def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tensors: Sequence[Tensor],
+    ints: Sequence[int],
     handle: int,
+    convention: str,
     scale: float | None,
     want_lse: bool,
+    out_dtype: torch.dtype | None,
     family: str | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     from jitgen.fp8 import output_dtype
     from jitgen.layouts import stride_like
 
     shape = (*query.shape[:3], value.shape[3])
-    dtype = output_dtype(query.dtype, None)
+    dtype = output_dtype(query.dtype, out_dtype)
     out = torch.empty_strided(shape, stride_like(query, shape), dtype=dtype, device=query.device)
     lse_shape = tuple(query.shape[:3]) if want_lse else (0,)
     return out, query.new_empty(lse_shape, dtype=torch.float32)
 
 
+def lift_call(context: Any) -> None:
+    """Dynamo runs this where it meets the call: the handle and the inputs for the hooks go to the local list ``found``."""
+    lift_here(context, ARGUMENTS, trace_of_attention, register)
+
+
 def call_op(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    score_mod: object,
-    mask_mod: object,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    variant: object = None,
+    score_mod: object = None,
+    mask_mod: object = None,
+    sink: object = None,
+    scale_q: object = None,
+    scale_k: object = None,
+    scale_v: object = None,
+    *,
+    convention: str,
     scale: float | None,
     want_lse: bool,
+    out_dtype: torch.dtype | None = None,
     family: str | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """The operator as traced code calls it."""
-    handle = register_hooks(score_mod, mask_mod)
-    out, lse = flex_attention_op(query, key, value, handle, scale, want_lse, family)
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        refuse_grad(query, key, value)
+    found: list[Any] = [] if CAN_LIFT else [-1]
+    if CAN_LIFT:
+        comptime(lift_call)
+    if not found:  # traced by running, as torch.export may: hooks stay as they are
+        given = zip(ARGUMENTS, (variant, score_mod, mask_mod, sink, scale_q, scale_k, scale_v), strict=True)
+        found = [register({name: constant(value) for name, value in given}), [], []]
+    if found[0] < 0:
+        if convention == "flex":
+            return flex_outside(query, key, value, score_mod, mask_mod, scale, want_lse, family)  # type: ignore[no-any-return]
+        result = attention_outside(
+            query, key, value, variant, score_mod=score_mod, mask_mod=mask_mod, sink=sink, scale=scale, scale_q=scale_q,
+            scale_k=scale_k, scale_v=scale_v, q_index=convention or None, return_lse=want_lse, out_dtype=out_dtype,
+            family=family,
+        )  # fmt: skip
+        return result if want_lse else (result, None)
+    handle, tensors, ints = found
+    out, lse = attention_op(query, key, value, tensors, ints, handle, convention, scale, want_lse, out_dtype, family)
     return out, lse if want_lse else None

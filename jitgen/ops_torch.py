@@ -209,6 +209,28 @@ def _rms(x: Any, eps: float = 1e-6) -> Value:
     return lift(arith.op("sqrt"), lift(arith.add, _mean(lift(arith.mul, x, x)), eps))
 
 
+def _rms_norm(x: Any, shape: object = None, weight: object = None, eps: float | None = None) -> Value:
+    row = lift(arith.op("truediv"), x, _rms(x, torch.finfo(torch.float32).eps if eps is None else eps))
+    return row if weight is None else row * weight  # type: ignore[operator]
+
+
+def _layer_norm(x: Any, shape: object, weight: object = None, bias: object = None, eps: float = 1e-5, *_: object) -> Value:
+    x = lift(arith.sub, x, _mean(x))
+    row = lift(arith.op("truediv"), x, _rms(x, eps))
+    row = row if weight is None else row * weight  # type: ignore[operator]
+    return row if bias is None else row + bias  # type: ignore[operator]
+
+
+def _norm(x: Any, p: object = 2, dim: int | None = None, keepdim: bool = False, **_: object) -> Value:
+    if p not in (2, 2.0, "fro", None):
+        refuse(f"a norm with p={p!r} is not available. Use p=2, or write it with .sum().")
+    return lift(arith.op("sqrt"), _sum(lift(arith.mul, x, x)))
+
+
+def _normalize(x: Any, p: object = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> Value:
+    return lift(arith.op("truediv"), x, _clamp(_norm(x, p), eps))
+
+
 def _dot(x: object, other: object) -> Value:
     return _sum(lift(arith.mul, x, other))
 
@@ -315,7 +337,11 @@ def _fill_rows() -> None:
     _register("min", _min_max("min"))
     _register("dot vdot inner", _dot)
     _register("rms", _rms, function=False)
-    _register("norm", lambda x: (x * x).sum().sqrt())
+    _register("norm", _norm)
+    _register("linalg_norm linalg_vector_norm", lambda x, ord=None, *args, **kwargs: _norm(x, ord), method=False)
+    _register("rms_norm", _rms_norm, method=False)
+    _register("layer_norm", _layer_norm, method=False)
+    _register("normalize", _normalize, method=False)
     _register("stack hstack cat concat", _stack, method=False)
     _register("row_max row_sum row_cumsum", _row_op("row_max"), function=False)
     for name in ("row_sum", "row_cumsum"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -40,7 +40,8 @@ class NormProgram:
     """A softmax replacement (jitgen.OnlineNorm): see variants section of the README.
 
     ``weight``, ``rescale`` and ``next_state`` read ``score``, ``kv_idx``, row reductions and ``state`` leaves;
-    ``finalize`` reads ``o``, ``d`` and ``state``; ``lse`` reads ``state``.
+    ``finalize`` reads ``o``, ``d`` and ``state``; ``lse`` reads ``state``; ``merge`` reads the states of two parts of the keys,
+    which have 'a.' and 'b.' in front of their names.
     """
 
     state_names: tuple[str, ...]
@@ -51,6 +52,22 @@ class NormProgram:
     finalize: Expr
     lse: Expr | None
     order: str  # 'any', 'forward' or 'reverse'
+    merge: tuple[Expr, ...] = ()  # the state of both, then what O of each is multiplied by; empty: parts cannot be joined
+
+    @property
+    def merges(self) -> bool:
+        """Whether results over parts of the keys can be joined."""
+        return bool(self.merge)
+
+    @property
+    def has_order(self) -> bool:
+        """Whether the keys of a part must follow each other: neither two warps nor two parts may take turns."""
+        return self.order != "any" or any(n.op == "row_cumsum" for n in walk(*self.roots()))
+
+    @property
+    def division(self) -> tuple[object, ...]:
+        """What of a norm decides how a plan cuts requests, and how much memory it has for the parts."""
+        return (self.merges, self.has_order, len(self.state_names)) if self.merges else (False, self.adds_up)
 
     @property
     def adds_up(self) -> bool:
@@ -59,7 +76,15 @@ class NormProgram:
         return not self.state_names and not carries and self.rescale.is_const and self.rescale.attr == 1.0
 
     def roots(self) -> tuple[Expr | None, ...]:
-        return (self.weight, self.rescale, *self.next_state, self.finalize, self.lse)
+        return (self.weight, self.rescale, *self.next_state, self.finalize, self.lse, *self.merge)
+
+    def over(self, new: Callable[[Expr | None], Any]) -> NormProgram:
+        """The same norm of ``new`` expressions."""
+        next_state, merge = (tuple(map(new, roots)) for roots in (self.next_state, self.merge))
+        finalize, lse = new(self.finalize), new(self.lse)
+        return NormProgram(
+            self.state_names, self.state_init, new(self.weight), new(self.rescale), next_state, finalize, lse, self.order, merge
+        )
 
 
 @record
@@ -122,6 +147,11 @@ class Program:
     def roots(self) -> tuple[Expr | None, ...]:
         found = (self.score, self.mask, self.sink, self.output, self.lse, *(self.norm.roots() if self.norm else ()))
         return found if self.value is None else (*found, self.value)
+
+    @property
+    def can_split(self) -> bool:
+        """Whether attention over parts of the keys can be joined."""
+        return self.norm is None or self.norm.merges
 
     @cached_property
     def id(self) -> str:

@@ -14,6 +14,7 @@ import torch
 from jitgen.errors import VariantError
 from jitgen.evaluate import evaluate
 from jitgen.ir import Expr
+from jitgen.norm_parts import finish_row, run_keys, run_parts
 from jitgen.program import NormProgram, Program, RowProgram, all_roots, reads_pages
 from jitgen.rotary import Rope
 
@@ -36,10 +37,13 @@ def attention(
     dtype: torch.dtype = torch.float64,
     page_table: Tensor | None = None,
     page_size: int = 1,
+    kv_split: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What jitgen.attention computes, by definition and in float64.
 
-    page_table    for hooks that read kv_slot or page: the pages, of ``page_size`` keys, that k and v were taken from
+    ``kv_split``: an OnlineNorm is run on so many keys at a time, and the parts are joined by its merge, as plans may do it. The
+    result is the same; softmax is not concerned. ``page_table``: for hooks that read kv_slot or page, the pages that k and v
+    were taken from, of ``page_size`` keys.
 
     Shapes:  as jitgen.attention; page_table [batch, ceil(kv_len / page_size)] or more columns; the results have ``dtype``.
     Units:   as jitgen.attention.
@@ -52,7 +56,8 @@ def attention(
     local = (q_index or own or "absolute") == "local"
     offset = 0 if local else k.shape[2] - q.shape[2]
     pages = None if page_table is None else (page_table, page_size)
-    out, lse = run_program(program, values, q, k, v, scale=scale, q_offset=offset, dtype=dtype, pages=pages)
+    options = {"scale": scale, "q_offset": offset, "dtype": dtype, "pages": pages, "kv_split": kv_split}
+    out, lse = run_program(program, values, q, k, v, **options)  # type: ignore[arg-type]
     if not return_lse:
         return out
     if lse is None:
@@ -71,6 +76,7 @@ def run_program(
     q_offset: int = 0,
     dtype: torch.dtype = torch.float64,
     pages: Pages | None = None,
+    kv_split: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Output and logsumexp (None if the norm has none) of a program on dense tensors. ``pages``: where k and v were."""
     batch, num_q_heads, q_len, head_dim = q.shape
@@ -92,7 +98,7 @@ def run_program(
     if program.mask is not None:
         logits = torch.where(evaluate(program.mask, values, leaves), logits, logits.new_tensor(-math.inf))
     if program.norm is not None:
-        out, lse = _normalise(program.norm, values, logits, v, leaves)
+        out, lse = _normalise(program.norm, values, logits, v, leaves, kv_split)
     else:
         out, lse = _softmax(program.sink, values, logits, v, leaves)
     row = {
@@ -223,24 +229,16 @@ def _softmax(
 
 
 def _normalise(
-    norm: NormProgram, values: Sequence[Any], logits: Tensor, v: Tensor, leaves: dict[str, Tensor]
+    norm: NormProgram, values: Sequence[Any], logits: Tensor, v: Tensor, leaves: dict[str, Tensor], kv_split: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """A softmax replacement, run on the whole row as one tile."""
-    keep, rows = logits != -math.inf, (*logits.shape[:3], 1)
-    state = {n: logits.new_full(rows, start) for n, start in zip(norm.state_names, norm.state_init, strict=True)}
-    seen = {**leaves, **state, "score": logits}
-
-    def over_row(e: Expr) -> Tensor:
-        return evaluate(e, values, seen, keep=keep, reverse=norm.order == "reverse").to(logits.dtype)
-
-    weights = torch.where(keep, over_row(norm.weight).expand(logits.shape), torch.zeros_like(logits))
-    if logits.shape[-1]:
-        state = {n: over_row(e).expand(rows) for n, e in zip(norm.state_names, norm.next_state, strict=True)}
-    d = torch.arange(v.shape[3], device=v.device)
-    finished = {**leaves, **state, "o": weights @ v, "d": d, "head_dim_v": torch.tensor(v.shape[3], device=v.device)}
-    out = evaluate(norm.finalize, values, finished).to(logits.dtype).expand(*rows[:3], v.shape[3])
-    lse = None if norm.lse is None else evaluate(norm.lse, values, finished).to(logits.dtype).expand(rows)
-    return out, lse
+    """A softmax replacement, run on the whole row as one tile, or on parts of it."""
+    if kv_split is None:
+        o, state = run_keys(norm, values, logits, v, leaves)
+    elif norm.merges:
+        o, state = run_parts(norm, values, logits, v, leaves, kv_split)
+    else:
+        raise VariantError(f"kv_split={kv_split} was given, but the variant's OnlineNorm has no merge(a, b) to join parts.")
+    return finish_row(norm, values, o, state, leaves)
 
 
 def mask_of(

@@ -116,6 +116,8 @@ class KernelContext:
     norm_rescales: bool
     norm_reverse: bool
     norm_needs_cumsum: bool
+    norm_has_order: bool
+    can_split: bool
     has_lse_mod: bool
     has_output: bool
 

@@ -12,6 +12,7 @@ import torch
 from torch.compiler import is_compiling
 
 from jitgen import ir
+from jitgen.checks import is_traced
 from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.ir import Expr
 from jitgen.symbols import Sym, active, as_operand
@@ -172,7 +173,7 @@ def rope(
              torch.compile the call is one operator.
     Source:  RoFormer (Su et al. 2021).
     """
-    if is_compiling():
+    if is_compiling() and is_traced(q):
         from jitgen.kv_op import call_rope
 
         return call_rope(q, k, positions, (theta, scale, rotary_dim, interleave, llama31), cos_sin, out)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
-from jitgen.checks import check_grad, check_scale
+from jitgen.checks import check_grad, check_scale, is_traced
 from jitgen.errors import InvalidType, PlanMismatch, UnsupportedDevice, VariantError
 from jitgen.looks import looks_of
 from jitgen.program import Program, all_roots, reads_pages, uses_index
@@ -27,7 +27,7 @@ from jitgen.serving_launch import (
     starter_of,
 )
 from jitgen.serving_lists import KVLists, PageTable
-from jitgen.serving_op import call_paged, call_ragged, check_traced
+from jitgen.serving_op import call_paged, call_ragged
 from jitgen.serving_pages import KeyPlace, cache_place, join_latent, latent_parts, latent_place, ragged_place
 from jitgen.serving_plan import Plan, default_scale
 from jitgen.serving_scales import Scale, scale_words
@@ -89,10 +89,16 @@ def paged_attention(
     Cost:    compiles nothing that the plan has not; one launch for each of the plan's kernels, no wait, no allocation but
              for the results. A variant's q_transform is one launch more and a copy of q; so are transforms of keys and values
              where the plan gathers these (see max_kv_tokens of jitgen.Plan). Inside torch.compile the call is one operator,
-             without variant=, out=, lse= and captures.
+             but variant=, out=, lse= and captures break the graph.
     """
-    if is_compiling():
-        check_traced(variant, out, lse, captures)
+    if is_compiling() and is_traced(q):
+        if variant is not None or captures or out is not None or lse is not None:
+            from jitgen.serving_outside import paged_outside
+
+            return paged_outside(
+                q, kv_cache, page_table, plan, variant=variant, scale=scale, kv_layout=kv_layout, k_scale=k_scale,
+                v_scale=v_scale, return_lse=return_lse, out=out, lse=lse, **captures,
+            )  # fmt: skip
         return call_paged(q, kv_cache, page_table, plan, scale, kv_layout, return_lse, k_scale, v_scale)
     if type(plan) is not Plan:
         raise InvalidType(f"plan is a {type(plan).__name__}, expected a jitgen.Plan.")
@@ -155,8 +161,14 @@ def ragged_attention(
     Errors:  as paged_attention; on the CPU LaunchError for lengths that reach past the rows of k and v.
     Cost:    as paged_attention.
     """
-    if is_compiling():
-        check_traced(variant, out, lse, captures)
+    if is_compiling() and is_traced(q):
+        if variant is not None or captures or out is not None or lse is not None:
+            from jitgen.serving_outside import ragged_outside
+
+            return ragged_outside(
+                q, k, v, plan, variant=variant, scale=scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse, out=out,
+                lse=lse, **captures,
+            )  # fmt: skip
         return call_ragged(q, k, v, plan, scale, return_lse, k_scale, v_scale)
     if type(plan) is not Plan:
         raise InvalidType(f"plan is a {type(plan).__name__}, expected a jitgen.Plan.")
@@ -237,7 +249,7 @@ def _recall(
     blocks = blocks_of(plan, call, call.launches, total_q, list_strides_of(plan, lists))
     lists_at, new_out = _addresses_of(plan, lists), maker_of(plan, total_q)
     start = starter_of(plan, call, blocks, lists_at, new_out)
-    if is_compiling():  # Dynamo looks into every function that a call runs outside of a graph
+    if is_dynamo_compiling():  # Dynamo looks into every function that a call runs outside of a graph
         return RecentCall(call, options, looks_of, total_q, plan.version, _NO_TABLE, lists, lists_at, blocks, new_out, start)
     if looks_same is None:
         looks_same = looks_of(tensors)

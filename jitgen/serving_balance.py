@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 NEVER_CUT = 0x7FFFFFFF  # as least_piece: items stay whole
 NOT_FOR_MANY = 0x7FFFFFFF  # as many_items: only items that must not be cut are given out
-PLAN_THREADS = 1024  # more tiles are not sorted
+PLAN_THREADS = 1024  # more tiles are sorted by powers of two
 TAIL_PIECES = 4  # of an item that is given out in pieces, at most
 _HEADER = struct.Struct("@iiI4iI2i6i")
 _TILE = struct.Struct("@8iI3i")
@@ -156,15 +156,15 @@ def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
     if not (shape.many_items and items and (shape.least_piece == NEVER_CUT or items >= shape.many_items * shape.shares)):
         return GivenOut()
     costs = [_cost(tile, shape) for tile in tiles]
-    tail = min(-(-shape.shares * max(costs) // places), shape.groups)
+    tail = min(-(-3 * shape.shares * max(costs) // (2 * places)), shape.groups)
     least = NEVER_CUT if shape.least_piece == NEVER_CUT else 24 if items >= 4 * shape.shares else 48
     found = GivenOut(shape.groups - tail, tail, places, least)
     order = list(reversed(range(len(tiles))))
-    if len(tiles) <= PLAN_THREADS:
-        order.sort(key=lambda i: -_weight(tiles[i], shape))  # stable
+    is_short = len(tiles) <= PLAN_THREADS
+    order.sort(key=lambda i: -(_weight(tiles[i], shape) if is_short else tiles[i].units(shape.unit_keys).bit_length()))
     line = pieces = 0
     for place, i in enumerate(order):
-        wanted = _pieces_wanted(tiles[i], line, found, shape)
+        wanted = _pieces_wanted(tiles[i], line, place * tail, found, shape)
         has_room = (pieces + wanted) * tail <= TAIL_PIECES * shape.shares
         tiles[place] = replace(tiles[place], at=i, at_pieces=wanted if has_room else 1, pieces=pieces)
         line += costs[i]
@@ -173,14 +173,15 @@ def _give_out(tiles: list[PlanTile], places: int, shape: PlanShape) -> GivenOut:
 
 
 def _weight(tile: PlanTile, shape: PlanShape) -> int:
-    """How long a tile takes among others: rows that it lacks count half."""
+    """How long a tile takes among others: rows that it lacks count three quarters."""
     rows = min(tile.q_len * shape.pack - tile.index * shape.tile_rows, shape.tile_rows)
-    return tile.units(shape.unit_keys) * (shape.tile_rows + rows)
+    return tile.units(shape.unit_keys) * (shape.tile_rows + 3 * rows)
 
 
-def _pieces_wanted(tile: PlanTile, line: int, given_out: GivenOut, shape: PlanShape) -> int:
-    units = tile.units(shape.unit_keys)
-    wanted = -(-5 * (units + shape.fixed_cost) * shape.shares // (8 * (given_out.places - line) * given_out.tail_groups))
+def _pieces_wanted(tile: PlanTile, line: int, before: int, given_out: GivenOut, shape: PlanShape) -> int:
+    """Pieces of a tile that is given out after so many items of the last groups, and ``line`` places of each of these."""
+    units, part = tile.units(shape.unit_keys), 8 * (given_out.places - line) * given_out.tail_groups
+    wanted = -(-(8 if 2 * before < shape.shares else 5) * (units + shape.fixed_cost) * shape.shares // part)
     return max(min(wanted, TAIL_PIECES, units // given_out.least_units), 1)
 
 
@@ -266,6 +267,12 @@ def _share_start(line: _Line, shape: PlanShape, length: int, used: int, c: int) 
     start, places = line.starts[k], line.starts[k + 1] - line.starts[k]
     place = start * shape.groups + group * places + (at.line - start) + shape.fixed_cost + unit
     return Share(tile, group, unit, place)
+
+
+def cuts_nothing(header: bytes) -> bool:
+    """Whether the plan that begins with this gives its items out, and all of them whole."""
+    *_, tail_groups, _, _, pieces = _HEADER.unpack_from(header, 0)[:10]
+    return tail_groups > 0 and pieces == 0
 
 
 def read_plan(buffer: bytes, shares: int) -> PlanRecord:

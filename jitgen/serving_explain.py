@@ -32,9 +32,9 @@ def explain(plan: Plan, program: Program, values: list[object], rows: int) -> st
         kind = "parts" if plan.entries.chosen is None else "lists"
         entries = f"in {int((plan.kv_len > 0).sum())} {kind}; "  # type: ignore[operator]
     lines = [f"{total}; {entries}{heads}; split {plan.split}; {plan.device}"]
-    whole = [c.name for c in plan.classes if not (c.name == "decode" and program.norm is not None and program.norm.adds_up)]
-    if program.norm is not None and whole:
-        lines.append(f"{' and '.join(whole)}: requests are not cut, as the states of a norm are not merged")
+    if program.norm is not None and not program.can_split:
+        whole = [c.name for c in plan.classes if not (c.name == "decode" and program.norm.adds_up)]
+        lines += [f"{' and '.join(whole)}: requests are not cut, as the norm has no merge(a, b)"] if whole else []
     for c in plan.classes:
         lines += (_explain_host if c.plan is None else _explain_device)(plan, c, program, values, rows)
     return "\n".join(lines)

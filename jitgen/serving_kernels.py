@@ -136,7 +136,7 @@ def split_number(plan: Plan) -> int:
     """The field ``split``: CUDA kernels do not cut at fixed keys, and a request that is never cut depends on no other."""
     if plan.split == "fixed":
         return max(int(plan.kv_split or 0), 2) if plan.device.type == "cpu" else 0
-    return int(plan.split == "balanced")
+    return int(plan.split == "balanced" and not plan.is_whole)
 
 
 def ask(kernel: runtime.CompiledKernel, name: str, packed: bytes, plan: Plan, result: type = ctypes.c_int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from jitgen import runtime
 from jitgen.checks import check_is_tensor, dtype_name
@@ -28,7 +28,8 @@ def merge_states(
 ) -> tuple[Tensor, Tensor]:
     """Attention over all keys from attention over each of several parts of them.
 
-    A part that saw no key has logsumexp -inf and is left out, whatever its output holds.
+    A part that saw no key has logsumexp -inf and is left out, whatever its output holds. For softmax only: parts of a row under
+    a jitgen.OnlineNorm are joined by its own merge, in plans (``split``, ``levels``).
 
     Shapes:  outs [rows, states, heads, head_dim_v]; lses [rows, states, heads] float32; or both lists of states, without that
              axis; returns [rows, heads, head_dim_v] in outs's dtype and [rows, heads] float32.
@@ -96,7 +97,7 @@ def _check(outs: Tensor, lses: Tensor, base: str | int, rank: int) -> None:
 def _has_kernel(outs: Tensor, lses: Tensor) -> bool:
     """Whether the kernel takes these states: 16 bits on a GPU, and nobody who traces or wants gradients."""
     is_plain = type(outs) is Tensor and type(lses) is Tensor and outs.is_cuda and lses.device == outs.device
-    if not is_plain or is_compiling() or (torch.is_grad_enabled() and (outs.requires_grad or lses.requires_grad)):
+    if not is_plain or is_dynamo_compiling() or (torch.is_grad_enabled() and (outs.requires_grad or lses.requires_grad)):
         return False
     dim = outs.shape[-1]
     return outs.dtype in (torch.bfloat16, torch.float16) and outs.stride(-1) == 1 and dim % LANES == 0 and dim <= MAX_HEAD_DIM

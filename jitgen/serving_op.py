@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jitgen.errors import VariantError
-
 if TYPE_CHECKING:
     from jitgen.serving_lists import PageTable
     from jitgen.serving_plan import Plan
@@ -173,12 +171,3 @@ def call_ragged(
     """The operator as traced code calls it."""
     out, lse = ragged_op(q, k, v, plan.handle, plan.head_dim_v, scale, want_lse, *_divided(k_scale, v_scale))
     return (out, lse) if want_lse else out
-
-
-def check_traced(variant: object, out: object, lse: object, captures: dict[str, object]) -> None:
-    """What a graph cannot carry."""
-    if variant is not None or captures or out is not None or lse is not None:
-        raise VariantError(
-            "inside torch.compile a serving call uses the variant of its plan and allocates its results: variant=, out=, lse= "
-            "and captures by name are not taken there. Give captures to plan.update, and make a plan for each variant."
-        )

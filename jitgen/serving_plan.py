@@ -9,6 +9,7 @@ import torch
 
 from jitgen.checks import as_int32, plain_int
 from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, VariantError
+from jitgen.graphs import between_graphs
 from jitgen.ir import TRUE, to_text, walk
 from jitgen.program import Program, uses_index
 from jitgen.serving_cascade import Cascade
@@ -54,7 +55,8 @@ class Plan:
     split         'balanced': long requests are cut along their keys so that all CTAs are busy equally long. 'fixed': cut at
                   multiples of ``kv_split`` keys, so a request's result does not depend on what else is in the batch, bit by
                   bit. On a GPU requests of more rows than the decode kernel takes (32, counted once for each query head of a
-                  KV head) stay whole, as do all without ``max_kv_len``. 'none': never cut
+                  KV head) stay whole, as do all without ``max_kv_len``. 'none': never cut.
+                  Requests under a jitgen.OnlineNorm are cut if it has merge
     levels        most levels of the cascades that ``update`` is given in the place of lengths; 1: requests share no keys. The
                   plan then holds the states of max_tokens rows at every level
     selection     'even' or 'uneven': ``update`` is given a jitgen.Selection in the place of lengths; max_batch and max_q_len
@@ -125,6 +127,7 @@ class Plan:
         self.q_indptr: Tensor | None = None
         self.kv_len: Tensor | None = None
         self.kv_start: Tensor | None = None
+        self.is_whole = False  # nothing was cut, and nothing is to be merged
         self.request_lengths: Any = (None, None)  # q_indptr and kv_len of requests, where entries are parts of them
         self._program, self._values = self.trace()
         self.segments = make_segments(self, self._program)
@@ -185,6 +188,7 @@ class Plan:
                 raise VariantError(f"{error} Nor has the call an option of that name.") from None
         return variant.resolve()
 
+    @between_graphs
     def update(
         self,
         q_indptr: Tensor | Cascade | ChosenKeys,
@@ -220,9 +224,10 @@ class Plan:
         self.lengths = (self.q_indptr.data_ptr(), self.kv_len.data_ptr())  # type: ignore[union-attr]
         self.version, self.checked_values = self.version + 1, []
         if program is not self._program:
+            self._match_norm(program)
             self._choose_kernels(program, values)
-            self.calls.clear()
-            self.recent = None
+        if program is not self._program or self.is_whole:
+            self.forget_calls()
         self._program, self._values = program, values
         check_captures(self, program, values)
         if self.stage is not None:
@@ -230,6 +235,12 @@ class Plan:
         for c in self.classes:
             c.launch_planner(self, program, values)
         return self
+
+    def forget_calls(self, *, is_whole: bool = False) -> None:
+        """Calls are prepared anew. ``is_whole``: the planner has cut no request of the last update, so they merge nothing."""
+        self.is_whole = is_whole
+        self.calls.clear()
+        self.recent = None
 
     def _take_lengths(self, q_indptr: Tensor, kv_len: Tensor | None, kv_indptr: Tensor | None) -> None:
         """Lengths of whole requests, cut here where ``split`` says so."""
@@ -346,15 +357,9 @@ class Plan:
     def match_mask(self, program: Program) -> tuple[tuple[int, int], ...]:
         """Pairs of slots, the plan's and ``program``'s, that hold what the mask reads.
 
-        Errors:  PlanMismatch if the masks are not the same expression, or only one of the two replaces softmax.
+        Errors:  PlanMismatch if the masks are not the same expression, or requests are cut differently.
         """
-        if (program.norm is None) != (self._program.norm is None):
-            kinds = ("softmax", "a softmax replacement")
-            has, planned = kinds if program.norm is None else kinds[::-1]
-            raise PlanMismatch(
-                f"the variant has {has}, the plan was made for one that has {planned}: requests are cut for softmax only. "
-                "Make a plan with variant= for each."
-            )
+        self._match_norm(program)
         (own, own_slots), (other, other_slots) = mask_signature(self._program), mask_signature(program)
         if own != other:
             raise PlanMismatch(
@@ -362,6 +367,21 @@ class Plan:
                 f"({own or 'no mask'}, the call has {other or 'no mask'}). Make a plan with variant= for every mask."
             )
         return tuple(zip(own_slots, other_slots, strict=True))
+
+    def _match_norm(self, program: Program) -> None:
+        """Requests are cut, and their parts joined, as the plan was made for."""
+        if (program.norm is None) != (self._program.norm is None):
+            kinds = ("softmax", "a softmax replacement")
+            has, planned = kinds if program.norm is None else kinds[::-1]
+            raise PlanMismatch(
+                f"the variant has {has}, the plan was made for one that has {planned}: their parts are joined differently. "
+                "Make a plan with variant= for each."
+            )
+        if program.norm is not None and program.norm.division != self._program.norm.division:  # type: ignore[union-attr]
+            raise PlanMismatch(
+                "the variant replaces softmax by another OnlineNorm than the plan's, and the two are not cut alike: they "
+                "differ in merge(a, b), order or the number of values of the state. Make a plan with variant= for each."
+            )
 
     def check_values(self, pairs: tuple[tuple[int, int], ...], program: Program, values: list[object]) -> None:
         """What the mask of a call reads is what ``update`` saw: the planner has looked for visible keys with it."""

@@ -55,10 +55,11 @@ class Beside:
 class Segments(Entries):
     """The tables of a plan with ``levels`` segments for a row at most, and the memory of their states.
 
-    ``cut_rows``: rows that have segments at levels other than the first, if not all may.
+    ``cut_rows``: rows that have segments at levels other than the first, if not all may. ``values``: numbers of a state
+    besides its output.
     """
 
-    def __init__(self, plan: Plan, levels: int, cut_rows: int | None = None) -> None:
+    def __init__(self, plan: Plan, levels: int, cut_rows: int | None = None, values: int = 1) -> None:
         super().__init__(plan, levels * (plan.max_batch + 1))
         rows, device = plan.max_tokens, plan.device
         self.levels = levels
@@ -77,7 +78,7 @@ class Segments(Entries):
         # by request
         self.request_q_indptr, self.request_kv_len = self.ints(plan.max_batch + 1), self.ints(plan.max_batch)
         self.states = torch.empty(self.state_rows, plan.num_q_heads, plan.head_dim_v, dtype=torch.float32, device=device)
-        self.state_lse = torch.empty(self.state_rows, plan.num_q_heads, dtype=torch.float32, device=device)
+        self.state_lse = torch.empty(self.state_rows, plan.num_q_heads, values, dtype=torch.float32, device=device)
         self.named |= {"entry_row": self.q_indptr, "kv_base": self.kv_base}
         self.beside = Beside(device) if plan.levels > 1 and device.type == "cuda" else None
 
@@ -168,18 +169,23 @@ def cuts_itself(device: torch.device) -> bool:
 def make_segments(plan: Plan, program: Program) -> Segments | None:
     """The segments of a plan, None for one that takes requests whole."""
     if plan.levels > 1:
-        if program.norm is not None:
+        if not program.can_split:
             raise VariantError(
-                "the variant replaces softmax, and the states of a norm cannot be merged, as levels= needs. Make the plan "
-                "without levels, with page lists that have the shared pages in front."
+                "the variant replaces softmax by an OnlineNorm without merge(a, b), which levels= needs to join the parts of a "
+                "row. Give it one, or make the plan without levels, with page lists that begin with shared pages."
             )
-        return Segments(plan, plan.levels)
-    if plan.split != "fixed" or plan.max_kv_len is None or program.norm is not None or cuts_itself(plan.device):
+        return Segments(plan, plan.levels, values=_state_values(program))
+    if plan.split != "fixed" or plan.max_kv_len is None or not program.can_split or cuts_itself(plan.device):
         return None
     levels = -(-plan.max_kv_len // int(plan.kv_split or 1))
     if levels < 2:
         return None
-    return Segments(plan, levels, min(plan.max_tokens, plan.max_batch * plan.cut_len))
+    return Segments(plan, levels, min(plan.max_tokens, plan.max_batch * plan.cut_len), _state_values(program))
+
+
+def _state_values(program: Program) -> int:
+    """Numbers of a state besides its output: the logsumexp, or those of a norm."""
+    return 1 if program.norm is None else len(program.norm.state_names)
 
 
 def check_cascade(cascade: Cascade) -> None:

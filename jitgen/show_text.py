@@ -86,6 +86,7 @@ def norm_roots(norm: NormProgram) -> list[tuple[str, Expr | None]]:
         *((f"next {name}", root) for name, root in states),
         ("finalize", norm.finalize),
         ("norm lse", norm.lse),
+        *zip((*(f"merged {name}" for name in norm.state_names), "scale of a", "scale of b"), norm.merge, strict=False),
     ]
 
 
@@ -161,11 +162,20 @@ def print_report(report: Report) -> None:
         starts = zip(program.norm.state_names, program.norm.state_init, strict=True)
         state = ", ".join(f"{name} from {start:g}" for name, start in starts)
         print(field("state", f"{state or 'none'}; keys in {program.norm.order} order"))
+        print(field("plans", plans_text(program.norm)))
     if program.slots:
         rows = [(s.name, capture_text(s, v)) for s, v in zip(program.slots, values, strict=True)]
         print_section("captured: launch arguments, a new value compiles nothing", rows)
     print_section("kernel", kernel_rows(report.kernel) + input_rows(report))
     print_tiles(program, report.sizes, report.tiling)
+
+
+def plans_text(norm: NormProgram) -> str:
+    """Whether plans cut long requests along their keys for a norm, and why not."""
+    if norm.merges:
+        return "cut long requests along their keys"
+    but = ", except in decode on a GPU, where parts are added: it has no state and no factor" if norm.adds_up else ""
+    return f"do not cut requests along their keys, as it has no merge(a, b){but}"
 
 
 def print_section(title: str, rows: list[tuple[str, str]]) -> None:

@@ -16,6 +16,7 @@ MAX_RING_BYTES = 144 * 1024
 MERGE_COLUMNS = 8
 SCALE_BYTES = 128  # of a stage
 CONTROL_BYTES = 320  # of a warp: softmax of the columns, or a norm's state of up to six values; barriers
+BARRIER_BYTES = 64  # of a warp, of these
 
 
 def decode_tiles(
@@ -30,13 +31,22 @@ def decode_tiles(
     shared = SHARED_KIB.get(target.compute_capability, min(SHARED_KIB.values())) * 1024
     for warps, stages in SHAPES:
         ring = warps * stages * UNIT_KEYS * (head_dim + head_dim_v) * stored_bytes
-        heads = warps // 2 if program.norm is None else warps  # of a CTA: see kMaxHeads
+        heads = warps // 2 if program.can_split else warps  # of a CTA: see kMaxHeads
         queries = 2 * stages + 2 if is_ahead else 1
-        rest = heads * queries * columns * head_dim * 2 + warps * MERGE_COLUMNS * (head_dim_v + 4) * 4 + warps * CONTROL_BYTES
+        rest = heads * queries * columns * head_dim * 2 + warps * MERGE_COLUMNS * (head_dim_v + 4) * 4
+        rest += warps * _control_bytes(program)
         rest += warps * stages * SCALE_BYTES if stored_bytes == 1 else 0
         if ring <= MAX_RING_BYTES and ring + rest <= shared:
             return Tiles(columns, UNIT_KEYS, warps, stages)
     raise AssertionError(f"no tile for head_dim {head_dim} in {shared} bytes")
+
+
+def _control_bytes(program: Program) -> int:
+    """Shared memory of a warp besides its units and O; a norm with merge keeps the states of finished columns too."""
+    if not (program.norm and program.norm.merges):
+        return CONTROL_BYTES
+    state_bytes = max(8, -(-len(program.norm.state_names) // 2) * 8)
+    return max(CONTROL_BYTES, 2 * MERGE_COLUMNS * state_bytes + BARRIER_BYTES)
 
 
 def decode_columns(head_dim_v: int, rows: int) -> int:

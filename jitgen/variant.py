@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from jitgen.errors import VariantError
 from jitgen.hooks import Trace, trace_hooks
@@ -85,6 +86,8 @@ class Variant:
             given, own_q_index = hooks_of(definition)
             q_index = q_index or own_q_index
         self._set(given, {}, q_index)
+        if is_dynamo_compiling():  # Dynamo runs this: the call that is given the variant traces it
+            return
         try:
             self.trace()
         except NameError:
@@ -107,9 +110,19 @@ class Variant:
         if isinstance(definition, cls):
             return definition
         hooks, q_index = hooks_of(definition)
+        return cls.made_of(hooks, {}, q_index)
+
+    @classmethod
+    def made_of(cls, hooks: tuple[Any, ...], bound: Mapping[str, object], q_index: str | None) -> Variant:
+        """The variant of hooks in the order of HOOKS, which are traced when it is first used."""
         self = cls.__new__(cls)
-        self._set(hooks, {}, q_index)
+        self._set(hooks, bound, q_index)
         return self
+
+    @property
+    def parts(self) -> tuple[tuple[Any, ...], Mapping[str, object]]:
+        """Hooks in the order of HOOKS, and bound values."""
+        return self._hooks, self._bound
 
     def __getattr__(self, name: str) -> Any:
         if name in POSITIONAL:
@@ -138,8 +151,7 @@ class Variant:
 
         Errors:  VariantError if no hook captures a value of that name.
         """
-        new = Variant.__new__(Variant)
-        new._set(self._hooks, {**self._bound, **values}, self.q_index)
+        new = Variant.made_of(self._hooks, {**self._bound, **values}, self.q_index)
         names = _find(new._hooks, new._bound)[0].names
         unknown = [name for name in values if name not in names]
         if unknown:
@@ -270,6 +282,11 @@ _latest: dict[tuple[object, ...], Trace] = {}  # of raw hooks, the last that hel
 _NOTHING: Mapping[str, object] = {}
 _NO_OTHERS = (None,) * (len(HOOKS) - 3)
 _FUNCTION = types.FunctionType
+
+
+def trace_of(hooks: tuple[Any, ...], bound: Mapping[str, object]) -> Trace:
+    """The trace that holds for hooks in the order of HOOKS."""
+    return _find(hooks, bound)[0]
 
 
 def _find(hooks: tuple[Any, ...], bound: Mapping[str, object]) -> tuple[Trace, list[object]]:

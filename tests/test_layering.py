@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "errors": ["errors", "records"],
     "machine": ["env", "paths", "memo", "progress", "events", "toolchain", "target"],
-    "expressions": ["ir", "ir_ops", "arith", "location", "guards", "program", "evaluate"],
+    "expressions": ["ir", "ir_ops", "arith", "location", "guards", "program", "evaluate", "norm_parts"],
     "language": [
         "symbols",
         "gather",
@@ -22,6 +22,7 @@ LAYERS = {
         "proxies",
         "captures",
         "norms",
+        "norm_hooks",
         "rows",
         "row_hooks",
         "masks",
@@ -36,7 +37,7 @@ LAYERS = {
     "building": ["host_part", "loader", "build"],
     "calls": [
         "checks", "looks", "runtime", "streams", "recall", "fp8", "layouts", "dense", "api", "reference", "mask_tiles", "flex",
-        "op", "block_*", "serving*", "sampling*", "rotary", "kv_*",
+        "op", "recipes", "lifting", "graph*", "block_*", "serving*", "sampling*", "rotary", "kv_*",
     ],
     "compat": ["compat*"],
     "tools": ["bench*", "show*", "doctor*", "demo", "prebuild*", "cli*", "__main__"],

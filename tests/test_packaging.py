@@ -125,6 +125,21 @@ def test_installation_brings_the_command(installation, tmp_path):
     assert checked([str(installation.python.with_name("jitgen")), "--version"], tmp_path).startswith("jitgen ")
 
 
+@pytest.mark.parametrize("program", ["import jitgen\ntry: from jitgen import cache\nexcept ImportError as e: print(e)", "demo"])
+def test_checkout_that_is_not_installed_says_so(program, tmp_path):
+    """As where jitgen is installed, and Python is started in the folder it was installed from."""
+    shutil.copytree(ROOT / "jitgen", tmp_path / "jitgen", ignore=shutil.ignore_patterns("__pycache__"))
+    # without .pth files, of which an editable installation consists
+    path = os.pathsep.join([str(tmp_path), *(p for p in sys.path if p.endswith("site-packages"))])
+    call = ["-m", "jitgen", program] if program == "demo" else ["-c", program]
+    done = subprocess.run(
+        [sys.executable, "-S", *call], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    said = f"the checkout {tmp_path}, which is not installed in place. Run 'pip install -e .'"
+    assert said in done.stdout + done.stderr, done.stderr
+
+
+
 @needs_pip
 def test_wheel_holds_every_module_template_and_header(wheel):
     wanted = {

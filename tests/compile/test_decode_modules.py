@@ -10,7 +10,7 @@ import pytest
 import torch
 from compiling import compile_source
 from disassembly import disassemble
-from norm_cases import StickBreaking
+from norm_cases import MERGED, StickBreaking
 
 import jitgen
 from jitgen import toolchain
@@ -63,6 +63,14 @@ def stick_breaking() -> jitgen.Variant:
     return jitgen.Variant(mask_mod=causal, softmax=StickBreaking)
 
 
+def merged_softmax() -> jitgen.Variant:
+    return jitgen.Variant(mask_mod=causal, softmax=MERGED["softmax"])
+
+
+def merged_stick_breaking() -> jitgen.Variant:
+    return jitgen.Variant(mask_mod=causal, softmax=MERGED["stick_breaking"])
+
+
 def rotated() -> jitgen.Variant:
     rope = jitgen.Rope()
     return jitgen.Variant(mask_mod=causal, k_transform=lambda k, b, h, pos: rope(k, pos))
@@ -106,6 +114,10 @@ MODULES = [
     (plain, "bfloat16", (256, 256), 8, "ragged", "9.0a", ""),
     (alibi_window, "bfloat16", (64, 64), 32, "paged", "8.9", ""),
     (stick_breaking, "bfloat16", (64, 64), 8, "paged", "9.0a", ""),
+    (merged_softmax, "bfloat16", (128, 128), 8, "paged", "9.0a", ""),
+    (merged_softmax, "float16", (256, 256), 8, "ragged", "8.0", ""),
+    (merged_stick_breaking, "bfloat16", (128, 128), 8, "paged", "9.0a", ""),
+    (merged_stick_breaking, "bfloat16", (128, 128), 8, "paged", "9.0a", "int8"),
     (plain, "bfloat16", (192, 128), 16, "paged", "9.0a", ""),
     (plain, "bfloat16", (96, 96), 8, "ragged", "9.0a", ""),
     (plain, "bfloat16", (128, 128), 8, "paged", "9.0a", "float8_e4m3fn"),
@@ -173,7 +185,7 @@ def test_module_has_no_copy_to_a_sum_with_a_uniform_register(module):
 
 @pytest.mark.parametrize("arch", ["8.0", "8.6", "9.0a", "10.0", "12.0", "13.0"])
 @pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)], ids=str)
-@pytest.mark.parametrize("make", [plain, stick_breaking])
+@pytest.mark.parametrize("make", [plain, stick_breaking, merged_softmax, merged_stick_breaking])
 def test_every_architecture_has_a_tile(arch, dims, make):
     for rows in (1, 8, 9, 17, 32, 100):
         for stored_bytes in (1, 2):

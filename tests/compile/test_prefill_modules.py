@@ -9,7 +9,7 @@ import pytest
 import torch
 from compiling import code_for, compile_source
 from disassembly import disassemble
-from norm_cases import Sigmoid
+from norm_cases import MERGED, Sigmoid
 
 import jitgen
 from jitgen import toolchain
@@ -86,6 +86,10 @@ def evicted() -> jitgen.Variant:
     return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx, *, kv_slot: (kv_idx <= q_idx) & kept[kv_slot])
 
 
+def merged_softmax() -> jitgen.Variant:
+    return jitgen.Variant(mask_mod=causal, softmax=MERGED["softmax"])
+
+
 MODULES = [
     ("sm80", "paged", causal_only, "bfloat16", 64, 64),
     ("sm80", "paged", causal_only, "bfloat16", 128, 128),
@@ -99,6 +103,7 @@ MODULES = [
     ("sm80", "paged", window_per_head, "bfloat16", 128, 128),
     ("sm80", "paged", sigmoid, "bfloat16", 128, 128),
     ("sm80", "paged", slot_scales, "bfloat16", 128, 128),
+    ("sm80", "paged", merged_softmax, "bfloat16", 128, 128),
     ("sm90", "paged", plain, "bfloat16", 128, 128),
     ("sm90", "paged", plain, "float16", 256, 256),
     ("sm90", "paged", causal_only, "bfloat16", 64, 64),
@@ -114,6 +119,7 @@ MODULES = [
     ("sm90", "paged", sigmoid, "bfloat16", 128, 128),
     ("sm90", "paged", evicted, "bfloat16", 128, 128),
     ("sm90", "ragged", slot_scales, "float16", 64, 64),  # whose keys are copies, without pages
+    ("sm90", "paged", merged_softmax, "bfloat16", 128, 128),
 ]
 
 
@@ -160,7 +166,7 @@ def test_attention_spills_no_more_than_its_head_dim_allows(module):
 
 
 def test_planner_and_merge_spill_nothing(module):
-    kernels = ["plan_kernel"] + ([] if module.spec.program.norm else ["merge_kernel"])
+    kernels = ["plan_kernel"] + (["merge_kernel"] if module.spec.program.can_split else [])
     for kernel in kernels:
         found = module.spills(kernel)
         assert len(found) == len(module.archs), module.output

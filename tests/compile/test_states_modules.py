@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from compiling import compile_source
+from norm_cases import MERGED
 
 import jitgen
 from jitgen import toolchain
@@ -41,6 +42,10 @@ def causal() -> jitgen.Variant:
     return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: kv_idx <= q_idx)
 
 
+def stick_breaking() -> jitgen.Variant:
+    return jitgen.Variant(softmax=MERGED["stick_breaking"])
+
+
 def finished() -> jitgen.Variant:
     gate = torch.zeros(32)
     by_row = torch.zeros(4096, 32)
@@ -58,6 +63,9 @@ MODULES = [
     ("sm80", plain, 128, "paged_states"),
     ("decode", plain, 128, "paged_states"),
     ("decode", alibi, 64, "ragged_states"),
+    ("sm90", stick_breaking, 128, "paged_states"),
+    ("decode", stick_breaking, 128, "paged_states"),
+    ("merge", stick_breaking, 128, "states"),
     ("sm90", alibi, 128, "paged_chosen"),
     ("sm90", plain, 128, "paged_chosen"),
     ("sm90", causal, 128, "paged_chosen"),

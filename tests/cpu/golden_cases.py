@@ -52,6 +52,42 @@ class StickBreaking(jitgen.OnlineNorm):
         return st["carry"]
 
 
+class MergedSigmoid(Sigmoid):
+    """Parts are added."""
+
+    def merge(self, a, b):
+        return {}, 1.0, 1.0
+
+
+class MergedStickBreaking(StickBreaking):
+    """What the keys of a left over is shared by those of b."""
+
+    def merge(self, a, b):
+        return {"carry": a["carry"] + b["carry"]}, 1.0, torch.exp(a["carry"])
+
+
+class MergedSoftmax(jitgen.OnlineNorm):
+    """Softmax without care for rows without keys."""
+
+    state = {"largest": -1e30, "total": 0.0}  # noqa: RUF012
+
+    def update(self, s, st):
+        largest = torch.maximum(st["largest"], jitgen.row_max(s))
+        weight, factor = torch.exp(s - largest), torch.exp(st["largest"] - largest)
+        return weight, factor, {"largest": largest, "total": st["total"] * factor + jitgen.row_sum(weight)}
+
+    def finalize(self, o, st):
+        return o / st["total"]
+
+    def lse(self, st):
+        return torch.log(st["total"]) + st["largest"]
+
+    def merge(self, a, b):
+        largest = torch.maximum(a["largest"], b["largest"])
+        of_a, of_b = torch.exp(a["largest"] - largest), torch.exp(b["largest"] - largest)
+        return {"largest": largest, "total": a["total"] * of_a + b["total"] * of_b}, of_a, of_b
+
+
 def causal(b, h, q_idx, kv_idx):
     return kv_idx <= q_idx
 
@@ -107,6 +143,18 @@ def alibi_pruned_sigmoid() -> jitgen.Variant:
 
 def stick_breaking() -> jitgen.Variant:
     return jitgen.Variant(mask_mod=causal, softmax=StickBreaking)
+
+
+def merged_softmax() -> jitgen.Variant:
+    return jitgen.Variant(mask_mod=causal, softmax=MergedSoftmax)
+
+
+def merged_stick_breaking() -> jitgen.Variant:
+    return jitgen.Variant(mask_mod=causal, softmax=MergedStickBreaking)
+
+
+def merged_sigmoid() -> jitgen.Variant:
+    return jitgen.Variant(softmax=MergedSigmoid)
 
 
 def segments() -> jitgen.Variant:
@@ -326,6 +374,13 @@ CASES: dict[str, Case] = {
     "plain__cpu_ragged_stored__float32": Case(plain, "cpu", "float32", (64, 64), "ragged", "int8"),
     "window__decode_stored__float16": Case(window, "decode", "float16", (64, 64), "ragged", "float8_e5m2"),
     "sigmoid__decode_stored__bfloat16": Case(sigmoid, "decode", "bfloat16", (128, 128), "paged", "int8"),
+    "merged_softmax__cpu_states__float32": Case(merged_softmax, "cpu", "float32", (64, 64), "paged_states"),
+    "merged_softmax__merge_cpu__float32": Case(merged_softmax, "merge_cpu", "float32", (64, 64), "states"),
+    "merged_stick_breaking__merge__bfloat16": Case(merged_stick_breaking, "merge", "bfloat16", (128, 128), "states"),
+    "merged_stick_breaking__decode__bfloat16": Case(merged_stick_breaking, "decode", "bfloat16", (128, 128), "paged"),
+    "merged_softmax__decode_states__bfloat16": Case(merged_softmax, "decode", "bfloat16", (128, 128), "paged_states"),
+    "merged_sigmoid__sm80_ragged__float16": Case(merged_sigmoid, "sm80", "float16", (64, 64), "ragged"),
+    "merged_softmax__sm90_states__bfloat16": Case(merged_softmax, "sm90", "bfloat16", (128, 128), "paged_states"),
     "plain__mla__bfloat16": Case(plain, "mla", "bfloat16", (576, 512), "paged"),
     "window__mla__bfloat16": Case(window, "mla", "bfloat16", (576, 512), "paged"),
     "plain__sm80_mla__float16": Case(plain, "sm80_mla", "float16", (576, 512), "paged"),

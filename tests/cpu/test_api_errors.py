@@ -86,6 +86,10 @@ def test_attention_refuses_nested_tensors():
         nested = torch.nested.nested_tensor([q[0], q[0, :, :3]])
     with pytest.raises(errors.ShapeMismatch, match=r"q is a nested tensor.*jitgen\.ragged_attention"):
         jitgen.attention(nested, k, v)
+    for _ in range(3):  # like a call that is known by now, whose one tensor stood for three
+        jitgen.attention(q, q, q)
+    with pytest.raises(errors.ShapeMismatch, match="q is a nested tensor"):
+        jitgen.attention(nested, q, q)
 
 
 def test_a_sign_that_is_not_in_memory_yet_is_seen():

@@ -215,3 +215,23 @@ def test_two_builds_without_locks_end_with_one_entry(store: Path, monkeypatch: p
     assert module.is_file() and inner.num_builds == 1
     assert len([path for path in store.iterdir() if path.name.startswith("cpu-")]) == 1
     assert list((store / "tmp").iterdir()) == []
+
+
+LIMITED = """
+import resource, sys
+from fake_builder import FakeBuilder, FakeSource, request
+from jitgen.cache import get_module
+from jitgen.errors import CacheError
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    get_module(request(FakeSource("x" * 2000)), FakeBuilder())
+except CacheError as error:
+    print(error)
+"""
+
+
+def test_kernel_that_can_be_kept_nowhere_is_a_cache_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITGEN_CACHE_DIR", str(tmp_path / "store"))
+    done = subprocess.run([sys.executable, "-c", LIMITED], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert "can be kept nowhere: File too large" in done.stdout and "ulimit -f" in done.stdout, done.stderr

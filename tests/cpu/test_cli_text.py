@@ -36,6 +36,11 @@ def test_duration_is_read_by_a_human(seconds, text):
     assert cli_text.duration_text(seconds) == text
 
 
+def test_age_of_what_a_wrong_clock_built():
+    assert cli_text.age_text(0.5) == "500 ms"
+    assert cli_text.age_text(-1e8) == "in the future"
+
+
 def test_no_colour_where_output_is_not_a_terminal(monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
     assert cli_text.paint("kernel", "bold") == "kernel"

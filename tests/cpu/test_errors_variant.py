@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import jitgen
-from jitgen.errors import UnsupportedVariant
+from jitgen.errors import UnsupportedVariant, VariantError
 
 TABLE = torch.zeros(8, 8)
 LONG_ROW = torch.zeros(300)
@@ -279,3 +279,26 @@ def test_assert_on_an_index_is_refused():
     ) as raised:
         jitgen.Variant(mask_mod=scope["mask"])
     assert (raised.value.file, raised.value.line) == ("user.py", 2)
+
+
+class OfOneLogit(jitgen.OnlineNorm):
+    """Takes the maximum of a logit for that of the row."""
+
+    state = {"m": -float("inf")}  # noqa: RUF012
+
+    def update(self, score, state):
+        m = torch.maximum(state["m"], score.max())
+        return torch.exp(score - m), torch.exp(state["m"] - m), {"m": m}
+
+
+class SumOfOneLogit(jitgen.OnlineNorm):
+    state = {"s": 0.0}  # noqa: RUF012
+
+    def update(self, score, state):
+        return score, 1.0, {"s": state["s"] + score.sum()}
+
+
+@pytest.mark.parametrize("norm, what", [(OfOneLogit, "factor"), (SumOfOneLogit, "state 's'")])
+def test_norm_whose_state_differs_from_key_to_key_is_refused(norm, what):
+    with pytest.raises(VariantError, match=f"the norm's {what} differs from key to key.*jitgen.row_max or jitgen.row_sum"):
+        jitgen.Variant(softmax=norm)

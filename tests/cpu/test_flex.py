@@ -166,12 +166,14 @@ def test_compiled_module_holds_one_operator_and_sees_changed_captures(dynamic):
 
 
 def test_operator_passes_torchs_own_checks():
-    from jitgen.op import flex_attention_op, register_hooks
+    from jitgen.op import attention_op, register
+    from jitgen.recipes import constant
 
     q, k, v = inputs()
+    handle = register({"score_mod": constant(None), "mask_mod": constant(causal)})
     for want_lse in (False, True):
-        arguments = (q, k, v, register_hooks(None, causal), 0.1, want_lse, None)
-        torch.library.opcheck(flex_attention_op, arguments, test_utils=("test_schema", "test_faketensor"))
+        arguments = (q, k, v, [], [], handle, "flex", 0.1, want_lse, None, None)
+        torch.library.opcheck(attention_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compiled_call_matches_the_layout_of_the_fake_kernel():

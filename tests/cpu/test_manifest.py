@@ -34,11 +34,12 @@ def test_what_is_written_is_read_as_it_was(values: list) -> None:
         ("[kernel]\nvariant = 'causal'\n", r"write \[\[kernel\]\]"),
         ("[[kernels]]\n", "has 'kernels'"),
         ("[[kernel]]\ndtype = 'float32'\n", "1 has no variant"),
-        ("[[kernel]]\nvariant = ['causal']\n", "1 has no variant"),
+        ("[[kernel]]\nvariant = ['causal', 3]\n", r"1 has the variant \['causal', 3\]\. Write variant = .*, or a list"),
+        ("[[kernel]]\nvariant = []\n", "1 has the variant \\[\\]"),
         ("[[kernel]]\nvariant = 'causal'\nhead_dim = 64\n", "1 has no dtype"),
         ("[[kernel]]\nvariant = 'causal'\nheaddim = 64\n", "1 has 'headdim'. Options are variant, dtype"),
     ],
-    ids=["syntax", "brackets", "table", "variant", "list", "dtype", "option"],
+    ids=["syntax", "brackets", "table", "variant", "list", "empty", "dtype", "option"],
 )
 def test_wrong_manifest_is_refused_with_its_place(text: str, message: str) -> None:
     with pytest.raises(ManifestError, match=f"m.toml.*{message}"):

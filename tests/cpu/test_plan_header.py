@@ -64,7 +64,8 @@ extern "C" int make_shares(const int* q_len, const int* kv_len, int batch, const
     header.least_units = jg::least_units_of(items, *shape);
     for (int place = 0; place < num_tiles; ++place) {
       const unsigned rest = (places - line) * header.tail_groups;
-      const int at = order[place], wanted = jg::pieces_wanted(cost(tiles[at]), rest, header.least_units, *shape);
+      const int at = order[place], before = place * header.tail_groups;
+      const int wanted = jg::pieces_wanted(cost(tiles[at]), rest, before, header.least_units, *shape);
       order[place] = jg::pieces_given(wanted, pieces, header, *shape);
       line += cost(tiles[at]) + shape->fixed_cost;
       pieces += wanted > 1 ? wanted : 0;

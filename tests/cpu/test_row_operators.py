@@ -7,6 +7,7 @@ import torch
 
 import jitgen
 from jitgen import kv_op
+from jitgen.recipes import constant
 
 rope, weight = jitgen.Rope(theta=5e5), torch.linspace(0.5, 1.5, 32)
 
@@ -60,6 +61,28 @@ def test_rope_in_place_by_requests_and_by_a_table():
     assert torch.equal(q, others[0]) and torch.equal(k, others[1])
 
 
+@pytest.mark.parametrize("transform_from", ["closure", "argument"])
+def test_append_whose_transform_the_model_makes_or_is_given(transform_from):
+    k, v, slots = rows(5, 2, 32), rows(5, 2, 32), torch.tensor([3, 0, 17, -1, 30])
+
+    def transform_of(bias):
+        return lambda k, v, b, kv_h, pos: (rope(k + bias[kv_h], pos), v * weight)
+
+    def model(kv, k, v, bias, given):
+        transform = transform_of(bias) if given is None else given
+        jitgen.append(kv, k + 1, v, slot_mapping=slots, positions=torch.arange(5), transform=transform)
+        return kv.sum()
+
+    run = compiled(model)
+    for factor in (1, 2, 3):  # a function of the same code captures another tensor
+        bias = rows(2, 32) * factor
+        given = transform_of(bias) if transform_from == "argument" else None
+        want, got = torch.zeros(4, 2, 8, 2, 32), torch.zeros(4, 2, 8, 2, 32)
+        model(want, k, v, bias, given)
+        run(got, k, v, bias, given)
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("form", ["positions", "lengths", "slots"])
 def test_append(form, joined):
@@ -108,6 +131,6 @@ def test_operators_keep_the_rules_of_torch():
     torch.library.opcheck(kv_op.rope_out_op, (q, k, q.clone(), k.clone(), *rest), test_utils=tests)
     caches = torch.zeros(1, 8, 1, 32), torch.zeros(1, 8, 1, 32)
     indices = [torch.arange(5), None, None, None, torch.arange(5)]
-    handle = kv_op.register_transform(rotate_and_weigh)
-    arguments = (*caches, k, k, None, None, indices, handle, None, None, [], "NHD")
+    handle = kv_op.register({"transform": constant(rotate_and_weigh)})
+    arguments = (*caches, k, k, None, None, indices, [], [], handle, None, None, [], "NHD")
     torch.library.opcheck(kv_op.append_op, arguments, test_utils=tests)

@@ -36,6 +36,31 @@ def test_dense(name, dtype):
         assert_close(got, reference.attention(q, k, v, variant, q_index=q_index, return_lse=True), dtype)
 
 
+WEIGHT, BIAS = torch.linspace(0.5, 1.5, 32), torch.linspace(-1, 1, 32)
+NORMS = {
+    "rms_norm": lambda x: torch.nn.functional.rms_norm(x, (32,), WEIGHT.to(x.dtype), 1e-3),
+    "torch.rms_norm": lambda x: torch.rms_norm(x, (32,)),
+    "layer_norm": lambda x: torch.nn.functional.layer_norm(x, (32,), WEIGHT.to(x.dtype), BIAS.to(x.dtype)),
+    "normalize": lambda x: torch.nn.functional.normalize(x, dim=-1),
+    "norm": lambda x: x / x.norm(dim=-1, keepdim=True),
+    "torch.norm": lambda x: x / torch.norm(x, p=2, dim=-1, keepdim=True),
+    "linalg": lambda x: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_of_torch_over_a_row(name):
+    normed = NORMS[name]
+    q, k, v = (torch.randn(2, 4, 9, 32) for _ in range(3))
+    got = jitgen.attention(q, k, v, jitgen.Variant(q_transform=lambda q, b, h, pos: normed(q)))
+    assert_close((got,), (reference.attention(normed(q.double()), k, v),))
+
+
+def test_other_norms_are_refused():
+    with pytest.raises(UnsupportedVariant, match=r"a norm with p=1 is not available\. Use p=2"):
+        jitgen.Variant(q_transform=lambda q, b, h, pos: q / q.norm(p=1))
+
+
 def test_dense_takes_any_strides_and_one_k_for_the_batch():
     variant = rows_variant("rope", 32, 32)
     q = torch.randn(3, 5, 4, 32).transpose(1, 2)

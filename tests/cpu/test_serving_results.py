@@ -189,7 +189,8 @@ def test_ragged_requests_need_not_fill_their_part_of_k():
 
 HOOK_CASES = [
     "alibi", "soft_cap", "gemma2", "gpt_oss", "softmax_one", "sliding_window", "causal_per_request", "padding", "tree_verify",
-    "window_per_head", "sigmoid", "stick_breaking", "written_softmax", "gated_output", "base_two", "query_bias",
+    "window_per_head", "sigmoid", "stick_breaking", "written_softmax", "joined_stick_breaking", "joined_power", "gated_output",
+    "base_two", "query_bias",
 ]  # fmt: skip
 
 

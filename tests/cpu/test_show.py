@@ -48,6 +48,19 @@ class Sigmoid(jitgen.OnlineNorm):
         return torch.sigmoid(score), 1.0, state
 
 
+class Mean(jitgen.OnlineNorm):
+    state = {"keys": 0.0}
+
+    def update(self, score, state):
+        return torch.ones_like(score), 1.0, {"keys": state["keys"] + jitgen.row_sum(torch.ones_like(score))}
+
+    def finalize(self, o, state):
+        return o / state["keys"].clamp(min=1)
+
+    def merge(self, a, b):
+        return {"keys": a["keys"] + b["keys"]}, 1.0, 1.0
+
+
 rope = jitgen.Rope(theta=5e5)
 weight = torch.ones(64)
 
@@ -92,6 +105,7 @@ def show_json(capsys, *arguments: object) -> dict:
         ("Packed", {"score", "mask"}),
         ("Family.local", {"score", "mask"}),
         ("Sigmoid", {"weight", "rescale", "finalize"}),
+        ("Mean", {"weight", "rescale", "next keys", "finalize", "merged keys", "scale of a", "scale of b"}),
         ("Rotated", {"q rows", "k rows"}),
     ],
 )
@@ -117,7 +131,7 @@ def test_file_named_like_a_library_hides_nothing(tmp_path):
     ("target", "message"),
     [
         ("{file}:causal", "has no 'causal'. Did you mean causal_window?"),
-        ("{file}:zzz", "It has causal_window, soft_cap, Packed, Sigmoid, Rotated."),
+        ("{file}:zzz", "It has causal_window, soft_cap, Packed, Sigmoid, Mean, Rotated."),
         ("{file}:make", "'make' takes 0 positional parameters"),
         ("{file}:cap", "variant is 30.0 of type float"),
         ("/nowhere/masks.py:causal", "/nowhere/masks.py is not a file"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from norm_cases import StickBreaking
+from norm_cases import MergedSigmoid, MergedSoftmax, MergedStickBreaking, Power, StickBreaking
 
 import jitgen
 from gallery.case import Sizes, case
@@ -42,24 +42,6 @@ class Gelu(Weight):
 class Quadratic(Weight):
     def weight(self, s):
         return (s + 1) * (s + 1) * 0.5
-
-
-class Softmax(jitgen.OnlineNorm):
-    """Softmax itself, written as a replacement."""
-
-    state = {"largest": -float("inf"), "total": 0.0}  # noqa: RUF012
-
-    def update(self, s, st):
-        largest = torch.maximum(st["largest"], jitgen.row_max(s))
-        base = torch.where(largest == -float("inf"), 0.0, largest)
-        weight, factor = torch.exp(s - base), torch.exp(st["largest"] - base)
-        return weight, factor, {"largest": largest, "total": st["total"] * factor + jitgen.row_sum(weight)}
-
-    def finalize(self, o, st):
-        return o / torch.where(st["total"] == 0, 1.0, st["total"])
-
-    def lse(self, st):
-        return torch.log(st["total"]) + torch.where(st["largest"] == -float("inf"), 0.0, st["largest"])
 
 
 class NormalisedRelu(jitgen.OnlineNorm):
@@ -107,7 +89,22 @@ def stick_breaking(z: Sizes) -> jitgen.Variant:
 
 @case("softmax as a replacement")
 def written_softmax(z: Sizes) -> jitgen.Variant:
-    return jitgen.Variant(mask_mod=causal_mask, softmax=Softmax)
+    return jitgen.Variant(mask_mod=causal_mask, softmax=MergedSoftmax)
+
+
+@case("sigmoid attention whose parts are joined")
+def joined_sigmoid(z: Sizes) -> jitgen.Variant:
+    return jitgen.Variant(mask_mod=causal_mask, softmax=MergedSigmoid)
+
+
+@case("stick-breaking attention whose parts are joined")
+def joined_stick_breaking(z: Sizes) -> jitgen.Variant:
+    return jitgen.Variant(mask_mod=causal_mask, softmax=MergedStickBreaking)
+
+
+@case("power attention whose parts are joined")
+def joined_power(z: Sizes) -> jitgen.Variant:
+    return jitgen.Variant(softmax=Power(1.5))
 
 
 @case("output gate of native sparse attention")

@@ -9,6 +9,7 @@
 #include "jitgen/sm80_serving.cuh"
 #include "jitgen/sm80_softmax.cuh"
 #include "jitgen/sm80_tile.cuh"
+#include "jitgen/sm90_ptx.cuh"
 #include "jitgen/span.h"
 
 struct Args {
@@ -195,6 +196,7 @@ using Logits = float[kRowTiles][kColTiles][4];
 using Output = float[kRowTiles][kOutTiles][4];
 
 #define JG_TAKE_FN static __device__ __noinline__   // once an item, by one thread: inlined it would spill around it
+[[maybe_unused]] constexpr bool kEarlyMerge = false;
 constexpr int kManyItems = jg::kNotForMany;   // shares of the line are 2 to 14 % faster on an H100, with 16 items for each CTA
 // ---- pieces ----
 // What a launch adds to Args.
@@ -245,12 +247,15 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int number) {
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], header.whole_groups + group, pieces, tiles[place].pieces * header.tail_groups + group * pieces};
 }
-JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch) {
+// The first place of each CTA is its own number: no turn at the counter. Behind it the share of `at` is -1.
+JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
   const int items = header->tiles * launch.shape.groups, whole = header->tiles * header->whole_groups;
 #pragma unroll 1
   for (;;) {
-    const int taken = atomicAdd(&header->taken, 1), behind = taken - whole;
+    const int taken = at.share < 0 ? static_cast<int>(gridDim.x) + atomicAdd(&header->taken, 1) : static_cast<int>(blockIdx.x);
+    const int behind = taken - whole;
+    at.share = -1;
     const int number = behind < 0 ? taken : whole + behind / jg::kTailPieces, part = behind < 0 ? 0 : behind % jg::kTailPieces;
     if (number >= items) break;
     const Item item = item_at(args, launch, number);
@@ -311,7 +316,7 @@ JITGEN_FN Cut cut_at(const Args& args, const Launch& launch, int first) {   // w
 
 // The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
 JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
-  return takes_items(args) ? take_item(args, launch) : take_of_share(args, launch, at);
+  return takes_items(args) ? take_item(args, launch, at) : take_of_share(args, launch, at);
 }
 
 // ---- packed rows ----
@@ -543,7 +548,6 @@ static int start_attention(const Args& args, const Launch& launch) {
   return cudaGetLastError();
 }
 
-[[maybe_unused]] constexpr bool kEarlyMerge = false;
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 

@@ -481,7 +481,7 @@ JITGEN_FN jg::Sums own_sums(Shared shared) {
 
 JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int group) {
   const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, num_tiles = num_kv_tiles(args);
-  const bool leader = thread == 0;
+  const bool leader = lane == 0;   // each warp lets go of K, V and Q for itself
   const unsigned p_shared = shared.base + Tile::kPAt + group * Tile::kGroupPBytes;
   const unsigned long long q_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.query(group), 16);
   const unsigned long long k_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.key(0), 16);
@@ -513,7 +513,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       int step, position = 0;
       // What the stage holds; without a mask the consumers count for themselves.
       const auto read_step = [&] {
-        if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(kv.stage + kv.parity * kNumStages)));
+        if constexpr (kHasMask) return jg::load_shared_by(leader, shared.step(kv.stage + kv.parity * kNumStages));
         const int here = position++, last = here == num_tiles - 1 ? jg::kStepLast | 15 << jg::kNextAt : 0;
         return here << jg::kStepShift | last | (group_row > -64 ? kTileFull << 2 * group : 0);
       };
@@ -668,13 +668,13 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::prefetch_tensor_map(maps.o);
     for (int group = 0; group < Tile::kGroups; ++group) {
       jg::barrier_init(JG_BARRIER(q_full, group), 1);
-      jg::barrier_init(JG_BARRIER(q_empty, group), 1);
+      jg::barrier_init(JG_BARRIER(q_empty, group), 4);   // one arrival per warp
     }
     for (int stage = 0; stage < kNumStages; ++stage) {
       jg::barrier_init(JG_BARRIER(k_full, stage), 1);
-      jg::barrier_init(JG_BARRIER(k_empty, stage), Tile::kGroups);
+      jg::barrier_init(JG_BARRIER(k_empty, stage), 4 * Tile::kGroups);
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
-      jg::barrier_init(JG_BARRIER(v_empty, stage), Tile::kGroups);
+      jg::barrier_init(JG_BARRIER(v_empty, stage), 4 * Tile::kGroups);
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);

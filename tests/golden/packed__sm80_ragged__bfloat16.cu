@@ -11,6 +11,7 @@
 #include "jitgen/sm80_serving.cuh"
 #include "jitgen/sm80_softmax.cuh"
 #include "jitgen/sm80_tile.cuh"
+#include "jitgen/sm90_ptx.cuh"
 #include "jitgen/span.h"
 
 struct Args {
@@ -201,6 +202,7 @@ using Logits = float[kRowTiles][kColTiles][4];
 using Output = float[kRowTiles][kOutTiles][4];
 
 #define JG_TAKE_FN static __device__ __noinline__   // once an item, by one thread: inlined it would spill around it
+[[maybe_unused]] constexpr bool kEarlyMerge = false;
 constexpr int kManyItems = jg::kNotForMany;   // shares of the line are 2 to 14 % faster on an H100, with 16 items for each CTA
 // ---- pieces ----
 // What a launch adds to Args.
@@ -251,12 +253,15 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int number) {
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], header.whole_groups + group, pieces, tiles[place].pieces * header.tail_groups + group * pieces};
 }
-JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch) {
+// The first place of each CTA is its own number: no turn at the counter. Behind it the share of `at` is -1.
+JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
   const int items = header->tiles * launch.shape.groups, whole = header->tiles * header->whole_groups;
 #pragma unroll 1
   for (;;) {
-    const int taken = atomicAdd(&header->taken, 1), behind = taken - whole;
+    const int taken = at.share < 0 ? static_cast<int>(gridDim.x) + atomicAdd(&header->taken, 1) : static_cast<int>(blockIdx.x);
+    const int behind = taken - whole;
+    at.share = -1;
     const int number = behind < 0 ? taken : whole + behind / jg::kTailPieces, part = behind < 0 ? 0 : behind % jg::kTailPieces;
     if (number >= items) break;
     const Item item = item_at(args, launch, number);
@@ -317,7 +322,7 @@ JITGEN_FN Cut cut_at(const Args& args, const Launch& launch, int first) {   // w
 
 // The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
 JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
-  return takes_items(args) ? take_item(args, launch) : take_of_share(args, launch, at);
+  return takes_items(args) ? take_item(args, launch, at) : take_of_share(args, launch, at);
 }
 
 // ---- packed rows ----
@@ -465,21 +470,27 @@ JITGEN_FN void merge_pieces(const Args& args, const Piece& piece, int first, int
 }
 
 __global__ void __launch_bounds__(kMergeThreads, 1) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
-  const jg::PlanHeader& header = *jg::plan_header(args.plan);
   if (takes_items(args)) {
-    if (header.pieces == 0) return;
-    const int whole = header.whole_groups * header.tiles;
+    if constexpr (kEarlyMerge) jg::wait_for_previous_kernel();   // before a return too: the end of this kernel stands for both
+    const jg::PlanHeader& header = *jg::plan_header(args.plan);
+    const int items = header.pieces > 0 ? header.tiles * launch.shape.groups : 0, lane = static_cast<int>(threadIdx.x) & 31;
+    const int step = static_cast<int>(gridDim.x);
 #pragma unroll 1
-    for (int number = whole + blockIdx.x; number < header.tiles * launch.shape.groups; number += gridDim.x) {
-      const Item item = item_at(args, launch, number);
-      if (item.pieces > 1)
+    for (int first = header.whole_groups * header.tiles + blockIdx.x; first < items; first += 32 * step) {   // 32 at a look
+      const int own = first + lane * step;
+      unsigned cut = __ballot_sync(0xffffffffu, own < items && item_at(args, launch, own).pieces > 1);
+#pragma unroll 1
+      for (; cut; cut &= cut - 1) {
+        const Item item = item_at(args, launch, first + (__ffs(cut) - 1) * step);
         merge_pieces(args, make_piece(args, launch, *item.tile, item.group, 0, -1), item.slot, item.pieces, 1);
+      }
     }
     return;
   }
   // Share c has slots 2 c, for an item that it begins inside of, and 2 c + 1, for one that it leaves unfinished.
   const int first = blockIdx.x + 1;
   const Cut cut = cut_at(args, launch, first);
+  if constexpr (kEarlyMerge) jg::wait_for_previous_kernel();
   if (cut.pieces == 0) return;
   const Piece piece = make_piece(args, launch, jg::plan_tiles_of(args.plan, launch.shape.shares)[cut.tile], cut.group, 0, -1);
   merge_pieces(args, piece, 2 * first - 1, cut.pieces, 2);
@@ -602,7 +613,6 @@ static int start_attention(const Args& args, const Launch& launch) {
   return cudaGetLastError();
 }
 
-[[maybe_unused]] constexpr bool kEarlyMerge = false;
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 constexpr int kLeastPiece = 8;       // KV tiles: a cut costs the partial results of both sides

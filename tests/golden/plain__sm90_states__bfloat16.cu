@@ -140,7 +140,13 @@ constexpr int kTurnBarrier = 1;   // named barrier: + group
 constexpr bool kCopiesOutput = false;
 
 #define JG_TAKE_FN JITGEN_FN
+// With masks, whose items differ most, a CTA takes its next piece late, some KV tiles before the end of one; else as it begins one.
+// Late on an H100: mixed causal batches 3 to 11 % faster with the order of plan.cuh, 2 x 4k + 64 x 512 2 % slower; lists of blocks
+// 0.3 to 1.4 % slower, those of half of all blocks 0.5 % faster.
+constexpr bool kTakesLate = false;
+constexpr int kAhead = 4;
 constexpr int kManyItems = 2;   // for each CTA: from so many on they are given out
+[[maybe_unused]] constexpr bool kEarlyMerge = true;   // attention_kernel lets it start
 // ---- pieces ----
 // What a launch adds to Args.
 struct Launch {
@@ -192,12 +198,15 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int number) {
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], header.whole_groups + group, pieces, tiles[place].pieces * header.tail_groups + group * pieces};
 }
-JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch) {
+// The first place of each CTA is its own number: no turn at the counter. Behind it the share of `at` is -1.
+JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
   const int items = header->tiles * launch.shape.groups, whole = header->tiles * header->whole_groups;
 #pragma unroll 1
   for (;;) {
-    const int taken = atomicAdd(&header->taken, 1), behind = taken - whole;
+    const int taken = at.share < 0 ? static_cast<int>(gridDim.x) + atomicAdd(&header->taken, 1) : static_cast<int>(blockIdx.x);
+    const int behind = taken - whole;
+    at.share = -1;
     const int number = behind < 0 ? taken : whole + behind / jg::kTailPieces, part = behind < 0 ? 0 : behind % jg::kTailPieces;
     if (number >= items) break;
     const Item item = item_at(args, launch, number);
@@ -258,7 +267,7 @@ JITGEN_FN Cut cut_at(const Args& args, const Launch& launch, int first) {   // w
 
 // The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
 JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
-  return takes_items(args) ? take_item(args, launch) : take_of_share(args, launch, at);
+  return takes_items(args) ? take_item(args, launch, at) : take_of_share(args, launch, at);
 }
 
 // ---- packed rows ----
@@ -276,7 +285,7 @@ JITGEN_FN Head own_head(const Args& args, const Piece& piece) {
 struct Control {
   unsigned long long q_full[Tile::kGroups], q_empty[Tile::kGroups], tail_full;
   unsigned long long k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
-  unsigned long long piece_full[2], work_full[2], work_empty[2];
+  unsigned long long piece_full[2], work_full[2], work_empty[2], piece_wanted;
   Piece piece[2];
   int kind[2];                // of the pieces: kWorkTile, kWorkEmpty, kWorkStop
   int step[2 * kNumStages];   // first key of the KV tile that a stage holds, with flags: in two laps, as in sm90_geometry.cuh
@@ -377,21 +386,27 @@ JITGEN_FN void merge_pieces(const Args& args, const Piece& piece, int first, int
 }
 
 __global__ void __launch_bounds__(kMergeThreads, 1) merge_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
-  const jg::PlanHeader& header = *jg::plan_header(args.plan);
   if (takes_items(args)) {
-    if (header.pieces == 0) return;
-    const int whole = header.whole_groups * header.tiles;
+    if constexpr (kEarlyMerge) jg::wait_for_previous_kernel();   // before a return too: the end of this kernel stands for both
+    const jg::PlanHeader& header = *jg::plan_header(args.plan);
+    const int items = header.pieces > 0 ? header.tiles * launch.shape.groups : 0, lane = static_cast<int>(threadIdx.x) & 31;
+    const int step = static_cast<int>(gridDim.x);
 #pragma unroll 1
-    for (int number = whole + blockIdx.x; number < header.tiles * launch.shape.groups; number += gridDim.x) {
-      const Item item = item_at(args, launch, number);
-      if (item.pieces > 1)
+    for (int first = header.whole_groups * header.tiles + blockIdx.x; first < items; first += 32 * step) {   // 32 at a look
+      const int own = first + lane * step;
+      unsigned cut = __ballot_sync(0xffffffffu, own < items && item_at(args, launch, own).pieces > 1);
+#pragma unroll 1
+      for (; cut; cut &= cut - 1) {
+        const Item item = item_at(args, launch, first + (__ffs(cut) - 1) * step);
         merge_pieces(args, make_piece(args, launch, *item.tile, item.group, 0, -1), item.slot, item.pieces, 1);
+      }
     }
     return;
   }
   // Share c has slots 2 c, for an item that it begins inside of, and 2 c + 1, for one that it leaves unfinished.
   const int first = blockIdx.x + 1;
   const Cut cut = cut_at(args, launch, first);
+  if constexpr (kEarlyMerge) jg::wait_for_previous_kernel();
   if (cut.pieces == 0) return;
   const Piece piece = make_piece(args, launch, jg::plan_tiles_of(args.plan, launch.shape.shares)[cut.tile], cut.group, 0, -1);
   merge_pieces(args, piece, 2 * first - 1, cut.pieces, 2);
@@ -425,13 +440,23 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Piece& pie
 // ---- producer ----
 struct Maps { jg::Operand q, k, v, o; };
 
-// One warp walks the CTA's part of the line, pieces ahead of the others.
+// What pieces are looked up in, into L2: each CTA some lines of it.
+JITGEN_FN void prefetch_plan(const Args& args, const Launch& launch) {
+  const int line = blockIdx.x + (static_cast<int>(threadIdx.x) & 31) * static_cast<int>(gridDim.x);
+  const long long tiles = jg::plan_tiles(args.batch, args.total_q, launch.shape);
+  if (line < tiles * static_cast<long long>(sizeof(jg::PlanTile)) / 128)
+    jg::prefetch_line(reinterpret_cast<const char*>(jg::plan_tiles_of(args.plan, launch.shape.shares)) + 128ll * line);
+  if (args.kv_start && line < args.batch / 16) jg::prefetch_line(args.kv_start + 16 * line);
+}
+
+// One warp takes the pieces of this CTA. Late, an item goes to the CTA that will be free first, not to one with a long item before it.
 JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
   jg::RingPosition<2> slot(1);
   Cursor at = share_begin(args, launch, blockIdx.x);
   bool is_piece = true;
 #pragma unroll 1
   while (is_piece) {
+    if (kTakesLate) jg::barrier_wait(JG_BARRIER(piece_wanted), slot.stage ^ 1);   // a phase a piece
     jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity);
     if ((threadIdx.x & 31) == 0) {
       const Piece piece = take_piece(args, launch, at);
@@ -442,6 +467,7 @@ JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
     is_piece = jg::uniform(is_piece);
     slot.advance();
   }
+  if (kEarlyMerge) jg::start_next_kernel();   // its CTAs come as these leave, and wait for the last
 }
 
 // Another one classifies the KV tiles of a piece and issues the copies of K and V. A tile comes in boxes of box_keys keys.
@@ -498,6 +524,14 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       shared.control->kind[slot.stage] = kind;
       jg::barrier_arrive(JG_BARRIER(work_full, slot.stage));
     };
+    // To take a piece lasts as long as a tile: wanted when the last tile is to be copied, the next was there 1 us too late.
+    const auto want_piece = [&] {
+      if (kTakesLate && leader) jg::barrier_arrive(JG_BARRIER(piece_wanted));
+    };
+    const auto is_near_end = [&](int step) {   // one of the last kAhead tiles, or none
+      const int key = key_of(step) - piece.first_key;
+      return step < 0 || (kDescending ? key < kAhead * kTileKv : key >= (piece.num_tiles - kAhead) * kTileKv);
+    };
     if (piece.first_row < 0) {
       publish(jg::kWorkStop);
       copy_owed();
@@ -532,9 +566,10 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     };
     int step = next_step();
     publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);
+    int next = step < 0 ? -1 : next_step();
+    if (is_near_end(next)) want_piece();
     if (step < 0) copy_owed();
     if (step < 0) continue;
-    int next = next_step();
     int page = look_up(step), next_page = next < 0 ? 0 : look_up(next);
     load_key(step, page, next);
     copy_owed();
@@ -543,6 +578,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     while (next >= 0) {
       const jg::RingPosition<kNumStages> at = kv;
       const int after = next_step();
+      if (is_near_end(after) && !is_near_end(next)) want_piece();
       const int after_page = after < 0 ? 0 : look_up(after);   // read under the copies
       kv.advance();
       load_key(next, next_page, after);
@@ -614,7 +650,7 @@ using Softmax = jg::RowSoftmax;
 
 JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int group) {
   const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5;
-  const bool leader = thread == 0;
+  const bool leader = lane == 0;   // each warp lets go of K, V and Q for itself
   const unsigned p_shared = shared.base + Tile::kPAt + group * Tile::kGroupPBytes;
   const unsigned long long q_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.query(group), 16);
   const unsigned long long k_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.key(0), 16, kEightKeys);
@@ -655,7 +691,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       Weights p;
       float factor[2];
       int step;
-      const auto read_step = [&] { return jg::uniform(jg::load_shared(shared.step(kv.stage + kv.parity * kNumStages))); };
+      const auto read_step = [&] { return jg::load_shared_by(leader, shared.step(kv.stage + kv.parity * kNumStages)); };
       const auto first_column = [&] { return key_of(step) + 2 * (thread & 3); };
       const auto shape = [&](auto at_end) {
         shape_logits<decltype(at_end)::value>(args, head, piece, rows, s, first_column(), jg::kind_of(step, group) == kTilePartial);
@@ -771,17 +807,19 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::prefetch_tensor_map(maps.q);
     jg::prefetch_tensor_map(maps.k);
     jg::prefetch_tensor_map(maps.v);
+    jg::prefetch_line(args.plan);
     if (kCopiesOutput) jg::prefetch_tensor_map(maps.o);
     for (int group = 0; group < Tile::kGroups; ++group) {
       jg::barrier_init(JG_BARRIER(q_full, group), 1);
-      jg::barrier_init(JG_BARRIER(q_empty, group), 1);
+      jg::barrier_init(JG_BARRIER(q_empty, group), 4);   // one arrival per warp
     }
     jg::barrier_init(JG_BARRIER(tail_full), 1);
+    jg::barrier_init(JG_BARRIER(piece_wanted), 1);
     for (int stage = 0; stage < kNumStages; ++stage) {
       jg::barrier_init(JG_BARRIER(k_full, stage), 1);
-      jg::barrier_init(JG_BARRIER(k_empty, stage), Tile::kGroups);
+      jg::barrier_init(JG_BARRIER(k_empty, stage), 4 * Tile::kGroups);
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
-      jg::barrier_init(JG_BARRIER(v_empty, stage), Tile::kGroups);
+      jg::barrier_init(JG_BARRIER(v_empty, stage), 4 * Tile::kGroups);
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(piece_full, slot), 1);
@@ -797,7 +835,10 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     if (warp == 0) produce(args, maps, launch, box_keys, shared);
     else if (warp == 1) hand_out(args, launch, shared);
     else if (warp == 2) load_queries(maps, shared);
-    else if (warp == 3) jg::wait_for_previous_kernel();   // a decode kernel that may still run: it has waited for all before it
+    else if (warp == 3) {
+      prefetch_plan(args, launch);
+      jg::wait_for_previous_kernel();   // a decode kernel that may still run: it has waited for all before it
+    }
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
     consume(args, maps, shared, group - 1);
@@ -832,7 +873,6 @@ static int start_attention(const Args& args, const Launch& launch) {
                            args.programmatic, Maps{q.operand, k.operand, v.operand, o.operand}, args, launch, keys);
 }
 
-[[maybe_unused]] constexpr bool kEarlyMerge = false;
 // ---- launcher ----
 constexpr int kFixedCost = 2;        // of an item: Q in and O out, in KV tiles
 constexpr int kDecodeCost = 5 << 10;   // of a key of a KV head in the decode kernel, in 2^-20 of a KV tile: measured on an H100

@@ -159,6 +159,8 @@ constexpr bool kRescaleEarly = kHeadDimV > 128;
 // Growth of the maximum (exponents of two) below which O is left alone.
 constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = kHasMask || true;
+// Arrivals by which a group lets go of V and Q: each warp's.
+constexpr int kReleases = 4;
 constexpr int kTurnBarrier = 1, kAllConsumersBarrier = 5, kGroupBarrier = 6;   // named barriers: + group
 
 // Shared-memory addresses of a CTA.
@@ -493,7 +495,7 @@ JITGEN_FN void store_output(const Args& args, const Maps& maps, Shared shared, O
 
 JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int group) {
   const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, num_tiles = num_kv_tiles(args);
-  const bool leader = thread == 0;
+  const bool leader = lane == 0;   // lets go of K, V and Q
   const unsigned p_shared = shared.base + Tile::kPAt + group * Tile::kGroupPBytes;
   const unsigned long long q_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.query(group), 16);
   const unsigned long long k_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.key(0), 16);
@@ -525,7 +527,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       bool has_begun = false;
       // What the stage holds; without a mask the consumers count for themselves.
       const auto read_step = [&](const jg::RingPosition<kNumStages>& at) {
-        if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(at.stage + at.parity * kNumStages)));
+        if constexpr (kHasMask) return jg::load_shared_by(leader, shared.step(at.stage + at.parity * kNumStages));
         const int here = position++, last = here == num_tiles - 1 ? jg::kStepLast | 15 << jg::kNextAt : 0;
         return here << jg::kStepShift | last | (group_row > -64 ? kTileFull << 2 * group : 0);
       };
@@ -678,18 +680,18 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::prefetch_tensor_map(maps.o);
     for (int group = 0; group < Tile::kGroups; ++group) {
       jg::barrier_init(JG_BARRIER(q_full, group), 1);
-      jg::barrier_init(JG_BARRIER(q_empty, group), 1);
+      jg::barrier_init(JG_BARRIER(q_empty, group), kReleases);
     }
     jg::barrier_init(JG_BARRIER(o_done), Tile::kGroups);
     for (int stage = 0; stage < kNumStages; ++stage) {
       jg::barrier_init(JG_BARRIER(k_full, stage), 1);
-      jg::barrier_init(JG_BARRIER(k_empty, stage), Tile::kGroups);
+      jg::barrier_init(JG_BARRIER(k_empty, stage), 4 * Tile::kGroups);   // one arrival per warp
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
-      jg::barrier_init(JG_BARRIER(v_empty, stage), Tile::kGroups);
+      jg::barrier_init(JG_BARRIER(v_empty, stage), kReleases * Tile::kGroups);
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + Tile::kQueryWarps);   // one arrival per warp
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + Tile::kQueryWarps);
     }
     jg::barrier_init_fence();
   }

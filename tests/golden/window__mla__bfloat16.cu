@@ -270,12 +270,15 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int number) {
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], header.whole_groups + group, pieces, tiles[place].pieces * header.tail_groups + group * pieces};
 }
-JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch) {
+// The first place of each CTA is its own number: no turn at the counter. Behind it the share of `at` is -1.
+JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
   const int items = header->tiles * launch.shape.groups, whole = header->tiles * header->whole_groups;
 #pragma unroll 1
   for (;;) {
-    const int taken = atomicAdd(&header->taken, 1), behind = taken - whole;
+    const int taken = at.share < 0 ? static_cast<int>(gridDim.x) + atomicAdd(&header->taken, 1) : static_cast<int>(blockIdx.x);
+    const int behind = taken - whole;
+    at.share = -1;
     const int number = behind < 0 ? taken : whole + behind / jg::kTailPieces, part = behind < 0 ? 0 : behind % jg::kTailPieces;
     if (number >= items) break;
     const Item item = item_at(args, launch, number);
@@ -336,7 +339,7 @@ JITGEN_FN Cut cut_at(const Args& args, const Launch& launch, int first) {   // w
 
 // The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
 JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
-  return takes_items(args) ? take_item(args, launch) : take_of_share(args, launch, at);
+  return takes_items(args) ? take_item(args, launch, at) : take_of_share(args, launch, at);
 }
 
 // ---- packed rows ----
@@ -357,7 +360,9 @@ struct Control {
   unsigned long long piece_full[2], work_full[2], work_empty[2];
   Piece piece[2];
   int kind[2];                // of the pieces: kWorkTile, kWorkEmpty, kWorkStop
-  int step[2 * kNumStages];   // as in sm90_serving.cu.jinja
+  // First key of the KV tile that a stage holds, with flags. Two laps: a word is written again after every group has released its part
+  // of the lap after it, which its leader does behind a barrier that all threads of the group pass after they have read the word.
+  int step[2 * kNumStages];
   float row_max[kTileQ];      // with P: what its exponents are measured from
   float row_sum[2][2][kTileQ];   // by slot of the piece and warp group
 };

@@ -72,6 +72,27 @@ def test_walked_lists_know_their_positions():
     assert ((out.double() - want).norm() / want.norm()).item() <= 0.5 * torch.finfo(out.dtype).eps
 
 
+@pytest.mark.skipif(not torch.cuda.is_available() or not is_hopper(torch.device(DEVICE)), reason="needs sm_90")
+@pytest.mark.parametrize("long_row", [False, True])
+def test_calls_merge_nothing_where_nothing_is_cut(long_row):
+    """The host learns it after the first call. A row that lists everything is cut, as no others last as long."""
+    q_len, kv_len = 2048, 12800
+    chosen = torch.rand(16, 100, generator=torch.Generator().manual_seed(3)) < 0.05
+    chosen[7] |= long_row
+    counts = chosen.sum(1)
+    indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int().to(DEVICE)
+    blocks = jitgen.BlockSparse.bsr(indptr, chosen.nonzero()[:, 1].int().to(DEVICE), (q_len, kv_len), (128, 128))
+    qkv = inputs(q_len, kv_len, (32, 8))
+    want = jitgen.attention(*qkv, mask_mod=blocks.mask_mod).float()
+    first = jitgen.block_sparse_attention(*qkv, blocks)
+    assert ((first.float() - want).norm() / want.norm()).item() <= torch.finfo(first.dtype).eps  # both are rounded
+    for _ in range(3):
+        torch.cuda.synchronize()
+        assert torch.equal(jitgen.block_sparse_attention(*qkv, blocks), first)
+    ((plan, *_),) = blocks.lists.plans.values()
+    assert plan.is_whole != long_row
+
+
 def test_lists_of_each_head():
     chosen, indptr, indices = random_blocks(2, 8, 9)
     blocks = jitgen.BlockSparse.bsr(indptr, indices, (1000, 1152), (128, 128))

@@ -11,7 +11,7 @@ from serving_batch import Batch, poisoned
 
 import jitgen
 from jitgen.errors import LaunchError
-from jitgen.serving_balance import read_plan
+from jitgen.serving_balance import NEVER_CUT, PlanShape, balance, read_plan
 
 DEVICE = "cuda"
 # Rows and keys: one row, ends of tiles of 64 and 128 packed rows and of 64 keys, no rows, no keys, short rows on long keys
@@ -154,6 +154,36 @@ def test_the_last_of_many_items_are_given_out_in_pieces(family, page_size):
     assert_close(batch, got, batch.expected(causal))
     for _ in range(4):
         again = attend(batch, plan, page_size)
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+SHORT = [(128, 128 * (1 + 7 * i % 5)) for i in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kv_heads", "is_cut"),
+    [
+        ([*SHORT[:30], (128, 12000), *SHORT[30:]], 4, True),  # one that all others together would not last as long as
+        (SHORT, 4, False),
+        ([(700, 900), (40, 5000), (1, 77), (900, 1500), *SHORT[:9]], 8, False),
+        ([(33, 200), (40, 1000), (1, 130)] * 350 + [(33, 3000)], 1, False),  # more than are sorted but by powers of two
+    ],
+    ids=["one long", "short", "mixed", "many tiles"],
+)
+def test_planner_gives_out_the_items_of_the_host(lengths, kv_heads, is_cut):
+    """And what the kernel makes of them is attention, the same every time."""
+    batch = make_batch(lengths, heads=4 * kv_heads, kv_heads=kv_heads)
+    plan = batch.plan(layout="ragged", family="sm90")
+    (c,) = plan.classes
+    tiles = c.kernel.spec.tiles
+    shape = PlanShape(tiles.tile_q, tiles.tile_kv, 4, kv_heads, 4, c.class_rows + 1, NEVER_CUT, 0, 2, 8, 0, 2, c.num_ctas)
+    record = read_plan(c.plan.cpu().numpy().tobytes(), c.num_ctas)
+    assert record == balance([q for q, _ in lengths], [k for _, k in lengths], shape)
+    assert record.given_out.tail_groups and any(pieces > 1 for _, _, pieces, _ in record.items(shape)) == is_cut
+    got = attend(batch, plan, 0)
+    assert_close(batch, got, batch.expected())
+    for _ in range(4):
+        again = attend(batch, plan, 0)
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 

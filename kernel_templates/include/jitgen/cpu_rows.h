@@ -88,11 +88,16 @@ static inline float softmax_sink(float logit, SoftmaxState& state) {
   return factor;
 }
 
+// What rows of two parts of the keys come to, each times a factor of its own; the sum is in `out`.
+template <int kPaddedDim> static inline void add_rows(const float* part, float added, float* out, float before) {
+  for (int d = 0; d < kPaddedDim; d += kVec) store_vec(out + d, load_vec(out + d) * splat(before) + load_vec(part + d) * splat(added));
+}
+
 // Adds a row of another part of the keys, not normalised, to one that is seen as the parts before it.
 template <int kPaddedDim> static inline void merge_row(const float* part, SoftmaxState part_state, float* out, SoftmaxState& state) {
   const float max = part_state.max > state.max ? part_state.max : state.max, base = finite_max(max);
   const float before = exp_weight(state.max - base), added = exp_weight(part_state.max - base);
-  for (int d = 0; d < kPaddedDim; d += kVec) store_vec(out + d, load_vec(out + d) * splat(before) + load_vec(part + d) * splat(added));
+  add_rows<kPaddedDim>(part, added, out, before);
   state = {max, state.sum * before + part_state.sum * added};
 }
 

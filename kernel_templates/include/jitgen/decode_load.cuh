@@ -64,6 +64,19 @@ struct UnitCursor {
   }
 };
 
+// The same keys of a piece, divided so that each warp of a head takes a run of them: for states that are joined in the order of
+// visits. At each unit of the plan a warp is at a unit of 16 keys of its own run.
+struct PieceRuns {
+  int first, units;   // of the piece, on the plan's line
+
+  JITGEN_FN PieceRuns(const UnitCursor& at, unsigned end)   // at the first unit of a piece
+      : first(at.unit), units(min(at.units - at.unit, static_cast<int>(end - at.line))) {}
+  template <bool kReverse> JITGEN_FN int first_key(const UnitCursor& at, const PlanShape& shape, int slice) const {
+    const int warps = shape.unit_keys / kUnitKeys, place = first * warps + slice * units + at.unit - first;   // in order of visits
+    return first_unit_key(at.tile.begin) + (kReverse ? at.units * warps - 1 - place : place) * kUnitKeys;
+  }
+};
+
 // Where the key of a lane is; the copy engine needs that of the unit's first key. page < 0: not to be read; head < 0: no unit.
 struct KeyPlace { int page, row, head; };
 

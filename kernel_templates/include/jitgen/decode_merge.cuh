@@ -15,39 +15,43 @@ namespace jg {
 
 // O and softmax of four dims of a column, in exponents of two.
 struct PartialSum {
+  static constexpr int kPairs = 1;   // of floats, besides O
   float4 o;
   float top, sum;
 
+  JITGEN_FN float2 pair(int) const { return make_float2(top, sum); }
   JITGEN_FN void scale(float factor) { o.x *= factor, o.y *= factor, o.z *= factor, o.w *= factor, sum *= factor; }
-  JITGEN_FN void add(const float4& other, float2 state) {
-    const float now = ::fmaxf(top, state.x), shift = shift_of(now), factor = exp2(state.x - shift);
+  JITGEN_FN void add(const float4& other, const float2 (&state)[1]) {
+    const float now = ::fmaxf(top, state[0].x), shift = shift_of(now), factor = exp2(state[0].x - shift);
     scale(exp2(top - shift));
     top = now;
-    sum += factor * state.y;
+    sum += factor * state[0].y;
     o.x += factor * other.x, o.y += factor * other.y, o.z += factor * other.z, o.w += factor * other.w;
   }
 };
 
-// The partial results of all CTAs: a float4 and {maximum, denominator} for each thread that merges one.
-struct Mailboxes {
+// The partial results of all CTAs: a float4 and Part::kPairs pairs of floats for each thread that merges one.
+template <class Part> struct PartBoxes {
   float4* values;
   float2* states;
-  long long per_cta;
+  long long per_cta, all;
 
-  JITGEN_FN Mailboxes(void* workspace, long long per_cta, int num_ctas, long long own)
+  JITGEN_FN PartBoxes(void* workspace, long long per_cta, int num_ctas, long long own)
       : values(static_cast<float4*>(workspace) + own),
         states(reinterpret_cast<float2*>(static_cast<float4*>(workspace) + per_cta * num_ctas) + own),
-        per_cta(per_cta) {}
-  JITGEN_FN void publish(int cta, const PartialSum& part) const {
+        per_cta(per_cta), all(per_cta * num_ctas) {}
+  JITGEN_FN float2* state(int cta, int pair) const { return states + pair * all + cta * per_cta; }
+  JITGEN_FN void publish(int cta, const Part& part) const {
     send(values + cta * per_cta, part.o);
-    send(states + cta * per_cta, make_float2(part.top, part.sum));
+#pragma unroll
+    for (int i = 0; i < Part::kPairs; ++i) send(state(cta, i), part.pair(i));
   }
   static JITGEN_FN bool blank(float x) { return __float_as_uint(x) == 0xffffffffu; }
   static JITGEN_FN bool blank(const float4& v) { return blank(v.x) | blank(v.y) | blank(v.z) | blank(v.w); }
 
   // Adds up the pieces of CTAs [first, last], of which `into` is that of CTA `own`: the result is in the first one. Called by
   // whole warps, of which the active lanes have a mailbox. A group of 8 is read at once; 16 pieces need no second level.
-  template <int kInFlight> JITGEN_FN void join(PartialSum& into, int own, int first, int last, bool active) const {
+  template <int kInFlight> JITGEN_FN void join(Part& into, int own, int first, int last, bool active) const {
     const int shift = last - first < 16 ? 4 : 3, members = (1 << shift) - 1, place = own - first;
 #pragma unroll 1
     for (int level = 0; 1 << level <= last - first && (place & members << level) == 0; level += shift) {
@@ -59,12 +63,12 @@ struct Mailboxes {
 
   // Adds the pieces of CTAs first, first + step, ... up to `last`. kInFlight of them are asked for at a time: the reads of more
   // would be wasted while pieces are on their way.
-  template <int kInFlight> JITGEN_FN void collect(PartialSum& into, int first, int last, int step, bool active) const {
+  template <int kInFlight> JITGEN_FN void collect(Part& into, int first, int last, int step, bool active) const {
     const float ones = __uint_as_float(0xffffffffu);
 #pragma unroll 1
     for (int cta = first; cta <= last; cta += kInFlight * step) {
       float4 value[kInFlight];
-      float2 state[kInFlight];
+      float2 pairs[kInFlight][Part::kPairs];
       bool missing;
       do {
         missing = false;
@@ -72,22 +76,45 @@ struct Mailboxes {
         for (int i = 0; i < kInFlight; ++i)
           if (active && cta + i * step <= last) {
             value[i] = look_at(values + (cta + i * step) * per_cta);
-            state[i] = look_at(states + (cta + i * step) * per_cta);
+#pragma unroll
+            for (int p = 0; p < Part::kPairs; ++p) pairs[i][p] = look_at(state(cta + i * step, p));
           }
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i)
-          if (active && cta + i * step <= last) missing |= blank(value[i]) | blank(state[i].x) | blank(state[i].y);
+          if (active && cta + i * step <= last) {
+            bool blanks = blank(value[i]);
+#pragma unroll
+            for (int p = 0; p < Part::kPairs; ++p) blanks = blanks | blank(pairs[i][p].x) | blank(pairs[i][p].y);
+            missing |= blanks;
+          }
       } while (__any_sync(0xffffffffu, missing));
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i)
         if (active && cta + i * step <= last) {
           send(values + (cta + i * step) * per_cta, make_float4(ones, ones, ones, ones));
-          send(states + (cta + i * step) * per_cta, make_float2(ones, ones));
-          into.add(value[i], state[i]);
+#pragma unroll
+          for (int p = 0; p < Part::kPairs; ++p) send(state(cta + i * step, p), make_float2(ones, ones));
+          into.add(value[i], pairs[i]);
         }
     }
   }
 };
+
+using Mailboxes = PartBoxes<PartialSum>;
+
+// The state of a norm, a struct of floats, as pairs of them: zeros behind the last.
+template <class State> JITGEN_FN float2 state_pair(const State& state, int pair) {
+  constexpr int kValues = sizeof(State) / 4;
+  const float* const values = reinterpret_cast<const float*>(&state);
+  return make_float2(2 * pair < kValues ? values[2 * pair] : 0.0f, 2 * pair + 1 < kValues ? values[2 * pair + 1] : 0.0f);
+}
+template <class State, int kPairs> JITGEN_FN State state_of(const float2 (&pairs)[kPairs]) {
+  State state;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(State) / 4); ++i)
+    reinterpret_cast<float*>(&state)[i] = i % 2 ? pairs[i / 2].y : pairs[i / 2].x;
+  return state;
+}
 
 // Where the warps of a head put the O of one column tile: [warp][8 columns][kPitch] floats, and the softmax of the columns.
 // The pitch spreads the eight groups and four quads of a fragment over all banks.

@@ -11,9 +11,10 @@
 // closed form (`share_of`), and so are all pieces of an item.
 //
 // A kernel may give its items out instead, to CTAs as they ask: groups one after the other, tiles of a group from the last to
-// the first, so that CTAs of a moment read the same keys. The last groups, that are worth the longest item for each CTA, are
-// given out together, the longest tiles first; and of these items those that are much longer than a CTA's part of what is
-// left in up to kTailPieces pieces. So all CTAs end nearly together.
+// the first, so that CTAs of a moment read the same keys. The last groups, that are worth 3/2 of the longest item for each CTA,
+// are given out together, the longest tiles first; and of these items those that no CTA could end with in time in up to
+// kTailPieces pieces. So all CTAs end nearly together. (Everything by its length would be worse: CTAs that are always at items
+// of one length end up to one of the shortest apart.)
 //
 // Plan buffer, for S shares asked for (any number; a kernel runs one or several in a CTA):
 //
@@ -223,9 +224,9 @@ JITGEN_PLAN_FN bool gives_out(long long items, const PlanShape& shape) {
   if (shape.many_items == 0 || items == 0) return false;
   return shape.least_piece == kNeverCut || items >= static_cast<long long>(shape.many_items) * shape.shares;
 }
-// Groups that are given out together: worth the longest item for each CTA.
+// Groups that are given out together: worth 3/2 of the longest item for each CTA.
 JITGEN_PLAN_FN int tail_groups_of(unsigned places, int most_cost, const PlanShape& shape) {
-  const unsigned long long wanted = (static_cast<unsigned long long>(shape.shares) * most_cost + places - 1) / places;
+  const unsigned long long worth = 3ull * shape.shares * most_cost, wanted = (worth + 2ull * places - 1) / (2ull * places);
   return wanted < static_cast<unsigned>(shape.groups) ? static_cast<int>(wanted) : shape.groups;
 }
 // Results of pieces that wait to be joined, at most.
@@ -236,10 +237,12 @@ JITGEN_PLAN_FN int least_units_of(long long items, const PlanShape& shape) {
   if (shape.least_piece == kNeverCut) return kNeverCut;
   return items >= 4ll * shape.shares ? 24 : 48;
 }
-// Pieces of a tile of `units` where `rest` places are left, with it, when it is first given out: several where it is more than
-// 8/5 of a CTA's part of them.
-JITGEN_PLAN_FN int pieces_wanted(int units, unsigned rest, int least_units, const PlanShape& shape) {
-  const unsigned long long work = 5ull * (units + shape.fixed_cost) * shape.shares, part = 8ull * rest;
+// Pieces of a tile of `units` that is first given out after `before` items of the last groups, where `rest` places are left, with
+// it. Of the first items, that are few and long, those longer than a CTA's part of what is left are cut, since all CTAs would wait
+// for them. Later ones from 8/5 of that part on: others that are nearly as long have been begun by then, and end as late.
+JITGEN_PLAN_FN int pieces_wanted(int units, unsigned rest, int before, int least_units, const PlanShape& shape) {
+  const bool is_first = 2 * before < shape.shares;
+  const unsigned long long work = (is_first ? 8ull : 5ull) * (units + shape.fixed_cost) * shape.shares, part = 8ull * rest;
   const int most = units / least_units, wanted = static_cast<int>((work + part - 1) / part);
   const int pieces = wanted < kTailPieces ? wanted : kTailPieces;
   return pieces < most ? pieces : most > 1 ? most : 1;
@@ -279,15 +282,15 @@ __device__ __forceinline__ int scan_block(int value, int& total) {
 }
 
 // The order of the last groups: the longest tiles first, later ones before earlier ones of the same length. A tile that lacks
-// rows counts half as much less (128 of 192 rows take 0.82 of the time). More tiles than threads keep the order of other groups,
-// as so many items for each CTA end nearly together without.
-__device__ __forceinline__ void order_tail(PlanTile* tiles, int num_tiles, PlanHeader& header, const PlanShape& shape) {
+// rows counts three quarters as much less (128 of 192 rows take 0.72 to 0.78 of the time). Of more tiles than threads those count
+// as of one length whose units have as many digits in base two.
+__device__ __forceinline__ void order_tail(PlanTile* tiles, int num_tiles, int most_cost, PlanHeader& header, const PlanShape& shape) {
   __shared__ int costs[kPlanThreads];
   const int thread = threadIdx.x;
   const auto units_at = [&](int i) { return units_of({tiles[i].begin, tiles[i].end}, shape.unit_keys); };
   if (num_tiles <= kPlanThreads) {
     const auto rows_at = [&](int i) { return tiles[i].q_len * shape.pack - tiles[i].index * shape.tile_rows; };
-    const auto weight = [&](int rows) { return shape.tile_rows + (rows < shape.tile_rows ? rows : shape.tile_rows); };
+    const auto weight = [&](int rows) { return shape.tile_rows + 3 * (rows < shape.tile_rows ? rows : shape.tile_rows); };
     const int own = thread < num_tiles ? units_at(thread) * weight(rows_at(thread)) : 0;   // written by this thread
     costs[thread] = own;
     __syncthreads();
@@ -295,7 +298,12 @@ __device__ __forceinline__ void order_tail(PlanTile* tiles, int num_tiles, PlanH
     for (int i = 0; i < num_tiles; ++i) place += costs[i] > own || (costs[i] == own && i > thread);
     if (thread < num_tiles) tiles[place].at = thread;
   } else {
-    for (int i = thread; i < num_tiles; i += kPlanThreads) tiles[i].at = num_tiles - 1 - i;
+    for (int digits = 32 - __clz(most_cost), placed = 0, total; digits > 0; --digits)
+      for (int last = num_tiles - 1; last >= 0; last -= kPlanThreads, placed += total) {
+        const int i = last - thread, is_next = i >= 0 && 32 - __clz(units_at(i)) == digits;
+        const int place = placed + scan_block(is_next, total) - is_next;
+        if (is_next) tiles[place].at = i;
+      }
   }
   __syncthreads();
   int places = 0, pieces = 0, total;
@@ -304,7 +312,8 @@ __device__ __forceinline__ void order_tail(PlanTile* tiles, int num_tiles, PlanH
     const unsigned line = places + scan_block(cost, total) - cost;
     places += total;
     const unsigned rest = (header.places - line) * header.tail_groups;
-    const int wanted = i < num_tiles ? pieces_wanted(units, rest, header.least_units, shape) : 0, counted = wanted > 1 ? wanted : 0;
+    const int wanted = i < num_tiles ? pieces_wanted(units, rest, i * header.tail_groups, header.least_units, shape) : 0;
+    const int counted = wanted > 1 ? wanted : 0;
     const int before = pieces + scan_block(counted, total) - counted;
     pieces += total;
     if (i < num_tiles) tiles[i].at_pieces = pieces_given(wanted, before, header, shape), tiles[i].pieces = before;
@@ -381,7 +390,7 @@ __device__ __forceinline__ void make_plan(void* plan, const int* q_indptr, const
     header.tail_groups = tail_groups_of(places, most_cost, shape);
     header.whole_groups = shape.groups - header.tail_groups;
     header.least_units = least_units_of(items, shape);
-    order_tail(tiles, num_tiles, header, shape);
+    order_tail(tiles, num_tiles, most_cost, header, shape);
   }
   __syncthreads();
 

@@ -134,12 +134,13 @@ template <int kCols, int kThreads> struct PagedCopy {
 
 // ---- partial results ----
 // O and the softmax of a piece of an item as the threads hold them, 16 bytes at a time: for each 16-row tile the kOutTiles
-// quads of O, then {row_max, row_sum}. A warp of the merge takes one 16-row tile.
-template <int kRowTiles, int kOutTiles, int kThreads> struct Partial {
-  static constexpr long long kQuads = static_cast<long long>(kRowTiles) * (kOutTiles + 1) * kThreads;   // of a slot
+// quads of O, then {row_max, row_sum}, or kStateQuads of another state. A warp of the merge takes one 16-row tile.
+template <int kRowTiles, int kOutTiles, int kThreads, int kStateQuads = 1> struct Partial {
+  static constexpr int kTileQuads = kOutTiles + kStateQuads;
+  static constexpr long long kQuads = static_cast<long long>(kRowTiles) * kTileQuads * kThreads;   // of a slot
 
   static JITGEN_FN float4* quad(void* workspace, int slot, int i, int j, int thread) {
-    return static_cast<float4*>(workspace) + slot * kQuads + (i * (kOutTiles + 1) + j) * kThreads + thread;
+    return static_cast<float4*>(workspace) + slot * kQuads + (i * kTileQuads + j) * kThreads + thread;
   }
   static JITGEN_FN void store(void* workspace, int slot, int thread, const float (&o)[kRowTiles][kOutTiles][4], const OnlineSoftmax<kRowTiles>& softmax) {
 #pragma unroll
@@ -166,6 +167,11 @@ template <int kRowTiles, int kOutTiles, int kThreads> struct Partial {
       softmax.row_max[0][half] = now;
       softmax.row_sum[0][half] = softmax.row_sum[0][half] * old[half] + piece_sum[half] * fresh[half];
     }
+    add_output(workspace, slot, i, first, thread, o, old, fresh);
+  }
+  // O times `old`, and of the piece times `fresh`, by halves.
+  template <int kTiles>
+  static JITGEN_FN void add_output(void* workspace, int slot, int i, int first, int thread, float (&o)[1][kTiles][4], const float (&old)[2], const float (&fresh)[2]) {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       const float4 part = *quad(workspace, slot, i, first + j, thread);
@@ -174,6 +180,43 @@ template <int kRowTiles, int kOutTiles, int kThreads> struct Partial {
       o[0][j][2] = o[0][j][2] * old[1] + part.z * fresh[1];
       o[0][j][3] = o[0][j][3] * old[1] + part.w * fresh[1];
     }
+  }
+};
+
+// The same of a norm, whose State is a struct of floats: those of the two rows of a thread, one after the other.
+template <class State, int kRowTiles, int kOutTiles, int kThreads>
+struct NormPartial : Partial<kRowTiles, kOutTiles, kThreads, (2 * static_cast<int>(sizeof(State) / 4) + 3) / 4> {
+  static constexpr int kValues = sizeof(State) / 4, kStateQuads = (2 * kValues + 3) / 4;
+  using Base = Partial<kRowTiles, kOutTiles, kThreads, kStateQuads>;
+
+  static JITGEN_FN void store(void* workspace, int slot, int thread, const float (&o)[kRowTiles][kOutTiles][4], const State (&state)[kRowTiles][2]) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < kOutTiles; ++j)
+        *Base::quad(workspace, slot, i, j, thread) = make_float4(o[i][j][0], o[i][j][1], o[i][j][2], o[i][j][3]);
+      float values[4 * kStateQuads + 1] = {};   // the last one only so that there is one
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int n = 0; n < kValues; ++n) values[half * kValues + n] = reinterpret_cast<const float*>(&state[i][half])[n];
+#pragma unroll
+      for (int j = 0; j < kStateQuads; ++j)
+        *Base::quad(workspace, slot, i, kOutTiles + j, thread) = make_float4(values[4 * j], values[4 * j + 1], values[4 * j + 2], values[4 * j + 3]);
+    }
+  }
+  // The states of the two rows that a thread has of row tile i.
+  static JITGEN_FN void load_states(void* workspace, int slot, int i, int thread, State (&state)[2]) {
+    float values[4 * kStateQuads + 1];
+#pragma unroll
+    for (int j = 0; j < kStateQuads; ++j) {
+      const float4 quad = *Base::quad(workspace, slot, i, kOutTiles + j, thread);
+      values[4 * j] = quad.x, values[4 * j + 1] = quad.y, values[4 * j + 2] = quad.z, values[4 * j + 3] = quad.w;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int n = 0; n < kValues; ++n) reinterpret_cast<float*>(&state[half])[n] = values[half * kValues + n];
   }
 };
 

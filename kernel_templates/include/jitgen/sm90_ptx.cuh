@@ -118,6 +118,15 @@ JITGEN_FN int load_shared(unsigned address) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
   return value;
 }
+// The same value in all lanes, in a form the compiler knows to be uniform.
+JITGEN_FN int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+// What lane 0 of a warp reads, for all of its lanes. Where lane 0 also lets go of what it read, no other read has to come before it.
+JITGEN_FN int load_shared_by(bool is_lane_0, unsigned address) {
+  int value;
+  asm volatile("{\n.reg .pred loads;\nsetp.ne.b32 loads, %2, 0;\nmov.b32 %0, 0;\n@loads ld.shared.b32 %0, [%1];\n}"
+               : "=r"(value) : "r"(address), "r"(static_cast<int>(is_lane_0)) : "memory");
+  return uniform(value);
+}
 // A struct of one word as that word, and back.
 template <class T> JITGEN_FN int bits_of(const T& x) { int bits; __builtin_memcpy(&bits, &x, 4); return bits; }
 template <class T> JITGEN_FN T from_bits(int bits) { T x; __builtin_memcpy(&x, &bits, 4); return x; }
@@ -132,8 +141,6 @@ JITGEN_FN int4 load_shared_int4(unsigned address) {
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
   return v;
 }
-// The same value in all lanes, in a form the compiler knows to be uniform.
-JITGEN_FN int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // Position in a ring of kStages buffers. The parity flips at each lap: consumers begin at 0, producers at 1.
 template <int kStages> struct RingPosition {
@@ -148,6 +155,9 @@ template <int kStages> struct RingPosition {
     return at;
   }
 };
+
+// The 128 bytes around it come into L2.
+JITGEN_FN void prefetch_line(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 // ---- programmatic dependent launch: no effect in a launch without the attribute ----
 JITGEN_FN void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

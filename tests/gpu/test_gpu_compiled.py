@@ -1,0 +1,47 @@
+"""Hooks inside of torch.compile on a GPU: inputs of one operator, in CUDA graphs too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import jitgen
+
+pytestmark = pytest.mark.gpu
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("slopes", torch.rand(8, device="cuda"))
+        self.window = 90
+
+    def score_mod(self, score, b, h, q_idx, kv_idx):
+        return score + self.slopes[h] * (kv_idx - q_idx)
+
+    def forward(self, q, k, v, doc, cap):
+        def mask_mod(b, h, q_idx, kv_idx):
+            return (doc[q_idx] == doc[kv_idx]) & (q_idx - kv_idx < self.window) & (kv_idx <= q_idx)
+
+        def capped(score, b, h, q_idx, kv_idx):
+            return cap * torch.tanh(self.score_mod(score, b, h, q_idx, kv_idx) / cap)
+
+        self.slopes.mul_(0.5)
+        out = jitgen.attention(q * 2, k, v, score_mod=capped, mask_mod=mask_mod)
+        return jitgen.flex_attention(out, k, v, score_mod=self.score_mod) + 1
+
+
+@pytest.mark.parametrize("options", [{"backend": "aot_eager"}, {}, {"mode": "reduce-overhead"}], ids=str)
+def test_compiled_layer_does_what_the_eager_one_does(options):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    eager, layer = Layer(), Layer()
+    layer.slopes.copy_(eager.slopes)
+    compiled = torch.compile(layer, fullgraph=True, **options)
+    with torch.no_grad():
+        for size in (50, 70, 110, 130):
+            q, k, v = (torch.randn(2, 8, 300, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+            doc, cap = torch.arange(300, device="cuda") // size, torch.tensor(size / 10, device="cuda")
+            got, want = compiled(q, k, v, doc, cap), eager(q, k, v, doc, cap)
+            torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    torch._dynamo.reset()
