@@ -39,6 +39,9 @@ def _strides(tensors: str, axes: str, **comments: str) -> tuple[ArgField, ...]:
     return tuple(_int(name, comments.get(name[-1], "")) for name in names)
 
 
+# Keys of a page, so that dividing by them is a product and a shift: x / size = x * magic >> shift.
+DIVISOR_ARGS = (_int("key_page_size"), _int("key_page_magic"), _int("key_page_shift"))
+
 DENSE_ARGS: tuple[ArgField, ...] = (
     pointer("const void", "q", "[batch, num_q_heads, q_len, head_dim]"),
     pointer("const void", "k", "[batch, num_kv_heads, kv_len, head_dim]"),
@@ -103,6 +106,15 @@ SCALE_ARGS: tuple[ArgField, ...] = (
     ArgField("double", "v_factor", "as k_factor, of v_scale", "d"),
 )  # fmt: skip
 
+# Behind the scales where hooks read page or kv_slot. Kernels that read copies of keys have no page table of their own.
+PAGE_ARGS: tuple[ArgField, ...] = (
+    pointer("const int", "key_pages", "page numbers of the cache in logical order"),
+    pointer("const int", "key_page_start", "[batch] first of each request; null: b * key_page_stride"),
+    _int("key_page_stride", "entries between the page lists of two requests in a block table"),
+    _int("key_page_head_stride", "entries between the page lists of two KV heads of a request; 0: they share one"),
+    *DIVISOR_ARGS,
+)
+
 MERGE_ARGS: tuple[ArgField, ...] = (
     pointer("const float", "states", "[state rows, num_q_heads, head_dim_v], contiguous"),
     pointer("const float", "state_lse", "[state rows, num_q_heads], contiguous"),
@@ -154,6 +166,12 @@ ARGS_OF_LAYOUT = {  # by KernelSpec.layout
     "states": MERGE_ARGS,
     "outs": MERGE_OUTS_ARGS,
 }
+
+
+def divisor_words(size: int) -> tuple[int, int, int]:
+    """Values for DIVISOR_ARGS; right for dividends from 0 to 2**31 - 1."""
+    bits = (size - 1).bit_length()
+    return size, -(-(1 << (31 + bits)) // size), 31 + bits
 
 
 def pack_format(fields: tuple[ArgField, ...]) -> str:

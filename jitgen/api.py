@@ -39,8 +39,8 @@ def attention(
 
     scale_q, scale_k and scale_v are what q, k and v are to be multiplied by: numbers, or float32 tensors of one value, of one
     a head, or of one a request and head [batch, heads]; the variant's hooks see the scaled score and output. With them q, k
-    and v may be torch.float8_e4m3fn: computed in 8 bits on Hopper (no OnlineNorm there), dequantised on the CPU, and an error
-    on other GPUs. The output is then out_dtype, bfloat16 (default) or float16.
+    and v may be torch.float8_e4m3fn: computed in 8 bits on Hopper (no OnlineNorm there), as the same numbers in out_dtype on
+    the CPU, and an error on other GPUs. The output is then out_dtype, bfloat16 (default) or float16.
 
     Shapes:  q [batch, num_q_heads, q_len, head_dim]; k [batch, num_kv_heads, kv_len, head_dim];
              v [batch, num_kv_heads, kv_len, head_dim_v]; returns [batch, num_q_heads, q_len, head_dim_v] in q's dtype (8-bit

@@ -243,10 +243,6 @@ def run_adapted(
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run on copies the kernel can read; zero columns beyond head_dim change no logit and are cut off the output."""
-    if q.device.type == "cpu":
-        copies = [t.float() for t in (q, k, v)]
-        result, lse = run(program, values, *copies, scale=scale, local=local, want_lse=want_lse, family=family)
-        return finished(result, out, q, out_dtype), lse
     head_dim, head_dim_v = padded_head_dims(q.shape[3], v.shape[3], dtype_name(q.dtype))
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])

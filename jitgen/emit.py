@@ -12,19 +12,30 @@ from dataclasses import dataclass, fields, replace
 from jitgen import ir
 from jitgen.abi import ArgField
 from jitgen.emit_bits import BitsMask, mask_by_bits, print_bits, search_text
-from jitgen.emit_early import ahead_loads, drop_relative, level_marks, take_copied, take_initial, take_offset, take_relative
+from jitgen.emit_early import (
+    ahead_loads,
+    drop_relative,
+    level_marks,
+    looks_up_columns,
+    take_copied,
+    take_initial,
+    take_offset,
+    take_relative,
+)
 from jitgen.emit_load import add_row_word, index_term
-from jitgen.emit_lower import HOOK_LEVELS, Block, Lowering, Unit, join_levels
+from jitgen.emit_lower import HOOK_LEVELS, HOST_CHECKED, Block, Lowering, Unit, join_levels
 from jitgen.emit_mask import MaskAnalysisText, emit_mask_analysis, is_causal, position_parts
 from jitgen.emit_norm import NormText, OutputText, emit_norm, emit_output
 from jitgen.emit_split import divided, outer_factor, split_floats
 from jitgen.emit_text import ELEMENT_CTYPE
 from jitgen.ir import Expr
-from jitgen.program import Program, uses_index
+from jitgen.ir_ops import PAGE_OPS
+from jitgen.program import Program, reads_pages, uses_index
 
 CAPS = ("tanh", "tanh_approx")
 WITHIN_ONE = (*CAPS, "sigmoid", "erf", "sin", "cos")  # functions whose values stay within [-1, 1]
 ELEMENT_NAMES = frozenset(("args", "head", "row", "col", "ahead", "odd", "relative", "score", "q_idx", "kv_idx"))  # parameters
+ROWS_CHECKED = frozenset(("kv_h",))  # of what transforms of rows index: see kv_emit.py
 ELEMENT_BLOCKS = {"row": "row.", "col": "col.", "elem": ""}
 
 
@@ -90,11 +101,17 @@ class VariantSection:
     sink: HookText
     norm: NormText
     lse: HookText
+    value: HookText
+    prefetches: tuple[str, ...]
     output: OutputText
     raw_scores: bool
     reads_q_off: bool
     reads_q_first: bool
     reads_kv_off: bool
+    reads_pages: bool
+    has_value: bool
+    prefetches_keys: bool
+    hoists_columns: bool  # decode looks them up with those of `value`; alone they are looked up as fast where they are used
     has_score: bool
     score_is_bounded: bool
     score_is_capped: bool
@@ -149,7 +166,7 @@ def emit_variant(
     """The variant section of ``program``; ``backend`` is 'cpu' or 'cuda'.
 
     With ``raw_scores`` score_elem is given q . k as it is, and what it returns is still to be multiplied by score_factor:
-    both multiplications then join others, and a soft cap costs one of them an element instead of three.
+    decide alone, 'bits' where it masks by bits (emit_bits.py); 'prefetch' where it asks for what is stored by slot beforehand.
     ``early`` names what of a score the template takes over (emit_early.py): 'relative', 'columns', 'ahead', 'cap', 'initial',
     'tile', 'offset'; 'late' where a mask is to have few values by column; 'positions' where it tells tiles whose mask positions
     decide alone, and 'bits' where it masks by bits (emit_bits.py).
@@ -199,6 +216,8 @@ def emit_variant(
         sink=_emit_value(unit, program.sink, {}),
         norm=norm,
         lse=_emit_value(unit, program.lse, {"q_idx": "elem", "lse": "elem"}),
+        value=_emit_value(unit, program.value, {"kv_idx": "elem"}, host_checked=ROWS_CHECKED),
+        prefetches=_prefetches(unit, program) if "prefetch" in early else (),
         output=emit_output(unit, program.output),
     )
     columns = BlockText() if initial is not None else score_text.col
@@ -213,6 +232,10 @@ def emit_variant(
         **text,  # type: ignore[arg-type]
         raw_scores=raw_scores,
         **{f"reads_{name}": uses_index(program, name) for name in ir.PACKED},  # type: ignore[arg-type]
+        reads_pages=bool(reads_pages(*program.roots())),
+        hoists_columns=program.value is not None and looks_up_columns(program),
+        has_value=program.value is not None,
+        prefetches_keys=text["prefetches"] != (),
         has_score=score is not None,
         score_is_bounded=score is not None and score.op in WITHIN_ONE,
         score_is_capped=is_capped,
@@ -255,6 +278,25 @@ def emit_variant(
         has_lse_mod=program.lse is not None,
         has_output=program.output is not None,
     )
+
+
+def _prefetches(unit: Unit, program: Program) -> tuple[str, ...]:
+    """Statements that ask for what is stored of a key by slot or page, where nothing else but the KV head says where."""
+    lines: dict[str, None] = {}
+    for node in ir.walk(program.score, program.mask, program.value):
+        if node.op != "load" or not any(i.op in PAGE_OPS for i in node.args):
+            continue
+        name, offsets = unit.slot_names[node.attr], []
+        for dim, i in enumerate(node.args):
+            place = {"kv_slot": "slot", "page": "page"}.get(i.op, "kv_h" if i is ir.index("kv_h") else None)
+            stride = unit.slots[node.attr].layout[dim]
+            if place is None:
+                break
+            if stride != "0":
+                offsets.append(place if stride == "c" else f"{place} * args.{name}_stride{dim}")
+        else:
+            lines[f"jg::prefetch(args.{name} + {' + '.join(offsets)});"] = None
+    return tuple(lines)
 
 
 def column_table(score: BlockText, mask: BlockText) -> str | None:
@@ -327,6 +369,8 @@ def _emit_mask(
         return HookText(), HookText()
     alone = [functools.reduce(lambda a, b: ir.make("and", a, b), positions)] if positions else []
     root = split_floats(root, _level) if bits is None else bits.mask
+    if compares_late:
+        root = ir.rebuild(root, _as_number)
     low = _element_lowering(unit, [root, *alone])
     low.compares_late = compares_late
     if bits is not None:
@@ -340,6 +384,13 @@ def _emit_mask(
     if bits is not None:
         texts = [replace(text, col=BlockText()) for text in texts]
     return texts[0], texts[1] if alone else HookText()
+
+
+def _as_number(node: Expr) -> Expr | None:
+    """A truth that is stored by slot or page, as a number that is compared: columns in shared memory are words."""
+    if node.op == "load" and node.dtype == "bool" and reads_pages(node):
+        return ir.make("ne", ir.load(int(str(node.attr)), "i32", node.args), ir.const(0))
+    return None
 
 
 def _emit_search(unit: Unit, bits: BitsMask | None) -> HookText:
@@ -400,11 +451,14 @@ def _emit_score(
     )
 
 
-def _emit_value(unit: Unit, root: Expr | None, levels: dict[str, str]) -> HookText:
+def _emit_value(
+    unit: Unit, root: Expr | None, levels: dict[str, str], host_checked: frozenset[str] = HOST_CHECKED
+) -> HookText:
     """A hook that yields one value, not one per element."""
     if root is None:
         return HookText()
-    block = Block("elem", taken={"args", "head", "lse", "q_idx"})
+    block = Block("elem", taken={"args", "head", "lse", "q_idx", "kv_idx"})
     low = Lowering(unit, {level: block for level in ("row", "col", "elem")} | {"head": unit.head}, levels, [root])
+    low.host_checked = host_checked
     value = low.term(root, block).text  # adds to the lines of block
     return HookText(lines=tuple(block.lines), value=value)

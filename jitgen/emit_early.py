@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from jitgen import ir
 from jitgen.emit_bits import mask_by_bits
 from jitgen.ir import Expr, walk
-from jitgen.program import Program, Slot
+from jitgen.program import Program, Slot, reads_pages
 
 POSITIONS = frozenset(("q_idx", "kv_idx"))
 PAIRED_DTYPES = ("float16", "bfloat16", "float32")  # of which two elements are one word
@@ -47,6 +47,8 @@ def early_parts(program: Program, layout: str, head_dim_v: int) -> frozenset[str
         parts.add("tile")
     if layout != "dense" and head_dim_v < 256 and _has_shared_columns(program):
         parts |= {"columns", "late"}
+    if layout != "dense" and head_dim_v < 256 and reads_pages(program.score) and looks_up_columns(program):
+        parts.add("columns")
     if layout == "dense" and mask_by_bits(program) is not None:
         parts |= {"bits", "positions"}
     words = 0 if program.score is None else ahead_words(ahead_loads(program.score, program.slots), program.slots)
@@ -59,6 +61,13 @@ def _has_shared_columns(program: Program) -> bool:
     """Whether the mask is the only hook that looks at columns, and its columns are the same to all query heads of a KV head."""
     mask, score = program.mask, program.score
     return mask is not None and "h" not in mask.deps and (score is None or "kv_idx" not in score.deps)
+
+
+def looks_up_columns(program: Program) -> bool:
+    """Whether hooks on logits look up what is stored by slot or page, two loads and a division, and their columns are the same
+    to all query heads of a KV head."""
+    roots = [root for root in (program.score, program.mask) if root is not None]
+    return bool(reads_pages(*roots)) and not any("h" in root.deps for root in roots)
 
 
 # ---- parts of the distance -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from jitgen.emit_text import ATOM, ELEMENT_CTYPE, PRODUCT, SUM, Term
 from jitgen.ir import Expr
+from jitgen.ir_ops import PAGE_OPS
 from jitgen.program import ELEMENT_TO_IR
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def offset_term(low: Lowering, node: Expr, dim: int, at: Block) -> Term:
 def index_term(low: Lowering, node: Expr, dim: int, at: Block) -> Term:
     """The index along one dimension: clamped, unless the host checks that it fits."""
     index, name = node.args[dim], low.unit.slot_names[node.attr]
-    if index.op == "index" and index.attr in low.host_checked:
+    if (index.op == "index" and index.attr in low.host_checked) or index.op in PAGE_OPS:
         return low.term(index, at)
     term = low.term(index, at, narrow=at.level == "elem")
     size = f"args.{name}_size{dim}" if term.ctype == "long long" else f"(int)args.{name}_size{dim}"

@@ -14,6 +14,7 @@ from jitgen import ir
 from jitgen.emit_ranges import Ranges
 from jitgen.emit_text import ATOM, PRODUCT, Term, identifier, literal, unique
 from jitgen.ir import Expr, to_text, walk
+from jitgen.ir_ops import PAGE_OPS
 from jitgen.program import Slot
 
 # Where a leaf begins to vary; leaves not listed are known per (b, h). A row and a column value meet in an element.
@@ -233,6 +234,8 @@ class Lowering:
         """A name for a value, from what it is made of."""
         varying = "".join(s for d, s in (("b", "b"), ("h", "h"), ("q_idx", "q"), ("kv_idx", "k")) if d in node.deps)
         suffix = f"_{varying}" if varying else ""
+        if node.op in PAGE_OPS:
+            return node.op
         if node.op in ("load", "scalar"):
             return self.unit.slot_names[node.attr] + suffix
         if node.op == "truediv" and node.args[0].is_const and node.args[0].attr == 1.0:

@@ -15,6 +15,7 @@ from jitgen.emit_ops import COMPARE, print_compare, print_logic
 from jitgen.emit_ranges import Ranges
 from jitgen.emit_text import ATOM, PRODUCT, SUM, UNARY, Term, int_literal
 from jitgen.ir import Expr, walk
+from jitgen.program import reads_pages
 
 SPAN_LEVELS = {"q_idx": "row", "kv_idx": "elem"}
 FAR = 2**40  # jg::kFar: what 64-bit captures are assumed to stay below; checked at run time
@@ -97,6 +98,7 @@ def emit_mask_analysis(unit: Unit, mask: Expr | None, *, by_positions: bool = Fa
         scans=any(
             n.op == "load" and low.level(n) == "elem" and not (unit.slots[n.attr].is_sorted and "kv_h" not in n.deps)
             for n in walk(mask)
+            if not reads_pages(n)
         ),
         spans_together=any("jg::scan_together(" in line for line in span.lines),
     )
@@ -260,6 +262,8 @@ def _bitand(low: BoundsLowering, node: Expr, at: Block) -> Term:
 def _scan(low: BoundsLowering, node: Expr, at: Block) -> Term:
     """Bounds of the elements in a box of a captured tensor."""
     slot, name = low.unit.slots[node.attr], low.unit.slot_names[node.attr]
+    if reads_pages(*node.args):
+        return fallback(low, node)
     fixed = [d for d, a in enumerate(node.args) if low.level(a) == "head" and slot.layout[d] != "0"]
     axes = []
     for d, index in enumerate(node.args):

@@ -23,7 +23,7 @@ from jitgen.emit_text import (
 )
 from jitgen.errors import UnsupportedVariant
 from jitgen.ir import Expr, index, make, make_lin
-from jitgen.ir_ops import FLOAT_UNARY
+from jitgen.ir_ops import FLOAT_UNARY, PAGE_OPS
 
 COMPARE = {"eq": ("==", EQUALITY), "ne": ("!=", EQUALITY), "lt": ("<", RELATION), "le": ("<=", RELATION)}
 LOGIC = {"and": ("&", BITAND), "or": ("|", BITOR), "bitand": ("&", BITAND), "bitor": ("|", BITOR), "bitxor": ("^", BITXOR)}
@@ -296,6 +296,12 @@ def print_relu(low: Lowering, node: Expr, at: Block, narrow: bool) -> Term:
     return Term(f"jg::max({a.text}, {zero})", ATOM, a.ctype)
 
 
+def print_place(low: Lowering, node: Expr, at: Block, narrow: bool) -> Term:
+    """Where a key lies in a paged cache."""
+    function = "slot" if node.op == "kv_slot" else "page"
+    return Term(f"head.keys.{function}({low.term(node.args[1], at).text})", ATOM, "int")
+
+
 def _call(name: str):  # type: ignore[no-untyped-def]
     return lambda low, node, at, narrow: call(low, name, node, at)
 
@@ -305,5 +311,5 @@ _PRINTERS = {
     "truediv": _infix("/", PRODUCT), "neg": print_neg, "not": print_not, "bitnot": print_not, "floordiv": print_floordiv,
     "mod": print_mod, "pow": print_pow, "shl": print_shift, "shr": print_shift, "where": print_where, "cast": print_cast,
     "sign": print_sign, "relu": print_relu, "min": _call("jg::min"), "max": _call("jg::max"), "abs": _call("jg::abs"),
-    "popcount": _call("jg::popcount"),
+    "popcount": _call("jg::popcount"), **dict.fromkeys(PAGE_OPS, print_place),
 }  # fmt: skip

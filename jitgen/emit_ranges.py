@@ -2,7 +2,8 @@
 
 They decide the C++ type (int or long long), whether `//` and `%` need the floor form, whether a gather index may be
 negative, and whether interval arithmetic in 64 bits is exact. Positions and lengths are below 2**28, head counts below
-2**16, the batch below 2**24, rows of all requests below 2**30; a captured scalar or element may be anything its type holds.
+2**16, the batch below 2**24, rows of all requests and slots of a cache below 2**30; a captured scalar or element may be
+anything its type holds.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ Range = tuple[int, int]
 
 POSITION_LIMIT = 2**28
 ROW_LIMIT = 2**30
+SLOT_LIMIT = 2**30
 I64: Range = (-(2**63), 2**63 - 1)
 I32: Range = (INT32_MIN, INT32_MAX)
 _POSITION: Range = (0, POSITION_LIMIT - 1)
 _LENGTH: Range = (0, POSITION_LIMIT)
 _ROW: Range = (0, ROW_LIMIT)
+_SLOT: Range = (0, SLOT_LIMIT - 1)
 INDEX_RANGE: dict[str, Range] = {
     "b": (0, 2**24), "h": (0, 2**16), "kv_h": (0, 2**16), "q_idx": _POSITION, "kv_idx": _POSITION, "q_len": _LENGTH,
     "kv_len": _LENGTH, "ctx_len": (-POSITION_LIMIT, POSITION_LIMIT), "d": (0, 2**16), "num_q_heads": (1, 2**16),
@@ -141,6 +144,8 @@ def _shr(n: Expr, args: list[Range]) -> Range:
 
 
 _RULES = {
+    "kv_slot": lambda n, a: _SLOT,
+    "page": lambda n, a: _SLOT,
     "lin": _lin,
     "mul": _mul,
     "floordiv": _floordiv,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from jitgen.ir import Expr, walk
+from jitgen.ir_ops import PAGE_OPS
 
 Tensor = torch.Tensor
 
@@ -22,7 +23,8 @@ def evaluate(
 ) -> Tensor:
     """Value of ``root``.
 
-    ``values`` are the captures by slot, ``leaves`` the indices and states by name; shapes broadcast. Reductions run along the
+    ``values`` are the captures by slot, ``leaves`` the indices and states by name, and page numbers and slots of keys where
+    these are read; shapes broadcast. Reductions run along the
     last axis; of a row of logits, only the elements in ``keep`` count, and ``reverse`` is the order of a running sum.
     """
     dtype, device = _context(leaves)
@@ -33,6 +35,8 @@ def evaluate(
             done[node] = torch.tensor(node.attr, dtype=_torch_dtype(node, dtype), device=device)
         elif node.op in ("index", "state"):
             done[node] = leaves[str(node.attr)]
+        elif node.op in PAGE_OPS:
+            done[node] = leaves[node.op]
         elif node.op == "scalar":
             done[node] = torch.tensor(values[int(str(node.attr))], dtype=_torch_dtype(node, dtype), device=device)
         elif node.op == "load":

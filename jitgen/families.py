@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 
 from jitgen.errors import ShapeMismatch, UnsupportedDtype, UnsupportedVariant, VariantError
-from jitgen.program import Program
-from jitgen.spec import FP8_DTYPE, MLA_DIMS, MLA_FAMILIES, KernelSpec, Tiles
+from jitgen.program import Program, all_roots, reads_pages
+from jitgen.spec import FP8_DTYPE, FP8_OUT_DTYPES, MLA_DIMS, MLA_FAMILIES, KernelSpec, Tiles
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
 from jitgen.tiles import sm80_tiles
 from jitgen.tiles_decode import decode_tiles
@@ -42,12 +42,15 @@ def choose_spec(
     """The kernel for these types on this device. ``family`` forces one; otherwise the best that supports the program.
     ``out_dtype`` is that of the output, where it is not dtype."""
     check_rows(program)
+    check_pages(program, "dense")
     if family is not None and family not in FAMILIES:
         raise VariantError(f"family={family!r} is not a kernel family. Use one of {', '.join(FAMILIES)}.")
     if device.type == "cpu":
         if family not in (None, "cpu"):
             raise VariantError(f"family={family!r} needs cuda tensors, q is on cpu. Leave family out.")
-        return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims), detect_cpu())
+        of_inputs = FP8_DTYPE if dtype == FP8_DTYPE else ""
+        dtype = (out_dtype or FP8_OUT_DTYPES[0]) if of_inputs else dtype
+        return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims), detect_cpu(), kv_dtype=of_inputs)
     if family == "cpu":
         raise VariantError(f"family='cpu' needs cpu tensors, q is on {device}. Leave family out.")
     target = detect_cuda(device.index, accelerated=family != "sm80")
@@ -150,6 +153,16 @@ def check_rows(program: Program) -> None:
         raise VariantError(
             "a kernel was asked for by itself for a variant that transforms rows of q, k or v. Such variants take several: "
             "call jitgen.attention or make a jitgen.Plan, and record what they ask for."
+        )
+
+
+def check_pages(program: Program, layout: str) -> None:
+    """Keys are in pages, where a program reads of which."""
+    name = "" if layout == "paged" else reads_pages(*all_roots(program))
+    if name:
+        instead = "kv_off + kv_idx, the row of k" if layout == "ragged" else "b and kv_idx"
+        raise VariantError(
+            f"the variant reads {name}, and {layout} keys are in no pages. Index by {instead}, or call jitgen.paged_attention."
         )
 
 

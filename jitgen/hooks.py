@@ -14,12 +14,13 @@ from jitgen.captures import Capture, Captures
 from jitgen.errors import VariantError
 from jitgen.guards import Path
 from jitgen.ir import Expr
+from jitgen.ir_ops import PAGE_OPS
 from jitgen.location import definition_of, refuse
 from jitgen.norm_hooks import NormTracer, check_merge
 from jitgen.norms import OnlineNorm
-from jitgen.program import NormProgram, Program, RowHooks, RowProgram
+from jitgen.program import NormProgram, Program, RowHooks, RowProgram, all_roots
 from jitgen.records import record
-from jitgen.row_hooks import row_arguments, split_rotation, trace_row
+from jitgen.row_hooks import POSITION, row_arguments, split_rotation, trace_row
 from jitgen.signatures import HOOKS, POSITIONAL, ROW_TRANSFORMS, check_hook, code_of, name_of, shown
 from jitgen.symbols import Sym, as_operand
 from jitgen.trace import Tracer, trace_lock
@@ -40,8 +41,10 @@ class Trace:
 # ---- one hook -----------------------------------------------------------------------------------------------------------
 
 
-def _context_value(name: str) -> Expr:
-    """What a hook asks for by a keyword-only parameter."""
+def _context_value(name: str, key: str = "kv_idx") -> Expr:
+    """What a hook asks for by a keyword-only parameter; ``key`` is the index that numbers keys."""
+    if name in PAGE_OPS:
+        return ir.make(name, ir.index("b"), ir.index(key))
     return ir.make("add", ir.index("q_idx"), ir.index("q_first")) if name == "q_tok" else ir.index(name)
 
 
@@ -103,14 +106,22 @@ class HookTracer:
         """A transform of the rows of q, k or v."""
         if hook is None:
             return RowProgram()
-        if check_hook(kind, hook).context:
+        names = check_hook(kind, hook).context
+        unknown = [name for name in names if name not in PAGE_OPS]
+        if unknown:
             raise VariantError(
-                f"{kind} '{name_of(hook)}' asks for keyword-only context, and there is none for rows. Capture the value."
+                f"{kind} '{name_of(hook)}' asks for keyword-only '{unknown[0]}'; rows of k and v have "
+                f"{' and '.join(sorted(PAGE_OPS))}, those of q no context. Capture the value."
             )
+        context = {name: Sym(_context_value(name, POSITION)) for name in names}
         label, code = f"{kind} '{name_of(hook)}'", code_of(hook)
         call = self.captures.wrap(hook, Path(None, "root", kind), name_of(hook))
         root, rope = trace_row(
-            self.tracer, label, code, lambda: call(*row_arguments()), lambda returned: converted(returned, "f32", label, code)
+            self.tracer,
+            label,
+            code,
+            lambda: call(*row_arguments(), **context),
+            lambda returned: converted(returned, "f32", label, code),
         )
         return split_rotation(root, rope, label, code)
 
@@ -243,8 +254,7 @@ def _is_excluded(e: Expr) -> bool:
 def with_slots(program: Program, found: Sequence[Capture]) -> tuple[Program, list[Capture]]:
     """The program over the captures it reads, numbered by first use; a capture nobody reads is no launch argument."""
     number: dict[int, int] = {}
-    rows = program.rows
-    roots = (*program.roots(), *(() if rows is None else rows.roots()))
+    rows, roots = program.rows, all_roots(program)
     for node in ir.walk(*roots):
         if node.op in ("scalar", "load"):
             number.setdefault(int(str(node.attr)), len(number))

@@ -14,7 +14,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from jitgen.ir_ops import OPS, ROW_LOCAL, ROW_OPS, Op
+from jitgen.ir_ops import OPS, PAGE_OPS, ROW_LOCAL, ROW_OPS, Op
 
 RANK = {"bool": 0, "i32": 1, "i64": 2, "f32": 3}
 INT_DTYPES = ("i32", "i64")
@@ -361,14 +361,24 @@ def walk(*roots: Expr | None) -> Iterator[Expr]:
 
 
 def rebuild(root: Expr, leaf: Callable[[Expr], Expr | None]) -> Expr:
-    """Copy of ``root`` with every node for which ``leaf`` returns a replacement exchanged; the rest is re-canonicalised."""
+    """Copy of ``root`` with every node for which ``leaf`` returns a replacement exchanged; the rest is re-canonicalised. What
+    is only below exchanged nodes is not looked at."""
     done: dict[Expr, Expr] = {}
-    for node in walk(root):
-        new = leaf(node)
-        if new is None:
+    stack = [(root, False)]
+    while stack:
+        node, ready = stack.pop()
+        if node in done:
+            continue
+        if ready:
             args = tuple(done[a] for a in node.args)
-            new = node if args == node.args else remake(node, args)
-        done[node] = new
+            done[node] = node if args == node.args else remake(node, args)
+            continue
+        new = leaf(node)
+        if new is not None:
+            done[node] = new
+        else:
+            stack.append((node, True))
+            stack.extend((a, False) for a in reversed(node.args))
     return done[root]
 
 
@@ -417,6 +427,8 @@ def to_text(node: Expr, names: Sequence[str] = ()) -> str:
             return f"{name_of(n.attr)}[{', '.join(text(a) for a in n.args)}]"
         if n.op == "lin":
             return _lin_text(n, text)
+        if n.op in PAGE_OPS:
+            return n.op
         if n.op == "cast":
             return f"{n.dtype}({text(n.args[0])})"
         if n.op in _INFIX:

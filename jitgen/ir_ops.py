@@ -85,9 +85,12 @@ OPS: dict[str, Op] = {
     "isnan": Op(1, "bool", math.isnan),
     "isinf": Op(1, "bool", math.isinf),
     **{name: Op(1, "float", fold) for name, fold in FLOAT_UNARY.items()},
+    # Where a key lies in a paged cache, of its request and its number there: known to kernels over pages.
+    "kv_slot": Op(2, "int"), "page": Op(2, "int"),
     # Reductions along a row of a KV tile (logits) or along the head dim (output); legal only in the hooks that say so.
     "row_max": Op(1, "float"), "row_sum": Op(1, "float"), "row_cumsum": Op(1, "float"), "d_sum": Op(1, "float"),
 }  # fmt: skip
+PAGE_OPS = frozenset(("kv_slot", "page"))
 ROW_OPS = frozenset(("row_max", "row_sum", "row_cumsum", "d_sum"))
 ROW_LOCAL = {
     "row_max": frozenset(("score", "kv_idx")),

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 
+from jitgen import ir
 from jitgen.abi import ArgField
 from jitgen.checks import dtype_name
+from jitgen.ir import Expr
 from jitgen.kv_launch import Turn
 from jitgen.kv_spec import Rotation, RowsSpec, StreamSpec, rotation_args, rotations_of
-from jitgen.program import Program, RowProgram, Slot
+from jitgen.program import Program, RowProgram, Slot, reads_pages
 from jitgen.records import record
 from jitgen.target import CompileTarget
 
 CHUNK = 8  # elements of 16 bits that a lane loads at once
 ROTATED_CHUNKS = 2 * CHUNK  # a rotation is of whole chunks
+ELEMENT = ir.index("o")
 
 
 @record
@@ -25,6 +30,10 @@ class DecodeRows:
     def shape(self) -> tuple[object, ...]:
         """Identity as plain values."""
         return tuple(s.shape() for s in self.streams)
+
+    def roots(self) -> tuple[Expr | None, ...]:
+        """The expressions of the transforms."""
+        return tuple(e for s in self.streams for e in s.roots())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,6 +62,32 @@ def fits_decode(program: Program, head_dim: int, head_dim_v: int) -> bool:
     return rows is None or all(
         p.rope is None or p.rope.dim_of(dim) % ROTATED_CHUNKS == 0 for p, dim in ((rows.k, head_dim), (rows.v, head_dim_v))
     )
+
+
+def value_factor(program: Program) -> Expr | None:
+    """What a key's value is multiplied by, over kv_idx, where that is all that is done to it, and it is stored by slot or page:
+    the weight of the key is multiplied instead. None for other transforms."""
+    rows = program.rows
+    if rows is None or rows.v.rope is not None or rows.v.before is None:
+        return None
+    factor, rest = ir.const(1.0), rows.v.before
+    while rest is not ELEMENT:
+        if rest.op not in ("mul", "truediv"):
+            return None
+        others = [a for a in rest.args if "o" not in a.deps]
+        if len(others) != 1 or others[0].deps & {"d", "row"} or (rest.op == "truediv" and others[0] is rest.args[0]):
+            return None
+        factor = ir.make(rest.op, factor, others[0])
+        rest = next(a for a in rest.args if a is not others[0])
+    key = ir.rebuild(factor, lambda n: ir.index("kv_idx") if n is ir.index("q_idx") else None)
+    return key if reads_pages(key) else None
+
+
+@lru_cache(maxsize=256)
+def with_value_factor(program: Program) -> Program:
+    """The program with the factor of values as a hook of its own, and not as a transform, where there is one."""
+    factor = value_factor(program)
+    return program if factor is None else replace(program, value=factor, rows=replace(program.rows, v=RowProgram()))
 
 
 def transforms_of(program: Program, head_dim: int, head_dim_v: int) -> list[tuple[str, RowProgram, int]]:

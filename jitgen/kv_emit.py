@@ -39,6 +39,7 @@ def emit_streams(spec: RowsSpec, *, holds_constants: bool = False) -> StreamsCon
     return StreamsContext(
         args_fields=spec.own_args + capture_fields(unit),
         has_transform=any(s.before or s.after or not s.position_is_own for s in streams),
+        reads_pages=spec.reads_pages,
         head_fields=tuple(m.text for m in unit.head.members),
         head_lines=tuple(unit.head.lines),
         places=PLACES[spec.places],

@@ -8,6 +8,7 @@ import torch
 
 from jitgen.checks import dtype_name
 from jitgen.errors import UnsupportedDtype
+from jitgen.families import check_pages
 from jitgen.ir import walk
 from jitgen.kv_checks import check_row_captures
 from jitgen.kv_launch import Stream, prepare_rows
@@ -30,6 +31,7 @@ def transform_dense(
     """
     rows = program.rows
     assert rows is not None
+    check_pages(program, "dense")
     batch = q.shape[0]
     if _reads_request(rows.k) or _reads_request(rows.v):  # else one k and v for the whole batch are transformed once
         k, v = k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)

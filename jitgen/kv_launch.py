@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from jitgen import runtime
-from jitgen.abi import pack_format
+from jitgen.abi import divisor_words, pack_format
 from jitgen.checks import dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDevice
 from jitgen.kv_hooks import NO_TRANSFORM, RowProgram, TransformTrace
@@ -196,7 +196,7 @@ class RowsCall:
     pack: Callable[..., bytes]  # what is not in `turns` nor captured
     numbers: tuple[int, ...]
     rows: tuple[tuple[int, ...], ...]  # of each stream
-    turns: bytes  # of rotations: speeds of pairs, or the address of a table, which is kept alive elsewhere
+    turns: bytes  # of rotations: speeds of pairs, or the address of a table, which is kept alive elsewhere; DIVISOR_ARGS
     pack_captures: Callable[..., bytes]
     trace: TransformTrace | Program  # whose slots the captures have
     device: torch.device
@@ -251,12 +251,13 @@ def prepare_rows(
     num_fields = len(TOKEN_ARGS) + sum(len(stream_args(s.name)) for s in streams)
     heads = [(s.by_token.shape[1], _heads_per_unit(s.by_token), 0, *s.by_token.stride()[:2]) for s in streams]
     own = spec.own_args  # type: ignore[attr-defined]
+    of_pages = divisor_words(tokens.page_size) if spec.reads_pages else ()
     return RowsCall(
         kernel,
         struct.Struct(pack_format(own[:num_fields])).pack,
         tokens.numbers(),
         tuple((*h, *s.out_strides, *s.scale_strides) for h, s in zip(heads, streams, strict=True)),
-        struct.pack(pack_format(own[num_fields:]), *turn_words(turns)),
+        struct.pack(pack_format(own[num_fields:]), *turn_words(turns), *of_pages),
         struct.Struct(pack_format(runtime.capture_fields(trace))).pack,  # type: ignore[arg-type]
         trace,
         device,

@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from jitgen.abi import ArgField, pack_format, pointer
+from jitgen.abi import DIVISOR_ARGS, ArgField, pack_format, pointer
 from jitgen.ir import Expr, _attr_bytes
-from jitgen.program import Slot
+from jitgen.program import Slot, reads_pages
 from jitgen.records import record
 from jitgen.target import CompileTarget
 
@@ -89,6 +89,10 @@ class StreamSpec:
     after: Expr | None = None
     position: Expr | None = None  # of the rotation; None: that of the token
 
+    def roots(self) -> tuple[Expr | None, ...]:
+        """The expressions of the transform."""
+        return (self.before, self.after, self.position)
+
     def shape(self) -> tuple[object, ...]:
         """Identity as plain values."""
         turn = self.rotation and (
@@ -97,7 +101,7 @@ class StreamSpec:
             self.rotation.table,
             self.rotation.number,
         )
-        exprs = tuple("" if e is None else e.key.hex() for e in (self.before, self.after, self.position))
+        exprs = tuple("" if e is None else e.key.hex() for e in self.roots())
         return (self.name, self.dtype, self.out_dtype, self.head_dim, self.vec, self.scale, turn, *exprs)
 
 
@@ -149,7 +153,12 @@ class RowsSpec:
         found = [*TOKEN_ARGS]
         for s in self.streams:
             found += stream_args(s.name)
-        return (*found, *rotation_args(self.rotations))
+        return (*found, *rotation_args(self.rotations), *(DIVISOR_ARGS if self.reads_pages else ()))
+
+    @cached_property
+    def reads_pages(self) -> bool:
+        """Whether a transform reads where keys lie in a paged cache."""
+        return bool(reads_pages(*(e for s in self.streams for e in s.roots())))
 
     @property
     def pack_format(self) -> str:
@@ -235,6 +244,7 @@ class StreamsContext:
 
     args_fields: tuple[ArgField, ...]
     has_transform: bool
+    reads_pages: bool
     head_fields: tuple[str, ...]
     head_lines: tuple[str, ...]
     places: str

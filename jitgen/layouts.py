@@ -26,9 +26,9 @@ def expanded_stride(t: torch.Tensor, batch: int) -> tuple[int, ...]:
 
 def needs_adapting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether a kernel cannot read these as they are: on CUDA rows that are not contiguous or not in 16-byte steps, and an odd
-    head dim; on the CPU 8 bits."""
+    head dim."""
     if q.device.type != "cuda":
-        return q.dtype == FP8
+        return False
     if padded_head_dims(q.shape[3], v.shape[3], dtype_name(q.dtype)) != (q.shape[3], v.shape[3]):
         return True
     return any(not is_row_aligned(t) for t in (q, k, v))

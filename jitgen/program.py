@@ -10,6 +10,7 @@ from typing import Any
 
 from jitgen.errors import ShapeMismatch
 from jitgen.ir import Expr, _attr_bytes, serialize, walk
+from jitgen.ir_ops import PAGE_OPS
 from jitgen.records import record
 
 # Element types a captured tensor may have, and the IR type an element is widened to when it is read.
@@ -141,9 +142,11 @@ class Program:
     lse: Expr | None = None
     slots: tuple[Slot, ...] = ()
     rows: RowHooks | None = None  # seen by nothing that asks for ``roots``, the hooks of logits and results
+    value: Expr | None = None  # in a decode kernel, the factor of a key's value, in place of a transform: see kv_decode.py
 
     def roots(self) -> tuple[Expr | None, ...]:
-        return (self.score, self.mask, self.sink, self.output, self.lse, *(self.norm.roots() if self.norm else ()))
+        found = (self.score, self.mask, self.sink, self.output, self.lse, *(self.norm.roots() if self.norm else ()))
+        return found if self.value is None else (*found, self.value)
 
     @property
     def can_split(self) -> bool:
@@ -158,8 +161,7 @@ class Program:
             head += (self.norm.state_names, self.norm.state_init, self.norm.order)
         if self.rows is not None:
             head += (self.rows.kinds(),)
-        roots = self.roots() if self.rows is None else (*self.roots(), *self.rows.roots())
-        return hashlib.sha256(_attr_bytes(head) + serialize(roots)).hexdigest()[:32]
+        return hashlib.sha256(_attr_bytes(head) + serialize(all_roots(self))).hexdigest()[:32]
 
 
 @lru_cache(maxsize=256)
@@ -171,6 +173,16 @@ def without_rows(program: Program) -> Program:
 def uses_index(program: Program, name: str) -> bool:
     """Whether any hook reads the index ``name``."""
     return any(n.op == "index" and n.attr == name for n in walk(*program.roots()))
+
+
+def all_roots(program: Program) -> tuple[Expr | None, ...]:
+    """The hooks of logits, results and rows."""
+    return program.roots() if program.rows is None else (*program.roots(), *program.rows.roots())
+
+
+def reads_pages(*roots: Expr | None) -> str:
+    """The name that these expressions read of where a key lies in a paged cache, 'kv_slot' or 'page'; empty for none."""
+    return next((n.op for n in walk(*roots) if n.op in PAGE_OPS), "")
 
 
 def direct_indices(program: Program) -> tuple[tuple[int, int, str], ...]:

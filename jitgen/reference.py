@@ -6,7 +6,7 @@ It holds the whole matrix of logits, so its cost is quadratic in memory: for tes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from jitgen.errors import VariantError
 from jitgen.evaluate import evaluate
 from jitgen.ir import Expr
 from jitgen.norm_parts import finish_row, run_keys, run_parts
-from jitgen.program import NormProgram, Program, RowProgram
+from jitgen.program import NormProgram, Program, RowProgram, all_roots, reads_pages
 from jitgen.rotary import Rope
 
 Tensor = torch.Tensor
+Pages = tuple[Tensor, int]  # page numbers [batch, pages of a request], and the keys of a page
 
 
 def attention(
@@ -34,14 +35,17 @@ def attention(
     q_index: str | None = None,
     return_lse: bool = False,
     dtype: torch.dtype = torch.float64,
+    page_table: Tensor | None = None,
+    page_size: int = 1,
     kv_split: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What jitgen.attention computes, by definition and in float64.
 
     ``kv_split``: an OnlineNorm is run on so many keys at a time, and the parts are joined by its merge, as plans may do it. The
-    result is the same; softmax is not concerned.
+    result is the same; softmax is not concerned. ``page_table``: for hooks that read kv_slot or page, the pages that k and v
+    were taken from, of ``page_size`` keys.
 
-    Shapes:  as jitgen.attention; the results have ``dtype``.
+    Shapes:  as jitgen.attention; page_table [batch, ceil(kv_len / page_size)] or more columns; the results have ``dtype``.
     Units:   as jitgen.attention.
     Errors:  VariantError, UnsupportedVariant.
     Cost:    batch * num_q_heads * q_len * kv_len numbers of 8 bytes, a few times over.
@@ -51,7 +55,9 @@ def attention(
     program, values, own = resolve_hooks(variant, score_mod, mask_mod, sink)  # type: ignore[arg-type]
     local = (q_index or own or "absolute") == "local"
     offset = 0 if local else k.shape[2] - q.shape[2]
-    out, lse = run_program(program, values, q, k, v, scale=scale, q_offset=offset, dtype=dtype, kv_split=kv_split)
+    pages = None if page_table is None else (page_table, page_size)
+    options = {"scale": scale, "q_offset": offset, "dtype": dtype, "pages": pages, "kv_split": kv_split}
+    out, lse = run_program(program, values, q, k, v, **options)  # type: ignore[arg-type]
     if not return_lse:
         return out
     if lse is None:
@@ -69,18 +75,22 @@ def run_program(
     scale: float | None = None,
     q_offset: int = 0,
     dtype: torch.dtype = torch.float64,
+    pages: Pages | None = None,
     kv_split: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output and logsumexp (None if the norm has none) of a program on dense tensors."""
+    """Output and logsumexp (None if the norm has none) of a program on dense tensors. ``pages``: where k and v were."""
     batch, num_q_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
+    places = _places(program, pages, kv_len)
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     if program.rows is not None:
         q = transform_rows(program.rows.q, values, q, first=q_offset, dtype=dtype)
-        k = transform_rows(program.rows.k, values, k.expand(batch, -1, -1, -1), dtype=dtype)
-        v = transform_rows(program.rows.v, values, v.expand(batch, -1, -1, -1), dtype=dtype)
+        k, v = (
+            transform_rows(p, values, t.expand(batch, -1, -1, -1), dtype=dtype, places=places)
+            for p, t in ((program.rows.k, k), (program.rows.v, v))
+        )
     k, v = (t.to(dtype).expand(batch, -1, -1, -1).repeat_interleave(num_q_heads // num_kv_heads, 1) for t in (k, v))
-    leaves = index_leaves(batch, num_q_heads, num_kv_heads, q_len, kv_len, q_offset, scale, dtype, q.device)
+    leaves = index_leaves(batch, num_q_heads, num_kv_heads, q_len, kv_len, q_offset, scale, dtype, q.device) | places
     shape = (batch, num_q_heads, q_len, kv_len)
     logits = scale * (q.to(dtype) @ k.mT)
     if program.score is not None:
@@ -106,10 +116,30 @@ def run_program(
     return out, None if lse is None else lse.squeeze(-1)
 
 
+def _places(program: Program, pages: Pages | None, kv_len: int) -> dict[str, Tensor]:
+    """Page and slot of each key, [batch, 1, 1, kv_len]; nothing without pages."""
+    if pages is None:
+        name = reads_pages(*all_roots(program))
+        if name:
+            raise VariantError(f"the variant reads {name}, and it is not known in which pages keys are. Give page_table=.")
+        return {}
+    table, size = pages
+    key = torch.arange(kv_len, device=table.device)
+    page = table[:, key // size].long()[:, None, None]
+    return {"page": page, "kv_slot": page * size + key % size}
+
+
 def transform_rows(
-    program: RowProgram, values: Sequence[Any], x: Tensor, *, first: int = 0, dtype: torch.dtype = torch.float64
+    program: RowProgram,
+    values: Sequence[Any],
+    x: Tensor,
+    *,
+    first: int = 0,
+    dtype: torch.dtype = torch.float64,
+    places: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Rows [batch, heads, length, head_dim] as a transform leaves them; ``first`` is the position of the first row."""
+    """Rows [batch, heads, length, head_dim] as a transform leaves them; ``first`` is the position of the first row, ``places``
+    are pages and slots [batch, 1, 1, length]."""
     batch, heads, length, dim = x.shape
     leaves = {
         "b": torch.arange(batch, device=x.device).view(-1, 1, 1, 1),
@@ -118,6 +148,7 @@ def transform_rows(
         "d": torch.arange(dim, device=x.device),
         "head_dim_v": torch.tensor(dim, device=x.device),
         "o": x.to(dtype),
+        **{name: t.mT for name, t in (places or {}).items()},
     }
 
     def done(root: Expr | None) -> Tensor:

@@ -9,7 +9,7 @@ from functools import cache
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from jitgen.abi import ARGS_OF_LAYOUT, SCALE_ARGS, ArgField
+from jitgen.abi import ArgField
 from jitgen.emit import CopiedText, VariantSection, emit_variant, section_context
 from jitgen.emit_early import early_parts
 from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directives
@@ -96,6 +96,9 @@ class KernelContext:
     score_columns: bool
     mask_columns: bool
     looks_ahead: bool
+    hoists_columns: bool
+    has_value: bool
+    prefetches_keys: bool
     has_early: bool
     has_mask: bool
     has_mask_positions: bool
@@ -190,6 +193,8 @@ def _early_of(spec: KernelSpec) -> frozenset[str]:
         # masks by bits gain where a thread has 32 columns of a tile: 1 to 5 % slower with half of them
         parts = parts if spec.tiles.tile_kv > 64 else parts - {"bits", "positions"}
         return parts if spec.copies else parts - {"tile"}
+    if spec.family == "decode":
+        return frozenset({"prefetch"})
     if spec.family == "sm80":
         return frozenset({"offset", "positions"} if spec.layout == "dense" else {"offset"})
     return frozenset()
@@ -199,18 +204,12 @@ def _mapped(rendered: Rendered) -> str:
     return with_line_directives(rendered, "kernel_templates")
 
 
-def args_before_captures(spec: KernelSpec) -> tuple[ArgField, ...]:
-    """The fields of ``struct Args`` in front of the captures."""
-    own = ARGS_OF_LAYOUT[spec.layout] + (SCALE_ARGS if spec.kv_dtype else ())
-    return own if spec.rows is None else own + spec.rows.args
-
-
 def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str) -> KernelContext:
     """Template context of a spec."""
     flags = {f.name: getattr(section, f.name) for f in fields(KernelContext) if f.type == "bool" and hasattr(section, f.name)}
     return KernelContext(
         header_comment=_header_comment(spec),
-        args_fields=args_before_captures(spec) + section.args,
+        args_fields=spec.own_args + section.args,
         variant_section=variant_text,
         rows_section="" if spec.rows is None else spec.rows.section(spec.program.slots, spec.target),
         transforms_keys=spec.rows is not None and "k" in spec.rows.names,
@@ -236,8 +235,9 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
 
 
 def uses_amx(spec: KernelSpec) -> bool:
-    """Whether a CPU kernel multiplies in the tile registers of AMX: bfloat16, and keys of the same type."""
-    return spec.family == "cpu" and spec.target.isa == "amx" and spec.dtype == "bfloat16" and not spec.kv_dtype
+    """Whether a CPU kernel multiplies in the tile registers of AMX: bfloat16, and keys of that type once they are packed."""
+    is_packed = not spec.kv_dtype or spec.layout == "dense"
+    return spec.family == "cpu" and spec.target.isa == "amx" and spec.dtype == "bfloat16" and is_packed
 
 
 def _cuda_arch(target: CompileTarget) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from jitgen.abi import ARGS_OF_LAYOUT, SCALE_ARGS, ArgField, pack_format
+from jitgen.abi import ArgField, pack_format
 from jitgen.errors import CacheError, LaunchError
 from jitgen.program import Program
 from jitgen.spec import KernelSpec
@@ -94,8 +94,7 @@ def get_kernel(spec: KernelSpec) -> CompiledKernel:
 
 def fields_of(spec: KernelSpec) -> tuple[ArgField, ...]:
     """The fields of ``struct Args`` in the kernel of ``spec``."""
-    own = ARGS_OF_LAYOUT[spec.layout] + (SCALE_ARGS if spec.kv_dtype else ())
-    return own + (() if spec.rows is None else spec.rows.args) + capture_fields(spec.program)
+    return spec.own_args + capture_fields(spec.program)
 
 
 def respecify(spec: KernelSpec, program: Program) -> KernelSpec:

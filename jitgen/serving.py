@@ -11,7 +11,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from jitgen.checks import check_grad, check_scale, is_traced
 from jitgen.errors import InvalidType, PlanMismatch, UnsupportedDevice, VariantError
 from jitgen.looks import looks_of
-from jitgen.program import Program, uses_index
+from jitgen.program import Program, all_roots, reads_pages, uses_index
 from jitgen.serving_cascade import Cascade
 from jitgen.serving_checks import check_keys, check_packed, check_query
 from jitgen.serving_kernels import kernels_of, merge_kernel
@@ -313,6 +313,7 @@ def _prepare(
     elif program.rows is not None:
         raise PlanMismatch("the variant transforms rows, the plan was made for one that does not. Make a plan with variant=.")
     kernels, merge = kernels_of(plan, program), merge_kernel(plan, program)
+    reads = bool(reads_pages(*all_roots(program)))
     call = PreparedCall(
         program=program,
         kernels=kernels,
@@ -329,7 +330,8 @@ def _prepare(
         q_factor=q_factor,
         on_host=on_host,
         has_tensors=any(slot.kind == "tensor" for slot in program.slots),
-        is_plain=plan.entries is None and plan.stage is None and q_factor == 1.0,
+        reads_pages=reads,
+        is_plain=plan.entries is None and plan.stage is None and q_factor == 1.0 and not reads,
     )
     if len(plan.calls) >= MAX_PREPARED_CALLS:
         plan.calls.clear()

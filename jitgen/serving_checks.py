@@ -9,7 +9,7 @@ import torch
 from jitgen.checks import check_is_tensor, dtype_name
 from jitgen.emit_ranges import POSITION_LIMIT
 from jitgen.errors import InvalidType, PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
-from jitgen.families import CUDA_HEAD_DIMS, padded_head_dims
+from jitgen.families import CUDA_HEAD_DIMS, check_pages, padded_head_dims
 from jitgen.layouts import check_own_rows
 from jitgen.program import Program, check_numbers, direct_indices, too_short, uses_index
 from jitgen.serving_pages import KeyPlace
@@ -168,11 +168,12 @@ def _shown(t: Tensor) -> str:
 
 
 def check_packed(plan: Plan, program: Program) -> None:
-    """Keys are where kv_off says: one request after the other, and not in pages or in a copy."""
+    """Keys are where kv_off says: one request after the other, and not in pages or in a copy; or where kv_slot and page say."""
+    check_pages(program, plan.layout)
     if not uses_index(program, "kv_off"):
         return
     if plan.layout != "ragged":
-        raise VariantError("the variant reads kv_off, and keys in pages have no rows. Index by b and kv_idx, or by pages.")
+        raise VariantError("the variant reads kv_off, and keys in pages have no rows. Index by b and kv_idx, or by kv_slot.")
     if plan.stage is not None and (plan.stage.changes_keys or plan.stage.gathers_bytes):
         raise VariantError("the variant reads kv_off, and this plan copies keys on their way. Capture kv_indptr instead.")
 

@@ -19,6 +19,7 @@ from jitgen.families import merge_spec, mla_family, prefill_family, serving_spec
 from jitgen.program import Program, without_rows
 from jitgen.serving_place import finishing
 from jitgen.serving_scales import no_scales, stored_dtype
+from jitgen.serving_slots import NO_PAGES
 from jitgen.spec import MLA_DIMS, MLA_FAMILIES, KernelSpec
 from jitgen.streams import call_on, stream_of
 from jitgen.toolchain import driver_version
@@ -110,18 +111,19 @@ class KernelClass:
         starts = plan.stage.start if c.staged else plan.kv_start  # type: ignore[union-attr]
         kv_start = 0 if starts is None else starts.data_ptr()
         own = pack_launch(0, 0, 0, 0, 0, c.memory(plan), kv_start, 0, stream_of(plan.device_index), threads, numbers)
-        return own + c.kernel.pack_tail(tail_words(plan, program, values, c.words(plan, program, no_scales(plan))))
+        words = c.words(plan, program, no_scales(plan)) + (NO_PAGES if c.kernel.spec.reads_pages else [])
+        return own + c.kernel.pack_tail(tail_words(plan, program, values, words))
 
     def words(self, plan: Plan, program: Program, scales: list[object]) -> list[object]:
         """The fields in front of the captures, from scales on."""
         return scales if plan.stage is None else plan.stage.words(self, program, scales)
 
 
-def tail_words(plan: Plan, program: Program, values: list[object], scales: list[object]) -> list[object]:
-    """The fields behind the strides: those of the entries, scales, and captures."""
+def tail_words(plan: Plan, program: Program, values: list[object], own: list[object]) -> list[object]:
+    """The fields behind the strides: those of the entries; ``own``, of scales, rotations and pages; and captures."""
     if plan.entries is None:
-        return scales + runtime.capture_words(program, values) if values else scales
-    return plan.entries.words(program, values, scales)
+        return own + runtime.capture_words(program, values) if values else own
+    return plan.entries.words(program, values, own)
 
 
 @cache

@@ -17,6 +17,7 @@ from jitgen.serving_kernels import KernelClass, pack_batch, pack_launch, tail_wo
 from jitgen.serving_lists import KVLists
 from jitgen.serving_plan import Plan, check_lse
 from jitgen.serving_segments import Beside
+from jitgen.serving_slots import check_slots, page_words
 from jitgen.streams import call_on, current_device, current_stream, stream_of
 
 try:
@@ -49,6 +50,7 @@ class PreparedCall:
     q_factor: float  # of what the kernel gets as q; 1.0 but for scales that are not positive
     on_host: bool
     has_tensors: bool  # among the captures
+    reads_pages: bool  # hooks do, or transforms of rows
     is_plain: bool  # q goes to the kernels as it is, and they write the results
 
 
@@ -198,6 +200,11 @@ def _run_with_values(
         plan.check_values(call.mask_slots, call.program, values)
     if call.has_tensors:
         check_captures(plan, call.program, values)
+    of_pages: list[object] = []
+    if call.reads_pages:
+        _, _, page_size, num_pages = call.numbers
+        check_slots(call.program, values, num_pages, page_size)
+        of_pages = page_words(keys[3], keys[2], list_strides_of(plan, recent.lists), page_size)
     if plan.stage is not None:
         plan.stage.check_captures(call.program, values)
         q = plan.stage.transform_q(call.program, values, q) if plan.stage.changes_q else q
@@ -207,9 +214,9 @@ def _run_with_values(
     if segments is not None:
         blocks, results, beside = recent.blocks, segments.addresses, segments.beside
     if plan.stage is not None:
-        _start_staged(plan, recent, blocks, values, q, keys, results, scales)
+        _start_staged(plan, recent, blocks, values, q, keys, results, scales, of_pages)
     else:
-        words = tail_words(plan, call.program, values, scales)
+        words = tail_words(plan, call.program, values, scales + of_pages)
         tail = blocks[0][0].pack_tail(words) if words else b""
         _start(call, plan.device_index, blocks, q, keys, *results, tail, beside)
     if call.merge is not None:
@@ -308,6 +315,7 @@ def _start_staged(
     keys: KeyAddresses,
     results: tuple[int, int],
     scales: list[object],
+    of_pages: list[object],
 ) -> None:
     """As ``_start``, where kernels differ in the keys that they read; those of the plan's stage are put there first."""
     call, stage = recent.call, plan.stage
@@ -317,6 +325,7 @@ def _start_staged(
         stage.gather(program, values, call.numbers, call.kv_stride, keys, list_stride, scales)
     in_stage = stage.k.data_ptr(), stage.v.data_ptr(), stage.start.data_ptr(), 0
     for c, block in zip(plan.classes, blocks, strict=True):
-        words = tail_words(plan, program, values, c.words(plan, program, scales))
+        own = c.words(plan, program, scales) + (of_pages if block[0].spec.reads_pages else [])
+        words = tail_words(plan, program, values, own)
         tail = block[0].pack_tail(words) if words else b""
         _start(call, plan.device_index, (block,), q, in_stage if c.staged else keys, *results, tail)

@@ -13,6 +13,7 @@ from functools import lru_cache
 from jitgen import ir
 from jitgen.emit_ranges import POSITION_LIMIT
 from jitgen.ir import Expr, const, index, load, make
+from jitgen.ir_ops import PAGE_OPS
 from jitgen.program import Program, RowProgram, Slot
 
 # In the order of their slots: see Entries. By entry, by entry and KV head, by page of a list, and by row of q.
@@ -44,11 +45,11 @@ def place(program: Program, chosen: ChosenLists | None = None, is_local: bool = 
     """
     has_end = chosen is not None and not chosen.is_even
     finished = (None, None, None) if chosen is None else (program.sink, program.output, program.lse)
-    wanted = {str(n.attr) for n in ir.walk(program.score, program.mask, *finished) if n.op == "index"}
+    wanted = _indices(program.score, program.mask, *finished)
     wanted |= {"kv_idx"} if has_end else set()
     rows = program.rows
     if rows is not None and rows.changes_keys:
-        wanted |= {"kv_idx"} | ({"b"} & {str(n.attr) for n in ir.walk(*rows.roots()) if n.op == "index"})
+        wanted |= {"kv_idx"} | ({"b"} & _indices(*rows.roots()))
     tables = _tables_for(wanted, chosen is not None, has_end)
     slots = (*program.slots, *(_table_slot(name, chosen is not None) for name in tables))
     places = _Places({name: len(program.slots) + i for i, name in enumerate(tables)}, chosen, is_local)
@@ -62,6 +63,21 @@ def place(program: Program, chosen: ChosenLists | None = None, is_local: bool = 
     if rows is not None:
         rows = replace(rows, k=places.in_row(rows.k), v=places.in_row(rows.v))
     return replace(program, score=score, mask=mask, sink=sink, output=output, lse=lse, slots=slots, rows=rows), tables
+
+
+def _indices(*roots: Expr | None) -> set[str]:
+    """The indices that expressions read, but for those of where a key lies: that goes by the entry, and by its own keys."""
+    found: set[str] = set()
+    seen: set[Expr] = set()
+    pending = [root for root in roots if root is not None]
+    while pending:
+        node = pending.pop()
+        if node.op == "index":
+            found.add(str(node.attr))
+        elif node.op not in PAGE_OPS and node not in seen:
+            seen.add(node)
+            pending += node.args
+    return found
 
 
 class _Places:
@@ -91,6 +107,8 @@ class _Places:
         return self._of_request(node, const(0))
 
     def _of_request(self, node: Expr, row_of_entry: Expr) -> Expr | None:
+        if node.op in PAGE_OPS:
+            return node
         if node.op != "index":
             return None
         if node.attr == "kv_idx":
@@ -117,6 +135,8 @@ class _Places:
         return RowProgram(before, p.rope, position, after)
 
     def _of_key(self, node: Expr) -> Expr | None:
+        if node.op in PAGE_OPS:
+            return node
         if node.op != "index" or node.attr not in ("q_idx", "b"):
             return None
         return self.read("row_request", self.read("entry_row", node)) if node.attr == "b" else self.key(node)

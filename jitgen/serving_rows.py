@@ -16,7 +16,7 @@ import torch
 
 from jitgen.errors import PlanMismatch, UnsupportedDevice, VariantError
 from jitgen.kv_checks import check_row_captures
-from jitgen.kv_decode import fits_decode, rows_in_decode, turns_in_decode
+from jitgen.kv_decode import fits_decode, rows_in_decode, turns_in_decode, with_value_factor
 from jitgen.kv_launch import RowsCall, Stream, prepare_rows, turn_words
 from jitgen.kv_tokens import Tokens
 from jitgen.program import Program, RowHooks, RowProgram, without_rows
@@ -47,7 +47,9 @@ class Stage:
         dims = plan.head_dim, plan.head_dim_v
         on_gpu = self.device.type == "cuda"
         self.gathers_bytes = _gathers_bytes(plan)
-        self.fits_decode = on_gpu and (not self.changes_keys or (not stored_dtype(plan) and fits_decode(program, *dims)))
+        others = with_value_factor(program)
+        is_left = others.rows is None or not others.rows.changes_keys  # by the decode kernel, which has nothing to transform
+        self.fits_decode = on_gpu and (is_left or (not stored_dtype(plan) and fits_decode(program, *dims)))
         self.capacity = 0
         self.direct_rows = 0  # requests of no more rows (query rows * query heads of a KV head) are not staged
         self.start = torch.zeros(plan.room[0] + 1, dtype=torch.int32, device=self.device)  # first row of each entry
@@ -103,7 +105,9 @@ class Stage:
         """The spec of an attention kernel, for a program whose places are those of the plan's entries."""
         rows = None
         if spec.family == "decode" and self.changes_keys and not staged:
-            rows = rows_in_decode(placed, spec.dtype, spec.head_dim, spec.head_dim_v)
+            placed = with_value_factor(placed)
+            if placed.rows.changes_keys:  # type: ignore[union-attr]
+                rows = rows_in_decode(placed, spec.dtype, spec.head_dim, spec.head_dim_v)
         return replace(spec, program=without_rows(placed), rows=rows)
 
     def words(self, c: KernelClass, program: Program, scales: list[object]) -> list[object]:
@@ -211,7 +215,8 @@ class Stage:
                 for i, (name, target, p) in enumerate((("k", self.k, rows.k), ("v", self.v, rows.v)))
             ]
             places = "from_pages" if pages else "from_rows"
-            call = self._keep(key, prepare_rows(streams, places, Tokens(self.capacity), self.device, placed))
+            tokens = Tokens(self.capacity, page_size=where[1])
+            call = self._keep(key, prepare_rows(streams, places, tokens, self.device, placed))
         of_scales = [(0, 0), (0, 0)] if not scales else [tuple(scales[2:4]), tuple(scales[4:6])]
         call = replace(
             call,

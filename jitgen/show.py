@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jitgen.cli_text import paint
 from jitgen.errors import VariantError
-from jitgen.program import without_rows
+from jitgen.program import reads_pages, without_rows
 from jitgen.show_kernel import Choice, kernel_of, spec_of
 from jitgen.show_sizes import sizes_of
 from jitgen.show_target import load_variant
@@ -65,6 +65,9 @@ def draw_mask(report: Report, path: Path | None, *, quiet: bool) -> None:
     program, sizes, kinds = report.program, report.sizes, report.tiling.kinds
     if program.mask is None:
         raise VariantError(f"{report.target} has no mask_mod, so there is no mask to draw. Every tile is full.")
+    name = reads_pages(program.mask)
+    if name:
+        raise VariantError(f"the mask of {report.target} cannot be drawn: it reads {name}, which a call's page table says.")
     if kinds is None:
         raise VariantError(f"the mask cannot be drawn, for its tiles could not be classified: {report.tiling.problem}")
     mask = mask_map(program, report.values, report.kernel.spec.tiles, sizes, kinds)

@@ -11,8 +11,8 @@ from jitgen.cache import Request, digest, find_module, generator_digest
 from jitgen.cache.key import module_key
 from jitgen.cache.lookup import stores
 from jitgen.errors import JitgenError, UnsupportedDtype
-from jitgen.families import SM90_ARCHS, choose_spec, cuda_spec, padded_head_dims
-from jitgen.program import Program
+from jitgen.families import SM90_ARCHS, choose_spec, cuda_spec, padded_head_dims, serving_spec
+from jitgen.program import Program, reads_pages
 from jitgen.render import Source, render_kernel
 from jitgen.spec import CUDA_DTYPES, FP8_DTYPE, KernelSpec
 from jitgen.target import cuda_target
@@ -43,15 +43,17 @@ class Choice:
 
 
 def spec_of(program: Program, choice: Choice) -> KernelSpec:
-    """The kernel for a choice, as a call with such tensors would get it.
+    """The kernel for a choice, as a call with such tensors would get it: one for pages where the program reads of them.
 
     Errors:  UnsupportedDtype, UnsupportedDevice, VariantError, ShapeMismatch.
     """
     is_cpu = choice.device_type == "cpu"
+    is_paged = bool(reads_pages(*program.roots()))
     dtype = choice.dtype or ("float32" if is_cpu else "bfloat16")
     dims = (choice.head_dim, choice.head_dim_v)
     if is_cpu:
-        dtype = "float32" if dtype == FP8_DTYPE else dtype  # what a call dequantises to
+        if is_paged:
+            return serving_spec(program, dtype, dims, torch.device("cpu"), "paged", family=choice.family)
         return choose_spec(program, dtype, dims, torch.device("cpu"), q_len=choice.q_len, family=choice.family)
     if dtype not in (*CUDA_DTYPES, FP8_DTYPE):
         raise UnsupportedDtype(f"dtype is {dtype}, expected {' or '.join((*CUDA_DTYPES, FP8_DTYPE))} on cuda.")
@@ -59,12 +61,15 @@ def spec_of(program: Program, choice: Choice) -> KernelSpec:
     arch = choice.arch
     if arch is None and not torch.cuda.is_available():
         arch = DEFAULT_ARCH.get(choice.family or "")
+    if (arch is None or choice.family == "cpu") and is_paged:
+        return serving_spec(program, dtype, dims, torch.device("cuda"), "paged", family=choice.family)
     if arch is None or choice.family == "cpu":
         return choose_spec(program, dtype, dims, torch.device("cuda"), q_len=choice.q_len, family=choice.family)
     if choice.family != "sm80" and f"{arch}a" in SM90_ARCHS:  # as a device of this architecture would get it
         arch += "a"
     family = choice.family or ("sm90_fp8" if dtype == FP8_DTYPE else "sm90" if arch in SM90_ARCHS else "sm80")
-    return cuda_spec(program, dtype, dims, family, cuda_target(arch), q_len=choice.q_len)
+    layout = "paged" if is_paged else "dense"
+    return cuda_spec(program, dtype, dims, family, cuda_target(arch), q_len=choice.q_len, layout=layout)
 
 
 @dataclass(frozen=True)

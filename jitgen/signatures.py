@@ -13,7 +13,9 @@ import torch
 from jitgen.errors import VariantError
 from jitgen.records import record
 
-CONTEXT = ("q_len", "kv_len", "ctx_len", "q_off", "q_tok", "kv_off", "kv_h", "num_q_heads", "num_kv_heads", "scale")
+CONTEXT = (
+    "q_len", "kv_len", "ctx_len", "q_off", "q_tok", "kv_off", "kv_slot", "page", "kv_h", "num_q_heads", "num_kv_heads", "scale",
+)  # fmt: skip
 POSITIONAL: dict[str, tuple[str, ...]] = {
     "score_mod": ("score", "b", "h", "q_idx", "kv_idx"),
     "mask_mod": ("b", "h", "q_idx", "kv_idx"),
@@ -72,7 +74,8 @@ def check_hook(kind: str, hook: Any) -> Signature:
             f"{kind} '{name_of(hook)}' asks for keyword-only '{unknown[0]}', expected one of {', '.join(CONTEXT)}. "
             "Give it a default, or capture the value."
         )
-    for name, position in (("q_tok", "q_idx"), ("kv_off", "kv_idx")):
+    of_key = dict.fromkeys(("kv_off", "kv_slot", "page"), "kv_idx")
+    for name, position in {"q_tok": "q_idx", **of_key}.items():
         if name in found.context and position not in wanted:
             raise VariantError(f"{kind} '{name_of(hook)}' asks for {name}, and it is given no {position}. Capture the value.")
     return found

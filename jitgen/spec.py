@@ -6,8 +6,9 @@ import hashlib
 from functools import cached_property
 from typing import Any
 
+from jitgen.abi import ARGS_OF_LAYOUT, PAGE_ARGS, SCALE_ARGS, ArgField
 from jitgen.ir import _attr_bytes
-from jitgen.program import Program
+from jitgen.program import Program, reads_pages
 from jitgen.records import record
 from jitgen.target import CompileTarget
 
@@ -43,7 +44,7 @@ class KernelSpec:
     tiles: Tiles
     target: CompileTarget
     layout: str = "dense"  # 'dense', 'ragged' or 'paged': how requests and their keys are addressed
-    kv_dtype: str = ""  # of K and V where it is one of STORED_DTYPES; empty: dtype
+    kv_dtype: str = ""  # of K and V where it is one of STORED_DTYPES; FP8_DTYPE of a dense CPU kernel: of Q too; empty: dtype
     out_dtype: str = ""  # of the output; empty: dtype
     rows: Any = None  # transforms of K and V inside of a decode kernel: kv_decode.DecodeRows
     copies: bool = True  # a dense bias comes by the copy engine, which asks for aligned rows; False: by loads
@@ -64,6 +65,19 @@ class KernelSpec:
         if self.rows is not None:
             shape += self.rows.shape()
         return hashlib.sha256(_attr_bytes(shape)).hexdigest()[:32]
+
+    @cached_property
+    def reads_pages(self) -> bool:
+        """Whether its hooks, transforms of rows included, read where keys lie in a paged cache."""
+        rows = () if self.rows is None else self.rows.roots()
+        return bool(reads_pages(*self.program.roots(), *rows))
+
+    @property
+    def own_args(self) -> tuple[ArgField, ...]:
+        """Fields of ``struct Args`` without the captures."""
+        own = ARGS_OF_LAYOUT[self.layout] + (SCALE_ARGS if self.kv_dtype and self.layout != "dense" else ())
+        own += () if self.rows is None else self.rows.args
+        return own + PAGE_ARGS if self.reads_pages else own
 
     @property
     def label(self) -> str:

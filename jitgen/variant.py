@@ -51,7 +51,8 @@ class Variant:
 
     Hooks but those of rows get more by keyword-only parameters: q_len, kv_len and ctx_len of the request; q_off and q_tok, its
     first row and the present one among those of all requests; kv_off, its first key in ragged k (score_mod, mask_mod); kv_h,
-    num_q_heads, num_kv_heads, scale.
+    num_q_heads, num_kv_heads, scale. Hooks that see kv_idx, rows of k and v included, get page and kv_slot in a paged cache:
+    the number of the key's page, and page * page_size + its place in that page.
 
     Hooks are traced here, so that what cannot be expressed is refused where it is defined.
 

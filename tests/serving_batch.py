@@ -108,9 +108,16 @@ class Batch:
         return self.ints([pages + [-1] * (width - len(pages)) for pages in lists], dtype)
 
     def expected(
-        self, variant: object = None, *, scale: float | None = None, q_index: str | None = None
+        self,
+        variant: object = None,
+        *,
+        scale: float | None = None,
+        q_index: str | None = None,
+        lists: list[list[int]] | None = None,
+        page_size: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        """Output and logsumexp (NaN if the variant has none) of the oracle, row by row as the calls return them."""
+        """Output and logsumexp (NaN if the variant has none) of the oracle, row by row as the calls return them. ``lists``: the
+        pages of each request, for variants that read them."""
         variant = jitgen.Variant() if variant is None else jitgen.Variant.of(variant)
         program = variant.trace().program
         of_rows = () if program.rows is None else program.rows.roots()
@@ -125,7 +132,9 @@ class Batch:
                 # the oracle numbers the requests it is given: a variant that reads b gets as many copies as come before
                 copies = b + 1 if reads_request else 1
                 inputs = [t.transpose(0, 1).expand(copies, -1, -1, -1) for t in (self.q[place], self.k[b], self.v[b])]
-                got = reference.attention(*inputs, variant, scale=scale, q_index=q_index, return_lse=has_lse)
+                table = None if lists is None else self.ints(lists[b] or [0]).expand(copies, -1)
+                options = {"scale": scale, "q_index": q_index, "page_table": table, "page_size": page_size}
+                got = reference.attention(*inputs, variant, return_lse=has_lse, **options)
                 one = got[0] if has_lse else got
                 out[place] = one[-1].transpose(0, 1)
                 if has_lse:

@@ -15,7 +15,7 @@ from norm_cases import MERGED, StickBreaking
 import jitgen
 from jitgen import toolchain
 from jitgen.families import cuda_spec
-from jitgen.kv_decode import rows_in_decode
+from jitgen.kv_decode import rows_in_decode, with_value_factor
 from jitgen.program import without_rows
 from jitgen.render import render_kernel
 from jitgen.target import cuda_target
@@ -84,6 +84,25 @@ def normed_rows() -> jitgen.Variant:
     )
 
 
+def slot_scales() -> jitgen.Variant:
+    """Scales by slot of a paged cache."""
+    ks, vs = torch.zeros(8192, 8), torch.zeros(8192, 8)
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx, *, kv_slot, kv_h: s * ks[kv_slot, kv_h],
+        v_transform=lambda v, b, kv_h, kv_idx, *, kv_slot: v * vs[kv_slot, kv_h],
+    )
+
+
+def slot_offsets() -> jitgen.Variant:
+    zero = torch.zeros(8192, 8)
+    return jitgen.Variant(k_transform=lambda k, b, kv_h, kv_idx, *, kv_slot: k - zero[kv_slot, kv_h], mask_mod=causal)
+
+
+def evicted() -> jitgen.Variant:
+    kept = torch.ones(8192, dtype=torch.bool)
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx, *, kv_slot: (kv_idx <= q_idx) & kept[kv_slot])
+
+
 # variant, dtype, head dims, packed rows, layout, architecture, dtype of K and V in a cache of 8 bits
 MODULES = [
     (plain, "bfloat16", (128, 128), 8, "paged", "9.0a", ""),
@@ -110,6 +129,11 @@ MODULES = [
     (rotated, "bfloat16", (128, 128), 8, "ragged", "8.0", ""),
     (normed_rows, "bfloat16", (128, 128), 8, "paged", "9.0a", ""),
     (normed_rows, "float16", (192, 128), 16, "ragged", "8.0", ""),
+    (slot_scales, "bfloat16", (128, 128), 8, "paged", "9.0a", ""),
+    (slot_scales, "float16", (256, 256), 8, "paged", "8.0", ""),
+    (slot_scales, "bfloat16", (128, 128), 8, "paged", "9.0a", "int8"),
+    (slot_offsets, "bfloat16", (128, 128), 8, "paged", "9.0a", ""),
+    (evicted, "bfloat16", (128, 128), 8, "paged", "9.0a", "int8"),
 ]
 
 
@@ -122,9 +146,9 @@ def compile_case(case, directory: Path) -> tuple[object, Path, str]:
     """One module: spec, cubin, what ptxas says."""
     make, dtype, dims, rows, layout, arch, kv_dtype = case
     target = cuda_target(arch)
-    program = make().trace().program
+    program = with_value_factor(make().trace().program)
     spec = cuda_spec(without_rows(program), dtype, dims, "decode", target, layout=layout, rows=rows, kv_dtype=kv_dtype)
-    if program.rows is not None:
+    if program.rows is not None and program.rows.changes_keys:
         spec = replace(spec, rows=rows_in_decode(program, dtype, *dims))
     source = render_kernel(spec)
     return spec, *compile_source(source, directory, *target.flags)

@@ -73,6 +73,19 @@ def sigmoid() -> jitgen.Variant:
     return jitgen.Variant(mask_mod=causal, softmax=Sigmoid)
 
 
+def slot_scales() -> jitgen.Variant:
+    scale = torch.zeros(8192, 8)
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx, *, kv_slot, kv_h: s * scale[kv_slot, kv_h], mask_mod=causal
+    )
+
+
+def evicted() -> jitgen.Variant:
+    """A mask whose columns are looked up once for all rows."""
+    kept = torch.ones(8192, dtype=torch.bool)
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx, *, kv_slot: (kv_idx <= q_idx) & kept[kv_slot])
+
+
 def merged_softmax() -> jitgen.Variant:
     return jitgen.Variant(mask_mod=causal, softmax=MERGED["softmax"])
 
@@ -89,6 +102,7 @@ MODULES = [
     ("sm80", "ragged", segments, "bfloat16", 64, 64),
     ("sm80", "paged", window_per_head, "bfloat16", 128, 128),
     ("sm80", "paged", sigmoid, "bfloat16", 128, 128),
+    ("sm80", "paged", slot_scales, "bfloat16", 128, 128),
     ("sm80", "paged", merged_softmax, "bfloat16", 128, 128),
     ("sm90", "paged", plain, "bfloat16", 128, 128),
     ("sm90", "paged", plain, "float16", 256, 256),
@@ -103,6 +117,8 @@ MODULES = [
     ("sm90", "ragged", every_hook, "float16", 256, 256),
     ("sm90", "ragged", segments, "bfloat16", 64, 64),
     ("sm90", "paged", sigmoid, "bfloat16", 128, 128),
+    ("sm90", "paged", evicted, "bfloat16", 128, 128),
+    ("sm90", "ragged", slot_scales, "float16", 64, 64),  # whose keys are copies, without pages
     ("sm90", "paged", merged_softmax, "bfloat16", 128, 128),
 ]
 

@@ -11,7 +11,7 @@ import torch
 
 import jitgen
 from jitgen.families import cpu_tiles, cuda_spec
-from jitgen.kv_decode import rows_in_decode
+from jitgen.kv_decode import rows_in_decode, with_value_factor
 from jitgen.mask_tiles import render_mask_tiles
 from jitgen.program import Program, without_rows
 from jitgen.render import Source, render_kernel
@@ -277,6 +277,29 @@ def normed_rows() -> jitgen.Variant:
     )
 
 
+def slot_scales() -> jitgen.Variant:
+    """Reads where keys lie in a paged cache."""
+    ks, zero, vs = torch.zeros(4096, 8), torch.zeros(4096), torch.zeros(4096, 8)
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx, *, kv_slot, kv_h: s * ks[kv_slot, kv_h],
+        k_transform=lambda k, b, kv_h, kv_idx, *, kv_slot: k - zero[kv_slot],
+        v_transform=lambda v, b, kv_h, kv_idx, *, kv_slot: v * vs[kv_slot, kv_h],
+    )
+
+
+def evicted() -> jitgen.Variant:
+    kept, vs = torch.ones(256, dtype=torch.bool), torch.zeros(4096)
+    return jitgen.Variant(
+        mask_mod=lambda b, h, q_idx, kv_idx, *, page: (kv_idx <= q_idx) & kept[page],
+        v_transform=lambda v, b, kv_h, kv_idx, *, kv_slot: v * vs[kv_slot],
+    )
+
+
+def slot_weights() -> jitgen.Variant:
+    weight = torch.zeros(4096, 8)
+    return jitgen.Variant(score_mod=lambda s, b, h, q_idx, kv_idx, *, kv_slot, kv_h: s * weight[kv_slot, kv_h], mask_mod=causal)
+
+
 class Case(NamedTuple):
     """A source to generate: a kernel of a family, or with family mask_tiles the module behind jitgen.mask_tiles."""
 
@@ -347,6 +370,7 @@ CASES: dict[str, Case] = {
     "plain__merge_cpu__float32": Case(plain, "merge_cpu", "float32", (64, 64), "states"),
     "every_hook__merge_cpu__bfloat16": Case(every_hook, "merge_cpu", "bfloat16", (128, 128), "states"),
     "soft_cap__cpu_paged_stored__bfloat16": Case(soft_cap, "cpu", "bfloat16", (64, 64), "paged", "float8_e4m3fn"),
+    "plain__cpu_amx_e4m3__bfloat16": Case(plain, "cpu", "bfloat16", (64, 64), "dense", "float8_e4m3fn", "amx"),
     "plain__cpu_ragged_stored__float32": Case(plain, "cpu", "float32", (64, 64), "ragged", "int8"),
     "window__decode_stored__float16": Case(window, "decode", "float16", (64, 64), "ragged", "float8_e5m2"),
     "sigmoid__decode_stored__bfloat16": Case(sigmoid, "decode", "bfloat16", (128, 128), "paged", "int8"),
@@ -362,7 +386,11 @@ CASES: dict[str, Case] = {
     "plain__sm80_mla__float16": Case(plain, "sm80_mla", "float16", (576, 512), "paged"),
     "window__sm80_mla__bfloat16": Case(window, "sm80_mla", "bfloat16", (576, 512), "paged"),
     "alibi_sink__mla__float16": Case(alibi_sink, "mla", "float16", (576, 512), "paged"),
+    "slot_weights__sm90_paged__bfloat16": Case(slot_weights, "sm90", "bfloat16", (128, 128), "paged"),
+    "slot_scales__decode__bfloat16": Case(slot_scales, "decode", "bfloat16", (128, 128), "paged"),
     "window__mask_tiles": Case(window, "mask_tiles"),
+    "evicted__decode__bfloat16": Case(evicted, "decode", "bfloat16", (64, 64), "paged"),
+    "evicted__mask_tiles": Case(evicted, "mask_tiles"),
 }
 TARGETS = {
     "sm80": partial(cuda_target, "8.0"),
@@ -399,9 +427,11 @@ def case_spec(name: str) -> KernelSpec:
     target = TARGETS[case.family]()
     if case.family == "merge_cpu":
         return KernelSpec("merge_cpu", program, case.dtype, *case.head_dims, Tiles(0, 0), target, case.layout)
+    program = with_value_factor(program) if case.family == "decode" else program
     bare, layout = without_rows(program), case.layout.removesuffix("_chosen")
     spec = cuda_spec(bare, case.dtype, case.head_dims, case.family, target, layout=layout, kv_dtype=case.kv_dtype)
-    return spec if program.rows is None else replace(spec, rows=rows_in_decode(program, case.dtype, *case.head_dims))
+    transforms = program.rows is not None and program.rows.changes_keys
+    return spec if not transforms else replace(spec, rows=rows_in_decode(program, case.dtype, *case.head_dims))
 
 
 def case_source(name: str) -> Source:

@@ -20,9 +20,9 @@ from jitgen.tiles_fp8 import FP8_HEAD_DIMS
 
 E4M3 = torch.float8_e4m3fn
 BATCH, HEADS, KV_HEADS = 2, 8, 4
-BF16_ERROR = 2.0**-9  # of an output that is exact but for its rounding; relative, half of bfloat16's epsilon
-# With bfloat16 inputs an AMX kernel rounds its weights too.
-BF16_INPUTS_ERROR = BF16_ERROR * (2 if detect_cpu().isa == "amx" else 1)
+# Relative error of an output that is exact but for its rounding, half of bfloat16's epsilon. An AMX kernel, whose inputs have
+# 8 or 16 bits, rounds its weights too.
+INPUTS_ERROR = 2.0**-9 * (2 if detect_cpu().isa == "amx" else 1)
 
 
 def causal(b, h, q_idx, kv_idx):
@@ -76,7 +76,7 @@ def test_scales_multiply_the_inputs(dtype, scales):
     got, lse = jitgen.attention(q, k, v, mask_mod=causal, return_lse=True, **named)
     want, want_lse = reference.attention(*map(scaled, (q, k, v), scales), mask_mod=causal, return_lse=True)
     assert got.dtype == (torch.bfloat16 if dtype == E4M3 else dtype)
-    allowed = {E4M3: BF16_ERROR, torch.bfloat16: BF16_INPUTS_ERROR, torch.float32: 1e-6}
+    allowed = {E4M3: INPUTS_ERROR, torch.bfloat16: INPUTS_ERROR, torch.float32: 1e-6}
     assert relative_error(got, want) < allowed[dtype]
     torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
 
@@ -97,7 +97,7 @@ def test_hooks_see_scaled_scores_and_outputs():
     scales = SCALES["per_request_and_head"]
     got, lse = jitgen.attention(q, k, v, every_hook(), scale_q=scales[0], scale_k=scales[1], scale_v=scales[2], return_lse=True)
     want, want_lse = reference.attention(*map(scaled, (q, k, v), scales), every_hook(), return_lse=True)
-    assert relative_error(got, want) < BF16_ERROR
+    assert relative_error(got, want) < INPUTS_ERROR
     torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_one_scale_is_not_taken_for_scales_of_heads():
     per_head = random_scales(HEADS)
     for scale in (per_head[:1], per_head, per_head[0]):  # all three of rank 0 or 1, contiguous
         got = jitgen.attention(q, k, v, scale_q=scale)
-        assert relative_error(got, reference.attention(scaled(q, scale), k.double(), v.double())) < BF16_ERROR
+        assert relative_error(got, reference.attention(scaled(q, scale), k.double(), v.double())) < INPUTS_ERROR
 
 
 @pytest.mark.parametrize("wanted", [None, torch.bfloat16, torch.float16])
@@ -126,20 +126,65 @@ def test_output_has_the_dtype_asked_for(wanted):
     out = torch.full(got.shape, math.nan, dtype=got.dtype)
     assert jitgen.attention(q, k, v, out_dtype=wanted, out=out) is out
     assert torch.equal(out, got)
-    assert relative_error(got, want) < BF16_ERROR
+    assert relative_error(got, want) < (2.0**-12 if wanted == torch.float16 else INPUTS_ERROR)
+
+
+# query heads, KV heads, rows, keys, head dims: decode in place, whole and odd tiles, few keys, dims that are no whole vectors
+CPU_SHAPES = [
+    (8, 2, 1, 300, (64, 64)), (4, 4, 70, 513, (128, 128)), (6, 2, 3, 1, (64, 64)), (4, 1, 40, 333, (24, 40)),
+    (4, 2, 100, 259, (192, 128)), (2, 1, 1, 77, (8, 8)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", CPU_SHAPES, ids=str)
+def test_cpu_kernel_is_that_of_the_same_numbers_in_16_bits(shape, out_dtype):
+    heads, kv_heads, q_len, kv_len, (dim, dim_v) = shape
+    generator = torch.Generator().manual_seed(kv_len)
+
+    def random(*size):
+        return torch.randn(size, generator=generator)
+
+    q, k, v = random(2, heads, q_len, dim), random(1, kv_heads, kv_len, dim), random(1, kv_heads, kv_len, dim_v)
+    v[0, 0, kv_len // 2, 3] = 3e-3  # denormal, one with the least of bits
+    forms = [
+        (q, k, v),
+        (q.transpose(1, 2).contiguous().transpose(1, 2), k, v),  # heads inside positions
+        (q, k.transpose(2, 3).contiguous().transpose(2, 3), v.transpose(2, 3).contiguous().transpose(2, 3)),  # and columns
+    ]
+    for tensors in forms:
+        eight = [t.to(E4M3) for t in tensors]
+        got = jitgen.attention(*eight, mask_mod=causal, q_index="local", out_dtype=out_dtype, return_lse=True)
+        want = jitgen.attention(*[t.to(out_dtype) for t in eight], mask_mod=causal, q_index="local", return_lse=True)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_every_code_is_read_and_nan_stays(q_len):
+    """Values that are codes, each under a key that weighs nearly all; then a key with NaN."""
+    codes = torch.arange(256, dtype=torch.uint8).view(E4M3)
+    q, k = torch.zeros(1, 1, q_len, 8), torch.zeros(1, 1, 16, 8)
+    q[..., 0], k[0, 0, 5, 0] = 16.0, 16.0
+    v = torch.zeros(1, 1, 16, 256).to(E4M3)
+    v.view(torch.uint8)[0, 0, 5] = codes.view(torch.uint8)
+    out = jitgen.attention(q.to(E4M3), k.to(E4M3), v, scale=1.0)
+    want = codes.float().expand(1, 1, q_len, -1).bfloat16()
+    assert torch.equal(out.nan_to_num(nan=777.0), want.nan_to_num(nan=777.0))
+    k[0, 0, 3, 2] = math.nan
+    assert jitgen.attention(q.to(E4M3), k.to(E4M3), torch.ones(1, 1, 16, 64).to(E4M3)).isnan().all()
 
 
 def test_flex_attention_takes_8_bits():
     q, k, v = inputs()
     want = reference.attention(q.double(), k.double(), v.double())
     got = jitgen.flex_attention(q, k, v, enable_gqa=True)
-    assert relative_error(got, want) < BF16_ERROR
+    assert relative_error(got, want) < INPUTS_ERROR
 
 
 def test_negative_scale_turns_the_order_of_keys():
     q, k, v = inputs()
     want = reference.attention(q.double(), k.double(), v.double(), scale=-0.5)
-    assert relative_error(jitgen.attention(q, k, v, scale=-0.5), want) < BF16_ERROR
+    assert relative_error(jitgen.attention(q, k, v, scale=-0.5), want) < INPUTS_ERROR
     assert torch.equal(fp8.negated(q).float(), -q.float())
 
 
@@ -244,4 +289,4 @@ def test_online_norm_is_refused_by_the_8_bit_kernel_alone():
         cuda_spec(variant.trace().program, FP8_DTYPE, (128, 128), "sm90_fp8", cuda_target("9.0a"))
     q, k, v = inputs()
     want = reference.attention(q.double(), k.double(), v.double(), variant)
-    assert relative_error(jitgen.attention(q, k, v, variant), want) < BF16_ERROR
+    assert relative_error(jitgen.attention(q, k, v, variant), want) < INPUTS_ERROR

@@ -24,6 +24,7 @@ from jitgen.render import render_kernel
 from jitgen.target import cpu_target, cuda_target
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "cache_ops"
+IN_DECODE = ("rotated__decode__bfloat16", "normed_rows__decode_states__float16", "slot_scales__decode__bfloat16")
 weight, start, rope = torch.zeros(128), torch.zeros(8, dtype=torch.int32), jitgen.Rope()
 
 
@@ -33,6 +34,7 @@ def norm_and_rotate(k, v, b, kv_h, pos):
 
 def specs() -> dict[str, RowsSpec]:
     trace = trace_transform(norm_and_rotate)
+    by_slot = golden_cases.slot_scales().trace().program
     whole = {"before": trace.k.before, "after": trace.k.after, "position": trace.k.position}
     cases = {
         "rope_bfloat16": (
@@ -55,6 +57,11 @@ def specs() -> dict[str, RowsSpec]:
             ),
             "pages",
             trace.slots,
+        ),
+        "gather_int8": (
+            (StreamSpec("v", "int8", "bfloat16", 128, 8, scale="read", before=by_slot.rows.v.before),),
+            "from_pages",
+            by_slot.slots,
         ),
     }
     targets = {"cpu": cpu_target("portable"), "cuda": cuda_target("9.0")}
@@ -91,7 +98,7 @@ def test_generated_source_is_tidy(name):
 
 @pytest.fixture(scope="module")
 def branches():
-    in_decode = [golden_cases.case_spec(name) for name in ("rotated__decode__bfloat16", "normed_rows__decode_states__float16")]
+    in_decode = [golden_cases.case_spec(name) for name in IN_DECODE]
     return record_branches(lambda: [*map(render_rows, CASES.values()), *map(render_kernel, in_decode)])
 
 

@@ -164,7 +164,7 @@ def test_scales_that_are_not_positive_follow_the_transform():
 
 
 def test_context_is_not_available():
-    with pytest.raises(VariantError, match="asks for keyword-only context"):
+    with pytest.raises(VariantError, match="asks for keyword-only 'kv_len'"):
         jitgen.Variant(k_transform=lambda k, b, h, pos, *, kv_len: k * kv_len)
 
 

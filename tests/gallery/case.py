@@ -63,7 +63,50 @@ class Case:
     forks: bool  # uses Python control flow on indices, which torch.vmap refuses
 
 
+@dataclass(frozen=True)
+class Cache:
+    """Sizes of a paged cache, and random captures with an entry for each slot or page of it."""
+
+    num_pages: int
+    page_size: int
+    num_kv_heads: int = 2
+    device: str = "cpu"
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_pages * self.page_size
+
+    def floats(self, *shape: int) -> torch.Tensor:
+        """Between 0.5 and 1.5."""
+        return Sizes(1, 1, device=self.device).floats(*shape).sigmoid() + 0.5
+
+    def bools(self, share: float, *shape: int) -> torch.Tensor:
+        return Sizes(1, 1, device=self.device).bools(share, *shape)
+
+
+@dataclass(frozen=True)
+class PagedCase:
+    """One variant that reads where keys lie in a paged cache."""
+
+    name: str
+    row: str
+    make: Callable[[Cache], jitgen.Variant]
+
+
 CASES: dict[str, Case] = {}
+PAGED_CASES: dict[str, PagedCase] = {}
+
+
+def paged_case(row: str) -> Callable[[Callable[[Cache], jitgen.Variant]], Callable[[Cache], jitgen.Variant]]:
+    """Register a function that makes a variant for a paged cache under its own name."""
+
+    def register(make: Callable[[Cache], jitgen.Variant]) -> Callable[[Cache], jitgen.Variant]:
+        name = make.__name__
+        assert name not in PAGED_CASES, name
+        PAGED_CASES[name] = PagedCase(name, row, make)
+        return make
+
+    return register
 
 
 def case(row: str, *, forks: bool = False) -> Callable[[Callable[[Sizes], jitgen.Variant]], Callable[[Sizes], jitgen.Variant]]:

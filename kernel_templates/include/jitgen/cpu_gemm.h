@@ -85,6 +85,9 @@ JITGEN_FN void dot_block(const float* q, const Rows& k, int first, float* logits
     for (int j = 0; j < kKeys; ++j) logits[r * kTileKv + j] = sum_lanes(sum[r][j]);
 }
 
+// Elements of 8 bits take ten instructions to be read: more rows share one reading, as far as there are registers.
+template <class Rows> constexpr bool kReadsBytes = sizeof(*Rows()(0)) == 1;
+
 // Logits of `rows` queries against the keys [begin, end) of a tile.
 template <int kHeadDim, int kTileKv, class Rows>
 static void score_rows(const float* q, Rows k, int rows, int begin, int end, float* logits) {
@@ -92,6 +95,9 @@ static void score_rows(const float* q, Rows k, int rows, int begin, int end, flo
   for (; j + 4 <= end; j += 4) {
     prefetch_rows<4, kHeadDim>(k, j + kKeysAhead, end);
     int r = 0;
+    if constexpr (kReadsBytes<Rows> && kVec == 16)
+      for (; r + 4 <= rows; r += 4)
+        dot_block<4, 4, kHeadDim, kTileKv>(q + r * kHeadDim, k, j, logits + r * kTileKv + j);
     for (; r + 2 <= rows; r += 2)
       dot_block<2, 4, kHeadDim, kTileKv>(q + r * kHeadDim, k, j, logits + r * kTileKv + j);
     if (r < rows) dot_block<1, 4, kHeadDim, kTileKv>(q + r * kHeadDim, k, j, logits + r * kTileKv + j);
@@ -111,6 +117,18 @@ static void value_rows(const float* weights, Rows v, int rows, int begin, int en
   int j = begin;
   for (; j + 4 <= end; j += 4) {
     prefetch_rows<4, kHeadDimV>(v, j + kKeysAhead, end);
+    if constexpr (kReadsBytes<Rows>) {
+      const auto *v0 = v(j), *v1 = v(j + 1), *v2 = v(j + 2), *v3 = v(j + 3);
+      for (int d = 0; d < kHeadDimV; d += kVec) {
+        const Vec x0 = load_vec(v0 + d), x1 = load_vec(v1 + d), x2 = load_vec(v2 + d), x3 = load_vec(v3 + d);
+        for (int r = 0; r < rows; ++r) {
+          const float* w = weights + r * kTileKv + j;
+          float* o = out + r * kPaddedDimV + d;
+          store_vec(o, load_vec(o) + splat(w[0]) * x0 + splat(w[1]) * x1 + splat(w[2]) * x2 + splat(w[3]) * x3);
+        }
+      }
+      continue;
+    }
     for (int r = 0; r < rows; ++r) {
       const float* w = weights + r * kTileKv + j;
       const auto *v0 = v(j), *v1 = v(j + 1), *v2 = v(j + 2), *v3 = v(j + 3);

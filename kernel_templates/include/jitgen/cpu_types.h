@@ -91,6 +91,10 @@ JITGEN_FN float to_float(float8_e4m3fn x) { return bits_float((x.bits & 0x7f) <<
 JITGEN_FN float to_float(float8_e5m2 x) { return bits_float((x.bits & 0x7f) << 21 | (x.bits & 0x80) << 24) * 0x1p112f; }
 JITGEN_FN float to_float(int8 x) { return x.value; }
 
+// As float8_e4m3fn, with NaN: what a caller gives as q, k and v.
+struct e4m3_or_nan { uint8_t bits; };
+JITGEN_FN float to_float(e4m3_or_nan x) { return (x.bits & 0x7f) == 0x7f ? NAN : to_float(float8_e4m3fn{x.bits}); }
+
 JITGEN_FN void from_float(float x, float& out) { out = x; }
 JITGEN_FN void from_float(float x, bf16_16& out) {
   const uint32_t bits = static_cast<uint32_t>(float_bits(x));
@@ -153,6 +157,11 @@ JITGEN_FN Vec load_vec(const float8_e4m3fn* p) {
   const VecU16 bits = __builtin_convertvector(*reinterpret_cast<const VecU8Unaligned*>(p), VecU16);
   return of_halves((bits & 0x7f) << 7 | (bits & 0x80) << 8) * splat(0x1p8f);
 }
+JITGEN_FN Vec load_vec(const e4m3_or_nan* p) {
+  const VecU16 bits = __builtin_convertvector(*reinterpret_cast<const VecU8Unaligned*>(p), VecU16);
+  const VecU16 special = (VecU16)((bits & 0x7f) == 0x7f) & 0x7c00;   // the exponent of a NaN
+  return of_halves((bits & 0x7f) << 7 | (bits & 0x80) << 8 | special) * splat(0x1p8f);
+}
 JITGEN_FN void store_vec(half16* p, Vec v) {
   VecU16 bits;
   asm("vcvtps2ph $0, %1, %0" : "=v"(bits) : "v"(v));   // 0: to nearest, ties to even
@@ -160,6 +169,10 @@ JITGEN_FN void store_vec(half16* p, Vec v) {
 }
 #else
 JITGEN_FN Vec load_vec(const float8_e4m3fn* p) { return moved_bits<20>(p, 0x1p120f); }
+JITGEN_FN Vec load_vec(const e4m3_or_nan* p) {
+  const Vec number = moved_bits<20>(p, 0x1p120f);
+  return (Vec)chosen((VecI32)(((VecU32)number & 0x7fffffff) == 0x43f00000), VecU32{} + 0x7fc00000, (VecU32)number);   // 480
+}
 JITGEN_FN Vec load_vec(const half16* p) {
   const VecU32 bits = __builtin_convertvector(*reinterpret_cast<const VecU16Unaligned*>(p), VecU32);
   const VecU32 magnitude = (bits & 0x7fff) << 13;
@@ -222,6 +235,15 @@ struct Ahead {
   RowsAhead k, v, out;
   JITGEN_FN_MEMBER void ask() { k.ask(2), v.ask(2), out.ask(1); }
 };
+
+// A row in another type that has all of its values.
+template <int kDim, class T, class Out> JITGEN_FN void convert_row(const T* row, int64_t stride_d, Out* out) {
+  int d = 0;
+  if (stride_d == 1)
+#pragma GCC unroll 4
+    for (; d < kDim / kVec * kVec; d += kVec) store_vec(out + d, load_vec(row + d));
+  for (; d < kDim; ++d) from_float(to_float(row[d * stride_d]), out[d]);
+}
 
 JITGEN_FN Vec4 load_vec4(const float* p) { return *reinterpret_cast<const Vec4Unaligned*>(p); }
 template <class T> JITGEN_FN Vec4 load_vec4(const T* p) {

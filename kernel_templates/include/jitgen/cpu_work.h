@@ -134,8 +134,10 @@ struct PackedTile { const float *k, *v; };
 
 // Packed tiles of K and V, packed by the first thread that needs one and read by all others of the wave. A thread that
 // meets a tile another one is still packing makes its own copy rather than wait.
-template <class Products, int kTileKv> struct TileStore {
-  using T = typename Products::Element;
+// Stored: the elements of K and V in memory, of rows of kHeadDim and kHeadDimV, where the products have others.
+template <class Products, int kTileKv, class Stored = typename Products::Element, int kHeadDim = 0, int kHeadDimV = 0>
+struct TileStore {
+  using Element = typename Products::Element;
   static constexpr int64_t kTileFloats = Products::kTileFloats, kValues = int64_t{kTileKv} * Products::kKeyFloats;
 
   Strides k_stride, v_stride;
@@ -143,10 +145,26 @@ template <class Products, int kTileKv> struct TileStore {
   float* tiles;      // [pairs of a wave][num_tiles]; null: every thread packs for itself
   int* states;       // per tile: 2 * wave + 1 while it is packed, 2 * wave + 2 once it is ready
 
-  PackedTile pack(const T* k, const T* v, int keys, float* tile) const {
-    Products::pack_keys(StridedRows<T>{k, k_stride.s}, k_stride.d, keys, tile);
-    Products::pack_values(StridedRows<T>{v, v_stride.s}, v_stride.d, keys, tile + kValues);
+  PackedTile pack(const Stored* k, const Stored* v, int keys, float* tile) const {
+    if constexpr (kHeadDim > 0) {
+      pack_converted(k, v, keys, tile);
+    } else {
+      Products::pack_keys(StridedRows<Stored>{k, k_stride.s}, k_stride.d, keys, tile);
+      Products::pack_values(StridedRows<Stored>{v, v_stride.s}, v_stride.d, keys, tile + kValues);
+    }
     return {tile, tile + kValues};
+  }
+
+  // A panel of keys at a time, whose converted rows stay in the first-level cache until they are packed.
+  void pack_converted(const Stored* k, const Stored* v, int keys, float* tile) const {
+    alignas(64) Element rows[kPanel * (kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV)];
+    for (int first = 0; first < keys; first += kPanel, k += kPanel * k_stride.s, v += kPanel * v_stride.s) {
+      const int count = keys - first < kPanel ? keys - first : kPanel;
+      for (int j = 0; j < count; ++j) convert_row<kHeadDim>(k + j * k_stride.s, k_stride.d, rows + j * kHeadDim);
+      Products::pack_keys(StridedRows<Element>{rows, kHeadDim}, 1, count, tile + first * Products::kKeyFloats);
+      for (int j = 0; j < count; ++j) convert_row<kHeadDimV>(v + j * v_stride.s, v_stride.d, rows + j * kHeadDimV);
+      Products::pack_values(StridedRows<Element>{rows, kHeadDimV}, 1, count, tile + kValues + first * Products::kValueFloats);
+    }
   }
 
   bool is_packed(int wave, int64_t slot, int64_t tile) const {
@@ -154,7 +172,7 @@ template <class Products, int kTileKv> struct TileStore {
   }
 
   // k, v: first key of the tile. slot: number of the KV head within the wave. own: memory of this thread for one tile.
-  PackedTile get(int wave, int64_t slot, int64_t tile, const T* k, const T* v, int keys, float* own) const {
+  PackedTile get(int wave, int64_t slot, int64_t tile, const Stored* k, const Stored* v, int keys, float* own) const {
     if (!tiles) return pack(k, v, keys, own);
     const int64_t index = slot * num_tiles + tile;
     const int packing = 2 * wave + 1, ready = 2 * wave + 2;
