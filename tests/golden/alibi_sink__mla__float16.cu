@@ -191,6 +191,7 @@ constexpr int kSlack = 8;                         // growth of the maximum (expo
 constexpr bool kMaybeEmpty = true;
 constexpr int kSumBarrier = 1, kGroupBarrier = 2;   // named barriers; the second: + group
 
+constexpr bool kOwnFirst = true;
 #define JG_TAKE_FN JITGEN_FN
 constexpr int kManyItems = jg::kNotForMany;       // a CTA's share of the line, always: few items are that long
 // ---- pieces ----
@@ -244,15 +245,16 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int number) {
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], header.whole_groups + group, pieces, tiles[place].pieces * header.tail_groups + group * pieces};
 }
-// The first place of each CTA is its own number: no turn at the counter. Behind it the share of `at` is -1.
+// kOwnFirst: the first place of each CTA is its own number, without a turn at the counter; behind it the share of `at` is -1.
 JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
   const int items = header->tiles * launch.shape.groups, whole = header->tiles * header->whole_groups;
 #pragma unroll 1
   for (;;) {
-    const int taken = at.share < 0 ? static_cast<int>(gridDim.x) + atomicAdd(&header->taken, 1) : static_cast<int>(blockIdx.x);
+    const bool is_own = kOwnFirst && at.share >= 0;
+    const int taken = is_own ? static_cast<int>(blockIdx.x) : (kOwnFirst ? static_cast<int>(gridDim.x) : 0) + atomicAdd(&header->taken, 1);
     const int behind = taken - whole;
-    at.share = -1;
+    if (kOwnFirst) at.share = -1;
     const int number = behind < 0 ? taken : whole + behind / jg::kTailPieces, part = behind < 0 ? 0 : behind % jg::kTailPieces;
     if (number >= items) break;
     const Item item = item_at(args, launch, number);

@@ -283,6 +283,7 @@ constexpr int kTurnBarrier = 1;   // named barrier: + group
 // O leaves by the copy engine where P lay in shared memory, otherwise from registers.
 constexpr bool kCopiesOutput = false;
 
+constexpr bool kOwnFirst = true;
 #define JG_TAKE_FN JITGEN_FN
 // With masks, whose items differ most, a CTA takes its next piece late, some KV tiles before the end of one; else as it begins one.
 // Late on an H100: mixed causal batches 3 to 11 % faster with the order of plan.cuh, 2 x 4k + 64 x 512 2 % slower; lists of blocks
@@ -340,15 +341,16 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int number) {
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], header.whole_groups + group, pieces, tiles[place].pieces * header.tail_groups + group * pieces};
 }
-// The first place of each CTA is its own number: no turn at the counter. Behind it the share of `at` is -1.
+// kOwnFirst: the first place of each CTA is its own number, without a turn at the counter; behind it the share of `at` is -1.
 JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
   const int items = header->tiles * launch.shape.groups, whole = header->tiles * header->whole_groups;
 #pragma unroll 1
   for (;;) {
-    const int taken = at.share < 0 ? static_cast<int>(gridDim.x) + atomicAdd(&header->taken, 1) : static_cast<int>(blockIdx.x);
+    const bool is_own = kOwnFirst && at.share >= 0;
+    const int taken = is_own ? static_cast<int>(blockIdx.x) : (kOwnFirst ? static_cast<int>(gridDim.x) : 0) + atomicAdd(&header->taken, 1);
     const int behind = taken - whole;
-    at.share = -1;
+    if (kOwnFirst) at.share = -1;
     const int number = behind < 0 ? taken : whole + behind / jg::kTailPieces, part = behind < 0 ? 0 : behind % jg::kTailPieces;
     if (number >= items) break;
     const Item item = item_at(args, launch, number);
