@@ -165,7 +165,7 @@ constexpr bool kRescaleEarly = kHeadDimV > 128;
 // Growth of the maximum (exponents of two) below which O is left alone.
 constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = kHasMask || true;
-// Arrivals by which a group lets go of V and Q: its leader's, as no register is free for lane 0 of each warp.
+// Arrivals by which a group lets go of K, V and Q: its leader's, as no register is free for more.
 constexpr int kReleases = 1;
 constexpr int kTurnBarrier = 1, kAllConsumersBarrier = 5, kGroupBarrier = 6;   // named barriers: + group
 
@@ -480,7 +480,7 @@ JITGEN_FN void store_output(const Args& args, const Maps& maps, Shared shared, O
 
 JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int group) {
   const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, num_tiles = num_kv_tiles(args);
-  const bool leader = thread == 0;   // lets go of V and Q
+  const bool leader = thread == 0;   // lets go of K, V and Q
   const unsigned p_shared = shared.base + Tile::kPAt + group * Tile::kGroupPBytes;
   const unsigned long long q_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.query(group), 16);
   const unsigned long long k_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.key(0), 16);
@@ -490,7 +490,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   jg::RingPosition<2> slot(0);
   unsigned copied_parity = 0;
   int skipped = -1;   // stage and parity of a tile that was skipped and whose V is still to be released
-  // The groups issue their products in turn, so that the softmax of one runs under the products of another.
+  // The groups issue their products in turn, so that the softmax of one runs under the products of another. One to which a tile is
+  // nothing has its turn too: handed on past it, turns made causal kernels 0 to 7 % slower, and windows and documents no faster.
   if (group == 0) jg::named_arrive(kTurnBarrier, 256);
 #pragma unroll 1
   for (;;) {
@@ -513,7 +514,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       bool has_begun = false;
       // What the stage holds; without a mask the consumers count for themselves.
       const auto read_step = [&](const jg::RingPosition<kNumStages>& at) {
-        if constexpr (kHasMask) return jg::load_shared_by((jg::stay(static_cast<int>(threadIdx.x)) & 31) == 0, shared.step(at.stage + at.parity * kNumStages));
+        if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(at.stage + at.parity * kNumStages)));
         const int here = position++, last = here == num_tiles - 1 ? jg::kStepLast | 15 << jg::kNextAt : 0;
         return here << jg::kStepShift | last | (group_row > -64 ? kTileFull << 2 * group : 0);
       };
@@ -539,7 +540,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       // has overtaken them (wrong results).
       const auto release_copied = [&] { jg::barrier_arrive_if(lane == 0, shared.copied_empty(group)); };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
-        jg::barrier_arrive_if((jg::stay(static_cast<int>(threadIdx.x)) & 31) == 0, JG_BARRIER(k_empty, kv.stage));
+        jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
         jg::barrier_arrive_if(leader && (step & jg::kStepLast), JG_BARRIER(q_empty, group));
       };
       // V of a skipped tile is released later, when it has come: those before it are not needed any more then.
@@ -670,13 +671,13 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     }
     for (int stage = 0; stage < kNumStages; ++stage) {
       jg::barrier_init(JG_BARRIER(k_full, stage), 1);
-      jg::barrier_init(JG_BARRIER(k_empty, stage), 4 * Tile::kGroups);   // one arrival per warp
+      jg::barrier_init(JG_BARRIER(k_empty, stage), kReleases * Tile::kGroups);
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
       jg::barrier_init(JG_BARRIER(v_empty, stage), kReleases * Tile::kGroups);
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + Tile::kQueryWarps);
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + Tile::kQueryWarps);   // one arrival per warp
     }
     jg::barrier_init_fence();
   }

@@ -137,7 +137,7 @@ constexpr bool kRescaleEarly = kHeadDimV > 128;
 // Growth of the maximum (exponents of two) below which O is left alone.
 constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = kHasMask || false;
-// Arrivals by which a group lets go of V and Q: each warp's.
+// Arrivals by which a group lets go of K, V and Q: each warp's.
 constexpr int kReleases = 4;
 constexpr int kTurnBarrier = 1, kAllConsumersBarrier = 5, kGroupBarrier = 6;   // named barriers: + group
 
@@ -449,7 +449,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   jg::RingPosition<kNumStages> kv(0);
   jg::RingPosition<2> slot(0);
   int skipped = -1;   // stage and parity of a tile that was skipped and whose V is still to be released
-  // The groups issue their products in turn, so that the softmax of one runs under the products of another.
+  // The groups issue their products in turn, so that the softmax of one runs under the products of another. One to which a tile is
+  // nothing has its turn too: handed on past it, turns made causal kernels 0 to 7 % slower, and windows and documents no faster.
   if (group == 0) jg::named_arrive(kTurnBarrier, 256);
 #pragma unroll 1
   for (;;) {
@@ -615,13 +616,13 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::barrier_init(JG_BARRIER(o_done), Tile::kGroups);
     for (int stage = 0; stage < kNumStages; ++stage) {
       jg::barrier_init(JG_BARRIER(k_full, stage), 1);
-      jg::barrier_init(JG_BARRIER(k_empty, stage), 4 * Tile::kGroups);   // one arrival per warp
+      jg::barrier_init(JG_BARRIER(k_empty, stage), kReleases * Tile::kGroups);
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
       jg::barrier_init(JG_BARRIER(v_empty, stage), kReleases * Tile::kGroups);
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + Tile::kQueryWarps);
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + Tile::kQueryWarps);   // one arrival per warp
       jg::barrier_init(JG_BARRIER(found_full, slot), Tile::kQueryWarps);
     }
     jg::barrier_init_fence();

@@ -841,7 +841,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   jg::RingPosition<kNumStages> kv(0);
   unsigned laps = 0;   // slot of pieces: bit 0; its parity: bit 1; that of Q: bit 2. In one register, as none is free
   const auto slot = [&] { return laps & 1; };
-  // The groups issue their products in turn, so that the softmax of one runs under the products of another.
+  // The groups issue their products in turn, so that the softmax of one runs under the products of another. (With the first product of
+  // a piece before the output of the piece before it leaves, block lists were 4 % slower.)
   if (group == 0) jg::named_arrive(kTurnBarrier, 256);
 #pragma unroll 1
   for (;;) {

@@ -7,7 +7,10 @@ import torch
 
 import jitgen
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning"),  # torch's own, where it imports inductor
+]
 
 
 class Layer(torch.nn.Module):

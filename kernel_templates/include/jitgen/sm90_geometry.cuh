@@ -31,8 +31,9 @@ template <int kStages> struct ControlBlock {
   unsigned long long k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
   unsigned long long work_full[2], work_empty[2], found_full[2];
   alignas(16) int4 work[2];   // {first row, head, batch, kind}
-  // Which KV tile a stage holds, with flags. Lane 0 of a warp reads it, and lets go of that stage's K for its warp. (In two laps, with
-  // which kernels with every hook at head dim 64 compile without spills; one would be enough.)
+  // Which KV tile a stage holds, with flags. Two laps: a word is written again after every group has released the K of one lap later.
+  // Where each warp releases it, lane 0 has read the word itself; where its leader does, that is behind a turn that all threads of the
+  // group pass after they have read the word (racecheck does not follow a named barrier and an mbarrier in a chain, and reports it).
   int step[2 * kStages];
 };
 
