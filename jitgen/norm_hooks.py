@@ -170,6 +170,8 @@ def _compare(label: str, way: str, whole: tuple[Any, ...], merged: tuple[Any, ..
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0][2])
             hint = " A part that saw no key has the start state, and must change nothing." if row in (1, 2, 3) else ""
+            if hint and bool(got[wrong][0].isnan()):
+                hint += " nan comes of -inf minus -inf: all logits of a part may be hidden, in update too."
             raise VariantError(
                 f"{label} does not join parts: a row of {KEYS} logits has the {what} {float(want[wrong][0]):.6g} in one run of "
                 f"update, and {float(got[wrong][0]):.6g} {way}. All keys of a are visited before those of b.{hint}"
