@@ -56,8 +56,8 @@ MISTAKES = {
     ),
     "not a function": (dict(mask_mod=3), r"mask_mod is 3 of type int, expected a function"),
     "unknown context": (
-        dict(mask_mod=lambda b, h, q, k, *, page: k < page),
-        r"asks for keyword-only 'page', expected one of q_len, kv_len",
+        dict(mask_mod=lambda b, h, q, k, *, block: k < block),
+        r"asks for keyword-only 'block', expected one of q_len, kv_len",
     ),
     "sink of rank two": (dict(sink=torch.zeros(2, 3)), r"sink has shape \(2, 3\), expected \[num_q_heads\]"),
     "sink of text": (dict(sink="two"), r"sink is 'two' of type str, expected a tensor \[num_q_heads\], a number"),
