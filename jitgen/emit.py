@@ -295,7 +295,7 @@ def _prefetches(unit: Unit, program: Program) -> tuple[str, ...]:
             if stride != "0":
                 offsets.append(place if stride == "c" else f"{place} * args.{name}_stride{dim}")
         else:
-            lines[f"jg::prefetch(args.{name} + {' + '.join(offsets)});"] = None
+            lines[f"jg::prefetch_line(args.{name} + {' + '.join(offsets)});"] = None
     return tuple(lines)
 
 

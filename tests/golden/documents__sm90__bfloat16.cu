@@ -450,7 +450,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   jg::RingPosition<2> slot(0);
   int skipped = -1;   // stage and parity of a tile that was skipped and whose V is still to be released
   // The groups issue their products in turn, so that the softmax of one runs under the products of another. One to which a tile is
-  // nothing has its turn too: handed on past it, turns made causal kernels 0 to 7 % slower, and windows and documents no faster.
+  // nothing has its turn too: handed on past it, turns made causal kernels 0 to 7 % slower, and windows no faster.
   if (group == 0) jg::named_arrive(kTurnBarrier, 256);
 #pragma unroll 1
   for (;;) {

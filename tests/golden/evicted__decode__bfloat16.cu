@@ -164,8 +164,8 @@ JITGEN_FN float value_factor(const Args& args, const Head& head, jg::Column kv_i
 
 // Asks for what is stored of a key.
 JITGEN_FN void prefetch_key(const Args& args, int kv_h, int page, int slot) {
-  jg::prefetch(args.a0_kept + page);
-  jg::prefetch(args.a1_vs + slot);
+  jg::prefetch_line(args.a0_kept + page);
+  jg::prefetch_line(args.a1_vs + slot);
 }
 
 constexpr bool kGivesOut = false;   // items are cut at shares only

@@ -159,8 +159,8 @@ JITGEN_FN float value_factor(const Args& args, const Head& head, jg::Column kv_i
 
 // Asks for what is stored of a key.
 JITGEN_FN void prefetch_key(const Args& args, int kv_h, int page, int slot) {
-  jg::prefetch(args.a0_ks + slot * args.a0_ks_stride0 + kv_h);
-  jg::prefetch(args.a2_vs + slot * args.a2_vs_stride0 + kv_h);
+  jg::prefetch_line(args.a0_ks + slot * args.a0_ks_stride0 + kv_h);
+  jg::prefetch_line(args.a2_vs + slot * args.a2_vs_stride0 + kv_h);
 }
 
 #include "jitgen/key_pages.h"

@@ -30,6 +30,9 @@ JITGEN_FN float stay(float x) { asm volatile("" : "+f"(x)); return x; }
 JITGEN_FN long long stay(long long x) { asm volatile("" : "+l"(x)); return x; }
 JITGEN_FN const char* stay(const char* x) { asm volatile("" : "+l"(x)); return x; }
 
+// The 128 bytes around it come into L2.
+JITGEN_FN void prefetch_line(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 // ---- columns ----
 // A column of the logits as hooks get it: the index, and the same as a float. Counting in floats costs an addition; a
 // conversion of each column would run on the unit that computes the exponentials, and wait for nothing, so its results

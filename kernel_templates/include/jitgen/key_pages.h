@@ -40,8 +40,4 @@ template <class Args> JITGEN_FN KeyPages pages_to_gather(const Args& args, int b
           static_cast<int>(args.key_page_shift)};
 }
 
-#ifdef __CUDACC__
-JITGEN_FN void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-#endif
-
 }  // namespace jg

@@ -156,9 +156,6 @@ template <int kStages> struct RingPosition {
   }
 };
 
-// The 128 bytes around it come into L2.
-JITGEN_FN void prefetch_line(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
-
 // ---- programmatic dependent launch: no effect in a launch without the attribute ----
 JITGEN_FN void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 JITGEN_FN void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
