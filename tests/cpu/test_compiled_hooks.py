@@ -348,6 +348,26 @@ def test_calls_that_are_no_operators_cost_one_break_and_no_recompilation():
         torch.compile(step, backend="eager", fullgraph=True)(torch.randn(2, 50), torch.arange(2))
 
 
+def test_block_lists_are_attended_between_graphs_and_their_mask_inside_of_one():
+    starts, numbers = torch.tensor([0, 1, 3, 4, 6]), torch.tensor([0, 0, 1, 2, 0, 3])
+    blocks = jitgen.BlockSparse.bsr(starts.int(), numbers.int(), (64, 64), (16, 16))
+    q, k, v = inputs(64)
+
+    def listed(q, k, v):
+        return jitgen.block_sparse_attention(q * 2, k, v, blocks) + 1
+
+    def masked(q, k, v):
+        return jitgen.attention(q * 2, k, v, mask_mod=blocks.mask_mod) + 1
+
+    want = listed(q, k, v)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.testing.assert_close(torch.compile(listed, backend=counter)(q, k, v), want)
+    assert counter.frame_count == 2  # before and after the call
+    torch.testing.assert_close(torch.compile(masked, fullgraph=True, backend="aot_eager")(q, k, v), want)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="block_sparse_attention is no operator of a graph"):
+        torch.compile(lambda *qkv: listed(*qkv), backend="aot_eager", fullgraph=True)(q, k, v)
+
+
 def test_hooks_that_eager_calls_refuse_are_refused_with_their_line():
     def call(q, k, v, x):
         return jitgen.attention(q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: x[q_idx].item() > 3)
