@@ -23,6 +23,7 @@ from jitgen.serving_checks import MAX_CUDA_BATCH
 from jitgen.serving_lists import KVLists
 from jitgen.serving_plan import Plan
 from jitgen.serving_selection import ChosenKeys
+from jitgen.streams import is_capturing, record_event
 from jitgen.variant import Variant
 
 Tensor = torch.Tensor
@@ -99,7 +100,7 @@ class BlockLists:
         graph that is being captured takes that of the calls before it."""
         key = (id(variant), q.shape[1], v.shape[1], q.shape[3], v.shape[3], q.dtype, q.device)
         stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
-        is_captured = q.is_cuda and torch.cuda.is_current_stream_capturing()
+        is_captured = is_capturing(q.device)
         if is_captured:
             stream = next((known for known, *rest in self.plans if tuple(rest) == key), None)
             if stream is None:
@@ -134,8 +135,7 @@ class CutWatch:
         self._plan = plan
         self._header = torch.empty(SHARES_AT, dtype=torch.uint8, pin_memory=True)
         self._header.copy_(buffer.view(torch.uint8)[:SHARES_AT], non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record()
+        self._event = record_event(buffer.device)
 
     def look(self, is_captured: bool) -> None:
         """See whether it is known by now; a call that is captured in a CUDA graph asks nothing."""
