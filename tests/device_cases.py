@@ -76,6 +76,13 @@ def dense(device: str, seed: int) -> Case:
     )
 
 
+def plain_dense(device: str, seed: int) -> Case:
+    """Without hooks: all devices share what is remembered of the program."""
+    q, k, v = inputs(device, seed, 257, 391)
+    want = reference.attention(q, k, v, return_lse=True)
+    return Case(lambda: jitgen.attention(q, k, v, return_lse=True), lambda got: assert_near(got, want))
+
+
 def requests(lengths: list[tuple[int, int]], device: str, seed: int, **options: Any) -> Case:
     """A plan, updated in each run, and its call."""
     batch = Batch(lengths, HEADS, KV_HEADS, DIM, dtype=torch.bfloat16, device=device, seed=seed)
@@ -174,6 +181,7 @@ def checked(function: Callable[..., None], *args: object, **options: object) -> 
 
 CASES: dict[str, Callable[[str, int], Case]] = {
     "dense": dense,
+    "plain dense": plain_dense,
     "decode": partial(requests, DECODE_LENGTHS, max_q_len=1),
     "plain decode": plain_decode,
     "mixed": partial(requests, MIXED_LENGTHS),

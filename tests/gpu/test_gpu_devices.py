@@ -20,7 +20,7 @@ from jitgen.streams import call_on
 
 COUNT = torch.cuda.device_count()
 two = pytest.mark.skipif(COUNT < 2, reason=f"needs two CUDA devices, this machine has {COUNT}")
-CAPTURED = ["dense", "decode", "plain decode", "mixed", "cascade", "merge", "sampling"]
+CAPTURED = ["dense", "plain dense", "decode", "plain decode", "mixed", "cascade", "merge", "sampling"]
 ROUNDS = 3
 
 
@@ -178,6 +178,27 @@ def test_the_first_call_on_a_device_may_be_captured(name):
             graph.replay()
             torch.cuda.synchronize()
         case.check(results)
+    """)
+
+
+def test_a_forked_process_is_told_that_it_cannot_use_the_device():
+    """By torch, also where a call allocates nothing."""
+    run_alone("""\
+        import os
+        import sys
+
+        cache, k = torch.zeros(4, 2, 16, 2, 64, device="cuda"), torch.ones(3, 2, 64, device="cuda")
+        slots = torch.arange(3, device="cuda")
+        jitgen.append(cache, k, k, slot_mapping=slots)
+        torch.cuda.synchronize()
+        child = os.fork()
+        if child == 0:
+            try:
+                jitgen.append(cache, k, k, slot_mapping=slots)
+            except RuntimeError as error:
+                os._exit(0 if "forked" in str(error) else 1)
+            os._exit(2)
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """)
 
 
