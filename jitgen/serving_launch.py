@@ -18,7 +18,7 @@ from jitgen.serving_lists import KVLists
 from jitgen.serving_plan import Plan, check_lse
 from jitgen.serving_segments import Beside
 from jitgen.serving_slots import check_slots, page_words
-from jitgen.streams import call_on, current_stream, make_current, make_current_again, stream_of
+from jitgen.streams import call_and_leave, current_stream, make_current, stream_of
 
 try:
     from torch._C._dynamo.guards import _empty_strided_cuda
@@ -139,16 +139,14 @@ def starter_of(
         if (q_at | k_at | v_at) & 15:
             return None
         before = make_current(index)
-        try:
-            out = new_out()
-            out_at, stream = out.data_ptr(), current_stream(index)
-            for kernel, launch, memory, rest in launches:
-                code = launch(pack_launch(q_at, k_at, v_at, out_at, 0, memory, kv_start, pages, stream, 0, rest))
-                if code:
-                    kernel.raise_error(code)
-        finally:
-            if before != index:
-                make_current_again(before)
+        if before != index:
+            return call_and_leave(before, start, q, k, v)
+        out = new_out()
+        out_at, stream = out.data_ptr(), current_stream(index)
+        for kernel, launch, memory, rest in launches:
+            code = launch(pack_launch(q_at, k_at, v_at, out_at, 0, memory, kv_start, pages, stream, 0, rest))
+            if code:
+                kernel.raise_error(code)
         return out
 
     return start
@@ -166,22 +164,10 @@ def run(
     lse: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Allocate the results, check what they and captured values can be wrong about, and start the kernels."""
-    return call_on(plan.device_index, _run, plan, recent, values, q, keys, scales, want_lse, out, lse)
-
-
-def _run(
-    plan: Plan,
-    recent: RecentCall,
-    values: list[object],
-    q: Tensor,
-    keys: KeyAddresses,
-    scales: list[object],
-    want_lse: bool,
-    out: Tensor | None,
-    lse: Tensor | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """``run`` with the plan's device current."""
     index = plan.device_index
+    before = None if index is None else make_current(index)
+    if before != index:
+        return call_and_leave(before, run, plan, recent, values, q, keys, scales, want_lse, out, lse)
     call, blocks = recent.call, recent.blocks
     if out is not None or lse is not None:
         blocks = _check_results(plan, recent, q, out, lse)

@@ -40,7 +40,8 @@ def merge_states(
     """
     outs, lses = _stacked("outs", outs), _stacked("lses", lses)
     _check(outs, lses, base, 4)
-    _check_devices({"outs": outs, "lses": lses})
+    if outs.device != lses.device:
+        raise _apart(outs=outs, lses=lses)
     if outs.shape[1] and _has_kernel(outs, lses):
         return _join(outs[:, 0], lses[:, 0], outs[:, 1:], lses[:, 1:], base)
     weights = lses * BASES[base]
@@ -66,7 +67,8 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, b
             f"{tuple(lse_a.shape)} and {tuple(lse_b.shape)}. They must match."
         )
     _check(out_a, lse_a, base, 3)
-    _check_devices({"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b})
+    if not out_a.device == lse_a.device == out_b.device == lse_b.device:
+        raise _apart(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     if out_a.dtype == out_b.dtype and _has_kernel(out_a, lse_a) and _has_kernel(out_b, lse_b):
         return _join(out_a, lse_a, out_b[:, None], lse_b[:, None], base)
     return merge_states(torch.stack([out_a, out_b], 1), torch.stack([lse_a, lse_b], 1), base=base)
@@ -81,18 +83,16 @@ def _stacked(name: str, states: Tensor | Sequence[Tensor]) -> Tensor:
     shapes = [tuple(t.shape) for t in states]
     if not shapes or any(s != shapes[0] for s in shapes):
         raise ShapeMismatch(f"{name} has states of shapes {shapes}, expected one state at least, and all alike.")
-    _check_devices({f"{name}[{i}]": t for i, t in enumerate(states)})
+    if any(t.device != states[0].device for t in states):
+        raise _apart(**{f"{name}[{i}]": t for i, t in enumerate(states)})
     return torch.stack(tuple(states), 1)
 
 
-def _check_devices(states: dict[str, Tensor]) -> None:
-    """All on one device: those of other ranks or GPUs are not fetched."""
-    first, device = next((name, t.device) for name, t in states.items())
-    for name, t in states.items():
-        if t.device != device:
-            raise UnsupportedDevice(
-                f"{name} is on {t.device}, {first} is on {device}. All must be on one device: move it with .to({str(device)!r})."
-            )
+def _apart(**states: Tensor) -> UnsupportedDevice:
+    """The error for states of which not all are on the first one's device: those of other GPUs are not fetched."""
+    (first, device), *others = ((name, t.device) for name, t in states.items())
+    name, found = next(other for other in others if other[1] != device)
+    return UnsupportedDevice(f"{name} is on {found}, {first} is on {device}. Move it there: {name}.to({str(device)!r}).")
 
 
 def _check(outs: Tensor, lses: Tensor, base: str | int, rank: int) -> None:

@@ -39,8 +39,11 @@ def call_on(index: int | None, function: Callable[..., Result], *args: object) -
     if index is None:
         return function(*args)
     before = make_current(index)  # type: ignore[misc]
-    if before == index:
-        return function(*args)
+    return function(*args) if before == index else call_and_leave(before, function, *args)
+
+
+def call_and_leave(before: int, function: Callable[..., Result], *args: object) -> Result:
+    """Call a function for which another CUDA device has been made current, then go back to device ``before``."""
     try:
         return function(*args)
     finally:

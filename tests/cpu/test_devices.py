@@ -7,6 +7,7 @@ import torch
 from device_cases import APART, CASES, Apart
 
 import jitgen
+from jitgen import families, sampling_launch
 from jitgen.errors import JitgenError, UnsupportedDevice
 
 
@@ -20,6 +21,33 @@ def test_tensors_that_lie_apart_are_refused(name):
 @pytest.mark.parametrize("name", CASES)
 def test_cases_of_devices_are_right_on_the_cpu(name):
     CASES[name]("cpu", 0)()
+
+
+def test_each_gpu_gets_the_kernels_of_its_own_architecture(monkeypatch):
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {0: (9, 0), 1: (8, 9)}[device])
+    monkeypatch.delenv("JITGEN_CUDA_ARCH", raising=False)
+    monkeypatch.setattr(sampling_launch, "_targets", {})
+    program = jitgen.Variant().trace().program
+
+    def found(device):
+        dense = families.choose_spec(program, "bfloat16", (64, 64), device)
+        prefill, decode = (
+            families.serving_spec(program, "bfloat16", (64, 64), device, "paged", family=family) for family in (None, "decode")
+        )
+        latent = families.serving_spec(program, "bfloat16", (576, 512), device, "paged")
+        merge = families.merge_spec(program, "bfloat16", 64, device)
+        specs = [(s.family, s.target.arch) for s in (dense, prefill, decode, latent, merge)]
+        return specs, sampling_launch.target_of(device).arch
+
+    for _ in range(2):
+        assert found(first) == (
+            [("sm90", "9.0a"), ("sm90", "9.0a"), ("decode", "9.0a"), ("mla", "9.0a"), ("merge", "9.0")], "9.0"
+        )  # fmt: skip
+        assert found(second) == (
+            [("sm80", "8.9"), ("sm80", "8.9"), ("decode", "8.9"), ("sm80_mla", "8.9"), ("merge", "8.9")], "8.9"
+        )  # fmt: skip
 
 
 def test_a_plan_on_a_gpu_that_is_not_there_is_refused(monkeypatch):

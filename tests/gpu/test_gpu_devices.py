@@ -111,8 +111,10 @@ def test_blocks_on_a_busy_device_are_checked_once_they_are_known():
     """The host must not look at what the other device has not written yet."""
     indptr = torch.tensor([[0, 2, 3]], dtype=torch.int32, device="cuda:1")  # of a head: other lists are copied from the host
     indices = torch.tensor([0, 1, 1], dtype=torch.int32, device="cuda:1")
+    jitgen.BlockSparse.bsr(indptr, indices, (256, 256), (128, 128))  # what the first use of an operation waits for
+    torch.cuda.synchronize(1)
     with torch.cuda.device(1):
-        torch.cuda._sleep(1 << 28)
+        torch.cuda._sleep(1 << 29)
     good = jitgen.BlockSparse.bsr(indptr, indices, (256, 256), (128, 128))
     wrong = jitgen.BlockSparse.bsr(indptr, indices + 7, (256, 256), (128, 128))
     assert good._check is not None and good._check._failed is not None  # not known yet
