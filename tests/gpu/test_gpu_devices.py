@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from device_cases import APART, CASES, Apart, dense
+from serving_batch import Batch
 
 import jitgen
 from jitgen.errors import JitgenError
@@ -222,6 +223,32 @@ def test_compiled_calls_run_on_a_device_that_is_not_current():
     for _ in range(2):
         assert ((attend(q, k, v).double() - want).norm() / want.norm()).item() <= 0.5 * torch.finfo(q.dtype).eps
         assert torch.cuda.current_device() == 0
+    torch._dynamo.reset()
+
+
+@two
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_a_compiled_layer_of_a_plan_runs_on_a_device_that_is_not_current():
+    torch._dynamo.reset()
+    batch = Batch([(1, 40), (2, 33)], 8, 2, 64, dtype=torch.bfloat16, device="cuda:1")
+    plan = batch.plan(max_q_len=2, page_size=16)
+    k, v, lists = batch.pages(16)
+    new_k, new_v = (torch.cat([rows[b][n - m :] for b, (m, n) in enumerate(batch.lengths)]) for rows in (batch.k, batch.v))
+    table, q_indptr, kv_len = batch.block_table(lists), batch.q_indptr(), batch.kv_len()
+    for b, (m, n) in enumerate(batch.lengths):  # the new keys are not in the cache yet
+        for i in range(n - m, n):
+            k[lists[b][i // 16], i % 16] = v[lists[b][i // 16], i % 16] = torch.nan
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def layer(q):
+        jitgen.append((k, v), new_k, new_v, table, q_indptr=q_indptr, kv_len=kv_len)
+        return jitgen.paged_attention(q, (k, v), table, plan)
+
+    want = batch.expected()[0]
+    with torch.no_grad():
+        out = layer(batch.q)
+    assert ((out.double() - want).norm() / want.norm()).item() <= 0.5 * torch.finfo(out.dtype).eps
+    assert torch.cuda.current_device() == 0
     torch._dynamo.reset()
 
 
