@@ -37,16 +37,12 @@ class BlockRows(ChosenKeys):
 
     def __init__(self, indptr: Tensor, indices: Tensor, lengths: tuple[int, int], block: tuple[int, int]) -> None:
         (q_len, kv_len), (rows, columns) = lengths, block
-        count, device = indptr.shape[0] - 1, indptr.device
-
-        def ints(*values: int) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
-        begins = torch.arange(count + 1, dtype=torch.int32, device=device) * rows
-        entries = (begins.clamp_(max=q_len), indptr.diff() * columns, ints(kv_len).expand(count))
-        super().__init__(
-            KVLists(indices, indptr), columns, indices * columns, requests=(ints(0, q_len), ints(kv_len)), entries=entries
-        )
+        count = indptr.shape[0] - 1
+        numbers = torch.arange(count + 1, dtype=torch.int32, device=indptr.device)  # made there: to copy any would wait for it
+        keys = torch.full_like(numbers[:1], kv_len)
+        entries = ((numbers * rows).clamp_(max=q_len), indptr.diff() * columns, keys.expand(count))
+        requests = (numbers[:2] * q_len, keys)
+        super().__init__(KVLists(indices, indptr), columns, indices * columns, requests=requests, entries=entries)
 
 
 @dataclass

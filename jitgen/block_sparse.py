@@ -265,7 +265,7 @@ def block_bits(
     if mask.numel() != num_bits:
         raise ShapeMismatch(f"mask has {mask.numel()} elements, expected {num_bits}: [{num_blocks}, rows, columns] of blocks.")
     bits = torch.nn.functional.pad(mask.to(device).reshape(-1).bool(), (0, -num_bits % 8))
-    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=device)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=device)
     return (bits.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
 
 
