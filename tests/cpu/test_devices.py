@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from device_cases import APART, CASES, Apart
 
 import jitgen
-from jitgen import families, sampling_launch
-from jitgen.errors import JitgenError, UnsupportedDevice
+from jitgen import families, runtime, sampling_launch
+from jitgen.errors import JitgenError, LaunchError, UnsupportedDevice
+from jitgen.target import cuda_target
 
 
 @pytest.mark.parametrize("name", APART.keys() - {"blocks"})  # lists on meta cannot be checked
@@ -48,6 +52,28 @@ def test_each_gpu_gets_the_kernels_of_its_own_architecture(monkeypatch):
         assert found(second) == (
             [("sm80", "8.9"), ("sm80", "8.9"), ("decode", "8.9"), ("sm80_mla", "8.9"), ("merge", "8.9")], "8.9"
         )  # fmt: skip
+
+
+def test_a_launch_of_code_for_another_gpu_says_what_it_was_compiled_for():
+    program = jitgen.Variant().trace().program
+    kernel = object.__new__(runtime.CompiledKernel)
+    kernel._library = SimpleNamespace(jitgen_error_string=ErrorString(b"no kernel image is available"))
+    kernel.spec = families.cuda_spec(program, "bfloat16", (64, 64), "sm80", cuda_target("8.9"))
+    kernel.path = Path("module.so")
+    with pytest.raises(LaunchError, match=r"no kernel image is available; it was compiled for 8\.9\. Unset JITGEN_CUDA_ARCH"):
+        kernel.raise_error(209)
+    with pytest.raises(LaunchError, match=r"code 700: no kernel image is available \(module.so\)"):
+        kernel.raise_error(700)
+
+
+class ErrorString:
+    """A module's jitgen_error_string."""
+
+    def __init__(self, text: bytes) -> None:
+        self.text = text
+
+    def __call__(self, code: int) -> bytes:
+        return self.text
 
 
 def test_a_plan_on_a_gpu_that_is_not_there_is_refused(monkeypatch):

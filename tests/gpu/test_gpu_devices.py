@@ -205,6 +205,23 @@ def test_a_forked_process_is_told_that_it_cannot_use_the_device():
     """)
 
 
+def test_code_for_another_architecture_is_named():
+    """As where JITGEN_CUDA_ARCH is set, and GPUs differ."""
+    run_alone("""\
+        import os
+
+        arch = "8.0" if torch.cuda.get_device_capability()[0] == 12 else "12.0"
+        os.environ["JITGEN_CUDA_ARCH"] = arch
+        q = torch.zeros(1, 2, 16, 64, dtype=torch.float16, device="cuda")
+        try:
+            jitgen.attention(q, q, q)
+        except jitgen.errors.LaunchError as error:
+            assert f"compiled for {arch}" in str(error) and "JITGEN_CUDA_ARCH" in str(error), error
+        else:
+            raise SystemExit("it ran")
+    """)
+
+
 # ---- torch.compile, errors ------------------------------------------------------------------------------------------------
 
 
