@@ -69,10 +69,10 @@ def serve(rank: int, ranks: int, start: str) -> None:
         keys = torch.tensor([sum(p // PAGE % ranks == rank for p in range(e)) for e in end])
         plan.update(rows.cumsum(0).to(device), keys.to(device))
         own = jitgen.paged_attention(q[request, where], cache, table, plan, return_lse=True)
-        outs, lses = ([torch.empty_like(t) for _ in range(ranks)] for t in own)
+        outs, lses = (t.new_empty(ranks, *t.shape) for t in own)
         for parts, t in zip((outs, lses), own, strict=True):
-            dist.all_gather(parts, t)
-        return jitgen.merge_states(outs, lses)[0]
+            dist.all_gather(list(parts), t)
+        return jitgen.merge_states(outs.transpose(0, 1), lses.transpose(0, 1))[0]
 
     results = [step([0] * batch, PROMPTS).split(PROMPTS)]
     for done in range(STEPS):

@@ -129,7 +129,7 @@ def _join(first: Tensor, first_lse: Tensor, others: Tensor, other_lse: Tensor, b
     Shapes:  first [rows, heads, head_dim_v], others [rows, states - 1, heads, head_dim_v]; logsumexps too, without head_dim_v.
     """
     rows, heads, dim = first.shape
-    out, lse = first.new_empty(first.shape), first_lse.new_empty(first_lse.shape)
+    out, lse = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (first, first_lse))  # new_empty is slow
     index = cuda_index(first.device)
     kernel = _kernel(first.dtype, dim, index)
     addresses = [t.data_ptr() for t in (first, first_lse, others, other_lse, out, lse)]
