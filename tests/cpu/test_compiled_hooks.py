@@ -122,6 +122,34 @@ def combined_masks(self, q, k, v, x):
     return jitgen.attention(out, k, v, mask_mod=jitgen.or_masks(same, self.window))
 
 
+def near(b, h, q_idx, kv_idx, *, kv_len):
+    return (q_idx - kv_idx < 9) | (kv_len < 5)
+
+
+def counted(hook):
+    """A decorator as people write them: what it returns has the signature of ``hook`` by an attribute."""
+
+    @functools.wraps(hook)
+    def with_note(*args, **kwargs):
+        return hook(*args, **kwargs)
+
+    return with_note
+
+
+@counted
+def halved(score, b, h, q_idx, kv_idx):
+    return score * 0.5
+
+
+COMBINED = jitgen.and_masks(causal, near)
+COMBINED_VARIANT = jitgen.Variant(score_mod=halved, mask_mod=jitgen.or_masks(COMBINED, near))
+
+
+def hooks_combined_outside(self, q, k, v, x):
+    out = jitgen.attention(q, k, v, mask_mod=COMBINED, score_mod=halved)
+    return jitgen.attention(out, k, v, COMBINED_VARIANT)
+
+
 def containers_and_defaults(self, q, k, v, x):
     pair = [self.slopes * 2, 0.25]
 
@@ -196,8 +224,9 @@ def a_block_mask(self, q, k, v, x):
 
 
 CALLS = [
-    a_closure, a_closure_of_self, numbers, partials_and_nested_functions, methods, combined_masks, containers_and_defaults,
-    a_variant, a_norm, a_definition, state_that_the_graph_writes, logsumexp_and_scales, objects_of_other_kinds, a_block_mask,
+    a_closure, a_closure_of_self, numbers, partials_and_nested_functions, methods, combined_masks, hooks_combined_outside,
+    containers_and_defaults, a_variant, a_norm, a_definition, state_that_the_graph_writes, logsumexp_and_scales,
+    objects_of_other_kinds, a_block_mask,
 ]  # fmt: skip
 
 
