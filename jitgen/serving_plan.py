@@ -320,7 +320,10 @@ class Plan:
             raise PlanMismatch(f"the lengths are those of {batch} {what}, the plan was made for max_batch={self.max_batch}.")
         for name, t in tensors.items():
             if t.device != self.device:
-                raise UnsupportedDevice(f"{name} is on {t.device}, the plan on {self.device}. Move it there.")
+                raise UnsupportedDevice(
+                    f"{name} is on {t.device}, the plan on {self.device}. Move it there, or make the plan with "
+                    f"device={str(t.device)!r}."
+                )
 
     def _look_at_lengths(self, program: Program, check: bool) -> None:
         """What the host may know of the lengths, and whether they are right."""
@@ -434,6 +437,11 @@ def _complete(device: torch.device) -> torch.device:
         raise UnsupportedDevice("device is cuda, and torch finds no GPU here. Use device='cpu', or ask 'jitgen doctor' why.")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise UnsupportedDevice(
+            f"device is {device}, and torch finds {torch.cuda.device_count()} GPUs here, counted from cuda:0; "
+            "CUDA_VISIBLE_DEVICES may hide others."
+        )
     return device
 
 
