@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -54,7 +55,7 @@ def get_module(
         label,
         spec_digest + generator_digest(),
         vars(target),
-        make_source if target.kind == "cpu" else lambda: WithRuntime(make_source()),
+        partial(_render, make_source, target.kind),
         None if call is None else partial(_manifest_text, call, label, target.arch),
         lambda: map(vars, lesser_targets(target)),
     )
@@ -64,6 +65,18 @@ def get_module(
     if env.record() is not None:
         _record(request)
     return path
+
+
+def _render(make_source: Callable[[], Source], kind: str) -> Source:
+    """The source. Nothing is collected meanwhile: to look through all objects of torch's takes longer than to render."""
+    is_collecting = gc.isenabled()
+    gc.disable()
+    try:
+        source = make_source()
+    finally:
+        if is_collecting:
+            gc.enable()
+    return source if kind == "cpu" else WithRuntime(source)
 
 
 def _manifest_text(call: Call, label: str, arch: str) -> str:

@@ -35,8 +35,8 @@ _importing = threading.Lock()
 
 # How a CUDA module's host part is compiled. __CUDACC__: it is to see what nvcc would show it.
 HOST_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-w", "-D__CUDACC__", "-include", HOST_RUNTIME)
-# nvcc puts a header of this name in front of every source. Ours, if found first, saves it the 30 000 lines of CUDA's; toolkits
-# of other major versions than it was tried with read CUDA's.
+# nvcc puts a header of this name in front of every source. Ours, if found first, saves it the 30 000 lines of CUDA's. It was
+# tried with CUDA 13.0 and 13.5; toolkits of other major versions read CUDA's.
 DEVICE_HEADER, DEVICE_TOOLKITS = "device/cuda_runtime.h", ("13",)
 COMPILED = "compiled"  # directory of the objects
 # Device code as data: what nvcc made, under the name that driver_runtime.h knows and in the section where CUDA's tools look.

@@ -41,6 +41,13 @@ def code_of(name: str, directory: Path, *, own_header: bool) -> str:
     return disassemble(binary)
 
 
+def is_tuned_with() -> bool:
+    """Whether kernels were tuned with this toolkit; others may have another __ldg, whose loads ptxas orders otherwise."""
+    toolkit = toolchain.find_toolkit()
+    return toolkit is not None and toolkit.version.startswith("13.0.")
+
+
+@pytest.mark.skipif(not is_tuned_with(), reason="a toolkit with other headers than those of CUDA 13.0")
 @pytest.mark.parametrize("name", SOURCES)
 def test_code_is_what_cudas_headers_make_of_it(name, tmp_path):
     ours, theirs = (code_of(name, tmp_path / str(own), own_header=own) for own in (True, False))
