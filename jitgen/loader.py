@@ -35,9 +35,9 @@ _importing = threading.Lock()
 
 # How a CUDA module's host part is compiled. __CUDACC__: it is to see what nvcc would show it.
 HOST_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-w", "-D__CUDACC__", "-include", HOST_RUNTIME)
-# nvcc puts a header of this name in front of every source. Ours, if found first, saves it the 30 000 lines of CUDA's. It was
-# tried with CUDA 13.0 and 13.5; toolkits of other major versions read CUDA's.
-DEVICE_HEADER, DEVICE_TOOLKITS = "device/cuda_runtime.h", ("13",)
+# nvcc puts a header of this name in front of every source. Ours, if found first, saves it the 30 000 lines of CUDA's.
+DEVICE_HEADER = "device/cuda_runtime.h"
+QUICK_TOOLKITS = ("13",)  # see quick_options; tried with 13.0 and 13.5
 COMPILED = "compiled"  # directory of the objects
 # Device code as data: what nvcc made, under the name that driver_runtime.h knows and in the section where CUDA's tools look.
 DEVICE_OBJECT = """\
@@ -137,7 +137,7 @@ def _start_cpu(compilers: _Compilers, kernel: Path, target: CompileTarget) -> No
 def _start_cuda(compilers: _Compilers, kernel: Path, includes: Mapping[str, str], target: CompileTarget, scratch: Path) -> None:
     """Start nvcc on the device code alone; then, as that takes longer, make the host's part and compile it."""
     toolkit = toolchain.require_toolkit()
-    command = [str(toolkit.nvcc), "-ccbin", _cxx(), *target.flags, *own_device_header(toolkit, scratch)]
+    command = [str(toolkit.nvcc), "-ccbin", _cxx(), *target.flags, *quick_options(toolkit, scratch)]
     compilers.start([*command, f"-I{kernel.parent / 'include'}", "-fatbin", "-o", "kernel.fatbin", str(kernel)])
     try:
         headers = host_headers({path: text for path, text in includes.items() if path != DEVICE_RUNTIME})
@@ -148,12 +148,15 @@ def _start_cuda(compilers: _Compilers, kernel: Path, includes: Mapping[str, str]
     compilers.start([_cxx(), *HOST_FLAGS, "-Ihost", "-c", "host.cpp", "-o", f"{COMPILED}/host.o"])
 
 
-def own_device_header(toolkit: toolchain.Toolkit, directory: Path) -> list[str]:
-    """The option by which nvcc finds our own header, written below the directory, before CUDA's; none for other toolkits."""
-    if toolkit.version.split(".")[0] not in DEVICE_TOOLKITS:
+def quick_options(toolkit: toolchain.Toolkit, directory: Path) -> list[str]:
+    """Options that make nvcc faster and its code no other: none for toolkits of other major versions than were tried.
+
+    Our own header, written below the directory, is found before CUDA's; ptxas compiles the kernels of a module side by side.
+    """
+    if toolkit.version.split(".")[0] not in QUICK_TOOLKITS:
         return []
     _write(directory, {DEVICE_HEADER: f'#include "{DEVICE_RUNTIME}"\n'})
-    return [f"-I{(directory / DEVICE_HEADER).parent}"]
+    return [f"-I{(directory / DEVICE_HEADER).parent}", "-Xptxas=-split-compile=0"]
 
 
 def _write(directory: Path, texts: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 from jitgen import build, toolchain
-from jitgen.loader import own_device_header
+from jitgen.loader import quick_options
 from jitgen.target import CUDA_FLAGS
 
 
@@ -15,10 +15,10 @@ def code_for(*archs: str) -> list[str]:
     return [*CUDA_FLAGS, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs), "-Xptxas=-v"]
 
 
-def compile_source(source, directory: Path, *options: str, own_header: bool = True) -> tuple[Path, str]:
+def compile_source(source, directory: Path, *options: str, is_quick: bool = True) -> tuple[Path, str]:
     """The binary, a cubin unless ``options`` say -fatbin, and what the compiler says; a source that fails fails the test.
 
-    Without ``own_header`` CUDA's headers stand in front, as when a user compiles the source.
+    Without ``is_quick`` as a user compiles the source: with CUDA's headers in front.
     """
     headers = {**build.runtime_headers(), **source.includes}
     for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in headers.items()}}.items():
@@ -29,7 +29,7 @@ def compile_source(source, directory: Path, *options: str, own_header: bool = Tr
     binary = directory / f"kernel.{kind}"
     toolkit = toolchain.require_toolkit()
     command = [str(toolkit.nvcc), "-ccbin", str(toolchain.require_cxx().path), *options]
-    command += own_device_header(toolkit, directory) if own_header else []
+    command += quick_options(toolkit, directory) if is_quick else []
     command += ["-cubin"] if kind == "cubin" else []
     command += [f"-I{directory / 'include'}", "-o", str(binary), str(directory / "kernel.cu")]
     done = subprocess.run(
