@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 from jitgen import paths
 from jitgen.cache import entry as entries
 from jitgen.cache import usage
+from jitgen.cache.lock import FileLock
 from jitgen.cache.store import Store
 from jitgen.errors import CacheError, CompileError
 from jitgen.events import Event, emit
 from jitgen.progress import logger
 
 if TYPE_CHECKING:
-    from filelock import FileLock
-
     from jitgen.cache.source import Builder, Source, Waiting
 
 POLL = 0.05  # seconds between looks at what another process builds
@@ -82,24 +81,18 @@ def one_builder(
 
     Where the file system has no locks there is none; two may then build, and the rename keeps that safe.
     """
-    import filelock
-
     paths.make_private_dir(store.root)
     path = paths.make_private_dir(store.root / "locks") / f"{kernel}.lock"
-    lock = filelock.FileLock(path)
+    lock = FileLock(path)
     is_held = False
-    try:
-        try:
-            lock.acquire(timeout=0)
-            is_held = True
-        except filelock.Timeout:
+    with suppress(OSError):
+        is_held = lock.take()
+        if not is_held:
             begun, owner = time.perf_counter(), _owner(path)
             logger().info("waiting kernel=%r arch=%s for=%r", label, arch, owner)
             with waiting(f"waiting for {owner}"):
                 is_held = _wait(lock, is_there)
             emit(Event("wait", "", label, arch, time.perf_counter() - begun, owner))
-    except (NotImplementedError, OSError):
-        pass
     if is_held:
         mine = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.time()}
         with suppress(OSError):
@@ -107,8 +100,7 @@ def one_builder(
     try:
         yield
     finally:
-        if is_held:
-            lock.release()
+        lock.give_up()
 
 
 def _wait(lock: FileLock, is_there: Callable[[], bool]) -> bool:
@@ -116,14 +108,10 @@ def _wait(lock: FileLock, is_there: Callable[[], bool]) -> bool:
 
     There is no limit: a builder that dies gives up its lock.
     """
-    import filelock
-
     while not is_there():
-        try:
-            lock.acquire(timeout=POLL, poll_interval=POLL)
+        if lock.take():
             return True
-        except filelock.Timeout:
-            pass
+        time.sleep(POLL)
     return False
 
 
