@@ -6,7 +6,7 @@ first step   the same for a step of a serving loop: a plan, keys appended, atten
 hot call     host time of a call that finds its kernel in memory
 modules      how many modules many variants on many shapes compile
 
-About a minute on a GPU. --rounds N: N cold calls of each, and N from the store; --quick: half of the variants, no peer.
+About a minute on a GPU, half of it with --quick: fewer samples, no peer. --rounds N: N cold calls of each, N from the store.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from jitgen.bench.config import BenchConfig
 from jitgen.bench.fresh import Fresh, ProbeFailed
 from jitgen.bench.report import SuiteReport, Table
 
-FIRST_VARIANTS = ("causal", "softcap", "document")
-FLEX_VARIANTS = ("causal", "softcap")
+FIRST_VARIANTS = ("causal", "document")
+FLEX_VARIANTS = ("causal",)
 ROUNDS = 2
 STEP_NAMES = ("import", "trace", "render", "compile", "load", "rest")
 STEP_PARTS = ("plan", "append", "attention", "sample")  # the import is in the first
@@ -45,7 +45,7 @@ def contender(family: str | None) -> str:
 
 def first_call_labels(config: BenchConfig) -> dict[str, tuple[str, str | None, str]]:
     """Label -> (contender, family, variant) of the first calls."""
-    variants = FIRST_VARIANTS[:2] if config.quick else FIRST_VARIANTS
+    variants = FIRST_VARIANTS[:1] if config.quick else FIRST_VARIANTS
     found = {
         f"first call {contender(family)} {variant}": ("jitgen", family, variant)
         for family in families(config)
@@ -125,20 +125,22 @@ class JitSuite:
             self.steps[kind] = [self.probe("first_step", {"device": self.config.device}, store) for store in places]
 
     def first_call(self, name: str, family: str | None, variant: str, scratch: Path) -> dict[str, Any]:
-        """Cold first calls, each with an empty store, and first calls that find the module of the last one."""
+        """Cold first calls, each with an empty store, and first calls that find the module of the last one.
+
+        The last cold call of ours is the one whose parts are timed.
+        """
         arguments = {"device": self.config.device, "variant": variant, "contender": name, "family": family}
         cold = []
-        for number in range(self.rounds if name == "jitgen" else 1):
+        for number in range(rounds := self.rounds if name == "jitgen" else 1):
             store = scratch / str(number)
-            cold.append(self.probe("first_call", {**arguments, "split": False}, store))
-        split = self.probe("first_call", {**arguments, "split": True}, scratch / "split") if name == "jitgen" else {}
-        hits = [self.probe("first_call", {**arguments, "split": False}, store) for _ in range(self.rounds)]
+            is_split = name == "jitgen" and number == rounds - 1
+            cold.append(self.probe("first_call", {**arguments, "split": is_split}, store))
+        hits = [self.probe("first_call", {**arguments, "split": False}, store) for _ in range(rounds)]
         return {
             "variant": variant,
             "cold_s": [found["total"] for found in cold],
             "hit_s": [found["total"] for found in hits],
-            "split": split.get("split"),
-            "split_total_s": split.get("total"),
+            "split": cold[-1].get("split"),
             "module_bytes": cold[-1].get("module_bytes"),
         }
 
@@ -153,7 +155,7 @@ class JitSuite:
         return SuiteReport("jit", device, tuple(tables), tuple(self.notes), data, tuple(self.faults))
 
     def first_table(self) -> Table:
-        """Medians; the split is of one further cold process, whose total differs a little."""
+        """Medians; the split is of the last cold process."""
         rows = []
         for label, found in self.first.items():
             split, size = found["split"], found["module_bytes"]
@@ -166,7 +168,7 @@ class JitSuite:
             ))  # fmt: skip
         title = (
             f"jit, {self.config.device}: first call in a fresh process with torch imported, median; "
-            "and how one more cold call divides"
+            "and how the last cold call divides"
         )
         steps = tuple(f"{step}\nms" for step in STEP_NAMES)
         return Table(title, ("contender, variant", "cold\ns", "disk hit\nms", *steps, "module\nkB"), tuple(rows))
