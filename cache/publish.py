@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 from jitgen import paths
 from jitgen.cache import entry as entries
 from jitgen.cache import usage
-from jitgen.cache.lock import FileLock
 from jitgen.cache.store import Store
 from jitgen.errors import CacheError, CompileError
 from jitgen.events import Event, emit
 from jitgen.progress import logger
 
 if TYPE_CHECKING:
+    from filelock import FileLock
+
     from jitgen.cache.source import Builder, Source, Waiting
 
 POLL = 0.05  # seconds between looks at what another process builds
@@ -81,18 +82,24 @@ def one_builder(
 
     Where the file system has no locks there is none; two may then build, and the rename keeps that safe.
     """
+    import filelock
+
     paths.make_private_dir(store.root)
     path = paths.make_private_dir(store.root / "locks") / f"{kernel}.lock"
-    lock = FileLock(path)
+    lock = filelock.FileLock(path)
     is_held = False
-    with suppress(OSError):
-        is_held = lock.take()
-        if not is_held:
+    try:
+        try:
+            lock.acquire(timeout=0)
+            is_held = True
+        except filelock.Timeout:
             begun, owner = time.perf_counter(), _owner(path)
             logger().info("waiting kernel=%r arch=%s for=%r", label, arch, owner)
             with waiting(f"waiting for {owner}"):
                 is_held = _wait(lock, is_there)
             emit(Event("wait", "", label, arch, time.perf_counter() - begun, owner))
+    except (NotImplementedError, OSError):
+        pass
     if is_held:
         mine = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.time()}
         with suppress(OSError):
@@ -100,7 +107,8 @@ def one_builder(
     try:
         yield
     finally:
-        lock.give_up()
+        if is_held:
+            lock.release()
 
 
 def _wait(lock: FileLock, is_there: Callable[[], bool]) -> bool:
@@ -108,10 +116,14 @@ def _wait(lock: FileLock, is_there: Callable[[], bool]) -> bool:
 
     There is no limit: a builder that dies gives up its lock.
     """
+    import filelock
+
     while not is_there():
-        if lock.take():
+        try:
+            lock.acquire(timeout=POLL, poll_interval=POLL)
             return True
-        time.sleep(POLL)
+        except filelock.Timeout:
+            pass
     return False
 
 

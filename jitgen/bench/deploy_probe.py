@@ -47,7 +47,7 @@ def race(arch: str, num_processes: int, head_dim: int) -> dict[str, Any]:
 
     They are forked from this one, which has imported torch and the builder but started no thread.
     """
-    for module in ("torch.utils.cpp_extension", "jitgen.cache.publish", "jitgen.render", "jitgen.loader"):
+    for module in ("torch.utils.cpp_extension", "jitgen.cache.publish", "jitgen.render", "jitgen.loader", "filelock"):
         importlib.import_module(module)
     from jitgen import runtime
     from jitgen.bench.deploy_variants import causal

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ from fake_builder import FakeBuilder, FakeSource, request
 
 from jitgen.cache import get_module, lookup
 from jitgen.cache.admin import collect_garbage
-from jitgen.cache.lock import FileLock
 from jitgen.errors import CacheWarning, KernelNotPrebuilt
 
 HERE = Path(__file__).parent
@@ -200,20 +198,13 @@ def test_waiting_process_says_whose_build_it_waits_for(tmp_path: Path) -> None:
     assert f"process {child.pid}" in said[0]
 
 
-def test_lock_is_one_holders_and_is_marked_as_used(tmp_path: Path) -> None:
-    path = tmp_path / "a.lock"
-    first, second = FileLock(path), FileLock(path)
-    assert first.take() and not second.take()
-    first.give_up()
-    os.utime(path, (0, 0))
-    assert second.take() and time.time() - path.stat().st_mtime < 60
-
-
 def test_two_builds_without_locks_end_with_one_entry(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_locks(handle: int, operation: int) -> None:
+    import filelock
+
+    def no_locks(self: filelock.FileLock, *args: object, **options: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
     inner = FakeBuilder()
 
     def other_process(directory: Path) -> None:

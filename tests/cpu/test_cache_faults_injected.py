@@ -43,7 +43,7 @@ from pathlib import Path
 from fake_builder import FakeBuilder, FakeSource, request
 from jitgen import cache
 from jitgen.cache import admin, lookup
-import jitgen.cache.publish, jitgen.cache.remote
+import filelock, jitgen.cache.publish, jitgen.cache.remote
 library, folder, number = ctypes.CDLL(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 source = FakeSource(includes={"a.h": "x" * 3000})
 wanted = b"\\x7fELF" + source.text.encode() * 100
