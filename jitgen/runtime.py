@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,17 @@ def get_kernel(spec: KernelSpec) -> CompiledKernel:
             if kernel is None:
                 kernel = _kernels[key] = CompiledKernel(path, spec, fields_of(spec))
     return kernel
+
+
+def get_kernels(specs: Sequence[KernelSpec]) -> tuple[CompiledKernel, ...]:
+    """The kernels of several specs that are wanted together: what must be compiled is compiled at the same time.
+
+    Errors:  as get_kernel, the first spec's first.
+    """
+    if sum((spec.digest, spec.target) not in _kernels for spec in specs) > 1:
+        with ThreadPoolExecutor(len(specs), "jitgen") as pool:
+            return tuple(pool.map(get_kernel, specs))
+    return tuple(get_kernel(spec) for spec in specs)
 
 
 def fields_of(spec: KernelSpec) -> tuple[ArgField, ...]:
