@@ -22,8 +22,8 @@ import torch
 from jitgen import ir
 from jitgen.errors import UnsupportedVariant
 from jitgen.gather import SymTensor
-from jitgen.guards import INT64_MAX, INT64_MIN, Path, layout_of
-from jitgen.ir import INT32_MAX, INT32_MIN
+from jitgen.guards import Path, layout_of
+from jitgen.ir import INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN
 from jitgen.location import refuse
 from jitgen.program import ELEMENT_TO_IR, Slot
 from jitgen.proxies import FunctionProxy, ObjectProxy

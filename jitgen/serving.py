@@ -228,8 +228,7 @@ def _recall(
     """A call that is unlike the last one, ready to be made. ``options``: program, scale, and what else the call depends on."""
     if plan.layout != layout:
         raise PlanMismatch(f"the plan was made for layout={plan.layout!r}, this is the call for {layout!r} keys.")
-    if plan.version == 0:
-        raise PlanMismatch("the plan has no lengths yet. Call plan.update(q_indptr, kv_len) first.")
+    plan.check_planned()
     recent = plan.recent
     if recent is not None and options == recent.options and can_be_asked(*tensors) and recent.looks_same(*tensors):
         call, looks_same = recent.call, recent.looks_same

@@ -92,15 +92,21 @@ class Tracer:
         known = self._known.get(condition)
         return known if known is not None else self._fork(condition)
 
-    def _evaluate(self, e: Expr) -> Any:
+    def _evaluate(self, root: Expr) -> Any:
+        """Value of an expression of captured scalars and constants alone; None of any other."""
+        if root.deps:
+            return None
+        found: dict[Expr, Any] = {}
+        for e in ir.walk(root):
+            found[e] = self._value_of(e, [found[a] for a in e.args])
+        return found[root]
+
+    def _value_of(self, e: Expr, args: list[Any]) -> Any:
         if e.op == "const":
             return e.attr
         if e.op == "scalar":
             return self.scalar_values[int(str(e.attr))]
-        if e.op in ("index", "state", "load"):
-            return None
-        args = [self._evaluate(a) for a in e.args]
-        if any(a is None for a in args):
+        if e.op in ("index", "state", "load") or any(a is None for a in args):
             return None
         if e.op == "lin":
             constant, coefficients = e.attr  # type: ignore[misc]
