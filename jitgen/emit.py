@@ -381,6 +381,8 @@ def _emit_mask(
         if bits is not None:
             low.blocks["col"] = low.blocks["elem"]  # there are no values of single columns
         texts.append(_hook_text(low, part))
+    # values of rows and columns that the second part alone needs are in the blocks by now
+    texts[0] = replace(texts[0], row=texts[-1].row, col=texts[-1].col)
     if bits is not None:
         texts = [replace(text, col=BlockText()) for text in texts]
     return texts[0], texts[1] if alone else HookText()

@@ -186,15 +186,20 @@ def _common(signs: Sequence[int]) -> int | None:
 
 
 def drop_relative(root: Expr) -> tuple[Expr | None, Expr] | None:
-    """``root`` without its term 'relative' (or a multiple of it), and that term; None if it has no such term. The rest is None
-    where nothing is left."""
+    """``root`` without its term 'relative' (or a multiple of it), and that term; None if it has no such term, or 'relative'
+    elsewhere too. The rest is None where nothing is left."""
+    found = _drop_term(root)
+    return None if found is None or (found[0] is not None and "relative" in found[0].deps) else found
+
+
+def _drop_term(root: Expr) -> tuple[Expr | None, Expr] | None:
     leaf = ir.index("relative")
     if root is leaf or (root.op == "mul" and leaf in root.args and not _other(root, leaf).deps & (POSITIONS | {"score"})):
         return None, root
     if root.op not in ("add", "sub", "neg") or root.dtype != "f32":
         return None
     for i, term in enumerate(root.args):
-        found = drop_relative(term)
+        found = _drop_term(term)
         if found is not None:
             is_negative = root.op == "neg" or (root.op == "sub" and i == 1)
             offset = ir.make("neg", found[1]) if is_negative else found[1]

@@ -14,12 +14,17 @@ def code_for(*archs: str) -> list[str]:
     return [*CUDA_FLAGS, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs), "-Xptxas=-v"]
 
 
-def compile_source(source, directory: Path, *options: str) -> tuple[Path, str]:
-    """The binary, a cubin unless ``options`` say -fatbin, and what the compiler says; a source that fails fails the test."""
+def write_source(source, directory: Path) -> None:
+    """kernel.cu, and the headers it includes below include/."""
     for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
         file = directory / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
+
+
+def compile_source(source, directory: Path, *options: str) -> tuple[Path, str]:
+    """The binary, a cubin unless ``options`` say -fatbin, and what the compiler says; a source that fails fails the test."""
+    write_source(source, directory)
     kind = "fatbin" if "-fatbin" in options else "cubin"
     binary = directory / f"kernel.{kind}"
     command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *options]
