@@ -21,6 +21,7 @@ LAYERS = {
         "trace",
         "proxies",
         "captures",
+        "captured_kinds",
         "norms",
         "norm_hooks",
         "rows",
