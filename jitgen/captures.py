@@ -45,6 +45,11 @@ class SortedTensor(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SortedTensor:
+        if id(self) not in memo:
+            memo[id(self)] = self.as_subclass(torch.Tensor).clone().as_subclass(SortedTensor)
+        return memo[id(self)]  # type: ignore[no-any-return]
+
 
 class AttributeDict(dict[Any, Any]):
     """Stands for a dict of the user's whose items are attributes too, as configurations often are."""

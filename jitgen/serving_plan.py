@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ from jitgen.streams import cuda_index
 from jitgen.variant import Tracker, Variant
 
 Tensor = torch.Tensor
+# keyword arguments of a plan
+OPTIONS = (
+    "head_dim_v", "dtype", "kv_dtype", "variant", "layout", "max_q_len", "max_kv_len", "page_size", "split", "kv_split",
+    "levels", "selection", "max_kv_tokens", "device", "family",
+)  # fmt: skip
 
 
 class Plan:
@@ -144,6 +150,11 @@ class Plan:
         self.classes = make_classes(self, program, values)
         if self.stage is not None:
             self.stage.set_classes(self.classes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are new plans, made for the same, which have no lengths yet: two may not share memory."""
+        sizes = (self.max_batch, self.max_tokens, self.num_q_heads, self.num_kv_heads, self.head_dim)
+        return partial(Plan, **{name: getattr(self, name) for name in OPTIONS}), sizes
 
     def __repr__(self) -> str:
         heads = f"{self.num_q_heads}/{self.num_kv_heads} heads of {self.head_dim}"

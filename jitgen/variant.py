@@ -104,6 +104,13 @@ class Variant:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Variant is immutable: make a new one instead of setting {name}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles have the hooks and bound values, and trace when they are first used."""
+        return Variant.made_of, (self._hooks, self._bound, self.q_index)
+
+    def __copy__(self) -> Variant:
+        return self
+
     @classmethod
     def of(cls, definition: object) -> Variant:
         """A Variant as it is, or the one that a function, class or object with hooks defines."""
