@@ -40,6 +40,7 @@ from jitgen.trace import Tracer
 
 MAX_RANK = 4
 
+
 class SortedTensor(torch.Tensor):
     """A tensor declared ascending by jitgen.sorted; everything computed from it is a plain tensor again."""
 

@@ -133,7 +133,8 @@ def module_path(program: Program, target: CompileTarget) -> Path:
 def mask_tiles_context(program: Program) -> MaskTilesContext:
     """Template context for a program that has only a mask."""
     from jitgen import __version__
-    from jitgen.emit import emit_variant, section_context
+    from jitgen.emit import emit_variant
+    from jitgen.emit_section import section_context
     from jitgen.ir_text import to_text
     from jitgen.render import render_template
 

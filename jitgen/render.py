@@ -11,8 +11,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jitgen.abi import ArgField
 from jitgen.deep import goes_deep
-from jitgen.emit import CopiedText, VariantSection, emit_variant, section_context
+from jitgen.emit import emit_variant
 from jitgen.emit_early import early_parts
+from jitgen.emit_section import CopiedText, VariantSection, section_context
 from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directives
 from jitgen.paths import template_dir
 from jitgen.spec import MLA_FAMILIES, KernelSpec

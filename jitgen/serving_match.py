@@ -81,9 +81,7 @@ def match_norm(own: Program, program: Program) -> None:
         )
 
 
-def check_values(
-    planned: Sequence[Any], pairs: tuple[tuple[int, int], ...], program: Program, values: Sequence[Any]
-) -> None:
+def check_values(planned: Sequence[Any], pairs: tuple[tuple[int, int], ...], program: Program, values: Sequence[Any]) -> None:
     """What the mask of a call reads is what ``update`` saw: the planner has looked for visible keys with it."""
     for own, i in pairs:
         before, now = planned[own], values[i]
