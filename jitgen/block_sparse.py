@@ -16,6 +16,7 @@ from jitgen.api import attention
 from jitgen.block_lists import BlockLists
 from jitgen.checks import as_int32
 from jitgen.errors import ShapeMismatch, UnsupportedDtype, VariantError
+from jitgen.graphs import between_graphs
 from jitgen.masks import and_masks, static
 from jitgen.variant import Variant
 
@@ -162,6 +163,7 @@ class BlockSparse:
         return self._variants[key][0]
 
 
+@between_graphs
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -181,7 +183,8 @@ def block_sparse_attention(
     Errors:  as jitgen.attention; ShapeMismatch for other lengths, and for lists that a GPU has found wrong.
     Cost:    as jitgen.attention, for the tiles that have visible blocks. On compute capability 9.0 lists of whole blocks are
              walked by the prefill kernel of serving, for one sequence and hooks that read no positions; it has a plan for
-             each set of hooks, made on first use, which must not be inside of a CUDA graph's capture.
+             each set of hooks, made on first use, which must not be inside of a CUDA graph's capture. torch.compile leaves
+             its graph for the call; jitgen.attention with ``mask_mod=blocks.mask_mod`` is an operator of the graph.
     """
     if not isinstance(blocks, BlockSparse):
         raise VariantError(f"blocks is a {type(blocks).__name__}, expected a jitgen.BlockSparse.")
