@@ -81,6 +81,8 @@ def _from_generators(generator: Generators | None, batch: int, device: torch.dev
     if generator is None or isinstance(generator, torch.Generator):
         seed, offset = next_position(generator)
         return Streams(None, seed, None, offset, False)
+    if not isinstance(generator, tuple | list) or not all(isinstance(one, torch.Generator) for one in generator):
+        raise InvalidType(f"generator is {generator!r}, expected a torch.Generator, or a list of one for each row.")
     if len(generator) != batch:
         raise ShapeMismatch(f"generator has {len(generator)} entries, expected {batch}: one for each row.")
     positions = [next_position(one) for one in generator]
