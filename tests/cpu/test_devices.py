@@ -15,7 +15,7 @@ from jitgen.errors import JitgenError, LaunchError, UnsupportedDevice
 from jitgen.target import cuda_target
 
 
-@pytest.mark.parametrize("name", APART.keys() - {"blocks"})  # lists on meta cannot be checked
+@pytest.mark.parametrize("name", [name for name in APART if name != "blocks"])  # lists on meta cannot be checked
 def test_tensors_that_lie_apart_are_refused(name):
     with pytest.raises(JitgenError) as raised:
         APART[name](Apart("cpu", "meta"))
