@@ -32,7 +32,7 @@ def no_gpu(monkeypatch):
 
 @pytest.fixture
 def no_toolkit(monkeypatch):
-    monkeypatch.setattr(toolchain, "_search_toolkit", lambda *asked: (None, ("/opt/cuda has no bin/nvcc",)))
+    monkeypatch.setattr(toolchain, "_toolkit_and_lacks", lambda: (None, ("/opt/cuda has no bin/nvcc",)))
     for name in ("JITGEN_NVCC", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
 
