@@ -28,7 +28,7 @@ from torch._dynamo.variables.functions import (
 )
 
 from jitgen import recipes
-from jitgen.captures import PLAIN_TENSORS, is_library
+from jitgen.captured_kinds import PLAIN_TENSORS, is_library, is_opaque
 from jitgen.errors import JitgenError
 from jitgen.guards import Path
 from jitgen.recipes import Leaves, Recipe
@@ -157,8 +157,7 @@ class Lift:
         if issubclass(cls, tuple) and hasattr(cls, "_fields"):
             fields = [self.recipe(self._get(tracker, name), reads.get(("item", i))) for i, name in enumerate(cls._fields)]
             return recipes.sequence(cls._make, fields)  # type: ignore[attr-defined]
-        is_opaque = is_library(cls.__module__) and not isinstance(tracker.value, torch.nn.Module | types.SimpleNamespace)
-        if is_opaque or issubclass(cls, enum.Enum):
+        if is_opaque(tracker.value) or issubclass(cls, enum.Enum):
             if made_here:
                 raise CannotLift(f"a {cls.__name__} made in the compiled function")
             _guard_identity(tracker)

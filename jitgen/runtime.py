@@ -15,6 +15,7 @@ from jitgen.errors import CacheError, LaunchError
 from jitgen.program import Program
 from jitgen.spec import KernelSpec
 
+NO_CODE = 209  # CUDA_ERROR_NO_BINARY_FOR_GPU
 CANNOT_COPY = 20004  # code of a launch that launched nothing: kErrorCannotCopy of sm90_host.cuh
 
 
@@ -69,6 +70,9 @@ class CompiledKernel:
         describe = self._library.jitgen_error_string
         describe.argtypes, describe.restype = [ctypes.c_int], ctypes.c_char_p
         text = (describe(code) or b"unknown error").decode(errors="replace")
+        target = self.spec.target
+        if code == NO_CODE and target.kind == "cuda":
+            text += f"; it was compiled for {target.arch}. Unset JITGEN_CUDA_ARCH where GPUs of other architectures are used"
         raise LaunchError(f"{self.spec.label} failed with code {code}: {text} ({self.path}).")
 
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import pytest
 
 from jitgen import cli_text, progress
+from jitgen.target import CPU_LEVELS
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,12 @@ def test_size_is_read_by_a_human(size, text):
 )  # fmt: skip
 def test_duration_is_read_by_a_human(seconds, text):
     assert cli_text.duration_text(seconds) == text
+
+
+@pytest.mark.parametrize(("isa", "shown"), [("amx", "amx"), ("avx512", "avx512"), ("avx2", "avx2")])
+def test_instruction_sets_are_shown_by_the_level_that_they_make(isa, shown):
+    assert cli_text.short_arch("+".join(("x86_64", *CPU_LEVELS[isa]))) == f"x86_64 {shown}"
+    assert cli_text.short_arch("9.0a") == "9.0a"
 
 
 def test_age_of_what_a_wrong_clock_built():
