@@ -38,9 +38,9 @@ template <int kStages> struct ControlBlock {
 };
 
 // kExtraBytes: of what a kernel has beside these, behind the control block. kCopiedBytes: of what it has the copy engine bring, for
-// all groups.
+// all groups. kInPlace: P takes the registers of S, as the products of a group never overlap.
 template <int kHeadDim, int kHeadDimV, int kTileQ, int kTileKv, int kStages, bool kClassifies, int kExtraBytes = 0,
-          int kCopiedBytes = 0>
+          int kCopiedBytes = 0, bool kInPlace = false>
 struct Geometry {
   static constexpr int kGroups = kTileQ / 64;   // consumer warp groups, 64 query rows each
   static constexpr int kThreads = 128 * (kGroups + 1);
@@ -53,7 +53,7 @@ struct Geometry {
   // (192 x 128 with P in registers spills 560 B and serialises wgmma).
   static constexpr int kProducerRegs = kGroups == 2 ? (kClassifies ? 40 : 24) : 32;
   static constexpr int kConsumerRegs = kGroups == 2 ? (kClassifies ? 232 : 240) : kGroups == 3 ? 160 : 112;
-  static constexpr bool kSharedP = kGroups >= 3 && kHeadDimV >= 96;
+  static constexpr bool kSharedP = kGroups >= 3 && kHeadDimV >= 96 && !kInPlace;
   static_assert(!kSharedP || kTileKv % 64 == 0, "P tiles are spans of 64 columns");
 
   // ---- shared memory: V stages, K stages, Q, P, O, what is copied, control ----

@@ -250,25 +250,6 @@ JITGEN_FN void fill_tile(float (&s)[kColTiles][4], unsigned address, int row, in
   }
 }
 
-// Takes such a tile and leaves P in its place, 16 columns at a time. `warp`: of the group.
-template <class T, int kColTiles, class Evaluate>
-JITGEN_FN void exchange_tile(float (&s)[kColTiles][4], const unsigned (&p)[kColTiles / 2][4], unsigned address, int warp, int lane, Evaluate evaluate) {
-  using Copied = SpanTile<8 * kColTiles>;
-  constexpr int kSteps = Copied::kSpan / 16;
-  const unsigned first = stay(static_cast<int>(address + Copied::chunk_offset(warp * 16 + (lane & 15), lane >> 4, 64)));
-#pragma unroll
-  for (int step = 0; step < kColTiles / 2; ++step) {
-    const unsigned place = (first ^ step % kSteps * 32) + step / kSteps * 64 * Copied::kSpanBytes;
-    unsigned words[4];
-    load_matrix(words, place);
-    store_matrix(place, p[step]);
-#pragma unroll
-    for (int r = 0; r < 4; ++r)
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) s[2 * step + r / 2][r % 2 * 2 + odd] = evaluate(Pair<T>{words[r]}.at(odd));
-  }
-}
-
 template <int kColTiles> JITGEN_FN void scale_logits(float (&s)[kColTiles][4], float scale) {
 #pragma unroll
   for (int j = 0; j < kColTiles; ++j)
