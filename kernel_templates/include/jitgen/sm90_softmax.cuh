@@ -225,13 +225,11 @@ template <int kColumns> struct ColumnStarts {
   }
 };
 // A tile of them in a consumer: `address` is that of its first column.
-template <int kColTiles> JITGEN_FN void add_columns(float (&s)[kColTiles][4], unsigned address) {
+template <int kColTiles> JITGEN_FN void fill_columns(float (&s)[kColTiles][4], unsigned address) {
 #pragma unroll
-  for (int j = 0; j < kColTiles; ++j) {
-    float even, odd;
-    load_shared_pair(address + 32 * j, even, odd);
-    s[j][0] += even, s[j][1] += odd, s[j][2] += even, s[j][3] += odd;
-  }
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) load_shared_pair(address + 32 * j, s[j][2 * half], s[j][2 * half + 1]);
 }
 
 // A tile of a captured tensor, 64 rows of elements T as the copy engine writes them, each to where wgmma has that element of S.
@@ -249,23 +247,6 @@ JITGEN_FN void fill_tile(float (&s)[kColTiles][4], unsigned address, int row, in
     for (int r = 0; r < 4; ++r)
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) s[2 * step + r / 2][r % 2 * 2 + odd] = evaluate(Pair<T>{words[r]}.at(odd));
-  }
-}
-
-// The same, added to S.
-template <class T, int kColTiles, class Evaluate>
-JITGEN_FN void add_tile(float (&s)[kColTiles][4], unsigned address, int row, int lane, Evaluate evaluate) {
-  using Copied = SpanTile<8 * kColTiles>;
-  constexpr int kSteps = Copied::kSpan / 16;
-  const unsigned first = address + Copied::chunk_offset(row + (lane & 15), lane >> 4, 64);
-#pragma unroll
-  for (int step = 0; step < kColTiles / 2; ++step) {
-    unsigned words[4];
-    load_matrix(words, (first ^ step % kSteps * 32) + step / kSteps * 64 * Copied::kSpanBytes);
-#pragma unroll
-    for (int r = 0; r < 4; ++r)
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) s[2 * step + r / 2][r % 2 * 2 + odd] += evaluate(Pair<T>{words[r]}.at(odd));
   }
 }
 
