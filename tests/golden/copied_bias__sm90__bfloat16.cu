@@ -165,8 +165,9 @@ constexpr bool kRescaleEarly = kHeadDimV > 128;
 // Growth of the maximum (exponents of two) below which O is left alone.
 constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = kHasMask || true;
-// Arrivals by which a group lets go of K, V and Q: its leader's, as no register is free for more.
-constexpr int kReleases = 1;
+// Arrivals by which a group lets go of V and Q: its leader's, as no register is free for more. And of K, with the words
+// beside it: each warp's, or its leader's for all.
+constexpr int kReleases = 1, kKeyReleases = 4;
 constexpr int kTurnBarrier = 1, kAllConsumersBarrier = 5, kGroupBarrier = 6;   // named barriers: + group
 
 // Shared-memory addresses of a CTA.
@@ -374,7 +375,6 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, Shared shared, i
   for (;; slot.advance()) {
     jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
     const int4 work = jg::load_shared_int4(shared.work(slot.stage));
-    __syncwarp();
     if (work.w == jg::kWorkStop) return;
     if (work.w != jg::kWorkEmpty) {
 #pragma unroll 1
@@ -388,7 +388,7 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, Shared shared, i
       }
       q_parity ^= 1;
     }
-    if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+    jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
   }
 }
 
@@ -514,7 +514,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       bool has_begun = false;
       // What the stage holds; without a mask the consumers count for themselves.
       const auto read_step = [&](const jg::RingPosition<kNumStages>& at) {
-        if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(at.stage + at.parity * kNumStages)));
+        if constexpr (kHasMask) return jg::load_shared_by(lane == 0, shared.step(at.stage + at.parity * kNumStages));
         const int here = position++, last = here == num_tiles - 1 ? jg::kStepLast | 15 << jg::kNextAt : 0;
         return here << jg::kStepShift | last | (group_row > -64 ? kTileFull << 2 * group : 0);
       };
@@ -540,7 +540,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       // has overtaken them (wrong results).
       const auto release_copied = [&] { jg::barrier_arrive_if(lane == 0, shared.copied_empty(group)); };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
-        jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
+        jg::barrier_arrive_for_if(kKeyReleases, leader, JG_BARRIER(k_empty, kv.stage));   // the other warps have said so of the step
         jg::barrier_arrive_if(leader && (step & jg::kStepLast), JG_BARRIER(q_empty, group));
       };
       // V of a skipped tile is released later, when it has come: those before it are not needed any more then.
@@ -575,7 +575,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         take_turn();
         if (jg::kind_of(step, group) == kTileNone) {   // nothing to these rows: release it, and keep the order of turns
           pass_turn();
-          release_key();
+          jg::barrier_arrive_if(lane == 0, JG_BARRIER(k_empty, kv.stage));
+          jg::barrier_arrive_if(leader && (step & jg::kStepLast), JG_BARRIER(q_empty, group));
           release_skipped();
           skipped = kv.stage + kNumStages * kv.parity;
           kv.advance();
@@ -640,7 +641,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     // The message is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
     const int4 done = jg::load_shared_int4(shared.work(slot.stage));
     __syncwarp();
-    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+    // Always so. Without a branch ptxas keeps the ring's position out of uniform registers: 17 instructions more in the KV loop.
+    if (jg::stay(lane) >= 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     slot.advance();
     const int done_row = done.x + group * 64;
     finish_rows(args, make_head(args, done.z, done.y), softmax, o, done_row);
@@ -671,13 +673,14 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     }
     for (int stage = 0; stage < kNumStages; ++stage) {
       jg::barrier_init(JG_BARRIER(k_full, stage), 1);
-      jg::barrier_init(JG_BARRIER(k_empty, stage), kReleases * Tile::kGroups);
+      jg::barrier_init(JG_BARRIER(k_empty, stage), kKeyReleases * Tile::kGroups);
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
       jg::barrier_init(JG_BARRIER(v_empty, stage), kReleases * Tile::kGroups);
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + Tile::kQueryWarps);   // one arrival per warp
+      // Every thread that reads or writes arrives for itself: racecheck does not see that it would have to wait for its warp.
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups + 32 * Tile::kQueryWarps);
     }
     jg::barrier_init_fence();
   }
