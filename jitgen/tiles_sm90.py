@@ -72,7 +72,7 @@ def has_room(tiles: Tiles, head_dim: int, head_dim_v: int, section: VariantSecti
     weights = 2 * rows * keys if rows >= 192 and head_dim_v >= 96 and not in_place else 0
     control = 8 * (15 + 4 * stages)  # barriers, then messages, steps, padding
     control = (control + 15) // 16 * 16 + 32 + (8 * stages + 15) // 16 * 16
-    extra = stages * ((keys + 31) // 32 * 128 + 16) if section.initial_by_column else 0
+    extra = stages * 4 * (keys + 4) if section.initial_by_column else 0
     if section.has_relative or section.score_columns or section.mask_columns:
         extra += rows // 64 * 4 * (keys + 68 if section.has_relative else keys)
     elif section.has_mask_search:

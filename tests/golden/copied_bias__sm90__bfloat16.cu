@@ -165,9 +165,8 @@ constexpr bool kRescaleEarly = kHeadDimV > 128;
 // Growth of the maximum (exponents of two) below which O is left alone.
 constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = kHasMask || true;
-// Arrivals by which a group lets go of V and Q: its leader's, as no register is free for more. And of K, with the words
-// beside it: each warp's, or its leader's for all.
-constexpr int kReleases = 1, kKeyReleases = 4;
+// Arrivals by which a group lets go of K, V and Q: its leader's, as no register is free for more.
+constexpr int kReleases = 1;
 constexpr int kTurnBarrier = 1, kAllConsumersBarrier = 5, kGroupBarrier = 6;   // named barriers: + group
 
 // Shared-memory addresses of a CTA.
@@ -514,7 +513,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       bool has_begun = false;
       // What the stage holds; without a mask the consumers count for themselves.
       const auto read_step = [&](const jg::RingPosition<kNumStages>& at) {
-        if constexpr (kHasMask) return jg::load_shared_by(lane == 0, shared.step(at.stage + at.parity * kNumStages));
+        if constexpr (kHasMask) return jg::uniform(jg::load_shared(shared.step(at.stage + at.parity * kNumStages)));
         const int here = position++, last = here == num_tiles - 1 ? jg::kStepLast | 15 << jg::kNextAt : 0;
         return here << jg::kStepShift | last | (group_row > -64 ? kTileFull << 2 * group : 0);
       };
@@ -540,7 +539,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       // has overtaken them (wrong results).
       const auto release_copied = [&] { jg::barrier_arrive_if(lane == 0, shared.copied_empty(group)); };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
-        jg::barrier_arrive_for_if(kKeyReleases, leader, JG_BARRIER(k_empty, kv.stage));   // the other warps have said so of the step
+        jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
         jg::barrier_arrive_if(leader && (step & jg::kStepLast), JG_BARRIER(q_empty, group));
       };
       // V of a skipped tile is released later, when it has come: those before it are not needed any more then.
@@ -575,8 +574,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         take_turn();
         if (jg::kind_of(step, group) == kTileNone) {   // nothing to these rows: release it, and keep the order of turns
           pass_turn();
-          jg::barrier_arrive_if(lane == 0, JG_BARRIER(k_empty, kv.stage));
-          jg::barrier_arrive_if(leader && (step & jg::kStepLast), JG_BARRIER(q_empty, group));
+          release_key();
           release_skipped();
           skipped = kv.stage + kNumStages * kv.parity;
           kv.advance();
@@ -673,13 +671,13 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     }
     for (int stage = 0; stage < kNumStages; ++stage) {
       jg::barrier_init(JG_BARRIER(k_full, stage), 1);
-      jg::barrier_init(JG_BARRIER(k_empty, stage), kKeyReleases * Tile::kGroups);
+      jg::barrier_init(JG_BARRIER(k_empty, stage), kReleases * Tile::kGroups);
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
       jg::barrier_init(JG_BARRIER(v_empty, stage), kReleases * Tile::kGroups);
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      // Every thread that reads or writes arrives for itself: racecheck does not see that it would have to wait for its warp.
+      // Every thread that reads or writes arrives for itself: racecheck does not follow __syncwarp and one arrival for the warp.
       jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups + 32 * Tile::kQueryWarps);
     }
     jg::barrier_init_fence();

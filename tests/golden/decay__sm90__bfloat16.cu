@@ -121,9 +121,8 @@ constexpr bool kRescaleEarly = kHeadDimV > 128;
 // Growth of the maximum (exponents of two) below which O is left alone.
 constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = kHasMask || true;
-// Arrivals by which a group lets go of V and Q: each warp's. And of K, with the words
-// beside it: each warp's.
-constexpr int kReleases = 4, kKeyReleases = 4;
+// Arrivals by which a group lets go of K, V and Q: each warp's.
+constexpr int kReleases = 4;
 constexpr int kTurnBarrier = 1, kAllConsumersBarrier = 5, kGroupBarrier = 6;   // named barriers: + group
 
 // Shared-memory addresses of a CTA.
@@ -624,13 +623,13 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::barrier_init(JG_BARRIER(o_done), Tile::kGroups);
     for (int stage = 0; stage < kNumStages; ++stage) {
       jg::barrier_init(JG_BARRIER(k_full, stage), 1);
-      jg::barrier_init(JG_BARRIER(k_empty, stage), kKeyReleases * Tile::kGroups);
+      jg::barrier_init(JG_BARRIER(k_empty, stage), kReleases * Tile::kGroups);
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
       jg::barrier_init(JG_BARRIER(v_empty, stage), kReleases * Tile::kGroups);
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      // Every thread that reads or writes arrives for itself: racecheck does not see that it would have to wait for its warp.
+      // Every thread that reads or writes arrives for itself: racecheck does not follow __syncwarp and one arrival for the warp.
       jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups + 32 * Tile::kQueryWarps);
     }
     jg::barrier_init_fence();

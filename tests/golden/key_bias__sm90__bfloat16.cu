@@ -169,7 +169,7 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
 }
 
 // ---- geometry ----
-constexpr int kInitialBytes = jg::ColumnStarts<kTileKv>::kBytes;   // of a stage: what S begins from, by column
+constexpr int kInitialBytes = (kTileKv + 4) * 4;   // of a stage: what S begins from, by column; behind it what was taken off all
 constexpr int kTableBytes = kTileKv * 4;   // of a warp group: values by column
 using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, kHasMask, kTableBytes * (kTileQ / 64) + kInitialBytes * kNumStages>;
 using Control = jg::ControlBlock<kNumStages>;
@@ -185,9 +185,9 @@ constexpr bool kRescaleEarly = kHeadDimV > 128;
 // Growth of the maximum (exponents of two) below which O is left alone.
 constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = kHasMask || true;
-// Arrivals by which a group lets go of V and Q: each warp's. And of K, with the words
-// beside it: every thread's, as each reads them.
-constexpr int kReleases = 4, kKeyReleases = 128;
+// Arrivals by which a group lets go of K, V and Q: each warp's.
+constexpr int kReleases = 4;
+constexpr int kKeyReleases = 128;   // of K: every thread's, as each has read what comes with it
 constexpr int kTurnBarrier = 1, kAllConsumersBarrier = 5, kGroupBarrier = 6;   // named barriers: + group
 
 // Shared-memory addresses of a CTA.
@@ -575,8 +575,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       };
       const auto fill_logits = [&](int stage) {
         const unsigned first = shared.initial(stage);
-        jg::fill_columns(s, first + 16 * ((jg::stay(static_cast<int>(threadIdx.x)) & 31) >> 2));
-        early.start = __int_as_float(jg::load_shared(first + jg::ColumnStarts<kTileKv>::kStartAt));
+        jg::fill_columns(s, first + 8 * (thread & 3));
+        early.start = __int_as_float(jg::load_shared(first + 4 * kTileKv));
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive(JG_BARRIER(k_empty, kv.stage));
@@ -704,7 +704,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      // Every thread that reads or writes arrives for itself: racecheck does not see that it would have to wait for its warp.
+      // Every thread that reads or writes arrives for itself: racecheck does not follow __syncwarp and one arrival for the warp.
       jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups + 32 * Tile::kQueryWarps);
     }
     jg::barrier_init_fence();

@@ -27,11 +27,6 @@ JITGEN_FN void barrier_arrive_if(bool condition, unsigned barrier) {
   asm volatile("{\n.reg .pred arrives;\nsetp.ne.b32 arrives, %1, 0;\n@arrives mbarrier.arrive.shared::cta.b64 _, [%0];\n}"
                ::"r"(barrier), "r"(static_cast<int>(condition)) : "memory");
 }
-// As many arrivals at once, under a condition.
-JITGEN_FN void barrier_arrive_for_if(int arrivals, bool condition, unsigned barrier) {
-  asm volatile("{\n.reg .pred arrives;\nsetp.ne.b32 arrives, %1, 0;\n@arrives mbarrier.arrive.shared::cta.b64 _, [%0], %2;\n}"
-               ::"r"(barrier), "r"(static_cast<int>(condition)), "r"(arrivals) : "memory");
-}
 // Arrives and announces `bytes` that the copy engine will deliver in this phase.
 JITGEN_FN void barrier_expect(unsigned barrier, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

@@ -200,11 +200,7 @@ template <int kColTiles> JITGEN_FN void weigh_low(RowSoftmax& state, float (&s)[
 }
 
 // What the logits of a tile's columns begin from, in a warp that shares it with consumers: lane by lane, 32 columns at a time.
-// A product spreads it over the rows (fill_columns): mma.sync.m16n8k8 of a matrix of 1/4 and one whose rows 2 q and 2 q + 1 are, for each q,
-// a column's value as two numbers of bfloat16. Their sum is off by 2^-16 of it at most.
 template <int kColumns> struct ColumnStarts {
-  // [32 columns][column % 8][column / 8 % 4] words, each of the two numbers; then what was taken off all.
-  static constexpr int kStartAt = (kColumns + 31) / 32 * 128, kBytes = kStartAt + 16;
   float value[(kColumns + 31) / 32];
 
   template <class Evaluate> JITGEN_FN void read(Evaluate evaluate) {
@@ -223,30 +219,17 @@ template <int kColumns> struct ColumnStarts {
     for (int distance = 16; distance > 0; distance /= 2) top = ::fmaxf(top, __shfl_xor_sync(0xffffffffu, top, distance));
     const float start = ::fabsf(top) < INFINITY ? top : 0.0f;
 #pragma unroll
-    for (int base = 0; base < kColumns; base += 32) store_shared(address + 4 * base + lane % 8 * 16 + lane / 8 * 4, halves_of(value[base / 32] - start));
-    store_shared_if(lane == 0, address + kStartAt, __float_as_int(start));
-  }
-  // The first eight bits of x, and the next eight, rounded, in the upper half.
-  static JITGEN_FN int halves_of(float x) {
-    const int first = __float_as_int(x) & 0xffff0000;
-    const float rest = ::fabsf(x) < INFINITY ? x - __int_as_float(first) : 0.0f;   // of -inf there is none
-    return static_cast<int>(static_cast<unsigned>(first) >> 16) | ((__float_as_int(rest) + 0x8000) & 0xffff0000);
+    for (int base = 0; base < kColumns; base += 32)
+      store_shared_if(base + lane < kColumns, address + 4 * (base + lane), __float_as_int(value[base / 32] - start));
+    store_shared_if(lane == 0, address + 4 * kColumns, __float_as_int(start));
   }
 };
-// A tile of them in a consumer, the same for all rows: `address` is that of the first column with this lane's row of 8.
+// A tile of them in a consumer: `address` is that of its first column.
 template <int kColTiles> JITGEN_FN void fill_columns(float (&s)[kColTiles][4], unsigned address) {
-  constexpr unsigned kQuarters = 0x3e803e80;
 #pragma unroll
-  for (int base = 0; base < kColTiles; base += 4) {
-    const int4 words = load_shared_int4(address + 32 * base);
+  for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
-    for (int i = 0; i < 4 && base + i < kColTiles; ++i) {
-      float (&d)[4] = s[base + i];
-      asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%4}, {%5}, {%6,%6,%6,%6};"
-                   : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-                   : "r"(kQuarters), "r"(i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w), "f"(0.0f));
-    }
-  }
+    for (int half = 0; half < 2; ++half) load_shared_pair(address + 32 * j, s[j][2 * half], s[j][2 * half + 1]);
 }
 
 // A tile of a captured tensor, 64 rows of elements T as the copy engine writes them, each to where wgmma has that element of S.
