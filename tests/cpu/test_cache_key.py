@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jitgen.cache.key import digest, encode, explain, module_key
@@ -28,6 +28,7 @@ def shape(value: object) -> object:
     return (type(value).__name__, value.hex() if isinstance(value, float) else value)
 
 
+@settings(deadline=None)
 @given(plain, plain)
 def test_encoding_is_equal_only_for_equal_values(a: object, b: object) -> None:
     assert (encode(a) == encode(b)) == (shape(a) == shape(b))

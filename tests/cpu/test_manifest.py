@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jitgen.errors import ManifestError
@@ -20,6 +20,7 @@ plain = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(plain))
 def test_what_is_written_is_read_as_it_was(values: list) -> None:
     (request,) = parse_manifest(f"[[request]]\nvalue = {toml_value(values)}\n", HERE).requests
