@@ -77,30 +77,6 @@ template <bool kMaybeEmpty, int kSlack, int kColTiles>
 JITGEN_FN bool update_maximum(RowSoftmax& state, const float (&s)[kColTiles][4], float units, const float (&offset)[2], float (&shift)[2], float (&factor)[2]) {
   return update_maximum_from<kMaybeEmpty, kSlack, true>(state, s, units, offset, shift, factor);
 }
-// The same of a first tile, whose rows all have a finite logit. Positive logits compare as integers do, three at a time: half the
-// instructions, and enough for a warp whose rows all have one.
-template <int kColTiles> JITGEN_FN void begin_maximum(RowSoftmax& state, const float (&s)[kColTiles][4], float units, float (&shift)[2]) {
-  int tops[2] = {0, 0};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int j = 0; j < kColTiles; ++j) tops[half] = max(max(tops[half], __float_as_int(s[j][2 * half])), __float_as_int(s[j][2 * half + 1]));
-    tops[half] = max(tops[half], __shfl_xor_sync(0xffffffffu, tops[half], 1));
-    tops[half] = max(tops[half], __shfl_xor_sync(0xffffffffu, tops[half], 2));
-    state.row_max[half] = __int_as_float(tops[half]);
-  }
-  if (__any_sync(0xffffffffu, tops[0] <= 0 || tops[1] <= 0)) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float top = -INFINITY;
-#pragma unroll
-      for (int j = 0; j < kColTiles; ++j) top = ::fmaxf(top, ::fmaxf(s[j][2 * half], s[j][2 * half + 1]));
-      state.row_max[half] = quad_max(top);
-    }
-  }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) shift[half] = state.row_max[half] * units, state.row_sum[half] = 0.0f;
-}
 // Whether update_maximum has anything to do: whether a row has no maximum yet, or a logit may exceed it by more than kSlack. Most
 // tiles raise none. Positive floats compare as integers do, negative ones stay below every positive limit, and the integer
 // maximum takes three operands: half the instructions of update_maximum, and no shuffle (8 % of hd64, 2 to 3 % of hd128).
