@@ -14,9 +14,10 @@ JITGEN_FN void load_query_box(unsigned dst, const Operand& t, unsigned barrier, 
       "[%0], [%1, {%3, %4, %5, %3}], [%2], %6;"
       ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(head), "r"(row), "l"(policy) : "memory");
 }
-// The same into L2.
-JITGEN_FN void prefetch_query_box(const Operand& t, int head, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %1}];" ::"l"(&t.map), "r"(0), "r"(head), "r"(row) : "memory");
+// Its counterpart for O: one span of columns.
+JITGEN_FN void store_output_box(const Operand& t, unsigned src, int head, int row, int span) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+               ::"l"(&t.map), "r"(src), "r"(0), "r"(head), "r"(row), "r"(span) : "memory");
 }
 // A box of each lane's own, as load_box.
 JITGEN_FN void load_own_box(unsigned dst, const Operand& t, unsigned barrier, int row, int span, int head, int page, unsigned long long policy) {
@@ -113,7 +114,7 @@ template <int kCols> struct PageMap {
   }
 };
 
-// The map of q [rows, heads, kCols]; a box of 2^packing heads has tile_rows packed rows and `spans` spans of columns.
+// The map of q or o [rows, heads, kCols]; a box of 2^packing heads has tile_rows packed rows and `spans` spans of columns.
 template <int kCols> struct QueryMap {
   TensorKey key = {};
   int packing = -1;
