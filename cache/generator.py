@@ -12,7 +12,7 @@ from jitgen.memo import recalled
 # Modules that cannot change a rendered source; all others count, since an alias missed costs only a rendering.
 NOT_GENERATING = {
     *("doctor", "progress", "build", "memo", "toolchain", "__main__", "op", "env", "errors", "show", "demo"),
-    *("events", "manifest", "portable", "recording", "loader", "nvcc"),
+    *("events", "manifest", "portable", "recording", "loader"),
 }
 NOT_GENERATING_PREFIXES = ("cli", "doctor_", "show_", "prebuild")  # the command line and what ships kernels
 

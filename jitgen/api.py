@@ -10,7 +10,7 @@ from jitgen.dense import run
 from jitgen.errors import VariantError
 from jitgen.fp8 import Scale, with_scales
 from jitgen.program import Program, without_rows
-from jitgen.variant import Variant, resolve
+from jitgen.variant import Variant, check_q_index, resolve
 
 
 def attention(
@@ -72,8 +72,8 @@ def attention(
         (program, values), variant_q_index = resolve(score_mod, mask_mod, sink), None
     else:
         program, values, variant_q_index = resolve_hooks(variant, score_mod, mask_mod, sink)
-    if q_index is not None and q_index not in ("local", "absolute"):
-        raise VariantError(f"q_index={q_index!r} is not a convention. Use 'local' or 'absolute'.")
+    if q_index is not None:
+        check_q_index(q_index)
     local = (q_index or variant_q_index) == "local"
     has_scales = scale_q is not None or scale_k is not None or scale_v is not None
     if has_scales or program.rows is not None:

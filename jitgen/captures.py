@@ -8,11 +8,9 @@ stand-in knows the path by which the value is read again on later calls.
 from __future__ import annotations
 
 import builtins
-import dis
 import enum
 import functools
 import inspect
-import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,40 +18,38 @@ from typing import Any
 import torch
 
 from jitgen import ir
-from jitgen.errors import UnsupportedVariant
+from jitgen.captured_kinds import (
+    CONSTANTS,
+    MAPPINGS,
+    PLAIN_TENSORS,
+    SEQUENCES,
+    check_lasting,
+    global_names,
+    is_library,
+    is_opaque,
+    wrapped_at,
+)
 from jitgen.gather import SymTensor
-from jitgen.guards import INT64_MAX, INT64_MIN, Path, layout_of
-from jitgen.ir import INT32_MAX, INT32_MIN
+from jitgen.guards import Path, layout_of
+from jitgen.ir import INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN
 from jitgen.location import refuse
 from jitgen.program import ELEMENT_TO_IR, Slot
 from jitgen.proxies import FunctionProxy, ObjectProxy
-from jitgen.symbols import Sym, Traced
+from jitgen.symbols import Sym
 from jitgen.trace import Tracer
 
 MAX_RANK = 4
-_LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "jitgen", "triton"}
-_FOLLOWED = (
-    "torch.nn.attention",
-    "jitgen.masks",
-    "jitgen.block_sparse",
-    "jitgen.serving_masks",
-    "jitgen.sampling_processors",
-    "jitgen.flex",
-    "jitgen.bench",
-    "jitgen.compat",
-    "jitgen.demo",
-    "jitgen.prebuild_variants",
-)  # library functions that call the user's: and_masks and the like
-_CONSTANTS = (str, bytes, torch.dtype, torch.device, torch.Size, slice, range, type(Ellipsis), complex, torch.layout)
-
-
-PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)  # stand for one another
 
 
 class SortedTensor(torch.Tensor):
     """A tensor declared ascending by jitgen.sorted; everything computed from it is a plain tensor again."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SortedTensor:
+        if id(self) not in memo:
+            memo[id(self)] = self.as_subclass(torch.Tensor).clone().as_subclass(SortedTensor)
+        return memo[id(self)]  # type: ignore[no-any-return]
 
 
 class AttributeDict(dict[Any, Any]):
@@ -124,17 +120,18 @@ class Captures:
         if value is None or value is NotImplemented:
             add("is", path, value)
             return value
+        check_lasting(value, name)
         if isinstance(value, torch.Tensor):
             return self._tensor(value, path, name)
         if isinstance(value, enum.Enum) or kind is type(len) or kind is type(torch.add):
             add("is", path, value)
             return value
-        if isinstance(value, (bool, int, float, *_CONSTANTS)):  # int and float subclasses: jitgen.static
+        if isinstance(value, (bool, int, float, *CONSTANTS)):  # int and float subclasses: jitgen.static
             add("equal", path, value)
             return value
         if type(value).__module__ == "numpy":
             return self._numpy(value, path, name)
-        if isinstance(value, (list, tuple, dict, set, frozenset)):
+        if isinstance(value, (*SEQUENCES, *MAPPINGS, set, frozenset)):
             return self._container(value, path, name)
         return self._callable_or_object(value, path, name)
 
@@ -204,7 +201,7 @@ class Captures:
         if isinstance(value, (set, frozenset)):
             add("equal", path, value)
             return value
-        if isinstance(value, dict):
+        if isinstance(value, MAPPINGS):
             add("keys", path, tuple(value))
             items = {k: self.wrap(v, path.item(k), f"{name}_{k}") for k, v in value.items()}
             return AttributeDict(items) if hasattr(type(value), "__getattr__") else items
@@ -217,7 +214,7 @@ class Captures:
     # ---- functions and objects ----
     def _callable_or_object(self, value: Any, path: Path, name: str) -> Any:
         add = self.tracer.guards.add
-        inner = _unwrapped(value)
+        inner = wrapped_at(value)
         if inner is not None:
             add("type", path, type(value))
             return self.wrap(getattr(value, inner), path.attr(inner), name)
@@ -233,7 +230,7 @@ class Captures:
             return functools.partial(self.wrap(value.__func__, path.attr("__func__"), name), owner)
         if isinstance(value, functools.partial):
             return self._partial(value, path, name)
-        if _is_opaque(value):
+        if is_opaque(value):
             add("is", path, value)
             return value
         add(
@@ -285,44 +282,3 @@ class Captures:
 
 
 _BOUND = Path(None, "root", "bound")
-
-
-def is_library(module: object) -> bool:
-    """Whether functions of a module are called as they are: the standard library, torch, NumPy."""
-    name = str(module)
-    return name.split(".")[0] in _LIBRARIES and not name.startswith(_FOLLOWED)
-
-
-def _unwrapped(value: Any) -> str | None:
-    """Attribute that holds the plain Python function behind a wrapper that cannot itself be traced."""
-    if isinstance(value, torch.jit.ScriptFunction):
-        raise UnsupportedVariant(f"'{value.name}' is a TorchScript function, expected a Python function. Pass the original.")
-    if isinstance(getattr(value, "__dict__", None), dict):
-        for name in ("_torchdynamo_orig_callable", "_orig_mod"):
-            if name in value.__dict__ or name in value.__dict__.get("_modules", {}):
-                return name
-    if isinstance(value, types.FunctionType):
-        in_library = is_library(value.__globals__.get("__name__"))
-        return "__wrapped__" if in_library and hasattr(value, "__wrapped__") else None
-    return "__wrapped__" if isinstance(value, functools._lru_cache_wrapper) else None
-
-
-def _is_opaque(value: Any) -> bool:
-    """Library objects that hold nothing of the user's: torch functions, modules such as math, classes such as list."""
-    if isinstance(value, types.ModuleType):
-        return is_library(value.__name__)
-    if isinstance(value, type):
-        return is_library(value.__module__)
-    if isinstance(value, torch.nn.Module) or type(value) is types.SimpleNamespace:
-        return False
-    return isinstance(value, Traced) or is_library(type(value).__module__)
-
-
-@functools.cache
-def global_names(code: types.CodeType) -> frozenset[str]:
-    """Names that a code object, or a function nested in it, reads from its globals."""
-    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= global_names(constant)
-    return frozenset(names)

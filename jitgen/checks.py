@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from jitgen.emit_ranges import POSITION_LIMIT
@@ -121,13 +122,35 @@ def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def check_memory(**tensors: torch.Tensor) -> None:
-    """Tensors have values: those of torch's FakeTensorMode have shapes only, and no memory."""
-    for name, t in tensors.items():
+    """Tensors have values at an address: those of FakeTensorMode have shapes only, those of torch.func and of subclasses that
+    wrap others have them elsewhere, and a kernel would be given address 0."""
+    for name, t in () if is_dynamo_compiling() else tensors.items():
         if isinstance(t, FakeTensor):
             raise UnsupportedDevice(
                 f"{name} is a FakeTensor, which has no values. To have shapes or a graph, make the call inside torch.compile "
                 "or torch.export, as jitgen.flex_attention for dense attention."
             )
+        if t.is_meta or t.is_nested or t.layout != torch.strided or t.numel() == 0 or address_of(t):
+            continue  # or other checks say what is wrong
+        if torch._C._functorch.is_functorch_wrapped_tensor(t):
+            raise UnsupportedDevice(
+                f"{name} is a tensor of torch.func (vmap, jvp, functionalize), and calls of jitgen are not transformed by it. "
+                "Call outside of it; for vmap, make the mapped axis a part of the batch."
+            )
+        raise UnsupportedDevice(
+            f"{name} is a {type(t).__name__} without memory of its own. Give the plain tensor in it, such as .to_local() of a "
+            "DTensor."
+        )
+
+
+def address_of(t: torch.Tensor) -> int:
+    """Where the memory of a tensor begins; 0 without any."""
+    if type(t) is FakeTensor:
+        return 0
+    try:
+        return t.data_ptr()
+    except RuntimeError:  # of a tensor without storage
+        return 0
 
 
 def check_scale(scale: object) -> None:
@@ -157,6 +180,11 @@ def check_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise GradNotSupported(
             "an input requires grad, and jitgen computes no gradients. Call under torch.no_grad() or torch.inference_mode(), "
             "or detach the inputs; train with torch.nn.attention.flex_attention, which takes the same score_mod and mask_mod."
+        )
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in (q, k, v)):
+        raise GradNotSupported(
+            "an input has a tangent of forward-mode differentiation, and jitgen computes no derivatives. Give its primal: "
+            "torch.autograd.forward_ad.unpack_dual(x).primal."
         )
 
 

@@ -85,7 +85,7 @@ def duration_text(seconds: float) -> str:
 def short_arch(arch: str) -> str:
     """A CPU's instruction sets by the name of their level; anything else as it is."""
     names = arch.split("+")
-    for level in ("avx512f", "avx2"):
-        if level in names:
-            return f"{names[0]} {level.removesuffix('f')}"
+    for last, level in (("amx_bf16", "amx"), ("avx512f", "avx512"), ("avx2", "avx2")):
+        if last in names:
+            return f"{names[0]} {level}"
     return arch

@@ -6,6 +6,7 @@ import math
 import struct
 
 import torch
+from torch.autograd import forward_ad
 
 from jitgen import runtime
 from jitgen.abi import DENSE_ARGS, pack_format
@@ -84,7 +85,7 @@ def run(
             q, scale = (negated(q), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     options = (program, scale, local, family, out_dtype)
     recent = _recent.get(options)
-    again = recent is not None and recent.is_like(q, k, v, values)
+    again = recent is not None and forward_ad._current_level < 0 and recent.is_like(q, k, v, values)
     if again:
         call = recent.call  # type: ignore[union-attr]
     else:
@@ -158,12 +159,12 @@ def find_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: tuple[
 
 def remember(recent: RecentCall | None, options: tuple[object, ...], call: PreparedCall, given: tuple[object, ...]) -> None:
     """Note a call that was right as the last one with its options; ``given``: what RecentCall.come_again takes."""
+    noted = RecentCall(call)
     if recent is not None and recent.call is call:
-        recent.come_again(*given)  # type: ignore[arg-type]
-        return
-    if len(_recent) >= MAX_PREPARED_CALLS:
+        noted.come_again(*given)  # type: ignore[arg-type]
+    elif len(_recent) >= MAX_PREPARED_CALLS:
         _recent.clear()
-    _recent[options] = RecentCall(call)
+    _recent[options] = noted
 
 
 def launch(kernel: runtime.CompiledKernel, cuda_index: int | None, pointers: tuple[int, ...], rest: bytes) -> None:

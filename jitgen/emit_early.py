@@ -24,6 +24,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from jitgen import ir
 from jitgen.emit_bits import mask_by_bits
@@ -82,13 +83,19 @@ def take_relative(score: Expr) -> tuple[Expr, Expr | None]:
     return ir.rebuild(score, lambda n: ir.index("relative") if n is part else None), of_distance(part)
 
 
-def _relative_parts(node: Expr) -> Iterator[Expr]:
-    """The largest floats below ``node`` that depend on the distance alone."""
-    if node.dtype == "f32" and POSITIONS <= node.deps and "score" not in node.deps and of_distance(node) is not None:
-        yield node
-    else:
-        for arg in node.args:
-            yield from _relative_parts(arg)
+def _relative_parts(root: Expr) -> Iterator[Expr]:
+    """The largest floats in ``root`` that depend on the distance alone."""
+    seen: set[Expr] = set()
+    pending = [root]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.dtype == "f32" and POSITIONS <= node.deps and "score" not in node.deps and of_distance(node) is not None:
+            yield node
+        else:
+            pending += reversed(node.args)
 
 
 def _is_worth_a_table(part: Expr) -> bool:
@@ -126,6 +133,7 @@ _RESTING = frozenset(("min", "max", "floordiv", "floor", "ceil", "round", "trunc
 _RISING = frozenset(("cast", "floor", "ceil", "round", "trunc", "sign", "relu", "exp", "exp2", "log", "log2", "log1p", "sqrt"))
 
 
+@lru_cache(maxsize=4096)  # what is shared is looked at once
 def level_marks(node: Expr) -> tuple[Expr, ...] | None:
     """Values of 'distance' that tell where ``node`` is level: if each is the same at both ends of a range of distances, so is
     ``node`` in all of it. None if there are none."""
@@ -142,6 +150,7 @@ def level_marks(node: Expr) -> tuple[Expr, ...] | None:
     return None if None in map(_direction, node.args[1:]) else (*marks, node)
 
 
+@lru_cache(maxsize=4096)
 def _direction(node: Expr) -> int | None:
     """1 if ``node`` never falls as the distance grows, -1 if it never rises, 0 if it does not depend on it; else None."""
     if "distance" not in node.deps:
@@ -177,15 +186,20 @@ def _common(signs: Sequence[int]) -> int | None:
 
 
 def drop_relative(root: Expr) -> tuple[Expr | None, Expr] | None:
-    """``root`` without its term 'relative' (or a multiple of it), and that term; None if it has no such term. The rest is None
-    where nothing is left."""
+    """``root`` without its term 'relative' (or a multiple of it), and that term; None if it has no such term, or 'relative'
+    elsewhere too. The rest is None where nothing is left."""
+    found = _drop_term(root)
+    return None if found is None or (found[0] is not None and "relative" in found[0].deps) else found
+
+
+def _drop_term(root: Expr) -> tuple[Expr | None, Expr] | None:
     leaf = ir.index("relative")
     if root is leaf or (root.op == "mul" and leaf in root.args and not _other(root, leaf).deps & (POSITIONS | {"score"})):
         return None, root
     if root.op not in ("add", "sub", "neg") or root.dtype != "f32":
         return None
     for i, term in enumerate(root.args):
-        found = drop_relative(term)
+        found = _drop_term(term)
         if found is not None:
             is_negative = root.op == "neg" or (root.op == "sub" and i == 1)
             offset = ir.make("neg", found[1]) if is_negative else found[1]

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from jitgen import ir
 from jitgen.emit_ranges import Ranges
 from jitgen.emit_text import ATOM, PRODUCT, Term, identifier, literal, unique
-from jitgen.ir import Expr, to_text, walk
+from jitgen.ir import Expr, walk
 from jitgen.ir_ops import PAGE_OPS
+from jitgen.ir_text import to_text
 from jitgen.program import Slot
 
 # Where a leaf begins to vary; leaves not listed are known per (b, h). A row and a column value meet in an element.
@@ -33,6 +34,8 @@ LEAF_TEXT = {
 }
 # Indices whose range the host knows before the launch: it checks the size of the dimension instead of a clamp here.
 HOST_CHECKED = frozenset(("b", "h", "kv_h", "q_idx", "kv_idx"))
+COMMENT_LENGTH = 72
+MAX_NESTING = 60  # operations printed one inside of the other; clang takes 256 brackets
 NARROW_LIMIT = 2**30  # jg::narrow saturates here: sums with positions (< 2**28) still fit an int
 
 
@@ -101,18 +104,18 @@ class Unit:
 
     def comment(self, node: Expr) -> str:
         """The user's form of an expression, short enough for one line."""
-        text = to_text(node, self.slot_names)
-        text = text[1:-1] if text.startswith("(") and text.endswith(")") and _outer_pair(text) else text
-        return text if len(text) <= 72 else text[:69] + "..."
+        text = to_text(node, self.slot_names, 2 * COMMENT_LENGTH)
+        if text.startswith("("):  # around all of a sum, a comparison and the like
+            text = text[1:].removesuffix(")")
+        return text if len(text) <= COMMENT_LENGTH else f"{text[: COMMENT_LENGTH - 3]}..."
 
 
-def _outer_pair(text: str) -> bool:
-    depth = 0
-    for i, c in enumerate(text):
-        depth += (c == "(") - (c == ")")
-        if depth == 0:
-            return i == len(text) - 1
-    return False
+def _nested(roots: Sequence[Expr]) -> set[Expr]:
+    """Values to be named although they are used once: compilers take a limited number of brackets in brackets."""
+    height: dict[Expr, int] = {}
+    for node in walk(*roots):
+        height[node] = 1 + max((height[a] for a in node.args), default=0)
+    return {node for node, h in height.items() if h % MAX_NESTING == 0}
 
 
 def join_levels(levels: set[str]) -> str:
@@ -131,6 +134,7 @@ class Lowering:
         self.unit, self.ranges, self.blocks, self.levels, self.roots = unit, unit.ranges, dict(blocks), levels, roots
         self.print_op = print_op
         self.users = Counter(a for n in walk(*roots) for a in n.args)
+        self.nested = _nested(roots)
         self.leaves = dict(LEAF_TEXT)
         self.host_checked = HOST_CHECKED
         self.given: dict[Expr, Term] = {}  # values that the function is passed
@@ -196,7 +200,7 @@ class Lowering:
         if found is not None:
             return found
         value = self.print_op(self, node, at, narrow)
-        if self.users[node] < 2 or narrow or not self.is_worth_a_name(node):
+        if narrow or not (node in self.nested or (self.users[node] > 1 and self.is_worth_a_name(node))):
             return value
         return at.add_local((node, False), value.ctype, self.suggest(node), value.text)
 

@@ -81,14 +81,24 @@ def outer_factor(root: Expr, level_of: LevelOf) -> tuple[Expr, Expr]:
 def divided(root: Expr, scaled: Expr, logit: Expr, inverse: Expr) -> Expr | None:
     """``root * inverse`` where ``scaled`` occurs as a term of a sum only, and becomes ``logit``: a bias costs one fused
     multiply-add an element then. None where it occurs otherwise."""
-    if root is scaled:
-        return logit
-    if "score" not in root.deps:
-        return ir.make("mul", root, inverse)
-    if root.op not in ("add", "sub", "where") or (root.op == "where" and "score" in root.args[0].deps):
-        return None
-    parts = [a if a.dtype == "bool" else divided(a, scaled, logit, inverse) for a in root.args]
-    return None if any(p is None for p in parts) else ir.make(root.op, *parts)  # type: ignore[arg-type]
+    done: dict[Expr, Expr | None] = {}  # what is shared is divided once
+
+    def of(node: Expr) -> Expr | None:
+        if node not in done:
+            done[node] = quotient(node)
+        return done[node]
+
+    def quotient(node: Expr) -> Expr | None:
+        if node is scaled:
+            return logit
+        if "score" not in node.deps:
+            return ir.make("mul", node, inverse)
+        if node.op not in ("add", "sub", "where") or (node.op == "where" and "score" in node.args[0].deps):
+            return None
+        parts = [a if a.dtype == "bool" else of(a) for a in node.args]
+        return None if any(p is None for p in parts) else ir.make(node.op, *parts)  # type: ignore[arg-type]
+
+    return of(root)
 
 
 def _split_cast(lin: Expr, level_of: LevelOf) -> Expr | None:

@@ -61,10 +61,17 @@ def _path(name: str) -> Path | None:
     given = _text(name)
     if given is None:
         return None
-    path = Path(given).expanduser()
+    path = _expanded(name, given)
     if not path.is_absolute():
         raise EnvError(f"{name}={given!r} is a relative path. Use an absolute one: it must not depend on where you start.")
     return path
+
+
+def _expanded(name: str, given: str) -> Path:
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        raise EnvError(f"{name}={given!r} begins with a home directory that is not known. Write the path in full.") from None
 
 
 def cache_dir() -> Path | None:
@@ -89,7 +96,7 @@ def is_frozen() -> bool:
 def prebuilt_dirs() -> tuple[Path, ...]:
     """Directories of prebuilt kernels, in look-up order."""
     given = _text("JITGEN_PREBUILT")
-    return tuple(Path(part).expanduser() for part in given.split(os.pathsep) if part) if given else ()
+    return tuple(_expanded("JITGEN_PREBUILT", part) for part in given.split(os.pathsep) if part) if given else ()
 
 
 def record() -> Path | None:

@@ -7,10 +7,21 @@ Errors about an input also derive from the built-in class a user would expect to
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class JitgenError(Exception):
     """Base of all errors of jitgen."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it is, whatever its class asks for to be made: errors of worker processes are pickled on their way."""
+        return _made_again, (type(self), self.args, self.__dict__)
+
+
+def _made_again(kind: type[JitgenError], args: tuple[Any, ...], facts: dict[str, Any]) -> JitgenError:
+    made = kind.__new__(kind, *args)
+    made.__dict__.update(facts)
+    return made
 
 
 class InvalidValue(JitgenError, ValueError):

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from jitgen.deep import goes_deep
 from jitgen.errors import ShapeMismatch, UnsupportedDtype, UnsupportedVariant, VariantError
 from jitgen.program import Program, all_roots, reads_pages
 from jitgen.spec import FP8_DTYPE, FP8_OUT_DTYPES, MLA_DIMS, MLA_FAMILIES, KernelSpec, Tiles
@@ -99,6 +100,7 @@ def prefill_family(device: torch.device, layout: str, page_size: int | None, max
     return "sm90" if is_hopper and boxes and (max_kv_len or 0) < MAX_SM90_KEYS else "sm80"
 
 
+@goes_deep
 def cuda_spec(
     program: Program,
     dtype: str,

@@ -10,10 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from jitgen.ir import INT32_MAX, INT32_MIN, Expr
+from jitgen.ir import INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN, Expr, walk
 from jitgen.records import record
-
-INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 
 @record
@@ -152,13 +150,19 @@ _PYTHON = {
     "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "eq": "==", "ne": "!=", "lt": "<",
     "le": "<=", "and": "and", "or": "or", "bitand": "&", "bitor": "|", "bitxor": "^",
 }  # fmt: skip
+MAX_PRINTED = 64  # operations of a condition
 _CALLS = {"not": "not ", "neg": "-", "bitnot": "~", "abs": "abs", "min": "min", "max": "max"}
 
 
-def is_printable(e: Expr) -> bool:
-    """Whether a condition on captured scalars can be re-evaluated by the check."""
-    own = e.op in _PYTHON or e.op in _CALLS or e.op in ("const", "scalar", "lin") or (e.op == "cast" and e.dtype != "bool")
-    return own and all(is_printable(a) for a in e.args)
+def is_printable(condition: Expr) -> bool:
+    """Whether a condition on captured scalars can be re-evaluated by the check, and its text is short."""
+    length: dict[Expr, int] = {}  # of the text, in operations: shared ones stand there each time
+    for e in walk(condition):
+        is_plain = e.op in _PYTHON or e.op in _CALLS or e.op in ("const", "scalar", "lin")
+        if not is_plain and (e.op != "cast" or e.dtype == "bool"):
+            return False
+        length[e] = 1 + sum(length[a] for a in e.args)
+    return length[condition] <= MAX_PRINTED
 
 
 def python_text(e: Expr, read: Callable[[int], str]) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from jitgen import ir
 from jitgen.captures import Capture, Captures
+from jitgen.deep import goes_deep
 from jitgen.errors import VariantError
 from jitgen.guards import Path
 from jitgen.ir import Expr
@@ -162,6 +163,7 @@ def converted(returned: object, dtype: str, label: str, code: CodeType | None) -
 # ---- all hooks ----------------------------------------------------------------------------------------------------------
 
 
+@goes_deep
 def trace_hooks(hooks: Sequence[Any], bound: Mapping[str, object]) -> Trace:
     """Trace the hooks of a variant, given in the order of HOOKS.
 
@@ -258,15 +260,7 @@ def with_slots(program: Program, found: Sequence[Capture]) -> tuple[Program, lis
     for node in ir.walk(*roots):
         if node.op in ("scalar", "load"):
             number.setdefault(int(str(node.attr)), len(number))
-    done: dict[Expr, Expr] = {}
-    for node in ir.walk(*roots):
-        args = tuple(done[a] for a in node.args)
-        if node.op == "scalar":
-            done[node] = ir.scalar(number[int(str(node.attr))], node.dtype)
-        elif node.op == "load":
-            done[node] = ir.load(number[int(str(node.attr))], node.dtype, args)
-        else:
-            done[node] = node if args == node.args else ir.remake(node, args)
+    done = ir.renumbered(roots, number)
 
     def new(e: Expr | None) -> Expr | None:
         return None if e is None else done[e]

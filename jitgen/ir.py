@@ -8,142 +8,37 @@ same in every process.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import struct
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from jitgen.ir_ops import OPS, PAGE_OPS, ROW_LOCAL, ROW_OPS, Op
+from jitgen.ir_nodes import (
+    FALSE,
+    INDEX_DTYPE,
+    INT32_MAX,
+    INT32_MIN,
+    INT64_MAX,
+    INT64_MIN,
+    INT_DTYPES,
+    PACKED,
+    TRUE,
+    Expr,
+    const,
+    index,
+    intern,
+    load,
+    scalar,
+    serialize,
+    state,
+    walk,
+)
+from jitgen.ir_ops import OPS, Op
 
+__all__ = [
+    "FALSE", "INDEX_DTYPE", "INT32_MAX", "INT32_MIN", "INT64_MAX", "INT64_MIN", "INT_DTYPES", "PACKED", "TRUE", "Expr", "cast",
+    "const", "index", "load", "make", "make_lin", "promote", "rebuild", "remake", "renumbered", "rotated", "scalar",
+    "serialize", "state", "walk",
+]  # fmt: skip
 RANK = {"bool": 0, "i32": 1, "i64": 2, "f32": 3}
-INT_DTYPES = ("i32", "i64")
-INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
-
-# Where the rows of a request lie among those of all: its first row in q, what is to be added to q_idx for a row's own number,
-# and its first row in ragged k.
-PACKED = ("q_off", "q_first", "kv_off")
-# Index leaves and their types. `score`, `o`, `lse` and `x` are the values a hook receives; `d` is the position in the head dim.
-# Those of the last line stand for what was taken out of a score or a mask: see emit_early.py and emit_bits.py.
-INDEX_DTYPE = {
-    **dict.fromkeys(("b", "h", "q_idx", "kv_idx", "kv_h", "q_len", "kv_len", "ctx_len", "d"), "i32"),
-    **dict.fromkeys(("num_q_heads", "num_kv_heads", "head_dim_v", *PACKED), "i32"),
-    **dict.fromkeys(("score", "scale", "o", "lse", "x", "cumsum"), "f32"),
-    **dict.fromkeys(("relative", "step", "start", "copied"), "f32"), **dict.fromkeys(("distance", "found"), "i32"),
-}
-
-
-class Expr:
-    """One IR node. Compared and hashed by identity: equal content means the same object."""
-
-    __slots__ = ("__weakref__", "_deps", "args", "attr", "dtype", "key", "op")
-
-    def __init__(self, op: str, args: tuple[Expr, ...], attr: object, dtype: str, key: bytes) -> None:
-        self.op, self.args, self.attr, self.dtype, self.key = op, args, attr, dtype, key
-        self._deps: frozenset[str] | None = None
-
-    @property
-    def deps(self) -> frozenset[str]:
-        """Names of the index leaves this value depends on (captures are not listed)."""
-        if self._deps is None:
-            own = frozenset((str(self.attr),)) if self.op in ("index", "state") else frozenset()
-            if self.op in ROW_OPS:  # a reduction consumes what varies along its row
-                own = frozenset(("row",))
-                inner: frozenset[str] = frozenset().union(*(a.deps for a in self.args)) - ROW_LOCAL[self.op]
-            else:
-                inner = frozenset().union(*(a.deps for a in self.args))
-            self._deps = own | inner
-        return self._deps
-
-    @property
-    def is_const(self) -> bool:
-        return self.op == "const"
-
-    @property
-    def is_int(self) -> bool:
-        return self.dtype in INT_DTYPES
-
-    def __repr__(self) -> str:
-        return to_text(self)
-
-
-_table: dict[tuple[object, ...], Expr] = {}
-_table_lock = threading.Lock()
-
-
-def _attr_bytes(attr: object) -> bytes:
-    """Unambiguous bytes of a node attribute: type-tagged and length-prefixed, the same in every process."""
-    if isinstance(attr, tuple):
-        parts = [_attr_bytes(a) for a in attr]
-        return b"t%d:" % len(parts) + b"".join(b"%d:" % len(p) + p for p in parts)
-    if isinstance(attr, bool):
-        return b"b1" if attr else b"b0"
-    if isinstance(attr, int):
-        return b"i%d" % attr
-    if isinstance(attr, float):
-        return b"f" + struct.pack("<d", attr)
-    if isinstance(attr, str):
-        return b"s" + attr.encode()
-    if attr is None:
-        return b"n"
-    raise TypeError(f"IR attribute {attr!r} of type {type(attr).__name__} has no stable bytes")
-
-
-def _intern(op: str, args: tuple[Expr, ...], attr: object, dtype: str) -> Expr:
-    tag = _attr_bytes(attr)  # not attr itself: True == 1 == 1.0 in Python
-    ident = (op, args, tag, dtype)
-    node = _table.get(ident)
-    if node is None:
-        digest = hashlib.sha256(b"|".join((op.encode(), dtype.encode(), tag, *(a.key for a in args)))).digest()
-        with _table_lock:
-            node = _table.setdefault(ident, Expr(op, args, attr, dtype, digest))
-    return node
-
-
-# ---- leaves -------------------------------------------------------------------------------------------------------------
-
-
-def const(value: bool | int | float, dtype: str | None = None) -> Expr:
-    """Literal. A Python int is i32 when it fits, else i64; a float is f32."""
-    if dtype is None:
-        if isinstance(value, bool):
-            dtype = "bool"
-        elif isinstance(value, int):
-            dtype = "i32" if INT32_MIN <= value <= INT32_MAX else "i64"
-        else:
-            dtype = "f32"
-    value = {"bool": bool, "i32": int, "i64": int, "f32": float}[dtype](value)
-    if dtype == "f32" and math.isnan(value):
-        value = math.nan  # one NaN, whatever its payload
-    return _intern("const", (), value, dtype)
-
-
-def index(name: str) -> Expr:
-    """A position or a context value by name (see INDEX_DTYPE)."""
-    return _intern("index", (), name, INDEX_DTYPE[name])
-
-
-def state(name: str) -> Expr:
-    """A named running value of a softmax replacement."""
-    return _intern("state", (), name, "f32")
-
-
-def scalar(slot: int, dtype: str) -> Expr:
-    """A captured scalar, read from the launch arguments."""
-    return _intern("scalar", (), slot, dtype)
-
-
-def load(slot: int, dtype: str, indices: Sequence[Expr]) -> Expr:
-    """One element of a captured tensor; ``dtype`` is the IR type the element is widened to."""
-    return _intern("load", tuple(indices), slot, dtype)
-
-
-def rotated(x: Expr, position: Expr) -> Expr:
-    """An element of a row after the rotation of the row by a position; which rotation is said outside of the IR."""
-    return _intern("rotate", (cast(x, "f32"), position), None, "f32")
-
-
-TRUE, FALSE = const(True), const(False)
 
 
 # ---- types --------------------------------------------------------------------------------------------------------------
@@ -167,7 +62,12 @@ def cast(x: Expr, dtype: str) -> Expr:
     if x.op == "lin" and dtype == "i64":
         const_part, coeffs = x.attr
         return make_lin(const_part, [(c, cast(a, "i64")) for c, a in zip(coeffs, x.args, strict=True)], "i64")
-    return _intern("cast", (x,), dtype, dtype)
+    return intern("cast", (x,), dtype, dtype)
+
+
+def rotated(x: Expr, position: Expr) -> Expr:
+    """An element of a row after the rotation of the row by a position; which rotation is said outside of the IR."""
+    return intern("rotate", (cast(x, "f32"), position), None, "f32")
 
 
 # ---- integer linear combinations ------------------------------------------------------------------------------------------
@@ -189,11 +89,14 @@ def make_lin(constant: int, terms: Sequence[tuple[int, Expr]], dtype: str) -> Ex
         term = cast(term, dtype) if term.op != "lin" else term
         merged[term] = merged.get(term, 0) + coeff
     kept = sorted(((t, c) for t, c in merged.items() if c != 0), key=lambda tc: tc[0].key)
+    large = [n for n in (constant, *(c for _, c in kept)) if not INT64_MIN <= n <= INT64_MAX]
+    if large:
+        raise TypeError(f"the integer {large[0]}, into which constants are combined, does not fit 64 bits: use a float")
     if not kept:
         return const(constant, dtype)
     if constant == 0 and len(kept) == 1 and kept[0][1] == 1:
         return kept[0][0]
-    return _intern("lin", tuple(t for t, _ in kept), (constant, tuple(c for _, c in kept)), dtype)
+    return intern("lin", tuple(t for t, _ in kept), (constant, tuple(c for _, c in kept)), dtype)
 
 
 def _combine(a: Expr, b: Expr, sign: int, dtype: str) -> Expr:
@@ -229,7 +132,7 @@ def make(op: str, *args: Expr) -> Expr:
         return simple
     if row.commutative:
         args = tuple(sorted(args, key=lambda a: a.key))
-    return _intern(op, args, None, dtype)
+    return intern(op, args, None, dtype)
 
 
 def _typed(op: str, row: Op, args: tuple[Expr, ...]) -> tuple[tuple[Expr, ...], str]:
@@ -346,20 +249,6 @@ def _negated(x: Expr) -> Expr | None:
 # ---- walking --------------------------------------------------------------------------------------------------------------
 
 
-def walk(*roots: Expr | None) -> Iterator[Expr]:
-    """Every node once, operands before users, in a fixed order."""
-    seen: set[int] = set()
-    stack: list[tuple[Expr, bool]] = [(r, False) for r in reversed(roots) if r is not None]
-    while stack:
-        node, ready = stack.pop()
-        if ready:
-            yield node
-        elif id(node) not in seen:
-            seen.add(id(node))
-            stack.append((node, True))
-            stack.extend((a, False) for a in reversed(node.args) if id(a) not in seen)
-
-
 def rebuild(root: Expr, leaf: Callable[[Expr], Expr | None]) -> Expr:
     """Copy of ``root`` with every node for which ``leaf`` returns a replacement exchanged; the rest is re-canonicalised. What
     is only below exchanged nodes is not looked at."""
@@ -399,52 +288,15 @@ def remake(node: Expr, args: tuple[Expr, ...]) -> Expr:
     return make(node.op, *args)
 
 
-def serialize(roots: Sequence[Expr | None]) -> bytes:
-    """Canonical bytes of several expressions; equal bytes mean equal meaning."""
-    return b"".join(b"-" * 32 if r is None else r.key for r in roots)
-
-
-_INFIX = {
-    "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "eq": "==", "ne": "!=", "lt": "<",
-    "le": "<=", "and": "and", "or": "or", "bitand": "&", "bitor": "|", "bitxor": "^", "shl": "<<", "shr": ">>",
-}  # fmt: skip
-
-
-def to_text(node: Expr, names: Sequence[str] = ()) -> str:
-    """Readable infix form, for messages, ``jitgen show`` and tests. ``names`` are the captures' names by slot."""
-
-    def name_of(slot: object) -> str:
-        return names[int(str(slot))] if int(str(slot)) < len(names) else f"a{slot}"
-
-    def text(n: Expr) -> str:
-        if n.op == "const":
-            return repr(n.attr)
-        if n.op in ("index", "state"):
-            return str(n.attr)
-        if n.op == "scalar":
-            return name_of(n.attr)
-        if n.op == "load":
-            return f"{name_of(n.attr)}[{', '.join(text(a) for a in n.args)}]"
-        if n.op == "lin":
-            return _lin_text(n, text)
-        if n.op in PAGE_OPS:
-            return n.op
-        if n.op == "cast":
-            return f"{n.dtype}({text(n.args[0])})"
-        if n.op in _INFIX:
-            return f"({text(n.args[0])} {_INFIX[n.op]} {text(n.args[1])})"
-        return f"{n.op}({', '.join(text(a) for a in n.args)})"
-
-    return text(node)
-
-
-def _lin_text(n: Expr, text: Callable[[Expr], str]) -> str:
-    constant, coeffs = n.attr
-    positive_first = sorted(zip(coeffs, n.args, strict=True), key=lambda ca: ca[0] < 0)
-    out = ""
-    for c, a in positive_first:
-        factor = "" if abs(c) == 1 else f"{abs(c)} * "
-        out += (f" {'-' if c < 0 else '+'} " if out else "-" if c < 0 else "") + factor + text(a)
-    if constant:
-        out += f" {'-' if constant < 0 else '+'} {abs(constant)}"
-    return f"({out})"
+def renumbered(roots: Sequence[Expr | None], number: Mapping[int, int]) -> dict[Expr, Expr]:
+    """Every node of ``roots`` as it is where capture i has the slot ``number[i]``."""
+    done: dict[Expr, Expr] = {}
+    for node in walk(*roots):
+        args = tuple(done[a] for a in node.args)
+        if node.op == "scalar":
+            done[node] = scalar(number[int(str(node.attr))], node.dtype)
+        elif node.op == "load":
+            done[node] = load(number[int(str(node.attr))], node.dtype, args)
+        else:
+            done[node] = node if args == node.args else remake(node, args)
+    return done

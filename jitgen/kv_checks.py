@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from jitgen.checks import dtype_name
+from jitgen.checks import check_memory, dtype_name
 from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.ir import walk
 from jitgen.kv_hooks import TransformTrace
@@ -58,6 +58,7 @@ def check_cache(name: str, x: Tensor, cache: Tensor, k: Tensor) -> None:
     for what, t in ((name, x), (f"the {name} cache", cache)):
         if t.device != k.device:
             raise UnsupportedDevice(f"{what} is on {t.device}, k is on {k.device}. All must be on one device.")
+    check_memory(**{f"the {name} cache": cache})
     check_own_rows(cache, f"the {name} cache")
     if cache.stride(3) != 1 and cache.shape[3] > 1:
         raise ShapeMismatch(f"the {name} cache has strides {cache.stride()}, expected unit stride along the head dim.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jitgen import ir
-from jitgen.emit import capture_fields
+from jitgen.emit_hooks import capture_fields
 from jitgen.emit_lower import Unit
 from jitgen.emit_norm import RowLowering
 from jitgen.emit_split import split_floats

@@ -21,11 +21,10 @@ from jitgen.rotary import Rope
 from jitgen.row_hooks import POSITION, row_arguments, split_rotation, trace_row
 from jitgen.signatures import check_parameters, code_of, name_of, trace_key
 from jitgen.symbols import Sym
-from jitgen.trace import trace_lock
+from jitgen.trace import keep_trace, trace_lock
 
 Transform = Callable[..., Any]
 PARAMETERS = ("k", "v", "b", "kv_h", "pos")
-MAX_TRACES = 64
 OTHER = "x"  # in the IR: an element of the other row
 
 
@@ -63,10 +62,7 @@ def resolve_transform(transform: Transform | None) -> tuple[TransformTrace, list
     values = trace.check(transform, {})
     if values is None:
         raise VariantError("the transform changed a value that it captures while it was traced. Transforms must be pure.")
-    with trace_lock:
-        kept = _traces.setdefault(key, [])
-        kept.append(trace)
-        del kept[:-MAX_TRACES]
+    keep_trace(_traces, key, trace)
     return trace, values
 
 

@@ -15,7 +15,7 @@ from jitgen import runtime
 from jitgen.abi import divisor_words, pack_format
 from jitgen.checks import dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDevice
-from jitgen.kv_hooks import NO_TRANSFORM, RowProgram, TransformTrace
+from jitgen.kv_hooks import NO_TRANSFORM, TransformTrace
 from jitgen.kv_spec import (
     MAX_PAIRS,
     SIZE_OF,
@@ -28,7 +28,7 @@ from jitgen.kv_spec import (
     widest_access,
 )
 from jitgen.kv_tokens import Tokens
-from jitgen.program import Program
+from jitgen.program import Program, RowProgram
 from jitgen.rotary import Rope
 from jitgen.streams import cuda_index, start, stream_of
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
@@ -38,6 +38,7 @@ _NO_PROGRAM = RowProgram()
 # Heads that a team of lanes goes through, so that angles are computed once for all of them; fewer where a launch has few
 # tokens, so that all multiprocessors have work.
 MOST_HEADS, BUSY_LANES = 8, 132 * 1024
+MAX_FOUND = 1024  # ways to a kernel that are remembered: a new rotation, or transform, is another
 
 
 @dataclass(slots=True)
@@ -70,7 +71,6 @@ class Stream:
     def in_rows(cls, name: str, x: Tensor, written: Tensor, rope: Rope) -> Stream:
         """Rows that are written as they are numbered."""
         return cls(name, x, written, written.data_ptr(), (0, *written.stride()[:2]), rope)
-
 
     @classmethod
     def gathered(cls, name: str, x: Tensor, written: Tensor, program: RowProgram) -> Stream:
@@ -139,6 +139,8 @@ def _get_kernel(
         spec = RowsSpec(specs, places, _target_of(device), trace.slots)
         if sum(r.rotary_dim for r in spec.rotations if not r.table) > 2 * MAX_PAIRS:
             raise ShapeMismatch(f"rotations of more than {2 * MAX_PAIRS} elements in one call. Use a cos_sin table.")
+        if len(_table.found) >= MAX_FOUND:
+            _table.found.clear()
         found = _table.found[key] = (_load(spec), trace)  # keeps the trace, so its id stays its own
     return found[0]
 
@@ -201,17 +203,24 @@ class RowsCall:
     trace: TransformTrace | Program  # whose slots the captures have
     device: torch.device
 
-    def run(self, tokens: Sequence[int], streams: Sequence[tuple[int, int, int, float]], values: Sequence[object]) -> None:
+    def run(
+        self,
+        tokens: Sequence[int],
+        streams: Sequence[tuple[int, int, int, float]],
+        values: Sequence[object],
+        turns: bytes | None = None,
+    ) -> None:
         """Start the kernel on the current stream.
 
         ``tokens``: the pointers of TOKEN_ARGS. ``streams``: addresses of rows, of where they go, of scales, and the scale.
+        ``turns``: in place of those that the call was prepared with.
         """
         index = cuda_index(self.device)
         words: list[object] = [*tokens, *self.numbers, stream_of(index), torch.get_num_threads() if index is None else 0]
         for own, rows in zip(streams, self.rows, strict=True):
             words += own
             words += rows
-        packed = self.pack(*words) + self.turns
+        packed = self.pack(*words) + (self.turns if turns is None else turns)
         if values:
             packed += self.pack_captures(*runtime.capture_words(self.trace, list(values)))  # type: ignore[arg-type]
         start(self.kernel, index, packed)

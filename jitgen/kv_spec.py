@@ -10,7 +10,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from jitgen.abi import DIVISOR_ARGS, ArgField, pack_format, pointer
-from jitgen.ir import Expr, _attr_bytes
+from jitgen.deep import goes_deep
+from jitgen.ir import Expr
+from jitgen.ir_nodes import attr_bytes
 from jitgen.program import Slot, reads_pages
 from jitgen.records import record
 from jitgen.target import CompileTarget
@@ -118,7 +120,7 @@ class RowsSpec:
     def digest(self) -> str:
         """Identity of the spec under one generator."""
         slots = tuple(s.signature() for s in self.slots)
-        return hashlib.sha256(_attr_bytes((self.places, slots, *(s.shape() for s in self.streams)))).hexdigest()[:32]
+        return hashlib.sha256(attr_bytes((self.places, slots, *(s.shape() for s in self.streams)))).hexdigest()[:32]
 
     @property
     def family(self) -> str:
@@ -263,6 +265,7 @@ class RowsContext:
     blocks_per_processor: int
 
 
+@goes_deep
 def render_rows(spec: RowsSpec) -> Source:
     """Generate the translation unit of ``spec``.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jitgen.checks import as_int32, check_is_tensor, check_memory, dtype_name
+from jitgen.checks import address_of, as_int32, check_is_tensor, check_memory, dtype_name
 from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.kv_spec import FLOATS, MAX_HEAD_DIM
 from jitgen.serving_lists import check_indices
@@ -82,12 +82,12 @@ Form = tuple[object, ...] | None
 
 def form_of(t: Tensor | None) -> Form:
     """Everything about a tensor that checks, strides and the choice of a kernel depend on."""
-    return None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad and torch.is_grad_enabled())
+    return None if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad and torch.is_grad_enabled())
 
 
 def low_bits(*tensors: Tensor | None) -> tuple[int, ...]:
-    """How addresses are aligned, which decides how wide an access may be."""
-    return tuple([0 if t is None else t.data_ptr() & 63 for t in tensors])
+    """How addresses are aligned, which decides how wide an access may be; -1 without memory, which no prepared call has."""
+    return tuple([0 if t is None else -1 if not (at := address_of(t)) else at & 63 for t in tensors])
 
 
 def token_indices(name: str, t: Tensor, count: int, device: torch.device) -> Tensor:

@@ -28,7 +28,7 @@ from torch._dynamo.variables.functions import (
 )
 
 from jitgen import recipes
-from jitgen.captures import PLAIN_TENSORS, is_library
+from jitgen.captured_kinds import PLAIN_TENSORS, is_library, is_opaque
 from jitgen.errors import JitgenError
 from jitgen.guards import Path
 from jitgen.recipes import Leaves, Recipe
@@ -38,6 +38,7 @@ from jitgen.variant import Variant, hooks_of, trace_of
 Tracker = Any
 Reads = dict[tuple[str, object], Any]  # attributes and items that are read, nested
 _FUNCTIONS = (UserFunctionVariable, NestedUserFunctionVariable)
+_OF_SIGNATURE = {"__signature__", "__wrapped__"}  # attributes of functions that say what may be given to them, and no more
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -106,7 +107,8 @@ class Lift:
         if isinstance(tracker, UserFunctionVariable):
             if is_library(tracker.fn.__globals__.get("__name__")):
                 return recipes.constant(tracker.fn)
-            if tracker.fn.__dict__:
+            attributes = dict(tracker.fn.__dict__)
+            if not attributes.keys() <= _OF_SIGNATURE:
                 raise CannotLift(f"the function '{code.co_name}', which has attributes of its own")
             scope = tracker.fn.__globals__
             defaults, kwdefaults, closure = (
@@ -115,12 +117,13 @@ class Lift:
             )
         else:
             scope, defaults, kwdefaults, closure = tracker.f_globals, tracker.defaults, tracker.kwdefaults, tracker.closure
+            attributes = {}
         cells = [] if closure is None else [self._contents(cell) for cell in closure.items]
         at = reads.get(("attr", "__closure__"), {})
         inside = [at.get(("item", i), {}).get(("attr", "cell_contents")) for i in range(len(cells))]
         return recipes.function(
             code, scope, self._optional(defaults, reads, "__defaults__"), self._optional(kwdefaults, reads, "__kwdefaults__"),
-            [self.recipe(cell, read) for cell, read in zip(cells, inside, strict=True)],
+            [self.recipe(cell, read) for cell, read in zip(cells, inside, strict=True)], attributes,
         )  # fmt: skip
 
     def _optional(self, tracker: Tracker | None, reads: Reads, name: str) -> Recipe:
@@ -154,8 +157,7 @@ class Lift:
         if issubclass(cls, tuple) and hasattr(cls, "_fields"):
             fields = [self.recipe(self._get(tracker, name), reads.get(("item", i))) for i, name in enumerate(cls._fields)]
             return recipes.sequence(cls._make, fields)  # type: ignore[attr-defined]
-        is_opaque = is_library(cls.__module__) and not isinstance(tracker.value, torch.nn.Module | types.SimpleNamespace)
-        if is_opaque or issubclass(cls, enum.Enum):
+        if is_opaque(tracker.value) or issubclass(cls, enum.Enum):
             if made_here:
                 raise CannotLift(f"a {cls.__name__} made in the compiled function")
             _guard_identity(tracker)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import os
 import sys
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
@@ -11,7 +12,7 @@ from typing import NoReturn
 from jitgen.errors import UnsupportedVariant
 
 BOUNDARY = "_call_user"  # name of the tracer's function below which frames belong to the hook being traced
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 def _is_user_file(filename: str) -> bool:

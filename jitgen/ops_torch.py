@@ -166,10 +166,13 @@ def _new_ones(value: int) -> Callable[..., object]:
     return handler
 
 
-def _item(x: Sym) -> object:
-    if x.expr.deps:
+def _item(x: object) -> object:
+    elements = _elements(x)
+    if len(elements) != 1:
+        refuse(f".item() of a row of {len(elements)} values, expected one. Index it.")
+    if elements[0].deps:
         refuse(".item() of a traced value, which is known only in the kernel. Keep it as it is.")
-    return x
+    return Sym(elements[0])
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------------------
@@ -343,8 +346,7 @@ def _fill_rows() -> None:
     _register("layer_norm", _layer_norm, method=False)
     _register("normalize", _normalize, method=False)
     _register("stack hstack cat concat", _stack, method=False)
-    _register("row_max row_sum row_cumsum", _row_op("row_max"), function=False)
-    for name in ("row_sum", "row_cumsum"):
+    for name in ("row_max", "row_sum", "row_cumsum"):
         _register(name, _row_op(name), function=False)
 
 

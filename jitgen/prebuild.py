@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jitgen import paths
 from jitgen.cache.layer import STAMP, make_readable, make_stamp
 from jitgen.cache.trust import check_trusted
-from jitgen.errors import CacheError, ManifestError
+from jitgen.errors import CacheError, InvalidValue, ManifestError
 from jitgen.manifest import Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def build(
     Errors:  ManifestError, UnsupportedVariant; CacheError when ``out`` cannot be written or belongs to another user.
     Cost:    a few seconds per kernel and core; each process imports torch once.
     """
+    if jobs is not None and jobs < 1:
+        raise InvalidValue(f"jobs is {jobs}, expected a positive number of processes, or None for one on each core.")
     begun = time.monotonic()
     units = plan(manifests, archs=archs, shard=shard)
     root = _layer_directory(Path(out).resolve())

@@ -9,7 +9,8 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from jitgen.errors import ShapeMismatch
-from jitgen.ir import Expr, _attr_bytes, serialize, walk
+from jitgen.ir import Expr, serialize, walk
+from jitgen.ir_nodes import attr_bytes
 from jitgen.ir_ops import PAGE_OPS
 from jitgen.records import record
 
@@ -161,7 +162,7 @@ class Program:
             head += (self.norm.state_names, self.norm.state_init, self.norm.order)
         if self.rows is not None:
             head += (self.rows.kinds(),)
-        return hashlib.sha256(_attr_bytes(head) + serialize(all_roots(self))).hexdigest()[:32]
+        return hashlib.sha256(attr_bytes(head) + serialize(all_roots(self))).hexdigest()[:32]
 
 
 @lru_cache(maxsize=256)

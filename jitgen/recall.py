@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from jitgen.checks import check_memory
 from jitgen.errors import UnsupportedDevice
-from jitgen.looks import looks_of
+from jitgen.looks import can_be_asked, looks_of
 from jitgen.program import check_numbers, number_indices, too_short
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ class RecentCall:
     """The last call with some options: one whose tensors look like its own lacks nothing but addresses and numbers.
 
     ``looks_same`` compares q, k and v, then the captured tensors. It is None until the call has come a second time: it costs a
-    microsecond to make, and lengths may differ at every step.
+    microsecond to make, and lengths may differ at every step. Once others can see the object it does not change: a thread may
+    ask it while another one notes a call that looks different.
     """
 
     __slots__ = ("_has_numbers", "_places", "_tensors_of", "_words", "call", "looks_same")
@@ -49,7 +51,7 @@ class RecentCall:
 
     def is_like(self, q: Tensor, k: Tensor, v: Tensor, values: list[object]) -> bool:
         """Whether this is the call for these tensors and values."""
-        if self.looks_same is None:
+        if self.looks_same is None or not can_be_asked(q, k, v):
             return False
         if self._tensors_of is None:
             return self.looks_same(q, k, v)
@@ -84,5 +86,6 @@ def capture_words(call: PreparedCall, values: list[object], device: torch.device
         for dim, least, index in sizes:
             if shape[dim] < least:
                 raise too_short(name, dim, shape[dim], index, least)
+        check_memory(**{f"captured tensor '{name}'": value})  # type: ignore[arg-type]
         words += value.data_ptr(), *shape, *value.stride()  # type: ignore[attr-defined]
     return words

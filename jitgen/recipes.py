@@ -54,14 +54,16 @@ def mapping(items: Mapping[Any, Recipe]) -> Recipe:
 
 
 def function(
-    code: types.CodeType, scope: dict[str, Any], defaults: Recipe, kwdefaults: Recipe, cells: Sequence[Recipe]
-) -> Recipe:
-    """A plain function over the globals ``scope``."""
+    code: types.CodeType, scope: dict[str, Any], defaults: Recipe, kwdefaults: Recipe, cells: Sequence[Recipe],
+    attributes: Mapping[str, Any],
+) -> Recipe:  # fmt: skip
+    """A plain function over the globals ``scope``; ``attributes`` are given to it as they are."""
 
     def build(leaves: Leaves) -> types.FunctionType:
         closure = tuple([types.CellType(cell(leaves)) for cell in cells])
         made = types.FunctionType(code, scope, code.co_name, defaults(leaves), closure)
         made.__kwdefaults__ = kwdefaults(leaves)
+        made.__dict__.update(attributes)
         return made
 
     return build

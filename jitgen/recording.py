@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 from jitgen.errors import EnvError
-from jitgen.ir import to_text
+from jitgen.ir_text import to_text
 from jitgen.manifest import request_text
 from jitgen.portable import Call, pack
 from jitgen.program import Program
@@ -64,6 +64,6 @@ def _hook_lines(call: Call) -> list[str]:
         for hook in ("score", "mask", "sink", "output", "lse"):
             root = getattr(program, hook)
             if root is not None:
-                text = " ".join(to_text(root, names).split())
+                text = " ".join(to_text(root, names, 2 * MAX_EXPRESSION).split())
                 lines.append(f"{hook} = {text if len(text) <= MAX_EXPRESSION else text[: MAX_EXPRESSION - 3] + '...'}")
     return lines

@@ -51,8 +51,10 @@ def attention(
     Cost:    batch * num_q_heads * q_len * kv_len numbers of 8 bytes, a few times over.
     """
     from jitgen.api import resolve_hooks
+    from jitgen.variant import check_q_index
 
     program, values, own = resolve_hooks(variant, score_mod, mask_mod, sink)  # type: ignore[arg-type]
+    check_q_index(q_index)
     local = (q_index or own or "absolute") == "local"
     offset = 0 if local else k.shape[2] - q.shape[2]
     pages = None if page_table is None else (page_table, page_size)

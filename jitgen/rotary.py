@@ -182,15 +182,14 @@ def rope(
     targets = (None, None) if out is None else out
     where = positions if isinstance(positions, tuple | list) else (positions,)
     how: tuple[Any, ...] = (theta, scale, rotary_dim, interleave, llama31 and tuple(llama31))
-    table = 0 if cos_sin is None else cos_sin.data_ptr()
-    key = (how, table, low_bits(q, k, *targets), *[form_of(t) for t in (q, k, cos_sin, *targets, *where)])
+    key = (how, low_bits(q, k, *targets), *[form_of(t) for t in (q, k, cos_sin, *targets, *where)])
     found = _calls.get(key)
     if found is None:
         if len(_calls) >= MAX_CALLS:
             _calls.clear()
         turn = _rope_of(*how) if cos_sin is None else Rope(rotary_dim=rotary_dim, interleave=interleave, cos_sin=cos_sin)
         found = _calls[key] = _prepare(q, k, where, turn, targets)
-    return _run(found, q, k, where, targets)
+    return _run(found, q, k, where, targets, cos_sin)
 
 
 MAX_CALLS = 1024  # prepared, by everything but addresses and values
@@ -226,7 +225,9 @@ def _prepare(q: Tensor, k: Tensor | None, where: Any, turn: Rope, targets: Any) 
     return prepare_rows(streams, "rows", tokens, q.device), all(a is b for a, b in zip(used, where, strict=True))
 
 
-def _run(prepared: Any, q: Tensor, k: Tensor | None, where: Any, targets: Any) -> tuple[Tensor, Tensor | None]:
+def _run(
+    prepared: Any, q: Tensor, k: Tensor | None, where: Any, targets: Any, cos_sin: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     call, as_given = prepared
     results = []
     for x, target in zip((q, k), targets, strict=True):
@@ -242,11 +243,14 @@ def _run(prepared: Any, q: Tensor, k: Tensor | None, where: Any, targets: Any) -
         else:
             addresses = (0, 0, 0, where[0].data_ptr(), where[1].data_ptr(), 0, 0)
         rows = [(x.data_ptr(), r.data_ptr(), 0, 1.0) for x, r in zip((q, k), results, strict=True) if x is not None]  # type: ignore[union-attr]
-        call.run(addresses, rows, ())
+        table = None if cos_sin is None else struct.pack("Pqq", cos_sin.data_ptr(), cos_sin.shape[0], cos_sin.stride(0))
+        call.run(addresses, rows, (), table)  # the table of this call: prepared ones hold none
     return results[0], results[1]  # type: ignore[return-value]
 
 
 def _check_target(name: str, target: Tensor, x: Tensor) -> None:
+    from jitgen.layouts import check_own_rows
+
     if tuple(target.shape) != tuple(x.shape) or target.dtype != x.dtype:
         raise ShapeMismatch(
             f"out for {name} has shape {tuple(target.shape)} and dtype {target.dtype}, expected {tuple(x.shape)}, {x.dtype}."
@@ -255,3 +259,4 @@ def _check_target(name: str, target: Tensor, x: Tensor) -> None:
         raise UnsupportedDevice(f"out for {name} is on {target.device}, {name} is on {x.device}. Both must be on one device.")
     if target.stride(-1) != 1 and target.shape[-1] > 1:
         raise ShapeMismatch(f"out for {name} has strides {target.stride()}, expected unit stride along the head dim.")
+    check_own_rows(target, f"out for {name}")

@@ -6,6 +6,7 @@ import torch
 
 from jitgen.checks import as_int32, check_is_tensor, check_memory, dtype_name
 from jitgen.errors import GradNotSupported, InvalidType, InvalidValue, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.layouts import check_own_rows
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_VOCAB = 2**24  # counts are exact in float32 up to here
@@ -92,4 +93,5 @@ def check_output(
         raise UnsupportedDevice(f"{name} is on {out.device}, the rows are on {device}. Both must be on one device.")
     if out.numel() > 1 and out.stride(-1) != 1:
         raise ShapeMismatch(f"{name} has strides {out.stride()}, expected unit stride along the last axis.")
+    check_own_rows(out, name)
     return out

@@ -12,7 +12,7 @@ from typing import Any
 
 from jitgen import ir
 from jitgen.abi import ArgField
-from jitgen.emit import capture_fields
+from jitgen.emit_hooks import capture_fields
 from jitgen.emit_lower import Block, Lowering, Unit
 from jitgen.emit_split import split_floats
 from jitgen.errors import VariantError
@@ -23,11 +23,10 @@ from jitgen.program import Program
 from jitgen.sampling_spec import NO_PROCESSOR
 from jitgen.signatures import check_parameters, code_of, name_of, trace_key
 from jitgen.symbols import Sym
-from jitgen.trace import trace_lock
+from jitgen.trace import keep_trace, trace_lock
 
 Processor = Callable[..., Any]
 PARAMETERS = ("logit", "token", "row")
-MAX_TRACES = 64
 # The names these parameters have in the IR, which it shares with attention hooks, and in generated code.
 _LOGIT, _TOKEN, _ROW = "score", "kv_idx", "b"
 _LEVELS = {_LOGIT: "elem", _TOKEN: "elem"}
@@ -72,10 +71,7 @@ def resolve_processors(processors: Sequence[Processor]) -> tuple[Program, list[o
     values = trace.check(*processors, {})
     if values is None:
         raise VariantError("a processor changed a value that it captures while it was traced. Processors must be pure.")
-    with trace_lock:
-        kept = _traces.setdefault(key, [])
-        kept.append(trace)
-        del kept[:-MAX_TRACES]
+    keep_trace(_traces, key, trace)
     return trace.program, values
 
 

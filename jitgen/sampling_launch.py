@@ -15,6 +15,7 @@ from jitgen.sampling_spec import SamplingSpec, render_sampling, team_size
 from jitgen.streams import cuda_index, start
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
 
+MAX_SPECS = 1024  # combinations that are remembered: processors that are traced anew are others
 _kernels: dict[tuple[str, CompileTarget], runtime.CompiledKernel] = {}
 _specs: dict[tuple[object, ...], tuple[SamplingSpec, runtime.CompiledKernel]] = {}
 _targets: dict[torch.device, CompileTarget] = {}
@@ -40,6 +41,8 @@ def get_kernel(op: str, dtype: str, device: torch.device, program: Program, **fl
     found = _specs.get(key)
     if found is None:
         spec = SamplingSpec(op=op, dtype=dtype, target=target_of(device), program=program, **flags)  # type: ignore[arg-type]
+        if len(_specs) >= MAX_SPECS:
+            _specs.clear()
         found = _specs[key] = (spec, _load(spec))  # keeps the program, so its id stays its own
     return found[1]
 

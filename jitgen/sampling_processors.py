@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from jitgen.checks import check_is_tensor
-from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDtype
+from jitgen.errors import InvalidType, InvalidValue, ShapeMismatch, UnsupportedDtype
 from jitgen.sampling_hooks import Processor
 
 COUNT_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -39,11 +39,19 @@ class Penalties:
             raise ShapeMismatch(f"counts has shape {tuple(self.counts.shape)}, expected [batch, vocab].")
         if self.counts.dtype not in COUNT_DTYPES:
             raise UnsupportedDtype(f"counts has dtype {str(self.counts.dtype)[6:]}, expected an integer type such as int32.")
+        if self.prompt is not None:
+            check_is_tensor(prompt=self.prompt)
         if self.prompt is not None and self.prompt.dtype != torch.bool:
             raise UnsupportedDtype(f"prompt has dtype {str(self.prompt.dtype)[6:]}, expected bool. Compare it with 0.")
         for name in ("repetition", "frequency", "presence"):
-            if not isinstance(getattr(self, name), torch.Tensor):
-                object.__setattr__(self, name, float(getattr(self, name)))
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InvalidType(f"{name} is {value!r} of type {type(value).__name__}, expected a number or a tensor [batch].")
+            if name == "repetition" and not value > 0:
+                raise InvalidValue(f"repetition is {value!r}, expected a number above 0: logits are divided by it. 1 is none.")
+            object.__setattr__(self, name, float(value))
 
     def processor(self) -> Processor:
         """The penalties as a function (logit, token, row) -> logit."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from jitgen.checks import check_grad, check_scale, is_traced
+from jitgen.checks import check_grad, check_memory, check_scale, is_traced
 from jitgen.errors import InvalidType, PlanMismatch, UnsupportedDevice, VariantError
-from jitgen.looks import looks_of
+from jitgen.looks import can_be_asked, looks_of
 from jitgen.program import Program, all_roots, reads_pages, uses_index
 from jitgen.serving_cascade import Cascade
 from jitgen.serving_checks import check_keys, check_packed, check_query
@@ -114,6 +114,7 @@ def paged_attention(
         and page_table is recent.table
         and plan.version == recent.version
         and options == recent.options
+        and can_be_asked(q)
         and recent.looks_same(*tensors)
     ):
         recent = _recall_paged(plan, kv_cache, page_table, tensors, options)
@@ -179,6 +180,7 @@ def ragged_attention(
         recent is not None
         and plan.version == recent.version
         and options == recent.options
+        and can_be_asked(q, k, v)
         and recent.looks_same(q, k, v)
     ):
         recent = _recall(plan, "ragged", (q, k, v), options, lambda: ragged_place(k, v), None, None)
@@ -226,15 +228,16 @@ def _recall(
     """A call that is unlike the last one, ready to be made. ``options``: program, scale, and what else the call depends on."""
     if plan.layout != layout:
         raise PlanMismatch(f"the plan was made for layout={plan.layout!r}, this is the call for {layout!r} keys.")
-    if plan.version == 0:
-        raise PlanMismatch("the plan has no lengths yet. Call plan.update(q_indptr, kv_len) first.")
+    plan.check_planned()
     recent = plan.recent
-    if recent is not None and options == recent.options and recent.looks_same(*tensors):
+    if recent is not None and options == recent.options and can_be_asked(*tensors) and recent.looks_same(*tensors):
         call, looks_same = recent.call, recent.looks_same
     else:
-        if not all(isinstance(t, Tensor) for t in tensors):
+        if not can_be_asked(*tensors):
             check_query(plan, tensors[0])
-            find_place()  # says which one is no tensor
+            find_place()  # says which one is no tensor, or nested
+        names = ("q", "kv_cache") if len(tensors) == 2 else ("q", "k", "v")
+        check_memory(**dict(zip(names, tensors, strict=True)))
         key = _key_of(tensors, options)
         call = plan.calls.get(key)
         if call is None:

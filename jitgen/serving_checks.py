@@ -12,7 +12,7 @@ from jitgen.errors import InvalidType, PlanMismatch, ShapeMismatch, UnsupportedD
 from jitgen.families import CUDA_HEAD_DIMS, check_pages, padded_head_dims
 from jitgen.layouts import check_own_rows
 from jitgen.program import Program, check_numbers, direct_indices, too_short, uses_index
-from jitgen.serving_pages import KeyPlace
+from jitgen.serving_pages import KeyPlace, check_not_nested
 from jitgen.serving_scales import stored_dtype
 from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM, MLA_DIMS, STORED_DTYPES
 
@@ -181,6 +181,7 @@ def check_packed(plan: Plan, program: Program) -> None:
 def check_query(plan: Plan, q: Tensor) -> None:
     """q is what the plan was made for."""
     check_is_tensor(q=q)
+    check_not_nested("q", q)
     if q.dim() != 3:
         raise ShapeMismatch(
             f"q has shape {tuple(q.shape)}, expected [total_q, num_q_heads, head_dim]: the rows of all requests."

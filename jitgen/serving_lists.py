@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from jitgen.checks import as_int32, narrowed
+from jitgen.checks import as_int32, check_memory, narrowed
 from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDtype
 
 Tensor = torch.Tensor
@@ -151,3 +151,4 @@ def check_indices(name: str, t: object, rank: int) -> None:
         raise UnsupportedDtype(f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected int32 or int64.")
     if t.dim() != rank:
         raise ShapeMismatch(f"{name} has shape {tuple(t.shape)}, expected {rank} dimension{'s' if rank > 1 else ''}.")
+    check_memory(**{name: t})

@@ -60,12 +60,14 @@ def cache_place(cache: object, kv_layout: str) -> KeyPlace:
 def _split_cache(cache: object) -> tuple[Tensor, Tensor, int]:
     """K and V of a cache as tensors of rank 4, and the bytes between them where they are one tensor."""
     if isinstance(cache, Tensor):
+        check_not_nested("the kv cache", cache)
         if cache.dim() != 5 or cache.shape[1] != 2:
             raise ShapeMismatch(f"the kv cache has shape {tuple(cache.shape)}, expected {CACHE_FORMS}.")
         return cache[:, 0], cache[:, 1], cache.stride(1) * cache.element_size()
     if not isinstance(cache, tuple | list) or len(cache) != 2 or not all(isinstance(t, Tensor) for t in cache):
         raise InvalidType(f"the kv cache is a {type(cache).__name__}, expected {CACHE_FORMS}.")
     for name, t in zip("kv", cache, strict=True):
+        check_not_nested(f"the {name} cache", t)
         if t.dim() != 4:
             raise ShapeMismatch(f"the {name} cache has shape {tuple(t.shape)}, expected {CACHE_FORMS}.")
     return cache[0], cache[1], 0
@@ -114,6 +116,7 @@ def ragged_place(k: Tensor, v: Tensor) -> KeyPlace:
     """
     for name, t in (("k", k), ("v", v)):
         check_is_tensor(**{name: t})
+        check_not_nested(name, t)
         if t.dim() != 3:
             raise ShapeMismatch(f"{name} has shape {tuple(t.shape)}, expected [total_kv, num_kv_heads, head_dim].")
     for axis, what in ((0, "rows"), (1, "heads")):
@@ -122,6 +125,12 @@ def ragged_place(k: Tensor, v: Tensor) -> KeyPlace:
     check_rows(k, v)
     strides = (0, k.stride(0), k.stride(1), 0, v.stride(0), v.stride(1))
     return KeyPlace(k.shape[0], 0, k.shape[1], k.shape[2], v.shape[2], strides, 0)
+
+
+def check_not_nested(name: str, t: Tensor) -> None:
+    """Rows of all requests are one tensor, and pages too."""
+    if t.is_nested:
+        raise ShapeMismatch(f"{name} is a nested tensor, expected the rows of all requests in one: values() of a jagged one.")
 
 
 def check_rows(k: Tensor, v: Tensor) -> None:

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 
-from jitgen.checks import as_int32, plain_int
-from jitgen.errors import PlanMismatch, ShapeMismatch, UnsupportedDevice, VariantError
+from jitgen.checks import plain_int
+from jitgen.errors import PlanMismatch, UnsupportedDevice, VariantError
 from jitgen.graphs import between_graphs
-from jitgen.ir import TRUE, to_text, walk
-from jitgen.program import Program, uses_index
+from jitgen.program import Program
 from jitgen.serving_cascade import Cascade
-from jitgen.serving_checks import check_captures, check_lengths, check_packed, check_plan_numbers
-from jitgen.serving_entries import ChosenEntries, Entries, make_chosen
+from jitgen.serving_checks import check_captures, check_packed, check_plan_numbers
+from jitgen.serving_entries import Entries, make_chosen
 from jitgen.serving_kernels import DECODE_ROWS, KernelClass, make_classes
-from jitgen.serving_lists import KVLists, check_indices
+from jitgen.serving_lengths import look_at_lengths, take
+from jitgen.serving_match import check_values, match_mask, match_norm
 from jitgen.serving_op import register_plan
 from jitgen.serving_rows import Stage, make_stage
-from jitgen.serving_segments import check_cascade, make_segments
+from jitgen.serving_segments import make_segments
 from jitgen.serving_selection import ChosenKeys
 from jitgen.spec import MLA_DIMS
 from jitgen.streams import cuda_index
 from jitgen.variant import Tracker, Variant
 
 Tensor = torch.Tensor
+# keyword arguments of a plan
+OPTIONS = (
+    "head_dim_v", "dtype", "kv_dtype", "variant", "layout", "max_q_len", "max_kv_len", "page_size", "split", "kv_split",
+    "levels", "selection", "max_kv_tokens", "device", "family",
+)  # fmt: skip
 
 
 class Plan:
@@ -112,6 +118,7 @@ class Plan:
         self.q_index = self.variant.q_index or "absolute"
         self.handle = register_plan(self)  # what graphs of torch.compile hold
         self.version = 0  # counts updates
+        self.is_planned = False  # the last update was right
         self.calls: dict[tuple[object, ...], Any] = {}  # prepared calls, by shapes and strides
         self.recent: Any = None  # the last of them
         self.device_index = cuda_index(self.device)
@@ -143,6 +150,11 @@ class Plan:
         self.classes = make_classes(self, program, values)
         if self.stage is not None:
             self.stage.set_classes(self.classes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are new plans, made for the same, which have no lengths yet: two may not share memory."""
+        sizes = (self.max_batch, self.max_tokens, self.num_q_heads, self.num_kv_heads, self.head_dim)
+        return partial(Plan, **{name: getattr(self, name) for name in OPTIONS}), sizes
 
     def __repr__(self) -> str:
         heads = f"{self.num_q_heads}/{self.num_kv_heads} heads of {self.head_dim}"
@@ -212,19 +224,17 @@ class Plan:
         Cost:    GPU: one small kernel for each of the plan's kernels, 2 to 5 us each; with int64 lengths one copy more. With
                  levels or a selection, and with split='fixed' where requests are cut, some 20 torch operations more.
         """
-        if isinstance(q_indptr, KVLists) or self.levels > 1 or self.selection is not None:
-            self._take_lists(q_indptr, kv_len, kv_indptr)
-        else:
-            self._take_lengths(q_indptr, kv_len, kv_indptr)
+        self.is_planned = False  # lengths that are refused leave none: the tensors of those before may be gone
+        self.version, self.checked_values = self.version + 1, []
+        take(self, q_indptr, kv_len, kv_indptr)
         if captures:
             self.variant = self.variant.bind(**captures)
             self._tracker = Tracker(self.variant)
         program, values = self.trace()
-        self._look_at_lengths(program, bool(check))
+        look_at_lengths(self, program, bool(check))
         self.lengths = (self.q_indptr.data_ptr(), self.kv_len.data_ptr())  # type: ignore[union-attr]
-        self.version, self.checked_values = self.version + 1, []
         if program is not self._program:
-            self._match_norm(program)
+            match_norm(self._program, program)
             self._choose_kernels(program, values)
         if program is not self._program or self.is_whole:
             self.forget_calls()
@@ -234,6 +244,7 @@ class Plan:
             self.stage.update(bool(check))
         for c in self.classes:
             c.launch_planner(self, program, values)
+        self.is_planned = True
         return self
 
     def forget_calls(self, *, is_whole: bool = False) -> None:
@@ -242,162 +253,22 @@ class Plan:
         self.calls.clear()
         self.recent = None
 
-    def _take_lengths(self, q_indptr: Tensor, kv_len: Tensor | None, kv_indptr: Tensor | None) -> None:
-        """Lengths of whole requests, cut here where ``split`` says so."""
-        kv_start, kv_len = self._key_lengths(kv_len, kv_indptr)
-        check_indices("q_indptr", q_indptr, 1)
-        batch = q_indptr.shape[0] - 1
-        if batch != kv_len.shape[0]:
-            raise ShapeMismatch(f"q_indptr has {batch + 1} entries, kv_len {kv_len.shape[0]}. Expected batch + 1 and batch.")
-        self._check_batch(batch, {"q_indptr": q_indptr, "kv_len": kv_len})
-        self.batch = self.num_requests = batch
-        self.request_lengths = self.q_indptr, self.kv_len = as_int32(q_indptr), as_int32(kv_len)
-        self.kv_start = kv_start
-        if self.device.type == "cpu":  # the caller may reuse its tensors for the next step
-            self.request_lengths = self.q_indptr, self.kv_len = self.q_indptr.clone(), self.kv_len.clone()
-        if self.segments is not None and batch:
-            piece = int(self.kv_split or 0)
-            self.segments.divide_lengths(self.q_indptr, self.kv_len, piece, self.cut_len, kv_start)
-            self._take_segments(self.segments.levels * (batch + 1) - 1)
+    def check_planned(self) -> None:
+        """There are lengths to work with.
 
-    def _take_lists(self, lists: object, kv_len: Tensor | None, kv_indptr: Tensor | None) -> None:
-        """Lists that say themselves which rows and how many keys they are for."""
-        kind = {Cascade: "Cascade", ChosenKeys: "Selection"}
-        if self.levels == 1 and self.selection is None:
-            given = next((name for of, name in kind.items() if isinstance(lists, of)), type(lists).__name__)
-            option = "levels=" if given == "Cascade" else "selection="
-            raise PlanMismatch(f"update was given a {given}, and the plan was made for whole requests. Make it with {option}.")
-        wanted: Any = Cascade if self.levels > 1 else ChosenKeys
-        if not isinstance(lists, wanted) or kv_len is not None or kv_indptr is not None:
-            made = f"levels={self.levels}" if self.levels > 1 else f"selection={self.selection!r}"
-            raise PlanMismatch(f"the plan was made for {made}, whose update takes a jitgen.{kind[wanted]} and no lengths.")
-        if isinstance(lists, Cascade):
-            self._take_cascade(lists)
-        else:
-            self._take_chosen(lists)
-        self.lists = lists
-
-    def _take_cascade(self, cascade: Cascade) -> None:
-        """Lengths of the groups of a cascade."""
-        assert self.segments is not None
-        for level in cascade.levels:
-            self._check_batch(level.size, {"the cascade": level.kv_len})
-        cascade.refresh()
-        self.segments.divide_cascade(cascade)
-        self.num_requests = cascade.batch
-        self._take_segments(cascade.num_entries)
-        self.kv_start = cascade.kv_start
-        last, lengths = cascade.levels[-1].q_indptr, self.segments.request_kv_len[: cascade.batch]
-        self.request_lengths = last, lengths
-
-    def _take_chosen(self, keys: ChosenKeys) -> None:
-        """Lengths of chosen lists."""
-        assert isinstance(self.entries, ChosenEntries)
-        self._check_batch(keys.batch, {"the selection": keys.pages})
-        if keys.page_size != self.page_size or (keys.head_stride and keys.pages.shape[1] != self.num_kv_heads):
-            heads = f" and lists of {keys.pages.shape[1]} KV heads" if keys.head_stride else ""
-            raise PlanMismatch(
-                f"the selection has pages of {keys.page_size} keys{heads}, the plan was made for page_size={self.page_size} "
-                f"and num_kv_heads={self.num_kv_heads}."
-            )
-        keys.refresh()
-        self.entries.take(keys)
-        self.batch, self.num_requests = keys.batch, keys.kv_len.shape[0]
-        self.q_indptr, self.kv_len, self.kv_start = keys.list_indptr, keys.list_len, keys.kv_start
-        self.request_lengths = keys.q_indptr, keys.kv_len
-        self.chosen_version = keys.version
-
-    def _take_segments(self, count: int) -> None:
-        """Entries are those of the segments."""
-        segments = self.segments
-        assert segments is not None
-        self.batch = count
-        self.q_indptr, self.kv_len, self.kv_start = segments.q_indptr[: count + 1], segments.kv_len[:count], segments.kv_start
-
-    def _check_batch(self, batch: int, tensors: dict[str, Tensor]) -> None:
-        if batch > self.max_batch:
-            what = "requests" if self.selection is None else "lists"
-            raise PlanMismatch(f"the lengths are those of {batch} {what}, the plan was made for max_batch={self.max_batch}.")
-        for name, t in tensors.items():
-            if t.device != self.device:
-                raise UnsupportedDevice(f"{name} is on {t.device}, the plan on {self.device}. Move it there.")
-
-    def _look_at_lengths(self, program: Program, check: bool) -> None:
-        """What the host may know of the lengths, and whether they are right."""
-        q_indptr, kv_len = self.request_lengths
-        on_host = self.device.type == "cpu"
-        if on_host or check:
-            if isinstance(self.lists, Cascade):
-                check_cascade(self.lists)
-            elif self.lists is not None:
-                self.lists.check(self.selection == "even")
-            check_lengths(self, q_indptr.cpu(), kv_len.cpu(), uses_index(program, "q_idx"))
-        self.rows = int(q_indptr[-1]) if on_host else -1
-        if on_host:
-            self.longest_q = int(q_indptr.diff().max()) if self.num_requests else 0
-            self.longest_kv = int(kv_len.max()) if self.num_requests else 0
-
-    def _key_lengths(self, kv_len: Tensor | None, kv_indptr: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """First row of each request in k (ragged only), and its number of keys."""
-        if (self.layout == "ragged") != (kv_indptr is not None):
-            needed = "kv_indptr" if self.layout == "ragged" else "kv_len, and no kv_indptr: the page table says where keys lie"
-            raise PlanMismatch(f"the plan was made for layout={self.layout!r}, whose update takes {needed}.")
-        if kv_indptr is not None:
-            check_indices("kv_indptr", kv_indptr, 1)
-            kv_indptr = as_int32(kv_indptr)
-        if kv_len is None:
-            if kv_indptr is None:
-                raise PlanMismatch("update was given no kv_len, the number of keys of each request.")
-            kv_len = kv_indptr.diff()
-        check_indices("kv_len", kv_len, 1)
-        if kv_indptr is not None and kv_indptr.shape[0] != kv_len.shape[0] + 1:
-            raise ShapeMismatch(f"kv_indptr has {kv_indptr.shape[0]} entries, kv_len {kv_len.shape[0]}, expected one more.")
-        return kv_indptr, kv_len
+        Errors:  PlanMismatch.
+        """
+        if not self.is_planned:
+            state = "has no lengths yet" if self.version == 0 else "has no lengths since its last update was refused"
+            raise PlanMismatch(f"the plan {state}. Call plan.update(q_indptr, kv_len) first.")
 
     def match_mask(self, program: Program) -> tuple[tuple[int, int], ...]:
-        """Pairs of slots, the plan's and ``program``'s, that hold what the mask reads.
-
-        Errors:  PlanMismatch if the masks are not the same expression, or requests are cut differently.
-        """
-        self._match_norm(program)
-        (own, own_slots), (other, other_slots) = mask_signature(self._program), mask_signature(program)
-        if own != other:
-            raise PlanMismatch(
-                "the variant's mask is not the one the plan was made for: the plan has looked for visible keys with its own "
-                f"({own or 'no mask'}, the call has {other or 'no mask'}). Make a plan with variant= for every mask."
-            )
-        return tuple(zip(own_slots, other_slots, strict=True))
-
-    def _match_norm(self, program: Program) -> None:
-        """Requests are cut, and their parts joined, as the plan was made for."""
-        if (program.norm is None) != (self._program.norm is None):
-            kinds = ("softmax", "a softmax replacement")
-            has, planned = kinds if program.norm is None else kinds[::-1]
-            raise PlanMismatch(
-                f"the variant has {has}, the plan was made for one that has {planned}: their parts are joined differently. "
-                "Make a plan with variant= for each."
-            )
-        if program.norm is not None and program.norm.division != self._program.norm.division:  # type: ignore[union-attr]
-            raise PlanMismatch(
-                "the variant replaces softmax by another OnlineNorm than the plan's, and the two are not cut alike: they "
-                "differ in merge(a, b), order or the number of values of the state. Make a plan with variant= for each."
-            )
+        """Pairs of slots, the plan's and ``program``'s, that hold what the mask reads: see serving_match.py."""
+        return match_mask(self._program, program)
 
     def check_values(self, pairs: tuple[tuple[int, int], ...], program: Program, values: list[object]) -> None:
-        """What the mask of a call reads is what ``update`` saw: the planner has looked for visible keys with it."""
-        for own, i in pairs:
-            before, now = self._values[own], values[i]
-            if before is now:
-                continue
-            same = before.data_ptr() == now.data_ptr() if isinstance(now, Tensor) else before == now  # type: ignore[attr-defined]
-            if not same:
-                name = program.slots[i].name
-                shown = "another tensor" if isinstance(now, Tensor) else f"{now!r}"
-                was = "" if isinstance(before, Tensor) else f" ({before!r})"
-                raise PlanMismatch(
-                    f"the mask reads '{name}', which is {shown} now and was planned with its former value{was}. "
-                    "Call plan.update again after changing it."
-                )
+        """What the mask of a call reads is what ``update`` saw."""
+        check_values(self._values, pairs, program, values)
 
     def explain(self, rows: int = 16) -> str:
         """The plan of the last update as a table: how the work is divided, and how evenly.
@@ -409,23 +280,8 @@ class Plan:
         """
         from jitgen.serving_explain import explain
 
-        if self.q_indptr is None:
-            raise PlanMismatch("explain needs lengths. Call plan.update first.")
+        self.check_planned()
         return explain(self, self._program, self._values, rows)
-
-
-def mask_signature(program: Program) -> tuple[str, tuple[int, ...]]:
-    """A mask as text in which captures go by their order and type, and their slots in that order."""
-    mask = program.mask
-    if mask is None or mask is TRUE:
-        return "", ()
-    slots = tuple(dict.fromkeys(int(str(n.attr)) for n in walk(mask) if n.op in ("scalar", "load")))
-    names = [""] * len(program.slots)
-    for i, slot in enumerate(slots):
-        _, dtype, rank, layout, is_sorted = program.slots[slot].signature()
-        shape = f" {'sorted ' if is_sorted else ''}{layout}" if rank else ""
-        names[slot] = f"<{i}: {dtype}{shape}>"
-    return to_text(mask, names), slots
 
 
 def _complete(device: torch.device) -> torch.device:
@@ -434,6 +290,11 @@ def _complete(device: torch.device) -> torch.device:
         raise UnsupportedDevice("device is cuda, and torch finds no GPU here. Use device='cpu', or ask 'jitgen doctor' why.")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise UnsupportedDevice(
+            f"device is {device}, and torch finds {torch.cuda.device_count()} GPUs here, counted from cuda:0; "
+            "CUDA_VISIBLE_DEVICES may hide others."
+        )
     return device
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from jitgen.cli_text import counted, field, paint
-from jitgen.ir import Expr, to_text, walk
+from jitgen.ir import Expr, walk
+from jitgen.ir_text import to_text
 from jitgen.program import NormProgram, Program, RowProgram, Slot
 from jitgen.rotary import Rope
 from jitgen.show_kernel import Kernel

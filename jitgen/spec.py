@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from jitgen.abi import ARGS_OF_LAYOUT, PAGE_ARGS, SCALE_ARGS, ArgField
-from jitgen.ir import _attr_bytes
+from jitgen.ir_nodes import attr_bytes
 from jitgen.program import Program, reads_pages
 from jitgen.records import record
 from jitgen.target import CompileTarget
@@ -64,7 +64,7 @@ class KernelSpec:
             shape += ("loads",)
         if self.rows is not None:
             shape += self.rows.shape()
-        return hashlib.sha256(_attr_bytes(shape)).hexdigest()[:32]
+        return hashlib.sha256(attr_bytes(shape)).hexdigest()[:32]
 
     @cached_property
     def reads_pages(self) -> bool:

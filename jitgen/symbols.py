@@ -260,6 +260,8 @@ def as_operand(value: object) -> Expr | tuple[Expr, ...] | None:
     if isinstance(value, Traced):
         return value.operand()
     if isinstance(value, (bool, int, float)):
+        if isinstance(value, int) and not ir.INT64_MIN <= value <= ir.INT64_MAX:
+            refuse(f"the integer {value} does not fit 64 bits. Use a float.")
         return ir.const(value)
     if isinstance(value, torch.Tensor):
         return _constant_tensor(value)

@@ -10,7 +10,7 @@ from jitgen.program import Program
 from jitgen.spec import Tiles
 
 if TYPE_CHECKING:
-    from jitgen.emit import VariantSection
+    from jitgen.emit_section import VariantSection
 
 SHARED_BYTES = 232448  # 227 KiB: what a CTA may have
 

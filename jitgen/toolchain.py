@@ -64,7 +64,10 @@ class Toolkit:
 
 def find_cxx() -> Cxx | None:
     """The C++ compiler: JITGEN_CXX, else g++, c++ or clang++ on PATH; None when there is none."""
-    return _find_cxx(env.cxx(), os.environ.get("PATH", ""))
+    found = _find_cxx(env.cxx(), os.environ.get("PATH", ""))
+    if found is None:
+        _find_cxx.cache_clear()  # it may be installed while this process runs, as in a notebook
+    return found
 
 
 def require_cxx() -> Cxx:
@@ -127,14 +130,21 @@ def require_ninja() -> Path:
 
 def find_toolkit() -> Toolkit | None:
     """The first complete CUDA toolkit or None; tried: JITGEN_NVCC, CUDA_HOME, nvcc on PATH, PyPI, /usr/local/cuda."""
-    return _search_toolkit(env.nvcc(), env.cuda_home(), os.environ.get("PATH", ""))[0]
+    return _toolkit_and_lacks()[0]
 
 
 def require_toolkit() -> Toolkit:
     """Like find_toolkit, but absence is a ToolchainMissing that says what each incomplete toolkit lacks."""
-    found, lacking = _search_toolkit(env.nvcc(), env.cuda_home(), os.environ.get("PATH", ""))
+    found, lacking = _toolkit_and_lacks()
     if found is None:
         raise ToolchainMissing("; ".join(lacking) or "no CUDA toolkit found", TOOLKIT_REMEDY + ".")
+    return found
+
+
+def _toolkit_and_lacks() -> tuple[Toolkit | None, tuple[str, ...]]:
+    found = _search_toolkit(env.nvcc(), env.cuda_home(), os.environ.get("PATH", ""))
+    if found[0] is None:
+        _search_toolkit.cache_clear()  # as for the C++ compiler
     return found
 
 
@@ -217,8 +227,12 @@ LEAKING = (
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without what would silently change a build; messages untranslated."""
-    return {**{name: value for name, value in os.environ.items() if name not in LEAKING}, "LC_ALL": "C"}
+    """This process's environment without what would silently change a build; messages untranslated.
+
+    Another thread's build may be changing it: see jitgen.loader.
+    """
+    found = {name: os.environ.get(name) for name in set(os.environ).difference(LEAKING)}
+    return {**{name: value for name, value in found.items() if value is not None}, "LC_ALL": "C"}
 
 
 def run_text(command: list[str]) -> str:

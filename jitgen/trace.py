@@ -22,11 +22,24 @@ from jitgen.ir_ops import OPS
 from jitgen.location import definition_of, raised_at, refuse
 from jitgen.symbols import active
 
-__all__ = ["MAX_NODES", "MAX_PATHS", "Tracer", "ops_torch", "trace_lock"]
+__all__ = ["MAX_FUNCTIONS", "MAX_NODES", "MAX_PATHS", "MAX_TRACES", "Tracer", "keep_trace", "ops_torch", "trace_lock"]
 
 MAX_PATHS = 64
 MAX_NODES = 4096
+MAX_TRACES = 64  # kept for one set of functions: their captures may have that many forms before the oldest is dropped
+MAX_FUNCTIONS = 4096  # sets of functions with traces: those of code that is made anew again and again must not add up
 trace_lock = threading.RLock()
+
+
+def keep_trace(table: dict[Any, list[Any]], key: object, trace: object) -> None:
+    """Note a trace among those of a set of functions."""
+    with trace_lock:
+        if key not in table and len(table) >= MAX_FUNCTIONS:
+            table.clear()
+        kept = table.setdefault(key, [])
+        kept.append(trace)
+        del kept[:-MAX_TRACES]
+
 
 Results = tuple[Expr, ...]
 Decision = tuple[Expr, bool]
@@ -92,15 +105,21 @@ class Tracer:
         known = self._known.get(condition)
         return known if known is not None else self._fork(condition)
 
-    def _evaluate(self, e: Expr) -> Any:
+    def _evaluate(self, root: Expr) -> Any:
+        """Value of an expression of captured scalars and constants alone; None of any other."""
+        if root.deps:
+            return None
+        found: dict[Expr, Any] = {}
+        for e in ir.walk(root):
+            found[e] = self._value_of(e, [found[a] for a in e.args])
+        return found[root]
+
+    def _value_of(self, e: Expr, args: list[Any]) -> Any:
         if e.op == "const":
             return e.attr
         if e.op == "scalar":
             return self.scalar_values[int(str(e.attr))]
-        if e.op in ("index", "state", "load"):
-            return None
-        args = [self._evaluate(a) for a in e.args]
-        if any(a is None for a in args):
+        if e.op in ("index", "state", "load") or any(a is None for a in args):
             return None
         if e.op == "lin":
             constant, coefficients = e.attr  # type: ignore[misc]

@@ -15,9 +15,8 @@ from jitgen.hooks import Trace, trace_hooks
 from jitgen.norms import OnlineNorm
 from jitgen.program import Program
 from jitgen.signatures import HOOKS, POSITIONAL, check_hook, name_of, signature_of
-from jitgen.trace import trace_lock
+from jitgen.trace import MAX_FUNCTIONS, keep_trace
 
-MAX_TRACES = 64  # traces kept for one set of functions: their captures may have that many forms before the oldest is dropped
 _KIND_OF_COUNT = {len(POSITIONAL[kind]): kind for kind in ("score_mod", "mask_mod")}
 
 _traces: dict[tuple[object, ...], list[Trace]] = {}
@@ -94,8 +93,7 @@ class Variant:
             pass  # a global that the module defines further down: the call will find it, or say the same
 
     def _set(self, hooks: tuple[Any, ...], bound: Mapping[str, object], q_index: str | None) -> None:
-        if q_index not in (None, "local", "absolute"):
-            raise VariantError(f"q_index={q_index!r} is not a convention. Use 'local' or 'absolute'.")
+        check_q_index(q_index)
         object.__setattr__(self, "_hooks", hooks)
         object.__setattr__(self, "_bound", dict(bound))
         object.__setattr__(self, "q_index", q_index)
@@ -103,6 +101,13 @@ class Variant:
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Variant is immutable: make a new one instead of setting {name}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles have the hooks and bound values, and trace when they are first used."""
+        return Variant.made_of, (self._hooks, self._bound, self.q_index)
+
+    def __copy__(self) -> Variant:
+        return self
 
     @classmethod
     def of(cls, definition: object) -> Variant:
@@ -159,6 +164,12 @@ class Variant:
             shown = ", ".join(captured) or "nothing"
             raise VariantError(f"bind got '{unknown[0]}', which no hook captures. Captured: {shown}.")
         return new
+
+
+def check_q_index(q_index: object) -> None:
+    """What q_idx counts is one of the conventions, or left to the entry point."""
+    if q_index not in (None, "local", "absolute"):
+        raise VariantError(f"q_index={q_index!r} is not a convention. Use 'local' or 'absolute'.")
 
 
 class Tracker:
@@ -245,9 +256,12 @@ _counts: dict[types.CodeType, int] = {}
 def _positional_count(hook: Any) -> int:
     if not isinstance(hook, types.FunctionType) or hook.__defaults__:
         return signature_of(hook).required
-    if hook.__code__ not in _counts:
-        _counts[hook.__code__] = signature_of(hook).required
-    return _counts[hook.__code__]
+    count = _counts.get(hook.__code__)
+    if count is None:
+        if len(_counts) >= MAX_FUNCTIONS:
+            _counts.clear()
+        count = _counts[hook.__code__] = signature_of(hook).required
+    return count
 
 
 # ---- the table of traces --------------------------------------------------------------------------------------------------
@@ -274,6 +288,8 @@ def resolve(score_mod: object = None, mask_mod: object = None, sink: object = No
         if values is not None:
             return trace.program, values
     trace, values = _find((score_mod, mask_mod, sink, *_NO_OTHERS), _NOTHING)
+    if len(_latest) >= MAX_FUNCTIONS:
+        _latest.clear()
     _latest[key] = trace
     return trace.program, values
 
@@ -309,10 +325,7 @@ def _new_trace(key: tuple[object, ...], hooks: tuple[Any, ...], bound: Mapping[s
     values = trace.check(*hooks, bound)
     if values is None:
         raise VariantError("a hook changed a value that it captures while it was traced. Hooks must be pure.")
-    with trace_lock:
-        kept = _traces.setdefault(key, [])
-        kept.append(trace)
-        del kept[:-MAX_TRACES]
+    keep_trace(_traces, key, trace)
     return trace, values
 
 

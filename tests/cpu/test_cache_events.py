@@ -140,6 +140,14 @@ def test_log_is_summed_up_when_it_is_long(private_store: Path, monkeypatch) -> N
     assert usage.read(private_store)[entry.name].loads == 50
 
 
+def test_log_of_a_service_that_builds_nothing_is_summed_up_too(private_store: Path, monkeypatch) -> None:
+    entry = cache.get_module(request(), FakeBuilder()).parent
+    monkeypatch.setattr(usage, "COMPACT_ABOVE", 1000)
+    for _ in range(500):
+        usage.note("load", entry)
+    assert (private_store / usage.LOG).stat().st_size < 5000 and usage.read(private_store)[entry.name].loads == 500
+
+
 def test_a_listener_is_a_function() -> None:
     with pytest.raises(TypeError, match="listener is 'log' of type str, expected a function"):
         on_event("log")

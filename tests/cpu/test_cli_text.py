@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import ExitStack
 
 import pytest
 
 from jitgen import cli_text, progress
+from jitgen.target import CPU_LEVELS
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,12 @@ def test_size_is_read_by_a_human(size, text):
 )  # fmt: skip
 def test_duration_is_read_by_a_human(seconds, text):
     assert cli_text.duration_text(seconds) == text
+
+
+@pytest.mark.parametrize(("isa", "shown"), [("amx", "amx"), ("avx512", "avx512"), ("avx2", "avx2")])
+def test_instruction_sets_are_shown_by_the_level_that_they_make(isa, shown):
+    assert cli_text.short_arch("+".join(("x86_64", *CPU_LEVELS[isa]))) == f"x86_64 {shown}"
+    assert cli_text.short_arch("9.0a") == "9.0a"
 
 
 def test_age_of_what_a_wrong_clock_built():
@@ -84,3 +92,31 @@ def test_progress_line_fits_the_terminal_so_that_it_can_be_erased(monkeypatch, c
     lines = capsys.readouterr().err.replace("\x1b[2K", "").split("\r")
     assert any(line.startswith("jitgen: compiling x") for line in lines)
     assert all(len(line) < 40 for line in lines)
+
+
+def test_of_lines_shown_at_the_same_time_one_is_drawn(monkeypatch):
+    monkeypatch.setattr(progress, "SHOW_AFTER", 0.0)
+    monkeypatch.setattr(progress, "REDRAW_EVERY", 0.01)
+    monkeypatch.setenv("JITGEN_PROGRESS", "on")
+    seen = {"first": 0, "second": 0}
+    changed = threading.Condition()
+
+    def write(text):
+        with changed:
+            for name in seen:
+                seen[name] += name in text
+            changed.notify()
+
+    def until(happened):
+        with changed:
+            assert changed.wait_for(happened, 10)
+
+    monkeypatch.setattr(sys.stderr, "write", write)
+    with ExitStack() as second:
+        with progress.progress_line("compiling the first"):
+            until(lambda: seen["first"] > 0)
+            second.enter_context(progress.progress_line("compiling the second"))
+            before = seen["first"]
+            until(lambda: seen["first"] > before + 5)
+            assert seen["second"] == 0
+        until(lambda: seen["second"] > 0)

@@ -122,6 +122,34 @@ def combined_masks(self, q, k, v, x):
     return jitgen.attention(out, k, v, mask_mod=jitgen.or_masks(same, self.window))
 
 
+def near(b, h, q_idx, kv_idx, *, kv_len):
+    return (q_idx - kv_idx < 9) | (kv_len < 5)
+
+
+def counted(hook):
+    """A decorator as people write them: what it returns has the signature of ``hook`` by an attribute."""
+
+    @functools.wraps(hook)
+    def with_note(*args, **kwargs):
+        return hook(*args, **kwargs)
+
+    return with_note
+
+
+@counted
+def halved(score, b, h, q_idx, kv_idx):
+    return score * 0.5
+
+
+COMBINED = jitgen.and_masks(causal, near)
+COMBINED_VARIANT = jitgen.Variant(score_mod=halved, mask_mod=jitgen.or_masks(COMBINED, near))
+
+
+def hooks_combined_outside(self, q, k, v, x):
+    out = jitgen.attention(q, k, v, mask_mod=COMBINED, score_mod=halved)
+    return jitgen.attention(out, k, v, COMBINED_VARIANT)
+
+
 def containers_and_defaults(self, q, k, v, x):
     pair = [self.slopes * 2, 0.25]
 
@@ -196,8 +224,9 @@ def a_block_mask(self, q, k, v, x):
 
 
 CALLS = [
-    a_closure, a_closure_of_self, numbers, partials_and_nested_functions, methods, combined_masks, containers_and_defaults,
-    a_variant, a_norm, a_definition, state_that_the_graph_writes, logsumexp_and_scales, objects_of_other_kinds, a_block_mask,
+    a_closure, a_closure_of_self, numbers, partials_and_nested_functions, methods, combined_masks, hooks_combined_outside,
+    containers_and_defaults, a_variant, a_norm, a_definition, state_that_the_graph_writes, logsumexp_and_scales,
+    objects_of_other_kinds, a_block_mask,
 ]  # fmt: skip
 
 
@@ -317,6 +346,26 @@ def test_calls_that_are_no_operators_cost_one_break_and_no_recompilation():
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"sampling\.sample is no operator of a graph\. Call it outside"):
         torch.compile(step, backend="eager", fullgraph=True)(torch.randn(2, 50), torch.arange(2))
+
+
+def test_block_lists_are_attended_between_graphs_and_their_mask_inside_of_one():
+    starts, numbers = torch.tensor([0, 1, 3, 4, 6]), torch.tensor([0, 0, 1, 2, 0, 3])
+    blocks = jitgen.BlockSparse.bsr(starts.int(), numbers.int(), (64, 64), (16, 16))
+    q, k, v = inputs(64)
+
+    def listed(q, k, v):
+        return jitgen.block_sparse_attention(q * 2, k, v, blocks) + 1
+
+    def masked(q, k, v):
+        return jitgen.attention(q * 2, k, v, mask_mod=blocks.mask_mod) + 1
+
+    want = listed(q, k, v)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.testing.assert_close(torch.compile(listed, backend=counter)(q, k, v), want)
+    assert counter.frame_count == 2  # before and after the call
+    torch.testing.assert_close(torch.compile(masked, fullgraph=True, backend="aot_eager")(q, k, v), want)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="block_sparse_attention is no operator of a graph"):
+        torch.compile(lambda *qkv: listed(*qkv), backend="aot_eager", fullgraph=True)(q, k, v)
 
 
 def test_hooks_that_eager_calls_refuse_are_refused_with_their_line():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jitgen import doctor, doctor_cuda, doctor_probe, doctor_store, toolchain
+from jitgen import doctor, doctor_cuda, doctor_probe, doctor_store, env, toolchain
 from jitgen.__main__ import main
 from jitgen.doctor import CUDA, ERROR, MISSING, NOTE, OK, Finding
 from jitgen.errors import CompileError
@@ -94,6 +94,11 @@ def test_variable_is_judged(name, value, status, text, monkeypatch):
     monkeypatch.setenv(name, value)
     found = by_name(doctor.check_environment())[name]
     assert found.status == status and text in found.text
+
+
+def test_every_documented_variable_is_known():
+    known = {variable.name for variable in env.VARIABLES}
+    assert set(doctor.variable_readers()) == known
 
 
 def test_misspelt_variable_gets_the_right_name(monkeypatch):

@@ -9,7 +9,6 @@ import torch
 
 import jitgen
 from jitgen import ir
-from jitgen.emit import _level
 from jitgen.emit_early import (
     ahead_loads,
     drop_relative,
@@ -21,6 +20,7 @@ from jitgen.emit_early import (
     take_offset,
     take_relative,
 )
+from jitgen.emit_hooks import level_of
 from jitgen.emit_split import split_floats
 from jitgen.evaluate import evaluate
 from jitgen.families import cuda_spec, loading_spec
@@ -112,7 +112,7 @@ def test_term_of_the_distance_is_dropped_where_it_is_flat():
 )
 def test_steps_and_offset_add_up_to_the_multiple_of_the_distance(score_mod):
     trace = traced(score_mod(torch.rand(2)))
-    rest, offset = take_offset(split_floats(trace.program.score, _level))
+    rest, offset = take_offset(split_floats(trace.program.score, level_of))
     assert offset is not None and "kv_idx" not in rest.deps | offset.deps
     start = (KV // 16 * 16).double()
     got = evaluate(rest, trace.values(), leaves(step=KV - start)) + evaluate(offset, trace.values(), leaves(start=start))
@@ -133,7 +133,7 @@ KEYS, GATES = torch.randn(2, 50), torch.randn(2, 50)
 )
 def test_terms_of_columns_and_rows_add_up_to_the_score(score_mod, has_rows):
     trace = traced(score_mod)
-    score, offset = take_offset(split_floats(trace.program.score, _level))
+    score, offset = take_offset(split_floats(trace.program.score, level_of))
     rest, columns, rows = take_initial(score)
     assert rest is ir.index("score") and "q_idx" not in columns.deps and (rows is not None) is has_rows
     start = (KV // 16 * 16).double()
@@ -154,7 +154,7 @@ def test_terms_of_columns_and_rows_add_up_to_the_score(score_mod, has_rows):
     ],
 )
 def test_products_begin_from_nothing_else(score_mod):
-    score = split_floats(traced(score_mod).program.score, _level)
+    score = split_floats(traced(score_mod).program.score, level_of)
     assert take_initial(score) == (score, None, None)
 
 

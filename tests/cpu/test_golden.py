@@ -19,7 +19,8 @@ from jinja2 import meta
 from template_checks import assert_both_ways, assert_tidy, parsed, record_branches, template_names
 
 from jitgen import build, errors, mask_tiles, paths, render, toolchain
-from jitgen.emit import emit_variant, section_context
+from jitgen.emit import emit_variant
+from jitgen.emit_section import section_context
 from jitgen.mask_tiles import mask_tiles_context
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ from stored_batch import stored
 import jitgen
 from jitgen import portable, reference, runtime
 from jitgen.errors import ShapeMismatch, VariantError
-from jitgen.ir import to_text
+from jitgen.ir_text import to_text
 from jitgen.kv_decode import value_factor, with_value_factor
 
 LENGTHS = [(1, 100), (20, 45), (0, 0), (1, 7), (3, 300), (2, 17)]

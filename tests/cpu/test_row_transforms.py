@@ -107,6 +107,20 @@ def test_a_plan_serves_one_step_after_another():
             assert_close(got, batch.expected(variant))
 
 
+@pytest.mark.parametrize("layout", ["ragged", "paged"])
+def test_a_request_without_rows_has_more_keys_than_all_others(layout):
+    """Its keys are not copied, so the copies are shorter than its length."""
+    variant = rows_variant("rope", 32, 32)
+    batch = Batch([(0, 500), (1, 20)], head_dim=32)
+    plan = batch.plan(variant, layout=layout)
+    if layout == "ragged":
+        got = jitgen.ragged_attention(batch.q, *batch.ragged(), plan, return_lse=True)
+    else:
+        k, v, lists = batch.pages(8)
+        got = jitgen.paged_attention(batch.q, (k, v), batch.csr(lists), plan, return_lse=True)
+    assert_close(got, batch.expected(variant))
+
+
 def test_bfloat16_pages():
     variant = rows_variant("rope", 64, 64)
     batch = Batch(LENGTHS, head_dim=64, dtype=torch.bfloat16)

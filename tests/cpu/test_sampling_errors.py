@@ -11,6 +11,7 @@ from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice, Un
 
 X = torch.zeros(3, 10)
 THREE = torch.zeros(3)
+COUNTS = torch.zeros(3, 10, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,11 @@ THREE = torch.zeros(3)
         (lambda: jitgen.sample(X, seed=3, advance=True), ValueError, "advance=True moves offsets in place"),
         (lambda: jitgen.sample(X, seed=3, generator=torch.Generator()), ValueError, "seed and generator were both given"),
         (lambda: jitgen.sample(X, generator=[torch.Generator()]), ShapeMismatch, "generator has 1 entries, expected 3"),
+        (lambda: jitgen.sample(X, generator=3), TypeError, r"generator is 3, expected a torch\.Generator, or a list of one"),
+        (lambda: jitgen.softmax(X, out=torch.empty(1, X.shape[1]).expand(X.shape)), ShapeMismatch, "rows of it share memory"),
+        (lambda: jitgen.Penalties(COUNTS, repetition=0.0), ValueError, r"repetition is 0\.0, expected a number above 0"),
+        (lambda: jitgen.Penalties(COUNTS, presence="1"), TypeError, "presence is '1' of type str, expected a number"),
+        (lambda: jitgen.Penalties(COUNTS, prompt=[True]), TypeError, r"prompt is a list, expected a torch\.Tensor"),
         (lambda: jitgen.renorm(X, order="x"), ValueError, "order is 'x'"),
         (lambda: jitgen.mask_logits(X, top_k=3, out=X.half()), UnsupportedDtype, "out has dtype float16, expected float32"),
         (lambda: jitgen.Penalties(THREE), ShapeMismatch, r"counts has shape \(3,\)"),

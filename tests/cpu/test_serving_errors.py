@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from serving_batch import Batch
@@ -384,3 +386,57 @@ def test_captured_tensors_must_reach_as_far_as_positions(batch, paged):
 def test_plan_must_be_a_plan(batch, paged):
     with pytest.raises(TypeError, match=r"plan is a NoneType, expected a jitgen.Plan"):
         jitgen.paged_attention(batch.q, *paged, None)
+
+
+# ---- updates that are refused ----------------------------------------------------------------------------------------------
+
+
+def test_a_refused_update_leaves_no_lengths():
+    plan = jitgen.Plan(2, 8, 2, 1, 64, dtype=torch.float32, device="cpu", page_size=4)
+    q, cache, table = torch.randn(3, 2, 64), torch.randn(4, 2, 4, 1, 64), torch.arange(4, dtype=torch.int32).view(2, 2)
+    q_indptr, kv_len = torch.tensor([0, 1, 3]), torch.tensor([5, 7])
+    plan.update(q_indptr, kv_len)
+    for _ in range(3):
+        want = jitgen.paged_attention(q, cache, table, plan)
+    with pytest.raises(ShapeMismatch, match="expected no negative length"):
+        plan.update(q_indptr, torch.tensor([5, -7]))
+    with pytest.raises(PlanMismatch, match=r"no lengths since its last update was refused\. Call plan\.update"):
+        jitgen.paged_attention(q, cache, table, plan)
+    with pytest.raises(PlanMismatch, match="no lengths since its last update was refused"):
+        plan.explain()
+    assert torch.equal(jitgen.paged_attention(q, cache, table, plan.update(q_indptr, kv_len)), want)
+
+
+def test_starts_of_keys_may_be_changed_by_their_owner_after_the_update():
+    plan = jitgen.Plan(2, 8, 2, 1, 64, dtype=torch.float32, device="cpu", layout="ragged")
+    q, k, v = torch.randn(3, 2, 64), torch.randn(12, 1, 64), torch.randn(12, 1, 64)
+    q_indptr, kv_indptr = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1, 3], [0, 5, 12]))
+    want = jitgen.ragged_attention(q, k, v, plan.update(q_indptr, kv_indptr=kv_indptr))
+    kv_indptr.fill_(0)  # on the CPU lengths are copied: here they are those of the next step already
+    assert torch.equal(jitgen.ragged_attention(q, k, v, plan), want)
+
+
+# ---- variants of calls -----------------------------------------------------------------------------------------------------
+
+
+def test_a_mask_over_several_captures_is_the_plans_whatever_else_a_call_reads():
+    torch.manual_seed(0)
+    tensors = [torch.randint(0, 9, (16,)) for _ in range(4)]
+    a, b, c, d = tensors
+    least = 3
+
+    def mask(batch, h, q_idx, kv_idx):
+        return (a[q_idx] <= b[kv_idx]) | (c[q_idx] <= d[kv_idx]) | (kv_idx % 5 < least)
+
+    plan = jitgen.Plan(2, 8, 2, 1, 64, dtype=torch.float32, device="cpu", page_size=4, variant=mask, max_kv_len=16)
+    q, cache, table = torch.randn(3, 2, 64), torch.randn(4, 2, 4, 1, 64), torch.arange(4, dtype=torch.int32).view(2, 2)
+    plan.update(torch.tensor([0, 1, 3]), torch.tensor([5, 7]))
+    want = jitgen.paged_attention(q, cache, table, plan)
+    for order in itertools.permutations(tensors):  # captures are numbered by first use in all hooks
+
+        def score(s, batch, h, q_idx, kv_idx, order=order):
+            return s + 0.0 * sum(weight * t[kv_idx] for weight, t in zip((1, 2, 3, 5), order, strict=True))
+
+        zero = jitgen.Variant(score_mod=score, mask_mod=mask)
+        got = jitgen.paged_attention(q, cache, table, plan, variant=zero)
+        assert (got - want).abs().max() < 1e-6

@@ -192,3 +192,25 @@ def test_zero_turns_off(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("JITGEN_PROGRESS", "JITGEN_LOG", "JITGEN_LINE_MAP"):
         monkeypatch.setenv(name, "0")
     assert (env.progress(), env.log_level(), env.line_map()) == ("off", "off", False)
+
+
+def test_a_compiler_that_is_installed_meanwhile_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_path(monkeypatch, tmp_path / "bin")
+    monkeypatch.delenv("JITGEN_CXX", raising=False)
+    assert toolchain.find_cxx() is None
+    with pytest.raises(ToolchainMissing, match="no C\\+\\+ compiler on PATH"):
+        toolchain.require_cxx()
+    program(tmp_path / "bin" / "g++", "echo 'g++ (Test) 12.2.0'")
+    found = toolchain.require_cxx()  # of the same process, as a notebook's
+    assert found.major == 12
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert toolchain.find_toolkit() is None
+    toolkit(tmp_path / "cuda")
+    assert toolchain.require_toolkit().version == "13.0.88"
+
+
+@pytest.mark.parametrize("read", [env.cache_dir, env.prebuilt_dirs], ids=["JITGEN_CACHE_DIR", "JITGEN_PREBUILT"])
+def test_an_unknown_home_directory_is_named(read, monkeypatch: pytest.MonkeyPatch, request) -> None:
+    monkeypatch.setenv(request.node.callspec.id, "~nobody-of-that-name/kernels")
+    with pytest.raises(EnvError, match=f"{request.node.callspec.id}=.~nobody.*begins with a home directory that is not known"):
+        read()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import jitgen
-from jitgen.ir import to_text, walk
+from jitgen.ir import walk
+from jitgen.ir_text import to_text
 from jitgen.reference import mask_of
 
 Q_LEN, KV_LEN, HEADS = 11, 17, 3

@@ -307,10 +307,13 @@ static void make_items(const Args& args, int group, jg::ServingItem* item) {
   }
 }
 
-// Whether the keys of every request lie inside k and v.
+// Whether the keys of every request with query rows lie inside k and v. Those of others are not read, and no copies are made of
+// them where transforms need copies.
 static bool are_keys_inside(const Args& args) {
   for (int b = 0; b < args.batch; ++b)
-    if (args.kv_start[b] < 0 || int64_t{args.kv_start[b]} + args.kv_len[b] > args.num_pages) return false;
+    if (args.q_indptr[b] < args.q_indptr[b + 1] &&
+        (args.kv_start[b] < 0 || int64_t{args.kv_start[b]} + args.kv_len[b] > args.num_pages))
+      return false;
   return true;
 }
 
