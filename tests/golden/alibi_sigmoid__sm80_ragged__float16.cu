@@ -217,8 +217,10 @@ struct Piece {
   int packing;            // log2 of the heads in a packed row
   long long kv_start;     // first row of the request in K and V
 };
-// Where a CTA is on the line: the units of share `share` from (tile, group, unit) on are not yet taken.
+// Where a CTA is on the line: the units of share `share` from (tile, group, unit) on are not yet taken. Where items are given out,
+// share is kOwnItem or kNextItem, and the rest what a CTA needs of the plan's header, read once: {share, tiles, whole_groups, tail_groups}.
 struct Cursor { int share, tile, group, unit; };
+constexpr int kOwnItem = -1, kNextItem = -2;
 
 // Units [first, last) of an item; last < 0: to its end.
 JITGEN_FN Piece make_piece(const Args& args, const Launch& launch, const jg::PlanTile& tile, int group, int first, int last) {
@@ -239,28 +241,27 @@ JITGEN_FN Piece make_piece(const Args& args, const Launch& launch, const jg::Pla
 JITGEN_FN bool takes_items(const Args& args) { return jg::plan_header(args.plan)->tail_groups > 0; }
 // Item `number` in the order they are given out. The results of its pieces, if there are several, begin at `slot`.
 struct Item { const jg::PlanTile* tile; int group, pieces, slot; };
-JITGEN_FN Item item_at(const Args& args, const Launch& launch, int number) {
-  const jg::PlanHeader& header = *jg::plan_header(args.plan);
+JITGEN_FN Item item_at(const Args& args, const Launch& launch, int num_tiles, int whole_groups, int tail_groups, int number) {
   const jg::PlanTile* tiles = jg::plan_tiles_of(args.plan, launch.shape.shares);
-  const int behind = number - header.whole_groups * header.tiles;
-  if (behind < 0) return {&tiles[header.tiles - 1 - number % header.tiles], number / header.tiles, 1, -1};
-  const int place = behind / header.tail_groups, group = behind - place * header.tail_groups;
+  const int behind = number - whole_groups * num_tiles;
+  if (behind < 0) return {&tiles[num_tiles - 1 - number % num_tiles], number / num_tiles, 1, -1};
+  const int place = behind / tail_groups, group = behind - place * tail_groups;
   const int pieces = tiles[place].at_pieces;
-  return {&tiles[tiles[place].at], header.whole_groups + group, pieces, tiles[place].pieces * header.tail_groups + group * pieces};
+  return {&tiles[tiles[place].at], whole_groups + group, pieces, tiles[place].pieces * tail_groups + group * pieces};
 }
-// kOwnFirst: the first place of each CTA is its own number, without a turn at the counter; behind it the share of `at` is -1.
+// kOwnFirst: the first place of each CTA is its own number, without a turn at the counter.
 JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
-  const int items = header->tiles * launch.shape.groups, whole = header->tiles * header->whole_groups;
+  const int items = at.tile * launch.shape.groups, whole = at.tile * at.group;
 #pragma unroll 1
   for (;;) {
-    const bool is_own = kOwnFirst && at.share >= 0;
+    const bool is_own = kOwnFirst && at.share == kOwnItem;
     const int taken = is_own ? static_cast<int>(blockIdx.x) : (kOwnFirst ? static_cast<int>(gridDim.x) : 0) + atomicAdd(&header->taken, 1);
     const int behind = taken - whole;
-    if (kOwnFirst) at.share = -1;
+    if (kOwnFirst) at.share = kNextItem;
     const int number = behind < 0 ? taken : whole + behind / jg::kTailPieces, part = behind < 0 ? 0 : behind % jg::kTailPieces;
     if (number >= items) break;
-    const Item item = item_at(args, launch, number);
+    const Item item = item_at(args, launch, at.tile, at.group, at.unit, number);
     if (part >= item.pieces) continue;
     if (item.pieces == 1) return make_piece(args, launch, *item.tile, item.group, 0, -1);
     const int units = jg::units_of({item.tile->begin, item.tile->end}, kTileKv);
@@ -316,9 +317,15 @@ JITGEN_FN Cut cut_at(const Args& args, const Launch& launch, int first) {   // w
   return cut.pieces > 1 ? cut : Cut{0, 0, 0};
 }
 
+// Where a CTA begins that has this share, or takes items.
+JITGEN_FN Cursor first_cursor(const Args& args, const Launch& launch, int share) {
+  const jg::PlanHeader& header = *jg::plan_header(args.plan);
+  const Cursor line = share_begin(args, launch, share), items = {kOwnItem, header.tiles, header.whole_groups, header.tail_groups};
+  return items.unit > 0 ? items : line;
+}
 // The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
 JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
-  return takes_items(args) ? take_item(args, launch, at) : take_of_share(args, launch, at);
+  return at.share < 0 ? take_item(args, launch, at) : take_of_share(args, launch, at);
 }
 
 // ---- packed rows ----
@@ -530,7 +537,7 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
 __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ Args args, const __grid_constant__ Launch launch) {
   extern __shared__ __align__(1024) char shared[];
   if (threadIdx.x == 0) {
-    own_cursor() = share_begin(args, launch, blockIdx.x);
+    own_cursor() = first_cursor(args, launch, blockIdx.x);
     next_piece() = take_piece(args, launch, own_cursor());
   }
 #pragma unroll 1
