@@ -38,7 +38,7 @@ LAYERS = {
     "building": ["host_part", "loader", "build"],
     "calls": [
         "checks", "looks", "runtime", "streams", "recall", "fp8", "layouts", "dense", "api", "reference", "mask_tiles", "flex",
-        "op", "recipes", "lifting", "graph*", "block_*", "serving*", "sampling*", "rotary", "kv_*",
+        "op", "recipes", "lift*", "trackers", "graph*", "block_*", "serving*", "sampling*", "rotary", "kv_*",
     ],
     "compat": ["compat*"],
     "tools": ["bench*", "show*", "doctor*", "demo", "prebuild*", "cli*", "__main__"],
