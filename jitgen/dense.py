@@ -26,7 +26,7 @@ except ImportError:
 
     def empty_on_cpu(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor."""
-        return torch.empty_strided(shape, stride, dtype=dtype)
+        return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
 
 
 MAX_PREPARED_CALLS = 4096  # shapes remembered; decode meets a new length at every step, so the table must not grow forever
