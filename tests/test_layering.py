@@ -15,9 +15,10 @@ LAYERS = {
     "machine": ["env", "paths", "memo", "progress", "events", "toolchain", "target"],
     "expressions": ["ir", "ir_*", "arith", "location", "guards", "program", "evaluate", "norm_parts"],
     "language": [
+        "refusals",
         "symbols",
         "gather",
-        "ops_torch",
+        "ops_*",
         "trace",
         "proxies",
         "captures",
