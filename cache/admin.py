@@ -170,14 +170,21 @@ def compare(root: Path, first: str, second: str) -> list[str]:
     """Lines that say why two entries are two: the parts of the key that differ, then the difference of the sources.
 
     An entry is given by its name, the beginning of its name or digest, or its path.
-    Errors:  CacheError when one is not found or not unique.
+    Errors:  CacheError when one is not found, not unique, or damaged.
     """
     old, new = _resolve(root, first), _resolve(root, second)
-    lines = explain(read_key(old), read_key(new))
+    lines = explain(_key_of(old), _key_of(new))
     for path in sorted({*_sources(old), *_sources(new)}):
         texts = [(entry / path).read_text("utf-8").splitlines() if (entry / path).is_file() else [] for entry in (old, new)]
         lines += difflib.unified_diff(*texts, f"{old.name}/{path}", f"{new.name}/{path}", lineterm="", n=1)
     return lines
+
+
+def _key_of(entry: Path) -> dict:
+    try:
+        return read_key(entry)
+    except (OSError, ValueError) as e:
+        raise CacheError(f"the key of {entry} cannot be read ({e}). 'jitgen cache verify' says what is damaged.") from e
 
 
 def _resolve(root: Path, given: str) -> Path:

@@ -129,7 +129,7 @@ class CutWatch:
         if buffer is None or not buffer.is_cuda:
             return
         self._plan = plan
-        self._header = torch.empty(SHARES_AT, dtype=torch.uint8, pin_memory=True)
+        self._header = torch.empty(SHARES_AT, dtype=torch.uint8, device="cpu", pin_memory=True)
         self._header.copy_(buffer.view(torch.uint8)[:SHARES_AT], non_blocking=True)
         self._event = record_event(buffer.device)
 

@@ -369,7 +369,7 @@ class LateCheck:
         self._event = None
         self._failed: Tensor | None = failed
         if failed.is_cuda:
-            self._failed = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(failed, non_blocking=True)
+            self._failed = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(failed, non_blocking=True)
             self._event = record_event(failed.device)
         self.look()
 

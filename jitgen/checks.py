@@ -123,8 +123,10 @@ def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 def check_memory(**tensors: torch.Tensor) -> None:
     """Tensors have values at an address: those of FakeTensorMode have shapes only, those of torch.func and of subclasses that
-    wrap others have them elsewhere, and a kernel would be given address 0."""
+    wrap others have them elsewhere, and a kernel would be given address 0. Negative views have others than their memory."""
     for name, t in () if is_dynamo_compiling() else tensors.items():
+        if t.is_neg():  # as the imaginary part of a conjugate is
+            raise UnsupportedDevice(f"{name} is a view that negates what it shows (is_neg()). Copy it with .resolve_neg().")
         if isinstance(t, FakeTensor):
             raise UnsupportedDevice(
                 f"{name} is a FakeTensor, which has no values. To have shapes or a graph, make the call inside torch.compile "

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jitgen.cli_text import counted, duration_text, paint, short_arch, size_text, table
+from jitgen.cli_text import counted, duration_text, paint, positive, short_arch, size_text, table
 
 if TYPE_CHECKING:
     from jitgen.prebuild import Report
@@ -88,12 +88,6 @@ def archs(text: str) -> list[str]:
     if not found:
         raise argparse.ArgumentTypeError("it names no target")
     return found
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
 
 
 def shard(text: str) -> tuple[int, int]:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from jitgen.cli_text import positive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", type=target_text, nargs="?", help="module:name or path.py:name")
@@ -66,12 +68,6 @@ def arch_text(text: str) -> str:
     if not re.fullmatch(r"[1-9][0-9]?\.[0-9][af]?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not an architecture; write it like 8.0, 9.0 or 9.0a")
     return text
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
 
 
 def head_dim(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
@@ -89,3 +90,10 @@ def short_arch(arch: str) -> str:
         if last in names:
             return f"{names[0]} {level}"
     return arch
+
+
+def positive(text: str) -> int:
+    """An argument of the command line that counts something."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)

@@ -26,7 +26,7 @@ except ImportError:
 
     def empty_on_cpu(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor."""
-        return torch.empty_strided(shape, stride, dtype=dtype)
+        return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
 
 
 MAX_PREPARED_CALLS = 4096  # shapes remembered; decode meets a new length at every step, so the table must not grow forever
@@ -90,9 +90,9 @@ def run(
         call = recent.call  # type: ignore[union-attr]
     else:
         check_grad(q, k, v)
-        check_memory(q=q, k=k, v=v)
         if q.is_neg() or k.is_neg() or v.is_neg():  # as the imaginary part of a conjugate is: the sign is not in memory yet
             q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
+        check_memory(q=q, k=k, v=v)
         found = find_call(q, k, v, options)
         if found is None:
             wanted = output_dtype(q.dtype, out_dtype)

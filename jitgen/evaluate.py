@@ -65,7 +65,7 @@ def gather(source: Tensor, indices: Sequence[Tensor]) -> Tensor:
 
 def _context(leaves: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
     floats = [t.dtype for t in leaves.values() if t.is_floating_point()]
-    first = next(iter(leaves.values()), torch.tensor(0))
+    first = next(iter(leaves.values()), torch.tensor(0, device="cpu"))
     return (floats[0] if floats else torch.float64), first.device
 
 

@@ -6,7 +6,6 @@ A graph holds tensors and numbers. The transform of an append is taken apart whi
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +14,8 @@ from torch._dynamo.comptime import comptime
 
 from jitgen.kv_append import append
 from jitgen.kv_hooks import resolve_transform
-from jitgen.recipes import Leaves, Recipe, constant
-
-try:
-    from jitgen.lifting import lift_here
-except ImportError:  # as in op.py
-    CAN_LIFT = False
-else:
-    CAN_LIFT = True
+from jitgen.lifted import CAN_LIFT, lift_here, made, register
+from jitgen.recipes import constant
 
 if TYPE_CHECKING:
     from jitgen.serving_lists import PageTable
@@ -35,16 +28,6 @@ REMEDY = (
 )
 # The call between two graphs, as Dynamo would look into every function of it
 append_outside = torch.compiler.disable(append, reason=REMEDY)
-
-_transforms: dict[int, Recipe] = {}  # by handle
-_numbers = itertools.count()
-
-
-def register(arguments: dict[str, Recipe]) -> int:
-    """Handle of a transform."""
-    handle = next(_numbers)
-    _transforms[handle] = arguments["transform"]
-    return handle
 
 
 def lift_transform(context: Any) -> None:
@@ -83,7 +66,7 @@ def append_op(
     append(
         k_cache if v_cache is None else (k_cache, v_cache), k, v, table, positions, batch_indices,
         q_indptr=q_indptr, kv_len=kv_len, slot_mapping=slot_mapping, scales=scales, kv_layout=kv_layout,
-        transform=_transforms[handle](Leaves(tensors, ints)),
+        **made(handle, tensors, ints),
     )  # fmt: skip
 
 

@@ -82,7 +82,9 @@ Form = tuple[object, ...] | None
 
 def form_of(t: Tensor | None) -> Form:
     """Everything about a tensor that checks, strides and the choice of a kernel depend on."""
-    return None if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad and torch.is_grad_enabled())
+    if t is None:
+        return None
+    return type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad and torch.is_grad_enabled(), t.is_neg()
 
 
 def low_bits(*tensors: Tensor | None) -> tuple[int, ...]:

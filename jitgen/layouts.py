@@ -71,6 +71,8 @@ def check_out(out: torch.Tensor, shape: tuple[int, ...], q: torch.Tensor, dtype:
 
 
 def check_own_rows(out: torch.Tensor, name: str = "out") -> None:
-    """No two rows of what is written are the same memory, as those of an expanded tensor are."""
+    """What is written shows its memory: no two rows are the same, as those of an expanded tensor are, and none is negated."""
     if 0 in out.stride() and any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
         raise ShapeMismatch(f"{name} has strides {tuple(out.stride())}, so rows of it share memory. Give one from torch.empty.")
+    if out.is_neg():
+        raise ShapeMismatch(f"{name} is a view that negates what it shows (is_neg()). Give one from torch.empty.")

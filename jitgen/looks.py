@@ -37,7 +37,7 @@ def looks_of(tensors: tuple[torch.Tensor, ...]) -> Callable[..., bool]:
         return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[no-any-return]
 
     def look(tensors: tuple[torch.Tensor, ...]) -> list[object]:
-        return [(type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
+        return [(type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.is_neg()) for t in tensors]
 
     looks = look(tensors)
     return lambda *others: can_be_asked(*others) and looks == look(others)

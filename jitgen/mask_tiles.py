@@ -75,8 +75,8 @@ def classify(
     heads = num_kv_heads or num_q_heads
     shape = (num_q_heads, -(-q_len // tile_q), -(-kv_len // tile_kv))
     if program.mask is None or program.mask is TRUE:
-        return torch.full(shape, TILE_FULL, dtype=torch.uint8)
-    kinds = torch.empty(shape, dtype=torch.uint8)
+        return torch.full(shape, TILE_FULL, dtype=torch.uint8, device="cpu")
+    kinds = torch.empty(shape, dtype=torch.uint8, device="cpu")
     program = Program(mask=program.mask, slots=program.slots)
     sizes = {"b": b + 1, "h": num_q_heads, "kv_h": heads, "q_idx": q_offset + q_len, "kv_idx": kv_len, "any": 1}
     check_sizes(program, values, sizes)

@@ -8,7 +8,6 @@ taken apart leaves the graph and is called between two of them.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,14 +16,8 @@ from torch._dynamo.comptime import comptime
 
 from jitgen import api, flex
 from jitgen.checks import check_grad
-from jitgen.recipes import Leaves, Recipe, constant
-
-try:
-    from jitgen.lifting import lift_here, trace_of_attention
-except ImportError:  # another torch, whose Dynamo has other names: calls leave the graph
-    CAN_LIFT = False
-else:
-    CAN_LIFT = True
+from jitgen.lifted import CAN_LIFT, lift_here, made, register, trace_of_attention
+from jitgen.recipes import constant
 
 Tensor = torch.Tensor
 ARGUMENTS = ("variant", "score_mod", "mask_mod", "sink", "scale_q", "scale_k", "scale_v")
@@ -33,17 +26,6 @@ REMEDY = (
     "fullgraph=True that is a graph break and no error; with it, make hooks plain functions, partials or methods that capture "
     "tensors, numbers, modules and containers of these, and make no attention call with out= there"
 )
-
-_calls: dict[int, dict[str, Recipe]] = {}  # by handle: recipes of the arguments that are no inputs of the graph
-_numbers = itertools.count()
-
-
-def register(arguments: dict[str, Recipe]) -> int:
-    """Handle of the arguments of a call."""
-    handle = next(_numbers)
-    _calls[handle] = arguments
-    return handle
-
 
 # The calls between two graphs, as Dynamo would look into every function of them
 attention_outside = torch.compiler.disable(api.attention, reason=REMEDY)
@@ -69,7 +51,7 @@ def attention_op(
 ) -> tuple[Tensor, Tensor]:
     """A call of jitgen.attention, or of jitgen.flex_attention where ``convention`` is "flex"; else it is what q_index counts,
     or empty. tensors and ints are what its hooks capture. The second result is empty unless want_lse."""
-    given: dict[str, Any] = {name: recipe(Leaves(tensors, ints)) for name, recipe in _calls[handle].items()}
+    given = made(handle, tensors, ints)
     if convention == "flex":
         out, lse = flex.eager(query, key, value, given["score_mod"], given["mask_mod"], scale, want_lse, family)
     else:

@@ -1,12 +1,12 @@
 """The table from torch functions and tensor methods to IR.
 
-FUNCTIONS is looked up for ``torch.name(...)``, METHODS for ``x.name(...)``; a name in neither is refused.
+FUNCTIONS is looked up for ``torch.name(...)``, METHODS for ``x.name(...)``; a name in neither is refused. Reductions and norms
+of rows are in ops_rows.py.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,18 +15,8 @@ from jitgen import arith, ir
 from jitgen.gather import SymTensor
 from jitgen.ir import Expr, const, make
 from jitgen.location import refuse
-from jitgen.symbols import FUNCTIONS, METHODS, ROTATE, TORCH_TO_IR, Sym, SymVector, Traced, as_operand, is_head_row, lift
-
-Value = Sym | SymVector
-
-
-def _register(names: str, handler: Callable[..., object], *, method: bool = True, function: bool = True) -> None:
-    for name in names.split():
-        if function:
-            FUNCTIONS[name] = handler
-        if method:
-            METHODS[name] = handler
-
+from jitgen.ops_rows import elements_of
+from jitgen.symbols import TORCH_TO_IR, Sym, Traced, Value, as_operand, lift, register
 
 # ---- elementwise ----------------------------------------------------------------------------------------------------------
 
@@ -167,7 +157,7 @@ def _new_ones(value: int) -> Callable[..., object]:
 
 
 def _item(x: object) -> object:
-    elements = _elements(x)
+    elements = elements_of(x)
     if len(elements) != 1:
         refuse(f".item() of a row of {len(elements)} values, expected one. Index it.")
     if elements[0].deps:
@@ -175,143 +165,56 @@ def _item(x: object) -> object:
     return Sym(elements[0])
 
 
-# ---- rows -------------------------------------------------------------------------------------------------------------------
-
-
-def _elements(x: object) -> Sequence[Expr]:
-    operand = as_operand(x)
-    assert operand is not None
-    return (operand,) if isinstance(operand, Expr) else operand
-
-
-def _reduction(
-    build: Callable[[Expr, Expr], Expr], prepare: Callable[[Expr], Expr], name: str, *empty: Expr
-) -> Callable[..., Value]:
-    def handler(x: object, dim: int | None = None, keepdim: bool = False, **_: object) -> Value:
-        if is_head_row(x):
-            refuse(f".{name}() over the head dim is not available. Rows of the output have .sum(), .mean() and .rms().")
-        return Sym(functools.reduce(build, map(prepare, _elements(x)), *empty))
-
-    return handler
-
-
-def _sum(x: object, dim: int | None = None, keepdim: bool = False, *, dtype: object = None) -> Value:
-    if is_head_row(x):
-        return lift(arith.op("d_sum"), x)
-    as_count = (ir.cast(e, "i32") if e.dtype == "bool" else e for e in _elements(x))
-    return Sym(functools.reduce(arith.add, as_count, const(0)))
-
-
-def _mean(x: object, dim: int | None = None, keepdim: bool = False) -> Value:
-    n = Sym(ir.index("head_dim_v")) if is_head_row(x) else len(_elements(x))
-    return lift(arith.op("truediv"), _sum(x), n)
-
-
-def _rms(x: Any, eps: float = 1e-6) -> Value:
-    """Root of the mean square along the head dim; ``eps`` is added under the root."""
-    return lift(arith.op("sqrt"), lift(arith.add, _mean(lift(arith.mul, x, x)), eps))
-
-
-def _rms_norm(x: Any, shape: object = None, weight: object = None, eps: float | None = None) -> Value:
-    row = lift(arith.op("truediv"), x, _rms(x, torch.finfo(torch.float32).eps if eps is None else eps))
-    return row if weight is None else row * weight  # type: ignore[operator]
-
-
-def _layer_norm(x: Any, shape: object, weight: object = None, bias: object = None, eps: float = 1e-5, *_: object) -> Value:
-    x = lift(arith.sub, x, _mean(x))
-    row = lift(arith.op("truediv"), x, _rms(x, eps))
-    row = row if weight is None else row * weight  # type: ignore[operator]
-    return row if bias is None else row + bias  # type: ignore[operator]
-
-
-def _norm(x: Any, p: object = 2, dim: int | None = None, keepdim: bool = False, **_: object) -> Value:
-    if p not in (2, 2.0, "fro", None):
-        refuse(f"a norm with p={p!r} is not available. Use p=2, or write it with .sum().")
-    return lift(arith.op("sqrt"), _sum(lift(arith.mul, x, x)))
-
-
-def _normalize(x: Any, p: object = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> Value:
-    return lift(arith.op("truediv"), x, _clamp(_norm(x, p), eps))
-
-
-def _dot(x: object, other: object) -> Value:
-    return _sum(lift(arith.mul, x, other))
-
-
-def _min_max(op: str) -> Callable[..., Value]:
-    reduce = _reduction(arith.op(op), lambda e: e, op)
-
-    def handler(x: object, other: object = None, **kwargs: Any) -> Value:
-        return reduce(x, other, **kwargs) if other is None or isinstance(other, int) else lift(arith.op(op), x, other)
-
-    return handler
-
-
-def _stack(values: Sequence[object], dim: int = 0) -> Value:
-    if any(map(is_head_row, values)):
-        refuse(f"rows along the head dim were joined. {ROTATE}")
-    return SymVector(tuple(e for v in values for e in _elements(v)))
-
-
-def _row_op(op: str) -> Callable[..., Value]:
-    return lambda x: lift(arith.op(op), x)
-
-
-def _as_bool(e: Expr) -> Expr:
-    return ir.cast(e, "bool")
-
-
 def _fill_table() -> None:
     for names, build in _UNARY.items():
-        _register(names, _unary(build))
+        register(names, _unary(build))
     for names, binary in _BINARY.items():
-        _register(names, _binary(binary))
+        register(names, _binary(binary))
     for name, binary in (*arith.BINARY.items(), *arith.COMPARE.items()):  # a tensor made inside the hook on the left
-        _register(f"__{name}__", _binary(binary))
-    _register("add", _scaled(arith.add))
-    _register("sub subtract", _scaled(arith.sub))
-    _register("clamp clip", _clamp)
-    _register("hardtanh", lambda x, min_val=-1.0, max_val=1.0, inplace=False: _clamp(x, min_val, max_val))
-    _register("clamp_min", _clamp)
-    _register("clamp_max", lambda x, max: _clamp(x, None, max))
-    _register("where", _where, method=False)
-    _register("where", lambda x, cond, other: _where(cond, x, other), function=False)
-    _register("masked_fill", lambda x, mask, value: _where(mask, value, x))
-    _register("round", _round)
-    _register("div", _div)
-    _register("gelu", _gelu)
-    _register("softplus", _softplus)
-    _register("leaky_relu", _leaky_relu)
-    _register("lerp", lambda a, b, w: a + w * (b - a))
-    _register("embedding", lambda index, weight, *a, **k: weight[index], method=False)
+        register(f"__{name}__", _binary(binary))
+    register("add", _scaled(arith.add))
+    register("sub subtract", _scaled(arith.sub))
+    register("clamp clip", _clamp)
+    register("hardtanh", lambda x, min_val=-1.0, max_val=1.0, inplace=False: _clamp(x, min_val, max_val))
+    register("clamp_min", _clamp)
+    register("clamp_max", lambda x, max: _clamp(x, None, max))
+    register("where", _where, method=False)
+    register("where", lambda x, cond, other: _where(cond, x, other), function=False)
+    register("masked_fill", lambda x, mask, value: _where(mask, value, x))
+    register("round", _round)
+    register("div", _div)
+    register("gelu", _gelu)
+    register("softplus", _softplus)
+    register("leaky_relu", _leaky_relu)
+    register("lerp", lambda a, b, w: a + w * (b - a))
+    register("embedding", lambda index, weight, *a, **k: weight[index], method=False)
     _fill_types()
-    _fill_rows()
 
 
 def _fill_types() -> None:
-    _register("to", _to)
-    _register("type", lambda x, dtype=None: _convert(x, dtype))
-    _register("type_as", _to)
+    register("to", _to)
+    register("type", lambda x, dtype=None: _convert(x, dtype))
+    register("type_as", _to)
     for name, dtype in {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64,
                         "int": torch.int32, "long": torch.int64, "short": torch.int16, "bool": torch.bool}.items():  # fmt: skip
-        _register(name, lambda x, dtype=dtype: _convert(x, dtype))
-    _register("new_ones", _new_ones(1))
-    _register("new_zeros", _new_ones(0))
-    _register("new_full", lambda x, size, fill, **k: _filled(x, size, fill, dtype=k.get("dtype") or x.dtype))
-    _register("new_tensor", lambda x, v, **k: _filled(x, (), v, dtype=k.get("dtype") or x.dtype))
-    _register("full", lambda size, fill_value, **k: _filled(None, size, fill_value, **k), method=False)
-    _register("scalar_tensor", lambda v, **k: _filled(None, (), v, **k), method=False)
-    _register("full_like", lambda x, fill_value, **k: _like(None)(x, fill_value, **k))
-    _register("zeros_like", _like(0))
-    _register("ones_like", _like(1))
-    _register("detach clone contiguous cpu cuda squeeze", _same)
-    _register("unsqueeze expand view reshape flatten", _reshaped)
-    _register("item", _item)
-    _register("is_floating_point", lambda x: x.dtype.is_floating_point)
-    _register("size", lambda x, dim=None: x.shape if dim is None else x.shape[dim])
-    _register("dim", lambda x: x.ndim)
-    _register("numel", lambda x: x.shape.numel())
-    _register("__getitem__", lambda x, item: x[item] if isinstance(x, Traced) else _made_inside(x), function=False)
+        register(name, lambda x, dtype=dtype: _convert(x, dtype))
+    register("new_ones", _new_ones(1))
+    register("new_zeros", _new_ones(0))
+    register("new_full", lambda x, size, fill, **k: _filled(x, size, fill, dtype=k.get("dtype") or x.dtype))
+    register("new_tensor", lambda x, v, **k: _filled(x, (), v, dtype=k.get("dtype") or x.dtype))
+    register("full", lambda size, fill_value, **k: _filled(None, size, fill_value, **k), method=False)
+    register("scalar_tensor", lambda v, **k: _filled(None, (), v, **k), method=False)
+    register("full_like", lambda x, fill_value, **k: _like(None)(x, fill_value, **k))
+    register("zeros_like", _like(0))
+    register("ones_like", _like(1))
+    register("detach clone contiguous cpu cuda squeeze", _same)
+    register("unsqueeze expand view reshape flatten", _reshaped)
+    register("item", _item)
+    register("is_floating_point", lambda x: x.dtype.is_floating_point)
+    register("size", lambda x, dim=None: x.shape if dim is None else x.shape[dim])
+    register("dim", lambda x: x.ndim)
+    register("numel", lambda x: x.shape.numel())
+    register("__getitem__", lambda x, item: x[item] if isinstance(x, Traced) else _made_inside(x), function=False)
 
 
 def _same(x: object, *args: object, **kwargs: object) -> object:
@@ -326,28 +229,6 @@ def _reshaped(x: Any, *args: object, **kwargs: object) -> object:
 
 def _made_inside(x: torch.Tensor) -> object:
     refuse(f"a tensor of shape {tuple(x.shape)} made inside the hook is indexed. Make it outside the hook and capture it.")
-
-
-def _fill_rows() -> None:
-    _register("any", _reduction(arith.op("or"), _as_bool, "any", ir.FALSE))
-    _register("all", _reduction(arith.op("and"), _as_bool, "all", ir.TRUE))
-    _register("amax", _reduction(arith.op("max"), lambda e: e, "amax"))
-    _register("amin", _reduction(arith.op("min"), lambda e: e, "amin"))
-    _register("prod", _reduction(arith.mul, lambda e: ir.cast(e, "i32") if e.dtype == "bool" else e, "prod"))
-    _register("sum", _sum)
-    _register("mean", _mean)
-    _register("max", _min_max("max"))
-    _register("min", _min_max("min"))
-    _register("dot vdot inner", _dot)
-    _register("rms", _rms, function=False)
-    _register("norm", _norm)
-    _register("linalg_norm linalg_vector_norm", lambda x, ord=None, *args, **kwargs: _norm(x, ord), method=False)
-    _register("rms_norm", _rms_norm, method=False)
-    _register("layer_norm", _layer_norm, method=False)
-    _register("normalize", _normalize, method=False)
-    _register("stack hstack cat concat", _stack, method=False)
-    for name in ("row_max", "row_sum", "row_cumsum"):
-        _register(name, _row_op(name), function=False)
 
 
 _fill_table()

@@ -86,7 +86,7 @@ def _from_generators(generator: Generators | None, batch: int, device: torch.dev
     if len(generator) != batch:
         raise ShapeMismatch(f"generator has {len(generator)} entries, expected {batch}: one for each row.")
     positions = [next_position(one) for one in generator]
-    seeds, offsets = torch.tensor(positions, dtype=torch.int64).reshape(batch, 2).unbind(1)
+    seeds, offsets = torch.tensor(positions, dtype=torch.int64, device="cpu").reshape(batch, 2).unbind(1)
     return Streams(seeds.contiguous().to(device), 0, offsets.contiguous().to(device), 0, False)
 
 
@@ -96,4 +96,4 @@ def next_position(generator: torch.Generator | None) -> tuple[int, int]:
         offset = generator.get_offset()
         generator.set_offset(offset + DRAWS_PER_CALL)
         return (generator.initial_seed() + _SIGN) % _ALL - _SIGN, offset
-    return int(torch.randint(-_SIGN, _SIGN - 1, (), dtype=torch.int64, generator=generator)), 0
+    return int(torch.randint(-_SIGN, _SIGN - 1, (), dtype=torch.int64, device="cpu", generator=generator)), 0

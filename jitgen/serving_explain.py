@@ -123,8 +123,8 @@ def _explain_host(plan: Plan, c: KernelClass, program: Program, values: list[obj
 
 def host_pieces(plan: Plan, c: KernelClass, program: Program, values: list[object]) -> torch.Tensor:
     """The pieces of a call on the CPU, int32 [pieces, PIECE_FIELDS]."""
-    count = _call_pieces(plan, c, program, values, torch.empty(0, PIECE_FIELDS, dtype=torch.int32))
-    pieces = torch.empty(count, PIECE_FIELDS, dtype=torch.int32)
+    count = _call_pieces(plan, c, program, values, torch.empty(0, PIECE_FIELDS, dtype=torch.int32, device="cpu"))
+    pieces = torch.empty(count, PIECE_FIELDS, dtype=torch.int32, device="cpu")
     _call_pieces(plan, c, program, values, pieces)
     return pieces
 

@@ -133,7 +133,7 @@ class PageTable(KVLists):
         if self.indptr is None:
             has = torch.full_like(needed, self.pages.shape[1])
         else:
-            has = torch.minimum(self.indptr[1:], torch.tensor(self.pages.shape[0])) - self.indptr[:-1]
+            has = self.indptr[1:].clamp(max=self.pages.shape[0]) - self.indptr[:-1]
         short = (needed > has).nonzero()
         if len(short):
             b = int(short[0])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +15,8 @@ import torch
 
 from jitgen import arith, ir
 from jitgen.ir import Expr
-from jitgen.location import line_of, refuse, user_frame
+from jitgen.location import refuse
+from jitgen.refusals import describe, refuse_number, refuse_op
 
 MAX_UNROLL = 256
 
@@ -26,9 +26,18 @@ TORCH_TO_IR = {
 }  # fmt: skip
 IR_TO_TORCH = {"bool": torch.bool, "i32": torch.int32, "i64": torch.int64, "f32": torch.float32}
 
-# Filled by ops_torch.py: name -> handler(self, *args, **kwargs).
+# Filled by ops_torch.py and ops_rows.py: name -> handler(self, *args, **kwargs).
 METHODS: dict[str, Callable[..., object]] = {}
 FUNCTIONS: dict[str, Callable[..., object]] = {}
+
+
+def register(names: str, handler: Callable[..., object], *, method: bool = True, function: bool = True) -> None:
+    """Note what methods and functions of torch of these names do with a stand-in."""
+    for name in names.split():
+        if function:
+            FUNCTIONS[name] = handler
+        if method:
+            METHODS[name] = handler
 
 
 if TYPE_CHECKING:  # a Protocol costs half a millisecond to define
@@ -174,7 +183,7 @@ class Sym(Traced):
     def _number(self, convert: Callable[[Any], Any], wanted: str) -> Any:
         value = state().concrete(self.expr)
         if value is None:
-            _refuse_number(self.expr, wanted)
+            refuse_number(self.expr, wanted)
         return convert(value)
 
     def __index__(self) -> int:
@@ -255,6 +264,9 @@ class SymVector(Traced):
         refuse(f"a row of {len(self.exprs)} values has no single truth value. Reduce it with .any(-1) or .all(-1).")
 
 
+Value = Sym | SymVector
+
+
 def as_operand(value: object) -> Expr | tuple[Expr, ...] | None:
     """IR of a value that may take part in arithmetic, or None."""
     if isinstance(value, Traced):
@@ -318,55 +330,10 @@ def lift(build: Callable[..., Expr], *values: object) -> Sym | SymVector:
         refuse(f"{e}.")
 
 
-def describe(expr: Expr) -> str:
-    """Short words for a value in a message: what it depends on."""
-    deps = ", ".join(sorted(expr.deps - {"row"}))
-    return f"an expression of {deps}" if deps else "an expression of captured values"
-
-
 def _to_int(x: Sym, op: str) -> Sym:
     if x.expr.dtype != "f32":
         return x
     return Sym(ir.cast(ir.make(op, x.expr), "i32"))
-
-
-_TORCH_NAME = {"pow": "**", "fabs": "abs", "log2": "torch.log2"}
-
-
-def _refuse_number(expr: Expr, wanted: str) -> None:
-    frame = user_frame()
-    source = line_of(frame) if frame is not None else ""
-    called = re.search(r"\bmath\.(\w+)\s*\(", source)
-    if called is not None and wanted == "float()":
-        name = called.group(1)
-        refuse(f"math.{name} needs a number but got {describe(expr)}. Use {_TORCH_NAME.get(name, 'torch.' + name)}.")
-    if "range(" in source and wanted == "an integer":
-        deps = ", ".join(sorted(expr.deps))
-        refuse(f"loop bound depends on {deps}: {source}. Use a captured int, or select entries with torch.where.")
-    instead = {"float()": "x.float()", "int()": "x.int() or x.to(torch.int32)"}.get(wanted, "a captured tensor, or torch.where")
-    refuse(f"Python needs {wanted} of {describe(expr)}, which is known only in the kernel: {source}. Use {instead}.")
-
-
-_REMEDIES = {
-    "cumsum": "Precompute it as a tensor and index it: c[b, h, q_idx].",
-    "cumprod": "Precompute it as a tensor and index it: c[b, h, q_idx].",
-    "matmul (@)": "A score sees one (query, key) pair; use torch.dot of two captured rows of static length.",
-    "softmax": "Replace softmax with softmax=OnlineNorm subclass.",
-    "gather": "Index the captured tensor: t[i, j].",
-    "index_select": "Index the captured tensor: t[i, j].",
-    "take": "Index the captured tensor: t[i, j].",
-    "item": "The value is known only in the kernel; keep it as it is.",
-    "rand_like": "A hook must be pure; make the random tensor outside and index it.",
-}
-
-
-def refuse_op(name: str) -> Any:
-    """Refuse a torch operation that has no IR form."""
-    short = name.rsplit(".", 1)[-1]
-    if short.endswith("_") and not short.startswith("_"):
-        refuse(f"in-place op {name} on a traced value. Hooks are pure: write x = x.{short[:-1]}(...).")
-    remedy = _REMEDIES.get(short, "Write it with elementwise torch ops, or precompute a tensor and index it.")
-    refuse(f"unsupported op {name} on a traced value. {remedy}")
 
 
 def call_torch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:

@@ -15,9 +15,10 @@ LAYERS = {
     "machine": ["env", "paths", "memo", "progress", "events", "toolchain", "target"],
     "expressions": ["ir", "ir_*", "arith", "location", "guards", "program", "evaluate", "norm_parts"],
     "language": [
+        "refusals",
         "symbols",
         "gather",
-        "ops_torch",
+        "ops_*",
         "trace",
         "proxies",
         "captures",
@@ -38,7 +39,7 @@ LAYERS = {
     "building": ["host_part", "loader", "build"],
     "calls": [
         "checks", "looks", "runtime", "streams", "recall", "fp8", "layouts", "dense", "api", "reference", "mask_tiles", "flex",
-        "op", "recipes", "lifting", "graph*", "block_*", "serving*", "sampling*", "rotary", "kv_*",
+        "op", "recipes", "lift*", "trackers", "graph*", "block_*", "serving*", "sampling*", "rotary", "kv_*",
     ],
     "compat": ["compat*"],
     "tools": ["bench*", "show*", "doctor*", "demo", "prebuild*", "cli*", "__main__"],

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import jitgen
+import jitgen.compat
 from jitgen import env
 from jitgen.__main__ import COMMANDS
 

@@ -102,6 +102,12 @@ def test_explain_names_the_flag_and_the_line_that_differ(store, capsys):
     assert "-int kernel = " in text and "+int kernel = " in text
 
 
+def test_explain_of_a_damaged_kernel_says_so(store, capsys):
+    (store / names(store)[0] / "key.json").write_text("{")
+    assert main(["cache", "explain", *names(store)]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+
+
 def test_explain_of_one_kernel_twice_says_equal(store, capsys):
     assert main(["cache", "explain", names(store)[0], names(store)[0]]) == 0
     assert "equal" in capsys.readouterr().out

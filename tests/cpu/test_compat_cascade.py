@@ -10,6 +10,7 @@ import torch
 from compat_reference import WORKSPACE, assert_near, exact, paged_batch
 
 from jitgen.compat import flashinfer
+from jitgen.compat.flashinfer import _wrapper
 from jitgen.errors import ShapeMismatch, UnsupportedOption
 
 
@@ -223,3 +224,17 @@ def test_batch_pod_with_a_custom_mask():
     want = both.expected(mask=[mask, None])[0]
     assert_near(prefill, want[:5])
     assert_near(decode, want[5:])
+    prefill, decode = wrapper.run(both.q[:5], both.cache, both.q[5:], both.cache)  # the mask was that of the other call
+    want = both.expected()[0]
+    assert_near(prefill, want[:5])
+    assert_near(decode, want[5:])
+
+
+def test_options_of_earlier_plans_are_let_go():
+    q, cache = torch.randn(3, 4, 16), torch.randn(2, 2, 4, 2, 16)
+    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, WORKSPACE)
+    level = [torch.tensor([0, 3]), torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([4])]
+    for _ in range(_wrapper.MAX_OVERRIDDEN + 10):
+        wrapper.plan(*[[t, t] for t in level], 4, 2, 16, 4, pos_encoding_mode="ROPE_LLAMA", q_data_type=torch.float32)
+        wrapper.run(q, cache)
+    assert all(len(each._overridden) <= _wrapper.MAX_OVERRIDDEN for each in wrapper._levels)

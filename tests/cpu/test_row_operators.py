@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import jitgen
-from jitgen import kv_op
+from jitgen import kv_op, lifted
 from jitgen.recipes import constant
 
 rope, weight = jitgen.Rope(theta=5e5), torch.linspace(0.5, 1.5, 32)
@@ -131,6 +131,6 @@ def test_operators_keep_the_rules_of_torch():
     torch.library.opcheck(kv_op.rope_out_op, (q, k, q.clone(), k.clone(), *rest), test_utils=tests)
     caches = torch.zeros(1, 8, 1, 32), torch.zeros(1, 8, 1, 32)
     indices = [torch.arange(5), None, None, None, torch.arange(5)]
-    handle = kv_op.register({"transform": constant(rotate_and_weigh)})
+    handle = lifted.register({"transform": constant(rotate_and_weigh)})
     arguments = (*caches, k, k, None, None, indices, [], [], handle, None, None, [], "NHD")
     torch.library.opcheck(kv_op.append_op, arguments, test_utils=tests)

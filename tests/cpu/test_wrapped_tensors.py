@@ -91,3 +91,36 @@ def test_nested_tensors_are_refused_also_where_a_like_call_was_made():
         jitgen.paged_attention(requests, CACHE, TABLE, PLAN)
     with pytest.raises(ShapeMismatch, match="k is a nested tensor"):
         jitgen.ragged_attention(rows, requests, requests, plan)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_negative_views_are_never_read_as_their_memory(name):
+    call, shape = CALLS[name]
+    plain = torch.randn(shape)
+    for _ in range(3):
+        call(plain)
+    negative = torch._neg_view(plain)  # as the imaginary part of a conjugate is
+    if name == "attention":  # which copies them
+        torch.testing.assert_close(call(negative), call(-plain))
+    else:
+        with pytest.raises(UnsupportedDevice, match=r"is a view that negates what it shows \(is_neg\(\)\)"):
+            call(negative)
+
+
+ROWS = torch.randn(3, 2, 64)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda out: jitgen.attention(K, K, V, out=out(K)),
+        lambda out: jitgen.paged_attention(ROWS, CACHE, TABLE, PLAN, out=out(ROWS)),
+        lambda out: jitgen.rope(ROWS, None, SLOTS, out=(out(ROWS), None)),
+        lambda out: jitgen.append(out(CACHE.expand(4, 2, 4, 2, 64)), ROWS, ROWS, slot_mapping=SLOTS),
+        lambda out: jitgen.softmax(ROWS[:, 0], out=out(ROWS[:, 0])),
+    ],
+    ids=["attention", "paged", "rope", "append", "softmax"],
+)
+def test_negative_views_are_never_written_as_their_memory(call):
+    with pytest.raises((ShapeMismatch, UnsupportedDevice), match="is a view that negates what it shows"):
+        call(lambda like: torch._neg_view(like.clone(memory_format=torch.contiguous_format)))

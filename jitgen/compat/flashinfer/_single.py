@@ -91,7 +91,7 @@ def single_prefill_with_kv_cache(
     """
     check_backend(backend, kv_cache_sf=kv_cache_sf)
     kv_len = k.shape[0 if kv_layout == "NHD" else 1]
-    lengths = (torch.tensor([q.shape[0]]), torch.tensor([kv_len]))
+    lengths = (torch.tensor([q.shape[0]], device="cpu"), torch.tensor([kv_len], device="cpu"))
     bits, start = mask_bits(custom_mask, packed_custom_mask, *lengths, q.device) or (None, None)
     options = Options(
         0 if causal else None, window_left, logits_soft_cap, pos_encoding_mode, sm_scale, rope_scale, rope_theta, bits, start

@@ -19,6 +19,7 @@ from jitgen.serving_plan import Plan
 from jitgen.variant import Variant
 
 Keys = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+MAX_OVERRIDDEN = 64  # options that a wrapper remembers
 MAX_READY = 256  # calls that a wrapper remembers between two plans: layers may have their own sinks and scales
 
 
@@ -228,6 +229,9 @@ class Wrapper(Buffers):
         """The planned options with some of them changed; one object for each change, as calls are remembered by it."""
         key = tuple(changes.items())
         if key not in self._overridden:
+            if len(self._overridden) >= MAX_OVERRIDDEN:  # plans of like options keep them, and places differ from plan to plan
+                self._overridden.clear()
+                self._ready.clear()
             self._overridden[key] = replace(self._plan_of().options, **changes)
         return self._overridden[key]
 

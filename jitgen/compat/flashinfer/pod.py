@@ -206,7 +206,7 @@ class BatchPODWithPagedKVCacheWrapper:
         }  # fmt: skip
         for part, tables in zip((self._prefill, self._decode), self._tables, strict=True):
             part.plan(*tables, *self._shape, **self._options)  # type: ignore[arg-type]
-        self._mixed_for: tuple[bool, int] | None = None
+        self._mixed_for: tuple[bool, int, int] | None = None
 
     begin_forward = plan
 
@@ -253,9 +253,10 @@ class BatchPODWithPagedKVCacheWrapper:
     ) -> tuple[Any, Any]:
         """Both parts as one batch."""
         rows = q_p.shape[0]
-        if self._mixed_for != (causal, rows):
-            self._mixed._adopt(self._mixed_plan(causal, rows, q_d.shape[0]))
-            self._mixed_for = (causal, rows)
+        wanted = (causal, rows, q_d.shape[0])
+        if self._mixed_for != wanted:
+            self._mixed._adopt(self._mixed_plan(*wanted))
+            self._mixed_for = wanted
         planned = self._mixed._plan_of()
         found = self._mixed._attend(torch.cat((q_p, q_d)), cache, planned.options, scales=scales, return_lse=return_lse)
         if return_lse:
@@ -275,7 +276,7 @@ class BatchPODWithPagedKVCacheWrapper:
             kv_start=torch.cat((p.kv_start, d.kv_start + p.pages.shape[0])),
             pages=torch.cat((p.pages, d.pages)),
         )
-        options = prefill.options
+        options = decode.options  # those of plan(): prefill's may be of a run() with a mask
         if causal:
             sees_all = torch.arange(batch.size, device=none.device) >= p.size
             options = replace(options, right=0, sees_all=sees_all)

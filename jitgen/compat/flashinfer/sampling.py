@@ -2,8 +2,7 @@
 
 What differs: float32, bfloat16 and float16 are read as they are; per-row seeds and offsets count for their rows; top_k, top_p
 and min_p are those of the output row, with ``indices`` too; CPU tensors work. A row that has no token (NaN, no mass) gets 0,
-and return_valid says so. ``deterministic``, ``is_deterministic`` and
-``enable_pdl`` are hints: results are always deterministic.
+and return_valid says so. ``deterministic``, ``is_deterministic`` and ``enable_pdl`` are hints: results always are.
 """
 
 from __future__ import annotations
