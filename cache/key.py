@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-# Raised when the layout of an entry or the meaning of a key component changes; part of every key.
+# Raised when the layout of an entry or the meaning of a key component changes, or what jitgen.host_part and jitgen.loader make
+# of the same source, of which a key holds nothing else; part of every key.
 FORMAT = 1
 
 DIGEST_LENGTH = 32  # hex digits: 128 bits, far beyond accidental collision, and still readable in a path

@@ -23,6 +23,7 @@ from jitgen.serving_checks import MAX_CUDA_BATCH
 from jitgen.serving_lists import KVLists
 from jitgen.serving_plan import Plan
 from jitgen.serving_selection import ChosenKeys
+from jitgen.streams import is_capturing, record_event
 from jitgen.variant import Variant
 
 Tensor = torch.Tensor
@@ -36,16 +37,12 @@ class BlockRows(ChosenKeys):
 
     def __init__(self, indptr: Tensor, indices: Tensor, lengths: tuple[int, int], block: tuple[int, int]) -> None:
         (q_len, kv_len), (rows, columns) = lengths, block
-        count, device = indptr.shape[0] - 1, indptr.device
-
-        def ints(*values: int) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
-        begins = torch.arange(count + 1, dtype=torch.int32, device=device) * rows
-        entries = (begins.clamp_(max=q_len), indptr.diff() * columns, ints(kv_len).expand(count))
-        super().__init__(
-            KVLists(indices, indptr), columns, indices * columns, requests=(ints(0, q_len), ints(kv_len)), entries=entries
-        )
+        count = indptr.shape[0] - 1
+        numbers = torch.arange(count + 1, dtype=torch.int32, device=indptr.device)  # made there: to copy any would wait for it
+        keys = torch.full_like(numbers[:1], kv_len)
+        entries = ((numbers * rows).clamp_(max=q_len), indptr.diff() * columns, keys.expand(count))
+        requests = (numbers[:2] * q_len, keys)
+        super().__init__(KVLists(indices, indptr), columns, indices * columns, requests=requests, entries=entries)
 
 
 @dataclass
@@ -99,7 +96,7 @@ class BlockLists:
         graph that is being captured takes that of the calls before it."""
         key = (id(variant), q.shape[1], v.shape[1], q.shape[3], v.shape[3], q.dtype, q.device)
         stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
-        is_captured = q.is_cuda and torch.cuda.is_current_stream_capturing()
+        is_captured = is_capturing(q.device)
         if is_captured:
             stream = next((known for known, *rest in self.plans if tuple(rest) == key), None)
             if stream is None:
@@ -134,8 +131,7 @@ class CutWatch:
         self._plan = plan
         self._header = torch.empty(SHARES_AT, dtype=torch.uint8, device="cpu", pin_memory=True)
         self._header.copy_(buffer.view(torch.uint8)[:SHARES_AT], non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record()
+        self._event = record_event(buffer.device)
 
     def look(self, is_captured: bool) -> None:
         """See whether it is known by now; a call that is captured in a CUDA graph asks nothing."""

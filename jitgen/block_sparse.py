@@ -15,9 +15,10 @@ import torch
 from jitgen.api import attention
 from jitgen.block_lists import BlockLists
 from jitgen.checks import as_int32
-from jitgen.errors import ShapeMismatch, UnsupportedDtype, VariantError
+from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.graphs import between_graphs
 from jitgen.masks import and_masks, static
+from jitgen.streams import is_capturing, record_event
 from jitgen.variant import Variant
 
 if TYPE_CHECKING:
@@ -143,6 +144,11 @@ class BlockSparse:
         if self._check is not None:
             self._check.look()
 
+    @property
+    def device(self) -> torch.device | None:
+        """Device of the lists; None for those of a BlockMask."""
+        return None if self._check is None else self._check.device
+
     def unmasked(self, score_mod: object = None, sink: object = None) -> Variant:
         """A variant of these hooks for calls that are given the lists and need no mask; remembered by their identity."""
         key = (id(score_mod), id(sink))
@@ -193,6 +199,8 @@ def block_sparse_attention(
             f"q has {q.shape[-2]} rows and k {k.shape[-2]}, the blocks are those of q_len {blocks.lengths[0]} and kv_len "
             f"{blocks.lengths[1]}. Make blocks for these lengths."
         )
+    if blocks.device not in (None, q.device):
+        raise UnsupportedDevice(f"the blocks are on {blocks.device}, q is on {q.device}. Make them of lists on q's device.")
     blocks.check()
     lists = blocks.lists if mask_mod is None else None
     if lists is not None:
@@ -260,7 +268,7 @@ def block_bits(
     if mask.numel() != num_bits:
         raise ShapeMismatch(f"mask has {mask.numel()} elements, expected {num_bits}: [{num_blocks}, rows, columns] of blocks.")
     bits = torch.nn.functional.pad(mask.to(device).reshape(-1).bool(), (0, -num_bits % 8))
-    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=device)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=device)
     return (bits.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
 
 
@@ -357,20 +365,19 @@ class LateCheck:
     """A condition that the device knows, raised once the host knows it too, without a wait on a GPU."""
 
     def __init__(self, failed: Tensor, message: str) -> None:
-        self._message = message
+        self._message, self.device = message, failed.device
         self._event = None
         self._failed: Tensor | None = failed
         if failed.is_cuda:
             self._failed = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(failed, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            self._event = record_event(failed.device)
         self.look()
 
     def look(self) -> None:
         """Raise ShapeMismatch if the condition is known to hold."""
         if self._failed is None:
             return
-        if self._event is not None and (torch.cuda.is_current_stream_capturing() or not self._event.query()):
+        if self._event is not None and (is_capturing(self.device) or not self._event.query()):
             return
         if bool(self._failed):
             raise ShapeMismatch(self._message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -28,7 +29,9 @@ ERROR_MARKS = ("error:", "error :", "error ", "ptxas fatal", "nvcc fatal", "unde
 SHOWN_LINES = 6
 SHOWN_COLUMNS = 300
 
-CUDA_RUNTIME = "jitgen/driver_runtime.h"  # see runtime_text
+# What the host's part of a CUDA module and its device's have in front in place of CUDA's headers; both include the last.
+HOST_RUNTIME, DEVICE_RUNTIME = "jitgen/driver_runtime.h", "jitgen/device_runtime.h"
+RUNTIME_HEADERS = (HOST_RUNTIME, DEVICE_RUNTIME, "jitgen/cuda_api.h")
 
 
 def get_module(
@@ -52,7 +55,7 @@ def get_module(
         label,
         spec_digest + generator_digest(),
         vars(target),
-        make_source if target.kind == "cpu" else lambda: WithRuntime(make_source()),
+        partial(_render, make_source, target.kind),
         None if call is None else partial(_manifest_text, call, label, target.arch),
         lambda: map(vars, lesser_targets(target)),
     )
@@ -62,6 +65,18 @@ def get_module(
     if env.record() is not None:
         _record(request)
     return path
+
+
+def _render(make_source: Callable[[], Source], kind: str) -> Source:
+    """The source. Nothing is collected meanwhile: to look through all objects of torch's takes longer than to render."""
+    is_collecting = gc.isenabled()
+    gc.disable()
+    try:
+        source = make_source()
+    finally:
+        if is_collecting:
+            gc.enable()
+    return source if kind == "cpu" else WithRuntime(source)
 
 
 def _manifest_text(call: Call, label: str, arch: str) -> str:
@@ -100,7 +115,7 @@ def _check_driver(module: Path) -> None:
 
 @record
 class WithRuntime:
-    """A CUDA source and, among its headers, the one that stands in front of its host part."""
+    """A CUDA source and, among its headers, those that stand in front of its parts."""
 
     source: Source
 
@@ -114,12 +129,13 @@ class WithRuntime:
 
     @property
     def includes(self) -> Mapping[str, str]:
-        return {**self.source.includes, CUDA_RUNTIME: runtime_text()}
+        return {**self.source.includes, **runtime_headers()}
 
 
-def runtime_text() -> str:
-    """What the host's part of a CUDA module has in place of CUDA's headers."""
-    return (template_dir() / "include" / CUDA_RUNTIME).read_text("utf-8")
+def runtime_headers() -> dict[str, str]:
+    """What the parts of a CUDA module have in place of CUDA's headers."""
+    folder = template_dir() / "include"
+    return {path: (folder / path).read_text("utf-8") for path in RUNTIME_HEADERS}
 
 
 def _build_entry(source: Source, name: str, directory: Path, *, target: CompileTarget, label: str) -> None:
@@ -138,7 +154,7 @@ def build(source: str, *, name: str, target: CompileTarget, includes: Mapping[st
 
     kernel, scratch = directory / f"kernel{target.suffix}", directory / "scratch"
     if target.kind == "cuda":
-        includes = {CUDA_RUNTIME: runtime_text(), **includes}
+        includes = {**runtime_headers(), **includes}
     for path, text in {kernel.name: source, **{f"include/{p}": t for p, t in includes.items()}}.items():
         file = directory / path
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -159,12 +159,12 @@ def find_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: tuple[
 
 def remember(recent: RecentCall | None, options: tuple[object, ...], call: PreparedCall, given: tuple[object, ...]) -> None:
     """Note a call that was right as the last one with its options; ``given``: what RecentCall.come_again takes."""
+    noted = RecentCall(call)
     if recent is not None and recent.call is call:
-        recent.come_again(*given)  # type: ignore[arg-type]
-        return
-    if len(_recent) >= MAX_PREPARED_CALLS:
+        noted.come_again(*given)  # type: ignore[arg-type]
+    elif len(_recent) >= MAX_PREPARED_CALLS:
         _recent.clear()
-    _recent[options] = RecentCall(call)
+    _recent[options] = noted
 
 
 def launch(kernel: runtime.CompiledKernel, cuda_index: int | None, pointers: tuple[int, ...], rest: bytes) -> None:

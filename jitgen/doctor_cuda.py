@@ -5,6 +5,7 @@ On a machine without a GPU nothing here is wrong: what is absent is a note, not 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -90,14 +91,16 @@ def check_driver(gpus: list[Gpu], version: tuple[int, int] | None) -> Finding:
 
 
 def find_gpus() -> list[Gpu]:
-    """GPUs as nvidia-smi lists them, else as torch does."""
+    """GPUs as torch numbers them; where it sees none, all that nvidia-smi lists.
+
+    nvidia-smi knows the driver's version, but counts in another order, and those too that CUDA_VISIBLE_DEVICES hides.
+    """
     program = shutil.which("nvidia-smi")
+    listed: list[Gpu] = []
     if program is not None:
         query = [program, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
-        found = parse_gpus(toolchain.run_text(query))
-        if found:
-            return found
-    return torch_gpus()
+        listed = parse_gpus(toolchain.run_text(query))
+    return torch_gpus(listed[0].driver if listed else "version unknown") or listed
 
 
 def parse_gpus(text: str) -> list[Gpu]:
@@ -112,7 +115,7 @@ def parse_gpus(text: str) -> list[Gpu]:
     return found
 
 
-def torch_gpus() -> list[Gpu]:
+def torch_gpus(driver: str) -> list[Gpu]:
     """GPUs that torch sees; it does not know the driver's version."""
     if doctor_probe.check_torch().is_bad:
         return []
@@ -121,7 +124,7 @@ def torch_gpus() -> list[Gpu]:
     if not torch.cuda.is_available():
         return []
     devices = range(torch.cuda.device_count())
-    return [Gpu(torch.cuda.get_device_name(i), "version unknown", torch.cuda.get_device_capability(i)) for i in devices]
+    return [Gpu(torch.cuda.get_device_name(i), driver, torch.cuda.get_device_capability(i)) for i in devices]
 
 
 def check_gpu(number: int, gpu: Gpu) -> Finding:
@@ -153,7 +156,9 @@ def check_torch_build(needed: bool) -> Finding:
     if torch.cuda.is_available():
         return Finding(CUDA, "torch", OK, f"{torch.__version__}, built with CUDA {built}")
     status = ERROR if needed else NOTE
-    remedy = "Update the driver, or install a torch built for an older CUDA." if needed else ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cause = "" if visible is None else f" CUDA_VISIBLE_DEVICES is {visible!r}: unset it, or name a GPU there."
+    remedy = f"Update the driver, or install a torch built for an older CUDA.{cause}" if needed else ""
     return Finding(CUDA, "torch", status, f"{torch.__version__}, built with CUDA {built}, finds no usable GPU", remedy)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from jitgen.checks import dtype_name
@@ -59,16 +57,13 @@ def _transformed(program: Program, values: list[object], p: RowProgram, name: st
         source = (x if x.stride(3) == 1 or dim == 1 else x.contiguous()).transpose(1, 2)
         check_row_captures(program.slots, values, [(p, source)])
         stream = Stream.gathered(name, source, written, p)
-
-        def ints(numbers: Sequence[int]) -> Tensor:
-            return torch.tensor(numbers, dtype=torch.int32, device=x.device)
-
+        numbers = torch.arange(batch + 1, dtype=torch.int32, device=x.device)
         tokens = Tokens(
             count=batch * length,
-            q_indptr=ints(range(0, (batch + 1) * length, length)),
-            lengths=ints([first] * batch),
+            q_indptr=numbers * length,
+            lengths=torch.full_like(numbers[:batch], first),
             batch=batch,
-            pages=torch.arange(batch, dtype=torch.int32, device=x.device),
+            pages=numbers[:batch],
             page_size=length,
             num_pages=batch,
             list_stride=1,

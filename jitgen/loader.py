@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jitgen import toolchain
-from jitgen.build import CUDA_RUNTIME
+from jitgen.build import DEVICE_RUNTIME, HOST_RUNTIME
 from jitgen.errors import ToolchainMissing
 from jitgen.host_part import host_headers, host_part
 from jitgen.target import CompileTarget
@@ -31,9 +31,13 @@ from jitgen.toolchain import CompilerFailed
 
 # The loader reads the environment and a global, so one at a time within a process.
 _lock = threading.Lock()
+_importing = threading.Lock()
 
 # How a CUDA module's host part is compiled. __CUDACC__: it is to see what nvcc would show it.
-HOST_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-w", "-D__CUDACC__", "-include", CUDA_RUNTIME)
+HOST_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-w", "-D__CUDACC__", "-include", HOST_RUNTIME)
+# nvcc puts a header of this name in front of every source. Ours, if found first, saves it the 30 000 lines of CUDA's.
+DEVICE_HEADER = "device/cuda_runtime.h"
+QUICK_TOOLKITS = ("13",)  # see quick_options; tried with 13.0 and 13.5
 COMPILED = "compiled"  # directory of the objects
 # Device code as data: what nvcc made, under the name that driver_runtime.h knows and in the section where CUDA's tools look.
 DEVICE_OBJECT = """\
@@ -132,18 +136,35 @@ def _start_cpu(compilers: _Compilers, kernel: Path, target: CompileTarget) -> No
 
 def _start_cuda(compilers: _Compilers, kernel: Path, includes: Mapping[str, str], target: CompileTarget, scratch: Path) -> None:
     """Start nvcc on the device code alone; then, as that takes longer, make the host's part and compile it."""
-    nvcc, include = str(toolchain.require_toolkit().nvcc), f"-I{kernel.parent / 'include'}"
-    compilers.start([nvcc, "-ccbin", _cxx(), *target.flags, include, "-fatbin", "-o", "kernel.fatbin", str(kernel)])
+    toolkit = toolchain.require_toolkit()
+    command = [str(toolkit.nvcc), "-ccbin", _cxx(), *target.flags, *quick_options(toolkit, scratch)]
+    compilers.start([*command, f"-I{kernel.parent / 'include'}", "-fatbin", "-o", "kernel.fatbin", str(kernel)])
     try:
-        texts = {f"host/{path}": text for path, text in host_headers(includes).items()}
-        texts |= {"host.cpp": host_part(kernel.read_text("utf-8")), "device.s": DEVICE_OBJECT}
+        headers = host_headers({path: text for path, text in includes.items() if path != DEVICE_RUNTIME})
+        host = host_part(kernel.read_text("utf-8"))
     except ValueError as error:
         raise CompilerFailed(f"error: {error}") from error
+    _write(scratch, {"host.cpp": host, "device.s": DEVICE_OBJECT, **{f"host/{path}": text for path, text in headers.items()}})
+    compilers.start([_cxx(), *HOST_FLAGS, "-Ihost", "-c", "host.cpp", "-o", f"{COMPILED}/host.o"])
+
+
+def quick_options(toolkit: toolchain.Toolkit, directory: Path) -> list[str]:
+    """Options that make nvcc faster and its code no other: none for toolkits of other major versions than were tried.
+
+    Our own header, written below the directory, is found before CUDA's; ptxas compiles the kernels of a module side by side.
+    """
+    if toolkit.version.split(".")[0] not in QUICK_TOOLKITS:
+        return []
+    _write(directory, {DEVICE_HEADER: f'#include "{DEVICE_RUNTIME}"\n'})
+    return [f"-I{(directory / DEVICE_HEADER).parent}", "-Xptxas=-split-compile=0"]
+
+
+def _write(directory: Path, texts: Mapping[str, str]) -> None:
+    """Write files below a directory."""
     for path, text in texts.items():
-        file = scratch / path
+        file = directory / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, "utf-8")
-    compilers.start([_cxx(), *HOST_FLAGS, "-Ihost", "-c", "host.cpp", "-o", f"{COMPILED}/host.o"])
 
 
 def _refusal(output: str) -> Exception:
@@ -188,12 +209,13 @@ esac
 def _torchs_loader() -> Any:
     """torch.utils.cpp_extension, without the warning it logs where there is a toolkit and no GPU: nothing is wrong there."""
     logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        from torch.utils import cpp_extension
-    finally:
-        logger.setLevel(level)
+    with _importing:  # threads that compile at the same time would take each other's level for the user's
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            from torch.utils import cpp_extension
+        finally:
+            logger.setLevel(level)
     return cpp_extension
 
 

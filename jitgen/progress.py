@@ -14,6 +14,7 @@ from jitgen import env
 
 SHOW_AFTER = 0.3  # seconds: what is over sooner needs no explanation
 REDRAW_EVERY = 0.1  # seconds
+_line = threading.Lock()  # of those that compile at the same time the first has the line, and then the next
 
 
 def logger() -> logging.Logger:
@@ -59,6 +60,16 @@ def _draw(message: str, done: threading.Event) -> None:
     begun = time.monotonic()
     if done.wait(SHOW_AFTER):
         return
+    while not _line.acquire(timeout=REDRAW_EVERY):
+        if done.is_set():
+            return
+    try:
+        _draw_until(done, message, begun)
+    finally:
+        _line.release()
+
+
+def _draw_until(done: threading.Event, message: str, begun: float) -> None:
     while True:
         elapsed = f" ({time.monotonic() - begun:.1f} s)"
         # a line that wraps could not be erased again

@@ -24,7 +24,8 @@ class RecentCall:
     """The last call with some options: one whose tensors look like its own lacks nothing but addresses and numbers.
 
     ``looks_same`` compares q, k and v, then the captured tensors. It is None until the call has come a second time: it costs a
-    microsecond to make, and lengths may differ at every step.
+    microsecond to make, and lengths may differ at every step. Once others can see the object it does not change: a thread may
+    ask it while another one notes a call that looks different.
     """
 
     __slots__ = ("_has_numbers", "_places", "_tensors_of", "_words", "call", "looks_same")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from jitgen.errors import CacheError, LaunchError
 from jitgen.program import Program
 from jitgen.spec import KernelSpec
 
+NO_CODE = 209  # CUDA_ERROR_NO_BINARY_FOR_GPU
 CANNOT_COPY = 20004  # code of a launch that launched nothing: kErrorCannotCopy of sm90_host.cuh
 
 
@@ -68,6 +70,9 @@ class CompiledKernel:
         describe = self._library.jitgen_error_string
         describe.argtypes, describe.restype = [ctypes.c_int], ctypes.c_char_p
         text = (describe(code) or b"unknown error").decode(errors="replace")
+        target = self.spec.target
+        if code == NO_CODE and target.kind == "cuda":
+            text += f"; it was compiled for {target.arch}. Unset JITGEN_CUDA_ARCH where GPUs of other architectures are used"
         raise LaunchError(f"{self.spec.label} failed with code {code}: {text} ({self.path}).")
 
 
@@ -90,6 +95,17 @@ def get_kernel(spec: KernelSpec) -> CompiledKernel:
             if kernel is None:
                 kernel = _kernels[key] = CompiledKernel(path, spec, fields_of(spec))
     return kernel
+
+
+def get_kernels(specs: Sequence[KernelSpec]) -> tuple[CompiledKernel, ...]:
+    """The kernels of several specs that are wanted together: what must be compiled is compiled at the same time.
+
+    Errors:  as get_kernel, the first spec's first.
+    """
+    if sum((spec.digest, spec.target) not in _kernels for spec in specs) > 1:
+        with ThreadPoolExecutor(len(specs), "jitgen") as pool:
+            return tuple(pool.map(get_kernel, specs))
+    return tuple(get_kernel(spec) for spec in specs)
 
 
 def fields_of(spec: KernelSpec) -> tuple[ArgField, ...]:

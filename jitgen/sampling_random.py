@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from jitgen.errors import InvalidType, InvalidValue, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.streams import is_capturing
 
 DRAWS_PER_CALL = 64
 _SIGN, _ALL = 2**63, 2**64
@@ -47,7 +48,7 @@ def resolve_streams(
     if seed is None:
         if offset is not None or advance:
             raise InvalidValue("offset and advance need a seed. Pass seed, an int or a tensor [batch] of int64.")
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(device):
             raise InvalidValue(
                 "a CUDA graph is being captured without a seed, so every replay would repeat the same draws. "
                 "Pass seed and offset tensors and advance=True."

@@ -11,6 +11,7 @@ from jitgen.checks import as_int32
 from jitgen.errors import InvalidType, ShapeMismatch
 from jitgen.serving_lists import KVLists, PageTable, check_indices
 from jitgen.serving_tree import Path, SharedRun, shared_runs_of
+from jitgen.streams import is_capturing
 
 Tensor = torch.Tensor
 
@@ -200,13 +201,16 @@ class Cascade(KVLists):
 
 
 class _IntsOn:
-    """int32 tensors on a device."""
+    """int32 tensors on a device, copied there without a wait for it.
+
+    Only where a CUDA graph is captured the copy would wait, which torch refuses: a replay would read memory that is gone.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self._waits = device, is_capturing(device)
 
     def __call__(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.device)
+        return torch.tensor(values, dtype=torch.int32).to(self.device, non_blocking=not self._waits)
 
     def csr(self, lists: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         indptr = [0]

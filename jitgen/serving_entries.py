@@ -15,6 +15,7 @@ from jitgen import runtime
 from jitgen.errors import VariantError
 from jitgen.program import Program
 from jitgen.serving_place import ChosenLists, place
+from jitgen.streams import is_capturing
 
 if TYPE_CHECKING:
     from jitgen.serving_plan import Plan
@@ -99,7 +100,7 @@ class ChosenEntries(Entries):
         """What ``program`` captures once it is placed, besides its own captures."""
         if not self._fills_rows and any(name.startswith("row_") for name in self._placed(program)[1]):
             # what a CUDA graph that is being captured fills, nothing else may rely on
-            self._fills_rows = self.device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
+            self._fills_rows = not is_capturing(self.device)
             self._fill_rows()
         return super().tables(program)
 

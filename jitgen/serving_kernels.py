@@ -150,7 +150,8 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
         if plan.family not in (None, "cpu"):
             raise VariantError(f"family={plan.family!r} needs a plan on cuda, this one is on cpu. Leave family out.")
         staged = plan.stage is not None and plan.stage.changes_keys
-        return (KernelClass(_kernel(plan, program, "cpu", 0, staged), ALL_ROWS, 0, None, None, staged=staged),)
+        kernel, *_ = runtime.get_kernels([_spec(plan, program, "cpu", 0, staged), *_merge_specs(plan, program)])
+        return (KernelClass(kernel, ALL_ROWS, 0, None, None, staged=staged),)
     if (plan.head_dim, plan.head_dim_v) == MLA_DIMS:
         if plan.family not in (None, *MLA_FAMILIES):
             raise VariantError(f"family={plan.family!r} has no kernel for head dims {MLA_DIMS}. Leave family out.")
@@ -172,16 +173,19 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
         where = (plan.device, "ragged" if staged else plan.layout, plan.page_size, plan.max_kv_len)
         family = prefill_family(*where)
         overlaps = family == "sm90" and can_overlap() and plan.segments is None
+        kinds = (("decode", not in_place), (family, staged))
+        specs = [_spec(plan, program, name, rows, is_staged) for name, is_staged in kinds]
+        runtime.get_kernels([*specs, *_merge_specs(plan, program)])  # all at once: they may have to be compiled
         return tuple(
             replace(_cuda_class(plan, program, values, name, rows, class_rows, is_staged), overlaps=overlaps)
-            for name, is_staged in (("decode", not in_place), (family, staged))
+            for name, is_staged in kinds
         )
     return (_cuda_class(plan, program, values, plan.family, rows, 0, staged),)
 
 
 def kernels_of(plan: Plan, program: Program) -> tuple[runtime.CompiledKernel, ...]:
     """The kernels of the plan's classes for another program, whose mask is the plan's."""
-    return tuple(runtime.get_kernel(_specified(plan, c.kernel.spec, program, c.staged)) for c in plan.classes)
+    return runtime.get_kernels([_specified(plan, c.kernel.spec, program, c.staged) for c in plan.classes])
 
 
 def _specified(plan: Plan, spec: KernelSpec, program: Program, staged: bool) -> KernelSpec:
@@ -190,7 +194,7 @@ def _specified(plan: Plan, spec: KernelSpec, program: Program, staged: bool) -> 
     return runtime.respecify(spec, placed) if plan.stage is None else plan.stage.specify(spec, placed, staged)
 
 
-def _kernel(plan: Plan, program: Program, family: str, rows: int, staged: bool = False) -> runtime.CompiledKernel:
+def _spec(plan: Plan, program: Program, family: str, rows: int, staged: bool = False) -> KernelSpec:
     dims = (plan.head_dim, plan.head_dim_v)
     layout = "ragged" if staged else plan.layout
     if plan.segments is not None:
@@ -198,21 +202,24 @@ def _kernel(plan: Plan, program: Program, family: str, rows: int, staged: bool =
     dtype, stored = dtype_name(plan.dtype), "" if staged else stored_dtype(plan)
     bare = without_rows(program)
     spec = serving_spec(bare, dtype, dims, plan.device, layout, family=family, rows=rows, kv_dtype=stored)
-    return runtime.get_kernel(_specified(plan, spec, program, staged))
+    return _specified(plan, spec, program, staged)
 
 
 def merge_kernel(plan: Plan, program: Program) -> runtime.CompiledKernel | None:
     """The kernel that joins the segments of each row; None where requests are taken whole."""
+    return next(iter(runtime.get_kernels(_merge_specs(plan, program))), None)
+
+
+def _merge_specs(plan: Plan, program: Program) -> list[KernelSpec]:
     if plan.segments is None:
-        return None
-    done = finishing(without_rows(program))
-    return runtime.get_kernel(merge_spec(done, dtype_name(plan.dtype), plan.head_dim_v, plan.device))
+        return []
+    return [merge_spec(finishing(without_rows(program)), dtype_name(plan.dtype), plan.head_dim_v, plan.device)]
 
 
 def _cuda_class(
     plan: Plan, program: Program, values: list[object], family: str, rows: int, class_rows: int, staged: bool = False
 ) -> KernelClass:
-    kernel = _kernel(plan, program, family, rows, staged)
+    kernel = runtime.get_kernel(_spec(plan, program, family, rows, staged))
     sizes = KernelClass(kernel, class_rows, 0, None, None, staged=staged)
     num_ctas = ask(kernel, "jitgen_num_ctas", sizes.pack(plan, program, values, *plan.room), plan)
     if num_ctas < 0:

@@ -18,7 +18,7 @@ from jitgen.serving_lists import KVLists
 from jitgen.serving_plan import Plan, check_lse
 from jitgen.serving_segments import Beside
 from jitgen.serving_slots import check_slots, page_words
-from jitgen.streams import call_on, current_device, current_stream, stream_of
+from jitgen.streams import call_and_leave, current_stream, make_current, stream_of
 
 try:
     from torch._C._dynamo.guards import _empty_strided_cuda
@@ -125,7 +125,7 @@ def starter_of(
     """A call without captured values, scales and results to write to, as a function of q, k and v that returns the output.
 
     The function does what ``run`` does, with all that it knows bound to it: 0.5 us less. It returns None, with nothing done,
-    where another device is current or memory is not aligned. There is none for the CPU, and for what is more than launches.
+    where memory is not aligned. There is none for the CPU, and for what is more than launches.
     """
     index = plan.device_index
     if index is None or not blocks or lists_at is None or not call.is_plain:
@@ -134,12 +134,13 @@ def starter_of(
     launches = [(kernel, kernel.launch, memory, rest) for kernel, memory, rest in blocks]
 
     def start(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        if index != current_device():
-            return None
         q_at, k_at = q.data_ptr(), k.data_ptr()
         v_at = k_at + v_offset if v is k else v.data_ptr()
         if (q_at | k_at | v_at) & 15:
             return None
+        before = make_current(index)
+        if before != index:
+            return call_and_leave(before, start, q, k, v)
         out = new_out()
         out_at, stream = out.data_ptr(), current_stream(index)
         for kernel, launch, memory, rest in launches:
@@ -164,8 +165,9 @@ def run(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Allocate the results, check what they and captured values can be wrong about, and start the kernels."""
     index = plan.device_index
-    if index is not None and index != current_device():
-        return call_on(index, run, plan, recent, values, q, keys, scales, want_lse, out, lse)
+    before = None if index is None else make_current(index)
+    if before != index:
+        return call_and_leave(before, run, plan, recent, values, q, keys, scales, want_lse, out, lse)
     call, blocks = recent.call, recent.blocks
     if out is not None or lse is not None:
         blocks = _check_results(plan, recent, q, out, lse)

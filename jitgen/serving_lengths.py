@@ -133,7 +133,10 @@ def _check_batch(plan: Plan, batch: int, tensors: dict[str, Tensor]) -> None:
         raise PlanMismatch(f"the lengths are those of {batch} {what}, the plan was made for max_batch={plan.max_batch}.")
     for name, t in tensors.items():
         if t.device != plan.device:
-            raise UnsupportedDevice(f"{name} is on {t.device}, the plan on {plan.device}. Move it there.")
+            raise UnsupportedDevice(
+                f"{name} is on {t.device}, the plan on {plan.device}. Move it there, or make the plan with "
+                f"device={str(t.device)!r}."
+            )
 
 
 def _key_lengths(plan: Plan, kv_len: Tensor | None, kv_indptr: Tensor | None) -> tuple[Tensor | None, Tensor]:

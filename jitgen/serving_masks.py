@@ -61,7 +61,7 @@ def pack_mask(mask: Tensor, q_len: Tensor, kv_len: Tensor) -> tuple[Tensor, Tens
     place = torch.arange(mask.shape[0], device=mask.device) - first_bit[request] + 8 * byte_indptr[request]
     bits = torch.zeros(8 * int(byte_indptr[-1]), dtype=torch.uint8, device=mask.device)
     bits[place] = mask.to(torch.uint8)
-    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=mask.device)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (bits.view(-1, 8) * weights).sum(1, dtype=torch.uint8), byte_indptr.to(torch.int32)
 
 

@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from jitgen import runtime
 from jitgen.checks import check_is_tensor, dtype_name
-from jitgen.errors import ShapeMismatch, UnsupportedDtype
+from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.families import cuda_spec
 from jitgen.streams import cuda_index, start, stream_of
 from jitgen.target import detect_cuda
@@ -34,12 +34,14 @@ def merge_states(
     Shapes:  outs [rows, states, heads, head_dim_v]; lses [rows, states, heads] float32; or both lists of states, without that
              axis; returns [rows, heads, head_dim_v] in outs's dtype and [rows, heads] float32.
     Units:   logsumexps of base 'e', as jitgen returns them, or 2, as FlashInfer does; the result has the same base.
-    Errors:  InvalidType, ShapeMismatch, UnsupportedDtype.
+    Errors:  InvalidType, ShapeMismatch, UnsupportedDtype, UnsupportedDevice.
     Cost:    one kernel for 16-bit outputs on a GPU, compiled once for a dtype and head dim; else a few torch operations.
              float32 throughout.
     """
     outs, lses = _stacked("outs", outs), _stacked("lses", lses)
     _check(outs, lses, base, 4)
+    if outs.device != lses.device:
+        raise _apart(outs=outs, lses=lses)
     if outs.shape[1] and _has_kernel(outs, lses):
         return _join(outs[:, 0], lses[:, 0], outs[:, 1:], lses[:, 1:], base)
     weights = lses * BASES[base]
@@ -55,7 +57,7 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, b
 
     Shapes:  out_a, out_b [rows, heads, head_dim_v]; lse_a, lse_b [rows, heads] float32; returns the same.
     Units:   as merge_states.
-    Errors:  ShapeMismatch, UnsupportedDtype.
+    Errors:  InvalidType, ShapeMismatch, UnsupportedDtype, UnsupportedDevice.
     Cost:    as merge_states.
     """
     check_is_tensor(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
@@ -65,7 +67,9 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, b
             f"{tuple(lse_a.shape)} and {tuple(lse_b.shape)}. They must match."
         )
     _check(out_a, lse_a, base, 3)
-    if (out_a.dtype, out_a.device) == (out_b.dtype, out_b.device) and _has_kernel(out_a, lse_a) and _has_kernel(out_b, lse_b):
+    if not out_a.device == lse_a.device == out_b.device == lse_b.device:
+        raise _apart(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    if out_a.dtype == out_b.dtype and _has_kernel(out_a, lse_a) and _has_kernel(out_b, lse_b):
         return _join(out_a, lse_a, out_b[:, None], lse_b[:, None], base)
     return merge_states(torch.stack([out_a, out_b], 1), torch.stack([lse_a, lse_b], 1), base=base)
 
@@ -79,7 +83,16 @@ def _stacked(name: str, states: Tensor | Sequence[Tensor]) -> Tensor:
     shapes = [tuple(t.shape) for t in states]
     if not shapes or any(s != shapes[0] for s in shapes):
         raise ShapeMismatch(f"{name} has states of shapes {shapes}, expected one state at least, and all alike.")
+    if any(t.device != states[0].device for t in states):
+        raise _apart(**{f"{name}[{i}]": t for i, t in enumerate(states)})
     return torch.stack(tuple(states), 1)
+
+
+def _apart(**states: Tensor) -> UnsupportedDevice:
+    """The error for states of which not all are on the first one's device: those of other GPUs are not fetched."""
+    (first, device), *others = ((name, t.device) for name, t in states.items())
+    name, found = next(other for other in others if other[1] != device)
+    return UnsupportedDevice(f"{name} is on {found}, {first} is on {device}. Move it there: {name}.to({str(device)!r}).")
 
 
 def _check(outs: Tensor, lses: Tensor, base: str | int, rank: int) -> None:
@@ -116,7 +129,7 @@ def _join(first: Tensor, first_lse: Tensor, others: Tensor, other_lse: Tensor, b
     Shapes:  first [rows, heads, head_dim_v], others [rows, states - 1, heads, head_dim_v]; logsumexps too, without head_dim_v.
     """
     rows, heads, dim = first.shape
-    out, lse = first.new_empty(first.shape), first_lse.new_empty(first_lse.shape)
+    out, lse = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (first, first_lse))  # new_empty is slow
     index = cuda_index(first.device)
     kernel = _kernel(first.dtype, dim, index)
     addresses = [t.data_ptr() for t in (first, first_lse, others, other_lse, out, lse)]

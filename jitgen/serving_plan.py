@@ -290,6 +290,11 @@ def _complete(device: torch.device) -> torch.device:
         raise UnsupportedDevice("device is cuda, and torch finds no GPU here. Use device='cpu', or ask 'jitgen doctor' why.")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise UnsupportedDevice(
+            f"device is {device}, and torch finds {torch.cuda.device_count()} GPUs here, counted from cuda:0; "
+            "CUDA_VISIBLE_DEVICES may hide others."
+        )
     return device
 
 

@@ -1,4 +1,9 @@
-"""The current CUDA device and its current stream, for launches: both cost a fraction of what torch.cuda takes to say them."""
+"""CUDA devices and their current streams, for launches: both cost a fraction of what torch.cuda takes.
+
+A call runs on the device of its tensors, whatever device is current, and leaves that one current. A thread's current device as
+torch knows it is not always the one whose context the driver has: torch puts off creating a context for a device that only was
+current. So even a launch on the current device makes it current first; that costs no more than to ask for it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,10 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-current_device = getattr(torch._C, "_cuda_getDevice", None)  # absent from a torch for CPUs
+# Absent from a torch for CPUs. Both make a device current and return the one that was; the second, which is for going back to
+# it, creates no context on a device that has none.
+make_current = getattr(torch._C, "_cuda_exchangeDevice", None)
+make_current_again = getattr(torch._C, "_cuda_maybeExchangeDevice", None)
 current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # of a device, by its number
 
 
@@ -28,10 +36,30 @@ def stream_of(index: int | None) -> int:
 
 def call_on(index: int | None, function: Callable[..., Result], *args: object) -> Result:
     """Call a function, such as an entry point of a module, with CUDA device ``index`` current; None: one of the CPU's."""
-    if index is None or index == current_device():  # type: ignore[misc]
+    if index is None:
         return function(*args)
-    with torch.cuda.device(index):
+    before = make_current(index)  # type: ignore[misc]
+    return function(*args) if before == index else call_and_leave(before, function, *args)
+
+
+def call_and_leave(before: int, function: Callable[..., Result], *args: object) -> Result:
+    """Call a function for which another CUDA device has been made current, then go back to device ``before``."""
+    try:
         return function(*args)
+    finally:
+        make_current_again(before)  # type: ignore[misc]
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what a device's current stream is given becomes part of a CUDA graph."""
+    return device.type == "cuda" and call_on(device.index, torch.cuda.is_current_stream_capturing)
+
+
+def record_event(device: torch.device) -> torch.cuda.Event:
+    """An event behind all that the current stream of a CUDA device has been given so far."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def start(kernel: CompiledKernel, index: int | None, packed: bytes) -> None:

@@ -227,8 +227,12 @@ LEAKING = (
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without what would silently change a build; messages untranslated."""
-    return {**{name: value for name, value in os.environ.items() if name not in LEAKING}, "LC_ALL": "C"}
+    """This process's environment without what would silently change a build; messages untranslated.
+
+    Another thread's build may be changing it: see jitgen.loader.
+    """
+    found = {name: os.environ.get(name) for name in set(os.environ).difference(LEAKING)}
+    return {**{name: value for name, value in found.items() if value is not None}, "LC_ALL": "C"}
 
 
 def run_text(command: list[str]) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jitgen.bench.config import BenchConfig
-from jitgen.bench.jit import UNWANTED, ProbeFailed
+from jitgen.bench.fresh import UNWANTED, ProbeFailed
 from jitgen.bench.report import SuiteReport, Table
 
 LABELS = ("prebuild", "frozen start", "race", "bundle")

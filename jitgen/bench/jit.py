@@ -1,59 +1,33 @@
-"""Suite jit: what the generator costs. Every figure comes from a fresh process; jitgen.bench.probe says what it times.
+"""Suite jit: what the generator costs. Every figure comes from a process of its own; jitgen.bench.probe says what it times.
 
 first call   from hooks to a finished output in a process that has imported torch: cold with an empty store, then again
-             in further processes that find the module there. FlexAttention likewise, with an empty cache of its own.
+             in further processes that find the module there. FlexAttention likewise, with an empty cache of its own
+first step   the same for a step of a serving loop: a plan, keys appended, attention over pages, tokens sampled
 hot call     host time of a call that finds its kernel in memory
 modules      how many modules many variants on many shapes compile
+
+About a minute on a GPU, half of it with --quick: fewer samples, no peer. --rounds N: N cold calls of each, N from the store.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jitgen.bench.config import BenchConfig
+from jitgen.bench.fresh import Fresh, ProbeFailed
 from jitgen.bench.report import SuiteReport, Table
 
-FIRST_VARIANTS = ("causal", "softcap", "document")
-PROCESS_LIMIT_S = 400
-# variables of the caller that would change what is measured
-UNWANTED = ("JITGEN_PREBUILT", "JITGEN_MODE", "PYTHONDONTWRITEBYTECODE")
+FIRST_VARIANTS = ("causal", "document")
+FLEX_VARIANTS = ("causal",)
+ROUNDS = 2
 STEP_NAMES = ("import", "trace", "render", "compile", "load", "rest")
+STEP_PARTS = ("plan", "append", "attention", "sample")  # the import is in the first
 
 Probe = Callable[[str, dict[str, Any], Path], dict[str, Any]]
-
-
-class ProbeFailed(Exception):
-    """A fresh process gave no figure; the message is the last line it printed."""
-
-
-def run_probe(task: str, arguments: dict[str, Any], store: Path) -> dict[str, Any]:
-    """Run one task in a fresh process, its caches below ``store``.
-
-    Errors:  ProbeFailed.
-    """
-    environment = {name: value for name, value in os.environ.items() if name not in UNWANTED}
-    environment |= {
-        "JITGEN_CACHE_DIR": str(store / "jitgen"),
-        "TORCHINDUCTOR_CACHE_DIR": str(store / "inductor"),
-        "TRITON_CACHE_DIR": str(store / "triton"),
-    }
-    command = [sys.executable, "-m", "jitgen.bench.probe", task, json.dumps(arguments)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_LIMIT_S, env=environment)
-    except subprocess.TimeoutExpired:
-        raise ProbeFailed(f"no answer after {PROCESS_LIMIT_S} s") from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise ProbeFailed(lines[-1] if lines else f"exit status {done.returncode}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 # ---- what there is to measure ---------------------------------------------------------------------------------------
@@ -71,14 +45,14 @@ def contender(family: str | None) -> str:
 
 def first_call_labels(config: BenchConfig) -> dict[str, tuple[str, str | None, str]]:
     """Label -> (contender, family, variant) of the first calls."""
-    variants = FIRST_VARIANTS[:2] if config.quick else FIRST_VARIANTS
+    variants = FIRST_VARIANTS[:1] if config.quick else FIRST_VARIANTS
     found = {
         f"first call {contender(family)} {variant}": ("jitgen", family, variant)
         for family in families(config)
         for variant in variants
     }
     if config.keeps_peer("flex") and not config.quick:
-        found |= {f"first call flex {variant}": ("flex", None, variant) for variant in variants}
+        found |= {f"first call flex {variant}": ("flex", None, variant) for variant in FLEX_VARIANTS}
     return found
 
 
@@ -87,6 +61,7 @@ def labels(config: BenchConfig) -> list[str]:
     ours = [contender(family) for family in families(config)]
     return [
         *(f"hot call {name}" for name in ours),
+        "first step jitgen",
         *first_call_labels(config),
         *(f"modules {name}" for name in ours),
     ]
@@ -94,10 +69,11 @@ def labels(config: BenchConfig) -> list[str]:
 
 def run(config: BenchConfig) -> list[SuiteReport]:
     """Measure what the filters keep. Hot calls go first: their processes leave compiled bytecode for the others."""
-    suite = JitSuite(config, run_probe)
-    kept = [label for label in labels(config) if config.keeps(label)]
-    for label in kept:
-        suite.measure(label)
+    with Fresh("jitgen.bench.probe") as probe:
+        suite = JitSuite(config, probe)
+        for label in labels(config):
+            if config.keeps(label):
+                suite.measure(label)
     return [suite.report()]
 
 
@@ -107,10 +83,16 @@ class JitSuite:
     def __init__(self, config: BenchConfig, probe: Probe) -> None:
         self.config, self.probe = config, probe
         self.first: dict[str, dict[str, Any]] = {}
+        self.steps: dict[str, list[dict[str, float]]] = {}
         self.hot: dict[str, dict[str, Any]] = {}
         self.modules: dict[str, dict[str, Any]] = {}
         self.faults: list[str] = []
         self.notes: list[str] = []
+
+    @property
+    def rounds(self) -> int:
+        """Cold calls of each kind, and calls from the store."""
+        return self.config.rounds or (1 if self.config.quick else ROUNDS)
 
     def measure(self, label: str) -> None:
         """Measure one label; a failure is noted and stops nothing else."""
@@ -119,35 +101,46 @@ class JitSuite:
             with tempfile.TemporaryDirectory(prefix="jitgen-bench-") as scratch:
                 if label.startswith("first call "):
                     self.first[label] = self.first_call(*first_call_labels(self.config)[label], Path(scratch))
-                    return
-                kind, _, name = label.rpartition(" ")
-                arguments: dict[str, Any] = {"device": self.config.device, "family": by_name[name]}
-                if kind == "hot call":
-                    self.hot[name] = self.probe("hot_calls", arguments, Path(scratch))
+                elif label.startswith("first step "):
+                    self.first_steps(Path(scratch))
                 else:
-                    count = 10 if self.config.quick else 50
-                    arguments |= {"num_variants": count, "num_shapes": count}
-                    self.modules[name] = self.probe("count_modules", arguments, Path(scratch))
+                    kind, _, name = label.rpartition(" ")
+                    self.many_calls(kind, name, {"device": self.config.device, "family": by_name[name]}, Path(scratch))
         except ProbeFailed as failure:
             (self.notes if "flex" in label else self.faults).append(f"{label}: {failure}")
         self.config.say(f"[{label}] done")
 
+    def many_calls(self, kind: str, name: str, arguments: dict[str, Any], scratch: Path) -> None:
+        """What one process measures: hot calls, or how many modules are built."""
+        if kind == "hot call":
+            self.hot[name] = self.probe("hot_calls", arguments, scratch)
+        else:
+            count = 10 if self.config.quick else 50
+            self.modules[name] = self.probe("count_modules", {**arguments, "num_variants": count, "num_shapes": count}, scratch)
+
+    def first_steps(self, scratch: Path) -> None:
+        """First steps of a serving loop: cold, each with an empty store, and from the store of the last one."""
+        stores = [scratch / str(number) for number in range(self.rounds)]
+        for kind, places in (("cold", stores), ("disk hit", stores[-1:] * self.rounds)):
+            self.steps[kind] = [self.probe("first_step", {"device": self.config.device}, store) for store in places]
+
     def first_call(self, name: str, family: str | None, variant: str, scratch: Path) -> dict[str, Any]:
-        """Cold first calls, each with an empty store, and first calls that find the module of the last one."""
+        """Cold first calls, each with an empty store, and first calls that find the module of the last one.
+
+        The last cold call of ours is the one whose parts are timed.
+        """
         arguments = {"device": self.config.device, "variant": variant, "contender": name, "family": family}
-        repeats = 1 if self.config.quick or name != "jitgen" else 3
         cold = []
-        for number in range(repeats):
+        for number in range(rounds := self.rounds if name == "jitgen" else 1):
             store = scratch / str(number)
-            cold.append(self.probe("first_call", {**arguments, "split": False}, store))
-        split = self.probe("first_call", {**arguments, "split": True}, scratch / "split") if name == "jitgen" else {}
-        hits = [self.probe("first_call", {**arguments, "split": False}, store) for _ in range(repeats + 2)]
+            is_split = name == "jitgen" and number == rounds - 1
+            cold.append(self.probe("first_call", {**arguments, "split": is_split}, store))
+        hits = [self.probe("first_call", {**arguments, "split": False}, store) for _ in range(rounds)]
         return {
             "variant": variant,
             "cold_s": [found["total"] for found in cold],
             "hit_s": [found["total"] for found in hits],
-            "split": split.get("split"),
-            "split_total_s": split.get("total"),
+            "split": cold[-1].get("split"),
             "module_bytes": cold[-1].get("module_bytes"),
         }
 
@@ -155,13 +148,14 @@ class JitSuite:
 
     def report(self) -> SuiteReport:
         """Tables of what was measured."""
-        tables = [table for table in (self.first_table(), self.hot_table(), self.modules_table()) if table.rows]
+        made = (self.first_table(), self.steps_table(), self.hot_table(), self.modules_table())
+        tables = [table for table in made if table.rows]
         device = self.config.device
-        data = {"first_call": self.first, "hot_call": self.hot, "modules": self.modules}
+        data = {"first_call": self.first, "first_step": self.steps, "hot_call": self.hot, "modules": self.modules}
         return SuiteReport("jit", device, tuple(tables), tuple(self.notes), data, tuple(self.faults))
 
     def first_table(self) -> Table:
-        """Medians; the split is of one further cold process, whose total differs a little."""
+        """Medians; the split is of the last cold process."""
         rows = []
         for label, found in self.first.items():
             split, size = found["split"], found["module_bytes"]
@@ -174,10 +168,19 @@ class JitSuite:
             ))  # fmt: skip
         title = (
             f"jit, {self.config.device}: first call in a fresh process with torch imported, median; "
-            "and how one more cold call divides"
+            "and how the last cold call divides"
         )
         steps = tuple(f"{step}\nms" for step in STEP_NAMES)
         return Table(title, ("contender, variant", "cold\ns", "disk hit\nms", *steps, "module\nkB"), tuple(rows))
+
+    def steps_table(self) -> Table:
+        """Medians of each part, in milliseconds; the total is that of the parts."""
+        rows = []
+        for kind, found in self.steps.items():
+            parts = [1e3 * statistics.median(step[part] for step in found) for part in STEP_PARTS]
+            rows.append((kind, f"{sum(parts) / 1e3:.2f}", *(f"{part:.1f}" for part in parts)))
+        title = f"jit, {self.config.device}: first step of a serving loop in a fresh process with torch imported, medians"
+        return Table(title, ("store", "total\ns", *(f"{part}\nms" for part in STEP_PARTS)), tuple(rows))
 
     def hot_table(self) -> Table:
         """Microseconds of host time."""

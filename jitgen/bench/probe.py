@@ -1,4 +1,4 @@
-"""What suite jit measures inside a fresh process: ``python -m jitgen.bench.probe TASK JSON`` prints one line of JSON.
+"""What suite jit measures inside a fresh process (see jitgen.bench.fresh).
 
 torch and the workloads are imported and the tensors made before the clock starts; everything of jitgen but this package
 is imported after.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import json
+import itertools
 import statistics
 import sys
 import time
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from jitgen.bench.fresh import serve
 from jitgen.bench.method import synchronize
 from jitgen.bench.peers import prepare_flex, prepare_jitgen
 from jitgen.bench.spellings import shapes, variants
@@ -72,6 +73,37 @@ def first_call(device: str, variant: str, contender: str, family: str | None, sp
 
         found["module_bytes"] = Path(loaded_kernels()[-1].path).stat().st_size
     return found
+
+
+def first_step(device: str) -> dict[str, float]:
+    """Seconds of each part of a serving loop's first step: 3 requests, one of them new, 32 query heads on 8 of 128."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q_len, kv_len = torch.tensor([1, 37, 3]), torch.tensor([100, 37, 512])
+    q_indptr = torch.cat([torch.zeros(1, dtype=torch.int64), q_len.cumsum(0)]).to(device)
+    kv_len, pages = kv_len.to(device), torch.randperm(128)[:96].view(3, 32).to(device)
+    q, k, v = (torch.randn(41, heads, 128, device=device, dtype=dtype) for heads in (32, 8, 8))
+    kv_cache = torch.zeros(128, 2, 16, 8, 128, device=device, dtype=dtype)
+    logits = torch.randn(3, 32000, device=device)
+    synchronize(device)
+    marks = [time.perf_counter()]
+
+    def mark() -> None:
+        synchronize(device)
+        marks.append(time.perf_counter())
+
+    import jitgen
+
+    options = {"dtype": dtype, "device": q.device, "page_size": 16, "variant": causal}
+    plan = jitgen.Plan(8, 64, 32, 8, 128, **options).update(q_indptr, kv_len)
+    mark()
+    jitgen.append(kv_cache, k, v, pages, q_indptr=q_indptr, kv_len=kv_len)
+    mark()
+    jitgen.paged_attention(q, kv_cache, pages, plan)
+    mark()
+    jitgen.sample(logits, top_p=0.9, temperature=0.7)
+    mark()
+    parts = ("plan", "append", "attention", "sample")
+    return {part: end - begin for part, (begin, end) in zip(parts, itertools.pairwise(marks), strict=True)}
 
 
 def add_clock(step: str, module: str, name: str, spent: dict[str, float]) -> None:
@@ -189,17 +221,10 @@ def count_modules(device: str, family: str | None, num_variants: int, num_shapes
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "first_call": first_call,
+    "first_step": first_step,
     "hot_calls": hot_calls,
     "count_modules": count_modules,
 }
 
-
-def main(argv: list[str]) -> int:
-    """Run one task with the arguments given as JSON."""
-    task, arguments = argv
-    print(json.dumps(TASKS[task](**json.loads(arguments))))
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    serve(TASKS)

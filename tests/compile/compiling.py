@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from jitgen import toolchain
+from jitgen import build, toolchain
+from jitgen.loader import quick_options
 from jitgen.target import CUDA_FLAGS
 
 
@@ -15,19 +16,25 @@ def code_for(*archs: str) -> list[str]:
 
 
 def write_source(source, directory: Path) -> None:
-    """kernel.cu, and the headers it includes below include/."""
-    for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in source.includes.items()}}.items():
+    """kernel.cu, and the headers it includes, or that stand in front of it, below include/."""
+    headers = {**build.runtime_headers(), **source.includes}
+    for path, text in {"kernel.cu": source.text, **{f"include/{p}": t for p, t in headers.items()}}.items():
         file = directory / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
 
 
-def compile_source(source, directory: Path, *options: str) -> tuple[Path, str]:
-    """The binary, a cubin unless ``options`` say -fatbin, and what the compiler says; a source that fails fails the test."""
+def compile_source(source, directory: Path, *options: str, is_quick: bool = True) -> tuple[Path, str]:
+    """The binary, a cubin unless ``options`` say -fatbin, and what the compiler says; a source that fails fails the test.
+
+    Without ``is_quick`` as a user compiles the source: with CUDA's headers in front.
+    """
     write_source(source, directory)
     kind = "fatbin" if "-fatbin" in options else "cubin"
     binary = directory / f"kernel.{kind}"
-    command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), *options]
+    toolkit = toolchain.require_toolkit()
+    command = [str(toolkit.nvcc), "-ccbin", str(toolchain.require_cxx().path), *options]
+    command += quick_options(toolkit, directory) if is_quick else []
     command += ["-cubin"] if kind == "cubin" else []
     command += [f"-I{directory / 'include'}", "-o", str(binary), str(directory / "kernel.cu")]
     done = subprocess.run(

@@ -13,6 +13,7 @@ from random_variants import Draw
 from jitgen import toolchain
 from jitgen.families import cuda_spec
 from jitgen.kv_decode import rows_in_decode, with_value_factor
+from jitgen.loader import quick_options
 from jitgen.program import without_rows
 from jitgen.render import render_kernel
 from jitgen.serving_place import ChosenLists, place
@@ -56,7 +57,8 @@ def test_a_drawn_variant_compiles(family, layout, seed, tmp_path):
     spec, names = drawn_spec(100 * KERNELS.index((family, layout)) + seed, family, layout)
     write_source(render_kernel(spec), tmp_path)
     arch = ARCHS[family].replace(".", "")
-    command = [str(toolchain.require_toolkit().nvcc), "-ccbin", str(toolchain.require_cxx().path), "-std=c++17"]
+    toolkit = toolchain.require_toolkit()
+    command = [str(toolkit.nvcc), "-ccbin", str(toolchain.require_cxx().path), "-std=c++17", *quick_options(toolkit, tmp_path)]
     command += ["-Werror=all-warnings", "-Xcicc", "-O0", "-ptx", f"-arch=compute_{arch}", f"-I{tmp_path / 'include'}"]
     done = subprocess.run(
         [*command, "-o", str(tmp_path / "kernel.ptx"), str(tmp_path / "kernel.cu")],

@@ -10,7 +10,7 @@ import pytest
 from jitgen.bench import deploy, deploy_variants
 from jitgen.bench.config import BenchConfig
 from jitgen.bench.deploy import DeploySuite
-from jitgen.bench.jit import ProbeFailed
+from jitgen.bench.fresh import ProbeFailed
 from jitgen.manifest import read_manifest
 from jitgen.prebuild import plan
 

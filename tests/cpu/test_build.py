@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
 from fake_builder import FakeSource
 
-from jitgen import build, target, toolchain
+from jitgen import build, runtime, target, toolchain
 from jitgen.errors import CompileError, ToolchainMissing
 
 torch = pytest.importorskip("torch")
@@ -146,6 +148,45 @@ def test_different_kernels_can_be_built_by_threads_at_once() -> None:
     for thread in threads:
         thread.join()
     assert len(set(found)) == 2
+
+
+def test_kernels_wanted_together_are_looked_up_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = [types.SimpleNamespace(digest=digest, target="target") for digest in ("first", "second")]
+    both = threading.Barrier(2, timeout=30)
+    monkeypatch.setattr(runtime, "_kernels", {})
+    monkeypatch.setattr(runtime, "module_path", lambda spec: both.wait() >= 0 and spec.digest)
+    monkeypatch.setattr(runtime, "CompiledKernel", lambda path, spec, fields: path)
+    monkeypatch.setattr(runtime, "fields_of", lambda spec: ())
+    assert runtime.get_kernels(specs) == ("first", "second")
+    assert runtime.get_kernels(specs[:1]) == ("first",)  # in memory: it would wait for ever
+
+
+def test_kernel_of_several_that_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(spec):
+        raise ToolchainMissing(f"no compiler for {spec.digest}", "Install one.")
+
+    monkeypatch.setattr(runtime, "_kernels", {})
+    monkeypatch.setattr(runtime, "module_path", refuse)
+    specs = [types.SimpleNamespace(digest=digest, target="target") for digest in ("first", "second")]
+    with pytest.raises(ToolchainMissing, match="no compiler for first"):
+        runtime.get_kernels(specs)
+
+
+@pytest.mark.parametrize("is_collecting", [True, False])
+def test_nothing_is_collected_while_a_source_is_rendered(is_collecting: bool) -> None:
+    seen: list[bool] = []
+
+    def render() -> FakeSource:
+        seen.append(gc.isenabled())
+        raise KeyError("a mistake")
+
+    try:
+        (gc.enable if is_collecting else gc.disable)()
+        with pytest.raises(KeyError):
+            build.get_module("a spec", "cpu", "test kernel", render, target.detect_cpu())
+        assert (seen, gc.isenabled()) == ([False], is_collecting)
+    finally:
+        gc.enable()
 
 
 @needs_cxx

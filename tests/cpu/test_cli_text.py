@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import ExitStack
 
 import pytest
 
@@ -91,3 +92,31 @@ def test_progress_line_fits_the_terminal_so_that_it_can_be_erased(monkeypatch, c
     lines = capsys.readouterr().err.replace("\x1b[2K", "").split("\r")
     assert any(line.startswith("jitgen: compiling x") for line in lines)
     assert all(len(line) < 40 for line in lines)
+
+
+def test_of_lines_shown_at_the_same_time_one_is_drawn(monkeypatch):
+    monkeypatch.setattr(progress, "SHOW_AFTER", 0.0)
+    monkeypatch.setattr(progress, "REDRAW_EVERY", 0.01)
+    monkeypatch.setenv("JITGEN_PROGRESS", "on")
+    seen = {"first": 0, "second": 0}
+    changed = threading.Condition()
+
+    def write(text):
+        with changed:
+            for name in seen:
+                seen[name] += name in text
+            changed.notify()
+
+    def until(happened):
+        with changed:
+            assert changed.wait_for(happened, 10)
+
+    monkeypatch.setattr(sys.stderr, "write", write)
+    with ExitStack() as second:
+        with progress.progress_line("compiling the first"):
+            until(lambda: seen["first"] > 0)
+            second.enter_context(progress.progress_line("compiling the second"))
+            before = seen["first"]
+            until(lambda: seen["first"] > before + 5)
+            assert seen["second"] == 0
+        until(lambda: seen["second"] > 0)

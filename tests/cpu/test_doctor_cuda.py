@@ -10,6 +10,7 @@ from jitgen.doctor_cuda import Gpu
 
 pytestmark = pytest.mark.usefixtures("private_store")
 H100 = Gpu("NVIDIA H100 80GB HBM3", "580.65.06", (9, 0))
+T4 = Gpu("Tesla T4", "580.65.06", (7, 5))
 
 
 def by_name(findings) -> dict[str, Finding]:
@@ -31,17 +32,42 @@ def no_gpu(monkeypatch):
 
 @pytest.fixture
 def no_toolkit(monkeypatch):
-    monkeypatch.setattr(toolchain, "_search_toolkit", lambda *asked: (None, ("/opt/cuda has no bin/nvcc",)))
+    monkeypatch.setattr(toolchain, "_toolkit_and_lacks", lambda: (None, ("/opt/cuda has no bin/nvcc",)))
     for name in ("JITGEN_NVCC", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_gpus_are_read_from_nvidia_smi(monkeypatch, tmp_path):
+@pytest.fixture
+def two_listed(monkeypatch, tmp_path):
+    """nvidia-smi lists two GPUs."""
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 580.65.06, 9.0'\necho 'Tesla T4, 580.65.06, 7.5'\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert doctor_cuda.find_gpus() == [H100, Gpu("Tesla T4", "580.65.06", (7, 5))]
+
+
+def test_gpus_are_read_from_nvidia_smi_where_torch_sees_none(two_listed, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor_cuda.find_gpus() == [H100, T4]
+
+
+def test_gpus_have_the_numbers_that_torch_gives_them(two_listed, monkeypatch):
+    torch = pytest.importorskip("torch")
+    seen = [("Tesla T4", (7, 5)), ("NVIDIA H100 80GB HBM3", (9, 0))]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(seen))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: seen[i][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: seen[i][1])
+    assert doctor_cuda.find_gpus() == [T4, H100]
+
+
+def test_hidden_gpus_are_named_as_the_cause(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert "CUDA_VISIBLE_DEVICES is '7'" in doctor_cuda.check_torch_build(needed=True).remedy
 
 
 def test_message_of_nvidia_smi_is_no_gpu():

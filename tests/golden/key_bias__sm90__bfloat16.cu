@@ -187,6 +187,7 @@ constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = kHasMask || true;
 // Arrivals by which a group lets go of K, V and Q: each warp's.
 constexpr int kReleases = 4;
+constexpr int kKeyReleases = 128;   // of K: every thread's, as each has read what comes with it
 constexpr int kTurnBarrier = 1, kAllConsumersBarrier = 5, kGroupBarrier = 6;   // named barriers: + group
 
 // Shared-memory addresses of a CTA.
@@ -364,8 +365,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
       initial.share(shared.initial(kv.stage));
-      __syncwarp();
-      if (!leader) return;
+      if (!leader) return jg::barrier_arrive(full);
       if (kHasMask) {
         const int flags = next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
         jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags);
@@ -417,7 +417,6 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, Shared shared, i
   for (;; slot.advance()) {
     jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
     const int4 work = jg::load_shared_int4(shared.work(slot.stage));
-    __syncwarp();
     if (work.w == jg::kWorkStop) return;
     if (work.w != jg::kWorkEmpty) {
 #pragma unroll 1
@@ -431,7 +430,7 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, Shared shared, i
       }
       q_parity ^= 1;
     }
-    if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+    jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
   }
 }
 
@@ -580,7 +579,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         early.start = __int_as_float(jg::load_shared(first + 4 * kTileKv));
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
-        jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
+        jg::barrier_arrive(JG_BARRIER(k_empty, kv.stage));
         jg::barrier_arrive_if(leader && (step & jg::kStepLast), JG_BARRIER(q_empty, group));
       };
       const auto take_turn = [&] { jg::named_sync(kTurnBarrier + group, 256); };
@@ -671,7 +670,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     // The message is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
     const int4 done = jg::load_shared_int4(shared.work(slot.stage));
     __syncwarp();
-    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+    // Always so. Without a branch ptxas keeps the ring's position out of uniform registers: 17 instructions more in the KV loop.
+    if (jg::stay(lane) >= 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     slot.advance();
     const int done_row = done.x + group * 64;
     finish_rows(args, make_head(args, done.z, done.y), softmax, o, done_row);
@@ -697,14 +697,15 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     }
     jg::barrier_init(JG_BARRIER(o_done), Tile::kGroups);
     for (int stage = 0; stage < kNumStages; ++stage) {
-      jg::barrier_init(JG_BARRIER(k_full, stage), 1);
-      jg::barrier_init(JG_BARRIER(k_empty, stage), kReleases * Tile::kGroups);
+      jg::barrier_init(JG_BARRIER(k_full, stage), 32);
+      jg::barrier_init(JG_BARRIER(k_empty, stage), kKeyReleases * Tile::kGroups);
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
       jg::barrier_init(JG_BARRIER(v_empty, stage), kReleases * Tile::kGroups);
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + Tile::kQueryWarps);   // one arrival per warp
+      // Every thread that reads or writes arrives for itself: racecheck does not follow __syncwarp and one arrival for the warp.
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups + 32 * Tile::kQueryWarps);
     }
     jg::barrier_init_fence();
   }

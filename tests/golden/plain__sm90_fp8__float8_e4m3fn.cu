@@ -477,7 +477,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     // The message is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
     const int4 done = jg::load_shared_int4(shared.work(works & 1));
     __syncwarp();
-    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, works & 1));
+    if (jg::stay(lane) >= 0) jg::barrier_arrive(JG_BARRIER(work_empty, works & 1));   // always: as in sm90.cu.jinja
     ++works;
     const int done_row = done.x + group * 64;
     finish_rows(args, make_head(args, done.z, done.y), softmax, o, done_row);
@@ -518,7 +518,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups);   // one arrival per consumer warp
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups);   // every consumer thread, as in sm90.cu.jinja
     }
     jg::barrier_init_fence();
   }

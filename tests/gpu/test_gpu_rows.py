@@ -181,6 +181,20 @@ def test_a_graph_replays_for_other_lengths():
     check(batch, results, transformed(batch, variant).expected(jitgen.Variant(mask_mod=causal)))
 
 
+def test_a_dense_call_is_captured_in_a_graph():
+    variant = rows_variant("all", 128, 128, DEVICE)
+    q, k, v = (torch.randn(2, heads, 150, 128, device=DEVICE).bfloat16() for heads in (8, 2, 2))
+    jitgen.attention(q, k, v, variant)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = jitgen.attention(q, k, v, variant)
+    for t in (q, k, v):
+        t.copy_(torch.randn_like(t))
+    out.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(out, jitgen.attention(q, k, v, variant))
+
+
 # ---- 8-bit keys and values ---------------------------------------------------------------------------------------------
 
 

@@ -1,14 +1,10 @@
 // The part of the CUDA runtime that launchers use, on the driver's API: 15 kB in place of the 700 kB of libcudart_static, and
 // nothing that must agree with the runtime which torch has loaded. It stands in front of the host's part of a module (see
 // jitgen/host_part.py) in place of CUDA's headers, which take a compiler longer than all the rest.
-//
-// Names and numbers are the runtime's; those of errors, attributes and flags are the same in the driver's API, and so is the
-// layout of types. Everything has internal linkage: no module sees another's.
+// What it has of the runtime is declared in cuda_api.h.
 #pragma once
 #include <dlfcn.h>
 #include <pthread.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <string.h>
 #include <typeinfo>
@@ -19,52 +15,10 @@ __asm__(".symver dlopen, dlopen@GLIBC_2.2.5");
 __asm__(".symver dlsym, dlsym@GLIBC_2.2.5");
 #endif
 
-// ---- the language ----
 #define __host__
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __align__(bytes) __attribute__((aligned(bytes)))
-#define INFINITY __builtin_inff()
-
-struct alignas(8) int2 { int x, y; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-
-// ---- types and numbers of the runtime ----
-enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaMemcpyKind { cudaMemcpyDeviceToHost = 2 };
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0 };
-enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4, cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
-constexpr unsigned long long cudaEnableDefault = 0;
-using cudaStream_t = struct CUstream_st*;
-
-union cudaLaunchAttributeValue {
-  char room[64];
-  struct { unsigned x, y, z; } clusterDim;
-  int programmaticStreamSerializationAllowed;
-};
-struct cudaLaunchAttribute {
-  cudaLaunchAttributeID id;
-  int gap;
-  cudaLaunchAttributeValue val;
-};
-struct cudaLaunchConfig_t {
-  dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes;
-  cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  unsigned numAttrs;
-};
+#include "jitgen/cuda_api.h"
 
 // The device code of the module: what nvcc made, unchanged.
 extern "C" __attribute__((visibility("hidden"))) const char jitgen_binary[];
@@ -215,8 +169,6 @@ Configured<Args...> configure(void (*kernel)(Args...), dim3 grid, dim3 block, si
                               cudaStream_t stream = nullptr) {
   return {address_of(kernel), grid, block, shared_bytes, stream};
 }
-
-template <class T> struct Exactly { using Type = T; };
 
 }  // namespace
 }  // namespace jg_runtime
