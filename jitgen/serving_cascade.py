@@ -210,7 +210,7 @@ class _IntsOn:
         self.device, self._waits = device, is_capturing(device)
 
     def __call__(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32).to(self.device, non_blocking=not self._waits)
+        return torch.tensor(values, dtype=torch.int32, device="cpu").to(self.device, non_blocking=not self._waits)
 
     def csr(self, lists: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         indptr = [0]

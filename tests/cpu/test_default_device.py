@@ -70,3 +70,13 @@ def test_draws_of_the_default_generator_are_the_same_under_other_defaults():
     torch.manual_seed(1)
     with defaults():
         assert torch.equal(jitgen.sample(X), expected)
+
+
+def test_levels_are_found_under_other_defaults():
+    pages = torch.tensor([[0, 1, 2], [0, 1, 3]], dtype=torch.int32)
+    given = (Q_INDPTR, jitgen.PageTable.dense(pages), torch.tensor([12, 11]), 4)
+    expected = jitgen.Cascade.detect(*given, min_pages=2)
+    with defaults():
+        found = jitgen.Cascade.detect(*given, min_pages=2)
+    for a, b in zip(expected.levels, found.levels, strict=True):
+        assert torch.equal(a.kv_len, b.kv_len) and torch.equal(a.q_indptr, b.q_indptr)
