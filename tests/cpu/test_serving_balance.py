@@ -316,7 +316,7 @@ def test_explain_says_that_norms_are_not_cut(norm, adds_up, four_threads):
 
 
 def test_explain_needs_lengths():
-    with pytest.raises(jitgen.errors.PlanMismatch, match=r"Call plan.update first"):
+    with pytest.raises(jitgen.errors.PlanMismatch, match=r"Call plan.update\(q_indptr, kv_len\) first"):
         jitgen.Plan(1, 1, 4, 2, 16, dtype=torch.float32, device="cpu").explain()
 
 
