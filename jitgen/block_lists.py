@@ -54,7 +54,7 @@ class BlockLists:
     lengths: tuple[int, int]
     block: tuple[int, int]
     rows: BlockRows = field(init=False)
-    plans: dict[tuple[object, ...], tuple[Plan, Variant, CutWatch]] = field(default_factory=dict)
+    plans: dict[tuple[object, ...], tuple[Plan, CutWatch]] = field(default_factory=dict)
     captured: list[Plan] = field(default_factory=list)  # that CUDA graphs use: kept
 
     def __post_init__(self) -> None:
@@ -82,7 +82,8 @@ class BlockLists:
         caches = tuple(self._pages(t) for t in (k, v))
         rows = q[0].transpose(0, 1), out[0].transpose(0, 1)
         lse = q.new_empty(rows[0].shape[:2], dtype=torch.float32) if want_lse else None
-        paged_attention(rows[0], caches, self.rows, plan, scale=scale, out=rows[1], lse=lse)  # type: ignore[arg-type]
+        own = None if variant is plan.variant else variant
+        paged_attention(rows[0], caches, self.rows, plan, variant=own, scale=scale, out=rows[1], lse=lse)  # type: ignore[arg-type]
         return out, None if lse is None else lse.T.contiguous()[None]
 
     def _pages(self, t: Tensor) -> Tensor:
@@ -92,9 +93,9 @@ class BlockLists:
         return t.as_strided((length // columns, columns, heads, dim), (columns * row, row, head, 1))
 
     def _plan(self, q: Tensor, v: Tensor, variant: Variant) -> Plan:
-        """The plan for a call. It counts work that is given out, so calls on different streams have their own; a call in a CUDA
-        graph that is being captured takes that of the calls before it."""
-        key = (id(variant), q.shape[1], v.shape[1], q.shape[3], v.shape[3], q.dtype, q.device)
+        """The plan for a call, whatever its hooks capture. It counts work that is given out, so calls on different streams have
+        their own; a call in a CUDA graph that is being captured takes that of the calls before it."""
+        key = (variant.trace().program, q.shape[1], v.shape[1], q.shape[3], v.shape[3], q.dtype, q.device)
         stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
         is_captured = is_capturing(q.device)
         if is_captured:
@@ -112,8 +113,8 @@ class BlockLists:
             )  # fmt: skip
             if len(self.plans) >= MAX_PLANS:
                 self.plans.clear()
-            self.plans[(stream, *key)] = plan.update(self.rows), variant, CutWatch(plan)  # the variant keeps its id
-        plan, _, watch = self.plans[(stream, *key)]
+            self.plans[(stream, *key)] = plan.update(self.rows), CutWatch(plan)
+        plan, watch = self.plans[(stream, *key)]
         watch.look(is_captured)
         if is_captured:
             self.captured.append(plan)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 NONE, PARTIAL, FULL = 0, 1, 2
+MAX_VARIANTS = 32  # whose hooks are remembered by an object of block lists
 TILE = 64  # rows and columns of the tiles of variable blocks: the smallest tile of the kernels
 
 
@@ -153,7 +154,7 @@ class BlockSparse:
         """A variant of these hooks for calls that are given the lists and need no mask; remembered by their identity."""
         key = (id(score_mod), id(sink))
         if key not in self._variants:
-            self._variants[key] = Variant(score_mod=score_mod, sink=sink), (score_mod, sink)
+            self._keep(key, Variant(score_mod=score_mod, sink=sink), (score_mod, sink))
         return self._variants[key][0]
 
     def variant(self, score_mod: object = None, mask_mod: object = None, sink: object = None) -> Variant:
@@ -165,8 +166,14 @@ class BlockSparse:
             else:
                 masks = self.mask_mod if mask_mod is None else and_masks(self.mask_mod, mask_mod)  # type: ignore[arg-type]
                 made = Variant(score_mod=score_mod, mask_mod=masks, sink=sink)
-            self._variants[key] = made, (score_mod, mask_mod, sink)
+            self._keep(key, made, (score_mod, mask_mod, sink))
         return self._variants[key][0]
+
+    def _keep(self, key: tuple[int, ...], variant: Variant, hooks: object) -> None:
+        """Remember a variant, and the hooks, which thereby keep their ids; hooks made for each call do not fill the table."""
+        if len(self._variants) >= MAX_VARIANTS:
+            self._variants.clear()
+        self._variants[key] = variant, hooks
 
 
 @between_graphs

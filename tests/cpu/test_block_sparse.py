@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import jitgen
-from jitgen import block_lists
+from jitgen import block_lists, block_sparse
 from jitgen.errors import ShapeMismatch, UnsupportedDtype, VariantError
 
 
@@ -145,6 +145,25 @@ def test_lists_are_walked_by_the_serving_kernels_too(monkeypatch, rows, columns,
         torch.testing.assert_close(out.double(), want.double(), atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(lse.double(), want_lse.double(), atol=2e-3, rtol=2e-3)
     assert used and blocks.lists.plans
+
+
+def test_hooks_made_for_each_call_share_a_plan(monkeypatch):
+    monkeypatch.setattr(block_lists, "is_hopper", lambda device: True)
+    monkeypatch.setattr(block_sparse, "MAX_VARIANTS", 3)
+    blocks = jitgen.BlockSparse.bsr(*lists(random_blocks(5, 6)), (70, 96), (16, 16))
+    q, k, v = (t.half() for t in inputs(70, 96, dim=64, batch=1))
+    for step in range(1, 6):
+        gains = torch.rand(4)
+
+        def scaled(score, b, h, q_idx, kv_idx, gains=gains, step=step):
+            return score * gains[h] + step
+
+        out, lse = jitgen.block_sparse_attention(q, k, v, blocks, score_mod=scaled, return_lse=True)
+        want, want_lse = jitgen.reference.attention(q, k, v, blocks.variant(scaled), return_lse=True)
+        torch.testing.assert_close(out.double(), want.double(), atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(lse.double(), want_lse.double(), atol=2e-3, rtol=2e-3)
+    assert len(blocks.lists.plans) == 1
+    assert len(blocks._variants) <= 3
 
 
 def test_hooks_that_read_positions_keep_to_the_mask(monkeypatch):
