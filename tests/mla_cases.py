@@ -29,15 +29,16 @@ def hooked(device: str, heads: int) -> tuple[jitgen.Variant, torch.Tensor]:
     def near(b, h, q_idx, kv_idx):
         return (kv_idx <= q_idx) & (q_idx - kv_idx < WINDOW)
 
-    return jitgen.Variant(score_mod=bend, mask_mod=near, sink=slopes), slopes.double().cpu()
+    return jitgen.Variant(score_mod=bend, mask_mod=near, sink=slopes), slopes.double()
 
 
 def reference(q, rows, scale, mask=None, slopes=None):
-    """Output and logsumexp of one request in float64: q [q_len, heads, 576], rows [kv_len, 576], mask [q_len, kv_len]. With
-    ``slopes`` the variant is ``hooked``."""
+    """Output and logsumexp of one request in float64, on the device of its tensors: q [q_len, heads, 576], rows [kv_len, 576],
+    mask [q_len, kv_len]. With ``slopes`` the variant is ``hooked``."""
     logits = torch.einsum("qhd,kd->hqk", q.double(), rows.double()) * scale
     if slopes is not None:
-        ahead = torch.arange(len(rows))[None] - (torch.arange(len(q))[:, None] + len(rows) - len(q))
+        columns, own = (torch.arange(len(x), device=q.device) for x in (rows, q))
+        ahead = columns[None] - (own[:, None] + len(rows) - len(q))
         logits = CAP * torch.tanh(logits / CAP) + slopes[:, None, None] * ahead
         mask = mask & (ahead > -WINDOW)
     if mask is not None:
@@ -97,7 +98,9 @@ def check_mla(
     for b, n in enumerate(lengths):
         mine = slice(int(indptr[b]), int(indptr[b + 1]))
         seen = torch.arange(n)[None] <= torch.arange(q_lens[b])[:, None] + n - q_lens[b] if mask else None
-        want, want_lse = reference(q[mine], rows[b], SCALE, seen, slopes)
+        # a CPU's threads would be shared by all processes that test: on the device
+        inputs = [None if t is None else t.to(device) for t in (q[mine], rows[b], seen)]
+        want, want_lse = (t.cpu() for t in reference(*inputs[:2], SCALE, inputs[2], slopes))
         assert_near(out[mine], want, rows[b].double().abs().max() if n else 1.0)
         found = lse[mine].double()
         assert torch.equal(found.isinf(), want_lse.isinf())
