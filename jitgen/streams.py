@@ -17,11 +17,23 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-# Absent from a torch for CPUs. Both make a device current and return the one that was; the second, which is for going back to
-# it, creates no context on a device that has none.
-make_current = getattr(torch._C, "_cuda_exchangeDevice", None)
-make_current_again = getattr(torch._C, "_cuda_maybeExchangeDevice", None)
-current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # of a device, by its number
+
+def _exchange(index: int) -> int:
+    before = torch.cuda.current_device()
+    torch.cuda.set_device(index)
+    return before
+
+
+def _raw_stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+# What torch has below its public functions, which stand in where it is absent: so in a torch for CPUs, which never calls them.
+# The first two make a device current and return the one that was; the second, which is for going back to it, creates no context
+# on a device that has none. The third gives the current stream of a device by its number.
+make_current = getattr(torch._C, "_cuda_exchangeDevice", _exchange)
+make_current_again = getattr(torch._C, "_cuda_maybeExchangeDevice", _exchange)
+current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _raw_stream)
 
 
 def cuda_index(device: torch.device) -> int | None:
@@ -31,14 +43,14 @@ def cuda_index(device: torch.device) -> int | None:
 
 def stream_of(index: int | None) -> int:
     """The current stream of CUDA device ``index``; 0 for the CPU, None."""
-    return 0 if index is None else current_stream(index)  # type: ignore[misc]
+    return 0 if index is None else current_stream(index)
 
 
 def call_on(index: int | None, function: Callable[..., Result], *args: object) -> Result:
     """Call a function, such as an entry point of a module, with CUDA device ``index`` current; None: one of the CPU's."""
     if index is None:
         return function(*args)
-    before = make_current(index)  # type: ignore[misc]
+    before = make_current(index)
     return function(*args) if before == index else call_and_leave(before, function, *args)
 
 
@@ -47,7 +59,7 @@ def call_and_leave(before: int, function: Callable[..., Result], *args: object) 
     try:
         return function(*args)
     finally:
-        make_current_again(before)  # type: ignore[misc]
+        make_current_again(before)
 
 
 def is_capturing(device: torch.device) -> bool:

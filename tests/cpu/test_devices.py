@@ -10,7 +10,7 @@ import torch
 from device_cases import APART, CASES, Apart
 
 import jitgen
-from jitgen import families, runtime, sampling_launch
+from jitgen import families, runtime, sampling_launch, streams
 from jitgen.errors import JitgenError, LaunchError, UnsupportedDevice
 from jitgen.target import cuda_target
 
@@ -81,3 +81,16 @@ def test_a_plan_on_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UnsupportedDevice, match=r"device is cuda:5, and torch finds 2 GPUs here.*CUDA_VISIBLE_DEVICES"):
         jitgen.Plan(1, 1, 2, 1, 64, dtype=torch.bfloat16, device="cuda:5")
+
+
+def test_public_functions_of_torch_stand_in_for_its_private_ones(monkeypatch):
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.__setitem__(0, index))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=70 + index))
+    stand_ins = {"make_current": "_exchange", "make_current_again": "_exchange", "current_stream": "_raw_stream"}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(streams, name, getattr(streams, stand_in))
+    assert streams.call_on(1, lambda: current[0]) == 1
+    assert current == [0]
+    assert streams.stream_of(1) == 71

@@ -13,6 +13,7 @@ from jitgen.compat.flashinfer._hooks import Options, Scale, check_sinks, hooks_f
 from jitgen.compat.flashinfer._inputs import Planned, check_inputs, mask_bits
 from jitgen.compat.flashinfer._options import LAYOUTS, attention_dtypes, check_backend, check_choice, rows_first
 from jitgen.errors import ShapeMismatch
+from jitgen.streams import stream_of
 
 FEW_ROWS = 32  # query rows * query heads of a KV head up to which the decode kernel, which splits the keys, is the faster one
 
@@ -145,7 +146,7 @@ def single_request(
     scale = softmax_scale(options, heads.dim_qk, *scales[:2])
     plans = None if held is None else held.plans
     if plans is None and q.is_cuda and 0 < q.shape[0] * (heads.num_q // heads.num_kv) <= FEW_ROWS:
-        key = (q.device, torch._C._cuda_getCurrentRawStream(q.device.index))
+        key = (q.device, stream_of(q.device.index))
         plans = _plans.setdefault(key, Plans(q.device))
     if plans is not None:
         out, lse = plans.attend(batch, heads, hooks, variant, q, (k, v), "NHD", scale, None, None, True)
