@@ -16,9 +16,8 @@ from jitgen.recipes import Leaves, Recipe
 try:
     from jitgen.lifting import lift_here, trace_of_attention
 except ImportError:  # another torch, whose Dynamo has other names: calls leave the graph
-    CAN_LIFT = False
-else:
-    CAN_LIFT = True
+    lift_here = trace_of_attention = None  # type: ignore[assignment]
+CAN_LIFT = lift_here is not None
 
 __all__ = ["CAN_LIFT", "lift_here", "made", "register", "trace_of_attention"]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import functools
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -396,6 +398,32 @@ def test_a_torch_whose_names_are_others_breaks_the_graph(monkeypatch):
         return jitgen.attention(q * 2, k, v, mask_mod=lambda b, h, q_idx, kv_idx: doc[q_idx] == doc[kv_idx]) + 1
 
     torch.testing.assert_close(torch.compile(run, backend="aot_eager")(q, doc), run(q, doc))
+
+
+OTHER_TORCH = """
+import sys, torch
+sys.modules["jitgen.lifting"] = None  # its import fails
+import jitgen
+from jitgen import kv_op, op
+
+assert not op.CAN_LIFT and not kv_op.CAN_LIFT
+q, doc = torch.randn(1, 2, 9, 16), torch.arange(9) // 4
+def run(q):
+    return jitgen.attention(q * 2, q, q, mask_mod=lambda b, h, q_idx, kv_idx: doc[q_idx] == doc[kv_idx]) + 1
+with torch.no_grad():
+    torch.testing.assert_close(torch.compile(run, backend="aot_eager")(q), run(q))
+    torch._dynamo.reset()
+    try:
+        torch.compile(run, backend="aot_eager", fullgraph=True)(q)
+    except torch._dynamo.exc.Unsupported as e:
+        print(e)
+"""
+
+
+def test_a_torch_without_the_names_imports_and_breaks_the_graph():
+    done = subprocess.run([sys.executable, "-c", OTHER_TORCH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cannot take the hooks of this call apart" in done.stdout
 
 
 def test_captured_parameters_are_taken_as_values():
