@@ -5,8 +5,8 @@
     peers       who is timed                             contest     one group of contenders, start to end
     results     figures and ratios                       tables      throughput and variants as tables
     report      header, text, JSON                       cli         the command
-    dense, fp8, variants, cpu, jit, decode, cache, cascade, sparse   the suites
-    listed                                               how suites fp8, cascade and sparse run
+    dense, fp8, variants, cpu, jit, decode, mla, cache, cascade, sparse   the suites
+    listed                                               how suites fp8, mla, cascade and sparse run
     decode_peers                                         batches and contenders of suite decode
     probe, spellings                                     what suite jit runs in fresh processes
     deploy, deploy_probe, deploy_variants                what suite deploy builds, and runs in fresh processes
@@ -23,6 +23,7 @@ SUITES = {
     "dense": ("jitgen.bench.dense", "throughput of plain attention, causal and full"),
     "fp8": ("jitgen.bench.fp8", "attention over e4m3 tensors, beside the same numbers in bfloat16"),
     "decode": ("jitgen.bench.decode", "bandwidth of paged decode: batches of equal, uniform and Zipf lengths"),
+    "mla": ("jitgen.bench.mla", "bandwidth and throughput of decode with latent attention: 128 and 16 heads"),
     "cascade": ("jitgen.bench.cascade", "decode of requests that share a prefix, beside the same unshared"),
     "sparse": ("jitgen.bench.sparse", "attention over 10, 25 and 50 % of the 128 x 128 blocks, beside dense"),
     "cache": ("jitgen.bench.cache", "append to a paged cache with rotation, norm and quantisation, beside a copy"),

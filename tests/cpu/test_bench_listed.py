@@ -1,4 +1,4 @@
-"""Suites cascade, fp8 and sparse: their cells, and that wrong or missing contenders are named and never timed."""
+"""Suites cascade, fp8, mla and sparse: their cells, and that wrong or missing contenders are named and never timed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench_fakes import FakeTimer
 
-from jitgen.bench import cascade, fp8, sparse
+from jitgen.bench import cascade, fp8, mla, sparse
 from jitgen.bench.config import BenchConfig
 from jitgen.bench.listed import Cell, run_suite
 
@@ -28,11 +28,15 @@ def tiny_cascade(device, seed):
     return cascade.SharedPrefix(device, 3, 64, 32, "float32", seed, HEADS)
 
 
+def tiny_latent(device, seed, q_len=1):
+    return mla.Latent(device, 3, 100, 4, q_len, "float32", seed)
+
+
 def tiny_blocks(device, seed):
     return sparse.Blocks(device, 256, 0.4, "float32", seed, 64, HEADS)
 
 
-@pytest.mark.parametrize("suite", [cascade, fp8, sparse], ids=["cascade", "fp8", "sparse"])
+@pytest.mark.parametrize("suite", [cascade, fp8, mla, sparse], ids=["cascade", "fp8", "mla", "sparse"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("quick", [False, True])
 def test_labels_are_distinct(suite, device, quick):
@@ -40,7 +44,9 @@ def test_labels_are_distinct(suite, device, quick):
     assert found and len(set(found)) == len(found)
 
 
-@pytest.mark.parametrize("make", [tiny_cascade, tiny_blocks], ids=["cascade", "sparse"])
+@pytest.mark.parametrize(
+    "make", [tiny_cascade, tiny_blocks, tiny_latent, partial(tiny_latent, q_len=3)], ids=["cascade", "sparse", "mla", "mla-q3"]
+)
 def test_ours_are_right_and_timed(make):
     (report,) = run_suite("tiny", [Cell("cell", make)], config(), "note")
     results = {r["contender"]: r for r in report.data["results"]}
@@ -91,3 +97,26 @@ def test_a_wrong_output_of_ours_is_a_fault():
 
     (report,) = run_suite("tiny", [Cell("cell", lambda d, s: Problem(d, 256, 0.4, "float32", s, 64, HEADS))], config(), "note")
     assert report.faults and report.faults[0].startswith("jitgen, cell: wrong: a row is")
+
+
+def test_figures_of_latent_attention_count_rows_once_and_visible_pairs():
+    problem = mla.Latent("cpu", 2, 100, 4, 3, "bfloat16", 0)
+    num_bytes, pairs = 2 * 100 * 576 * 2, 2 * (100 + 99 + 98)
+    assert problem.figure("jitgen", 1e-6, {}) == f"{num_bytes} GB/s, {2 * pairs * 4 * (576 + 512) / 1e3:.0f} TFLOP/s"
+
+
+def test_wrong_and_missing_contenders_of_latent_attention_are_named_and_not_timed():
+    def missing():
+        raise ImportError("no such package")
+
+    class Problem(mla.Latent):
+        def contenders(self):
+            right = super().contenders()
+            late = {"late": lambda: lambda: right["sdpa"]()().roll(1, 0)}  # the rows of other requests
+            return {**late, "gone": missing, **right}
+
+    (report,) = run_suite("tiny", [Cell("cell", lambda d, s: Problem(d, 3, 100, 4, 2, "float32", s))], config(), "note")
+    results = {r["contender"]: r for r in report.data["results"]}
+    assert results["late"]["status"] == "wrong" and results["late"]["ms"] is None and "gone" not in results
+    assert results["sdpa"]["ms"] and results["jitgen"]["ms"] and not report.faults
+    assert any("gone: not installed" in note for note in report.notes)
