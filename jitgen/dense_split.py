@@ -29,14 +29,15 @@ from jitgen.serving_kernels import (
     pack_memory,
 )
 from jitgen.spec import CUDA_DTYPES
-from jitgen.streams import call_on, capture_number, current_stream
+from jitgen.streams import call_on, capture_number, current_stream, memory_apart
 
 Tensor = torch.Tensor
 LEAST_KEYS = 512  # of a request
 # Query heads of all requests that keep a GPU busy as they are, where none shares its keys with another. Those that do are 1.5
 # times as slow in the other kernels, which read their keys once for each.
 MANY_HEADS = 256
-MAX_ROOMS = 64  # that are kept, each of some MB
+MAX_ROOMS = 64  # that are kept, each of some MB, besides those of CUDA graphs
+ALIGNMENT = 256  # bytes
 
 
 def split_call(
@@ -147,12 +148,13 @@ class SplitCall:
 
     def _room(self, stream: int, capture: int, tail: bytes) -> Room:
         """The memory for this call, made when it is first needed."""
+        rooms = _captured if capture else _rooms
         key = (self.kernel, self.sizes, self.is_shared, self.device.index, stream, capture)
-        room = _rooms.get(key)
+        room = rooms.get(key)
         if room is None:
-            if len(_rooms) >= MAX_ROOMS:
-                _rooms.clear()
-            room = _rooms[key] = Room(self, stream, tail)
+            if len(rooms) >= MAX_ROOMS and not capture:
+                rooms.clear()
+            room = rooms[key] = Room(self, stream, tail)
         return room
 
     def planner_args(self, room: Room, stream: int, tail: bytes) -> bytes:
@@ -162,11 +164,11 @@ class SplitCall:
 
     def _plan(self, room: Room, stream: int, tail: bytes, mask_numbers: tuple[object, ...]) -> None:
         """Plan for the lengths of this call, unless that has been done."""
-        wanted = (self.kv_len, mask_numbers)
+        wanted = (self.kv_len, self._local, mask_numbers)
         if wanted == room.planned and not self._mask_reads_tensors:
             return
         room.planned = None
-        room.take_length(self)
+        room.take_length(self.kv_len)
         code = self.kernel.function("jitgen_plan")(self.planner_args(room, stream, tail))
         if code:
             self.kernel.raise_error(code)
@@ -174,35 +176,40 @@ class SplitCall:
 
 
 class Room:
-    """Memory of the calls of one kernel for one batch on one stream, or in one CUDA graph: these follow each other."""
+    """Memory of the calls of one kernel for one batch on one stream, or in one CUDA graph: these follow each other.
+
+    It is none of a graph's own, so a graph of torch.compile finds no memory of its pool in use that it knows nothing of.
+    """
 
     def __init__(self, call: SplitCall, stream: int, tail: bytes) -> None:
-        kernel, device = call.kernel, call.device
+        kernel, batch = call.kernel, call.batch
         self.lock = threading.Lock()
         self.planned: tuple[object, ...] | None = None
-        self.num_ctas, self.memory, self.kv_len = 0, pack_memory(0, 0, 0, 0), 0
-        rows = torch.arange(call.batch + 1, dtype=torch.int32, device=device)
-        self.q_indptr = rows * call.q_len
-        self.pages = rows * 0 if call.is_shared else rows
-        self.lengths = rows
+        self.num_ctas, self.memory, self._kv_len = 0, pack_memory(0, 0, 0, 0), 0
         self.num_ctas = kernel.function("jitgen_num_ctas")(call.planner_args(self, stream, tail))
         if self.num_ctas < 0:
             kernel.raise_error(-self.num_ctas)
         packed = call.planner_args(self, stream, tail)
-        sizes = [kernel.function(f"jitgen_{name}_bytes", ctypes.c_longlong)(packed) for name in ("plan", "workspace")]
-        # all ones in the workspace mean that a partial result has not arrived
-        self.plan, self.workspace = (
-            torch.full((-(-size // 16) * 4,), fill, dtype=torch.int32, device=device)
-            for size, fill in zip(sizes, (0, -1), strict=True)
+        needed = [kernel.function(f"jitgen_{name}_bytes", ctypes.c_longlong)(packed) for name in ("plan", "workspace")]
+        places = [-(-size // ALIGNMENT) * ALIGNMENT for size in (*needed, 4 * batch + 4, 4 * batch, 4 * batch)]
+        plan, workspace, starts, lengths, pages = (
+            t.view(torch.int32) for t in memory_apart(sum(places), call.device, stream).split(places)
         )
+        self.pages, self._lengths = pages[:batch], lengths[:batch]
+        torch.arange(0, (batch + 1) * call.q_len, call.q_len, out=starts[: batch + 1], device=call.device)
+        torch.arange(batch, out=self.pages, device=call.device)
+        if call.is_shared:
+            self.pages.zero_()
+        plan.zero_()
+        workspace.fill_(-1)  # all ones mean that a partial result has not arrived
+        self.memory = pack_memory(*(t.data_ptr() for t in (workspace, plan, starts, lengths)))
 
-    def take_length(self, call: SplitCall) -> None:
+    def take_length(self, kv_len: int) -> None:
         """Keys of each request, for the planner."""
-        if self.kv_len == call.kv_len:
-            return
-        self.lengths = torch.full((call.batch,), call.kv_len, dtype=torch.int32, device=call.device)
-        self.memory = pack_memory(*(t.data_ptr() for t in (self.workspace, self.plan, self.q_indptr, self.lengths)))
-        self.kv_len = call.kv_len
+        if self._kv_len != kv_len:
+            self._lengths.fill_(kv_len)
+            self._kv_len = kv_len
 
 
 _rooms: dict[tuple[object, ...], Room] = {}
+_captured: dict[tuple[object, ...], Room] = {}  # those of graphs, which may be replayed at any time: kept

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+
+from jitgen.errors import LaunchError
 
 if TYPE_CHECKING:
     from jitgen.runtime import CompiledKernel
@@ -81,6 +84,48 @@ def capture_number(stream: int) -> int:
     if _capture_info()(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number)) == 0:
         return number.value
     return -next(_unknown)
+
+
+def memory_apart(size: int, device: torch.device, stream: int) -> torch.Tensor:
+    """Bytes for kernels on one stream that come from the memory of no CUDA graph, even while one is captured: they stay when
+    the graph is gone, and torch.compile, which counts what lives in the memory of its graphs, does not meet them.
+
+    Cost:    a thread, as what threads allocate may be put into a graph's memory; so seldom.
+    """
+    found: list[torch.Tensor | BaseException] = []
+
+    def take() -> None:
+        try:
+            make_current(device.index)
+            with torch.cuda.stream(_stream_apart(device)):
+                found.append(torch.empty(size, dtype=torch.uint8, device=device))
+        except BaseException as error:  # raised below
+            found.append(error)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    found[0].record_stream(torch.cuda.ExternalStream(stream, device=device))
+    return found[0]
+
+
+_RELAXED = 2  # a mode of captures: this thread allocates while another one captures
+_NON_BLOCKING = 1  # a stream that does not wait for the default one
+_streams_apart: dict[int | None, torch.cuda.ExternalStream] = {}
+
+
+def _stream_apart(device: torch.device) -> torch.cuda.ExternalStream:
+    """A stream for memory alone: nothing runs there, so what is allocated is in use nowhere else."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_RELAXED)))
+    if device.index not in _streams_apart:
+        handle = ctypes.c_void_p()
+        if driver.cuStreamCreate(ctypes.byref(handle), _NON_BLOCKING) or not handle.value:
+            raise LaunchError(f"the driver makes no stream on {device}. Ask 'jitgen doctor' what is wrong with the device.")
+        _streams_apart[device.index] = torch.cuda.ExternalStream(handle.value, device=device)
+    return _streams_apart[device.index]
 
 
 @cache

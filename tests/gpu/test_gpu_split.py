@@ -175,6 +175,64 @@ def test_graphs_plan_for_what_masks_read_when_they_run():
             assert_right(plain, q, k, v, jitgen.Variant())
 
 
+@pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
+def test_the_first_call_of_a_shape_may_be_captured(mode):
+    q, k, v = random_inputs(2, 8, 2, 1, 1111 + len(mode), 128)
+    kernel = jitgen.attention(q[:1], k[:1], v[:1])
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # so that memory has to come from the driver
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode=mode):
+        got = jitgen.attention(q, k, v, return_lse=True)
+    for _ in range(2):
+        q.normal_()
+        got[0].fill_(math.nan)
+        graph.replay()
+        assert_right(got, q, k, v, jitgen.Variant())
+    assert not kernel.isnan().any()
+
+
+def test_graphs_of_torch_compile():
+    """Which complain of memory of their pool that lives and that they have not given out."""
+    valid = torch.ones(1800, dtype=torch.bool, device="cuda")
+
+    def layers(q, k, v, valid):
+        for _ in range(2):
+            q = jitgen.attention(q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: valid[kv_idx]) + 1
+        return q
+
+    with torch.no_grad():
+        compiled = torch.compile(layers, mode="reduce-overhead", fullgraph=True)
+        for kv_len in (1800, 1800, 1800, 900, 900, 900):
+            q, k, v = random_inputs(2, 8, 2, 1, kv_len, 128)
+            valid[300:400] = not valid[300]
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.testing.assert_close(compiled(q, k, v, valid), layers(q, k, v, valid), rtol=2e-2, atol=2e-2)
+
+
+def test_memory_may_be_made_in_inference_mode_and_given_up(monkeypatch):
+    monkeypatch.setattr(dense_split, "MAX_ROOMS", 2)
+    monkeypatch.setattr(dense_split, "_rooms", {})
+    for _ in range(2):
+        for batch in (1, 2, 3, 4):
+            q, k, v = random_inputs(batch, 8, 2, 1, 1000 + batch, 64)
+            with torch.inference_mode(batch % 2 == 1):
+                got = jitgen.attention(q, k, v, return_lse=True)
+            assert_right(got, q, k, v, jitgen.Variant())
+            shorter = k[:, :, :700], v[:, :, :700]
+            assert_right(jitgen.attention(q, *shorter, return_lse=True), q, *shorter, jitgen.Variant())
+    assert len(dense_split._rooms) <= 2
+
+
+def test_positions_that_count_from_the_first_row():
+    """The same mask and lengths, and other visible keys."""
+    variant = jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: kv_idx <= q_idx + 700)
+    q, k, v = random_inputs(1, 8, 2, 2, 2000, 64)
+    for q_index in ("absolute", "local", "absolute"):
+        got = jitgen.attention(q, k, v, variant, q_index=q_index, return_lse=True)
+        assert_right(got, q, k, v, variant, q_index=q_index)
+
+
 def test_streams_and_threads_do_not_share_memory():
     variant = jitgen.Variant(mask_mod=causal)
     given = [random_inputs(1, 8, 2, 1, 1000 + 700 * i, 128) for i in range(4)]
