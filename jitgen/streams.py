@@ -87,17 +87,23 @@ def capture_number(stream: int) -> int:
 
 
 def memory_apart(size: int, device: torch.device, stream: int) -> torch.Tensor:
-    """Bytes for kernels on one stream that come from the memory of no CUDA graph, even while one is captured: they stay when
-    the graph is gone, and torch.compile, which counts what lives in the memory of its graphs, does not meet them.
+    """Bytes for kernels on one stream of the current device that come from the memory of no CUDA graph, even while one is
+    captured: they stay when the graph is gone, and torch.compile, which counts what lives in the memory of its graphs, does
+    not meet them.
 
+    Errors:  LaunchError; torch.OutOfMemoryError.
     Cost:    a thread, as what threads allocate may be put into a graph's memory; so seldom.
     """
     found: list[torch.Tensor | BaseException] = []
+    driver, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
+    driver.cuCtxGetCurrent(ctypes.byref(context))
 
     def take() -> None:
         try:
+            driver.cuCtxSetCurrent(context)
+            driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_RELAXED)))
             make_current(device.index)
-            with torch.cuda.stream(_stream_apart(device)):
+            with torch.cuda.stream(_stream_apart(driver, device)):
                 found.append(torch.empty(size, dtype=torch.uint8, device=device))
         except BaseException as error:  # raised below
             found.append(error)
@@ -116,15 +122,14 @@ _NON_BLOCKING = 1  # a stream that does not wait for the default one
 _streams_apart: dict[int | None, torch.cuda.ExternalStream] = {}
 
 
-def _stream_apart(device: torch.device) -> torch.cuda.ExternalStream:
+def _stream_apart(driver: ctypes.CDLL, device: torch.device) -> torch.cuda.ExternalStream:
     """A stream for memory alone: nothing runs there, so what is allocated is in use nowhere else."""
-    driver = ctypes.CDLL("libcuda.so.1")
-    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_RELAXED)))
     if device.index not in _streams_apart:
         handle = ctypes.c_void_p()
-        if driver.cuStreamCreate(ctypes.byref(handle), _NON_BLOCKING) or not handle.value:
-            raise LaunchError(f"the driver makes no stream on {device}. Ask 'jitgen doctor' what is wrong with the device.")
-        _streams_apart[device.index] = torch.cuda.ExternalStream(handle.value, device=device)
+        code = driver.cuStreamCreate(ctypes.byref(handle), _NON_BLOCKING)
+        if code:
+            raise LaunchError(f"the driver makes no stream on {device} (code {code}). Ask 'jitgen doctor' about the device.")
+        _streams_apart[device.index] = torch.cuda.ExternalStream(handle.value, device=device)  # type: ignore[arg-type]
     return _streams_apart[device.index]
 
 
