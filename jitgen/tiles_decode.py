@@ -35,7 +35,7 @@ def decode_tiles(
         queries = 2 * stages + 2 if is_ahead else 1
         rest = heads * queries * columns * head_dim * 2 + warps * MERGE_COLUMNS * (head_dim_v + 4) * 4
         rest += warps * _control_bytes(program)
-        rest += warps * stages * SCALE_BYTES if stored_bytes == 1 else 0
+        rest += warps * stages * SCALE_BYTES + heads * columns * 4 if stored_bytes == 1 else 0
         if ring <= MAX_RING_BYTES and ring + rest <= shared:
             return Tiles(columns, UNIT_KEYS, warps, stages)
     raise AssertionError(f"no tile for head_dim {head_dim} in {shared} bytes")

@@ -398,6 +398,8 @@ struct Rows {
   ScoreRow score[2];
 };
 
+// Whether the tile has rows from `first` on: with 16 heads a warp of four has, and a quarter of the partial results is written and read.
+JITGEN_FN bool has_rows(const Piece& piece, int first) { return piece.first_row + first < (piece.request.q_len << piece.packing); }
 JITGEN_FN Head head_of(const Args& args, const Piece& piece, int row) {
   return make_head(args, piece.request, (piece.group << piece.packing) + jg::packed_head(row, piece.packing));
 }
@@ -479,6 +481,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   const jg::PlanTile& tile = jg::plan_tiles_of(args.plan, launch.shape.shares)[cut.tile];
   const Piece piece = make_piece(args, launch, tile, cut.group * launch.twins + twin, 0, -1);
   const int thread = part / kColumnParts * 32 + lane, first_tile = part % kColumnParts * kMergeTiles;   // of attention_kernel
+  if (!has_rows(piece, row_of(thread) & -16)) return;
   const int row = piece.first_row + row_of(thread), first_column = thread / (kRowThreads / 2) * kHalf + 8 * first_tile;
   const float units = units_of(args, head_of(args, piece, row));
   // The first piece is the end of share `first` - 1; those behind it are the beginnings of their shares.
@@ -804,7 +807,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
       softmax.row_sum[half] = (lane & 3) == 0 ? softmax.row_sum[half] + sums[(group ^ 1) * kTileQ + own_row() + 8 * half] : 0.0f;
     if (piece.slot < 0) {
       write_output(args, piece, o[0], softmax, piece.first_row + own_row(), group * kHalf);
-    } else {
+    } else if (has_rows(piece, 16 * warp)) {
       Partial::store(args.workspace, piece.slot, group * 128 + thread, o[0], softmax.row_max, softmax.row_sum);
     }
     __syncwarp();
@@ -858,8 +861,8 @@ static int key_step(const Args& args) { return box_keys_of(args) > 16 ? box_keys
 
 static int start_attention(const Args& args, const Launch& launch) {
   static thread_local jg::QueryMap<kHeadDim> q;
-  static thread_local jg::OperandMap<kHeadDimV> k;
-  static thread_local jg::OperandMap<kHeadDim - kHeadDimV> v;
+  static thread_local jg::OperandMap<kHeadDimV, jg::kNarrowPromotion> k;
+  static thread_local jg::OperandMap<kHeadDim - kHeadDimV, jg::kNarrowPromotion> v;
   const int keys = box_keys_of(args);
   constexpr bool kIsBf16 = jg::IsBf16<Element>::value;
   const bool no_keys = args.num_pages <= 0;   // K and V may be null then, but a map needs an address; nothing is copied

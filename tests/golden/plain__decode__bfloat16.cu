@@ -148,7 +148,7 @@ constexpr unsigned kStatesAt = kMergeAt + kNumWarps * Buffer::kBytes;
 constexpr unsigned kBarriersAt = kStatesAt + kNumWarps * 8 * kStateBytes;
 constexpr unsigned kQueryBarriersAt = kBarriersAt + kNumWarps * kNumStages * 8;
 constexpr unsigned kScalesAt = kQueryBarriersAt + kMaxHeads * kQueries * 8;
-constexpr unsigned kSharedBytes = kScalesAt + (kStoredBytes == 1 ? kNumWarps * kNumStages * jg::kScaleBytes : 0);
+constexpr unsigned kSharedBytes = kScalesAt;
 
 // Place of a warp: `slot` counts the key heads of the CTA, `slice` the warps that share the keys of one.
 struct Place {
@@ -192,7 +192,6 @@ JITGEN_FN void ask_for_query(const Args& args, const jg::DecodeSetup& setup, con
 // Q of an item to shared memory, by the warps of its key head; columns without a row become zero.
 JITGEN_FN void load_query(const Args& args, const jg::DecodeSetup& setup, const Place& place, const jg::PlanTile& tile,
                           int kv_h) {
-  using Tile = jg::SpanTile<kHeadDim>;
   constexpr int kChunks = kHeadDim / 8;
   const int rows = rows_of(setup, tile);
 #pragma unroll 2
@@ -204,7 +203,7 @@ JITGEN_FN void load_query(const Args& args, const jg::DecodeSetup& setup, const 
       const long long element = (tile.q_start + at.query) * args.q_stride_s + at.h * args.q_stride_h + chunk * 8;
       value = __ldg(reinterpret_cast<const uint4*>(static_cast<const char*>(args.q) + element * 2));
     }
-    jg::store_shared(place.query(0) + Tile::chunk_offset(row, chunk, kColumns), value);
+    jg::store_shared(place.query(0) + jg::SpanTile<kHeadDim>::chunk_offset(row, chunk, kColumns), value);
   }
   place.sync(setup);
 }
@@ -474,13 +473,15 @@ static bool copies_by_engine(const Args& args) {
 // Tensor maps are kept by the address they begin at: every layer of a model has a cache of its own, and making a map again in
 // each step would take a microsecond of each call's two or three.
 constexpr unsigned kKeptMaps = 128;
+using KeyMap = jg::OperandMap<kKeyCols, jg::kNarrowPromotion>;
+using ValueMap = jg::OperandMap<kValueCols, jg::kNarrowPromotion>;
 static unsigned map_of(const void* base) {   // the upper bits of a product, below kKeptMaps
   return static_cast<unsigned>(reinterpret_cast<unsigned long long>(base) * 0x9e3779b97f4a7c15ull >> 57);
 }
 
 extern "C" int jitgen_launch(const Args* args) {
-  static thread_local jg::OperandMap<kKeyCols> key_maps[kKeptMaps];
-  static thread_local jg::OperandMap<kValueCols> value_maps[kKeptMaps];
+  static thread_local KeyMap key_maps[kKeptMaps];
+  static thread_local ValueMap value_maps[kKeptMaps];
   if (args->batch <= 0 || args->num_q_heads <= 0 || args->total_q <= 0) return 0;
   int num_sms = 0;
   const cudaError_t error = jg::prepare_device(reinterpret_cast<const void*>(decode_kernel), kSharedBytes, num_sms);
@@ -503,8 +504,8 @@ extern "C" int jitgen_launch(const Args* args) {
     const int64_t heads = args->num_kv_heads;
     const jg::TensorKey k = {args->k, rows, heads, pages, args->k_stride_s, args->k_stride_h, args->k_stride_p};
     const jg::TensorKey v = {args->v, rows, heads, pages, args->v_stride_s, args->v_stride_h, args->v_stride_p};
-    jg::OperandMap<kKeyCols>& keys = key_maps[map_of(args->k)];
-    jg::OperandMap<kValueCols>& values = value_maps[map_of(args->v)];
+    KeyMap& keys = key_maps[map_of(args->k)];
+    ValueMap& values = value_maps[map_of(args->v)];
     int code = keys.update(k, kIsBf16, jg::kUnitKeys);
     if (!code) code = values.update(v, kIsBf16, jg::kUnitKeys);
     if (code) return code;

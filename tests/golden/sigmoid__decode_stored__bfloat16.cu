@@ -187,7 +187,8 @@ constexpr unsigned kFinalAt = kStatesAt + kNumWarps * 8 * kStateBytes;   // {max
 constexpr unsigned kBarriersAt = kFinalAt + kMaxHeads * 8 * 8;
 constexpr unsigned kQueryBarriersAt = kBarriersAt + kNumWarps * kNumStages * 8;
 constexpr unsigned kScalesAt = kQueryBarriersAt + kMaxHeads * kQueries * 8;
-constexpr unsigned kSharedBytes = kScalesAt + (kStoredBytes == 1 ? kNumWarps * kNumStages * jg::kScaleBytes : 0);
+constexpr unsigned kQueryScalesAt = kScalesAt + kNumWarps * kNumStages * jg::kScaleBytes;   // of the rows of Q
+constexpr unsigned kSharedBytes = kQueryScalesAt + kMaxHeads * kColumns * 4;
 
 // Place of a warp: `slot` counts the key heads of the CTA, `slice` the warps that share the keys of one.
 struct Place {
@@ -195,6 +196,7 @@ struct Place {
   unsigned shared;
 
   JITGEN_FN unsigned query(int n) const { return shared + kQueryAt + (slot * kQueries + n) * kQueryBytes; }
+  JITGEN_FN unsigned query_scale(int row) const { return shared + kQueryScalesAt + (slot * kColumns + row) * 4; }
   JITGEN_FN unsigned query_barrier(int n) const { return shared + kQueryBarriersAt + (slot * kQueries + n) * 8; }
   JITGEN_FN unsigned merge(int w) const { return shared + kMergeAt + w * Buffer::kBytes; }
   JITGEN_FN unsigned states(int w) const { return shared + kStatesAt + w * 8 * kStateBytes; }
@@ -217,18 +219,30 @@ JITGEN_FN int rows_of(const jg::DecodeSetup& setup, const jg::PlanTile& tile) {
 JITGEN_FN void load_query(const Args& args, const jg::DecodeSetup& setup, const Place& place, const jg::PlanTile& tile,
                           int kv_h) {
   using Tile = jg::SpanTile<kHeadDim>;
-  constexpr int kChunks = kHeadDim / 16;
+  constexpr int kChunks = kHeadDim / 16, kLanes = kChunks <= 2 ? 2 : kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
+  static_assert(kChunks <= kLanes && kColumns * kLanes % 32 == 0, "lanes of a row, and whole warps");
   const int rows = rows_of(setup, tile);
 #pragma unroll 1
-  for (int i = place.slice * 32 + place.lane; i < kColumns * kChunks; i += 32 * setup.kv_warps) {
-    const int row = i / kChunks, chunk = i % kChunks;
+  for (int i = place.slice * 32 + place.lane; i < kColumns * kLanes; i += 32 * setup.kv_warps) {
+    const int row = i / kLanes, chunk = i % kLanes;
     uint4 low = {0, 0, 0, 0}, high = {0, 0, 0, 0};
-    if (row < rows) {
+    if (row < rows && chunk < kChunks) {
       const PackedRow at = packed_row(setup, tile, kv_h, row);
       const long long element = (tile.q_start + at.query) * args.q_stride_s + at.h * args.q_stride_h + chunk * 16;
       const uint4* const from = reinterpret_cast<const uint4*>(static_cast<const char*>(args.q) + element * 2);
       low = __ldg(from), high = __ldg(from + 1);
     }
+    unsigned* const pairs[8] = {&low.x, &low.y, &low.z, &low.w, &high.x, &high.y, &high.z, &high.w};
+    int largest = 0;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) largest = jg::max(largest, jg::largest_of(*pairs[k]));
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) largest = jg::max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    const jg::RowFactors factors = jg::row_factors(largest);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) *pairs[k] = jg::as_halves(*pairs[k], factors.to);
+    if (chunk == 0) jg::store_shared_float(place.query_scale(row), factors.back * Stored::kKeyFactor);
+    if (chunk >= kChunks) continue;
     const unsigned to = place.query(0);
     jg::store_query_pair(to + Tile::chunk_offset(row, 2 * chunk, kColumns), to + Tile::chunk_offset(row, 2 * chunk + 1, kColumns),
                          low, high);
@@ -247,6 +261,14 @@ JITGEN_FN float key_scale(const Args& args, const jg::DecodeSetup& setup, int kv
 JITGEN_FN float value_scale(const Args& args, const jg::DecodeSetup& setup, int kv_h) {
   const float scale = item_scale(setup, args.v_scale, args.v_scale_stride_h, args.v_factor, kv_h);
   return setup.slot_scales ? scale / Stored::kSlotFactor : scale;
+}
+// Elements of S^T times what the rows of Q were divided by.
+JITGEN_FN void scale_rows(const Place& place, float (&s)[kTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const float2 factor = jg::load_shared_float2(place.query_scale(8 * n + 2 * (place.lane % 4)));
+    s[n][0] *= factor.x, s[n][1] *= factor.y, s[n][2] *= factor.x, s[n][3] *= factor.y;
+  }
 }
 // Those of this lane's keys, from the stage at `address`. is_edge: not all keys of the unit are of the tile; scales of those that
 // are not may be anything, and are taken as 0.
@@ -491,8 +513,8 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
         const float2 own = slot_scales(here.tile, scales, lane, first, is_edge);
         of_keys.x *= own.x, of_keys.y *= own.y;
       }
-      jg::multiply_stored_keys<Element, Stored, kHeadDim>(s, key_at + offset, query);
-      scale_keys(s, make_float2(Stored::kFactor, Stored::kFactor));
+      jg::multiply_stored_keys<Stored, kHeadDim>(s, key_at + offset, query);
+      scale_rows(place, s);
       scale_keys(s, of_keys);
       apply_hooks(args, setup, here.tile, kv_head(here.group), lane, s, first, is_edge);
 #pragma unroll
@@ -582,13 +604,15 @@ static bool copies_by_engine(const Args& args) {
 // Tensor maps are kept by the address they begin at: every layer of a model has a cache of its own, and making a map again in
 // each step would take a microsecond of each call's two or three.
 constexpr unsigned kKeptMaps = 128;
+using KeyMap = jg::OperandMap<kKeyCols, jg::kNarrowPromotion>;
+using ValueMap = jg::OperandMap<kValueCols, jg::kNarrowPromotion>;
 static unsigned map_of(const void* base) {   // the upper bits of a product, below kKeptMaps
   return static_cast<unsigned>(reinterpret_cast<unsigned long long>(base) * 0x9e3779b97f4a7c15ull >> 57);
 }
 
 extern "C" int jitgen_launch(const Args* args) {
-  static thread_local jg::OperandMap<kKeyCols> key_maps[kKeptMaps];
-  static thread_local jg::OperandMap<kValueCols> value_maps[kKeptMaps];
+  static thread_local KeyMap key_maps[kKeptMaps];
+  static thread_local ValueMap value_maps[kKeptMaps];
   if (args->batch <= 0 || args->num_q_heads <= 0 || args->total_q <= 0) return 0;
   int num_sms = 0;
   const cudaError_t error = jg::prepare_device(reinterpret_cast<const void*>(decode_kernel), kSharedBytes, num_sms);
@@ -613,8 +637,8 @@ extern "C" int jitgen_launch(const Args* args) {
     const auto cols = [](int64_t stride) { return stride * kStoredBytes / 2; };
     const jg::TensorKey k = {args->k, rows, heads, pages, cols(args->k_stride_s), cols(args->k_stride_h), cols(args->k_stride_p)};
     const jg::TensorKey v = {args->v, rows, heads, pages, cols(args->v_stride_s), cols(args->v_stride_h), cols(args->v_stride_p)};
-    jg::OperandMap<kKeyCols>& keys = key_maps[map_of(args->k)];
-    jg::OperandMap<kValueCols>& values = value_maps[map_of(args->v)];
+    KeyMap& keys = key_maps[map_of(args->k)];
+    ValueMap& values = value_maps[map_of(args->v)];
     int code = keys.update(k, kIsBf16, jg::kUnitKeys);
     if (!code) code = values.update(v, kIsBf16, jg::kUnitKeys);
     if (code) return code;

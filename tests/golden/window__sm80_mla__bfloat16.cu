@@ -388,6 +388,8 @@ struct Rows {
   MaskRow mask[2];
 };
 
+// Whether the tile has rows from `first` on: with 16 heads a warp of four has, and a quarter of the partial results is written and read.
+JITGEN_FN bool has_rows(const Piece& piece, int first) { return piece.first_row + first < (piece.request.q_len << piece.packing); }
 JITGEN_FN Head head_of(const Args& args, const Piece& piece, int row) {
   return make_head(args, piece.request, (piece.group << piece.packing) + jg::packed_head(row, piece.packing));
 }
@@ -467,6 +469,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   const jg::PlanTile& tile = jg::plan_tiles_of(args.plan, launch.shape.shares)[cut.tile];
   const Piece piece = make_piece(args, launch, tile, cut.group * launch.twins + twin, 0, -1);
   const int thread = part / kColumnParts * 32 + lane, first_tile = part % kColumnParts * kMergeTiles;   // of attention_kernel
+  if (!has_rows(piece, row_of(thread) & -16)) return;
   const int row = piece.first_row + row_of(thread), first_column = thread / (kRowThreads / 2) * kHalf + 8 * first_tile;
   const float units = units_of(args, head_of(args, piece, row));
   // The first piece is the end of share `first` - 1; those behind it are the beginnings of their shares.
@@ -650,7 +653,11 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned shared) {
     for (int half = 0; half < 2; ++half)   // a share of each lane of the quad, as everywhere
       softmax.row_sum[0][half] = (lane & 3) == 0 ? softmax.row_sum[0][half] + told(side ^ 1, own_row() + 8 * half) : 0.0f;
   }
-  if (piece.slot >= 0) return Partial::store(args.workspace, piece.slot, thread, o[0], softmax.row_max[0], softmax.row_sum[0]);
+  if (piece.slot >= 0) {
+    if (has_rows(piece, own_row() & -16))
+      Partial::store(args.workspace, piece.slot, thread, o[0], softmax.row_max[0], softmax.row_sum[0]);
+    return;
+  }
   jg::RowSoftmax rows;
 #pragma unroll
   for (int half = 0; half < 2; ++half) rows.row_max[half] = softmax.row_max[0][half], rows.row_sum[half] = softmax.row_sum[0][half];
