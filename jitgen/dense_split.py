@@ -28,7 +28,7 @@ from jitgen.serving_kernels import (
     pack_launch,
     pack_memory,
 )
-from jitgen.spec import CUDA_DTYPES
+from jitgen.spec import CUDA_DTYPES, KernelSpec
 from jitgen.streams import call_on, capture_number, current_stream, memory_apart
 
 Tensor = torch.Tensor
@@ -54,11 +54,21 @@ def split_call(
     rows = q.shape[1] // k.shape[1] * q.shape[2]
     head_dims = q.shape[3], v.shape[3]
     spec = serving_spec(program, dtype_name(q.dtype), head_dims, q.device, "paged", family="decode", rows=rows)
-    try:
-        kernel = runtime.get_kernel(spec)
-    except (KernelNotPrebuilt, ToolchainMissing):  # the kernel for any lengths may be there
+    kernel = find_kernel(spec)
+    return None if kernel is None else SplitCall(kernel, q, k, v, scale, local)
+
+
+def find_kernel(spec: KernelSpec) -> runtime.CompiledKernel | None:
+    """The decode kernel; None on a machine that has none and compiles none, where the kernel for any lengths may be there. It
+    is looked for once: a step of a model has a new length."""
+    key = spec.digest, spec.target
+    if key in _absent:
         return None
-    return SplitCall(kernel, q, k, v, scale, local)
+    try:
+        return runtime.get_kernel(spec)
+    except (KernelNotPrebuilt, ToolchainMissing):
+        _absent.add(key)
+        return None
 
 
 def pays(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> bool:
@@ -154,7 +164,8 @@ class SplitCall:
         if room is None:
             if len(rooms) >= MAX_ROOMS and not capture:
                 rooms.clear()
-            room = rooms[key] = Room(self, stream, tail)
+            with torch.inference_mode(False):  # what is made in that mode cannot be changed outside of it
+                room = rooms[key] = Room(self, stream, tail)
         return room
 
     def planner_args(self, room: Room, stream: int, tail: bytes) -> bytes:
@@ -211,5 +222,6 @@ class Room:
             self._kv_len = kv_len
 
 
+_absent: set[tuple[str, object]] = set()
 _rooms: dict[tuple[object, ...], Room] = {}
 _captured: dict[tuple[object, ...], Room] = {}  # those of graphs, which may be replayed at any time: kept

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 import jitgen
-from jitgen import dense_split
-from jitgen.dense_split import can_split, pays
+from jitgen import dense_split, runtime
+from jitgen.dense_split import can_split, find_kernel, pays
+from jitgen.errors import CompileError, KernelNotPrebuilt, ToolchainMissing
+from jitgen.families import cuda_spec
 from jitgen.layouts import stride_like
+from jitgen.target import cuda_target
 
 
 def tensors(batch, heads, kv_heads, q_len, kv_len, dtype=torch.bfloat16):
@@ -23,6 +26,31 @@ def is_cut(variant, q, k, v):
 def inside(t):
     """The same with the heads inside of positions."""
     return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("error", [KernelNotPrebuilt("not built"), ToolchainMissing("no nvcc", "Install it.")], ids=type)
+def test_kernel_that_nobody_built_is_looked_for_once(monkeypatch, error):
+    asked = []
+
+    def refuse(spec):
+        asked.append(spec)
+        raise error
+
+    monkeypatch.setattr(runtime, "get_kernel", refuse)
+    monkeypatch.setattr(dense_split, "_absent", set())
+    spec = cuda_spec(jitgen.Variant().trace().program, "bfloat16", (64, 64), "decode", cuda_target("9.0a"), layout="paged")
+    assert find_kernel(spec) is None and find_kernel(spec) is None
+    assert asked == [spec]
+
+
+def test_kernel_that_does_not_compile_is_no_reason_to_take_another(monkeypatch):
+    def fail(spec):
+        raise CompileError("ptxas died")
+
+    monkeypatch.setattr(runtime, "get_kernel", fail)
+    spec = cuda_spec(jitgen.Variant().trace().program, "bfloat16", (64, 64), "decode", cuda_target("9.0a"), layout="paged")
+    with pytest.raises(CompileError):
+        find_kernel(spec)
 
 
 def test_few_rows_over_many_keys_pay():
