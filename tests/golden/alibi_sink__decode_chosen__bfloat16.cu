@@ -243,8 +243,6 @@ constexpr bool kReverse = false;
 constexpr float kUnits = jg::kLog2E;           // exponents of two in a logit
 constexpr int kMaxHeads = kSplits ? kNumWarps / 2 : kNumWarps;   // key heads of a CTA
 constexpr int kMaxKeyWarps = kSplits ? kNumWarps : 1;            // warps that share the keys of one
-// In the merge, where the registers of O are still taken.
-constexpr int kPiecesInFlight = kSlices * kTiles < 16 ? 8 : kSlices * kTiles == 16 ? 4 : 2;
 
 using Loader = jg::UnitLoader<kKeyCols, kValueCols, kStoredBytes, kNumStages, kTensorCopies>;
 using Buffer = jg::MergeBuffer<kHeadDimV>;
@@ -267,6 +265,9 @@ constexpr unsigned kBarriersAt = kStatesAt + kNumWarps * 8 * kStateBytes;
 constexpr unsigned kQueryBarriersAt = kBarriersAt + kNumWarps * kNumStages * 8;
 constexpr unsigned kScalesAt = kQueryBarriersAt + kMaxHeads * kQueries * 8;
 constexpr unsigned kSharedBytes = kScalesAt;
+constexpr int kResident = 1;   // CTAs of an SM
+// In the merge, where the registers of O are still taken.
+constexpr int kPiecesInFlight = kResident == 1 && kSlices * kTiles < 16 ? 8 : kResident == 1 && kSlices * kTiles == 16 ? 4 : 2;
 
 // Place of a warp: `slot` counts the key heads of the CTA, `slice` the warps that share the keys of one.
 struct Place {
@@ -442,7 +443,7 @@ JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, cons
 
 // ---- kernel ----
 // A CTA works on its share of the plan for setup.heads key heads at a time; setup.kv_warps warps share the keys of each.
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kResident)
 decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_constant__ Args args) {
   extern __shared__ __align__(1024) char shared[];
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, cta = blockIdx.x;
@@ -462,9 +463,9 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
   const unsigned end = shares[cta + 1].line;
   if constexpr (kTensorCopies) jg::start_next_kernel();
   if (share.line >= end) return;
-  const auto kv_first = [&](int b) {
+  const auto kv_first = [&](int b) {   // two CTAs of an SM have no register to keep early ones in
     if (!setup.kv_start) return b * setup.page_list_stride;
-    return b < 32 ? __shfl_sync(0xffffffffu, early_start, b) : __ldg(setup.kv_start + b);
+    return kResident == 1 && b < 32 ? __shfl_sync(0xffffffffu, early_start, b) : __ldg(setup.kv_start + b);
   };
   const auto kv_head = [&](int group) { return group * setup.heads + place.slot; };
 
@@ -661,11 +662,11 @@ extern "C" long long jitgen_workspace_bytes(const Args* args) {
   constexpr long long kThreadBytes = sizeof(float4) + sizeof(float2);   // of four dims of a column
   return args->num_ctas * heads_per_cta(*args) * kColumns * (kHeadDimV / 4) * kThreadBytes;
 }
-// CTAs that fill the current device; negative: an error.
-extern "C" int jitgen_num_ctas(const Args*) {
+// CTAs that fill the current device; negative: an error. Few requests are cut into less pieces.
+extern "C" int jitgen_num_ctas(const Args* args) {
   int device = 0, num_sms = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
-  return error == cudaSuccess ? num_sms : -static_cast<int>(error);
+  return error == cudaSuccess ? num_sms * (args->batch < 4 ? 1 : kResident) : -static_cast<int>(error);
 }
 extern "C" const char* jitgen_error_string(int code) { return jg::launch_error_string(code); }

@@ -23,6 +23,12 @@ JITGEN_FN void cp_async_16(unsigned dst, const void* src, bool valid, unsigned l
 JITGEN_FN void cp_async_4(unsigned dst, const void* src, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(valid ? 4 : 0) : "memory");
 }
+// A box by the copy engine, which L2 keeps as it does by default; see the one with a policy in sm90_ptx.cuh.
+JITGEN_FN void tensor_load(unsigned dst, const Operand& t, unsigned barrier, int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, %5, %6}], [%2];"
+      ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(row), "r"(head * t.head_step), "r"(batch * t.batch_step) : "memory");
+}
 // The calling thread arrives once all its copies so far have landed.
 JITGEN_FN void barrier_arrive_on_copies(unsigned barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
