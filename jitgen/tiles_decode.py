@@ -11,7 +11,7 @@ UNIT_KEYS = 16
 SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
 MAX_OUTPUT_REGISTERS = 128  # of O^T in a thread: head_dim_v * columns / 32
 RESERVED_BYTES = 1024  # that the driver takes of each CTA's
-# (warps, stages, CTAs of an SM) in order of preference: 128 KiB under way fill the memory of an H100, 96 KiB are not felt elsewhere.
+# (warps, stages, CTAs of an SM), the best first: 128 KiB under way fill the memory of an H100, 96 are not felt on others.
 SHAPES = tuple((warps, stages, 1) for warps, stages in ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (4, 1), (2, 2), (2, 1)))
 # Keys in 8 bits take most of what 8 warps can issue: 16 read them at 4.26 TB/s on an H200, 8 at 3.69.
 PAIRED_SHAPES = ((8, 4, 2), (8, 2, 2))

@@ -169,6 +169,14 @@ def test_module_spills_only_where_the_output_fills_the_registers(module):
 
 
 @needs_compiler
+def test_two_ctas_share_an_sm_where_keys_have_8_bits(tmp_path):
+    spec, _, output = compile_case((alibi_window, "bfloat16", (128, 128), 8, "paged", "9.0a", "float8_e4m3fn"), tmp_path)
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", output))
+    assert 2 * 32 * spec.tiles.num_warps * registers <= 65536 and spec.tiles.num_warps == 8, output
+    assert "0 bytes spill stores" in output and not re.search(r"[1-9]\d* bytes spill stores", output), output
+
+
+@needs_compiler
 def test_module_uses_the_instructions_it_is_written_for(module):
     spec, cubin, _ = module
     sass = disassemble(cubin)

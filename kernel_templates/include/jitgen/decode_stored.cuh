@@ -85,14 +85,26 @@ struct HalvesOfInt8 {
 // kSlotFactor multiplies weights together with the scale of their slot, about the largest value over the largest element, which
 // would leave float16 no room: weights are at most 2^8.
 template <class Element> struct float8_e4m3fn;
-template <> struct float8_e4m3fn<bfloat16> : HalvesOfE4m3, MovedBits<4> { static constexpr float kFactor = 0x1p120f, kSlotFactor = 1.0f; };
-template <> struct float8_e4m3fn<float16> : HalvesOfE4m3, MovedBits<7> { static constexpr float kFactor = 0x1p8f, kSlotFactor = 0x1p5f; };
+template <> struct float8_e4m3fn<bfloat16> : HalvesOfE4m3, MovedBits<4> {
+  static constexpr float kFactor = 0x1p120f, kSlotFactor = 1.0f;
+};
+template <> struct float8_e4m3fn<float16> : HalvesOfE4m3, MovedBits<7> {
+  static constexpr float kFactor = 0x1p8f, kSlotFactor = 0x1p5f;
+};
 template <class Element> struct float8_e5m2;
-template <> struct float8_e5m2<bfloat16> : HalvesOfE5m2, MovedBits<5> { static constexpr float kFactor = 0x1p112f, kSlotFactor = 1.0f; };
-template <> struct float8_e5m2<float16> : HalvesOfE5m2, MovedBits<8> { static constexpr float kFactor = 1.0f, kSlotFactor = 0x1p12f; };
+template <> struct float8_e5m2<bfloat16> : HalvesOfE5m2, MovedBits<5> {
+  static constexpr float kFactor = 0x1p112f, kSlotFactor = 1.0f;
+};
+template <> struct float8_e5m2<float16> : HalvesOfE5m2, MovedBits<8> {
+  static constexpr float kFactor = 1.0f, kSlotFactor = 0x1p12f;
+};
 template <class Element> struct int8;
-template <> struct int8<bfloat16> : HalvesOfInt8, CountedBits<bfloat16, 0x43004300u> { static constexpr float kFactor = 1.0f, kSlotFactor = 1.0f; };
-template <> struct int8<float16> : HalvesOfInt8, CountedBits<float16, 0x64006400u> { static constexpr float kFactor = 1.0f, kSlotFactor = 0x1p4f; };
+template <> struct int8<bfloat16> : HalvesOfInt8, CountedBits<bfloat16, 0x43004300u> {
+  static constexpr float kFactor = 1.0f, kSlotFactor = 1.0f;
+};
+template <> struct int8<float16> : HalvesOfInt8, CountedBits<float16, 0x64006400u> {
+  static constexpr float kFactor = 1.0f, kSlotFactor = 0x1p4f;
+};
 
 // ---- Q ----
 // What brings the largest element of a row, given without its sign in bfloat16, to [2^14, 2^15), and back: powers of two.
