@@ -39,6 +39,8 @@ JITGEN_FN unsigned long long operand_at(unsigned long long descriptor, unsigned 
   return descriptor & 0xffffffff00000000ull | static_cast<unsigned>(static_cast<unsigned>(descriptor) + offset);
 }
 
+JITGEN_FN unsigned voted(unsigned x) { return (__ballot_sync(0xffffffffu, x & 1) & 1) | (__ballot_sync(0xffffffffu, x & 2) & 1) << 1; }
+
 // ---- P ----
 // Weights reach 448, the largest e4m3: exponents are counted from the row maximum plus kWeightBits, and the maximum is kept
 // until another exceeds it by kSlackBits. 4 + 4: weights below 2^-10 (at worst, else 2^-14) of the largest lose precision,
@@ -61,17 +63,6 @@ JITGEN_FN unsigned pack_e4m3(unsigned low, unsigned high) {   // of pairs in hal
       "cvt.rn.satfinite.e4m3x2.f16x2 b, %2;\n"
       "mov.b32 %0, {a, b};\n}" : "=r"(r) : "r"(low), "r"(high));
   return r;
-}
-
-// Accumulators as 8-bit A operands.
-template <int kColTiles> JITGEN_FN void pack_fp8_tile(unsigned (&p)[kColTiles / 4][4], const float (&s)[kColTiles][4]) {
-#pragma unroll
-  for (int step = 0; step < kColTiles / 4; ++step)
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const float(&first)[4] = s[4 * step + r / 2 * 2], (&second)[4] = s[4 * step + r / 2 * 2 + 1];
-      p[step][r] = pack_e4m3(first[r % 2 * 2], first[r % 2 * 2 + 1], second[r % 2 * 2], second[r % 2 * 2 + 1]);
-    }
 }
 
 // ---- exponentials ----
@@ -98,27 +89,28 @@ JITGEN_FN float2 from_half2(unsigned x) {
       "cvt.f32.f16 %1, high;\n}" : "=f"(r.x), "=f"(r.y) : "r"(x));
   return r;
 }
-JITGEN_FN float max_nan(float a, float b) {   // a NaN stays
+JITGEN_FN float clamp_nan(float x, float least, float most) {   // a NaN stays
   float r;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  asm("max.NaN.f32 %0, %1, %2;\nmin.NaN.f32 %0, %0, %3;" : "=&f"(r) : "f"(x), "f"(least), "f"(most));
   return r;
 }
 
-// 2^x of two numbers below 16 in half precision and without the exp2 unit. `y` is x + kFixedPoint: its low 16 bits are x + 15 in
-// fixed point with 10 bits of fraction. Read as a number, those are 2^n m for x = n + m - 1, 1 <= m < 2. 2^(m - 1) is taken as
-// (m^2 + 2) / 3, which is exact at m = 1 (rows of one key stay exact) and else within 0.26 %, 0.02 % on average; e4m3 rounds by
-// up to 6 %. x below -15 becomes 0, a NaN stays. LSE was off by up to 6e-4 on an H100, by 5e-4 without polynomials.
+// 2^x of two numbers in half precision and without the exp2 unit. `y` is x + kFixedPoint: its low 16 bits are x + 15 in fixed point
+// with 10 bits of fraction. Read as a number, those are 2^n m for x = n + m - 1, 1 <= m < 2. 2^(m - 1) is taken as (m^2 + 2) / 3,
+// which is exact at m = 1 (rows of one key stay exact) and else within 0.26 %, 0.02 % on average; e4m3 rounds by up to 6 %.
+// x below -15 becomes 0, 16 and above infinity, a NaN stays. LSE was off by up to 6e-4 on an H100, by 5e-4 without polynomials.
 constexpr float kFixedPoint = 12288.0f + 15.0f;
 JITGEN_FN unsigned exp2_pair(float y0, float y1) {
-  const unsigned number = __byte_perm(__float_as_uint(max_nan(y0, 12288.0f)), __float_as_uint(max_nan(y1, 12288.0f)), 0x5410);
+  const auto fixed = [](float y) { return __float_as_uint(clamp_nan(y, 12288.0f, 12288.0f + 31.0f)); };
+  const unsigned number = __byte_perm(fixed(y0), fixed(y1), 0x5410);
   const unsigned power = number & 0xfc00fc00u;   // 2^n
   unsigned mantissa;                             // (number ^ power) | 1.0: one constant an instruction, as no register is free
   asm("lop3.b32 %0, %1, 0x3c003c00, %2, 0xde;" : "=r"(mantissa) : "r"(number), "r"(power));
   return fma_half2(number, mul_half2(mantissa, 0x35503550u), mul_half2(power, 0x39593959u));
 }
-// Column tiles 2 `pair` and 2 `pair` + 1 of S become weights, which are added to the sums, and the A operand of P V.
+// Column tiles 2 `pair` and 2 `pair` + 1 of S become weights, which are added to `sums` by rows, and the A operand of P V.
 template <int kColTiles>
-JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], int pair,
+JITGEN_FN void weigh_pair(float (&sums)[2], const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], int pair,
                           bool by_polynomial, float units, const float (&shift)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -130,66 +122,112 @@ JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], uns
     for (int i = 0; i < 4; ++i) x[i] = ::fmaf(logits[i], units, by_polynomial ? kFixedPoint - shift[half] : -shift[half]);
     if (by_polynomial) {
       const unsigned low = exp2_pair(x[0], x[1]), high = exp2_pair(x[2], x[3]);
-      const float2 sums = from_half2(add_half2(low, high));
-      state.row_sum[half] += sums.x + sums.y;
+      const float2 both = from_half2(add_half2(low, high));
+      sums[half] += both.x + both.y;
       packed = pack_e4m3(low, high);
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) state.row_sum[half] += x[i] = exp2(x[i]);
+      for (int i = 0; i < 4; ++i) sums[half] += x[i] = exp2(x[i]);
       packed = pack_e4m3(x[0], x[1], x[2], x[3]);
     }
   }
 }
-// All of a tile's, one pair in `kEvery` by polynomials: two weights take 5 issue slots more and spare the exp2 unit 16 cycles. More
-// of them were slower on an H100, and so were polynomials in fp32. kStored: they go to shared memory as well, 32 columns at a time,
-// so that those done leave their registers to the rest.
+// All of a tile's, one pair in `kEvery` by polynomials, 0: none. Two weights take 7 issue slots more and spare the exp2 unit 16
+// cycles. More of them were slower on an H100, and so were polynomials in fp32. kStored: they go to shared memory as well, 32 columns
+// at a time, so that those done leave their registers to the rest. S stays, should the weights prove too large.
 template <int kEvery, bool kStored, int kColTiles>
-JITGEN_FN void weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], unsigned p_shared,
+JITGEN_FN void weigh_tile(float (&sums)[2], const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], unsigned p_shared,
                           int warp, int lane, float units, const float (&shift)[2]) {
   using Weights = SpanTile<kColTiles * 4>;
   constexpr int kSteps = Weights::kSpan / 16;
   unsigned first = 0;   // as in store_tile
   if (kStored) first = stay(static_cast<int>(p_shared + Weights::chunk_offset(warp * 16 + (lane & 15), lane >> 4, 64)));
+  sums[0] = sums[1] = 0.0f;
 #pragma unroll
   for (int step = 0; step < kColTiles / 4; ++step) {
 #pragma unroll
     for (int pair = 2 * step; pair < 2 * step + 2; ++pair)
-      weigh_pair(state, s, p, pair, pair % kEvery == kEvery - 1, units, shift);
+      weigh_pair(sums, s, p, pair, kEvery != 0 && pair % (kEvery + !kEvery) == kEvery - 1, units, shift);
     if (kStored) store_matrix((first ^ step % kSteps * 32) + step / kSteps * 64 * Weights::kSpanBytes, p[step]);
   }
 }
+// Whether no weight of a warp is beyond e4m3: none is if their sum is not.
+JITGEN_FN bool weights_fit(const float (&sums)[2]) { return __all_sync(0xffffffffu, sums[0] <= 448.0f && sums[1] <= 448.0f); }
 
 // ---- O in fp32 ----
 // The tensor cores add 8-bit products to a short accumulator and cut off the rest: with V of mean 1 and deviation 1, 16k keys
-// lose 18 % of O. Every kHeldTiles tiles the accumulators are therefore added to sums in shared memory, kept with the row
-// maxima they are measured from: 1 % is lost then (every 4 tiles: 0.5 %, 5 % slower; every 16: 2.3 %, 0 to 4 % faster). A thread
-// has 16 bytes of each 2 KiB of the sums, and 8 for the maxima.
-constexpr int kHeldTiles = 8;
+// lose 18 % of O. Every kHeldKeys keys the accumulators are therefore added to sums in shared memory, kept with the row
+// maxima they are measured from: 1 % is lost then (every 512: 0.5 %, 5 % slower; every 2048: 2.3 %, 0 to 4 % faster).
+constexpr int kHeldKeys = 1024;
 
 struct Sums { unsigned values, maxima; };   // addresses of one thread
 
+// Sums in fp32, or in bfloat16 where O is large: what rounding takes off them stays in the accumulators, where it is too small
+// to cost others their bits, so that nothing is lost. A thread has 16 bytes of each 2 KiB of the sums, and 8 for the maxima.
+template <bool kShort> struct SumsOf;
+
+template <> struct SumsOf<false> {
+  static constexpr int kBytes = 4;
+  template <int kOutTiles> static JITGEN_FN void add(float (&o)[kOutTiles][4], unsigned values, float upper, float lower) {
+#pragma unroll
+    for (int j = 0; j < kOutTiles; ++j) {
+      const float4 sum = load_shared_float4(values + 2048 * j);
+      o[j][0] = ::fmaf(sum.x, upper, o[j][0]), o[j][1] = ::fmaf(sum.y, upper, o[j][1]);
+      o[j][2] = ::fmaf(sum.z, lower, o[j][2]), o[j][3] = ::fmaf(sum.w, lower, o[j][3]);
+    }
+  }
+  template <int kOutTiles> static JITGEN_FN void store(float (&o)[kOutTiles][4], unsigned values) {
+#pragma unroll
+    for (int j = 0; j < kOutTiles; ++j) {
+      store_shared(values + 2048 * j, make_float4(o[j][0], o[j][1], o[j][2], o[j][3]));
+      o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+    }
+  }
+};
+
+template <> struct SumsOf<true> {
+  static constexpr int kBytes = 2;
+  // A word is two numbers. The second is read as it stands, with the bits of the first behind its own: one instruction less, and
+  // what the accumulators keep is measured from the same.
+  static JITGEN_FN float first(unsigned word) { return __uint_as_float(word << 16); }
+  static JITGEN_FN float second(unsigned word) { return __uint_as_float(word); }
+  static JITGEN_FN unsigned take_off(float& a, float& b) {
+    const unsigned word = bfloat16::pack(a, b);
+    a -= first(word), b -= second(word);
+    return word;
+  }
+  template <int kOutTiles> static JITGEN_FN void add(float (&o)[kOutTiles][4], unsigned values, float upper, float lower) {
+#pragma unroll
+    for (int j = 0; j < kOutTiles; j += 2) {
+      const uint4 sum = load_shared_128(values + 1024 * j);
+      o[j][0] = ::fmaf(first(sum.x), upper, o[j][0]), o[j][1] = ::fmaf(second(sum.x), upper, o[j][1]);
+      o[j][2] = ::fmaf(first(sum.y), lower, o[j][2]), o[j][3] = ::fmaf(second(sum.y), lower, o[j][3]);
+      o[j + 1][0] = ::fmaf(first(sum.z), upper, o[j + 1][0]), o[j + 1][1] = ::fmaf(second(sum.z), upper, o[j + 1][1]);
+      o[j + 1][2] = ::fmaf(first(sum.w), lower, o[j + 1][2]), o[j + 1][3] = ::fmaf(second(sum.w), lower, o[j + 1][3]);
+    }
+  }
+  template <int kOutTiles> static JITGEN_FN void store(float (&o)[kOutTiles][4], unsigned values) {
+#pragma unroll
+    for (int j = 0; j < kOutTiles; j += 2) {
+      const unsigned a = take_off(o[j][0], o[j][1]), b = take_off(o[j][2], o[j][3]);
+      const unsigned c = take_off(o[j + 1][0], o[j + 1][1]), d = take_off(o[j + 1][2], o[j + 1][3]);
+      store_shared(values + 1024 * j, make_uint4(a, b, c, d));
+    }
+  }
+};
+
 // O += sums
-template <int kOutTiles>
+template <class Kept, int kOutTiles>
 JITGEN_FN void add_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2], float units) {
   const float2 before = load_shared_float2(sums.maxima);
   const float upper = before.x == row_max[0] ? 1.0f : exp2((before.x - row_max[0]) * units);   // equal: both may be -inf
   const float lower = before.y == row_max[1] ? 1.0f : exp2((before.y - row_max[1]) * units);
-#pragma unroll
-  for (int j = 0; j < kOutTiles; ++j) {
-    const float4 sum = load_shared_float4(sums.values + 2048 * j);
-    o[j][0] = ::fmaf(sum.x, upper, o[j][0]), o[j][1] = ::fmaf(sum.y, upper, o[j][1]);
-    o[j][2] = ::fmaf(sum.z, lower, o[j][2]), o[j][3] = ::fmaf(sum.w, lower, o[j][3]);
-  }
+  Kept::add(o, sums.values, upper, lower);
 }
-// sums = O, and O = 0.
-template <int kOutTiles>
-JITGEN_FN void store_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2]) {
+// sums = O, and O = what they have no bits for.
+template <class Kept, int kOutTiles> JITGEN_FN void store_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2]) {
   store_shared(sums.maxima, make_float2(row_max[0], row_max[1]));
-#pragma unroll
-  for (int j = 0; j < kOutTiles; ++j) {
-    store_shared(sums.values + 2048 * j, make_float4(o[j][0], o[j][1], o[j][2], o[j][3]));
-    o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
-  }
+  Kept::store(o, sums.values);
 }
 
 // ---- V ----
@@ -254,11 +292,12 @@ template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches> st
   static constexpr int kConsumerRegs = kGroups == 2 ? (kSearches ? 232 : 240) : 160;
   static constexpr bool kSharedP = kGroups == 3 && kHeadDim >= 128;   // S and O leave no room for P in 160 registers
 
-  // V stages, K stages, Q, P, then sums of O (fp32) and their maxima, over which O leaves in 16 bits, control
+  // V stages, K stages, Q, P, then sums of O and their maxima, over which O leaves in 16 bits, control
   static constexpr int kGroupQBytes = 64 * kHeadDim;
   static constexpr int kTileBytes = kTileKv * kHeadDim;   // of a stage of K, and of V
   static constexpr int kGroupPBytes = 64 * kTileKv;
-  static constexpr int kGroupSumBytes = 64 * kHeadDim * 4;
+  using Kept = SumsOf<(kHeadDim > 128)>;
+  static constexpr int kGroupSumBytes = 64 * kHeadDim * Kept::kBytes;
   static constexpr int kGroupOBytes = kGroupSumBytes + 1024;
   static constexpr int kKeyAt = kStages * kTileBytes;
   static constexpr int kQueryAt = kKeyAt + kStages * kTileBytes;
