@@ -39,8 +39,6 @@ JITGEN_FN unsigned long long operand_at(unsigned long long descriptor, unsigned 
   return descriptor & 0xffffffff00000000ull | static_cast<unsigned>(static_cast<unsigned>(descriptor) + offset);
 }
 
-JITGEN_FN unsigned voted(unsigned x) { return (__ballot_sync(0xffffffffu, x & 1) & 1) | (__ballot_sync(0xffffffffu, x & 2) & 1) << 1; }
-
 // ---- P ----
 // Weights reach 448, the largest e4m3: exponents are counted from the row maximum plus kWeightBits, and the maximum is kept
 // until another exceeds it by kSlackBits. 4 + 4: weights below 2^-10 (at worst, else 2^-14) of the largest lose precision,
@@ -151,6 +149,12 @@ JITGEN_FN void weigh_tile(float (&sums)[2], const float (&s)[kColTiles][4], unsi
     if (kStored) store_matrix((first ^ step % kSteps * 32) + step / kSteps * 64 * Weights::kSpanBytes, p[step]);
   }
 }
+// What exponents are measured from, where the maxima stay. -FLT_MAX: without a maximum finite logits give infinite weights, and
+// others 0.
+JITGEN_FN void set_shift(const RowSoftmax& state, float units, float (&shift)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) shift[half] = ::fmaf(::fmaxf(state.row_max[half], -3.4028235e38f), units, -static_cast<float>(kWeightBits));
+}
 // Whether no weight of a warp is beyond e4m3: none is if their sum is not.
 JITGEN_FN bool weights_fit(const float (&sums)[2]) { return __all_sync(0xffffffffu, sums[0] <= 448.0f && sums[1] <= 448.0f); }
 
@@ -168,6 +172,7 @@ template <bool kShort> struct SumsOf;
 
 template <> struct SumsOf<false> {
   static constexpr int kBytes = 4;
+  static constexpr bool kLeavesRest = false;
   template <int kOutTiles> static JITGEN_FN void add(float (&o)[kOutTiles][4], unsigned values, float upper, float lower) {
 #pragma unroll
     for (int j = 0; j < kOutTiles; ++j) {
@@ -180,13 +185,13 @@ template <> struct SumsOf<false> {
 #pragma unroll
     for (int j = 0; j < kOutTiles; ++j) {
       store_shared(values + 2048 * j, make_float4(o[j][0], o[j][1], o[j][2], o[j][3]));
-      o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
     }
   }
 };
 
 template <> struct SumsOf<true> {
   static constexpr int kBytes = 2;
+  static constexpr bool kLeavesRest = true;
   // A word is two numbers. The second is read as it stands, with the bits of the first behind its own: one instruction less, and
   // what the accumulators keep is measured from the same.
   static JITGEN_FN float first(unsigned word) { return __uint_as_float(word << 16); }
