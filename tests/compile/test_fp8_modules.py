@@ -122,9 +122,10 @@ def test_weights_are_packed_without_shuffles(module):
     packed = {kind: len(re.findall(rf"F2FP\.SATFINITE\.E4M3\.{kind}_MERGE_C", text)) for kind in kinds}
     pairs = tiles.tile_kv // 16
     polynomials = {64: pairs // 3, 128: pairs // 4 if tiles.tile_q == 192 else 0, 256: 0}[module.spec.head_dim]
-    assert packed == {"F32.PACK_AB": 8 * (pairs - polynomials), "F16.UNPACK_B": 8 * polynomials}  # two copies of four each
+    # three copies of four each: the first tile, the others, and those again whose weights proved too large
+    assert packed == {"F32.PACK_AB": 12 * (pairs - polynomials), "F16.UNPACK_B": 12 * polynomials}
     if mask is None or "load" not in {n.op for n in walk(mask)}:  # a producer that searches shuffles too
-        assert len(re.findall(r"\bSHFL\.BFLY", text)) == 2 * 4 + 4
+        assert len(re.findall(r"\bSHFL\.BFLY", text)) == 3 * 4 + 4
 
 
 def test_copy_of_v_reads_rows_and_writes_16_bytes(module):

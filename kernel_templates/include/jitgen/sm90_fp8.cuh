@@ -63,6 +63,17 @@ JITGEN_FN unsigned pack_e4m3(unsigned low, unsigned high) {   // of pairs in hal
   return r;
 }
 
+// Accumulators as 8-bit A operands.
+template <int kColTiles> JITGEN_FN void pack_fp8_tile(unsigned (&p)[kColTiles / 4][4], const float (&s)[kColTiles][4]) {
+#pragma unroll
+  for (int step = 0; step < kColTiles / 4; ++step)
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const float(&first)[4] = s[4 * step + r / 2 * 2], (&second)[4] = s[4 * step + r / 2 * 2 + 1];
+      p[step][r] = pack_e4m3(first[r % 2 * 2], first[r % 2 * 2 + 1], second[r % 2 * 2], second[r % 2 * 2 + 1]);
+    }
+}
+
 // ---- exponentials ----
 JITGEN_FN unsigned fma_half2(unsigned a, unsigned b, unsigned c) {
   unsigned r;
@@ -87,28 +98,27 @@ JITGEN_FN float2 from_half2(unsigned x) {
       "cvt.f32.f16 %1, high;\n}" : "=f"(r.x), "=f"(r.y) : "r"(x));
   return r;
 }
-JITGEN_FN float clamp_nan(float x, float least, float most) {   // a NaN stays
+JITGEN_FN float max_nan(float a, float b) {   // a NaN stays
   float r;
-  asm("max.NaN.f32 %0, %1, %2;\nmin.NaN.f32 %0, %0, %3;" : "=&f"(r) : "f"(x), "f"(least), "f"(most));
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
   return r;
 }
 
-// 2^x of two numbers in half precision and without the exp2 unit. `y` is x + kFixedPoint: its low 16 bits are x + 15 in fixed point
-// with 10 bits of fraction. Read as a number, those are 2^n m for x = n + m - 1, 1 <= m < 2. 2^(m - 1) is taken as (m^2 + 2) / 3,
-// which is exact at m = 1 (rows of one key stay exact) and else within 0.26 %, 0.02 % on average; e4m3 rounds by up to 6 %.
-// x below -15 becomes 0, 16 and above infinity, a NaN stays. LSE was off by up to 6e-4 on an H100, by 5e-4 without polynomials.
+// 2^x of two numbers below 16 in half precision and without the exp2 unit. `y` is x + kFixedPoint: its low 16 bits are x + 15 in
+// fixed point with 10 bits of fraction. Read as a number, those are 2^n m for x = n + m - 1, 1 <= m < 2. 2^(m - 1) is taken as
+// (m^2 + 2) / 3, which is exact at m = 1 (rows of one key stay exact) and else within 0.26 %, 0.02 % on average; e4m3 rounds by
+// up to 6 %. x below -15 becomes 0, a NaN stays. LSE was off by up to 6e-4 on an H100, by 5e-4 without polynomials.
 constexpr float kFixedPoint = 12288.0f + 15.0f;
 JITGEN_FN unsigned exp2_pair(float y0, float y1) {
-  const auto fixed = [](float y) { return __float_as_uint(clamp_nan(y, 12288.0f, 12288.0f + 31.0f)); };
-  const unsigned number = __byte_perm(fixed(y0), fixed(y1), 0x5410);
+  const unsigned number = __byte_perm(__float_as_uint(max_nan(y0, 12288.0f)), __float_as_uint(max_nan(y1, 12288.0f)), 0x5410);
   const unsigned power = number & 0xfc00fc00u;   // 2^n
   unsigned mantissa;                             // (number ^ power) | 1.0: one constant an instruction, as no register is free
   asm("lop3.b32 %0, %1, 0x3c003c00, %2, 0xde;" : "=r"(mantissa) : "r"(number), "r"(power));
   return fma_half2(number, mul_half2(mantissa, 0x35503550u), mul_half2(power, 0x39593959u));
 }
-// Column tiles 2 `pair` and 2 `pair` + 1 of S become weights, which are added to `sums` by rows, and the A operand of P V.
+// Column tiles 2 `pair` and 2 `pair` + 1 of S become weights, which are added to the sums, and the A operand of P V.
 template <int kColTiles>
-JITGEN_FN void weigh_pair(float (&sums)[2], const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], int pair,
+JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], int pair,
                           bool by_polynomial, float units, const float (&shift)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -120,43 +130,34 @@ JITGEN_FN void weigh_pair(float (&sums)[2], const float (&s)[kColTiles][4], unsi
     for (int i = 0; i < 4; ++i) x[i] = ::fmaf(logits[i], units, by_polynomial ? kFixedPoint - shift[half] : -shift[half]);
     if (by_polynomial) {
       const unsigned low = exp2_pair(x[0], x[1]), high = exp2_pair(x[2], x[3]);
-      const float2 both = from_half2(add_half2(low, high));
-      sums[half] += both.x + both.y;
+      const float2 sums = from_half2(add_half2(low, high));
+      state.row_sum[half] += sums.x + sums.y;
       packed = pack_e4m3(low, high);
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[half] += x[i] = exp2(x[i]);
+      for (int i = 0; i < 4; ++i) state.row_sum[half] += x[i] = exp2(x[i]);
       packed = pack_e4m3(x[0], x[1], x[2], x[3]);
     }
   }
 }
-// All of a tile's, one pair in `kEvery` by polynomials, 0: none. Two weights take 7 issue slots more and spare the exp2 unit 16
-// cycles. More of them were slower on an H100, and so were polynomials in fp32. kStored: they go to shared memory as well, 32 columns
-// at a time, so that those done leave their registers to the rest. S stays, should the weights prove too large.
+// All of a tile's, one pair in `kEvery` by polynomials: two weights take 5 issue slots more and spare the exp2 unit 16 cycles. More
+// of them were slower on an H100, and so were polynomials in fp32. kStored: they go to shared memory as well, 32 columns at a time,
+// so that those done leave their registers to the rest.
 template <int kEvery, bool kStored, int kColTiles>
-JITGEN_FN void weigh_tile(float (&sums)[2], const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], unsigned p_shared,
+JITGEN_FN void weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], unsigned p_shared,
                           int warp, int lane, float units, const float (&shift)[2]) {
   using Weights = SpanTile<kColTiles * 4>;
   constexpr int kSteps = Weights::kSpan / 16;
   unsigned first = 0;   // as in store_tile
   if (kStored) first = stay(static_cast<int>(p_shared + Weights::chunk_offset(warp * 16 + (lane & 15), lane >> 4, 64)));
-  sums[0] = sums[1] = 0.0f;
 #pragma unroll
   for (int step = 0; step < kColTiles / 4; ++step) {
 #pragma unroll
     for (int pair = 2 * step; pair < 2 * step + 2; ++pair)
-      weigh_pair(sums, s, p, pair, kEvery != 0 && pair % (kEvery + !kEvery) == kEvery - 1, units, shift);
+      weigh_pair(state, s, p, pair, pair % kEvery == kEvery - 1, units, shift);
     if (kStored) store_matrix((first ^ step % kSteps * 32) + step / kSteps * 64 * Weights::kSpanBytes, p[step]);
   }
 }
-// What exponents are measured from, where the maxima stay. -FLT_MAX: without a maximum finite logits give infinite weights, and
-// others 0.
-JITGEN_FN void set_shift(const RowSoftmax& state, float units, float (&shift)[2]) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) shift[half] = ::fmaf(::fmaxf(state.row_max[half], -3.4028235e38f), units, -static_cast<float>(kWeightBits));
-}
-// Whether no weight of a warp is beyond e4m3: none is if their sum is not.
-JITGEN_FN bool weights_fit(const float (&sums)[2]) { return __all_sync(0xffffffffu, sums[0] <= 448.0f && sums[1] <= 448.0f); }
 
 // ---- O in fp32 ----
 // The tensor cores add 8-bit products to a short accumulator and cut off the rest: with V of mean 1 and deviation 1, 16k keys
