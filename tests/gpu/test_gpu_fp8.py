@@ -70,7 +70,7 @@ def rounded_attention(q, k, v, mask_mod=None, q_offset=None):
         offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
         rows = torch.arange(q.shape[2], device="cuda")[:, None] + offset
         logits = logits.masked_fill(~mask_mod(0, 0, rows, torch.arange(k.shape[2], device="cuda")), -math.inf)
-    tile_kv = 64 if q.shape[3] > 128 else 128  # a short last tile makes more of a difference than its size: its maximum is kept
+    tile_kv = 128  # a short last tile makes more of a difference than its size: its maximum is kept
     kept = torch.full_like(logits[..., :1], -math.inf)
     total, out = torch.zeros_like(kept), v.new_zeros(*q.shape[:3], v.shape[3])
     for first in reversed(range(0, k.shape[2], tile_kv)):
