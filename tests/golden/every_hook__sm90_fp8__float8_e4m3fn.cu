@@ -5,6 +5,7 @@
 // sink = sink[h]
 // output = (sigmoid(gate[h]) * o)
 // lse = (1.4426950408889634 * lse)
+#include "jitgen/cuda_launch.cuh"
 #include "jitgen/sm90_fp8.cuh"
 #include "jitgen/sm90_schedule.cuh"
 #include "jitgen/span.h"
@@ -205,6 +206,7 @@ static_assert(!kSumsFirst || !kRescaleEarly, "O must be up to date when it is ad
 // One pair of column tiles in so many gets its weights by polynomials, 0: none. The exp2 unit has as much to do as the tensor cores
 // for head dim 128, and twice as much for 64.
 constexpr int kPolynomialEvery = kHeadDim == 64 ? 3 : Tile::kSharedP ? 4 : 0;
+constexpr int kHeldTiles = jg::kHeldKeys / kTileKv;   // tiles that O holds before it is added to the sums
 constexpr bool kMaybeEmpty = kHasMask || true;
 constexpr int kTurnBarrier = 1, kGroupBarrier = 5;   // named barriers: + group
 
@@ -303,6 +305,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   const bool leader = (threadIdx.x & 31) == 0;
   const unsigned long long keep = jg::policy_evict_last(), stream = jg::policy_evict_first();
   const int num_tiles = num_kv_tiles(args);
+  bool has_waited = false;   // for the copy of V
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(1);
   unsigned q_parity = 1;
@@ -349,6 +352,8 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       const unsigned full = JG_BARRIER(v_full, at.stage);
       jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
       if (!leader) return;
+      if (!has_waited) jg::wait_for_previous_kernel();
+      has_waited = true;
       jg::barrier_expect(full, Tile::kTileBytes);
       jg::tensor_load(shared.value(at.stage), maps.v, full, kv_tile(step >> jg::kStepShift, num_tiles) * kHeadDimV, head.kv_h, work.batch, keep);
     };
@@ -387,6 +392,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     }
     query_tile = jg::uniform(query_tile);
   }
+  jg::wait_for_previous_kernel();   // also without a V: the end of this kernel stands for both
   publish(make_int4(0, 0, 0, jg::kWorkStop));
   if (leader && schedule.counter >= 0) {
     int* counter = jg::tile_counters[schedule.counter];
@@ -407,16 +413,16 @@ JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
     QueryProduct::shared(s, jg::operand_at(q, KeyTile::step_offset(step, 64)), jg::operand_at(k, KeyTile::step_offset(step, kTileKv)), step != 0);
   jg::wgmma_commit();
 }
-// O += P V, with P in registers or in shared memory.
+// O += P V, or O = P V without `add`, with P in registers or in shared memory.
 using Weights = unsigned[kTileKv / 32][4];
-JITGEN_FN void start_pv(Output& o, const Weights& p, unsigned long long p_shared, unsigned long long v) {
+JITGEN_FN void start_pv(Output& o, const Weights& p, unsigned long long p_shared, unsigned long long v, int add) {
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kTileKv / 32; ++step)
     if constexpr (Tile::kSharedP)
-      ValueProduct::shared(o, jg::operand_at(p_shared, WeightTile::step_offset(step, 64)), jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), 1);
+      ValueProduct::shared(o, jg::operand_at(p_shared, WeightTile::step_offset(step, 64)), jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), step != 0 ? 1 : add);
     else
-      ValueProduct::registers(o, p[step], jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), 1);
+      ValueProduct::registers(o, p[step], jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), step != 0 ? 1 : add);
   jg::wgmma_commit();
 }
 
@@ -479,6 +485,24 @@ JITGEN_FN jg::Sums own_sums(Shared shared) {
   return {group + thread * 16, group + Tile::kGroupSumBytes + thread * 8};
 }
 
+// What a consumer counts, in one register through the KV loop. Of a query tile: KV tiles whose products are in O and not in the sums, and
+// whether part of O is in those. Of all: the parity of Q, and messages taken.
+struct Progress {
+  static constexpr unsigned kHasSums = 1 << 16, kQueryParity = 1 << 17, kMessage = 1 << 18;
+  unsigned bits = 0;
+  JITGEN_FN unsigned held() const { return bits & kHasSums - 1; }
+  JITGEN_FN bool has_sums() const { return bits & kHasSums; }
+  JITGEN_FN unsigned has_output() const { return bits & (Tile::Kept::kLeavesRest ? kQueryParity - 1 : kHasSums - 1); }   // whether O is anything yet
+  JITGEN_FN void hold() { ++bits; }
+  JITGEN_FN void keep() { bits = bits & ~(kHasSums - 1) | kHasSums; }
+  JITGEN_FN void start() { bits &= ~(kQueryParity - 1); }
+  JITGEN_FN unsigned query_parity() const { return bits / kQueryParity & 1; }
+  JITGEN_FN void take_query() { bits ^= kQueryParity; }
+  JITGEN_FN unsigned slot() const { return bits / kMessage & 1; }
+  JITGEN_FN unsigned slot_parity() const { return bits / kMessage >> 1 & 1; }
+  JITGEN_FN void take_message() { bits += kMessage; }
+};
+
 JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int group) {
   const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, num_tiles = num_kv_tiles(args);
   const bool leader = lane == 0;   // each warp lets go of K, V and Q for itself
@@ -488,13 +512,13 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   const unsigned long long v_operand = jg::matrix_descriptor<ValueTile::kSpanBytes>(shared.value(0), 16);
   const unsigned long long p_operand = jg::matrix_descriptor<WeightTile::kSpanBytes>(p_shared, 16);
   jg::RingPosition<kNumStages> kv(0);
-  unsigned q_parity = 0, works = 0;   // works: messages taken
+  Progress progress;
   // The groups issue their products in turn, so that the softmax of one runs under the products of another.
   if (group == 0) jg::named_arrive(kTurnBarrier, 256);
 #pragma unroll 1
   for (;;) {
-    jg::barrier_wait(JG_BARRIER(work_full, works & 1), works >> 1 & 1);
-    const int4 work = jg::load_shared_int4(shared.work(works & 1));
+    jg::barrier_wait(JG_BARRIER(work_full, progress.slot()), progress.slot_parity());
+    const int4 work = jg::load_shared_int4(shared.work(progress.slot()));
     const int kind = jg::uniform(work.w);
     if (kind == jg::kWorkStop) break;
     const int group_row = work.x + group * 64;
@@ -502,10 +526,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     const Rows rows = make_rows(args, head, own_row(group_row));
     jg::RowSoftmax softmax;
     Output o;
-#pragma unroll
-    for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
-    int held = 0;            // tiles whose products are in O and not in the sums
-    bool has_sums = false;   // whether part of O is in shared memory
+    progress.start();
     if (kind == jg::kWorkTile) {
       Logits s;
       Weights p;
@@ -534,15 +555,9 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         return moved;
       };
       const auto keep_sums = [&] {
-        const jg::Sums sums = own_sums(shared);
-        if (has_sums) {
-          jg::add_sums(o, sums, softmax.row_max, jg::exponent_units(rows.factor));
-        } else {   // until O of the query tile before has left
-          jg::bulk_wait_read();
-          jg::named_sync(kGroupBarrier + group, 128);
-        }
-        jg::store_sums(o, sums, softmax.row_max);
-        has_sums = true, held = 0;
+        if (progress.has_sums()) jg::add_sums<Tile::Kept>(o, own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor));
+        jg::store_sums<Tile::Kept>(o, own_sums(shared), softmax.row_max);
+        progress.keep();
       };
       const auto weigh = [&](float units, const float (&shift)[2]) {
         if constexpr (kPolynomialEvery != 0) {
@@ -559,7 +574,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           __syncwarp();
         }
       };
-      jg::barrier_wait(JG_BARRIER(q_full, group), q_parity);
+      jg::barrier_wait(JG_BARRIER(q_full, group), progress.query_parity());
 #pragma unroll 1
       for (;;) {
         jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
@@ -586,6 +601,11 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         weigh(units, shift);
         if (moved) jg::rescale_output(o, factor);
         moved = false;
+        // Until O of the query tile before has left, whose place the sums take. Here and not where they are kept: with a barrier in a
+        // branch of the loop below, or sums kept at its end, ptxas takes the rings' positions for divergent.
+        jg::bulk_wait_read();
+        jg::named_sync(kGroupBarrier + group, 128);
+        if (progress.held() >= kHeldTiles) keep_sums();
 #pragma unroll 1
         while (!jg::is_next_skipped(step, group)) {
           jg::RingPosition<kNumStages> next = kv;
@@ -598,7 +618,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           publish_weights();
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
           if (!Tile::kSharedP) jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
-          start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)));
+          start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)), progress.has_output());
           pass_turn();
           const int value_stage = kv.stage;
           kv = next;
@@ -610,10 +630,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::Wgmma<kHeadDimV>::wait<0>(o);   // before the exponentials, as in sm90.cu.jinja
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
           if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
-          ++held;
-          if (kSumsFirst && held >= jg::kHeldTiles) keep_sums();
+          progress.hold();
+          if (kSumsFirst && progress.held() >= kHeldTiles) keep_sums();
           weigh(units, shift);
-          if (!kSumsFirst && held >= jg::kHeldTiles) {
+          if (!kSumsFirst && progress.held() >= kHeldTiles) {
             if (kRescaleEarly && moved) jg::rescale_output(o, factor), moved = false;
             keep_sums();
           }
@@ -621,24 +641,26 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (kRescaleEarly && moved) jg::rescale_output(o, factor);
         jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
         publish_weights();
-        start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)));
+        start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)), progress.has_output());
         jg::Wgmma<kHeadDimV>::wait<0>(o);
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
+        progress.hold();
         if (step & jg::kStepLast) break;
-        ++held;
-        // With P in shared memory no register is free for this: O of rows that see no two tiles in succession stays as it is.
-        if (!Tile::kSharedP && held >= jg::kHeldTiles) keep_sums();
       }
-      q_parity ^= 1;
+      progress.take_query();
     }
 
-    if (has_sums) jg::add_sums(o, own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor));
+    if (!progress.has_output()) {
+#pragma unroll
+      for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+    }
+    if (progress.has_sums()) jg::add_sums<Tile::Kept>(o, own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor));
     // The message is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
-    const int4 done = jg::load_shared_int4(shared.work(works & 1));
+    const int4 done = jg::load_shared_int4(shared.work(progress.slot()));
     __syncwarp();
-    if (jg::stay(lane) >= 0) jg::barrier_arrive(JG_BARRIER(work_empty, works & 1));   // always: as in sm90.cu.jinja
-    ++works;
+    if (jg::stay(lane) >= 0) jg::barrier_arrive(JG_BARRIER(work_empty, progress.slot()));   // always: as in sm90.cu.jinja
+    progress.take_message();
     const int done_row = done.x + group * 64;
     finish_rows(args, make_head(args, done.z, done.y), softmax, o, done_row);
     store_output(args, maps, shared, o, group, done_row, done.y, done.z);
@@ -650,6 +672,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
 // The copy of V that the products read: one CTA for each KV tile of each head. `heads`: of a request.
 __global__ void __launch_bounds__(Transpose::kThreads)
 transpose_values(const __grid_constant__ Args args, int num_tiles, int heads) {
+  jg::start_next_kernel();   // its CTAs take the SMs that this one leaves
   const unsigned tile = blockIdx.x % num_tiles, head = blockIdx.x / num_tiles;
   const char* const rows = static_cast<const char*>(args.v) + head / heads * args.v_stride_b + head % heads * args.v_stride_h;
   char* const copy = static_cast<char*>(args.workspace) + static_cast<long long>(blockIdx.x) * Transpose::kTileBytes;
@@ -727,7 +750,7 @@ extern "C" int jitgen_launch(const Args* args) {
       jg::make_schedule(args->q_len, args->kv_len, kTileQ, kHeadDim + kHeadDimV, heads, args->num_q_heads / args->num_kv_heads,
                         true, jg::counter_of(stream), num_sms);
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
-  attention_kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>({q.operand, k.operand, v.operand, o.operand}, *args, schedule);
-  return cudaGetLastError();
+  return jg::launch_kernel(attention_kernel, dim3(static_cast<unsigned>(grid)), Tile::kThreads, Tile::kSharedBytes, stream, !no_keys,
+                           Maps{q.operand, k.operand, v.operand, o.operand}, *args, schedule);
 }
 extern "C" const char* jitgen_error_string(int code) { return jg::launch_error_string(code); }

@@ -162,18 +162,19 @@ JITGEN_FN void weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], uns
 // ---- O in fp32 ----
 // The tensor cores add 8-bit products to a short accumulator and cut off the rest: with V of mean 1 and deviation 1, 16k keys
 // lose 18 % of O. Every kHeldKeys keys the accumulators are therefore added to sums in shared memory, kept with the row
-// maxima they are measured from: 1 % is lost then (every 512: 0.5 %, 5 % slower; every 2048: 2.3 %, 0 to 4 % faster).
+// maxima they are measured from: 1 % is lost then (every 512: 0.5 %, 5 to 7 % slower; every 2048: 2.3 %, 0 to 4 % faster).
 constexpr int kHeldKeys = 1024;
 
 struct Sums { unsigned values, maxima; };   // addresses of one thread
 
-// Sums in fp32, or in bfloat16 where O is large: what rounding takes off them stays in the accumulators, where it is too small
-// to cost others their bits, so that nothing is lost. A thread has 16 bytes of each 2 KiB of the sums, and 8 for the maxima.
+// Sums in fp32, or in bfloat16 where O is large: what rounding takes off those stays in the accumulators, where it is too small to
+// cost others their bits, so that they are as exact. They leave head dim 256 room for tiles of 128 keys (of 64: 15 to 28 % slower).
+// A thread has 16 bytes of each 2 KiB of the sums, and 8 for the maxima.
 template <bool kShort> struct SumsOf;
 
 template <> struct SumsOf<false> {
   static constexpr int kBytes = 4;
-  static constexpr bool kLeavesRest = false;
+  static constexpr bool kLeavesRest = false;   // O is to be overwritten by the next product
   template <int kOutTiles> static JITGEN_FN void add(float (&o)[kOutTiles][4], unsigned values, float upper, float lower) {
 #pragma unroll
     for (int j = 0; j < kOutTiles; ++j) {
@@ -184,9 +185,7 @@ template <> struct SumsOf<false> {
   }
   template <int kOutTiles> static JITGEN_FN void store(float (&o)[kOutTiles][4], unsigned values) {
 #pragma unroll
-    for (int j = 0; j < kOutTiles; ++j) {
-      store_shared(values + 2048 * j, make_float4(o[j][0], o[j][1], o[j][2], o[j][3]));
-    }
+    for (int j = 0; j < kOutTiles; ++j) store_shared(values + 2048 * j, make_float4(o[j][0], o[j][1], o[j][2], o[j][3]));
   }
 };
 
@@ -230,7 +229,7 @@ JITGEN_FN void add_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_m
   const float lower = before.y == row_max[1] ? 1.0f : exp2((before.y - row_max[1]) * units);
   Kept::add(o, sums.values, upper, lower);
 }
-// sums = O, and O = what they have no bits for.
+// sums = O, and O = what they have no bits for, if anything.
 template <class Kept, int kOutTiles> JITGEN_FN void store_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2]) {
   store_shared(sums.maxima, make_float2(row_max[0], row_max[1]));
   Kept::store(o, sums.values);
