@@ -205,7 +205,11 @@ constexpr bool kSumsFirst = Tile::kSharedP;
 static_assert(!kSumsFirst || !kRescaleEarly, "O must be up to date when it is added to the sums");
 // One pair of column tiles in so many gets its weights by polynomials, 0: none. The exp2 unit has as much to do as the tensor cores
 // for head dim 128, and twice as much for 64.
-constexpr int kPolynomialEvery = kHeadDim == 64 ? 3 : Tile::kSharedP ? 4 : 0;
+constexpr int kPolynomialEvery = kHeadDim == 64 ? 6 : Tile::kSharedP ? 4 : 0;
+// The weights of a row are summed by the tensor cores, which multiply P by eight columns of ones as well: a sixth of the instructions
+// of the exponentials less. They are P's rounded ones: O is the closer for it, LSE only within the rounding. So calls that want LSE,
+// and hooks that read it, sum the weights as they are.
+constexpr bool kSumsByProduct = Tile::kOnesBytes > 0 && kPolynomialEvery != 0 && !true;
 constexpr int kHeldTiles = jg::kHeldKeys / kTileKv;   // tiles that O holds before it is added to the sums
 constexpr bool kMaybeEmpty = kHasMask || true;
 constexpr int kTurnBarrier = 1, kGroupBarrier = 5;   // named barriers: + group
@@ -415,7 +419,8 @@ JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
 }
 // O += P V, or O = P V without `add`, with P in registers or in shared memory.
 using Weights = unsigned[kTileKv / 32][4];
-JITGEN_FN void start_pv(Output& o, const Weights& p, unsigned long long p_shared, unsigned long long v, int add) {
+using Sums = float[1][4];   // the same in all columns of a row
+JITGEN_FN void start_pv(Output& o, Sums& sums, unsigned long long ones, const Weights& p, unsigned long long p_shared, unsigned long long v, int add) {
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kTileKv / 32; ++step)
@@ -423,8 +428,23 @@ JITGEN_FN void start_pv(Output& o, const Weights& p, unsigned long long p_shared
       ValueProduct::shared(o, jg::operand_at(p_shared, WeightTile::step_offset(step, 64)), jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), step != 0 ? 1 : add);
     else
       ValueProduct::registers(o, p[step], jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), step != 0 ? 1 : add);
+  if constexpr (kSumsByProduct) {
+#pragma unroll
+    for (int step = 0; step < kTileKv / 32; ++step)
+      if constexpr (Tile::kSharedP)
+        jg::Fp8Wgmma<8>::shared(sums, jg::operand_at(p_shared, WeightTile::step_offset(step, 64)), ones, step != 0);
+      else
+        jg::Fp8Wgmma<8>::registers(sums, p[step], ones, step != 0);
+  }
   jg::wgmma_commit();
 }
+// Waits for it. `sums` are named too, so that they are not read earlier.
+JITGEN_FN void wait_pv(Output& o, Sums& sums) {
+  jg::Wgmma<kHeadDimV>::wait<0>(o);
+  if constexpr (kSumsByProduct) asm volatile("" : "+f"(sums[0][0]), "+f"(sums[0][1]), "+f"(sums[0][2]), "+f"(sums[0][3]));
+}
+// Whether sums are those of products; else each thread of a quad has its own part.
+JITGEN_FN bool sums_by_product(const Args& args) { return kSumsByProduct && !args.lse; }
 
 // Normalises O, applies the output hooks, and writes LSE.
 JITGEN_FN void finish_rows(const Args& args, const Head& head, jg::RowSoftmax& softmax, Output& o, int group_row) {
@@ -434,7 +454,7 @@ JITGEN_FN void finish_rows(const Args& args, const Head& head, jg::RowSoftmax& s
     const int row = first_row + 8 * kHalf;
     const float units = jg::exponent_units(logit_factor(args, head));
     float factor;
-    softmax.row_sum[kHalf] *= jg::kWeightUnit;
+    softmax.row_sum[kHalf] *= sums_by_product(args) ? jg::kWeightUnit / 4 : jg::kWeightUnit;   // all of it in each of four threads
     float lse = softmax.finish(kHalf, units, sink_logit(args, head), factor);
     factor *= jg::kWeightUnit;
 #pragma unroll
@@ -511,6 +531,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   const unsigned long long k_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.key(0), 16);
   const unsigned long long v_operand = jg::matrix_descriptor<ValueTile::kSpanBytes>(shared.value(0), 16);
   const unsigned long long p_operand = jg::matrix_descriptor<WeightTile::kSpanBytes>(p_shared, 16);
+  const unsigned long long ones = jg::matrix_descriptor<128>(shared.base + Tile::kOnesAt, 16);
   jg::RingPosition<kNumStages> kv(0);
   Progress progress;
   // The groups issue their products in turn, so that the softmax of one runs under the products of another.
@@ -521,7 +542,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     const int4 work = jg::load_shared_int4(shared.work(progress.slot()));
     const int kind = jg::uniform(work.w);
     if (kind == jg::kWorkStop) break;
-    const int group_row = work.x + group * 64;
+    const int group_row = jg::to_uniform_register(work.x) + group * 64;
     const Head head = make_head(args, work.z, work.y);
     const Rows rows = make_rows(args, head, own_row(group_row));
     jg::RowSoftmax softmax;
@@ -531,6 +552,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       Logits s;
       Weights p;
       float factor[2];
+      Sums sums;
       int step, position = 0;
       // What the stage holds; without a mask the consumers count for themselves.
       const auto read_step = [&] {
@@ -561,7 +583,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       };
       const auto weigh = [&](float units, const float (&shift)[2]) {
         if constexpr (kPolynomialEvery != 0) {
-          jg::weigh_tile<kPolynomialEvery, Tile::kSharedP>(softmax, s, p, p_shared, warp, lane, units, shift);
+          if (sums_by_product(args))
+            jg::weigh_tile<kPolynomialEvery, Tile::kSharedP, false>(softmax, s, p, p_shared, warp, lane, units, shift);
+          else
+            jg::weigh_tile<kPolynomialEvery, Tile::kSharedP, true>(softmax, s, p, p_shared, warp, lane, units, shift);
         } else {
           jg::weigh_columns(softmax, s, units, shift);
           jg::pack_fp8_tile(p, s);
@@ -618,7 +643,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           publish_weights();
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
           if (!Tile::kSharedP) jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
-          start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)), progress.has_output());
+          start_pv(o, sums, ones, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)), progress.has_output());
           pass_turn();
           const int value_stage = kv.stage;
           kv = next;
@@ -627,9 +652,13 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           release_key();
           shape(jg::Constant<0>());
           moved = find_maximum(units, shift);
-          jg::Wgmma<kHeadDimV>::wait<0>(o);   // before the exponentials, as in sm90.cu.jinja
+          wait_pv(o, sums);   // before the exponentials, as in sm90.cu.jinja
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
-          if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
+          if (!kRescaleEarly && moved) {
+            jg::rescale_output(o, factor);
+            if (kSumsByProduct) sums[0][0] *= factor[0], sums[0][2] *= factor[1];
+          }
+          if (sums_by_product(args)) softmax.row_sum[0] += sums[0][0], softmax.row_sum[1] += sums[0][2];
           progress.hold();
           if (kSumsFirst && progress.held() >= kHeldTiles) keep_sums();
           weigh(units, shift);
@@ -641,8 +670,9 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (kRescaleEarly && moved) jg::rescale_output(o, factor);
         jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
         publish_weights();
-        start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)), progress.has_output());
-        jg::Wgmma<kHeadDimV>::wait<0>(o);
+        start_pv(o, sums, ones, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)), progress.has_output());
+        wait_pv(o, sums);
+        if (sums_by_product(args)) softmax.row_sum[0] += sums[0][0], softmax.row_sum[1] += sums[0][2];
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
         progress.hold();
@@ -704,6 +734,10 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
       jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups);   // every consumer thread, as in sm90.cu.jinja
     }
     jg::barrier_init_fence();
+  }
+  if constexpr (kSumsByProduct) {
+    if (threadIdx.x < Tile::kOnesBytes / 4) jg::store_shared(shared.base + Tile::kOnesAt + threadIdx.x * 4, 0x38383838);   // 1.0 in each byte
+    jg::fence_async_proxy();
   }
   __syncthreads();
   if (group == 0) {

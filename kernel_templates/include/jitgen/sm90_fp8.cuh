@@ -29,6 +29,9 @@ namespace jg {
     }                                                                                                                       \
   };
 template <int kN> struct Fp8Wgmma;
+#define JG_TEXT_4 "%0,%1,%2,%3"
+#define JG_ACC_4 JG_ACC(0)
+JG_DEFINE_FP8_WGMMA(8, 4, "4", "5", "6", "7", "8", "9")
 JG_DEFINE_FP8_WGMMA(64, 32, "32", "33", "34", "35", "36", "37")
 JG_DEFINE_FP8_WGMMA(128, 64, "64", "65", "66", "67", "68", "69")
 JG_DEFINE_FP8_WGMMA(192, 96, "96", "97", "98", "99", "100", "101")
@@ -37,6 +40,13 @@ JG_DEFINE_FP8_WGMMA(256, 128, "128", "129", "130", "131", "132", "133")
 // The descriptor of an operand `offset` further on, in units of 16 bytes. The address is in the lower half: no carry to add.
 JITGEN_FN unsigned long long operand_at(unsigned long long descriptor, unsigned offset) {
   return descriptor & 0xffffffff00000000ull | static_cast<unsigned>(static_cast<unsigned>(descriptor) + offset);
+}
+
+// A value that all lanes have, in a uniform register: no ordinary one is free through the KV loop.
+JITGEN_FN int to_uniform_register(int x) {
+  int r;
+  asm volatile("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(x));
+  return r;
 }
 
 // ---- P ----
@@ -116,8 +126,8 @@ JITGEN_FN unsigned exp2_pair(float y0, float y1) {
   asm("lop3.b32 %0, %1, 0x3c003c00, %2, 0xde;" : "=r"(mantissa) : "r"(number), "r"(power));
   return fma_half2(number, mul_half2(mantissa, 0x35503550u), mul_half2(power, 0x39593959u));
 }
-// Column tiles 2 `pair` and 2 `pair` + 1 of S become weights, which are added to the sums, and the A operand of P V.
-template <int kColTiles>
+// Column tiles 2 `pair` and 2 `pair` + 1 of S become weights, the A operand of P V. kSummed: and are added to the sums.
+template <bool kSummed, int kColTiles>
 JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], int pair,
                           bool by_polynomial, float units, const float (&shift)[2]) {
 #pragma unroll
@@ -130,12 +140,17 @@ JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], uns
     for (int i = 0; i < 4; ++i) x[i] = ::fmaf(logits[i], units, by_polynomial ? kFixedPoint - shift[half] : -shift[half]);
     if (by_polynomial) {
       const unsigned low = exp2_pair(x[0], x[1]), high = exp2_pair(x[2], x[3]);
-      const float2 sums = from_half2(add_half2(low, high));
-      state.row_sum[half] += sums.x + sums.y;
+      if (kSummed) {
+        const float2 sums = from_half2(add_half2(low, high));
+        state.row_sum[half] += sums.x + sums.y;
+      }
       packed = pack_e4m3(low, high);
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) state.row_sum[half] += x[i] = exp2(x[i]);
+      for (int i = 0; i < 4; ++i) {
+        x[i] = exp2(x[i]);
+        if (kSummed) state.row_sum[half] += x[i];
+      }
       packed = pack_e4m3(x[0], x[1], x[2], x[3]);
     }
   }
@@ -143,7 +158,7 @@ JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], uns
 // All of a tile's, one pair in `kEvery` by polynomials: two weights take 5 issue slots more and spare the exp2 unit 16 cycles. More
 // of them were slower on an H100, and so were polynomials in fp32. kStored: they go to shared memory as well, 32 columns at a time,
 // so that those done leave their registers to the rest.
-template <int kEvery, bool kStored, int kColTiles>
+template <int kEvery, bool kStored, bool kSummed, int kColTiles>
 JITGEN_FN void weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], unsigned p_shared,
                           int warp, int lane, float units, const float (&shift)[2]) {
   using Weights = SpanTile<kColTiles * 4>;
@@ -154,7 +169,7 @@ JITGEN_FN void weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], uns
   for (int step = 0; step < kColTiles / 4; ++step) {
 #pragma unroll
     for (int pair = 2 * step; pair < 2 * step + 2; ++pair)
-      weigh_pair(state, s, p, pair, pair % kEvery == kEvery - 1, units, shift);
+      weigh_pair<kSummed>(state, s, p, pair, pair % kEvery == kEvery - 1, units, shift);
     if (kStored) store_matrix((first ^ step % kSteps * 32) + step / kSteps * 64 * Weights::kSpanBytes, p[step]);
   }
 }
@@ -297,18 +312,20 @@ template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches> st
   static constexpr int kConsumerRegs = kGroups == 2 ? (kSearches ? 232 : 240) : 160;
   static constexpr bool kSharedP = kGroups == 3 && kHeadDim >= 128;   // S and O leave no room for P in 160 registers
 
-  // V stages, K stages, Q, P, then sums of O and their maxima, over which O leaves in 16 bits, control
+  // V stages, K stages, Q, P, then sums of O and their maxima, over which O leaves in 16 bits, ones, control
   static constexpr int kGroupQBytes = 64 * kHeadDim;
   static constexpr int kTileBytes = kTileKv * kHeadDim;   // of a stage of K, and of V
   static constexpr int kGroupPBytes = 64 * kTileKv;
   using Kept = SumsOf<(kHeadDim > 128)>;
   static constexpr int kGroupSumBytes = 64 * kHeadDim * Kept::kBytes;
   static constexpr int kGroupOBytes = kGroupSumBytes + 1024;
+  static constexpr int kOnesBytes = kHeadDim <= 128 ? 1024 : 0;   // eight rows of ones, as far as there is room
   static constexpr int kKeyAt = kStages * kTileBytes;
   static constexpr int kQueryAt = kKeyAt + kStages * kTileBytes;
   static constexpr int kPAt = kQueryAt + kGroups * kGroupQBytes;
   static constexpr int kOutputAt = kPAt + (kSharedP ? kGroups * kGroupPBytes : 0);
-  static constexpr int kControlAt = kOutputAt + kGroups * kGroupOBytes;
+  static constexpr int kOnesAt = kOutputAt + kGroups * kGroupOBytes;
+  static constexpr int kControlAt = kOnesAt + kOnesBytes;
   static constexpr int kSharedBytes = kControlAt + static_cast<int>(sizeof(ControlBlock<kStages>));
   static_assert(kSharedBytes <= 232448, "tile does not fit in shared memory");   // 227 KiB
   static_assert(kTileBytes % 1024 == 0 && kGroupQBytes % 1024 == 0, "tiles must stay 1024-byte aligned");
