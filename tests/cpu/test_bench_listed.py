@@ -36,9 +36,7 @@ def tiny_blocks(device, seed):
     return sparse.Blocks(device, 256, 0.4, "float32", seed, 64, HEADS)
 
 
-@pytest.mark.parametrize(
-    "suite", [cascade, fp8, mla, short, sparse], ids=["cascade", "fp8", "mla", "short", "sparse"]
-)
+@pytest.mark.parametrize("suite", [cascade, fp8, mla, short, sparse], ids=["cascade", "fp8", "mla", "short", "sparse"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("quick", [False, True])
 def test_labels_are_distinct(suite, device, quick):
