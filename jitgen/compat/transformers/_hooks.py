@@ -95,15 +95,23 @@ def at_positions(kind: str, hook: Any, q_shift: Any, kv_shift: Any) -> Any:
     if hook is None or kind in ("sink", "softmax"):
         return hook
     names = POSITIONAL[kind]
-    shifts = [{"q_idx": q_shift, "kv_idx": kv_shift}.get(name, 0) for name in names]
-    if all(not isinstance(shift, torch.Tensor) and shift == 0 for shift in shifts):
+    shifts = {"q_idx": q_shift, "kv_idx": kv_shift}
+    by_place = tuple((i, shifts[name]) for i, name in enumerate(names) if name in shifts and not is_zero(shifts[name]))
+    if not by_place:
         return hook
 
     def moved(*values, **context):  # type: ignore[no-untyped-def]
-        there = [value if type(shift) is int and shift == 0 else value + shift for value, shift in zip(values, shifts, strict=True)]
+        there = list(values)
+        for place, shift in by_place:
+            there[place] = there[place] + shift
         return hook(*there, **context)
 
     return announcing(moved, names, context_of(hook))
+
+
+def is_zero(shift: Any) -> bool:
+    """Whether this is the number 0; a tensor may be on a device that nobody should wait for."""
+    return not isinstance(shift, torch.Tensor) and shift == 0
 
 
 def context_of(hook: Any) -> tuple[str, ...]:

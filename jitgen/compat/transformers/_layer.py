@@ -70,42 +70,100 @@ class Attention:
         check_options(dropout, others)
         query, key, value = as_one_dtype(query, key, value)
         variant = self.for_layer(module)
-        replaced = self.replace_mask and variant is not None
-        score_mods = [soft_cap(softcap)] if softcap is not None else []
-        local = True
-        masks: list[Hook] = []
-        q_shift: Any = 0
-        kv_shift: Any = 0
+        given = ModelHooks(query, key)
+        if softcap is not None:
+            given.score_mods.append(soft_cap(softcap))
         if position_bias is not None:
-            score_mods.append(added(everywhere("position_bias", position_bias, query, key)))
-        if isinstance(attention_mask, ModelMask):
-            mask = attention_mask.to(query.device)
-            check_lengths(mask, query, key)
-            local = not mask.is_aligned or position_bias is not None or indices is not None or cu_seq_lens_q is not None
-            hook = mask.hook(local=local, replaced=replaced)
-            masks += [] if hook is None else [hook]
-            q_shift, kv_shift = mask.shifts(local)
-        elif attention_mask is not None:
-            add_tensor_mask(attention_mask, query, key, masks, score_mods)
-        elif query.shape[2] > 1 and not replaced and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-            masks.append(up_to_row(sliding_window))
+            given.add_bias("position_bias", position_bias)
         if indices is not None:
-            masks.append(kept(chosen(indices, query, key)))
+            given.add_chosen(indices)
         if cu_seq_lens_q is not None:
-            masks.append(in_one_sequence(*packed(cu_seq_lens_q, cu_seq_lens_k, query, key)))
-        q_index = "local" if local else "absolute"
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        head_dim_v = value.shape[3]
-        query, key, value = with_padded_heads(query, key, value, variant)
-        if variant is None:
-            out = attention(
-                query, key, value, score_mod=chained(score_mods), mask_mod=one_mask(masks), sink=s_aux, scale=scale,
-                q_index=q_index,
-            )  # fmt: skip
+            given.add_packed(cu_seq_lens_q, cu_seq_lens_k)
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        window = sliding_window if is_causal else None
+        given.add_mask(attention_mask, is_causal, window, replaced=self.replace_mask and variant is not None)
+        return call(given, value, variant, s_aux, query.shape[3] ** -0.5 if scaling is None else scaling), None
+
+
+class ModelHooks:
+    """What a model asks of a call, as hooks over the call's row and key numbers."""
+
+    def __init__(self, query: torch.Tensor, key: torch.Tensor) -> None:
+        self.query, self.key = query, key
+        self.masks: list[Hook] = []
+        self.score_mods: list[Hook] = []
+        self.local = False  # rows are counted from 0, and not so that the last is the last key
+        self.shifts: tuple[Any, Any] = (0, 0)  # what makes positions of row and key numbers
+
+    def add_bias(self, name: str, bias: torch.Tensor) -> None:
+        """Numbers that are added to logits."""
+        self.local = True
+        self.score_mods.append(added(everywhere(name, bias, self.query, self.key)))
+
+    def add_chosen(self, indices: torch.Tensor) -> None:
+        """The keys that each query may see, by number."""
+        self.local = True
+        self.masks.append(kept(chosen(indices, self.query, self.key)))
+
+    def add_packed(self, starts_q: torch.Tensor, starts_k: torch.Tensor | None) -> None:
+        """Packed sequences, by their first rows and keys."""
+        self.local = True
+        self.masks.append(in_one_sequence(*packed(starts_q, starts_k, self.query, self.key)))
+
+    def add_mask(self, mask: Any, is_causal: bool, window: int | None, *, replaced: bool) -> None:
+        """The mask of the model; ``replaced``: what only padding and unwritten cache are left of."""
+        if isinstance(mask, ModelMask):
+            mask = mask.to(self.query.device)
+            check_lengths(mask, self.query, self.key)
+            self.local = self.local or not mask.is_aligned
+            hook, self.shifts = mask.hook(local=self.local, replaced=replaced), mask.shifts(self.local)
+            self.masks += [] if hook is None else [hook]
+            return
+        self.local = True
+        if mask is not None:
+            self.add_tensor_mask(mask)
+        elif is_causal and not replaced and self.query.shape[2] > 1:
+            self.masks.append(up_to_row(window))
+
+    def add_tensor_mask(self, mask: Any) -> None:
+        """A mask that the model, or its user, made as a tensor: of truths, of what is added to logits, or of padding.
+
+        Shapes:  mask [batch or 1, num_q_heads or 1, q_len or 1, kv_len or more], or [batch, kv_len] with 0 at padding.
+        Errors:  ShapeMismatch, InvalidType.
+        """
+        if not isinstance(mask, torch.Tensor):
+            raise InvalidType(
+                f"the mask is a {type(mask).__name__}, expected a tensor or what transformers makes for this implementation. "
+                "Give the function of a BlockMask as and_mask_function of create_causal_mask."
+            )
+        kv_len = self.key.shape[2]
+        if mask.dim() == 2:
+            hook = padding_hook(mask.bool(), kv_len, 0)
+            self.masks += [] if hook is None else [hook]
+        elif mask.dtype == torch.bool:
+            self.masks.append(kept(everywhere("attention_mask", mask[..., :kv_len], self.query, self.key)))
         else:
-            variant = combined(variant, masks, score_mods, s_aux, q_shift, kv_shift)
-            out = attention(query, key, value, variant, scale=scale, q_index=q_index)
-        return out[..., :head_dim_v].transpose(1, 2).contiguous(), None  # type: ignore[index]
+            self.add_bias("attention_mask", mask[..., :kv_len])
+
+
+def call(given: ModelHooks, value: torch.Tensor, variant: Variant | None, sink: Any, scale: float) -> torch.Tensor:
+    """The call of jitgen.attention, of a layer that asks for ``given``.
+
+    Shapes:  returns [batch, q_len, num_q_heads, head_dim_v].
+    """
+    q_index = "local" if given.local else "absolute"
+    head_dim_v = value.shape[3]
+    query, key, value = with_padded_heads(given.query, given.key, value, variant)
+    if variant is None:
+        out = attention(
+            query, key, value, score_mod=chained(given.score_mods), mask_mod=one_mask(given.masks), sink=sink, scale=scale,
+            q_index=q_index,
+        )  # fmt: skip
+    else:
+        variant = combined(variant, given.masks, given.score_mods, sink, *given.shifts)
+        out = attention(query, key, value, variant, scale=scale, q_index=q_index)
+    return out[..., :head_dim_v].transpose(1, 2).contiguous()  # type: ignore[index]
 
 
 def check_options(dropout: float, others: dict[str, Any]) -> None:
@@ -147,30 +205,6 @@ def check_lengths(mask: ModelMask, query: torch.Tensor, key: torch.Tensor) -> No
             f"the mask was made for {mask.q_length} query rows and {mask.kv_length} keys, and the layer has {query.shape[2]} "
             f"and {key.shape[2]}. Make the mask for the cache and the inputs that the layer sees."
         )
-
-
-def add_tensor_mask(
-    mask: Any, query: torch.Tensor, key: torch.Tensor, masks: list[Hook], score_mods: list[Hook]
-) -> None:
-    """Enter a mask that the model, or its user, made as a tensor: of truths, of what is added to logits, or of padding.
-
-    Shapes:  mask [batch or 1, num_q_heads or 1, q_len or 1, kv_len or more], or [batch, kv_len] with 0 at padding.
-    Errors:  ShapeMismatch, InvalidType.
-    """
-    if not isinstance(mask, torch.Tensor):
-        raise InvalidType(
-            f"the mask is a {type(mask).__name__}, expected a tensor or what transformers makes for this implementation. Give "
-            "the function of a BlockMask as and_mask_function of create_causal_mask."
-        )
-    if mask.dim() == 2:
-        hook = padding_hook(mask.bool(), key.shape[2], 0)
-        masks += [] if hook is None else [hook]
-        return
-    mask = everywhere("attention_mask", mask[..., : key.shape[2]], query, key)
-    if mask.dtype == torch.bool:
-        masks.append(kept(mask))
-    else:
-        score_mods.append(added(mask))
 
 
 def everywhere(name: str, t: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch.compiler import is_compiling
 from torch.nn.attention.flex_attention import BlockMask
 
-from jitgen.masks import and_masks
+from jitgen.compat.transformers._hooks import is_zero
 
 Mask = Callable[..., Any]
 
@@ -38,18 +38,27 @@ class ModelMask(BlockMask):
         self.q_offset, self.kv_offset = offsets  # positions of the first query and key
         self.device = device
         self.has_unwritten = has_unwritten  # keys behind the last query may be room of a cache that nothing was written to
+        self._hooks: dict[tuple[bool, bool], Mask | None] = {}  # made, for the layers that follow
 
     def hook(self, *, local: bool, replaced: bool = False) -> Mask | None:
         """The mask over row numbers from 0 on, or with ``local`` False as jitgen.attention counts, and over key numbers.
 
         With ``replaced`` the pattern is left out, and what is no key at all is not.
         """
+        if is_compiling():
+            return self._made(local, replaced)
+        asked = local, replaced
+        if asked not in self._hooks:
+            self._hooks[asked] = self._made(local, replaced)
+        return self._hooks[asked]
+
+    def _made(self, local: bool, replaced: bool) -> Mask | None:
         parts = [part for part in (None if replaced else self.pattern, self.padding) if part is not None]
         if replaced and self.has_unwritten:
             parts.append(written(self.q_offset + self.q_length))
         if not parts:
             return None
-        return shifted(parts[0] if len(parts) == 1 else and_masks(*parts), *self.shifts(local))
+        return shifted(parts[0] if len(parts) == 1 else both(*parts), *self.shifts(local))
 
     @property
     def is_aligned(self) -> bool:
@@ -188,9 +197,18 @@ def written(end: Any) -> Mask:
     return is_written
 
 
+def both(one: Mask, other: Mask) -> Mask:
+    """Keys that two masks keep."""
+
+    def is_kept(b, h, q_idx, kv_idx):  # type: ignore[no-untyped-def]
+        return one(b, h, q_idx, kv_idx) & other(b, h, q_idx, kv_idx)
+
+    return is_kept
+
+
 def shifted(mask: Mask, q_shift: Any, kv_shift: Any) -> Mask:
     """A mask over positions as one over the row and key numbers of a call."""
-    if not isinstance(q_shift, torch.Tensor) and q_shift == 0 and kv_shift == 0:
+    if is_zero(q_shift) and is_zero(kv_shift):
         return mask
 
     def over_numbers(b, h, q_idx, kv_idx):  # type: ignore[no-untyped-def]
