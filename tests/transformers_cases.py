@@ -49,7 +49,8 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4": (
         "Llama4TextConfig",
         dict(
-            GROUPED, head_dim=16, num_hidden_layers=4, attention_chunk_size=WINDOW, num_local_experts=2, intermediate_size_mlp=64
+            GROUPED, head_dim=16, num_hidden_layers=4, attention_chunk_size=WINDOW, num_local_experts=2,
+            intermediate_size_mlp=64,
         ),
     ),
     "deepseek-v3": ("DeepseekV3Config", LATENT),

@@ -17,6 +17,7 @@ pytest.importorskip(
 
 from transformers_cases import DECODERS, batch, counted, decoder, generate
 
+from jitgen.compat.transformers import register
 from jitgen.errors import GradNotSupported, UnsupportedDtype
 
 ROUTED = ("llama4", "deepseek-v3.2")  # choose experts or keys by numbers that rounding changes
@@ -55,9 +56,9 @@ def test_prefill_is_as_close_to_float32_as_eager_attention(name, dtype):
 def check_generation(name: str, **options: object) -> None:
     """The logits that tokens were chosen by, and those of one pass over all tokens."""
     model, exact, ids, left = prepared(name, torch.bfloat16)
-    with counted():
-        model.set_attn_implementation("jitgen")
-        found = generate(model, ids, left, output_logits=True, return_dict_in_generate=True, **options)
+    register()
+    model.set_attn_implementation("jitgen")
+    found = generate(model, ids, left, output_logits=True, return_dict_in_generate=True, **options)
     ours = torch.stack(found.logits, 1)
     steps = ours.shape[1]
     mask = torch.nn.functional.pad(left, (0, steps), value=1)
@@ -79,6 +80,7 @@ def test_generation_is_as_close_to_float32_as_eager_attention(name, cache):
 def test_generation_may_be_compiled_and_replayed_as_cuda_graphs(name):
     """transformers compiles the steps of generation with a static cache by itself, in mode reduce-overhead."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     check_generation(name, cache_implementation="static")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -87,15 +89,15 @@ def test_generation_may_be_compiled_and_replayed_as_cuda_graphs(name):
 @torch.no_grad()
 def test_float32_is_refused_with_the_remedy():
     model, ids = decoder("llama").cuda(), batch()[0].cuda()
-    with counted():
-        model.set_attn_implementation("jitgen")
-        with pytest.raises(UnsupportedDtype, match="float32.*Convert"):
-            model(ids)
+    register()
+    model.set_attn_implementation("jitgen")
+    with pytest.raises(UnsupportedDtype, match=r"float32.*Convert"):
+        model(ids)
 
 
 def test_gradients_are_refused():
     model, ids = decoder("llama").to("cuda", torch.bfloat16), batch()[0].cuda()
-    with counted():
-        model.set_attn_implementation("jitgen")
-        with pytest.raises(GradNotSupported):
-            model(ids)
+    register()
+    model.set_attn_implementation("jitgen")
+    with pytest.raises(GradNotSupported):
+        model(ids)
