@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import TYPE_CHECKING
 
 import torch
 from torch.autograd import forward_ad
@@ -19,6 +20,9 @@ from jitgen.program import Program, direct_indices, uses_index
 from jitgen.recall import RecentCall, capture_words
 from jitgen.records import record
 from jitgen.streams import call_on, stream_of
+
+if TYPE_CHECKING:
+    from jitgen.dense_split import SplitCall
 
 try:  # what code that torch.compile generates calls: half the time of torch.empty_strided
     from torch._C._dynamo.guards import _empty_strided_cpu as empty_on_cpu
@@ -55,6 +59,7 @@ class PreparedCall:
     out_dtype: torch.dtype
     workspace_bytes: int
     has_tensors: bool  # some capture is a tensor, so sizes and devices must be checked at each call
+    split: SplitCall | None  # by the decode kernel, whose ``kernel`` this is then
 
 
 _prepared: dict[tuple[object, ...], PreparedCall] = {}
@@ -130,9 +135,11 @@ def run(
         words = recent.words(values) if again else capture_words(call, values, q.device)  # type: ignore[union-attr]
     if not again:
         remember(recent, options, call, (q, k, v, values, words))
-    if words:
-        shapes += call.kernel.pack_tail(words)
-    launch(call.kernel, call.cuda_index, pointers, shapes)
+    tail = call.kernel.pack_tail(words) if words else b""
+    if call.split is None:
+        launch(call.kernel, call.cuda_index, pointers, shapes + tail)
+    else:
+        call.split.start(pointers[:3], out, lse, tail, values)
     return out, lse
 
 
@@ -200,19 +207,24 @@ def prepare(
         )
     named = "" if out_dtype == q.dtype else dtype_name(out_dtype)
     dims, dtype = (head_dim, head_dim_v), dtype_name(q.dtype)
-    spec = choose_spec(program, dtype, dims, q.device, q_len=q_len, family=family, out_dtype=named)
     o_shape = (batch, num_q_heads, q_len, head_dim_v)
     o_stride = stride_like(q, o_shape)
+    factor = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+    split = find_split(program, q, k, v, o_stride, factor, local) if family is None and q.device.type == "cuda" else None
+    if split is None:
+        spec = choose_spec(program, dtype, dims, q.device, q_len=q_len, family=family, out_dtype=named)
+        kernel = runtime.get_kernel(spec)
+    else:
+        kernel = split.kernel
     k_stride, v_stride = expanded_stride(k, batch), expanded_stride(v, batch)
     sizes = {"b": batch, "h": num_q_heads, "kv_h": num_kv_heads, "q_idx": q_len + max(q_offset, 0), "kv_idx": kv_len}
     sizes |= {"d": head_dim_v, "any": 1}
-    factor = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     strides = (*q.stride(), *k_stride, *v_stride, *o_stride)
     indices = direct_indices(program)
     numbers = (batch, num_q_heads, num_kv_heads, q_len, kv_len, q_offset, factor, *strides)
     return PreparedCall(
         program=program,
-        kernel=runtime.get_kernel(spec),
+        kernel=kernel,
         numbers=numbers,
         shapes=_pack_shapes(*numbers),
         o_shape=o_shape,
@@ -225,9 +237,19 @@ def prepare(
         cuda_index=q.device.index if q.device.type == "cuda" else None,
         out_like_q=q.is_contiguous() and tuple(q.shape) == o_shape and o_stride == q.stride() and out_dtype == q.dtype,
         out_dtype=out_dtype,
-        workspace_bytes=workspace_bytes(spec.tiles, v.shape, v_stride) if spec.family == "sm90_fp8" else 0,
+        workspace_bytes=0 if split or spec.family != "sm90_fp8" else workspace_bytes(spec.tiles, v.shape, v_stride),
         has_tensors=any(slot.kind == "tensor" for slot in program.slots),
+        split=split,
     )
+
+
+def find_split(
+    program: Program, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o_stride: tuple[int, ...], scale: float, local: bool
+) -> SplitCall | None:
+    """The call with the keys cut among the CTAs, where that is faster."""
+    from jitgen.dense_split import split_call  # of no use on a CPU
+
+    return split_call(program, q, k, v, o_stride, scale, local)
 
 
 def run_adapted(

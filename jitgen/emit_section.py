@@ -53,32 +53,10 @@ class CopiedText:
     places: tuple[str, ...] = ()  # in the two others
 
 
-@dataclass(frozen=True)
-class VariantSection:
-    """Everything ``variant.h.jinja`` prints, and what the kernel templates and the launcher must know of it."""
+@dataclass(frozen=True, kw_only=True)
+class VariantTraits:
+    """What the text of a variant has and asks for: the conditions of ``variant.h.jinja`` and of the kernel templates."""
 
-    backend: str
-    args: tuple[ArgField, ...]
-    copied: CopiedText
-    head: BlockText
-    score: HookText
-    early: EarlyText
-    score_factor: HookText
-    mask: HookText
-    mask_positions: HookText  # the part of the mask that reads no tensor
-    mask_search: HookText  # of a row, the key that `found` stands for in a mask by bits
-    analysis: MaskAnalysisText
-    sink: HookText
-    norm: NormText
-    lse: HookText
-    value: HookText
-    prefetches: tuple[str, ...]
-    output: OutputText
-    raw_scores: bool
-    reads_q_off: bool
-    reads_q_first: bool
-    reads_kv_off: bool
-    reads_pages: bool
     has_value: bool
     prefetches_keys: bool
     hoists_columns: bool  # decode looks them up with those of `value`; alone they are looked up as fast where they are used
@@ -118,11 +96,39 @@ class VariantSection:
     norm_rescales: bool
     norm_reverse: bool
     norm_needs_cumsum: bool
-    has_norm_lse: bool
     norm_has_order: bool
     can_split: bool  # parts of a row's keys can be joined
     has_lse_mod: bool
     has_output: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantSection(VariantTraits):
+    """Everything ``variant.h.jinja`` prints, and what the kernel templates and the launcher must know of it."""
+
+    backend: str
+    args: tuple[ArgField, ...]
+    copied: CopiedText
+    head: BlockText
+    score: HookText
+    early: EarlyText
+    score_factor: HookText
+    mask: HookText
+    mask_positions: HookText  # the part of the mask that reads no tensor
+    mask_search: HookText  # of a row, the key that `found` stands for in a mask by bits
+    analysis: MaskAnalysisText
+    sink: HookText
+    norm: NormText
+    lse: HookText
+    value: HookText
+    prefetches: tuple[str, ...]
+    output: OutputText
+    raw_scores: bool
+    reads_q_off: bool
+    reads_q_first: bool
+    reads_kv_off: bool
+    reads_pages: bool
+    has_norm_lse: bool
 
 
 def section_context(section: VariantSection, layout: str = "dense") -> dict[str, object]:

@@ -1,7 +1,8 @@
 """Which kernel family and which tiles serve a call.
 
-Lengths decide one thing only: sm90 has two tiles for some head dims, one for short queries and one for long ones, so a
-variant compiles at most two modules for a head dim and dtype.
+Lengths decide little: sm90 has two tiles for some head dims, one for short queries and one for long ones, and few rows over
+many keys go to the decode kernel (dense_split.py). So a variant compiles at most three modules for a head dim and dtype, but
+for kernels of decode steps that share a key among more than 8 rows.
 """
 
 from __future__ import annotations

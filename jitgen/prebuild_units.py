@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from jitgen import cache, runtime
+from jitgen.dense_split import DECODE_ROWS, is_divisible
 from jitgen.errors import JitgenError, ManifestError
 from jitgen.families import choose_spec, padded_head_dims, serving_spec
 from jitgen.manifest import Manifest
@@ -28,6 +29,7 @@ from jitgen.target import CompileTarget, target_of
 Q_LENS = tuple(1 << n for n in range(21))
 LAYOUTS = ("dense", "ragged", "paged")  # by hand; kernels of cascades are recorded
 PLAN_FAMILIES = ("decode", None)  # a serving plan has two kernels on CUDA: one for decode steps, one for the rest
+SPLIT = ("decode", "paged")  # the kernel of dense calls with few rows over many keys
 
 
 class Unit(NamedTuple):
@@ -89,9 +91,14 @@ def _of_kernel(kernel: Mapping[str, Any], folder: Path, archs: Sequence[str] | N
     options += [_listed(kernel, "layout", ("dense",)), _listed(kernel, "q_len", Q_LENS), _listed(kernel, "rows", (8,))]
     for dtype, head_dim, head_dim_v, arch, layout, q_len, rows in itertools.product(*options):
         head_dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
-        is_plan = layout != "dense" and target_of(arch).kind == "cuda" and head_dims != MLA_DIMS
-        for family in _listed(kernel, "family", PLAN_FAMILIES if is_plan else (None,)):
-            spec = spec_of(program, dtype, head_dims, arch, family=family, layout=layout, q_len=q_len, rows=rows)
+        is_cuda = target_of(arch).kind == "cuda"
+        is_plan = layout != "dense" and is_cuda and head_dims != MLA_DIMS
+        families = [(family, layout) for family in _listed(kernel, "family", PLAN_FAMILIES if is_plan else (None,))]
+        is_short = q_len <= DECODE_ROWS and layout == "dense" and "family" not in kernel
+        if is_short and is_cuda and dtype in CUDA_DTYPES and is_divisible(program):
+            families.append(SPLIT)
+        for family, place in families:
+            spec = spec_of(program, dtype, head_dims, arch, family=family, layout=place, q_len=q_len, rows=rows)
             yield Unit(pack((runtime.module_path, spec)), f"{name}: {spec.label}", spec.target.arch)
 
 

@@ -13,7 +13,7 @@ from jitgen.abi import ArgField
 from jitgen.deep import goes_deep
 from jitgen.emit import emit_variant
 from jitgen.emit_early import early_parts
-from jitgen.emit_section import CopiedText, VariantSection, section_context
+from jitgen.emit_section import CopiedText, VariantSection, VariantTraits, section_context
 from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directives
 from jitgen.paths import template_dir
 from jitgen.spec import MLA_FAMILIES, KernelSpec
@@ -54,8 +54,8 @@ class Source:
     suffix: str  # '.cpp' or '.cu'
 
 
-@dataclass(frozen=True)
-class KernelContext:
+@dataclass(frozen=True, kw_only=True)
+class KernelContext(VariantTraits):
     """Everything a kernel template may name."""
 
     header_comment: str
@@ -79,50 +79,7 @@ class KernelContext:
     num_stages: int
     pairs_groups: bool  # two CTAs take the same keys, each for a head group of its own
     packing: str  # log2 of the heads that share a row of a query tile, as an expression of group_size
-    has_score: bool
-    score_is_bounded: bool
-    score_is_capped: bool
-    has_relative: bool
-    has_flat: bool
-    flat_is_plain: bool
-    flat_is_marked: bool
-    has_distance_offset: bool
-    has_initial: bool
-    initial_by_column: bool
-    initial_by_tile: bool
-    initial_by_steps: bool
     copied: CopiedText  # of the captured tensor where initial_by_tile
-    score_is_initial: bool
-    has_ahead: bool
-    ahead_serves_batch: bool
-    has_offset: bool
-    score_columns: bool
-    mask_columns: bool
-    looks_ahead: bool
-    hoists_columns: bool
-    has_value: bool
-    prefetches_keys: bool
-    has_early: bool
-    has_mask: bool
-    has_mask_positions: bool
-    has_mask_bits: bool
-    has_mask_search: bool
-    has_position_bits: bool
-    mask_scans: bool
-    mask_spans_together: bool
-    mask_reads_head: bool
-    mask_reads_query_head: bool
-    mask_reads_tensors: bool
-    mask_is_causal: bool
-    has_sink: bool
-    custom_norm: bool
-    norm_rescales: bool
-    norm_reverse: bool
-    norm_needs_cumsum: bool
-    norm_has_order: bool
-    can_split: bool
-    has_lse_mod: bool
-    has_output: bool
 
 
 def print_value(value: object) -> str:
@@ -211,7 +168,7 @@ def _mapped(rendered: Rendered) -> str:
 
 def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str) -> KernelContext:
     """Template context of a spec."""
-    flags = {f.name: getattr(section, f.name) for f in fields(KernelContext) if f.type == "bool" and hasattr(section, f.name)}
+    traits = {f.name: getattr(section, f.name) for f in fields(VariantTraits)}
     return KernelContext(
         header_comment=_header_comment(spec),
         args_fields=spec.own_args + section.args,
@@ -235,7 +192,7 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         num_stages=spec.tiles.num_stages,
         pairs_groups=spec.family in MLA_FAMILIES,
         packing=f"jg::packing_shift(group_size{', 6' if spec.family in MLA_FAMILIES else ''})",
-        **flags,
+        **traits,
     )
 
 

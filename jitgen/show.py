@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from jitgen.cli_text import paint
+from jitgen.dense_split import pays
 from jitgen.errors import VariantError
 from jitgen.program import reads_pages, without_rows
 from jitgen.show_kernel import Choice, kernel_of, spec_of
@@ -30,6 +31,8 @@ def show(args: argparse.Namespace) -> int:
         head_dim=args.head_dim,
         head_dim_v=args.head_dim_v or args.head_dim,
         q_len=sizes.q_len,
+        rows=sizes.q_len * sizes.num_q_heads // sizes.num_kv_heads,
+        is_short=pays((1, sizes.num_q_heads, sizes.q_len, 0), (1, sizes.num_kv_heads, sizes.kv_len, 0)),
     )
     kernel = kernel_of(spec_of(without_rows(program), choice))
     tiling = tiling_of(program, values, kernel.spec.tiles, sizes)

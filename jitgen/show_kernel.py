@@ -10,6 +10,7 @@ import torch
 from jitgen.cache import Request, digest, find_module, generator_digest
 from jitgen.cache.key import module_key
 from jitgen.cache.lookup import stores
+from jitgen.dense_split import is_divisible
 from jitgen.errors import JitgenError, UnsupportedDtype
 from jitgen.families import SM90_ARCHS, choose_spec, cuda_spec, padded_head_dims, serving_spec
 from jitgen.program import Program, reads_pages
@@ -31,6 +32,8 @@ class Choice:
     head_dim: int = 128
     head_dim_v: int = 128
     q_len: int = 1 << 20
+    rows: int = 8  # query rows of all query heads of a KV head
+    is_short: bool = False  # few rows over many keys: a GPU cuts the keys, see dense_split.py
 
     @property
     def device_type(self) -> str:
@@ -48,8 +51,9 @@ def spec_of(program: Program, choice: Choice) -> KernelSpec:
     Errors:  UnsupportedDtype, UnsupportedDevice, VariantError, ShapeMismatch.
     """
     is_cpu = choice.device_type == "cpu"
-    is_paged = bool(reads_pages(*program.roots()))
     dtype = choice.dtype or ("float32" if is_cpu else "bfloat16")
+    is_split = not is_cpu and choice.is_short and choice.family is None and dtype in CUDA_DTYPES and is_divisible(program)
+    is_paged = is_split or bool(reads_pages(*program.roots()))
     dims = (choice.head_dim, choice.head_dim_v)
     if is_cpu:
         if is_paged:
@@ -62,14 +66,16 @@ def spec_of(program: Program, choice: Choice) -> KernelSpec:
     if arch is None and not torch.cuda.is_available():
         arch = DEFAULT_ARCH.get(choice.family or "")
     if (arch is None or choice.family == "cpu") and is_paged:
-        return serving_spec(program, dtype, dims, torch.device("cuda"), "paged", family=choice.family)
+        family = "decode" if is_split else choice.family
+        return serving_spec(program, dtype, dims, torch.device("cuda"), "paged", family=family, rows=choice.rows)
     if arch is None or choice.family == "cpu":
         return choose_spec(program, dtype, dims, torch.device("cuda"), q_len=choice.q_len, family=choice.family)
     if choice.family != "sm80" and f"{arch}a" in SM90_ARCHS:  # as a device of this architecture would get it
         arch += "a"
-    family = choice.family or ("sm90_fp8" if dtype == FP8_DTYPE else "sm90" if arch in SM90_ARCHS else "sm80")
+    own = "decode" if is_split else "sm90_fp8" if dtype == FP8_DTYPE else "sm90" if arch in SM90_ARCHS else "sm80"
+    family = choice.family or own
     layout = "paged" if is_paged else "dense"
-    return cuda_spec(program, dtype, dims, family, cuda_target(arch), q_len=choice.q_len, layout=layout)
+    return cuda_spec(program, dtype, dims, family, cuda_target(arch), q_len=choice.q_len, layout=layout, rows=choice.rows)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ LAYERS = {
     "requests": ["portable", "manifest", "recording"],
     "building": ["host_part", "loader", "build"],
     "calls": [
-        "checks", "looks", "runtime", "streams", "recall", "fp8", "layouts", "dense", "api", "reference", "mask_tiles", "flex",
+        "checks", "looks", "runtime", "streams", "recall", "fp8", "layouts", "dense*", "api", "reference", "mask_tiles", "flex",
         "op", "recipes", "lift*", "trackers", "graph*", "block_*", "serving*", "sampling*", "rotary", "kv_*",
     ],
     "compat": ["compat*"],

@@ -5,8 +5,8 @@
     peers       who is timed                             contest     one group of contenders, start to end
     results     figures and ratios                       tables      throughput and variants as tables
     report      header, text, JSON                       cli         the command
-    dense, fp8, variants, cpu, jit, decode, cache, cascade, sparse   the suites
-    listed                                               how suites fp8, cascade and sparse run
+    dense, short, fp8, variants, cpu, jit, decode, cache, cascade, sparse   the suites
+    listed                                               how suites short, fp8, cascade and sparse run
     decode_peers                                         batches and contenders of suite decode
     probe, spellings                                     what suite jit runs in fresh processes
     deploy, deploy_probe, deploy_variants                what suite deploy builds, and runs in fresh processes
@@ -21,6 +21,7 @@ SUITES = {
     "jit": ("jitgen.bench.jit", "first call cold and from disk, host time of a call on a hit, number of modules"),
     "cpu": ("jitgen.bench.cpu", "throughput on the CPU: plain attention and variants"),
     "dense": ("jitgen.bench.dense", "throughput of plain attention, causal and full"),
+    "short": ("jitgen.bench.short", "few query rows over many keys of dense tensors: a decode step without pages"),
     "fp8": ("jitgen.bench.fp8", "attention over e4m3 tensors, beside the same numbers in bfloat16"),
     "decode": ("jitgen.bench.decode", "bandwidth of paged decode: batches of equal, uniform and Zipf lengths"),
     "cascade": ("jitgen.bench.cascade", "decode of requests that share a prefix, beside the same unshared"),

@@ -19,7 +19,7 @@ from jitgen.bench.workloads import ProblemSet, same_area
 
 CUDA_PEERS = ("sdpa-flash", "sdpa-cudnn", "fa3", "fa4", "flashinfer", "flex")
 
-SUITE_NAMES = "jit, cpu, dense, fp8, decode, cascade, sparse, cache, sampling, deploy, variants"
+SUITE_NAMES = "jit, cpu, dense, short, fp8, decode, cascade, sparse, cache, sampling, deploy, variants"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Suites cascade, fp8 and sparse: their cells, and that wrong or missing contenders are named and never timed."""
+"""Suites cascade, short, fp8 and sparse: their cells, and that wrong or missing contenders are named and never timed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench_fakes import FakeTimer
 
-from jitgen.bench import cascade, fp8, sparse
+from jitgen.bench import cascade, fp8, short, sparse
 from jitgen.bench.config import BenchConfig
 from jitgen.bench.listed import Cell, run_suite
 
@@ -32,7 +32,7 @@ def tiny_blocks(device, seed):
     return sparse.Blocks(device, 256, 0.4, "float32", seed, 64, HEADS)
 
 
-@pytest.mark.parametrize("suite", [cascade, fp8, sparse], ids=["cascade", "fp8", "sparse"])
+@pytest.mark.parametrize("suite", [cascade, fp8, short, sparse], ids=["cascade", "fp8", "short", "sparse"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("quick", [False, True])
 def test_labels_are_distinct(suite, device, quick):
@@ -58,6 +58,15 @@ def test_eight_bits_are_compared_with_the_same_numbers_in_sixteen(is_causal):
     assert results[fp8.SIXTEEN]["error"] < 1e-2 and results["jitgen"]["error"] < 6e-2
     ratio = results[fp8.SIXTEEN]["ms"]["median"] / results["jitgen"]["ms"]["median"]
     assert results["jitgen"]["figure"].endswith(f"{ratio:.2f} of bf16")
+
+
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_few_rows_over_many_keys(q_len):
+    make = Cell("cell", partial(short.Step, 64, 4, 2, 2, q_len, 200))
+    (report,) = run_suite("tiny", [make], config(peers=("sdpa",)), "note")
+    results = {r["contender"]: r for r in report.data["results"]}
+    assert not report.faults and set(results) == {"jitgen", "sdpa"}
+    assert all(r["error"] < 1e-2 and r["figure"].endswith(" GB/s") for r in results.values())
 
 
 def test_dense_attention_takes_turns_with_blocks():

@@ -25,7 +25,7 @@ from jitgen.tiles_sm90 import sm90_tiles
 needs_compiler = pytest.mark.skipif(toolchain.find_cxx() is None, reason="no C++ compiler on this machine")
 
 USER_CODE = """
-import torch
+import torch, jitgen
 slopes, cap = torch.zeros(4), 30.0
 def bias(score, b, h, q_idx, kv_idx):
     return score + slopes[h] * (kv_idx - q_idx)
@@ -34,6 +34,10 @@ def refused(score, b, h, q_idx, kv_idx):
 class Capped:
     def score_mod(self, score, b, h, q_idx, kv_idx):
         return cap * torch.tanh(score / cap)
+class Ordered(jitgen.OnlineNorm):
+    state = {"total": 0.0}
+    def update(self, score, state):
+        return score, 1.0, {"total": state["total"] + jitgen.row_sum(score)}
 """
 
 
@@ -64,15 +68,26 @@ def kernel(variant: str = "causal", **options: object) -> str:
 
 def test_lists_are_multiplied_out(folder: Path) -> None:
     found = specs(folder, kernel(dtype=["bfloat16", "float16"], head_dim=[64, 128], arch=["8.0", "portable"]))
-    assert len(found) == 2 * 2 * 2
+    assert len(found) == 3 * 2 * 2
     assert {(s.family, s.dtype, s.head_dim) for s in found} == {
-        (family, dtype, dim) for family in ("sm80", "cpu") for dtype in ("bfloat16", "float16") for dim in (64, 128)
+        (family, dtype, dim) for family in ("sm80", "decode", "cpu") for dtype in ("bfloat16", "float16") for dim in (64, 128)
     }
+
+
+def test_calls_of_few_rows_get_the_kernel_that_cuts_their_keys(folder: Path) -> None:
+    def families(variant: str = "causal", **options) -> set[str]:
+        return {f"{s.family} {s.layout}" for s in specs(folder, kernel(variant, arch="9.0", **options))}
+
+    both = {"sm90 dense", "decode paged"}
+    assert families() == families(q_len=[1, 4096]) == both
+    assert families(q_len=4096) == families(family="sm90") == {"sm90 dense"}
+    assert families("user_variants.py:Ordered") == {"sm90 dense"}  # whose parts cannot be joined
+    assert [s.tiles.tile_q for s in specs(folder, kernel(arch="9.0", q_len=1, rows=16)) if s.family == "decode"] == [16]
 
 
 def test_hopper_gets_the_tiles_of_all_lengths_and_its_own_instructions(folder: Path) -> None:
     for arch in ("9.0", "9.0a"):
-        found = specs(folder, kernel("plain", head_dim=64, arch=arch))
+        found = [s for s in specs(folder, kernel("plain", head_dim=64, arch=arch)) if s.family != "decode"]
         assert {(s.family, s.target.arch) for s in found} == {("sm90", "9.0a")}
         lengths = {sm90_tiles(64, 64, found[0].program, q_len=q_len) for q_len in (1, 100, 1500, 3000, 5000, 1 << 20)}
         assert {s.tiles for s in found} == lengths and len(found) == len(lengths) >= 2
@@ -187,11 +202,13 @@ def test_recording_is_built_for_where_it_was_made_or_for_other_targets_of_its_ki
     (cpu,) = specs(folder, kernel(arch="avx2"))
     text = "\n".join(map(recorded, (*hopper, cpu)))
     assert {s.digest for s in specs(folder, text)} == {cpu.digest, *(spec.digest for spec in hopper)}
-    assert [(s.family, s.target.arch) for s in specs(folder, text, ["8.0"])] == [("sm80", "8.0")]
+    assert sorted((s.family, s.target.arch) for s in specs(folder, text, ["8.0"])) == [("decode", "8.0"), ("sm80", "8.0")]
     moved = specs(folder, text, ["9.0", "portable"])
-    assert {(s.family, s.target.arch) for s in moved} == {("sm90", "9.0a"), ("cpu", os.uname().machine)}
-    assert {s.digest for s in moved if s.family == "sm90"} == {spec.digest for spec in hopper}
-    (ampere,) = specs(folder, kernel("plain", arch="8.0"))
+    assert {(s.family, s.target.arch) for s in moved} == {
+        ("sm90", "9.0a"), ("decode", "9.0a"), ("cpu", os.uname().machine)
+    }  # fmt: skip
+    assert {s.digest for s in moved if s.family != "cpu"} == {spec.digest for spec in hopper}
+    (ampere,) = specs(folder, kernel("plain", arch="8.0", family="sm80"))
     assert {s.digest for s in specs(folder, recorded(ampere), ["9.0"])} < {spec.digest for spec in hopper}
 
 
@@ -322,9 +339,9 @@ def test_worker_that_dies_takes_one_kernel_with_it(folder: Path, monkeypatch) ->
 def test_list_builds_nothing(folder: Path, capsys) -> None:
     (folder / "m.toml").write_text(kernel(head_dim=[64, 128], arch="8.0"))
     assert main(["prebuild", str(folder / "m.toml"), "--list"]) == 0
-    assert "causal: attention sm80 bfloat16 hd64" in (text := capsys.readouterr().out) and "2 kernels" in text
+    assert "causal: attention sm80 bfloat16 hd64" in (text := capsys.readouterr().out) and "4 kernels" in text
     assert main(["prebuild", str(folder / "m.toml"), "--list", "--json", "--shard", "1/2"]) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 1
+    assert len(json.loads(capsys.readouterr().out)) == 2
 
 
 def test_progress_bar_is_one_line_that_vanishes(monkeypatch, capsys) -> None:

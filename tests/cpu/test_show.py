@@ -200,6 +200,8 @@ def test_stored_kernel_is_found_and_its_key_is_the_entrys_name(user_file, privat
         (["--arch", "9.0", "--family", "sm80"], "sm80", "9.0"),
         (["--arch", "8.6"], "sm80", "8.6"),
         (["--arch", "12.0"], "sm80", "12.0"),
+        (["--arch", "9.0", "--q-len", "1", "--kv-len", "4096"], "decode", "9.0a"),
+        (["--arch", "8.6", "--q-len", "1", "--kv-len", "4096"], "decode", "8.6"),
     ],
     ids=" ".join,
 )
