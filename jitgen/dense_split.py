@@ -164,7 +164,8 @@ class SplitCall:
         if room is None:
             if len(rooms) >= MAX_ROOMS and not capture:
                 rooms.clear()
-            room = rooms[key] = Room(self, stream, tail)
+            with torch.inference_mode(False):  # what is made in that mode cannot be changed outside of it
+                room = rooms[key] = Room(self, stream, tail)
         return room
 
     def planner_args(self, room: Room, stream: int, tail: bytes) -> bytes:

@@ -16,6 +16,7 @@ from torch._dynamo.comptime import comptime
 
 from jitgen import api, flex
 from jitgen.checks import check_grad
+from jitgen.layouts import stride_like
 from jitgen.lifted import CAN_LIFT, lift_here, made, register, trace_of_attention
 from jitgen.recipes import constant
 
@@ -60,6 +61,9 @@ def attention_op(
             family=family,
         )  # fmt: skip
         out, lse = found if want_lse else (found, None)  # type: ignore[assignment]
+    strides = stride_like(query, tuple(out.shape))
+    if out.stride() != strides:  # the columns of a padded head dim have been cut off; a graph is told that they never were
+        out = torch.empty_strided(out.shape, strides, dtype=out.dtype, device=out.device).copy_(out)
     return out, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
@@ -78,7 +82,6 @@ def _(
     family: str | None,
 ) -> tuple[Tensor, Tensor]:
     from jitgen.fp8 import output_dtype
-    from jitgen.layouts import stride_like
 
     shape = (*query.shape[:3], value.shape[3])
     dtype = output_dtype(query.dtype, out_dtype)

@@ -82,6 +82,17 @@ def plain_dense(device: str, seed: int) -> Case:
     return Case(lambda: jitgen.attention(q, k, v, return_lse=True), lambda got: assert_near(got, want))
 
 
+def few_rows(device: str, seed: int) -> Case:
+    """Keys that are cut among the CTAs of the device, which holds what the parts left."""
+    q, k, v = inputs(device, seed, 1, 4097)
+    variant = jitgen.Variant(score_mod=alibi_of(device, seed), mask_mod=causal)
+    want = reference.attention(q, k, v, variant, return_lse=True)
+    return Case(
+        lambda: jitgen.attention(q, k, v, variant, out=torch.full_like(q, math.nan), return_lse=True),
+        lambda got: assert_near(got, want),
+    )
+
+
 def requests(lengths: list[tuple[int, int]], device: str, seed: int, **options: Any) -> Case:
     """A plan, updated in each run, and its call."""
     batch = Batch(lengths, HEADS, KV_HEADS, DIM, dtype=torch.bfloat16, device=device, seed=seed)
@@ -194,6 +205,7 @@ def checked(function: Callable[..., None], *args: object, **options: object) -> 
 CASES: dict[str, Callable[[str, int], Case]] = {
     "dense": dense,
     "plain dense": plain_dense,
+    "few rows": few_rows,
     "decode": partial(requests, DECODE_LENGTHS, max_q_len=1),
     "plain decode": plain_decode,
     "mixed": partial(requests, MIXED_LENGTHS),

@@ -505,3 +505,17 @@ def test_gradients_are_refused():
         torch._dynamo.reset()
         with pytest.raises(torch._dynamo.exc.Unsupported, match="jitgen computes no gradients"):
             torch.compile(call, backend="aot_eager", fullgraph=True)(q, k, v)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["heads outside", "heads inside"])
+def test_the_operator_lays_results_out_as_graphs_are_told(monkeypatch, inside):
+    """A kernel for larger head dims returns the first columns of its rows, which a graph must not see."""
+    from jitgen import op
+    from jitgen.recipes import constant
+
+    padded = torch.randn(BATCH, HEADS, LENGTH, 2 * DIM)
+    monkeypatch.setattr(op, "api", SimpleNamespace(attention=lambda *given, **options: padded[..., :DIM]))
+    handle = op.register({name: constant(None) for name in op.ARGUMENTS})
+    q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) if inside else t for t in inputs())
+    out, _ = op.attention_op(q, k, v, [], [], handle, "", None, False, None, None)
+    assert out.stride() == q.stride() and torch.equal(out, padded[..., :DIM])

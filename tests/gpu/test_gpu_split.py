@@ -192,7 +192,7 @@ def test_the_first_call_of_a_shape_may_be_captured(mode):
     assert not kernel.isnan().any()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, where Inductor is imported
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The CUDA Graph is empty")  # both of torch's own
 def test_graphs_of_torch_compile():
     """Which complain of memory of their pool that lives and that they have not given out."""
     valid = torch.ones(1800, dtype=torch.bool, device="cuda")

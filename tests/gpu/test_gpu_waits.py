@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -23,6 +24,18 @@ def plan_and_call() -> Callable[[], object]:
     q, cache = torch.randn(2, 4, 64, device="cuda").bfloat16(), torch.randn(8, 2, 16, 2, 64, device="cuda").bfloat16()
     table, q_indptr, kv_len = torch.arange(8, device="cuda").int().view(2, 4), ints(0, 1, 2), ints(40, 50)
     return lambda: jitgen.paged_attention(q, cache, table, plan.update(q_indptr, kv_len))
+
+
+def few_rows() -> Callable[[], object]:
+    """Steps of a cache that grows: the keys are divided anew."""
+    q, cache = torch.randn(1, 4, 1, 64, device="cuda").bfloat16(), torch.randn(1, 4, 3000, 64, device="cuda").bfloat16()
+    lengths = itertools.count(2000)
+
+    def step() -> object:
+        keys = cache[:, :, : next(lengths)]
+        return jitgen.attention(q, keys, keys)
+
+    return step
 
 
 def rows() -> Callable[[], object]:
@@ -60,6 +73,7 @@ def sample() -> Callable[[], object]:
 
 CALLS = {
     "plan": plan_and_call,
+    "few rows": few_rows,
     "rows": rows,
     "blocks": lambda: blocks(ints(0, 2, 3)),
     "blocks of heads": lambda: blocks(ints(0, 2, 3)[None]),
