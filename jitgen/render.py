@@ -16,6 +16,7 @@ from jitgen.emit_early import early_parts
 from jitgen.emit_section import CopiedText, VariantSection, VariantTraits, section_context
 from jitgen.linemap import LineMarks, Rendered, strip_marks, with_line_directives
 from jitgen.paths import template_dir
+from jitgen.program import Program
 from jitgen.spec import MLA_FAMILIES, KernelSpec
 from jitgen.target import CompileTarget
 from jitgen.tiles_sm90 import has_room
@@ -78,6 +79,7 @@ class KernelContext(VariantTraits):
     num_warps: int
     num_stages: int
     pairs_groups: bool  # two CTAs take the same keys, each for a head group of its own
+    reads_lse: bool  # a hook does
     packing: str  # log2 of the heads that share a row of a query tile, as an expression of group_size
     copied: CopiedText  # of the captured tensor where initial_by_tile
 
@@ -191,9 +193,14 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         num_warps=spec.tiles.num_warps,
         num_stages=spec.tiles.num_stages,
         pairs_groups=spec.family in MLA_FAMILIES,
+        reads_lse=_reads_lse(spec.program),
         packing=f"jg::packing_shift(group_size{', 6' if spec.family in MLA_FAMILIES else ''})",
         **traits,
     )
+
+
+def _reads_lse(program: Program) -> bool:
+    return program.lse is not None or (program.output is not None and "lse" in program.output.deps)
 
 
 def uses_amx(spec: KernelSpec) -> bool:

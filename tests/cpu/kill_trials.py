@@ -31,22 +31,43 @@ def build_forever(first: int) -> None:
         cache.get_module(request(source_of(number), spec=f"spec {number}"), FakeBuilder())
 
 
+def start_victim(first: int) -> int:
+    """Process number of a victim."""
+    victim = os.fork()
+    if victim == 0:
+        try:
+            build_forever(first)
+        finally:
+            os._exit(0)
+    return victim
+
+
+def stop(victim: int) -> None:
+    os.kill(victim, signal.SIGKILL)
+    os.waitpid(victim, 0)
+
+
+def time_to_publish(store: Path) -> float:
+    """Seconds from a victim's start to its first entry, on this machine and under its load."""
+    begun, victim = time.monotonic(), start_victim(10**9)
+    while not cache.Store(store).names() and time.monotonic() < begun + 60:
+        time.sleep(0.001)
+    stop(victim)
+    admin.clear(store)
+    return time.monotonic() - begun
+
+
 def run(count: int, store: Path, seed: int) -> dict[str, int]:
     """Trials, and what they came upon: lost or wrong entries, and how many were published or left in the middle."""
     rng = random.Random(seed)
+    longest = max(0.02, 2 * time_to_publish(store))
     found = {"trials": count, "published": 0, "interrupted": 0, "wrong": 0, "lost": 0}
     for trial in range(count):
         first = trial * 1000
         before = set(cache.Store(store).names())
-        victim = os.fork()
-        if victim == 0:
-            try:
-                build_forever(first)
-            finally:
-                os._exit(0)
-        time.sleep(rng.uniform(0, 0.02))
-        os.kill(victim, signal.SIGKILL)
-        os.waitpid(victim, 0)
+        victim = start_victim(first)
+        time.sleep(rng.uniform(0, longest))
+        stop(victim)
         lookup.forget()
         names = cache.Store(store).names()
         found["lost"] += len(before - set(names))

@@ -5,6 +5,7 @@
 // sink = sink[h]
 // output = (sigmoid(gate[h]) * o)
 // lse = (1.4426950408889634 * lse)
+#include "jitgen/cuda_launch.cuh"
 #include "jitgen/sm90_fp8.cuh"
 #include "jitgen/sm90_schedule.cuh"
 #include "jitgen/span.h"
@@ -204,7 +205,12 @@ constexpr bool kSumsFirst = Tile::kSharedP;
 static_assert(!kSumsFirst || !kRescaleEarly, "O must be up to date when it is added to the sums");
 // One pair of column tiles in so many gets its weights by polynomials, 0: none. The exp2 unit has as much to do as the tensor cores
 // for head dim 128, and twice as much for 64.
-constexpr int kPolynomialEvery = kHeadDim == 64 ? 3 : Tile::kSharedP ? 4 : 0;
+constexpr int kPolynomialEvery = kHeadDim == 64 ? 6 : Tile::kSharedP ? 4 : 0;
+// The weights of a row are summed by the tensor cores, which multiply P by eight columns of ones as well: a sixth of the instructions
+// of the exponentials less. They are P's rounded ones: O is the closer for it, LSE only within the rounding. So calls that want LSE,
+// and hooks that read it, sum the weights as they are.
+constexpr bool kSumsByProduct = Tile::kOnesBytes > 0 && kPolynomialEvery != 0 && !true;
+constexpr int kHeldTiles = jg::kHeldKeys / kTileKv;   // tiles that O holds before it is added to the sums
 constexpr bool kMaybeEmpty = kHasMask || true;
 constexpr int kTurnBarrier = 1, kGroupBarrier = 5;   // named barriers: + group
 
@@ -303,6 +309,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   const bool leader = (threadIdx.x & 31) == 0;
   const unsigned long long keep = jg::policy_evict_last(), stream = jg::policy_evict_first();
   const int num_tiles = num_kv_tiles(args);
+  bool has_waited = false;   // for the copy of V
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(1);
   unsigned q_parity = 1;
@@ -349,6 +356,8 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       const unsigned full = JG_BARRIER(v_full, at.stage);
       jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
       if (!leader) return;
+      if (!has_waited) jg::wait_for_previous_kernel();
+      has_waited = true;
       jg::barrier_expect(full, Tile::kTileBytes);
       jg::tensor_load(shared.value(at.stage), maps.v, full, kv_tile(step >> jg::kStepShift, num_tiles) * kHeadDimV, head.kv_h, work.batch, keep);
     };
@@ -387,6 +396,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     }
     query_tile = jg::uniform(query_tile);
   }
+  jg::wait_for_previous_kernel();   // also without a V: the end of this kernel stands for both
   publish(make_int4(0, 0, 0, jg::kWorkStop));
   if (leader && schedule.counter >= 0) {
     int* counter = jg::tile_counters[schedule.counter];
@@ -407,18 +417,34 @@ JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
     QueryProduct::shared(s, jg::operand_at(q, KeyTile::step_offset(step, 64)), jg::operand_at(k, KeyTile::step_offset(step, kTileKv)), step != 0);
   jg::wgmma_commit();
 }
-// O += P V, with P in registers or in shared memory.
+// O += P V, or O = P V without `add`, with P in registers or in shared memory.
 using Weights = unsigned[kTileKv / 32][4];
-JITGEN_FN void start_pv(Output& o, const Weights& p, unsigned long long p_shared, unsigned long long v) {
+using Sums = float[1][4];   // the same in all columns of a row
+JITGEN_FN void start_pv(Output& o, Sums& sums, unsigned long long ones, const Weights& p, unsigned long long p_shared, unsigned long long v, int add) {
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kTileKv / 32; ++step)
     if constexpr (Tile::kSharedP)
-      ValueProduct::shared(o, jg::operand_at(p_shared, WeightTile::step_offset(step, 64)), jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), 1);
+      ValueProduct::shared(o, jg::operand_at(p_shared, WeightTile::step_offset(step, 64)), jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), step != 0 ? 1 : add);
     else
-      ValueProduct::registers(o, p[step], jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), 1);
+      ValueProduct::registers(o, p[step], jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), step != 0 ? 1 : add);
+  if constexpr (kSumsByProduct) {
+#pragma unroll
+    for (int step = 0; step < kTileKv / 32; ++step)
+      if constexpr (Tile::kSharedP)
+        jg::Fp8Wgmma<8>::shared(sums, jg::operand_at(p_shared, WeightTile::step_offset(step, 64)), ones, step != 0);
+      else
+        jg::Fp8Wgmma<8>::registers(sums, p[step], ones, step != 0);
+  }
   jg::wgmma_commit();
 }
+// Waits for it. `sums` are named too, so that they are not read earlier.
+JITGEN_FN void wait_pv(Output& o, Sums& sums) {
+  jg::Wgmma<kHeadDimV>::wait<0>(o);
+  if constexpr (kSumsByProduct) asm volatile("" : "+f"(sums[0][0]), "+f"(sums[0][1]), "+f"(sums[0][2]), "+f"(sums[0][3]));
+}
+// Whether sums are those of products; else each thread of a quad has its own part.
+JITGEN_FN bool sums_by_product(const Args& args) { return kSumsByProduct && !args.lse; }
 
 // Normalises O, applies the output hooks, and writes LSE.
 JITGEN_FN void finish_rows(const Args& args, const Head& head, jg::RowSoftmax& softmax, Output& o, int group_row) {
@@ -428,7 +454,7 @@ JITGEN_FN void finish_rows(const Args& args, const Head& head, jg::RowSoftmax& s
     const int row = first_row + 8 * kHalf;
     const float units = jg::exponent_units(logit_factor(args, head));
     float factor;
-    softmax.row_sum[kHalf] *= jg::kWeightUnit;
+    softmax.row_sum[kHalf] *= sums_by_product(args) ? jg::kWeightUnit / 4 : jg::kWeightUnit;   // all of it in each of four threads
     float lse = softmax.finish(kHalf, units, sink_logit(args, head), factor);
     factor *= jg::kWeightUnit;
 #pragma unroll
@@ -479,6 +505,24 @@ JITGEN_FN jg::Sums own_sums(Shared shared) {
   return {group + thread * 16, group + Tile::kGroupSumBytes + thread * 8};
 }
 
+// What a consumer counts, in one register through the KV loop. Of a query tile: KV tiles whose products are in O and not in the sums, and
+// whether part of O is in those. Of all: the parity of Q, and messages taken.
+struct Progress {
+  static constexpr unsigned kHasSums = 1 << 16, kQueryParity = 1 << 17, kMessage = 1 << 18;
+  unsigned bits = 0;
+  JITGEN_FN unsigned held() const { return bits & kHasSums - 1; }
+  JITGEN_FN bool has_sums() const { return bits & kHasSums; }
+  JITGEN_FN unsigned has_output() const { return bits & (Tile::Kept::kLeavesRest ? kQueryParity - 1 : kHasSums - 1); }   // whether O is anything yet
+  JITGEN_FN void hold() { ++bits; }
+  JITGEN_FN void keep() { bits = bits & ~(kHasSums - 1) | kHasSums; }
+  JITGEN_FN void start() { bits &= ~(kQueryParity - 1); }
+  JITGEN_FN unsigned query_parity() const { return bits / kQueryParity & 1; }
+  JITGEN_FN void take_query() { bits ^= kQueryParity; }
+  JITGEN_FN unsigned slot() const { return bits / kMessage & 1; }
+  JITGEN_FN unsigned slot_parity() const { return bits / kMessage >> 1 & 1; }
+  JITGEN_FN void take_message() { bits += kMessage; }
+};
+
 JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int group) {
   const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, num_tiles = num_kv_tiles(args);
   const bool leader = lane == 0;   // each warp lets go of K, V and Q for itself
@@ -487,29 +531,28 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   const unsigned long long k_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.key(0), 16);
   const unsigned long long v_operand = jg::matrix_descriptor<ValueTile::kSpanBytes>(shared.value(0), 16);
   const unsigned long long p_operand = jg::matrix_descriptor<WeightTile::kSpanBytes>(p_shared, 16);
+  const unsigned long long ones = jg::matrix_descriptor<128>(shared.base + Tile::kOnesAt, 16);
   jg::RingPosition<kNumStages> kv(0);
-  unsigned q_parity = 0, works = 0;   // works: messages taken
+  Progress progress;
   // The groups issue their products in turn, so that the softmax of one runs under the products of another.
   if (group == 0) jg::named_arrive(kTurnBarrier, 256);
 #pragma unroll 1
   for (;;) {
-    jg::barrier_wait(JG_BARRIER(work_full, works & 1), works >> 1 & 1);
-    const int4 work = jg::load_shared_int4(shared.work(works & 1));
+    jg::barrier_wait(JG_BARRIER(work_full, progress.slot()), progress.slot_parity());
+    const int4 work = jg::load_shared_int4(shared.work(progress.slot()));
     const int kind = jg::uniform(work.w);
     if (kind == jg::kWorkStop) break;
-    const int group_row = work.x + group * 64;
+    const int group_row = jg::to_uniform_register(work.x) + group * 64;
     const Head head = make_head(args, work.z, work.y);
     const Rows rows = make_rows(args, head, own_row(group_row));
     jg::RowSoftmax softmax;
     Output o;
-#pragma unroll
-    for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
-    int held = 0;            // tiles whose products are in O and not in the sums
-    bool has_sums = false;   // whether part of O is in shared memory
+    progress.start();
     if (kind == jg::kWorkTile) {
       Logits s;
       Weights p;
       float factor[2];
+      Sums sums;
       int step, position = 0;
       // What the stage holds; without a mask the consumers count for themselves.
       const auto read_step = [&] {
@@ -534,19 +577,16 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         return moved;
       };
       const auto keep_sums = [&] {
-        const jg::Sums sums = own_sums(shared);
-        if (has_sums) {
-          jg::add_sums(o, sums, softmax.row_max, jg::exponent_units(rows.factor));
-        } else {   // until O of the query tile before has left
-          jg::bulk_wait_read();
-          jg::named_sync(kGroupBarrier + group, 128);
-        }
-        jg::store_sums(o, sums, softmax.row_max);
-        has_sums = true, held = 0;
+        if (progress.has_sums()) jg::add_sums<Tile::Kept>(o, own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor));
+        jg::store_sums<Tile::Kept>(o, own_sums(shared), softmax.row_max);
+        progress.keep();
       };
       const auto weigh = [&](float units, const float (&shift)[2]) {
         if constexpr (kPolynomialEvery != 0) {
-          jg::weigh_tile<kPolynomialEvery, Tile::kSharedP>(softmax, s, p, p_shared, warp, lane, units, shift);
+          if (sums_by_product(args))
+            jg::weigh_tile<kPolynomialEvery, Tile::kSharedP, false>(softmax, s, p, p_shared, warp, lane, units, shift);
+          else
+            jg::weigh_tile<kPolynomialEvery, Tile::kSharedP, true>(softmax, s, p, p_shared, warp, lane, units, shift);
         } else {
           jg::weigh_columns(softmax, s, units, shift);
           jg::pack_fp8_tile(p, s);
@@ -559,7 +599,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           __syncwarp();
         }
       };
-      jg::barrier_wait(JG_BARRIER(q_full, group), q_parity);
+      jg::barrier_wait(JG_BARRIER(q_full, group), progress.query_parity());
 #pragma unroll 1
       for (;;) {
         jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
@@ -586,6 +626,11 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         weigh(units, shift);
         if (moved) jg::rescale_output(o, factor);
         moved = false;
+        // Until O of the query tile before has left, whose place the sums take. Here and not where they are kept: with a barrier in a
+        // branch of the loop below, or sums kept at its end, ptxas takes the rings' positions for divergent.
+        jg::bulk_wait_read();
+        jg::named_sync(kGroupBarrier + group, 128);
+        if (progress.held() >= kHeldTiles) keep_sums();
 #pragma unroll 1
         while (!jg::is_next_skipped(step, group)) {
           jg::RingPosition<kNumStages> next = kv;
@@ -598,7 +643,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           publish_weights();
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
           if (!Tile::kSharedP) jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
-          start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)));
+          start_pv(o, sums, ones, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)), progress.has_output());
           pass_turn();
           const int value_stage = kv.stage;
           kv = next;
@@ -607,13 +652,17 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           release_key();
           shape(jg::Constant<0>());
           moved = find_maximum(units, shift);
-          jg::Wgmma<kHeadDimV>::wait<0>(o);   // before the exponentials, as in sm90.cu.jinja
+          wait_pv(o, sums);   // before the exponentials, as in sm90.cu.jinja
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
-          if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
-          ++held;
-          if (kSumsFirst && held >= jg::kHeldTiles) keep_sums();
+          if (!kRescaleEarly && moved) {
+            jg::rescale_output(o, factor);
+            if (kSumsByProduct) sums[0][0] *= factor[0], sums[0][2] *= factor[1];
+          }
+          if (sums_by_product(args)) softmax.row_sum[0] += sums[0][0], softmax.row_sum[1] += sums[0][2];
+          progress.hold();
+          if (kSumsFirst && progress.held() >= kHeldTiles) keep_sums();
           weigh(units, shift);
-          if (!kSumsFirst && held >= jg::kHeldTiles) {
+          if (!kSumsFirst && progress.held() >= kHeldTiles) {
             if (kRescaleEarly && moved) jg::rescale_output(o, factor), moved = false;
             keep_sums();
           }
@@ -621,24 +670,27 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (kRescaleEarly && moved) jg::rescale_output(o, factor);
         jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
         publish_weights();
-        start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)));
-        jg::Wgmma<kHeadDimV>::wait<0>(o);
+        start_pv(o, sums, ones, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)), progress.has_output());
+        wait_pv(o, sums);
+        if (sums_by_product(args)) softmax.row_sum[0] += sums[0][0], softmax.row_sum[1] += sums[0][2];
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
+        progress.hold();
         if (step & jg::kStepLast) break;
-        ++held;
-        // With P in shared memory no register is free for this: O of rows that see no two tiles in succession stays as it is.
-        if (!Tile::kSharedP && held >= jg::kHeldTiles) keep_sums();
       }
-      q_parity ^= 1;
+      progress.take_query();
     }
 
-    if (has_sums) jg::add_sums(o, own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor));
+    if (!progress.has_output()) {
+#pragma unroll
+      for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+    }
+    if (progress.has_sums()) jg::add_sums<Tile::Kept>(o, own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor));
     // The message is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
-    const int4 done = jg::load_shared_int4(shared.work(works & 1));
+    const int4 done = jg::load_shared_int4(shared.work(progress.slot()));
     __syncwarp();
-    if (jg::stay(lane) >= 0) jg::barrier_arrive(JG_BARRIER(work_empty, works & 1));   // always: as in sm90.cu.jinja
-    ++works;
+    if (jg::stay(lane) >= 0) jg::barrier_arrive(JG_BARRIER(work_empty, progress.slot()));   // always: as in sm90.cu.jinja
+    progress.take_message();
     const int done_row = done.x + group * 64;
     finish_rows(args, make_head(args, done.z, done.y), softmax, o, done_row);
     store_output(args, maps, shared, o, group, done_row, done.y, done.z);
@@ -650,6 +702,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
 // The copy of V that the products read: one CTA for each KV tile of each head. `heads`: of a request.
 __global__ void __launch_bounds__(Transpose::kThreads)
 transpose_values(const __grid_constant__ Args args, int num_tiles, int heads) {
+  jg::start_next_kernel();   // its CTAs take the SMs that this one leaves
   const unsigned tile = blockIdx.x % num_tiles, head = blockIdx.x / num_tiles;
   const char* const rows = static_cast<const char*>(args.v) + head / heads * args.v_stride_b + head % heads * args.v_stride_h;
   char* const copy = static_cast<char*>(args.workspace) + static_cast<long long>(blockIdx.x) * Transpose::kTileBytes;
@@ -681,6 +734,10 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
       jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups);   // every consumer thread, as in sm90.cu.jinja
     }
     jg::barrier_init_fence();
+  }
+  if constexpr (kSumsByProduct) {
+    if (threadIdx.x < Tile::kOnesBytes / 4) jg::store_shared(shared.base + Tile::kOnesAt + threadIdx.x * 4, 0x38383838);   // 1.0 in each byte
+    jg::fence_async_proxy();
   }
   __syncthreads();
   if (group == 0) {
@@ -727,7 +784,7 @@ extern "C" int jitgen_launch(const Args* args) {
       jg::make_schedule(args->q_len, args->kv_len, kTileQ, kHeadDim + kHeadDimV, heads, args->num_q_heads / args->num_kv_heads,
                         true, jg::counter_of(stream), num_sms);
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
-  attention_kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>({q.operand, k.operand, v.operand, o.operand}, *args, schedule);
-  return cudaGetLastError();
+  return jg::launch_kernel(attention_kernel, dim3(static_cast<unsigned>(grid)), Tile::kThreads, Tile::kSharedBytes, stream, !no_keys,
+                           Maps{q.operand, k.operand, v.operand, o.operand}, *args, schedule);
 }
 extern "C" const char* jitgen_error_string(int code) { return jg::launch_error_string(code); }

@@ -56,8 +56,10 @@ def relative_error(got, want):
     return ((got.double() - want).norm() / want.norm().clamp_min(1e-300)).item()
 
 
-def rounded_attention(q, k, v, mask_mod=None, q_offset=None):
+def rounded_attention(q, k, v, mask_mod=None, q_offset=None, sums_rounded=False):
     """Attention in float64 but for the weights, which are rounded to e4m3 as the kernel's are.
+
+    Without LSE the kernel of head dims 64 and 128 sums the rounded ones: ``sums_rounded``.
 
     It measures them from the maximum of the keys visited so far, in tiles from the last key on, which becomes 2**4; a maximum
     is kept until another exceeds it by more than 4 bits. So the largest weight of a row is a power of two, and has no error,
@@ -70,7 +72,7 @@ def rounded_attention(q, k, v, mask_mod=None, q_offset=None):
         offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
         rows = torch.arange(q.shape[2], device="cuda")[:, None] + offset
         logits = logits.masked_fill(~mask_mod(0, 0, rows, torch.arange(k.shape[2], device="cuda")), -math.inf)
-    tile_kv = 64 if q.shape[3] > 128 else 128  # a short last tile makes more of a difference than its size: its maximum is kept
+    tile_kv = 128  # a short last tile makes more of a difference than its size: its maximum is kept
     kept = torch.full_like(logits[..., :1], -math.inf)
     total, out = torch.zeros_like(kept), v.new_zeros(*q.shape[:3], v.shape[3])
     for first in reversed(range(0, k.shape[2], tile_kv)):
@@ -79,8 +81,9 @@ def rounded_attention(q, k, v, mask_mod=None, q_offset=None):
         origin = torch.where(top > kept + SLACK_BITS, top, kept)
         factor = torch.exp2(kept - origin).nan_to_num()  # both -inf: nothing so far
         weights = torch.exp2(tile - origin.nan_to_num(neginf=0.0)) * 2**4
-        out = out * factor + weights.float().to(E4M3).double() @ v[:, :, first : first + tile_kv]
-        total, kept = total * factor + weights.sum(-1, keepdim=True), origin
+        rounded = weights.float().to(E4M3).double()
+        out = out * factor + rounded @ v[:, :, first : first + tile_kv]
+        total, kept = total * factor + (rounded if sums_rounded else weights).sum(-1, keepdim=True), origin
     return torch.nan_to_num(out / total)
 
 
@@ -109,6 +112,9 @@ def test_kernel_is_as_accurate_as_rounded_weights(head_dim, length, mask_mod):
     got, lse = jitgen.attention(q, k, v, mask_mod=mask_mod, return_lse=True)
     assert got.dtype == torch.bfloat16
     assert_as_accurate_as_rounded_weights(got, want, rounded_attention(q, k, v, mask_mod))
+    poison(q)
+    alone = jitgen.attention(q, k, v, mask_mod=mask_mod)
+    assert_as_accurate_as_rounded_weights(alone, want, rounded_attention(q, k, v, mask_mod, sums_rounded=head_dim <= 128))
     torch.testing.assert_close(lse.double(), want_lse, atol=2e-3, rtol=1e-4)  # q . k is summed in about 14 bits
 
 

@@ -29,6 +29,9 @@ namespace jg {
     }                                                                                                                       \
   };
 template <int kN> struct Fp8Wgmma;
+#define JG_TEXT_4 "%0,%1,%2,%3"
+#define JG_ACC_4 JG_ACC(0)
+JG_DEFINE_FP8_WGMMA(8, 4, "4", "5", "6", "7", "8", "9")
 JG_DEFINE_FP8_WGMMA(64, 32, "32", "33", "34", "35", "36", "37")
 JG_DEFINE_FP8_WGMMA(128, 64, "64", "65", "66", "67", "68", "69")
 JG_DEFINE_FP8_WGMMA(192, 96, "96", "97", "98", "99", "100", "101")
@@ -37,6 +40,13 @@ JG_DEFINE_FP8_WGMMA(256, 128, "128", "129", "130", "131", "132", "133")
 // The descriptor of an operand `offset` further on, in units of 16 bytes. The address is in the lower half: no carry to add.
 JITGEN_FN unsigned long long operand_at(unsigned long long descriptor, unsigned offset) {
   return descriptor & 0xffffffff00000000ull | static_cast<unsigned>(static_cast<unsigned>(descriptor) + offset);
+}
+
+// A value that all lanes have, in a uniform register: no ordinary one is free through the KV loop.
+JITGEN_FN int to_uniform_register(int x) {
+  int r;
+  asm volatile("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(x));
+  return r;
 }
 
 // ---- P ----
@@ -116,8 +126,8 @@ JITGEN_FN unsigned exp2_pair(float y0, float y1) {
   asm("lop3.b32 %0, %1, 0x3c003c00, %2, 0xde;" : "=r"(mantissa) : "r"(number), "r"(power));
   return fma_half2(number, mul_half2(mantissa, 0x35503550u), mul_half2(power, 0x39593959u));
 }
-// Column tiles 2 `pair` and 2 `pair` + 1 of S become weights, which are added to the sums, and the A operand of P V.
-template <int kColTiles>
+// Column tiles 2 `pair` and 2 `pair` + 1 of S become weights, the A operand of P V. kSummed: and are added to the sums.
+template <bool kSummed, int kColTiles>
 JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], int pair,
                           bool by_polynomial, float units, const float (&shift)[2]) {
 #pragma unroll
@@ -130,12 +140,17 @@ JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], uns
     for (int i = 0; i < 4; ++i) x[i] = ::fmaf(logits[i], units, by_polynomial ? kFixedPoint - shift[half] : -shift[half]);
     if (by_polynomial) {
       const unsigned low = exp2_pair(x[0], x[1]), high = exp2_pair(x[2], x[3]);
-      const float2 sums = from_half2(add_half2(low, high));
-      state.row_sum[half] += sums.x + sums.y;
+      if (kSummed) {
+        const float2 sums = from_half2(add_half2(low, high));
+        state.row_sum[half] += sums.x + sums.y;
+      }
       packed = pack_e4m3(low, high);
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) state.row_sum[half] += x[i] = exp2(x[i]);
+      for (int i = 0; i < 4; ++i) {
+        x[i] = exp2(x[i]);
+        if (kSummed) state.row_sum[half] += x[i];
+      }
       packed = pack_e4m3(x[0], x[1], x[2], x[3]);
     }
   }
@@ -143,7 +158,7 @@ JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], uns
 // All of a tile's, one pair in `kEvery` by polynomials: two weights take 5 issue slots more and spare the exp2 unit 16 cycles. More
 // of them were slower on an H100, and so were polynomials in fp32. kStored: they go to shared memory as well, 32 columns at a time,
 // so that those done leave their registers to the rest.
-template <int kEvery, bool kStored, int kColTiles>
+template <int kEvery, bool kStored, bool kSummed, int kColTiles>
 JITGEN_FN void weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], unsigned p_shared,
                           int warp, int lane, float units, const float (&shift)[2]) {
   using Weights = SpanTile<kColTiles * 4>;
@@ -154,42 +169,85 @@ JITGEN_FN void weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], uns
   for (int step = 0; step < kColTiles / 4; ++step) {
 #pragma unroll
     for (int pair = 2 * step; pair < 2 * step + 2; ++pair)
-      weigh_pair(state, s, p, pair, pair % kEvery == kEvery - 1, units, shift);
+      weigh_pair<kSummed>(state, s, p, pair, pair % kEvery == kEvery - 1, units, shift);
     if (kStored) store_matrix((first ^ step % kSteps * 32) + step / kSteps * 64 * Weights::kSpanBytes, p[step]);
   }
 }
 
 // ---- O in fp32 ----
 // The tensor cores add 8-bit products to a short accumulator and cut off the rest: with V of mean 1 and deviation 1, 16k keys
-// lose 18 % of O. Every kHeldTiles tiles the accumulators are therefore added to sums in shared memory, kept with the row
-// maxima they are measured from: 1 % is lost then (every 4 tiles: 0.5 %, 5 % slower; every 16: 2.3 %, 0 to 4 % faster). A thread
-// has 16 bytes of each 2 KiB of the sums, and 8 for the maxima.
-constexpr int kHeldTiles = 8;
+// lose 18 % of O. Every kHeldKeys keys the accumulators are therefore added to sums in shared memory, kept with the row
+// maxima they are measured from: 1 % is lost then (every 512: 0.5 %, 5 to 7 % slower; every 2048: 2.3 %, 0 to 4 % faster).
+constexpr int kHeldKeys = 1024;
 
 struct Sums { unsigned values, maxima; };   // addresses of one thread
 
+// Sums in fp32, or in bfloat16 where O is large: what rounding takes off those stays in the accumulators, where it is too small to
+// cost others their bits, so that they are as exact. They leave head dim 256 room for tiles of 128 keys (of 64: 15 to 28 % slower).
+// A thread has 16 bytes of each 2 KiB of the sums, and 8 for the maxima.
+template <bool kShort> struct SumsOf;
+
+template <> struct SumsOf<false> {
+  static constexpr int kBytes = 4;
+  static constexpr bool kLeavesRest = false;   // O is to be overwritten by the next product
+  template <int kOutTiles> static JITGEN_FN void add(float (&o)[kOutTiles][4], unsigned values, float upper, float lower) {
+#pragma unroll
+    for (int j = 0; j < kOutTiles; ++j) {
+      const float4 sum = load_shared_float4(values + 2048 * j);
+      o[j][0] = ::fmaf(sum.x, upper, o[j][0]), o[j][1] = ::fmaf(sum.y, upper, o[j][1]);
+      o[j][2] = ::fmaf(sum.z, lower, o[j][2]), o[j][3] = ::fmaf(sum.w, lower, o[j][3]);
+    }
+  }
+  template <int kOutTiles> static JITGEN_FN void store(float (&o)[kOutTiles][4], unsigned values) {
+#pragma unroll
+    for (int j = 0; j < kOutTiles; ++j) store_shared(values + 2048 * j, make_float4(o[j][0], o[j][1], o[j][2], o[j][3]));
+  }
+};
+
+template <> struct SumsOf<true> {
+  static constexpr int kBytes = 2;
+  static constexpr bool kLeavesRest = true;
+  // A word is two numbers. The second is read as it stands, with the bits of the first behind its own: one instruction less, and
+  // what the accumulators keep is measured from the same.
+  static JITGEN_FN float first(unsigned word) { return __uint_as_float(word << 16); }
+  static JITGEN_FN float second(unsigned word) { return __uint_as_float(word); }
+  static JITGEN_FN unsigned take_off(float& a, float& b) {
+    const unsigned word = bfloat16::pack(a, b);
+    a -= first(word), b -= second(word);
+    return word;
+  }
+  template <int kOutTiles> static JITGEN_FN void add(float (&o)[kOutTiles][4], unsigned values, float upper, float lower) {
+#pragma unroll
+    for (int j = 0; j < kOutTiles; j += 2) {
+      const uint4 sum = load_shared_128(values + 1024 * j);
+      o[j][0] = ::fmaf(first(sum.x), upper, o[j][0]), o[j][1] = ::fmaf(second(sum.x), upper, o[j][1]);
+      o[j][2] = ::fmaf(first(sum.y), lower, o[j][2]), o[j][3] = ::fmaf(second(sum.y), lower, o[j][3]);
+      o[j + 1][0] = ::fmaf(first(sum.z), upper, o[j + 1][0]), o[j + 1][1] = ::fmaf(second(sum.z), upper, o[j + 1][1]);
+      o[j + 1][2] = ::fmaf(first(sum.w), lower, o[j + 1][2]), o[j + 1][3] = ::fmaf(second(sum.w), lower, o[j + 1][3]);
+    }
+  }
+  template <int kOutTiles> static JITGEN_FN void store(float (&o)[kOutTiles][4], unsigned values) {
+#pragma unroll
+    for (int j = 0; j < kOutTiles; j += 2) {
+      const unsigned a = take_off(o[j][0], o[j][1]), b = take_off(o[j][2], o[j][3]);
+      const unsigned c = take_off(o[j + 1][0], o[j + 1][1]), d = take_off(o[j + 1][2], o[j + 1][3]);
+      store_shared(values + 1024 * j, make_uint4(a, b, c, d));
+    }
+  }
+};
+
 // O += sums
-template <int kOutTiles>
+template <class Kept, int kOutTiles>
 JITGEN_FN void add_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2], float units) {
   const float2 before = load_shared_float2(sums.maxima);
   const float upper = before.x == row_max[0] ? 1.0f : exp2((before.x - row_max[0]) * units);   // equal: both may be -inf
   const float lower = before.y == row_max[1] ? 1.0f : exp2((before.y - row_max[1]) * units);
-#pragma unroll
-  for (int j = 0; j < kOutTiles; ++j) {
-    const float4 sum = load_shared_float4(sums.values + 2048 * j);
-    o[j][0] = ::fmaf(sum.x, upper, o[j][0]), o[j][1] = ::fmaf(sum.y, upper, o[j][1]);
-    o[j][2] = ::fmaf(sum.z, lower, o[j][2]), o[j][3] = ::fmaf(sum.w, lower, o[j][3]);
-  }
+  Kept::add(o, sums.values, upper, lower);
 }
-// sums = O, and O = 0.
-template <int kOutTiles>
-JITGEN_FN void store_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2]) {
+// sums = O, and O = what they have no bits for, if anything.
+template <class Kept, int kOutTiles> JITGEN_FN void store_sums(float (&o)[kOutTiles][4], Sums sums, const float (&row_max)[2]) {
   store_shared(sums.maxima, make_float2(row_max[0], row_max[1]));
-#pragma unroll
-  for (int j = 0; j < kOutTiles; ++j) {
-    store_shared(sums.values + 2048 * j, make_float4(o[j][0], o[j][1], o[j][2], o[j][3]));
-    o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
-  }
+  Kept::store(o, sums.values);
 }
 
 // ---- V ----
@@ -254,17 +312,20 @@ template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches> st
   static constexpr int kConsumerRegs = kGroups == 2 ? (kSearches ? 232 : 240) : 160;
   static constexpr bool kSharedP = kGroups == 3 && kHeadDim >= 128;   // S and O leave no room for P in 160 registers
 
-  // V stages, K stages, Q, P, then sums of O (fp32) and their maxima, over which O leaves in 16 bits, control
+  // V stages, K stages, Q, P, then sums of O and their maxima, over which O leaves in 16 bits, ones, control
   static constexpr int kGroupQBytes = 64 * kHeadDim;
   static constexpr int kTileBytes = kTileKv * kHeadDim;   // of a stage of K, and of V
   static constexpr int kGroupPBytes = 64 * kTileKv;
-  static constexpr int kGroupSumBytes = 64 * kHeadDim * 4;
+  using Kept = SumsOf<(kHeadDim > 128)>;
+  static constexpr int kGroupSumBytes = 64 * kHeadDim * Kept::kBytes;
   static constexpr int kGroupOBytes = kGroupSumBytes + 1024;
+  static constexpr int kOnesBytes = kHeadDim <= 128 ? 1024 : 0;   // eight rows of ones, as far as there is room
   static constexpr int kKeyAt = kStages * kTileBytes;
   static constexpr int kQueryAt = kKeyAt + kStages * kTileBytes;
   static constexpr int kPAt = kQueryAt + kGroups * kGroupQBytes;
   static constexpr int kOutputAt = kPAt + (kSharedP ? kGroups * kGroupPBytes : 0);
-  static constexpr int kControlAt = kOutputAt + kGroups * kGroupOBytes;
+  static constexpr int kOnesAt = kOutputAt + kGroups * kGroupOBytes;
+  static constexpr int kControlAt = kOnesAt + kOnesBytes;
   static constexpr int kSharedBytes = kControlAt + static_cast<int>(sizeof(ControlBlock<kStages>));
   static_assert(kSharedBytes <= 232448, "tile does not fit in shared memory");   // 227 KiB
   static_assert(kTileBytes % 1024 == 0 && kGroupQBytes % 1024 == 0, "tiles must stay 1024-byte aligned");
