@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
-import jitgen
+from jitgen.compat.transformers import register
 
 SENTENCES = (
     "A man is playing the guitar.",
@@ -23,25 +23,6 @@ SENTENCES = (
     "Shares lost a lot of their value.",
     "How do I bake bread?",
 )
-
-
-def padding_mask(batch_size, q_length, kv_length, attention_mask=None, **others):
-    """What transformers hands to every layer as its mask: the padding mask as it is, [batch, kv_len], or None."""
-    return attention_mask
-
-
-def jitgen_attention(module, query, key, value, attention_mask, scaling=None, **others):
-    """Attention of one layer, in the form transformers calls it."""
-    if attention_mask is None:
-        out = jitgen.attention(query, key, value, scale=scaling)
-    else:
-        real = attention_mask.bool()
-
-        def is_real(b, h, q_idx, kv_idx):
-            return real[b, kv_idx]
-
-        out = jitgen.attention(query, key, value, mask_mod=is_real, scale=scaling)
-    return out.transpose(1, 2), None  # transformers wants [batch, length, heads, head_dim]
 
 
 def load_model(implementation: str):
@@ -69,8 +50,7 @@ def embed(implementation: str) -> torch.Tensor:
 
 def main() -> None:
     logging.disable_progress_bar()
-    AttentionInterface.register("jitgen", jitgen_attention)
-    AttentionMaskInterface.register("jitgen", padding_mask)
+    register()
     stock, ours = embed("sdpa"), embed("jitgen")
     difference = (stock - ours).abs().max().item()
     print(f"largest difference between the embeddings: {difference:.1e}\n")

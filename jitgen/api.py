@@ -9,6 +9,7 @@ from jitgen.checks import check_grad, check_tensors, is_traced
 from jitgen.dense import run
 from jitgen.errors import VariantError
 from jitgen.fp8 import Scale, with_scales
+from jitgen.layouts import check_apart
 from jitgen.program import Program, without_rows
 from jitgen.variant import Variant, check_q_index, resolve
 
@@ -70,6 +71,8 @@ def attention(
             q, k, v, variant, score_mod=score_mod, mask_mod=mask_mod, sink=sink, scale=scale, scale_q=scale_q, scale_k=scale_k,
             scale_v=scale_v, q_index=q_index, return_lse=return_lse, out=out, out_dtype=out_dtype, family=family,
         )  # fmt: skip
+    if out is not None:
+        check_apart(out, k=k, v=v)
     if variant is None:
         (program, values), variant_q_index = resolve(score_mod, mask_mod, sink), None
     else:

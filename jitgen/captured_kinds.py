@@ -9,6 +9,7 @@ import ctypes
 import dis
 import functools
 import os
+import pickle
 import random
 import sys
 import types
@@ -77,8 +78,20 @@ def check_lasting(value: Any, name: str) -> None:
     if isinstance(value, ctypes._SimpleCData):
         refuse(f"'{name}' is a {type(value).__name__} of ctypes. Capture its value: {name}.value.")
     owner = value.__self__ if isinstance(value, types.BuiltinFunctionType | types.MethodType) else value
-    if value is random or isinstance(owner, random.Random):
+    if value is random or isinstance(owner, random.Random) or _is_of_numpys_random(value) or _is_of_numpys_random(owner):
         refuse(f"'{name}' draws random numbers, which would be drawn once, when the hook is traced. Draw outside.")
+
+
+def _is_of_numpys_random(value: Any) -> bool:
+    """Whether this is NumPy's module of random numbers, or one of its generators."""
+    name = value.__name__ if isinstance(value, types.ModuleType) else type(value).__module__
+    return name == "numpy.random" or name.startswith("numpy.random.")
+
+
+def numpy_state() -> bytes | None:
+    """The state of NumPy's global generator, which differs after a draw; None where no program has imported it."""
+    numpy_random = sys.modules.get("numpy.random")
+    return None if numpy_random is None else pickle.dumps(numpy_random.get_state(legacy=False))
 
 
 def is_opaque(value: Any) -> bool:

@@ -20,6 +20,7 @@ from jitgen.errors import GradNotSupported, InvalidType, ShapeMismatch, Unsuppor
 from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, FP8_DTYPE, MAX_CPU_HEAD_DIM
 
 INT32 = torch.iinfo(torch.int32)
+HAS_LEVEL = hasattr(forward_ad, "_current_level")  # private: another torch may not have it
 
 
 def narrowed(t: torch.Tensor) -> torch.Tensor:
@@ -171,6 +172,11 @@ def is_traced(t: object) -> bool:
     return is_dynamo_compiling() or type(t) not in (torch.Tensor, torch.nn.Parameter)
 
 
+def is_differentiating() -> bool:
+    """Whether forward-mode differentiation may be on, so that tensors must be asked for their tangents."""
+    return not HAS_LEVEL or forward_ad._current_level >= 0
+
+
 def check_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Refuse inputs whose gradient somebody will ask for."""
     try:
@@ -183,7 +189,7 @@ def check_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             "an input requires grad, and jitgen computes no gradients. Call under torch.no_grad() or torch.inference_mode(), "
             "or detach the inputs; train with torch.nn.attention.flex_attention, which takes the same score_mod and mask_mod."
         )
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in (q, k, v)):
+    if is_differentiating() and any(forward_ad.unpack_dual(t).tangent is not None for t in (q, k, v)):
         raise GradNotSupported(
             "an input has a tangent of forward-mode differentiation, and jitgen computes no derivatives. Give its primal: "
             "torch.autograd.forward_ad.unpack_dual(x).primal."

@@ -7,11 +7,10 @@ import struct
 from typing import TYPE_CHECKING
 
 import torch
-from torch.autograd import forward_ad
 
 from jitgen import runtime
 from jitgen.abi import DENSE_ARGS, pack_format
-from jitgen.checks import check_grad, check_memory, check_scale, check_tensors, dtype_name
+from jitgen.checks import check_grad, check_memory, check_scale, check_tensors, dtype_name, is_differentiating
 from jitgen.errors import ShapeMismatch, VariantError
 from jitgen.families import choose_spec, padded_head_dims
 from jitgen.fp8 import negated, output_dtype, workspace_bytes
@@ -90,7 +89,7 @@ def run(
             q, scale = (negated(q), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     options = (program, scale, local, family, out_dtype)
     recent = _recent.get(options)
-    again = recent is not None and forward_ad._current_level < 0 and recent.is_like(q, k, v, values)
+    again = recent is not None and not is_differentiating() and recent.is_like(q, k, v, values)
     if again:
         call = recent.call  # type: ignore[union-attr]
     else:

@@ -20,6 +20,7 @@ from jitgen import ir
 from jitgen.ir import Expr, walk
 
 LevelOf = Callable[[Expr], str]
+MAX_FACTORS = 32  # that are put in order within a product
 
 
 def split_floats(root: Expr, level_of: LevelOf) -> Expr:
@@ -64,9 +65,17 @@ def _group_product(node: Expr, level_of: LevelOf) -> Expr:
 
 
 def _factors(node: Expr, level_of: LevelOf) -> list[Expr]:
-    if node.op != "mul" or node.dtype != "f32" or level_of(node) != "elem":
-        return [node]
-    return [f for a in node.args for f in _factors(a, level_of)]
+    """Factors of a product, in their order; some are products themselves where there are many: a value that is squared again
+    and again has a number of factors that doubles each time."""
+    found, pending = [], [node]
+    while pending:
+        factor = pending.pop()
+        is_product = factor.op == "mul" and factor.dtype == "f32" and level_of(factor) == "elem"
+        if is_product and len(found) + len(pending) + 2 <= MAX_FACTORS:
+            pending += factor.args[::-1]
+        else:
+            found.append(factor)
+    return found
 
 
 def outer_factor(root: Expr, level_of: LevelOf) -> tuple[Expr, Expr]:

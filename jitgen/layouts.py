@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jitgen.checks import check_is_tensor, dtype_name
+from jitgen.checks import address_of, check_is_tensor, dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.families import padded_head_dims
 from jitgen.fp8 import FP8
@@ -68,6 +68,31 @@ def check_out(out: torch.Tensor, shape: tuple[int, ...], q: torch.Tensor, dtype:
     if out.numel() and (out.stride(3) != 1 or (q.device.type == "cuda" and not is_row_aligned(out))):
         raise ShapeMismatch(f"out has strides {tuple(out.stride())}, expected unit stride along head_dim (axis 3).")
     check_own_rows(out)
+
+
+def check_apart(out: torch.Tensor, **inputs: torch.Tensor) -> None:
+    """What is written is not read meanwhile: ``out`` begins where no input does, and shares no memory with one where both fill
+    theirs. Tensors with gaps may lie between one another's rows, as parts of a packed qkv do.
+
+    Errors:  ShapeMismatch.
+    """
+    for name, t in inputs.items():
+        if not (isinstance(out, torch.Tensor) and isinstance(t, torch.Tensor)) or out.device != t.device:
+            return  # other checks say what is wrong
+        begin, other = address_of(out), address_of(t)
+        if not begin or not other or not out.numel() or not t.numel():
+            continue
+        are_dense = all(x.numel() == reach(x) for x in (out, t))
+        apart = begin + reach(out) * out.itemsize <= other or other + reach(t) * t.itemsize <= begin
+        if begin == other or (are_dense and not apart):
+            raise ShapeMismatch(
+                f"out shares memory with {name}, which is read while it is written. Give one from torch.empty, or leave it out."
+            )
+
+
+def reach(t: torch.Tensor) -> int:
+    """Elements from the first of a tensor to its last, gaps included."""
+    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
 
 
 def check_own_rows(out: torch.Tensor, name: str = "out") -> None:

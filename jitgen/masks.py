@@ -11,6 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from jitgen.captures import SortedTensor
 from jitgen.errors import VariantError
+from jitgen.signatures import signature_of
 
 Mask = Callable[..., Any]
 
@@ -80,17 +81,14 @@ def _with_context(caller: str, mask_mods: tuple[Mask, ...]) -> Parts:
             raise VariantError(
                 f"{caller} got {mask!r} of type {type(mask).__name__}, expected functions (b, h, q_idx, kv_idx)."
             )
-    return tuple((mask, _required_keywords(mask)) for mask in mask_mods)
-
-
-def _required_keywords(mask: Mask) -> tuple[str, ...]:
-    parameters = inspect.signature(mask).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
+    return tuple((mask, signature_of(mask).context) for mask in mask_mods)
 
 
 def _with_signature(combined: Mask, parts: Parts) -> Mask:
     """Announce the context that the parts ask for, in place of ``**context``."""
     names = dict.fromkeys(name for _, wanted in parts for name in wanted)
+    if not names:
+        return combined
     positional = list(inspect.signature(combined).parameters.values())[:4]
     keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
     combined.__signature__ = inspect.Signature([*positional, *keywords])  # type: ignore[attr-defined]

@@ -40,8 +40,23 @@ class Signature:
     context: tuple[str, ...]  # keyword-only parameters without default
 
 
+MAX_SIGNATURES = 4096  # remembered: code that is made anew again and again must not add up
+_signatures: dict[CodeType, Signature] = {}  # of functions that only their code tells apart
+
+
 def signature_of(hook: Any) -> Signature:
     """Signature of a function, method, partial, callable object or module."""
+    if type(hook) is not FunctionType or hook.__defaults__ or hook.__kwdefaults__ or hook.__dict__:
+        return _read_signature(hook)
+    found = _signatures.get(hook.__code__)
+    if found is None:
+        if len(_signatures) >= MAX_SIGNATURES:
+            _signatures.clear()
+        found = _signatures[hook.__code__] = _read_signature(hook)
+    return found
+
+
+def _read_signature(hook: Any) -> Signature:
     target = hook.forward if isinstance(hook, torch.nn.Module) else hook
     try:
         parameters = inspect.signature(target).parameters.values()

@@ -15,6 +15,7 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 
 from jitgen import ir, ops_torch
+from jitgen.captured_kinds import numpy_state
 from jitgen.errors import JitgenError, UnsupportedVariant
 from jitgen.guards import Guards, Path, is_printable
 from jitgen.ir import Expr
@@ -158,10 +159,17 @@ class Tracer:
         """
         self.hook, self.code, self._num_paths = hook, code, 0
         previous, active.state = active.state, self
+        before = numpy_state()
         try:
             results = self._explore([], call, finish)
+            if numpy_state() == before:
+                has_drawn = False
+            else:  # perhaps by another thread: then the hook gives the same once more
+                has_drawn = any(a is not b for a, b in zip(results, self._explore([], call, finish), strict=True))
         finally:
             active.state = previous
+        if has_drawn:
+            refuse(f"{hook} draws random numbers of NumPy, once, when it is traced. Draw outside.", at=definition_of(code))
         if sum(1 for _ in ir.walk(*results)) > MAX_NODES:
             refuse(f"{hook} has more than {MAX_NODES} IR nodes. Precompute a tensor and index it.", at=definition_of(code))
         return results

@@ -241,27 +241,14 @@ def hooks_of(definition: Any) -> tuple[tuple[Any, ...], str | None]:
             f"variant is {definition!r} of type {type(definition).__name__}, expected a jitgen.Variant, a score_mod or "
             f"mask_mod, or an object with one of {', '.join(HOOKS)}."
         )
-    kind = _KIND_OF_COUNT.get(_positional_count(definition))
+    count = signature_of(definition).required
+    kind = _KIND_OF_COUNT.get(count)
     if kind is None:
         raise VariantError(
-            f"'{name_of(definition)}' takes {_positional_count(definition)} positional parameters, expected 5 for a score_mod "
+            f"'{name_of(definition)}' takes {count} positional parameters, expected 5 for a score_mod "
             "(score, b, h, q_idx, kv_idx) or 4 for a mask_mod (b, h, q_idx, kv_idx)."
         )
     return tuple(definition if k == kind else None for k in HOOKS), None
-
-
-_counts: dict[types.CodeType, int] = {}
-
-
-def _positional_count(hook: Any) -> int:
-    if not isinstance(hook, types.FunctionType) or hook.__defaults__:
-        return signature_of(hook).required
-    count = _counts.get(hook.__code__)
-    if count is None:
-        if len(_counts) >= MAX_FUNCTIONS:
-            _counts.clear()
-        count = _counts[hook.__code__] = signature_of(hook).required
-    return count
 
 
 # ---- the table of traces --------------------------------------------------------------------------------------------------

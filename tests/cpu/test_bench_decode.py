@@ -9,6 +9,7 @@ from bench_fakes import FakeTimer
 from jitgen.bench import decode, decode_peers
 from jitgen.bench.config import BenchConfig
 from jitgen.bench.decode_peers import DecodeCalls, DecodeCell, expected, key_counts, make_problem
+from jitgen.bench.method import TimeLimit
 
 TINY = DecodeCell(3, 40, "zipf", 4, 2, 16, 16, "float32")
 
@@ -107,3 +108,12 @@ def test_a_wrong_output_of_ours_is_a_fault(one_cell, monkeypatch):
     monkeypatch.setattr(decode, "prepare_jitgen", wrong)
     (report,) = decode.run(config())
     assert report.faults and report.faults[0].startswith(f"jitgen, {TINY.label}: wrong: a row is")
+
+
+def test_a_contender_of_decode_that_takes_too_long_stops_nobody_else(monkeypatch):
+    def late(problem):
+        raise TimeLimit("no output after 3 s")
+
+    monkeypatch.setattr(decode, "PEERS", {"late": (late, ("cpu",))})
+    found = {r.contender: r for r in decode.run_cell(TINY, config(), {})}
+    assert found["late"].status == "slow" and found["jitgen"].samples

@@ -10,7 +10,9 @@ from bench_fakes import FakeTimer
 
 from jitgen.bench import cascade, fp8, mla, short, sparse
 from jitgen.bench.config import BenchConfig
+from jitgen.bench.contest import time_right
 from jitgen.bench.listed import Cell, run_suite
+from jitgen.bench.method import TimeLimit
 
 HEADS = (4, 2, 16)
 
@@ -129,3 +131,53 @@ def test_wrong_and_missing_contenders_of_latent_attention_are_named_and_not_time
     assert results["late"]["status"] == "wrong" and results["late"]["ms"] is None and "gone" not in results
     assert results["sdpa"]["ms"] and results["jitgen"]["ms"] and not report.faults
     assert any("gone: not installed" in note for note in report.notes)
+
+
+def contest(contenders, timer=FakeTimer):
+    """Results of one cell with these contenders, made of ours, and the report."""
+
+    class Problem(cascade.SharedPrefix):
+        def contenders(self):
+            return contenders(self, super().contenders()["jitgen"])
+
+    class TimerConfig(Config):
+        def timer(self):
+            return timer()
+
+    cell = Cell("cell", lambda d, s: Problem(d, 3, 64, 32, "float32", s, HEADS))
+    (report,) = run_suite("tiny", [cell], TimerConfig("cpu", rounds=2, say=[].append), "note")
+    return {r["contender"]: r for r in report.data["results"]}, report
+
+
+def test_a_contender_that_takes_too_long_stops_nobody_else():
+    def late():
+        raise TimeLimit("no output after 3 s")
+
+    results, report = contest(lambda problem, ours: {"late": late, "jitgen": ours})
+    assert results["late"]["status"] == "slow" and results["late"]["reason"] == "no output after 3 s"
+    assert results["jitgen"]["ms"] and not report.faults
+
+
+def test_a_missing_import_of_ours_is_a_fault():
+    def missing():
+        raise ImportError("no such package")
+
+    _, report = contest(lambda problem, ours: {"jitgen": missing})
+    assert report.faults == ("jitgen, cell: failed: ImportError: no such package",)
+
+
+def test_what_is_timed_is_checked_where_it_is_not_what_was_called():
+    class Graphs(FakeTimer):
+        def adapt(self, call):
+            return lambda: torch.zeros_like(call())
+
+    class GraphConfig(BenchConfig):
+        def timer(self):
+            return Graphs()
+
+    results, report = contest(lambda problem, ours: {"jitgen": ours}, Graphs)
+    assert results["jitgen"]["status"] == "wrong" and results["jitgen"]["ms"] is None and len(report.faults) == 1
+    found, absent = time_right(
+        {"one": lambda: lambda: torch.ones(3)}, lambda name, out: "" if out.all() else "zeros", GraphConfig("cpu", rounds=2)
+    )
+    assert not found and absent == {"one": "zeros"}

@@ -8,7 +8,7 @@ import weakref
 import torch
 
 import jitgen
-from jitgen import kv_launch, sampling_launch, trace, variant
+from jitgen import kv_launch, sampling_launch, signatures, trace, variant
 
 
 def made_anew(i: int):
@@ -21,10 +21,12 @@ def made_anew(i: int):
 def test_code_made_anew_does_not_add_up(monkeypatch):
     for module in (trace, variant):
         monkeypatch.setattr(module, "MAX_FUNCTIONS", 8)
+    monkeypatch.setattr(signatures, "MAX_SIGNATURES", 8)
+    signatures._signatures.clear()
     for i in range(30):
         variant.resolve(mask_mod=made_anew(i))
         jitgen.Variant(made_anew(100 + i))
-    assert max(map(len, (variant._traces, variant._latest, variant._counts))) <= 8
+    assert max(map(len, (variant._traces, variant._latest, signatures._signatures))) <= 8
 
 
 def test_rotations_made_anew_do_not_add_up(monkeypatch):

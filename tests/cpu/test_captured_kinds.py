@@ -14,6 +14,7 @@ import types
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,7 +70,7 @@ class Owner:
 
 OWNER, DICE = Owner(), random.Random(0)
 REFERENCE, PROXY, VARIABLE, NUMBER = weakref.ref(OWNER), weakref.proxy(OWNER), contextvars.ContextVar("w"), ctypes.c_int(3)
-draw = random.random
+draw, of_numpy, draw_of_numpy, DICE_OF_NUMPY = random.random, np.random, np.random.rand, np.random.default_rng(0)
 FLEETING = {
     "weakref": (lambda: REFERENCE().window, "'REFERENCE' is a weak reference"),
     "proxy": (lambda: PROXY.window, "'PROXY' is a weak reference"),
@@ -78,6 +79,10 @@ FLEETING = {
     "random": (lambda: random.randint(1, 9), "'random' draws random numbers"),
     "function": (lambda: 9 * draw(), "'draw' draws random numbers"),
     "generator": (lambda: DICE.randint(1, 9), "'DICE' draws random numbers"),
+    "NumPy": (lambda: 9 * np.random.rand(), "mask_mod '<lambda>' draws random numbers of NumPy"),
+    "NumPy's module": (lambda: 9 * of_numpy.rand(), "'of_numpy' draws random numbers"),
+    "NumPy's function": (lambda: 9 * draw_of_numpy(), "'draw_of_numpy' draws random numbers"),
+    "NumPy's generator": (lambda: 9 * DICE_OF_NUMPY.random(), "'DICE_OF_NUMPY' draws random numbers"),
 }
 
 
@@ -85,6 +90,19 @@ FLEETING = {
 def test_what_would_be_read_once_is_refused(read, message):
     with pytest.raises(UnsupportedVariant, match=message):
         jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: q_idx - kv_idx < read())
+
+
+def test_numbers_that_another_thread_draws_meanwhile_are_not_the_hooks():
+    """NumPy's generator is one for all threads."""
+    kept = 3
+
+    def near(b, h, q_idx, kv_idx):
+        thread = threading.Thread(target=np.random.rand)
+        thread.start()
+        thread.join()
+        return q_idx - kv_idx < kept
+
+    jitgen.Variant(mask_mod=near)
 
 
 def test_a_module_of_the_users_may_be_called_like_one_of_pythons(tmp_path, monkeypatch):

@@ -50,6 +50,13 @@ def doubled_distance(score, b, h, q_idx, kv_idx):
     return score + x
 
 
+def squared(score, b, h, q_idx, kv_idx):
+    x = torch.tanh(score)
+    for _ in range(40):  # a product of 2**40 factors
+        x = x * x
+    return score + x
+
+
 def doubled_number(score, b, h, q_idx, kv_idx):
     x = LAYER
     for _ in range(40):
@@ -62,6 +69,7 @@ SHARED = {
     "doubled": {"mask_mod": doubled},
     "distance": {"score_mod": doubled_distance},
     "number": {"score_mod": doubled_number},
+    "squared": {"score_mod": squared},
 }
 
 

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 
 import jitgen
+from jitgen import checks
 from jitgen.errors import GradNotSupported, ShapeMismatch, UnsupportedDevice
 
 K, V = torch.randn(1, 2, 40, 64), torch.randn(1, 2, 40, 64)
@@ -70,6 +71,16 @@ def test_a_tangent_is_refused_also_where_the_same_call_was_made_without():
         jitgen.attention(forward_ad.make_dual(x, x), K, V)
     with pytest.raises(GradNotSupported, match="has a tangent"):
         torch.func.jvp(lambda t: jitgen.attention(t, K, V), (x,), (x,))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by torch's forward_ad itself
+def test_tangents_are_seen_by_a_torch_that_tells_no_level(monkeypatch):
+    monkeypatch.setattr(checks, "HAS_LEVEL", False)
+    x = torch.randn(1, 2, 40, 64)
+    want = jitgen.attention(x, K, V)
+    assert torch.equal(jitgen.attention(x, K, V), want)
+    with forward_ad.dual_level(), pytest.raises(GradNotSupported, match="has a tangent"):
+        jitgen.attention(forward_ad.make_dual(x, x), K, V)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
