@@ -45,7 +45,6 @@ PART_OF = {  # included, so they have the context of what includes them
         "attention/sm90_fp8.cu.jinja",
         "attention/sm90_serving.cu.jinja",
     ),
-    "attention/sm90_serving_chain.cu.jinja": ("attention/sm90_serving.cu.jinja",),
     "attention/serving_pieces.cu.jinja": SHARES,
     "attention/serving_output.cu.jinja": PREFILL,
     "attention/serving_launch.cu.jinja": SHARES,

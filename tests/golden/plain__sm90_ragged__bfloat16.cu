@@ -693,7 +693,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           pass_turn();
           release_key();
           jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
-          jg::barrier_arrive_if(leader, JG_BARRIER(v_empty, kv.stage));
+          if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
           kv.advance();
           continue;
         }
@@ -734,7 +734,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch before it keeps ptxas from moving
           // the wait up to the top of the softmax.)
           jg::Wgmma<kHeadDimV>::wait<0>(o[0]);
-          jg::barrier_arrive_if(leader, JG_BARRIER(v_empty, value_stage));
+          if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
           if (!kRescaleEarly && moved) jg::rescale_output(o[0], factor);
           jg::weigh_columns(softmax, s, units, shift);
           keep_weights();
@@ -749,7 +749,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         finish();
         await_next();
         jg::Wgmma<kHeadDimV>::wait<0>(o[0]);
-        jg::barrier_arrive_if(leader, JG_BARRIER(v_empty, kv.stage));
+        if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
       } while (!(step & jg::kStepLast));
       laps = (laps ^ 4) & ~8u;
@@ -771,7 +771,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, row_sums());
     }
     __syncwarp();
-    jg::barrier_arrive_if(leader, JG_BARRIER(work_empty, slot()));
+    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
     laps ^= laps & 1 ? 3 : 1;
   }
 }

@@ -964,7 +964,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           pass_turn();
           release_key();
           jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
-          jg::barrier_arrive_if(leader, JG_BARRIER(v_empty, kv.stage));
+          if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
           kv.advance();
           continue;
         }
@@ -1007,7 +1007,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           // keep the tensor cores busy. (After them: 0 to 8 % slower. The branch before it keeps ptxas from moving
           // the wait up to the top of the softmax.)
           jg::Wgmma<kHeadDimV>::wait<0>(o[0]);
-          jg::barrier_arrive_if(leader, JG_BARRIER(v_empty, value_stage));
+          if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
           if (!kRescaleEarly && moved) jg::rescale_output(o[0], factor);
           jg::weigh_columns(softmax, s, units, shift);
           keep_weights();
@@ -1016,7 +1016,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
         start_pv(o[0], p, p_operand, v_operand + (kv.stage * Tile::kValueBytes >> 4));
         jg::Wgmma<kHeadDimV>::wait<0>(o[0]);
-        jg::barrier_arrive_if(leader, JG_BARRIER(v_empty, kv.stage));
+        if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
       } while (!(step & jg::kStepLast));
       laps ^= 4;
@@ -1035,7 +1035,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, row_sums());
     }
     __syncwarp();
-    jg::barrier_arrive_if(leader, JG_BARRIER(work_empty, slot()));
+    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
     laps ^= laps & 1 ? 3 : 1;
   }
   if constexpr (kCopiesOutput) jg::bulk_wait_read();   // shared memory must outlive the copies
