@@ -740,6 +740,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
           kv.advance();
+          if (step & jg::kStepLast) await_next();   // a group without rows, which has no product to find the message under
           continue;
         }
         // A run of visible tiles: the products of a tile overlap with those of the next.
