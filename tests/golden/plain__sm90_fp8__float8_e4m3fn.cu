@@ -578,7 +578,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::barrier_init_fence();
   }
   if constexpr (kSumsByProduct) {
-    if (threadIdx.x < Tile::kOnesBytes / 4) jg::store_shared(shared.base + Tile::kOnesAt + threadIdx.x * 4, 0x38383838);   // 1.0 in each byte
+    if (static_cast<int>(threadIdx.x) < Tile::kOnesBytes / 4) jg::store_shared(shared.base + Tile::kOnesAt + threadIdx.x * 4, 0x38383838);   // 1.0 in each byte
     jg::fence_async_proxy();
   }
   __syncthreads();
