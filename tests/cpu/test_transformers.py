@@ -19,6 +19,7 @@ from transformers_cases import (
     GROUPED,
     LENGTH,
     WINDOW,
+    assert_near,
     batch,
     by_both,
     cache_argument,
@@ -27,11 +28,6 @@ from transformers_cases import (
     generate,
     with_weights,
 )
-
-
-def assert_near(got, want):
-    """Equal up to float32's rounding of the largest values, in a few layers."""
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
 
 
 def assert_equal_where(kept, got, want):

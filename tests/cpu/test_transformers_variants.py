@@ -14,7 +14,7 @@ pytest.importorskip(
 import transformers
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import masking_utils
-from transformers_cases import GROUPED, LENGTH, batch, cache_argument, decoder, generate, with_weights
+from transformers_cases import GROUPED, LENGTH, assert_near, batch, cache_argument, decoder, generate, with_weights
 
 import jitgen
 from jitgen.compat.transformers import ModelMask, _register, register
@@ -29,10 +29,6 @@ from jitgen.errors import (
 )
 from jitgen.mask_tiles import TILE_FULL, TILE_NONE, classify
 from jitgen.variant import resolve
-
-
-def assert_near(got, want):
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
 
 
 def slope_of(h):

@@ -618,7 +618,7 @@ extern "C" long long jitgen_workspace_bytes(const Args* args) {
   constexpr long long kThreadBytes = sizeof(float4) + sizeof(float2);   // of four dims of a column
   return args->num_ctas * heads_per_cta(*args) * kColumns * (kHeadDimV / 4) * kThreadBytes;
 }
-// CTAs that fill the current device; negative: an error. Few requests are cut into less pieces.
+// CTAs that fill the current device; negative: an error. Few requests are cut into fewer pieces.
 extern "C" int jitgen_num_ctas(const Args* args) {
   int device = 0, num_sms = 0;
   cudaError_t error = cudaGetDevice(&device);

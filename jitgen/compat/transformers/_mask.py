@@ -10,7 +10,7 @@ import torch
 from torch.compiler import is_compiling
 from torch.nn.attention.flex_attention import BlockMask
 
-from jitgen.compat.transformers._hooks import is_zero
+from jitgen.compat.transformers._hooks import is_zero, one_mask
 
 Mask = Callable[..., Any]
 
@@ -56,9 +56,8 @@ class ModelMask(BlockMask):
         parts = [part for part in (None if replaced else self.pattern, self.padding) if part is not None]
         if replaced and self.has_unwritten:
             parts.append(written(self.q_offset + self.q_length))
-        if not parts:
-            return None
-        return shifted(parts[0] if len(parts) == 1 else both(*parts), *self.shifts(local))
+        mask = one_mask(parts)
+        return None if mask is None else shifted(mask, *self.shifts(local))
 
     @property
     def is_aligned(self) -> bool:
@@ -195,15 +194,6 @@ def written(end: Any) -> Mask:
         return kv_idx < end
 
     return is_written
-
-
-def both(one: Mask, other: Mask) -> Mask:
-    """Keys that two masks keep."""
-
-    def is_kept(b, h, q_idx, kv_idx):  # type: ignore[no-untyped-def]
-        return one(b, h, q_idx, kv_idx) & other(b, h, q_idx, kv_idx)
-
-    return is_kept
 
 
 def shifted(mask: Mask, q_shift: Any, kv_shift: Any) -> Mask:
