@@ -33,6 +33,7 @@ SHARED_ROWS = 16  # the same of a plan for cascades, or those of a request: the 
 ALL_ROWS = 1 << 30
 OVERLAP_DRIVER = (12, 3)  # least CUDA version of a driver whose graphs hold programmatic launches
 NUM_STRIDES = 10  # at the end of SERVING_ARGS
+FILLS = (0, -1)  # of the plan and the workspace, where all ones mean that a partial result has not arrived
 
 
 def _fields_to(*names: str) -> list[str]:
@@ -220,18 +221,32 @@ def _cuda_class(
     plan: Plan, program: Program, values: list[object], family: str, rows: int, class_rows: int, staged: bool = False
 ) -> KernelClass:
     kernel = runtime.get_kernel(_spec(plan, program, family, rows, staged))
-    sizes = KernelClass(kernel, class_rows, 0, None, None, staged=staged)
-    num_ctas = ask(kernel, "jitgen_num_ctas", sizes.pack(plan, program, values, *plan.room), plan)
-    if num_ctas < 0:
-        kernel.raise_error(-num_ctas)
-    sizes = replace(sizes, num_ctas=num_ctas)
-    packed = sizes.pack(plan, program, values, *plan.room)
-    bytes_of = {n: ask(kernel, f"jitgen_{n}_bytes", packed, plan, ctypes.c_longlong) for n in ("plan", "workspace")}
-    # all ones in the workspace mean that a partial result has not arrived
+    bare = KernelClass(kernel, class_rows, 0, None, None, staged=staged)
+    room = plan.room
+    num_ctas, sizes = measure(
+        kernel, plan.device_index, lambda num_ctas: replace(bare, num_ctas=num_ctas).pack(plan, program, values, *room)
+    )
     memory = [
-        torch.full((-(-bytes_of[n] // 16) * 4,), fill, dtype=torch.int32, device=plan.device)
-        for n, fill in (("plan", 0), ("workspace", -1))
+        torch.full((-(-size // 16) * 4,), fill, dtype=torch.int32, device=plan.device)
+        for size, fill in zip(sizes, FILLS, strict=True)
     ]
     addresses = memory[1].data_ptr(), memory[0].data_ptr()
     planner = kernel.function("jitgen_plan")
     return KernelClass(kernel, class_rows, num_ctas, *memory, addresses, planner, staged=staged)
+
+
+def measure(kernel: runtime.CompiledKernel, index: int | None, pack: Callable[[int], bytes]) -> tuple[int, tuple[int, int]]:
+    """CTAs of a launch of a CUDA kernel, and bytes of the plan and the workspace for them.
+
+    ``pack``: the arguments of the planner for a number of CTAs.
+    Errors:  LaunchError.
+    """
+    num_ctas = call_on(index, kernel.function("jitgen_num_ctas"), pack(0))
+    if num_ctas < 0:
+        kernel.raise_error(-num_ctas)
+    packed = pack(num_ctas)
+    plan, workspace = (
+        int(call_on(index, kernel.function(f"jitgen_{name}_bytes", ctypes.c_longlong), packed))
+        for name in ("plan", "workspace")
+    )
+    return num_ctas, (plan, workspace)
