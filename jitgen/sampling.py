@@ -13,7 +13,7 @@ import torch
 
 from jitgen.checks import dtype_name
 from jitgen.errors import InvalidType, InvalidValue, UnsupportedDtype, VariantError
-from jitgen.graphs import between_graphs
+from jitgen.graphs import sampling_operator
 from jitgen.sampling_checks import ROW_DTYPES, check_indices, check_output, check_rows, row_parameter
 from jitgen.sampling_hooks import Processor, resolve_processors
 from jitgen.sampling_launch import address, capture_words, get_kernel, launch, team_of
@@ -30,7 +30,7 @@ _UP = float("inf")
 _MOST = 2**31 - 1
 
 
-@between_graphs
+@sampling_operator
 def sample(
     x: torch.Tensor,
     *,
@@ -88,7 +88,7 @@ def sample(
     return out if valid is None else (out, valid)
 
 
-@between_graphs
+@sampling_operator
 def softmax(
     logits: torch.Tensor,
     *,
@@ -115,7 +115,7 @@ def softmax(
     return out
 
 
-@between_graphs
+@sampling_operator
 def renorm(
     probs: torch.Tensor,
     *,
@@ -143,7 +143,7 @@ def renorm(
     return out
 
 
-@between_graphs
+@sampling_operator
 def mask_logits(
     logits: torch.Tensor,
     *,
@@ -162,7 +162,7 @@ def mask_logits(
     return out
 
 
-@between_graphs
+@sampling_operator
 def process_logits(
     logits: torch.Tensor,
     processor: Processor | Sequence[Processor] | None = None,
@@ -235,7 +235,6 @@ def run(
     ))  # fmt: skip
 
 
-@between_graphs
 def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Logits with -inf for the tokens whose bit is 0, in place unless ``out`` is given.
 
@@ -245,7 +244,6 @@ def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, *, out: tor
     return process_logits(logits, bitmask=bitmask, out=logits if out is None else out)
 
 
-@between_graphs
 def apply_penalties(logits: torch.Tensor, penalties: Penalties, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Logits after the penalties, in place unless ``out`` is given. jitgen.sample(penalties=...) does it on the way.
 

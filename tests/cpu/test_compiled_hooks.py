@@ -335,21 +335,6 @@ def test_other_calls_break_the_graph_or_name_the_remedy(call):
         torch.compile(call, backend="aot_eager", fullgraph=True)(*given)
 
 
-def test_calls_that_are_no_operators_cost_one_break_and_no_recompilation():
-    def step(logits, seeds):
-        return jitgen.sample(logits * 2, temperature=0.8, top_p=0.9, seed=seeds) + 1
-
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(step, backend=counter)
-    for rows in (1, 2, 3, 5, 8):
-        logits, seeds = torch.randn(rows, 50), torch.arange(rows)
-        assert torch.equal(compiled(logits, seeds), step(logits, seeds))
-    assert counter.frame_count == 4  # before and after the call, for one row and for any number
-    torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"sampling\.sample is no operator of a graph\. Call it outside"):
-        torch.compile(step, backend="eager", fullgraph=True)(torch.randn(2, 50), torch.arange(2))
-
-
 def test_block_lists_are_attended_between_graphs_and_their_mask_inside_of_one():
     starts, numbers = torch.tensor([0, 1, 3, 4, 6]), torch.tensor([0, 0, 1, 2, 0, 3])
     blocks = jitgen.BlockSparse.bsr(starts.int(), numbers.int(), (64, 64), (16, 16))
