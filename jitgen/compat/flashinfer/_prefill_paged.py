@@ -168,17 +168,43 @@ class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
         Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedOption, VariantError before plan().
         """
         check_no_extras(args)
-        check_scale_factors(kv_cache_sf)
-        check_changes(
+        return self._run_changed(
+            {}, q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse, return_lse=return_lse,
+            lse_base=lse_base, lse_layout=lse_layout, window_left=window_left, sinks=sinks, kv_cache_sf=kv_cache_sf,
             skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor, use_fp16_softmax=use_fp16_softmax,
             uses_spcompress=uses_spcompress,
         )  # fmt: skip
-        changes = {} if window_left is None else {"window_left": window_left}
+
+    run_return_lse = functools.partialmethod(run, return_lse=True)
+
+    def _run_changed(
+        self,
+        changes: dict[str, Any],
+        q: torch.Tensor,
+        paged_kv_cache: Cache,
+        *,
+        q_scale: Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        return_lse: bool = False,
+        lse_base: str = "log2",
+        lse_layout: str = "NH",
+        enable_pdl: bool | None = None,
+        window_left: int | None = None,
+        sinks: torch.Tensor | None = None,
+        kv_cache_sf: object = None,
+        **others: object,
+    ) -> Any:
+        """run() with ``changes`` to the planned options; ``others`` change the result and are refused."""
+        check_scale_factors(kv_cache_sf)
+        check_changes(**others)
+        if window_left is not None:
+            changes = {**changes, "window_left": window_left}
         return self._run(
             q, paged_kv_cache, changes, (q_scale, k_scale, v_scale), sinks, (out, lse), return_lse, lse_base, lse_layout
         )
-
-    run_return_lse = functools.partialmethod(run, return_lse=True)
 
     def run_placed(self, q: torch.Tensor, paged_kv_cache: Cache, place: Place | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and logsumexp when the requests are pieces of longer contexts."""

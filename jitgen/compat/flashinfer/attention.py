@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +14,14 @@ from jitgen.compat.flashinfer._options import attention_dtypes, check_backend, c
 from jitgen.compat.flashinfer._prefill_paged import BatchPrefillWithPagedKVCacheWrapper
 from jitgen.compat.flashinfer._wrapper import Wrapper
 from jitgen.compat.flashinfer.jit import gen_batch_attention_module  # noqa: F401
-from jitgen.errors import UnsupportedOption
+from jitgen.errors import InvalidType, UnsupportedOption
 
 Cache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Dtype = str | torch.dtype | None
+# what FlashInfer compiles into its wrapper with sinks, in the order of the constructor
+COMPILED_IN = (
+    "pos_encoding_mode", "use_fp16_qk_reduction", "q_data_type", "kv_data_type", "head_dim_qk", "head_dim_vo", "window_left",
+)  # fmt: skip
 
 
 class BatchAttention(Wrapper):
@@ -87,7 +90,7 @@ class BatchAttention(Wrapper):
         """
         check_profiler(profiler_buffer is not None)
         check_scale_factors(kv_cache_sf)
-        options = self._override(logits_soft_cap=logits_soft_cap) if logits_soft_cap else self._plan_of().options
+        options = self._override(logits_soft_cap=logits_soft_cap) if logits_soft_cap > 0 else self._plan_of().options
         return self._attend(q, kv_cache, options, scales=(None, k_scale, v_scale), out=out, lse=lse, return_lse=True)  # type: ignore[no-any-return]
 
 
@@ -117,6 +120,10 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
             float_workspace_buffer, kv_layout, use_cuda_graph, qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf,
             paged_kv_last_page_len_buf, custom_mask_buf, mask_indptr_buf,
         )  # fmt: skip
+        for name in also_compiled_in.keys() - set(COMPILED_IN):
+            raise InvalidType(f"{type(self).__name__} takes no argument {name!r}, expected one of {', '.join(COMPILED_IN)}.")
+        if len(compiled_in) > len(COMPILED_IN):
+            raise InvalidType(f"got {len(compiled_in)} arguments after backend, expected at most {len(COMPILED_IN)}.")
 
     def run(  # type: ignore[override]
         self, q: torch.Tensor, paged_kv_cache: Cache, *args: Any, sinks: torch.Tensor | None = None, **options: Any
@@ -125,14 +132,8 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
         if len(args) > 2 or (args and sinks is not None):
             raise UnsupportedOption(f"run() got {len(args)} extra arguments, expected the sinks and the softmax scale, once.")
         sinks = args[0] if args else sinks
-        if len(args) == 2:
-            planned = self._plan_of()
-            self._planned = replace(planned, options=replace(planned.options, sm_scale=float(args[1])))
-            try:
-                return super().run(q, paged_kv_cache, sinks=sinks, **options)
-            finally:
-                self._planned = planned
-        return super().run(q, paged_kv_cache, sinks=sinks, **options)
+        changes = {"sm_scale": float(args[1])} if len(args) == 2 else {}
+        return self._run_changed(changes, q, paged_kv_cache, sinks=sinks, **options)
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
 

@@ -9,7 +9,7 @@ import torch
 from jitgen.compat.flashinfer._batch import Batch, Heads
 from jitgen.compat.flashinfer._hooks import Hooks, Options, check_sinks, hooks_for
 from jitgen.compat.flashinfer._inputs import Planned, check_indptr, rows_known
-from jitgen.compat.flashinfer._options import attention_dtypes, check_changes, check_dtype
+from jitgen.compat.flashinfer._options import attention_dtypes, check_dtype
 from jitgen.compat.flashinfer._wrapper import Wrapper
 from jitgen.compat.flashinfer.attention import check_profiler
 from jitgen.compat.flashinfer.jit import gen_batch_mla_module  # noqa: F401
@@ -18,6 +18,7 @@ from jitgen.spec import MLA_DIMS
 from jitgen.variant import Variant
 
 Dtype = str | torch.dtype
+REMEDY = "Multiply q, sm_scale or the output by it."
 MAX_VARIANTS = 256  # layers may have their own sinks
 
 
@@ -118,8 +119,10 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         if kv_len is not None or page_table is not None:
             raise UnsupportedOption("kv_len and page_table belong to the cutlass back end. Give them to plan().")
         for name, value in (("o_scale", o_scale), ("ckv_scale", ckv_scale), ("kpe_scale", kpe_scale)):
-            check_changes(**{name: value is not None and value != 1.0})
-        check_changes(ckv_scale_arr=ckv_scale_arr is not None)
+            if value is not None and (isinstance(value, torch.Tensor) or value != 1.0):  # a tensor is not waited for
+                raise UnsupportedOption(f"{name} is {given_as(value)}, and latent caches have no scales here. {REMEDY}")
+        if ckv_scale_arr is not None:
+            raise UnsupportedOption(f"ckv_scale_arr was given, and latent caches have no scales here. {REMEDY}")
         planned = self._plan_of()
         heads, batch = planned.heads, planned.batch
         check_latent("q_nope", q_nope, (heads.num_q, 512), heads.q_dtype)
@@ -147,6 +150,11 @@ def check_options(call: str, options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name != "enable_pdl" and value is not None and value is not False:
             raise UnsupportedOption(f"{name}={value!r} of {call}() is for other back ends and not supported. Leave it out.")
+
+
+def given_as(value: object) -> str:
+    """An argument in a message."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
 
 
 def check_latent(name: str, t: torch.Tensor, inner: tuple[int, int], dtype: torch.dtype) -> None:
