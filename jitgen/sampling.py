@@ -76,6 +76,10 @@ def sample(
         raise VariantError("temperature divides logits, and from_logits is False. Pass logits, or leave it out.")
     if isinstance(bad_token, bool) or not isinstance(bad_token, int):
         raise InvalidType(f"bad_token is {bad_token!r} of type {type(bad_token).__name__}, expected an int.")
+    if abs(bad_token) > _MOST:
+        raise InvalidValue(f"bad_token is {bad_token}, expected an int of 32 bits.")
+    if not isinstance(advance, bool):
+        raise InvalidType(f"advance is {advance!r} of type {type(advance).__name__}, expected a bool.")
     rows, batch = check_indices(indices, x.shape[0], x.device)
     out = check_output("out", out, (batch,), (torch.int32, torch.int64), x.device)
     streams = resolve_streams(seed, offset, generator, advance, batch, x.device)
