@@ -16,6 +16,7 @@ from jitgen.errors import ShapeMismatch, UnsupportedDtype
 from jitgen.streams import stream_of
 
 FEW_ROWS = 32  # query rows * query heads of a KV head up to which the decode kernel, which splits the keys, is the faster one
+MAX_STREAMS = 64  # whose plans are kept
 
 _plans: dict[tuple[torch.device, int], Plans] = {}  # by device and stream: calls on two streams may not share partial results
 
@@ -145,6 +146,8 @@ def single_request(
     plans = None if held is None else held.plans
     if plans is None and q.is_cuda and 0 < q.shape[0] * (heads.num_q // heads.num_kv) <= FEW_ROWS:
         key = (q.device, stream_of(q.device.index))
+        if key not in _plans and len(_plans) >= MAX_STREAMS:
+            _plans.clear()
         plans = _plans.setdefault(key, Plans(q.device))
     if plans is not None:
         out, lse = plans.attend(batch, heads, hooks, variant, q, (k, v), "NHD", scale, None, None, True)
