@@ -71,3 +71,21 @@ def test_compiled_steps_draw_what_eager_ones_do(options):
         assert torch.equal(got, step(logits, offsets[1], temperature)) and torch.equal(*offsets)
     assert offsets[0].tolist() == [5 * 64] * 5
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("options", [{"backend": "aot_eager"}, {}, {"mode": "reduce-overhead"}], ids=str)
+def test_declared_tensors_are_inputs_of_a_graph(options):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+    def layer(q, k, v, doc):
+        return jitgen.attention(q * 2, k, v, mask_mod=lambda b, h, q_idx, kv_idx: doc[q_idx] == doc[kv_idx]) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, **options)
+    with torch.no_grad():
+        for size in (50, 70, 110, 130):
+            q, k, v = (torch.randn(2, 8, 300, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+            doc = torch.arange(300, device="cuda") // size
+            got = compiled(q, k, v, jitgen.sorted(doc))
+            torch.testing.assert_close(got, layer(q, k, v, doc), rtol=2e-2, atol=2e-2)
+    torch._dynamo.reset()
