@@ -54,6 +54,9 @@ class SortedTensor(torch.Tensor):
         made.plain = t.as_subclass(torch.Tensor)
         return made
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return SortedTensor.of, (self.plain,)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SortedTensor:
         if id(self) not in memo:
             memo[id(self)] = SortedTensor.of(self.as_subclass(torch.Tensor).clone())
