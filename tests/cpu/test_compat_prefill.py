@@ -263,6 +263,20 @@ def test_sink_wrapper_takes_the_sinks_by_position():
     assert_near(wrapper.run(batch.q, batch.cache, sinks=sinks), batch.expected(causal=True, window_left=3, sinks=sinks)[0])
 
 
+def test_sizes_of_workspaces_take_no_options_that_there_are_none_of():
+    batch = paged_batch([5, 3], [9, 40])
+    wrappers = [
+        (flashinfer.BatchPrefillWithPagedKVCacheWrapper, (batch.qo_indptr, *batch.tables, 4, 2, 16, 4)),
+        (flashinfer.BatchPrefillWithRaggedKVCacheWrapper, (batch.qo_indptr, batch.qo_indptr, 4, 2, 16)),
+        (flashinfer.BatchDecodeWithPagedKVCacheWrapper, (*batch.tables, 4, 2, 16, 4)),
+    ]
+    for wrapper, given in wrappers:
+        made = wrapper(WORKSPACE)
+        assert len(made.workspace_size(*given, window_left=3, q_data_type="float32")) == 2
+        with pytest.raises(InvalidType, match=r"workspace_size\(\) takes no option 'window', expected one of "):
+            made.workspace_size(*given, window=3)
+
+
 def test_batch_attention():
     batch = paged_batch(Q_LENS, KV_LENS)
     wrapper = flashinfer.BatchAttention(device="cpu")

@@ -113,10 +113,10 @@ def mask_bits(
     return pack_segments(mask, indptr, start, num_bytes, "little"), start.int()
 
 
-def check_indptr(qo_indptr: torch.Tensor, batch: int) -> None:
-    """qo_indptr bounds the rows of the same requests."""
-    if qo_indptr.dim() != 1 or qo_indptr.shape[0] != batch + 1:
-        raise ShapeMismatch(f"qo_indptr has shape {tuple(qo_indptr.shape)}, expected [{batch + 1}], one more than requests.")
+def check_indptr(indptr: torch.Tensor, batch: int, name: str = "qo_indptr") -> None:
+    """The bounds of rows, or of page lists, are those of the same requests."""
+    if indptr.dim() != 1 or indptr.shape[0] != batch + 1:
+        raise ShapeMismatch(f"{name} has shape {tuple(indptr.shape)}, expected [{batch + 1}], one more than requests.")
 
 
 def rows_known(qo_indptr: torch.Tensor) -> int | None:

@@ -17,7 +17,7 @@ from jitgen.compat.flashinfer._options import (
     check_multi_item,
     check_no_extras,
     check_scale_factors,
-    named_options,
+    known_options,
     rows_first,
 )
 from jitgen.compat.flashinfer._wrapper import Wrapper
@@ -202,7 +202,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
 
         Cost:    waits for the device if qo_indptr is there.
         """
-        options = named_options("workspace_size()", RAGGED_OPTIONS, by_position, options)
+        options = known_options("workspace_size()", RAGGED_OPTIONS, by_position, options)
         dtype = as_dtype(options.get("q_data_type", "float16"), "q_data_type")
         heads = Heads(num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo or head_dim_qk, dtype, dtype)
         return self._workspace_bytes(qo_indptr.shape[0] - 1, int(qo_indptr[-1]), heads, "ragged")

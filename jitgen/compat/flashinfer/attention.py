@@ -61,7 +61,7 @@ class BatchAttention(Wrapper):
         check_profiler(use_profiler)
         q_dtype, kv_dtype, o_dtype = attention_dtypes(q_data_type, kv_data_type, None, stored=True)
         check_indptr(qo_indptr, kv_len_arr.shape[0])
-        check_indptr(kv_indptr, kv_len_arr.shape[0])
+        check_indptr(kv_indptr, kv_len_arr.shape[0], "kv_indptr")
         batch = Batch(
             self._held("qo_indptr", qo_indptr), self._held("kv_len", kv_len_arr), self._held("kv_indptr", kv_indptr),
             self._held("kv_indices", kv_indices), page_size,

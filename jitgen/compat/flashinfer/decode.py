@@ -16,6 +16,7 @@ from jitgen.compat.flashinfer._options import (
     check_changes,
     check_no_extras,
     check_scale_factors,
+    known_options,
     named_options,
 )
 from jitgen.compat.flashinfer._single import single_decode_with_kv_cache  # noqa: F401
@@ -230,7 +231,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         Takes the options of plan() but non_blocking and window_right, by position too.
         """
         names = tuple(name for name in PLAN_OPTIONS if name != "non_blocking")
-        options = named_options("workspace_size()", names, by_position, options)
+        options = known_options("workspace_size()", names, by_position, options)
         rows = last_page_len.shape[0] * options.get("q_len_per_req", 1)
         dtypes = attention_dtypes(
             *(options.get(name) for name in ("q_data_type", "kv_data_type", "o_data_type", "data_type")), stored=True

@@ -74,8 +74,8 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         if (head_dim_ckv + head_dim_kpe, head_dim_ckv) != MLA_DIMS:
             raise ShapeMismatch(f"head_dim_ckv is {head_dim_ckv}, head_dim_kpe {head_dim_kpe}, expected 512 and 64.")
         q_dtype, _, o_dtype = attention_dtypes(q_data_type, kv_data_type, None)
-        for indptr in (qo_indptr, kv_indptr):
-            check_indptr(indptr, kv_len_arr.shape[0])
+        for name, indptr in (("qo_indptr", qo_indptr), ("kv_indptr", kv_indptr)):
+            check_indptr(indptr, kv_len_arr.shape[0], name)
         self._check_batch(kv_len_arr.shape[0], self._qo_indptr_buf)
         batch = Batch(
             self._held("qo_indptr", qo_indptr, self._qo_indptr_buf), self._held("kv_len", kv_len_arr, self._kv_len_arr_buf),

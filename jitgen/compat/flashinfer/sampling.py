@@ -22,9 +22,7 @@ NO_TOKEN = 0
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # odd: rows that share a seed get streams far apart
 
 
-def softmax(
-    logits: torch.Tensor, temperature: Number | None = None, enable_pdl: bool | None = None
-) -> torch.Tensor:
+def softmax(logits: torch.Tensor, temperature: Number | None = None, enable_pdl: bool | None = None) -> torch.Tensor:
     """Softmax of rows of logits divided by the temperature, in float32."""
     return native.softmax(logits, temperature=temperature)
 
