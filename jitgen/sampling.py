@@ -67,7 +67,8 @@ def sample(
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, InvalidValue, InvalidType, UnsupportedVariant (of a
              processor), CompileError.
              A row with NaN, infinite, negative or no mass gets bad_token and valid False; it disturbs no other.
-    Cost:    compiles once per combination of filters and dtypes; reads x from memory once.
+    Cost:    compiles once per combination of filters and dtypes; reads x from memory once. Inside torch.compile the call is one
+             operator, whatever processors capture there; a generator breaks the graph.
     """
     check_rows("x", x)
     if order not in ORDERS:

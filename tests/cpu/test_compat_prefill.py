@@ -277,6 +277,24 @@ def test_sizes_of_workspaces_take_no_options_that_there_are_none_of():
             made.workspace_size(*given, window=3)
 
 
+def test_tables_are_tensors_of_integers():
+    batch = paged_batch([1, 1], [9, 40])
+    tables = {"paged_kv_indptr": batch.indptr, "paged_kv_indices": batch.indices, "paged_kv_last_page_len": batch.last_page_len}
+    prefill, decode = (kind(WORKSPACE) for kind in (flashinfer.BatchPrefillWithPagedKVCacheWrapper,
+                                                    flashinfer.BatchDecodeWithPagedKVCacheWrapper))  # fmt: skip
+    for i, name in enumerate(("qo_indptr", *tables)):
+        for wrong, error in ((lambda t: t.tolist(), InvalidType), (lambda t: t.float(), UnsupportedDtype)):
+            given = {"qo_indptr": batch.qo_indptr, **tables}
+            given[name] = wrong(given[name])
+            with pytest.raises(error, match=rf"^{name} .* expected a torch.Tensor of int32|^{name} has dtype torch.float32"):
+                prefill.plan(**given, num_qo_heads=4, num_kv_heads=2, head_dim_qk=16, page_size=4)
+            if i:
+                with pytest.raises(error, match=name.removeprefix("paged_kv_")):
+                    decode.plan(*list(given.values())[1:], 4, 2, 16, 4)
+    with pytest.raises(InvalidType, match="num_qo_heads is '4' of type str"):
+        decode.plan(*tables.values(), "4", 2, 16, 4)
+
+
 def test_batch_attention():
     batch = paged_batch(Q_LENS, KV_LENS)
     wrapper = flashinfer.BatchAttention(device="cpu")

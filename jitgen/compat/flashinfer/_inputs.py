@@ -10,7 +10,7 @@ from jitgen.compat.flashinfer._batch import Batch, Heads
 from jitgen.compat.flashinfer._hooks import Options
 from jitgen.compat.flashinfer._options import check_dtype
 from jitgen.compat.flashinfer.quantization import byte_offsets, pack_segments
-from jitgen.errors import ShapeMismatch, UnsupportedDtype
+from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDtype
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,15 @@ def mask_bits(
         )
     mask, indptr, start = (t.to(device) for t in (custom_mask, indptr, start))
     return pack_segments(mask, indptr, start, num_bytes, "little"), start.int()
+
+
+def check_tables(**tables: object) -> None:
+    """What a plan is made from are tensors of integers."""
+    for name, t in tables.items():
+        if not isinstance(t, torch.Tensor):
+            raise InvalidType(f"{name} is a {type(t).__name__}, expected a torch.Tensor of int32 or int64.")
+        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+            raise UnsupportedDtype(f"{name} has dtype {t.dtype}, expected int32 or int64.")
 
 
 def check_indptr(indptr: torch.Tensor, batch: int, name: str = "qo_indptr") -> None:

@@ -9,7 +9,7 @@ import torch
 
 from jitgen.compat.flashinfer._batch import Batch, Heads
 from jitgen.compat.flashinfer._hooks import Options, Place, Scale
-from jitgen.compat.flashinfer._inputs import Planned, check_indptr, rows_known, split_of
+from jitgen.compat.flashinfer._inputs import Planned, check_indptr, check_tables, rows_known, split_of
 from jitgen.compat.flashinfer._options import (
     as_dtype,
     attention_dtypes,
@@ -119,6 +119,10 @@ class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
         Cost:    copies the tables; waits for the device only with a custom mask.
         """
         check_multi_item(prefix_len_ptr, token_pos_in_items_ptr, max_item_len_ptr)
+        check_tables(
+            qo_indptr=qo_indptr, paged_kv_indptr=paged_kv_indptr, paged_kv_indices=paged_kv_indices,
+            paged_kv_last_page_len=paged_kv_last_page_len,
+        )  # fmt: skip
         q_dtype, kv_dtype, o_dtype = attention_dtypes(q_data_type, kv_data_type, o_data_type, stored=True)
         check_indptr(qo_indptr, paged_kv_last_page_len.shape[0])
         self._check_batch(paged_kv_last_page_len.shape[0], self._qo_indptr_buf)

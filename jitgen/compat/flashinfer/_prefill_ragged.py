@@ -9,7 +9,7 @@ import torch
 
 from jitgen.compat.flashinfer._batch import Batch, Heads
 from jitgen.compat.flashinfer._hooks import Options, Scale
-from jitgen.compat.flashinfer._inputs import Planned, check_indptr, rows_known, split_of
+from jitgen.compat.flashinfer._inputs import Planned, check_indptr, check_tables, rows_known, split_of
 from jitgen.compat.flashinfer._options import (
     as_dtype,
     attention_dtypes,
@@ -107,6 +107,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         Cost:    copies the tables; waits for the device only with a custom mask.
         """
         check_multi_item(prefix_len_ptr, token_pos_in_items_ptr, max_item_len_ptr)
+        check_tables(qo_indptr=qo_indptr, kv_indptr=kv_indptr)
         for name, value in (("v_indptr", v_indptr), ("o_indptr", o_indptr)):
             if value is not None:
                 raise UnsupportedOption(f"{name} was given: values and outputs lie as keys and queries do. Leave it out.")

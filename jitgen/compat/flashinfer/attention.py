@@ -9,7 +9,7 @@ import torch
 
 from jitgen.compat.flashinfer._batch import Batch, Heads
 from jitgen.compat.flashinfer._hooks import Options, Scale
-from jitgen.compat.flashinfer._inputs import Planned, check_indptr, rows_known
+from jitgen.compat.flashinfer._inputs import Planned, check_indptr, check_tables, rows_known
 from jitgen.compat.flashinfer._options import attention_dtypes, check_backend, check_scale_factors
 from jitgen.compat.flashinfer._prefill_paged import BatchPrefillWithPagedKVCacheWrapper
 from jitgen.compat.flashinfer._wrapper import Wrapper
@@ -59,6 +59,7 @@ class BatchAttention(Wrapper):
         Cost:    copies the tables; no wait for the device.
         """
         check_profiler(use_profiler)
+        check_tables(qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_indices=kv_indices, kv_len_arr=kv_len_arr)
         q_dtype, kv_dtype, o_dtype = attention_dtypes(q_data_type, kv_data_type, None, stored=True)
         check_indptr(qo_indptr, kv_len_arr.shape[0])
         check_indptr(kv_indptr, kv_len_arr.shape[0], "kv_indptr")

@@ -10,7 +10,7 @@ import torch
 
 from jitgen.compat.flashinfer._batch import Batch, Heads
 from jitgen.compat.flashinfer._hooks import Options, Scale
-from jitgen.compat.flashinfer._inputs import Planned, split_of
+from jitgen.compat.flashinfer._inputs import Planned, check_tables, split_of
 from jitgen.compat.flashinfer._options import (
     attention_dtypes,
     check_changes,
@@ -132,6 +132,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         disable_split_kv: bool = False,
         q_len_per_req: int = 1,
     ) -> None:
+        check_tables(indptr=indptr, indices=indices, last_page_len=last_page_len)
         num_q, num_kv, dim = heads
         q_dtype, kv_dtype, o_dtype = attention_dtypes(q_data_type, kv_data_type, o_data_type, data_type, stored=True)
         right = None if window_right < 0 or (window_right == 0 and q_len_per_req == 1) else window_right

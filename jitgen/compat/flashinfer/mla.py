@@ -8,7 +8,7 @@ import torch
 
 from jitgen.compat.flashinfer._batch import Batch, Heads
 from jitgen.compat.flashinfer._hooks import Hooks, Options, check_sinks, hooks_for
-from jitgen.compat.flashinfer._inputs import Planned, check_indptr, rows_known
+from jitgen.compat.flashinfer._inputs import Planned, check_indptr, check_tables, rows_known
 from jitgen.compat.flashinfer._options import attention_dtypes, check_dtype
 from jitgen.compat.flashinfer._wrapper import Wrapper
 from jitgen.compat.flashinfer.attention import check_profiler
@@ -70,6 +70,7 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         Cost:    copies the tables; no wait for the device.
         """
         check_profiler(use_profiler)
+        check_tables(qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_indices=kv_indices, kv_len_arr=kv_len_arr)
         check_options("plan", options)
         if (head_dim_ckv + head_dim_kpe, head_dim_ckv) != MLA_DIMS:
             raise ShapeMismatch(f"head_dim_ckv is {head_dim_ckv}, head_dim_kpe {head_dim_kpe}, expected 512 and 64.")
