@@ -30,6 +30,7 @@ from jitgen.serving_kernels import (
     pack_fixed,
     pack_launch,
     pack_memory,
+    pack_planner,
 )
 from jitgen.spec import CUDA_DTYPES, KernelSpec
 from jitgen.streams import call_on, current_stream
@@ -174,8 +175,7 @@ class SplitCall:
 
     def planner_args(self, num_ctas: int, memory: bytes, stream: int, tail: bytes) -> bytes:
         """Arguments of the planner."""
-        numbers = pack_batch(*self.sizes, 0, 0, 0, 0) + self._fixed(num_ctas)
-        return pack_launch(0, 0, 0, 0, 0, memory, 0, 0, stream, 0, numbers) + tail
+        return pack_planner(self.sizes, memory, self._fixed(num_ctas), stream) + tail
 
     def _plan(self, room: Room, stream: int, tail: bytes, mask_numbers: tuple[object, ...]) -> None:
         """Plan for the lengths of this call, unless that has been done."""

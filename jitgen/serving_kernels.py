@@ -55,6 +55,19 @@ pack_launch = struct.Struct(
 ).pack
 
 
+def pack_planner(
+    sizes: tuple[int, int, int, int], memory: bytes, fixed: bytes, stream: int, *, kv_start: int = 0, num_pages: int = 0,
+    threads: int = 0,
+) -> bytes:  # fmt: skip
+    """The fields up to the tail as planners read them: without q, k, v and the rest of what only a launch reads.
+
+    ``sizes``: requests, query heads, key heads, rows; ``memory`` and ``fixed`` as pack_memory and pack_fixed make them.
+    """
+    return pack_launch(
+        0, 0, 0, 0, 0, memory, kv_start, 0, stream, threads, pack_batch(*sizes, 0, num_pages, 0, 0) + fixed
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class KernelClass:
     """One kernel of a plan, what its planner writes, and its scratch memory."""
@@ -107,11 +120,12 @@ class KernelClass:
         if room is not None:
             c = replace(self, addresses=(room.data_ptr(), 0), num_ctas=room.shape[0])
         threads, no_bound = (torch.get_num_threads(), 1 << 62) if plan.device_index is None else (0, 0)  # of rows of k
-        own = pack_batch(batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, no_bound, 0, 0)
-        numbers = own + c.fixed(plan, c.overlaps)
         starts = plan.stage.start if c.staged else plan.kv_start  # type: ignore[union-attr]
-        kv_start = 0 if starts is None else starts.data_ptr()
-        own = pack_launch(0, 0, 0, 0, 0, c.memory(plan), kv_start, 0, stream_of(plan.device_index), threads, numbers)
+        own = pack_planner(
+            (batch, plan.num_q_heads, plan.num_kv_heads, total_q), c.memory(plan), c.fixed(plan, c.overlaps),
+            stream_of(plan.device_index), kv_start=0 if starts is None else starts.data_ptr(), num_pages=no_bound,
+            threads=threads,
+        )  # fmt: skip
         words = c.words(plan, program, no_scales(plan)) + (NO_PAGES if c.kernel.spec.reads_pages else [])
         return own + c.kernel.pack_tail(tail_words(plan, program, values, words))
 
