@@ -51,9 +51,10 @@ def attention(
              cannot be expressed; CompileError, ToolchainMissing on the first use of a variant.
     Cost:    compiles once per variant, head dim and dtype; later calls launch one kernel, 8-bit ones another that transposes
              v into a workspace of its size. On a GPU few rows over many keys (a decode step) take the decode kernel of plans,
-             compiled too, and some MB of memory that is kept; a small kernel divides the keys where their number has changed,
-             or the mask reads tensors. q_transform, k_transform and v_transform are one more each, which copies. Under
-             torch.compile the call is one operator, but breaks the graph where out is given.
+             compiled too, and some MB of memory that is kept, or goes with the CUDA graph that holds the call; a small kernel
+             divides the keys where their number has changed, or the mask reads tensors. q_transform, k_transform and
+             v_transform are one more each, which copies. Under torch.compile the call is one operator, but breaks the graph
+             where out is given.
     Source:  online softmax (Milakov & Gimelshein 2018), tiled as in FlashAttention (Dao et al. 2022).
     """
     if is_compiling() and out is None and is_traced(q):

@@ -45,10 +45,21 @@ class SortedTensor(torch.Tensor):
     """A tensor declared ascending by jitgen.sorted; everything computed from it is a plain tensor again."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    plain: torch.Tensor  # the same memory: what a graph of torch.compile takes, which refuses subclasses (trackers.py)
+
+    @classmethod
+    def of(cls, t: torch.Tensor) -> SortedTensor:
+        """A view of a tensor that ascends."""
+        made = t.as_subclass(cls)
+        made.plain = t.as_subclass(torch.Tensor)
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return SortedTensor.of, (self.plain,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SortedTensor:
         if id(self) not in memo:
-            memo[id(self)] = self.as_subclass(torch.Tensor).clone().as_subclass(SortedTensor)
+            memo[id(self)] = SortedTensor.of(self.as_subclass(torch.Tensor).clone())
         return memo[id(self)]  # type: ignore[no-any-return]
 
 

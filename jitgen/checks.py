@@ -26,7 +26,9 @@ HAS_LEVEL = hasattr(forward_ad, "_current_level")  # private: another torch may 
 def narrowed(t: torch.Tensor) -> torch.Tensor:
     """Integers as int32. Those that do not fit become the largest or the smallest, which no check lets pass: cut to their low
     bits they could be any valid number."""
-    return t if t.dtype is torch.int32 else t.clamp(INT32.min, INT32.max).to(torch.int32)
+    if t.dtype is torch.int64:
+        t = t.clamp(INT32.min, INT32.max)
+    return t if t.dtype is torch.int32 else t.to(torch.int32)
 
 
 def as_int32(t: torch.Tensor) -> torch.Tensor:

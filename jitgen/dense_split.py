@@ -6,8 +6,8 @@ what the mask reads; the layers of a model share what it wrote.
 
 from __future__ import annotations
 
-import ctypes
 import threading
+from collections.abc import Hashable
 
 import torch
 
@@ -15,21 +15,25 @@ from jitgen import runtime
 from jitgen.checks import dtype_name
 from jitgen.errors import KernelNotPrebuilt, ToolchainMissing
 from jitgen.families import serving_spec
+from jitgen.graph_capture import GraphTable, capture_number, memory_apart
 from jitgen.ir import PACKED, walk
 from jitgen.program import Program, uses_index
 from jitgen.serving_checks import MAX_CUDA_BATCH
 from jitgen.serving_kernels import (
     ALL_ROWS,
     DECODE_ROWS,
+    FILLS,
     NUM_STRIDES,
     can_overlap,
+    measure,
     pack_batch,
     pack_fixed,
     pack_launch,
     pack_memory,
+    pack_planner,
 )
 from jitgen.spec import CUDA_DTYPES, KernelSpec
-from jitgen.streams import call_on, capture_number, current_stream, memory_apart
+from jitgen.streams import call_on, current_stream
 
 Tensor = torch.Tensor
 LEAST_KEYS = 512  # of a request
@@ -158,20 +162,20 @@ class SplitCall:
 
     def _room(self, stream: int, capture: int, tail: bytes) -> Room:
         """The memory for this call, made when it is first needed."""
-        rooms = _captured if capture else _rooms
-        key = (self.kernel, self.sizes, self.is_shared, self.device.index, stream, capture)
+        key = (self.kernel, self.sizes, self.is_shared, self.device.index, stream)
+        rooms = _captured.of(capture, stream) if capture else _rooms
         room = rooms.get(key)
         if room is None:
-            if len(rooms) >= MAX_ROOMS and not capture:
+            _captured.drop()
+            if not capture and len(rooms) >= MAX_ROOMS:
                 rooms.clear()
             with torch.inference_mode(False):  # what is made in that mode cannot be changed outside of it
-                room = rooms[key] = Room(self, stream, tail)
+                room = rooms[key] = Room(self, stream, tail, is_captured=bool(capture))
         return room
 
-    def planner_args(self, room: Room, stream: int, tail: bytes) -> bytes:
+    def planner_args(self, num_ctas: int, memory: bytes, stream: int, tail: bytes) -> bytes:
         """Arguments of the planner."""
-        numbers = pack_batch(*self.sizes, 0, 0, 0, 0) + self._fixed(room.num_ctas)
-        return pack_launch(0, 0, 0, 0, 0, room.memory, 0, 0, stream, 0, numbers) + tail
+        return pack_planner(self.sizes, memory, self._fixed(num_ctas), stream) + tail
 
     def _plan(self, room: Room, stream: int, tail: bytes, mask_numbers: tuple[object, ...]) -> None:
         """Plan for the lengths of this call, unless that has been done."""
@@ -180,7 +184,7 @@ class SplitCall:
             return
         room.planned = None
         room.take_length(self.kv_len)
-        code = self.kernel.function("jitgen_plan")(self.planner_args(room, stream, tail))
+        code = self.kernel.function("jitgen_plan")(self.planner_args(room.num_ctas, room.memory, stream, tail))
         if code:
             self.kernel.raise_error(code)
         room.planned = wanted
@@ -192,27 +196,24 @@ class Room:
     It is none of a graph's own, so a graph of torch.compile finds no memory of its pool in use that it knows nothing of.
     """
 
-    def __init__(self, call: SplitCall, stream: int, tail: bytes) -> None:
-        kernel, batch = call.kernel, call.batch
+    def __init__(self, call: SplitCall, stream: int, tail: bytes, *, is_captured: bool) -> None:
+        batch = call.batch
         self.lock = threading.Lock()
         self.planned: tuple[object, ...] | None = None
-        self.num_ctas, self.memory, self._kv_len = 0, pack_memory(0, 0, 0, 0), 0
-        self.num_ctas = kernel.function("jitgen_num_ctas")(call.planner_args(self, stream, tail))
-        if self.num_ctas < 0:
-            kernel.raise_error(-self.num_ctas)
-        packed = call.planner_args(self, stream, tail)
-        needed = [kernel.function(f"jitgen_{name}_bytes", ctypes.c_longlong)(packed) for name in ("plan", "workspace")]
-        places = [-(-size // ALIGNMENT) * ALIGNMENT for size in (*needed, 4 * batch + 4, 4 * batch, 4 * batch)]
-        plan, workspace, starts, lengths, pages = (
-            t.view(torch.int32) for t in memory_apart(sum(places), call.device, stream).split(places)
-        )
+        self._kv_len = 0
+        no_memory = pack_memory(0, 0, 0, 0)
+        # the device is current
+        self.num_ctas, sizes = measure(call.kernel, None, lambda ctas: call.planner_args(ctas, no_memory, stream, tail))
+        places = [-(-size // ALIGNMENT) * ALIGNMENT for size in (*sizes, 4 * batch + 4, 4 * batch, 4 * batch)]
+        memory = memory_apart(sum(places), call.device, None if is_captured else stream)
+        plan, workspace, starts, lengths, pages = (t.view(torch.int32) for t in memory.split(places))
         self.pages, self._lengths = pages[:batch], lengths[:batch]
         torch.arange(0, (batch + 1) * call.q_len, call.q_len, out=starts[: batch + 1], device=call.device)
         torch.arange(batch, out=self.pages, device=call.device)
         if call.is_shared:
             self.pages.zero_()
-        plan.zero_()
-        workspace.fill_(-1)  # all ones mean that a partial result has not arrived
+        for t, fill in zip((plan, workspace), FILLS, strict=True):
+            t.fill_(fill)
         self.memory = pack_memory(*(t.data_ptr() for t in (workspace, plan, starts, lengths)))
 
     def take_length(self, kv_len: int) -> None:
@@ -223,5 +224,5 @@ class Room:
 
 
 _absent: set[tuple[str, object]] = set()
-_rooms: dict[tuple[object, ...], Room] = {}
-_captured: dict[tuple[object, ...], Room] = {}  # those of graphs, which may be replayed at any time: kept
+_rooms: dict[Hashable, Room] = {}
+_captured = GraphTable()  # those of graphs, which may be replayed as long as they live

@@ -6,6 +6,7 @@ import hashlib
 import math
 import struct
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 
 from jitgen.ir_ops import ROW_LOCAL, ROW_OPS
@@ -71,7 +72,7 @@ def _deps_of(node: Expr) -> frozenset[str]:
     return inner | {str(node.attr)} if node.op in ("index", "state") else inner
 
 
-_table: dict[tuple[object, ...], Expr] = {}
+_table: weakref.WeakValueDictionary[tuple[object, ...], Expr] = weakref.WeakValueDictionary()  # a node goes with its last user
 _table_lock = threading.Lock()
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.compiler import is_compiling
 
-from jitgen.checks import dtype_name, is_traced
+from jitgen.checks import check_is_tensor, dtype_name, is_traced
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.kv_checks import caches_of, check_cache, check_captures, check_reads
 from jitgen.kv_hooks import Transform, TransformTrace, resolve_transform
@@ -79,7 +80,7 @@ def append(
         key = (id(trace), kv_layout, scales is None, low_bits(k, v, *caches),
                *[form_of(t) for t in (k, v, *indices, *lists, *by_slot, *captured, *caches)])  # fmt: skip
     except AttributeError:
-        _check_kinds(kv, k, v, kv_layout)  # says which one is no tensor
+        _check_kinds(kv, k, v, kv_layout, indices)  # says which one is no tensor
         raise
     found = _calls.get(key)
     if found is None or isinstance(kv, Tensor) != found.is_joined:
@@ -120,10 +121,12 @@ class PreparedAppend:
 _calls: dict[tuple[object, ...], PreparedAppend] = {}
 
 
-def _check_kinds(kv: object, k: Tensor, v: Tensor, kv_layout: str) -> None:
+def _check_kinds(kv: object, k: Tensor, v: Tensor, kv_layout: str, indices: Sequence[object]) -> None:
     caches_of(kv, kv_layout)
     new_rows("k", k)
     new_rows("v", v)
+    names = ("positions", "batch_indices", "slot_mapping", "q_indptr", "kv_len")
+    check_is_tensor(**{name: t for name, t in zip(names, indices, strict=True) if t is not None})
 
 
 def _prepare(

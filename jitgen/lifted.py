@@ -1,6 +1,7 @@
 """Arguments of calls that a compiled graph holds by a number, as recipes: of jitgen.attention (op.py) and append (kv_op.py).
 
-NOTE: a number stays for good, as the graphs that hold it do; each trace by Dynamo adds one.
+NOTE: a number stays for good: of a graph that Dynamo, AOTAutograd, torch.export or a backend may hold, nothing says when it is
+gone. Each trace by Dynamo adds one and no call does, so there are as many as torch has compiled.
 """
 
 from __future__ import annotations

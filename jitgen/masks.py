@@ -137,4 +137,4 @@ def sorted(t: torch.Tensor) -> torch.Tensor:
         raise VariantError(
             f"sorted got a tensor that falls from {t[at - 1].item()} to {t[at].item()} at index {at}. Sort it first."
         )
-    return t.as_subclass(SortedTensor)
+    return SortedTensor.of(t)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from jitgen.captures import SortedTensor
+
 
 class Leaves(NamedTuple):
     """What a graph passes for the values that hooks capture."""
@@ -31,6 +33,11 @@ def constant(value: object) -> Recipe:
 def tensor(index: int) -> Recipe:
     """A tensor of the graph."""
     return lambda leaves: leaves.tensors[index]
+
+
+def ascending(index: int) -> Recipe:
+    """A tensor of the graph that jitgen.sorted has declared."""
+    return lambda leaves: SortedTensor.of(leaves.tensors[index])
 
 
 def integer(index: int) -> Recipe:

@@ -12,7 +12,7 @@ import torch
 from torch.compiler import is_compiling
 
 from jitgen import ir
-from jitgen.checks import is_traced
+from jitgen.checks import check_is_tensor, is_traced
 from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.ir import Expr
 from jitgen.symbols import Sym, active, as_operand
@@ -56,6 +56,10 @@ class Rope:
             value = getattr(self, name)
             if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
                 raise VariantError(f"{name} is {value!r}, expected a number above 0.")
+        if not isinstance(self.interleave, bool):
+            raise InvalidType(f"interleave is {self.interleave!r} of type {type(self.interleave).__name__}, expected a bool.")
+        if self.llama31 is not None and not isinstance(self.llama31, tuple | list):
+            raise InvalidType(f"llama31 is {self.llama31!r}, expected (low_freq_factor, high_freq_factor, old_context_len).")
         if self.llama31 is not None and not (len(self.llama31) == 3 and 0 < self.llama31[0] < self.llama31[1]):
             raise VariantError(
                 f"llama31 is {self.llama31!r}, expected (low_freq_factor, high_freq_factor, old_context_len), the first below "
@@ -181,9 +185,13 @@ def rope(
 
     targets = (None, None) if out is None else out
     where = positions if isinstance(positions, tuple | list) else (positions,)
-    how: tuple[Any, ...] = (theta, scale, rotary_dim, interleave, llama31 and tuple(llama31))
-    key = (how, low_bits(q, k, *targets), *[form_of(t) for t in (q, k, cos_sin, *targets, *where)])
-    found = _calls.get(key)
+    try:
+        how: tuple[Any, ...] = (theta, scale, rotary_dim, interleave, llama31 and tuple(llama31))
+        key = (how, low_bits(q, k, *targets), *[form_of(t) for t in (q, k, cos_sin, *targets, *where)])
+        found = _calls.get(key)
+    except (AttributeError, TypeError):
+        _check_kinds(q, k, where, (theta, scale, rotary_dim, interleave, llama31, cos_sin), out)
+        raise
     if found is None:
         if len(_calls) >= MAX_CALLS:
             _calls.clear()
@@ -194,6 +202,15 @@ def rope(
 
 MAX_CALLS = 1024  # prepared, by everything but addresses and values
 _calls: dict[tuple[object, ...], Any] = {}
+
+
+def _check_kinds(q: object, k: object, where: Any, how: tuple[Any, ...], out: Any) -> None:
+    """Say what is of the wrong kind."""
+    check_is_tensor(q=q, **{} if k is None else {"k": k})
+    check_is_tensor(**dict(zip(("positions",) if len(where) == 1 else ("q_indptr", "first"), where, strict=False)))
+    Rope(*how)
+    if out is not None and not (isinstance(out, tuple | list) and all(isinstance(t, Tensor | None) for t in out)):
+        raise InvalidType(f"out is {type(out).__name__}, expected a pair of tensors (q, k).")
 
 
 def _prepare(q: Tensor, k: Tensor | None, where: Any, turn: Rope, targets: Any) -> Any:

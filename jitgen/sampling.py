@@ -13,7 +13,7 @@ import torch
 
 from jitgen.checks import dtype_name
 from jitgen.errors import InvalidType, InvalidValue, UnsupportedDtype, VariantError
-from jitgen.graphs import between_graphs
+from jitgen.graphs import sampling_operator
 from jitgen.sampling_checks import ROW_DTYPES, check_indices, check_output, check_rows, row_parameter
 from jitgen.sampling_hooks import Processor, resolve_processors
 from jitgen.sampling_launch import address, capture_words, get_kernel, launch, team_of
@@ -30,7 +30,7 @@ _UP = float("inf")
 _MOST = 2**31 - 1
 
 
-@between_graphs
+@sampling_operator
 def sample(
     x: torch.Tensor,
     *,
@@ -67,7 +67,8 @@ def sample(
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, InvalidValue, InvalidType, UnsupportedVariant (of a
              processor), CompileError.
              A row with NaN, infinite, negative or no mass gets bad_token and valid False; it disturbs no other.
-    Cost:    compiles once per combination of filters and dtypes; reads x from memory once.
+    Cost:    compiles once per combination of filters and dtypes; reads x from memory once. Inside torch.compile the call is one
+             operator, whatever processors capture there; a generator breaks the graph.
     """
     check_rows("x", x)
     if order not in ORDERS:
@@ -76,6 +77,10 @@ def sample(
         raise VariantError("temperature divides logits, and from_logits is False. Pass logits, or leave it out.")
     if isinstance(bad_token, bool) or not isinstance(bad_token, int):
         raise InvalidType(f"bad_token is {bad_token!r} of type {type(bad_token).__name__}, expected an int.")
+    if abs(bad_token) > _MOST:
+        raise InvalidValue(f"bad_token is {bad_token}, expected an int of 32 bits.")
+    if not isinstance(advance, bool):
+        raise InvalidType(f"advance is {advance!r} of type {type(advance).__name__}, expected a bool.")
     rows, batch = check_indices(indices, x.shape[0], x.device)
     out = check_output("out", out, (batch,), (torch.int32, torch.int64), x.device)
     streams = resolve_streams(seed, offset, generator, advance, batch, x.device)
@@ -88,7 +93,7 @@ def sample(
     return out if valid is None else (out, valid)
 
 
-@between_graphs
+@sampling_operator
 def softmax(
     logits: torch.Tensor,
     *,
@@ -115,7 +120,7 @@ def softmax(
     return out
 
 
-@between_graphs
+@sampling_operator
 def renorm(
     probs: torch.Tensor,
     *,
@@ -143,7 +148,7 @@ def renorm(
     return out
 
 
-@between_graphs
+@sampling_operator
 def mask_logits(
     logits: torch.Tensor,
     *,
@@ -162,7 +167,7 @@ def mask_logits(
     return out
 
 
-@between_graphs
+@sampling_operator
 def process_logits(
     logits: torch.Tensor,
     processor: Processor | Sequence[Processor] | None = None,
@@ -235,7 +240,6 @@ def run(
     ))  # fmt: skip
 
 
-@between_graphs
 def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Logits with -inf for the tokens whose bit is 0, in place unless ``out`` is given.
 
@@ -245,7 +249,6 @@ def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, *, out: tor
     return process_logits(logits, bitmask=bitmask, out=logits if out is None else out)
 
 
-@between_graphs
 def apply_penalties(logits: torch.Tensor, penalties: Penalties, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Logits after the penalties, in place unless ``out`` is given. jitgen.sample(penalties=...) does it on the way.
 

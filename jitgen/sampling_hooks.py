@@ -32,12 +32,13 @@ _LOGIT, _TOKEN, _ROW = "score", "kv_idx", "b"
 _LEVELS = {_LOGIT: "elem", _TOKEN: "elem"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ProcessorTrace:
     """Processors as a program whose score is the processed logit, and the check that finds it still valid."""
 
     program: Program
     check: Callable[..., list[object] | None]
+    paths: tuple[Path, ...]  # of all values that the check reads
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,30 @@ def resolve_processors(processors: Sequence[Processor]) -> tuple[Program, list[o
     """
     if not processors:
         return NO_PROCESSOR, []
+    trace, values = _resolve(processors)
+    return trace.program, values
+
+
+def trace_of(processors: Sequence[Processor]) -> ProcessorTrace:
+    """The trace of processors.
+
+    Errors:  as resolve_processors.
+    """
+    return _resolve(processors)[0]
+
+
+def _resolve(processors: Sequence[Processor]) -> tuple[ProcessorTrace, list[object]]:
     key = tuple(trace_key(p) for p in processors)
     for trace in _traces.get(key, ()):
         values = trace.check(*processors, {})
         if values is not None:
-            return trace.program, values
+            return trace, values
     trace = trace_processors(processors)
     values = trace.check(*processors, {})
     if values is None:
         raise VariantError("a processor changed a value that it captures while it was traced. Processors must be pure.")
     keep_trace(_traces, key, trace)
-    return trace.program, values
+    return trace, values
 
 
 def trace_processors(processors: Sequence[Processor]) -> ProcessorTrace:
@@ -86,7 +100,7 @@ def trace_processors(processors: Sequence[Processor]) -> ProcessorTrace:
             logit = _trace_one(tracing, processor, Path(None, "root", name), logit)
         program, used = with_slots(Program(score=logit), tracing.captures.found)
         check = tracing.tracer.guards.compile((*names, "bound"), [c.path for c in used], tracing.tracer.scalar_paths)
-        return ProcessorTrace(program, check)
+        return ProcessorTrace(program, check, tracing.paths(used))
 
 
 def _trace_one(tracing: HookTracer, processor: Processor, path: Path, logit: Expr) -> Expr:

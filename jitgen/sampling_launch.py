@@ -73,6 +73,8 @@ def team_of(vocab: int, device: torch.device) -> int:
     """Slices of a row of this length."""
     team = _teams.get((vocab, device))
     if team is None:
+        if len(_teams) >= MAX_SPECS:  # rows of ever other lengths
+            _teams.clear()
         team = _teams[vocab, device] = team_size(vocab, target_of(device))
     return team
 

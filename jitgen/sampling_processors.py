@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,8 @@ class Penalties:
                 raise InvalidType(f"{name} is {value!r} of type {type(value).__name__}, expected a number or a tensor [batch].")
             if name == "repetition" and not value > 0:
                 raise InvalidValue(f"repetition is {value!r}, expected a number above 0: logits are divided by it. 1 is none.")
+            if math.isnan(value):
+                raise InvalidValue(f"{name} is {value!r}, expected a number. 0 is none.")
             object.__setattr__(self, name, float(value))
 
     def processor(self) -> Processor:

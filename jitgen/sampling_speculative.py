@@ -8,7 +8,7 @@ import torch
 
 from jitgen.checks import as_int32, dtype_name
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype
-from jitgen.graphs import between_graphs
+from jitgen.graphs import sampling_operator
 from jitgen.sampling_checks import check_output, check_rows
 from jitgen.sampling_launch import address, get_kernel, launch, team_of
 from jitgen.sampling_random import Generators, resolve_streams
@@ -31,7 +31,7 @@ class Verified(NamedTuple):
     path: torch.Tensor
 
 
-@between_graphs
+@sampling_operator
 def speculative_verify(
     draft_probs: torch.Tensor | None,
     draft_ids: torch.Tensor,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jitgen.checks import check_is_tensor, dtype_name
+from jitgen.checks import INT32, check_is_tensor, dtype_name
 from jitgen.emit_ranges import POSITION_LIMIT
 from jitgen.errors import InvalidType, PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.families import CUDA_HEAD_DIMS, check_pages, padded_head_dims
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from jitgen.serving_plan import Plan
 
 Tensor = torch.Tensor
+NUMBERS = ("max_batch", "max_tokens", "num_q_heads", "num_kv_heads")
+OPTIONAL_NUMBERS = ("max_q_len", "max_kv_len", "max_kv_tokens", "page_size", "kv_split")
 MAX_CUDA_BATCH = 4096  # kPlanMaxBatch in plan.cuh
 
 
@@ -29,14 +31,17 @@ def check_plan_numbers(plan: Plan) -> None:
         value = getattr(plan, name)
         if not isinstance(value, torch.dtype) and (name, value) != ("kv_dtype", None):
             raise InvalidType(f"{name} is {value!r} of type {type(value).__name__}, expected one like torch.bfloat16.")
-    for name in ("max_batch", "max_tokens", "num_q_heads", "num_kv_heads"):
+    for name in NUMBERS:
         value = getattr(plan, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ShapeMismatch(f"{name} is {value!r}, expected a positive integer.")
-    for name in ("max_q_len", "max_kv_len", "max_kv_tokens", "page_size", "kv_split"):
+    for name in OPTIONAL_NUMBERS:
         value = getattr(plan, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ShapeMismatch(f"{name} is {value!r}, expected a positive integer or None.")
+    for name in (*NUMBERS, *OPTIONAL_NUMBERS):
+        if (getattr(plan, name) or 0) > INT32.max:
+            raise ShapeMismatch(f"{name} is {getattr(plan, name)}, expected at most {INT32.max}.")
     if plan.num_q_heads % plan.num_kv_heads:
         raise ShapeMismatch(
             f"num_q_heads is {plan.num_q_heads}, num_kv_heads {plan.num_kv_heads}. The number of query heads must be a "

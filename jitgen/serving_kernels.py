@@ -33,6 +33,7 @@ SHARED_ROWS = 16  # the same of a plan for cascades, or those of a request: the 
 ALL_ROWS = 1 << 30
 OVERLAP_DRIVER = (12, 3)  # least CUDA version of a driver whose graphs hold programmatic launches
 NUM_STRIDES = 10  # at the end of SERVING_ARGS
+FILLS = (0, -1)  # of the plan and the workspace, where all ones mean that a partial result has not arrived
 
 
 def _fields_to(*names: str) -> list[str]:
@@ -52,6 +53,19 @@ pack_fixed = struct.Struct(_FIXED).pack
 pack_launch = struct.Struct(
     f"{_RESULTS}{struct.calcsize(_MEMORY)}s{_PLACE[1:]}{struct.calcsize(_BATCH) + struct.calcsize(_FIXED)}s"
 ).pack
+
+
+def pack_planner(
+    sizes: tuple[int, int, int, int], memory: bytes, fixed: bytes, stream: int, *, kv_start: int = 0, num_pages: int = 0,
+    threads: int = 0,
+) -> bytes:  # fmt: skip
+    """The fields up to the tail as planners read them: without q, k, v and the rest of what only a launch reads.
+
+    ``sizes``: requests, query heads, key heads, rows; ``memory`` and ``fixed`` as pack_memory and pack_fixed make them.
+    """
+    return pack_launch(
+        0, 0, 0, 0, 0, memory, kv_start, 0, stream, threads, pack_batch(*sizes, 0, num_pages, 0, 0) + fixed
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +120,12 @@ class KernelClass:
         if room is not None:
             c = replace(self, addresses=(room.data_ptr(), 0), num_ctas=room.shape[0])
         threads, no_bound = (torch.get_num_threads(), 1 << 62) if plan.device_index is None else (0, 0)  # of rows of k
-        own = pack_batch(batch, plan.num_q_heads, plan.num_kv_heads, total_q, 0, no_bound, 0, 0)
-        numbers = own + c.fixed(plan, c.overlaps)
         starts = plan.stage.start if c.staged else plan.kv_start  # type: ignore[union-attr]
-        kv_start = 0 if starts is None else starts.data_ptr()
-        own = pack_launch(0, 0, 0, 0, 0, c.memory(plan), kv_start, 0, stream_of(plan.device_index), threads, numbers)
+        own = pack_planner(
+            (batch, plan.num_q_heads, plan.num_kv_heads, total_q), c.memory(plan), c.fixed(plan, c.overlaps),
+            stream_of(plan.device_index), kv_start=0 if starts is None else starts.data_ptr(), num_pages=no_bound,
+            threads=threads,
+        )  # fmt: skip
         words = c.words(plan, program, no_scales(plan)) + (NO_PAGES if c.kernel.spec.reads_pages else [])
         return own + c.kernel.pack_tail(tail_words(plan, program, values, words))
 
@@ -220,18 +235,32 @@ def _cuda_class(
     plan: Plan, program: Program, values: list[object], family: str, rows: int, class_rows: int, staged: bool = False
 ) -> KernelClass:
     kernel = runtime.get_kernel(_spec(plan, program, family, rows, staged))
-    sizes = KernelClass(kernel, class_rows, 0, None, None, staged=staged)
-    num_ctas = ask(kernel, "jitgen_num_ctas", sizes.pack(plan, program, values, *plan.room), plan)
-    if num_ctas < 0:
-        kernel.raise_error(-num_ctas)
-    sizes = replace(sizes, num_ctas=num_ctas)
-    packed = sizes.pack(plan, program, values, *plan.room)
-    bytes_of = {n: ask(kernel, f"jitgen_{n}_bytes", packed, plan, ctypes.c_longlong) for n in ("plan", "workspace")}
-    # all ones in the workspace mean that a partial result has not arrived
+    bare = KernelClass(kernel, class_rows, 0, None, None, staged=staged)
+    room = plan.room
+    num_ctas, sizes = measure(
+        kernel, plan.device_index, lambda num_ctas: replace(bare, num_ctas=num_ctas).pack(plan, program, values, *room)
+    )
     memory = [
-        torch.full((-(-bytes_of[n] // 16) * 4,), fill, dtype=torch.int32, device=plan.device)
-        for n, fill in (("plan", 0), ("workspace", -1))
+        torch.full((-(-size // 16) * 4,), fill, dtype=torch.int32, device=plan.device)
+        for size, fill in zip(sizes, FILLS, strict=True)
     ]
     addresses = memory[1].data_ptr(), memory[0].data_ptr()
     planner = kernel.function("jitgen_plan")
     return KernelClass(kernel, class_rows, num_ctas, *memory, addresses, planner, staged=staged)
+
+
+def measure(kernel: runtime.CompiledKernel, index: int | None, pack: Callable[[int], bytes]) -> tuple[int, tuple[int, int]]:
+    """CTAs of a launch of a CUDA kernel, and bytes of the plan and the workspace for them.
+
+    ``pack``: the arguments of the planner for a number of CTAs.
+    Errors:  LaunchError.
+    """
+    num_ctas = call_on(index, kernel.function("jitgen_num_ctas"), pack(0))
+    if num_ctas < 0:
+        kernel.raise_error(-num_ctas)
+    packed = pack(num_ctas)
+    plan, workspace = (
+        int(call_on(index, kernel.function(f"jitgen_{name}_bytes", ctypes.c_longlong), packed))
+        for name in ("plan", "workspace")
+    )
+    return num_ctas, (plan, workspace)

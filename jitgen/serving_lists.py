@@ -124,7 +124,7 @@ class PageTable(KVLists):
         """
         if self.indptr is None:
             raise ShapeMismatch("kv_len needs the CSR form, this table is dense: it does not say how many pages are in use.")
-        pages = self.indptr.diff()
+        pages = self.indptr[: last_page_len.shape[0] + 1].diff()
         return torch.where(pages > 0, (pages - 1) * page_size + narrowed(last_page_len), 0)
 
     def check_extent(self, kv_len: Tensor, page_size: int) -> None:
@@ -133,7 +133,7 @@ class PageTable(KVLists):
         if self.indptr is None:
             has = torch.full_like(needed, self.pages.shape[1])
         else:
-            has = self.indptr[1:].clamp(max=self.pages.shape[0]) - self.indptr[:-1]
+            has = self.indptr[: kv_len.shape[0] + 1].clamp(max=self.pages.shape[0]).diff()
         short = (needed > has).nonzero()
         if len(short):
             b = int(short[0])
@@ -151,4 +151,6 @@ def check_indices(name: str, t: object, rank: int) -> None:
         raise UnsupportedDtype(f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected int32 or int64.")
     if t.dim() != rank:
         raise ShapeMismatch(f"{name} has shape {tuple(t.shape)}, expected {rank} dimension{'s' if rank > 1 else ''}.")
+    if t.layout is not torch.strided:
+        raise InvalidType(f"{name} has layout {t.layout}, expected a dense tensor. Convert with .to_dense().")
     check_memory(**{name: t})

@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from jitgen import runtime
 from jitgen.checks import check_is_tensor, dtype_name
-from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDevice, UnsupportedDtype
 from jitgen.families import cuda_spec
 from jitgen.streams import cuda_index, start, stream_of
 from jitgen.target import detect_cuda
@@ -78,6 +78,8 @@ def _stacked(name: str, states: Tensor | Sequence[Tensor]) -> Tensor:
     """The states along axis 1."""
     if isinstance(states, Tensor):
         return states
+    if not isinstance(states, tuple | list):
+        raise InvalidType(f"{name} is a {type(states).__name__}, expected a torch.Tensor or a list of them.")
     for i, t in enumerate(states):
         check_is_tensor(**{f"{name}[{i}]": t})
     shapes = [tuple(t.shape) for t in states]
@@ -103,6 +105,8 @@ def _check(outs: Tensor, lses: Tensor, base: str | int, rank: int) -> None:
         raise ShapeMismatch(
             f"outs has shape {tuple(outs.shape)}, lses {tuple(lses.shape)}, expected [{axes}, head_dim_v] and [{axes}]."
         )
+    if not outs.is_floating_point():
+        raise UnsupportedDtype(f"outs has dtype {str(outs.dtype).removeprefix('torch.')}, expected a floating point type.")
     if lses.dtype != torch.float32:
         raise UnsupportedDtype(f"lses has dtype {str(lses.dtype).removeprefix('torch.')}, expected float32.")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from jitgen.checks import as_int32
-from jitgen.errors import ShapeMismatch
+from jitgen.checks import INT32, as_int32, plain_int
+from jitgen.errors import InvalidType, ShapeMismatch
 from jitgen.serving_lists import KVLists, PageTable, check_indices
 from jitgen.serving_place import NO_POSITION
 
@@ -99,7 +99,11 @@ class Selection(ChosenKeys):
         for name, t in (("q_indptr", q_indptr), ("kv_len", kv_len), ("list_indptr", list_indptr), ("chosen", chosen)):
             check_indices(name, t, 3 if name == "chosen" else 1)
         block_size = page_size if block_size is None else block_size
-        if page_size < 1 or block_size < 1 or block_size % page_size:
+        page_size, block_size = plain_int(page_size), plain_int(block_size)
+        for name, value in (("page_size", page_size), ("block_size", block_size)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise InvalidType(f"{name} is {value!r} of type {type(value).__name__}, expected an int.")
+        if page_size < 1 or not 1 <= block_size <= INT32.max or block_size % page_size:
             raise ShapeMismatch(
                 f"block_size is {block_size}, page_size {page_size}: blocks are whole pages. Choose a multiple of the page "
                 "size, or see the cache as smaller pages."

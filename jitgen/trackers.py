@@ -26,6 +26,7 @@ from torch._dynamo.variables.functions import (
 
 from jitgen import recipes
 from jitgen.captured_kinds import PLAIN_TENSORS, is_library, is_opaque
+from jitgen.captures import SortedTensor
 from jitgen.recipes import Leaves, Recipe
 from jitgen.signatures import HOOKS
 from jitgen.variant import Variant
@@ -54,7 +55,9 @@ class Lift:
         tracker = tracker.realize()
         if isinstance(tracker, variables.TensorVariable):
             kind = tracker.python_type()
-            if kind not in PLAIN_TENSORS:  # jitgen.sorted's among others, which no graph takes
+            if kind is SortedTensor:
+                return recipes.ascending(_add(self.tensors, self._get(tracker, "plain")))
+            if kind not in PLAIN_TENSORS:  # other subclasses, which no graph takes
                 raise CannotLift(f"a captured {kind.__name__}")
             if tracker.as_proxy().node.meta["example_value"].requires_grad:  # captured tensors are taken as values
                 tracker = self._get(tracker, "detach").call_function(self._tx, [], {})

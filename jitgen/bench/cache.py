@@ -20,6 +20,7 @@ from jitgen.bench.report import SuiteReport, Table
 HEADS, DIM, PAGE_SIZE = 8, 128, 16
 TOKENS = {"cuda": (65_536, 1024, 64), "cpu": (1024, 64)}
 CONTENDERS = ("jitgen", "copy", "flashinfer")
+PEER_NAMES = CONTENDERS[1:]
 # operation -> dtype of the cache, whether K is normalised and rotated; in place there is no cache
 OPS = {
     "append": (torch.bfloat16, False, False),

@@ -16,6 +16,7 @@ from jitgen.bench.listed import Cell, run_suite
 from jitgen.bench.report import SuiteReport
 
 PAGE = 16
+PEER_NAMES = ("flashinfer",)
 # requests, keys of the prefix, keys of each suffix
 CUDA_CELLS = ((64, 32768, 256), (16, 8192, 256), (128, 32768, 128), (4, 2048, 512))
 CPU_CELLS = ((16, 4096, 64),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,7 +103,36 @@ class Checker:
 
 
 def poison(problem: Problem) -> None:
-    """Leave NaN in the memory that the allocator hands out next: an unwritten output must not be a right one's copy."""
+    """Leave NaN where the output of a problem will be."""
     shape = (*problem.q.shape[:3], problem.v.shape[3])
-    for _ in range(2):
-        torch.full(shape, float("nan"), dtype=problem.q.dtype, device=problem.q.device)
+    poison_memory(shape, problem.q.dtype, problem.q.device)
+
+
+def poison_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """Leave NaN in the memory that the allocator hands out next: an unwritten output must not be a right one's copy."""
+    both = [torch.full(tuple(shape), math.nan, dtype=dtype, device=device) for _ in range(2)]
+    del both
+
+
+class OutputChecker:
+    """Relative errors of the outputs of one cell's contenders after each other."""
+
+    def __init__(self, rows: torch.Tensor | slice) -> None:
+        self._rows = rows
+        self._form: tuple[torch.Size, torch.dtype, torch.device] | None = None
+
+    def first(self, call: Callable[[], torch.Tensor], want: torch.Tensor) -> float:
+        """Error of a contender's first call."""
+        if self._form is not None:
+            poison_memory(*self._form)
+        output = call()
+        self._form = output.shape, output.dtype, output.device
+        return self._error(output, want)
+
+    def replayed(self, call: Callable[[], torch.Tensor], want: torch.Tensor) -> float:
+        """Error of a call that writes to the same memory each time, as a captured graph does."""
+        call().fill_(math.nan)
+        return self._error(call(), want)
+
+    def _error(self, output: torch.Tensor, want: torch.Tensor) -> float:
+        return deviation(output[self._rows].to(want.dtype), want).relative

@@ -138,7 +138,8 @@ def check_names(options: argparse.Namespace, device: str) -> None:
     """Names of peers and families exist, and the families fit the device."""
     from jitgen.bench.peers import PEERS
 
-    known = [peer.name for peer in PEERS]
+    own = [getattr(import_module(SUITES[name][0]), "PEER_NAMES", ()) for name in options.suites]
+    known = list(dict.fromkeys([*(peer.name for peer in PEERS), *(name for names in own for name in names)]))
     for name in options.peers:
         if name not in (*known, "none"):
             raise UsageError(f"--peers: {name!r} is not a peer. Use {', '.join(known)}, or none.")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jitgen.bench.check import TOLERANCE, deviation
+from jitgen.bench.check import TOLERANCE, OutputChecker
 from jitgen.bench.config import BenchConfig
 from jitgen.bench.contest import one_line
 from jitgen.bench.decode_peers import (
@@ -37,6 +37,7 @@ OTHER_HEADS = (dict(num_q_heads=8), dict(num_q_heads=64), dict(head_dim=64), dic
 CPU_BATCHES = ((1, 4096), (8, 1024), (16, 1024))
 QUICK_BATCHES = {"cuda": ((8, 1024), (16, 8192)), "cpu": ((1, 2048), (8, 256))}
 PLAN_SAMPLES = 9
+PEER_NAMES = tuple(PEERS)
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,10 @@ def run(config: BenchConfig) -> list[SuiteReport]:
     results: list[DecodeResult] = []
     for cell in cells(config):
         if config.keeps(cell.label):
-            found = run_cell(cell, config, absent)
+            try:
+                found = run_cell(cell, config, absent)
+            except Exception as error:  # too little memory, most likely: what was measured before is still reported
+                found = [DecodeResult(cell, "jitgen", status=FAILED, reason=f"the cell was given up: {one_line(error)}")]
             for result in found:
                 config.say(detail_line(result))
             results += found
@@ -126,6 +130,7 @@ def run_cell(cell: DecodeCell, config: BenchConfig, absent: dict[str, str]) -> l
     want, timer = expected(problem), config.timer()
     found: dict[str, DecodeResult] = {}
     calls: dict[str, Call] = {}
+    checker = OutputChecker(slice(None))
     for name, prepare in contenders(config).items():
         if name in absent:
             continue
@@ -133,7 +138,7 @@ def run_cell(cell: DecodeCell, config: BenchConfig, absent: dict[str, str]) -> l
             with time_limit(config.first_call_limit()):
                 made = prepare(problem)
                 made.plan()
-                error = deviation(made.run().double(), want).relative
+                error = checker.first(made.run, want)
             plan_us = host_us = None
             timed = made.run
             if error <= TOLERANCE[cell.dtype]:
@@ -141,7 +146,7 @@ def run_cell(cell: DecodeCell, config: BenchConfig, absent: dict[str, str]) -> l
                 host_us = timer.warm_up(made.run) if config.device == "cuda" else None
                 timed = timer.adapt(made.run)
                 if timed is not made.run:  # a captured graph: what is timed must be right, not what it was made from
-                    error = deviation(timed().double(), want).relative
+                    error = checker.replayed(timed, want)
             if not error <= TOLERANCE[cell.dtype]:
                 found[name] = DecodeResult(cell, name, status=WRONG, reason=f"a row is {error:.2g} of its norm off float64")
                 continue

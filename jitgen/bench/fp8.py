@@ -21,6 +21,7 @@ HEADS = {64: 32, 128: 16, 256: 8}  # head dim -> heads: a hidden size of 2048
 SHAPES = {"cuda": ((4, 4096), (1, 16384)), "cpu": ((1, 1024),)}  # batch, length
 CHECKED = 64  # rows of all sequences whose output is compared
 SIXTEEN = "jitgen-bf16"
+PEER_NAMES = ("fa3",)
 NOTE = "both read the same numbers: those of q, k and v that e4m3 has; P is rounded to e4m3 too, so errors differ"
 
 

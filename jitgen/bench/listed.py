@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from jitgen.bench.check import TOLERANCE, deviation
+from jitgen.bench.check import TOLERANCE, OutputChecker
 from jitgen.bench.config import BenchConfig
 from jitgen.bench.contest import one_line
 from jitgen.bench.method import Call, Samples, TimeLimit, interleave, release, time_limit
@@ -63,7 +63,11 @@ def run_suite(suite: str, cells: Sequence[Cell], config: BenchConfig, note: str)
     found: list[Found] = []
     for cell in cells:
         if config.keeps(cell.label):
-            for one in run_cell(cell, config, absent):
+            try:
+                results = run_cell(cell, config, absent)
+            except Exception as error:  # too little memory, most likely: what was measured before is still reported
+                results = [Found(cell.label, "jitgen", status=FAILED, reason=f"the cell was given up: {one_line(error)}")]
+            for one in results:
                 config.say(detail_line(one))
                 found.append(one)
             release(config.device)
@@ -85,19 +89,20 @@ def run_cell(cell: Cell, config: BenchConfig, absent: dict[str, str]) -> list[Fo
     problem, timer = cell.make(config.device, config.seed), config.timer()
     found: dict[str, Found] = {}
     calls: dict[str, Call] = {}
+    checker = OutputChecker(problem.rows)
     for name, prepare in problem.contenders().items():
         if name in absent or not config.keeps_peer(name):
             continue
         try:
             with time_limit(config.first_call_limit()):
                 call = prepare()
-                error = deviation(call()[problem.rows].double(), problem.expected(name)).relative
+                error = checker.first(call, problem.expected(name))
             timed = call
             if error <= TOLERANCE[problem.dtype]:
                 timer.warm_up(call)
                 timed = timer.adapt(call)
                 if timed is not call:  # a captured graph: what is timed must be right, not what it was made from
-                    error = deviation(timed()[problem.rows].double(), problem.expected(name)).relative
+                    error = checker.replayed(timed, problem.expected(name))
             if not error <= TOLERANCE[problem.dtype]:
                 reason = f"a row is {error:.2g} of its norm off float64"
                 found[name] = Found(cell.label, name, status=WRONG, reason=reason)

@@ -22,6 +22,7 @@ VOCAB = 128_256
 TOP_K, TOP_P, MIN_P = 40, 0.9, 0.1
 BATCHES = {"cuda": (1, 16, 128, 512), "cpu": (1, 16)}
 CONTENDERS = ("jitgen", "torch", "flashinfer")
+PEER_NAMES = CONTENDERS[1:]
 BORDER = 1e-4  # of mass: tokens this close to top_p may be kept or not
 
 

@@ -24,6 +24,7 @@ SHAPES = {
     "cpu": ((1, 1, 2048), (1, 4, 2048)),
 }
 WHOLE = "jitgen-whole"
+PEER_NAMES = ("sdpa", "flex")
 NOTE = "whole: the kernel for any lengths, which reads the keys of a head in one CTA, once for each query head"
 
 

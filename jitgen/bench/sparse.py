@@ -19,6 +19,7 @@ DENSITIES = (0.1, 0.25, 0.5)
 LENGTHS = {"cuda": 16384, "cpu": 2048}
 CHECKED = 64  # rows whose output is compared
 DENSE = "jitgen-dense"  # attends every block
+PEER_NAMES = ("flashinfer-fa2", "flashinfer-fa3")
 NOTE = "operations a second count visited blocks; dense attention, of all blocks, takes turns with the others"
 
 

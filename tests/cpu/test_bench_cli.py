@@ -69,6 +69,14 @@ def test_wrong_arguments_get_one_message_and_exit_code_2(arguments, message, cap
     assert written.out == ""
 
 
+@pytest.mark.parametrize("suite, name", [("decode", "flashinfer-persistent"), ("sampling", "torch"), ("cache", "copy"),
+                                         ("sparse", "flashinfer-fa3"), ("short", "sdpa")])  # fmt: skip
+def test_peers_of_a_suite_of_its_own_may_be_named(suite, name, capsys):
+    assert cli.main([suite, "--device", "cpu", "--list", "--peers", name]) == 0
+    assert cli.main(["cpu", "--list", "--peers", "flashinfer-persistent"]) == 2
+    capsys.readouterr()
+
+
 def test_absent_device_gets_a_message_and_exit_code_2(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert cli.main(["dense", "--device", "cuda"]) == 2

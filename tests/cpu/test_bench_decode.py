@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench_fakes import FakeTimer
 
-from jitgen.bench import decode, decode_peers
+from jitgen.bench import check, decode, decode_peers
 from jitgen.bench.config import BenchConfig
 from jitgen.bench.decode_peers import DecodeCalls, DecodeCell, expected, key_counts, make_problem
 from jitgen.bench.method import TimeLimit
@@ -101,6 +101,30 @@ def test_wrong_and_missing_peers_are_named_and_not_timed(one_cell, monkeypatch):
     assert results["good"]["ms"] is not None and "gone" not in results
     notes = "\n".join(report.notes)
     assert "gone: not installed (ImportError: no such package)" in notes and "bad: a row is" in notes
+
+
+def test_an_output_of_decode_that_nobody_writes_is_wrong(one_cell, monkeypatch):
+    given = []
+    monkeypatch.setattr(check, "poison_memory", lambda *form: [t.fill_(torch.nan) for t in given])
+
+    def first(problem):
+        want = expected(problem).float()
+        given.append(want.clone())
+        return DecodeCalls(lambda: None, lambda: given[0].copy_(want))
+
+    monkeypatch.setattr(decode, "PEERS", {"first": (first, ("cpu",))})
+    monkeypatch.setattr(decode, "prepare_jitgen", lambda problem: DecodeCalls(lambda: None, lambda: given[0]))
+    (report,) = decode.run(config())
+    assert [fault.split(": ", 1)[1] for fault in report.faults] == ["wrong: a row is inf of its norm off float64"]
+
+
+def test_a_cell_of_decode_that_cannot_be_made_is_reported(one_cell, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(decode, "make_problem", fail)
+    (report,) = decode.run(config())
+    assert "failed: the cell was given up: OutOfMemoryError: CUDA out of memory" in report.faults[0]
 
 
 def test_a_wrong_output_of_ours_is_a_fault(one_cell, monkeypatch):

@@ -101,6 +101,42 @@ def test_wrong_and_missing_contenders_are_named_and_not_timed():
     assert any("gone: not installed" in note for note in report.notes) and not report.faults
 
 
+class Unwritten:
+    """Two contenders, the second of which writes nothing to the output that it allocates."""
+
+    dtype, rows = "float32", torch.arange(3)
+
+    def expected(self, contender):
+        return torch.ones(3, 2, 4, dtype=torch.float64)
+
+    def contenders(self):
+        return {"peer": lambda: lambda: torch.ones(3, 2, 4), "jitgen": lambda: lambda: torch.empty(3, 2, 4)}
+
+    def figure(self, name, ms, of):
+        return ""
+
+
+def test_an_output_that_nobody_writes_is_wrong_whatever_was_in_its_memory(monkeypatch):
+    """The allocator, here one that gives out the memory that was freed last, hands the second what the first has written."""
+    memory, full = torch.zeros(3, 2, 4), torch.full
+    monkeypatch.setattr(
+        torch, "ones", lambda *shape, **options: memory.fill_(1.0) if not options else full(shape, 1.0, **options)
+    )
+    monkeypatch.setattr(torch, "full", lambda shape, value, **options: memory.fill_(value))
+    monkeypatch.setattr(torch, "empty", lambda *shape: memory)
+    (report,) = run_suite("tiny", [Cell("cell", lambda device, seed: Unwritten())], config(), "note")
+    assert report.faults == ("jitgen, cell: wrong: a row is inf of its norm off float64",)
+
+
+def test_a_cell_that_cannot_be_made_loses_no_other():
+    def fail(device, seed):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    (report,) = run_suite("tiny", [Cell("first", tiny_cascade), Cell("second", fail)], config(), "note")
+    assert report.faults == ("jitgen, second: failed: the cell was given up: OutOfMemoryError: CUDA out of memory",)
+    assert any(r["cell"] == "first" and r["ms"] for r in report.data["results"])
+
+
 def test_a_wrong_output_of_ours_is_a_fault():
     class Problem(sparse.Blocks):
         def contenders(self):

@@ -8,7 +8,7 @@ import weakref
 import torch
 
 import jitgen
-from jitgen import kv_launch, sampling_launch, signatures, trace, variant
+from jitgen import ir, ir_nodes, kv_launch, lifted, sampling_launch, signatures, trace, variant
 
 
 def made_anew(i: int):
@@ -27,6 +27,18 @@ def test_code_made_anew_does_not_add_up(monkeypatch):
         variant.resolve(mask_mod=made_anew(i))
         jitgen.Variant(made_anew(100 + i))
     assert max(map(len, (variant._traces, variant._latest, signatures._signatures))) <= 8
+
+
+def test_expressions_go_with_their_last_user():
+    gc.collect()
+    before = len(ir_nodes._table)
+    for i in range(20):
+        node = ir.make("add", ir.index("kv_idx"), ir.const(7000 + i))
+        assert node is ir.make("add", ir.index("kv_idx"), ir.const(7000 + i))
+    assert before < len(ir_nodes._table) <= before + 4
+    del node
+    gc.collect()
+    assert len(ir_nodes._table) <= before + 1  # a leaf that others have, perhaps
 
 
 def test_rotations_made_anew_do_not_add_up(monkeypatch):
@@ -60,3 +72,26 @@ def test_processors_traced_anew_do_not_add_up(monkeypatch):
         exec(f"def keep(logit, token, row):\n    x{i} = logit\n    return x{i} + 0.0 * token", scope)
         assert jitgen.sample(torch.randn(2, 20), processor=scope["keep"], seed=i).shape == (2,)
     assert len(sampling_launch._specs) <= 4
+
+
+def test_rows_of_ever_other_lengths_do_not_add_up(monkeypatch):
+    monkeypatch.setattr(sampling_launch, "MAX_SPECS", 4)
+    monkeypatch.setattr(sampling_launch, "_teams", {})
+    for n in range(10, 30):
+        jitgen.softmax(torch.zeros(1, n))
+    assert len(sampling_launch._teams) <= 4
+
+
+def test_calls_of_a_compiled_graph_add_nothing_to_what_graphs_hold():
+    q, k, v = (torch.randn(1, 2, 20, 32) for _ in range(3))
+
+    def layer(q, k, v, slopes):
+        x = jitgen.attention(q, k, v, score_mod=lambda s, b, h, q_idx, kv_idx: s + slopes[h] * (kv_idx - q_idx))
+        return jitgen.sample(x.flatten(0, 2), seed=1, processor=lambda logit, token, row: logit * slopes[0])
+
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    compiled(q, k, v, torch.rand(2))
+    held = len(lifted._arguments)
+    for _ in range(5):
+        compiled(q * 2, k, v, torch.rand(2))
+    assert len(lifted._arguments) == held

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 import types
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from gallery.matrix import computed_scores, evaluated_scores
 
 import jitgen
+from jitgen.captures import SortedTensor
 from jitgen.reference import mask_of
 
 Q_LEN, KV_LEN, HEADS = 7, 11, 3
@@ -122,3 +126,15 @@ def test_kernel_reads_captures_of_any_layout(layout, dtype):
     variant = jitgen.Variant(score_mod=lambda s, b, h, q, k: table[q, k] * 1.0)
     got = computed_scores(variant, batch=1, num_heads=1, q_len=9, kv_len=16, q_offset=0)[0, 0]
     assert torch.equal(got, table.float())
+
+
+def test_copies_of_declared_tensors_are_declared_and_have_one_memory():
+    doc = jitgen.sorted(torch.arange(10) // 3)
+    file = io.BytesIO()
+    torch.save(doc, file)
+    file.seek(0)
+    copies = [copy.deepcopy(doc), pickle.loads(pickle.dumps(doc)), torch.load(file, weights_only=False)]
+    for made in (*copies, copy.copy(doc), jitgen.sorted(doc)):
+        assert type(made) is SortedTensor and torch.equal(made, doc)
+        assert made.plain.data_ptr() == made.data_ptr() and type(made.plain) is torch.Tensor
+    assert all(made.data_ptr() != doc.data_ptr() for made in copies)

@@ -260,6 +260,14 @@ def test_norms():
     assert torch.equal(s, x + r)
 
 
+def test_fused_norms_are_of_the_sum_before_it_is_rounded():
+    x, r, w = torch.randn(5, 32).bfloat16(), torch.randn(5, 32).bfloat16(), torch.rand(32).bfloat16()
+    want = torch.nn.functional.rms_norm(x.double() + r.double(), (32,), w.double(), 1e-6).bfloat16()
+    y, s = x.clone(), r.clone()
+    flashinfer.fused_add_rmsnorm(y, s, w)
+    assert torch.equal(y, want) and torch.equal(s, x + r)
+
+
 def test_activations():
     x = torch.randn(5, 32)
     a, b = x.double().chunk(2, -1)

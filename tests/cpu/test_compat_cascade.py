@@ -136,6 +136,19 @@ def test_cascade_for_graphs_keeps_its_buffers(options):
         plans = now
 
 
+def test_cascade_over_a_cache_of_8_bits():
+    levels = list(zip(LEVELS, KV_LENS, strict=True))
+    cache, tables, keys = cascade_tables(levels)
+    q = torch.randn(sum(Q_LENS), 4, 16)
+    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(3, WORKSPACE)
+    wrapper.plan(*tables, 4, 2, 16, 4, causal=True, q_data_type=torch.float32, kv_data_type=torch.float8_e4m3fn)
+    parts = tuple(t.to(torch.float8_e4m3fn) for t in (cache if isinstance(cache, tuple) else cache.unbind(1)))
+    ends = torch.tensor([0, *Q_LENS]).cumsum(0)
+    read = [[t.to(torch.float8_e4m3fn).float() for t in pair] for pair in keys]
+    want = torch.cat([exact(q[ends[r] : ends[r + 1]], *read[r], causal=True)[0] for r in range(4)])
+    assert_near(wrapper.run(q, parts), want)
+
+
 def test_cascade_needs_a_table_for_each_level():
     _, tables, _ = cascade_tables(list(zip(LEVELS, KV_LENS, strict=True)))
     wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, WORKSPACE)
@@ -209,6 +222,22 @@ def test_batch_pod_is_prefill_and_decode(causal, one_cache, padding):
         for i, w in enumerate((want, want_lse)):
             assert_near(prefill[i][:14], w[:14])
             assert_near(decode[i], w[14:])
+
+
+def test_pods_refuse_what_differs_from_their_plan():
+    batch = paged_batch([5, 1], [8, 40])
+    tables = [(batch.qo_indptr[:2], batch.indptr[:2], batch.indices[:2], batch.last_page_len[:1]),
+              (batch.qo_indptr[1:] - 5, batch.indptr[1:] - 2, batch.indices[2:], batch.last_page_len[1:])]  # fmt: skip
+    wrapper = flashinfer.BatchPODWithPagedKVCacheWrapper(WORKSPACE)
+    wrapper.plan(*tables[0], *tables[1], 4, 2, 16, 4, q_data_type=torch.float32)
+    with pytest.raises(ShapeMismatch, match=r"q_p has 4 rows, the plan has 5\. Plan again"):
+        wrapper.run(batch.q[:4], batch.cache, batch.q[5:], batch.cache)
+    decode = paged_batch([1], [9])
+    pod = flashinfer.PODWithPagedKVCacheWrapper(WORKSPACE)
+    pod.plan(*decode.tables, 4, 2, 16, 4, q_data_type=torch.float32)
+    prefill = torch.randn(7, 4, 16), torch.randn(9, 2, 16), torch.randn(9, 2, 16)
+    with pytest.raises(UnsupportedOption, match="kv_layout_d='HND', the wrapper was made for 'NHD'"):
+        pod.run(*prefill, decode.q, decode.cache, kv_layout_d="HND")
 
 
 def test_batch_pod_with_a_custom_mask():

@@ -75,5 +75,12 @@ def test_what_does_not_fit_is_refused():
         wrapper.run(*parts, bmm1_scale=2.0)
     with pytest.raises(UnsupportedOption, match="ckv_scale"):
         wrapper.run(*parts, ckv_scale=0.5)
+    with pytest.raises(UnsupportedOption, match=r"o_scale is 2\.0, and latent caches have no scales here\. Multiply"):
+        wrapper.run(*parts, o_scale=2.0)
+    with pytest.raises(UnsupportedOption, match=r"kpe_scale is a tensor of shape \(3,\)"):
+        wrapper.run(*parts, kpe_scale=torch.ones(3))
+    with pytest.raises(ShapeMismatch, match=r"kv_indptr has shape \(2,\), expected"):
+        short = (tables[0], tables[1][:2], *tables[2:])
+        wrapper.plan(*short, HEADS, 512, 64, PAGE_SIZE, True, SCALE, torch.float32, torch.float32)
     with pytest.raises(ShapeMismatch, match="head_dim_ckv is 256, head_dim_kpe 64, expected 512 and 64"):
         wrapper.plan(*tables, HEADS, 256, 64, PAGE_SIZE, True, SCALE, torch.float32, torch.float32)

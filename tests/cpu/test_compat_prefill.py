@@ -9,7 +9,7 @@ import torch
 from compat_reference import WORKSPACE, assert_near, exact, paged_batch
 
 from jitgen.compat import flashinfer
-from jitgen.errors import ShapeMismatch, UnsupportedOption
+from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDtype, UnsupportedOption
 
 Q_LENS, KV_LENS = [5, 1, 0, 33, 70, 4], [9, 1, 6, 40, 130, 0]
 OPTIONS = {
@@ -217,6 +217,38 @@ def test_single_prefill_with_scales_by_head():
     assert flashinfer.single_prefill_with_kv_cache(q, k, v, o_dtype="float16").dtype == torch.float16
 
 
+def test_a_soft_cap_below_0_is_none():
+    batch = paged_batch([5, 3], [9, 40])
+    want = batch.expected(causal=True)[0]
+    assert_near(planned(batch, causal=True, logits_soft_cap=-1.0).run(batch.q, batch.cache), want)
+    q, k, v = torch.randn(5, 4, 16), torch.randn(9, 2, 16), torch.randn(9, 2, 16)
+    assert_near(flashinfer.single_prefill_with_kv_cache(q, k, v, logits_soft_cap=-1.0), exact(q, k, v)[0])
+    assert_near(flashinfer.single_decode_with_kv_cache(q[0], k, v, logits_soft_cap=-1.0), exact(q[:1], k, v)[0][0])
+
+
+def test_single_requests_name_what_does_not_fit():
+    q, k, v = torch.randn(5, 4, 16), torch.randn(9, 2, 16), torch.randn(9, 2, 16)
+    with pytest.raises(UnsupportedDtype, match=r"k has dtype torch.float8_e5m2, q has torch.float32. .*8 bits in a paged"):
+        flashinfer.single_decode_with_kv_cache(q[0], k.to(torch.float8_e5m2), v)
+    with pytest.raises(ShapeMismatch, match=r"q has shape \(4, 16\), expected \[q_len, num_q_heads, head_dim\]"):
+        flashinfer.single_prefill_with_kv_cache(q[0], k, v)
+    with pytest.raises(ShapeMismatch, match=r"k has shape \(16,\), expected 3 axes in the layout HND"):
+        flashinfer.single_prefill_with_kv_cache(q, k[0, 0], v, kv_layout="HND")
+
+
+def test_sink_wrapper_makes_the_hooks_of_a_scale_once():
+    batch = paged_batch([5, 3], [9, 40])
+    wrapper = flashinfer.BatchAttentionWithAttentionSinkWrapper(WORKSPACE)
+    wrapper.plan(batch.qo_indptr, *batch.tables, 4, 2, 16, 4, q_data_type=torch.float32)
+    sinks = torch.zeros(4)
+    for scale in (0.5, 0.25, 0.5):
+        want = batch.expected(sinks=sinks, scale=scale)[0]
+        assert_near(wrapper.run(batch.q, batch.cache, sinks, scale), want)
+    assert len(wrapper._ready) == 2
+    with pytest.raises(InvalidType, match="takes no argument 'window', expected one of pos_encoding_mode"):
+        flashinfer.BatchAttentionWithAttentionSinkWrapper(WORKSPACE, window=3)
+
+
 def test_sink_wrapper_takes_the_sinks_by_position():
     batch = paged_batch([5, 3], [9, 40])
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
@@ -229,6 +261,38 @@ def test_sink_wrapper_takes_the_sinks_by_position():
     assert_near(out, want)
     assert_near(lse, want_lse)
     assert_near(wrapper.run(batch.q, batch.cache, sinks=sinks), batch.expected(causal=True, window_left=3, sinks=sinks)[0])
+
+
+def test_sizes_of_workspaces_take_no_options_that_there_are_none_of():
+    batch = paged_batch([5, 3], [9, 40])
+    wrappers = [
+        (flashinfer.BatchPrefillWithPagedKVCacheWrapper, (batch.qo_indptr, *batch.tables, 4, 2, 16, 4)),
+        (flashinfer.BatchPrefillWithRaggedKVCacheWrapper, (batch.qo_indptr, batch.qo_indptr, 4, 2, 16)),
+        (flashinfer.BatchDecodeWithPagedKVCacheWrapper, (*batch.tables, 4, 2, 16, 4)),
+    ]
+    for wrapper, given in wrappers:
+        made = wrapper(WORKSPACE)
+        assert len(made.workspace_size(*given, window_left=3, q_data_type="float32")) == 2
+        with pytest.raises(InvalidType, match=r"workspace_size\(\) takes no option 'window', expected one of "):
+            made.workspace_size(*given, window=3)
+
+
+def test_tables_are_tensors_of_integers():
+    batch = paged_batch([1, 1], [9, 40])
+    tables = {"paged_kv_indptr": batch.indptr, "paged_kv_indices": batch.indices, "paged_kv_last_page_len": batch.last_page_len}
+    prefill, decode = (kind(WORKSPACE) for kind in (flashinfer.BatchPrefillWithPagedKVCacheWrapper,
+                                                    flashinfer.BatchDecodeWithPagedKVCacheWrapper))  # fmt: skip
+    for i, name in enumerate(("qo_indptr", *tables)):
+        for wrong, error in ((lambda t: t.tolist(), InvalidType), (lambda t: t.float(), UnsupportedDtype)):
+            given = {"qo_indptr": batch.qo_indptr, **tables}
+            given[name] = wrong(given[name])
+            with pytest.raises(error, match=rf"^{name} .* expected a torch.Tensor of int32|^{name} has dtype torch.float32"):
+                prefill.plan(**given, num_qo_heads=4, num_kv_heads=2, head_dim_qk=16, page_size=4)
+            if i:
+                with pytest.raises(error, match=name.removeprefix("paged_kv_")):
+                    decode.plan(*list(given.values())[1:], 4, 2, 16, 4)
+    with pytest.raises(InvalidType, match="num_qo_heads is '4' of type str"):
+        decode.plan(*tables.values(), "4", 2, 16, 4)
 
 
 def test_batch_attention():

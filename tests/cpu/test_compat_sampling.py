@@ -56,6 +56,28 @@ def test_a_seed_tensor_of_one_element_serves_all_rows_with_streams_of_their_own(
     assert len(tokens.unique()) > 50
 
 
+def test_tokens_have_the_dtype_of_the_indices():
+    probs = torch.softmax(torch.randn(3, 50), -1)
+    for dtype in (torch.int32, torch.int64):
+        at = torch.tensor([2, 0, 2, 1], dtype=dtype)
+        tokens = sampling.sampling_from_probs(probs, indices=at, seed=3, offset=0)
+        want = jitgen.sample(probs, from_logits=False, indices=at, seed=3, offset=0)
+        assert tokens.dtype == dtype and torch.equal(tokens, want.to(dtype))
+        pipe = lp.LogitsPipe([lp.TopP(), lp.Sample()], input_type=lp.TensorType.PROBS)
+        assert pipe(probs, top_p=0.9, indices=at, seed=3, offset=0).dtype == dtype
+    assert sampling.sampling_from_probs(probs, seed=3, offset=0).dtype == torch.int32
+
+
+def test_unknown_arguments_are_not_swallowed():
+    for call, given in (
+        (sampling.softmax, {"temprature": 0.5}),
+        (sampling.top_k_renorm_probs, {"top_k": 3, "top_p": 0.9}),
+        (sampling.top_k_mask_logits, {"top_k": 3, "top_p": 0.9}),
+    ):
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            call(torch.randn(3, 50), **given)
+
+
 def test_renormalisation_masks_and_softmax():
     assert torch.equal(sampling.top_k_mask_logits(X, 9), torch.where(top_k_support(X, 9), X, -torch.inf))
     for got, filters in (

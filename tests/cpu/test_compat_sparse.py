@@ -129,6 +129,15 @@ def random_sizes(heads, blocks, total, seed):
     return torch.nn.functional.pad(cuts, (1, 0)).diff(dim=1, append=torch.full((heads, 1), total))
 
 
+def test_variable_blocks_name_tensors_without_their_axes():
+    wrapper = flashinfer.VariableBlockSparseAttentionWrapper(WORKSPACE)
+    sizes = torch.full((2, 1), 8)
+    wrapper.plan(torch.ones(2, 1, 1, dtype=torch.bool), sizes, sizes, 6, 2, 16, q_data_type=torch.float32)
+    q, k, v = (t.transpose(0, 1) for t in inputs(8, 8))
+    with pytest.raises(ShapeMismatch, match=r"q has shape \(16,\), expected \[heads, rows, head_dim\]"):
+        wrapper.run(q[0, 0], k, v)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("q_len", "kv_len", "blocks"), [(50, 70, 4), (200, 333, 5), (64, 128, 3)])
 def test_variable_blocks_are_attention_under_the_mask(q_len, kv_len, blocks, causal):

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask
 
 import jitgen
-from jitgen import errors
+from jitgen import captures, errors
 
 BATCH, HEADS, LENGTH, DIM = 2, 4, 37, 16
 
@@ -314,11 +314,55 @@ def test_block_masks_may_differ_from_call_to_call():
         torch.testing.assert_close(compiled(q, k, v, mask), jitgen.flex_attention(q, k, v, block_mask=mask))
 
 
+class Documents(torch.nn.Module):
+    def __init__(self, doc):
+        super().__init__()
+        self.register_buffer("doc", doc)
+
+    def forward(self, q, k, v):
+        return jitgen.attention(q * 2, k, v, mask_mod=self.mask_mod)
+
+    def mask_mod(self, b, h, q_idx, kv_idx):
+        return (self.doc[q_idx] == self.doc[kv_idx]) & (kv_idx <= q_idx)
+
+
+def over_an_argument(doc):
+    def call(q, k, v):
+        return over(q, k, v, doc)
+
+    def over(q, k, v, x):
+        mask = lambda b, h, q_idx, kv_idx: (x[q_idx] == x[kv_idx]) & (kv_idx <= q_idx)  # noqa: E731
+        return jitgen.attention(q * 2, k, v, mask_mod=mask)
+
+    return call
+
+
+@pytest.mark.parametrize("make", [Documents, over_an_argument])
+def test_declared_tensors_are_inputs_and_stay_declared(make, monkeypatch):
+    seen = []
+    trace = captures.Captures._tensor
+    monkeypatch.setattr(captures.Captures, "_tensor", lambda self, t, *rest: seen.append(type(t)) or trace(self, t, *rest))
+    counter = CompileCounterWithBackend("aot_eager")
+    for size in (3, 7):
+        doc = jitgen.sorted(torch.arange(LENGTH) // size)
+        call, (q, k, v) = make(doc), inputs()
+        got = torch.compile(call, fullgraph=True, backend=counter)(q, k, v)
+        torch.testing.assert_close(got, over_an_argument(torch.arange(LENGTH) // size)(q, k, v), rtol=1e-4, atol=1e-5)
+    assert captures.SortedTensor in seen
+
+
+def test_declared_tensors_that_change_are_read_anew():
+    doc = jitgen.sorted(torch.arange(LENGTH) // 5)
+    compiled = torch.compile(over_an_argument(doc), fullgraph=True, backend="aot_eager")
+    q, k, v = inputs()
+    first = compiled(q, k, v)
+    doc.copy_(torch.arange(LENGTH) // 9)
+    second = compiled(q, k, v)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(second, over_an_argument(doc)(q, k, v))
+
+
 # ---- what cannot be in a graph ----------------------------------------------------------------------------------------------
-
-
-def sorted_documents(q, k, v, x):
-    return jitgen.attention(q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: x[q_idx] == x[kv_idx])
 
 
 def a_given_result(q, k, v, x):
@@ -326,28 +370,21 @@ def a_given_result(q, k, v, x):
     return jitgen.attention(q, k, v, mask_mod=causal, out=out) + 1
 
 
-@pytest.mark.parametrize("call", [sorted_documents, a_given_result])
+class Own(torch.Tensor):
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def a_tensor_of_another_kind(q, k, v, x):
+    return jitgen.attention(q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: x[q_idx] == x[kv_idx])
+
+
+@pytest.mark.parametrize("call", [a_tensor_of_another_kind, a_given_result])
 def test_other_calls_break_the_graph_or_name_the_remedy(call):
-    given = (*inputs(), jitgen.sorted(torch.arange(LENGTH) // 5))
+    given = (*inputs(), (torch.arange(LENGTH) // 5).as_subclass(Own))
     torch.testing.assert_close(torch.compile(call, backend="aot_eager")(*given), call(*given))
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"cannot take the hooks of this call apart.*make hooks plain"):
         torch.compile(call, backend="aot_eager", fullgraph=True)(*given)
-
-
-def test_calls_that_are_no_operators_cost_one_break_and_no_recompilation():
-    def step(logits, seeds):
-        return jitgen.sample(logits * 2, temperature=0.8, top_p=0.9, seed=seeds) + 1
-
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(step, backend=counter)
-    for rows in (1, 2, 3, 5, 8):
-        logits, seeds = torch.randn(rows, 50), torch.arange(rows)
-        assert torch.equal(compiled(logits, seeds), step(logits, seeds))
-    assert counter.frame_count == 4  # before and after the call, for one row and for any number
-    torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"sampling\.sample is no operator of a graph\. Call it outside"):
-        torch.compile(step, backend="eager", fullgraph=True)(torch.randn(2, 50), torch.arange(2))
 
 
 def test_block_lists_are_attended_between_graphs_and_their_mask_inside_of_one():

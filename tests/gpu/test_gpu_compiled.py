@@ -49,3 +49,43 @@ def test_compiled_layer_does_what_the_eager_one_does(options):
             got, want = compiled(q, k, v, doc, cap), eager(q, k, v, doc, cap)
             torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("options", [{"backend": "aot_eager"}, {}, {"mode": "reduce-overhead"}], ids=str)
+def test_compiled_steps_draw_what_eager_ones_do(options):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    seed, shift = torch.arange(5, device="cuda"), torch.randn(999, device="cuda")
+
+    def step(logits, offset, temperature):
+        return jitgen.sample(
+            logits * 2, temperature=temperature, top_p=0.9, seed=seed, offset=offset, advance=True,
+            processor=lambda logit, token, row: logit + shift[token],
+        ) + 1  # fmt: skip
+
+    compiled = torch.compile(step, fullgraph=True, **options)
+    offsets = [torch.zeros(5, dtype=torch.int64, device="cuda") for _ in range(2)]
+    for _ in range(5):
+        logits, temperature = torch.randn(5, 999, device="cuda"), torch.rand(5, device="cuda") + 0.5
+        got = compiled(logits, offsets[0], temperature)
+        assert torch.equal(got, step(logits, offsets[1], temperature)) and torch.equal(*offsets)
+    assert offsets[0].tolist() == [5 * 64] * 5
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("options", [{"backend": "aot_eager"}, {}, {"mode": "reduce-overhead"}], ids=str)
+def test_declared_tensors_are_inputs_of_a_graph(options):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+    def layer(q, k, v, doc):
+        return jitgen.attention(q * 2, k, v, mask_mod=lambda b, h, q_idx, kv_idx: doc[q_idx] == doc[kv_idx]) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, **options)
+    with torch.no_grad():
+        for size in (50, 70, 110, 130):
+            q, k, v = (torch.randn(2, 8, 300, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+            doc = torch.arange(300, device="cuda") // size
+            got = compiled(q, k, v, jitgen.sorted(doc))
+            torch.testing.assert_close(got, layer(q, k, v, doc), rtol=2e-2, atol=2e-2)
+    torch._dynamo.reset()

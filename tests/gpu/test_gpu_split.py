@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from random_variants import Draw
 
 import jitgen
 from jitgen import dense, dense_split, reference
+from jitgen.graph_capture import GraphTable
 from jitgen.ir import walk
 
 TIMES_ROUNDING = 1.5  # as in test_gpu_variants.py
@@ -190,6 +192,62 @@ def test_the_first_call_of_a_shape_may_be_captured(mode):
         graph.replay()
         assert_right(got, q, k, v, jitgen.Variant())
     assert not kernel.isnan().any()
+
+
+def captured(q, k, v):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = jitgen.attention(q, k, v)
+    return graph, out
+
+
+def tables_left(wanted: int) -> int:
+    """Graphs whose memory is kept: the driver says in its own time that one is gone."""
+    for _ in range(200):
+        dense_split._captured.drop()
+        if len(dense_split._captured) == wanted:
+            break
+        time.sleep(0.01)
+    return len(dense_split._captured)
+
+
+def test_memory_of_graphs_goes_with_them(monkeypatch):
+    monkeypatch.setattr(dense_split, "_captured", GraphTable())
+    q, k, v = random_inputs(2, 8, 2, 1, 1300, 128)
+    want = jitgen.attention(q, k, v)
+    kept, out = captured(q, k, v)
+    reserved = []
+    for _ in range(12):
+        graph, _ = captured(q, k, v)
+        del graph
+        assert tables_left(1) == 1
+        reserved.append(torch.cuda.memory_allocated())
+    assert reserved[-1] == reserved[1]
+    out.fill_(math.nan)
+    kept.replay()
+    torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
+    del kept
+    assert tables_left(0) == 0
+
+
+def test_memory_of_a_graph_stays_while_a_replay_runs(monkeypatch):
+    monkeypatch.setattr(dense_split, "_captured", GraphTable())
+    q, k, v = random_inputs(2, 8, 2, 1, 1300, 128)
+    jitgen.attention(q, k, v)
+    graph, out = captured(q, k, v)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1 << 30)  # half a second
+    graph.replay()
+    done = torch.cuda.Event()
+    done.record()
+    del graph
+    time.sleep(0.1)
+    dense_split._captured.drop()
+    left, is_running = len(dense_split._captured), not done.query()
+    torch.cuda.synchronize()
+    assert is_running and left == 1
+    assert tables_left(0) == 0
+    torch.testing.assert_close(out, jitgen.attention(q, k, v), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The CUDA Graph is empty")  # both of torch's own

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from jitgen.checks import plain_int
 from jitgen.compat.flashinfer._hooks import Hooks, Place
 from jitgen.compat.flashinfer.rope import positions_of
-from jitgen.errors import ShapeMismatch
+from jitgen.errors import InvalidType, ShapeMismatch
 from jitgen.program import Program
 from jitgen.rotary import rope as rope_rows
 from jitgen.serving import paged_attention, ragged_attention
@@ -34,6 +35,9 @@ class Heads:
     kv_dtype: torch.dtype | None = None  # of the cache, if not q_dtype
 
     def __post_init__(self) -> None:
+        for name, value in (("num_qo_heads", self.num_q), ("num_kv_heads", self.num_kv)):
+            if not isinstance(plain_int(value), int) or isinstance(value, bool):
+                raise InvalidType(f"{name} is {value!r} of type {type(value).__name__}, expected an int.")
         if self.num_kv < 1 or self.num_q % self.num_kv:
             raise ShapeMismatch(
                 f"num_qo_heads is {self.num_q}, num_kv_heads is {self.num_kv}: the first must be a multiple of the second."

@@ -69,6 +69,7 @@ class CascadePlans:
                 del self._held[next(iter(self._held))]
             plan = self._held[what, sizes] = Plan(
                 *sizes, heads.num_q, heads.num_kv, heads.dim_qk, head_dim_v=heads.dim_vo, dtype=heads.q_dtype,
+                kv_dtype=heads.kv_dtype,
                 variant=hooks.variant(), page_size=self._page_size, levels=max(len(cascade.levels), 2), device=self._device,
             )  # fmt: skip
         return plan.update(cascade)

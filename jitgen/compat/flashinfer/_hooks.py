@@ -50,6 +50,11 @@ class Options:
         check_choice("pos_encoding_mode", self.pos_encoding_mode, POSITIONS)
 
     @property
+    def cap(self) -> float | None:
+        """The soft cap, if there is one; FlashInfer takes what is not above 0 for none."""
+        return self.logits_soft_cap if (self.logits_soft_cap or 0) > 0 else None
+
+    @property
     def rotates(self) -> bool:
         """Whether q and k are to be rotated before attention."""
         return self.pos_encoding_mode == "ROPE_LLAMA"
@@ -73,7 +78,7 @@ class Hooks:
         self.is_causal = self.right == 0
         self.window_left = options.window_left if options.window_left >= 0 else None
         self.bits, self.bits_start = options.bits, options.bits_start
-        self.cap = options.logits_soft_cap or None
+        self.cap = options.cap
         self.slopes = alibi_slopes(num_q_heads, device) if options.pos_encoding_mode == "ALIBI" else None
         self.q_scale: torch.Tensor | None = None  # [num_q_heads]
         self.k_scale: torch.Tensor | None = None  # [num_kv_heads]

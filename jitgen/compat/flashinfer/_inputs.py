@@ -10,7 +10,7 @@ from jitgen.compat.flashinfer._batch import Batch, Heads
 from jitgen.compat.flashinfer._hooks import Options
 from jitgen.compat.flashinfer._options import check_dtype
 from jitgen.compat.flashinfer.quantization import byte_offsets, pack_segments
-from jitgen.errors import ShapeMismatch, UnsupportedDtype
+from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDtype
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,19 @@ def mask_bits(
     return pack_segments(mask, indptr, start, num_bytes, "little"), start.int()
 
 
-def check_indptr(qo_indptr: torch.Tensor, batch: int) -> None:
-    """qo_indptr bounds the rows of the same requests."""
-    if qo_indptr.dim() != 1 or qo_indptr.shape[0] != batch + 1:
-        raise ShapeMismatch(f"qo_indptr has shape {tuple(qo_indptr.shape)}, expected [{batch + 1}], one more than requests.")
+def check_tables(**tables: object) -> None:
+    """What a plan is made from are tensors of integers."""
+    for name, t in tables.items():
+        if not isinstance(t, torch.Tensor):
+            raise InvalidType(f"{name} is a {type(t).__name__}, expected a torch.Tensor of int32 or int64.")
+        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+            raise UnsupportedDtype(f"{name} has dtype {t.dtype}, expected int32 or int64.")
+
+
+def check_indptr(indptr: torch.Tensor, batch: int, name: str = "qo_indptr") -> None:
+    """The bounds of rows, or of page lists, are those of the same requests."""
+    if indptr.dim() != 1 or indptr.shape[0] != batch + 1:
+        raise ShapeMismatch(f"{name} has shape {tuple(indptr.shape)}, expected [{batch + 1}], one more than requests.")
 
 
 def rows_known(qo_indptr: torch.Tensor) -> int | None:

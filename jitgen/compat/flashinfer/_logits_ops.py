@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from jitgen import sampling
-from jitgen.compat.flashinfer.sampling import NO_TOKEN, per_row
+from jitgen.compat.flashinfer.sampling import NO_TOKEN, per_row, tokens_like
 from jitgen.errors import UnsupportedOption
 
 
@@ -217,5 +217,6 @@ class FusedOp(Op):
         batch = x.shape[0] if indices is None else indices.shape[0]
         return sampling.sample(
             x, from_logits=self.IN is TensorType.LOGITS, order=self.order, indices=indices, generator=generator,
-            seed=per_row(seed, batch, x.device), offset=per_row(offset, batch, x.device, True), bad_token=NO_TOKEN, **values,
+            seed=per_row(seed, batch, x.device), offset=per_row(offset, batch, x.device, True), bad_token=NO_TOKEN,
+            out=tokens_like(indices), **values,
         )  # type: ignore[return-value]  # fmt: skip

@@ -156,3 +156,10 @@ def named_options(call: str, names: tuple[str, ...], values: tuple[object, ...],
     if twice:
         raise InvalidType(f"{call} got {', '.join(twice)} by position and by name.")
     return {**given, **options}
+
+
+def known_options(call: str, names: tuple[str, ...], values: tuple[object, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """As named_options, of a call that takes no others."""
+    for name in options.keys() - set(names):
+        raise InvalidType(f"{call} takes no option {name!r}, expected one of {', '.join(names)}.")
+    return named_options(call, names, values, options)

@@ -9,7 +9,7 @@ import torch
 
 from jitgen.compat.flashinfer._batch import Batch, Heads
 from jitgen.compat.flashinfer._hooks import Options, Place, Scale
-from jitgen.compat.flashinfer._inputs import Planned, check_indptr, rows_known, split_of
+from jitgen.compat.flashinfer._inputs import Planned, check_indptr, check_tables, rows_known, split_of
 from jitgen.compat.flashinfer._options import (
     as_dtype,
     attention_dtypes,
@@ -17,7 +17,7 @@ from jitgen.compat.flashinfer._options import (
     check_multi_item,
     check_no_extras,
     check_scale_factors,
-    named_options,
+    known_options,
 )
 from jitgen.compat.flashinfer._wrapper import Wrapper
 from jitgen.compat.flashinfer.page import get_seq_lens
@@ -119,6 +119,10 @@ class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
         Cost:    copies the tables; waits for the device only with a custom mask.
         """
         check_multi_item(prefix_len_ptr, token_pos_in_items_ptr, max_item_len_ptr)
+        check_tables(
+            qo_indptr=qo_indptr, paged_kv_indptr=paged_kv_indptr, paged_kv_indices=paged_kv_indices,
+            paged_kv_last_page_len=paged_kv_last_page_len,
+        )  # fmt: skip
         q_dtype, kv_dtype, o_dtype = attention_dtypes(q_data_type, kv_data_type, o_data_type, stored=True)
         check_indptr(qo_indptr, paged_kv_last_page_len.shape[0])
         self._check_batch(paged_kv_last_page_len.shape[0], self._qo_indptr_buf)
@@ -168,17 +172,43 @@ class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
         Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedOption, VariantError before plan().
         """
         check_no_extras(args)
-        check_scale_factors(kv_cache_sf)
-        check_changes(
+        return self._run_changed(
+            {}, q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse, return_lse=return_lse,
+            lse_base=lse_base, lse_layout=lse_layout, window_left=window_left, sinks=sinks, kv_cache_sf=kv_cache_sf,
             skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor, use_fp16_softmax=use_fp16_softmax,
             uses_spcompress=uses_spcompress,
         )  # fmt: skip
-        changes = {} if window_left is None else {"window_left": window_left}
+
+    run_return_lse = functools.partialmethod(run, return_lse=True)
+
+    def _run_changed(
+        self,
+        changes: dict[str, Any],
+        q: torch.Tensor,
+        paged_kv_cache: Cache,
+        *,
+        q_scale: Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        return_lse: bool = False,
+        lse_base: str = "log2",
+        lse_layout: str = "NH",
+        enable_pdl: bool | None = None,
+        window_left: int | None = None,
+        sinks: torch.Tensor | None = None,
+        kv_cache_sf: object = None,
+        **others: object,
+    ) -> Any:
+        """run() with ``changes`` to the planned options; ``others`` change the result and are refused."""
+        check_scale_factors(kv_cache_sf)
+        check_changes(**others)
+        if window_left is not None:
+            changes = {**changes, "window_left": window_left}
         return self._run(
             q, paged_kv_cache, changes, (q_scale, k_scale, v_scale), sinks, (out, lse), return_lse, lse_base, lse_layout
         )
-
-    run_return_lse = functools.partialmethod(run, return_lse=True)
 
     def run_placed(self, q: torch.Tensor, paged_kv_cache: Cache, place: Place | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and logsumexp when the requests are pieces of longer contexts."""
@@ -232,7 +262,7 @@ class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
 
         Cost:    waits for the device if qo_indptr is there.
         """
-        options = named_options("workspace_size()", PAGED_OPTIONS, by_position, options)
+        options = known_options("workspace_size()", PAGED_OPTIONS, by_position, options)
         dtype = as_dtype(options.get("q_data_type", "float16"), "q_data_type")
         heads = Heads(num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo or head_dim_qk, dtype, dtype)
         return self._workspace_bytes(qo_indptr.shape[0] - 1, int(qo_indptr[-1]), heads, "paged")

@@ -9,7 +9,7 @@ import torch
 
 from jitgen.compat.flashinfer._batch import Batch, Heads
 from jitgen.compat.flashinfer._hooks import Options, Scale
-from jitgen.compat.flashinfer._inputs import Planned, check_indptr, rows_known, split_of
+from jitgen.compat.flashinfer._inputs import Planned, check_indptr, check_tables, rows_known, split_of
 from jitgen.compat.flashinfer._options import (
     as_dtype,
     attention_dtypes,
@@ -17,7 +17,7 @@ from jitgen.compat.flashinfer._options import (
     check_multi_item,
     check_no_extras,
     check_scale_factors,
-    named_options,
+    known_options,
     rows_first,
 )
 from jitgen.compat.flashinfer._wrapper import Wrapper
@@ -107,6 +107,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         Cost:    copies the tables; waits for the device only with a custom mask.
         """
         check_multi_item(prefix_len_ptr, token_pos_in_items_ptr, max_item_len_ptr)
+        check_tables(qo_indptr=qo_indptr, kv_indptr=kv_indptr)
         for name, value in (("v_indptr", v_indptr), ("o_indptr", o_indptr)):
             if value is not None:
                 raise UnsupportedOption(f"{name} was given: values and outputs lie as keys and queries do. Leave it out.")
@@ -202,7 +203,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
 
         Cost:    waits for the device if qo_indptr is there.
         """
-        options = named_options("workspace_size()", RAGGED_OPTIONS, by_position, options)
+        options = known_options("workspace_size()", RAGGED_OPTIONS, by_position, options)
         dtype = as_dtype(options.get("q_data_type", "float16"), "q_data_type")
         heads = Heads(num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo or head_dim_qk, dtype, dtype)
         return self._workspace_bytes(qo_indptr.shape[0] - 1, int(qo_indptr[-1]), heads, "ragged")

@@ -50,7 +50,7 @@ def rope_quantize_fp8(
     for name, scale in (("quant_scale_q", quant_scale_q), ("quant_scale_kv", quant_scale_kv)):
         if not scale > 0:
             raise VariantError(f"{name} is {scale!r}, expected a number above 0.")
-    results = tuple(_result(*named, dtype) for named in zip(NAMES, given, outs, strict=True))
+    results = tuple(_result(*named, dtype, q_rope.device) for named in zip(NAMES, given, outs, strict=True))
     table = cos_sin_cache.data_ptr()
     key = (is_neox, table, low_bits(*given, *results), *[form_of(t) for t in (*given, *results, cos_sin_cache, pos_ids)])
     if key not in _calls:
@@ -73,9 +73,9 @@ def rope_quantize_fp8(
 mla_rope_quantize_fp8 = rope_quantize_fp8
 
 
-def _result(name: str, x: Rows, out: Rows, dtype: torch.dtype) -> torch.Tensor:
+def _result(name: str, x: Rows, out: Rows, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if x is None:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device=device)
     if out is None:
         return torch.empty(x.shape, dtype=dtype, device=x.device)
     if out.shape != x.shape or out.dtype != dtype or out.device != x.device or out.stride(-1) != 1:

@@ -12,10 +12,11 @@ from jitgen.compat.flashinfer._batch import Batch, Heads, Plans, rotated
 from jitgen.compat.flashinfer._hooks import Options, Scale, check_sinks, hooks_for, softmax_scale
 from jitgen.compat.flashinfer._inputs import Planned, check_inputs, mask_bits
 from jitgen.compat.flashinfer._options import LAYOUTS, attention_dtypes, check_backend, check_choice, rows_first
-from jitgen.errors import ShapeMismatch
+from jitgen.errors import ShapeMismatch, UnsupportedDtype
 from jitgen.streams import stream_of
 
 FEW_ROWS = 32  # query rows * query heads of a KV head up to which the decode kernel, which splits the keys, is the faster one
+MAX_STREAMS = 64  # whose plans are kept
 
 _plans: dict[tuple[torch.device, int], Plans] = {}  # by device and stream: calls on two streams may not share partial results
 
@@ -91,6 +92,7 @@ def single_prefill_with_kv_cache(
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedOption.
     """
     check_backend(backend, kv_cache_sf=kv_cache_sf)
+    check_request(q, k, v, kv_layout)
     kv_len = k.shape[0 if kv_layout == "NHD" else 1]
     lengths = (torch.tensor([q.shape[0]], device="cpu"), torch.tensor([kv_len], device="cpu"))
     bits, start = mask_bits(custom_mask, packed_custom_mask, *lengths, q.device) or (None, None)
@@ -130,10 +132,7 @@ def single_request(
     Shapes:  q [q_len, num_q_heads, head_dim]; k, v [kv_len, num_kv_heads, head_dim(_v)] or, HND, [num_kv_heads, kv_len, ...];
              returns [q_len, num_q_heads, head_dim_v] and float32 [q_len, num_q_heads].
     """
-    check_choice("kv_layout", kv_layout, LAYOUTS)
-    for name, t in (("k", k), ("v", v)):
-        if t.dim() != 3:
-            raise ShapeMismatch(f"{name} has shape {tuple(t.shape)}, expected 3 axes in the layout {kv_layout}.")
+    check_request(q, k, v, kv_layout)
     k, v = rows_first(k, kv_layout), rows_first(v, kv_layout)
     heads = Heads(q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype, q.dtype)
     batch = (one_request if held is None else held.batch)(q.shape[0], k.shape[0], q.device)
@@ -147,6 +146,8 @@ def single_request(
     plans = None if held is None else held.plans
     if plans is None and q.is_cuda and 0 < q.shape[0] * (heads.num_q // heads.num_kv) <= FEW_ROWS:
         key = (q.device, stream_of(q.device.index))
+        if key not in _plans and len(_plans) >= MAX_STREAMS:
+            _plans.clear()
         plans = _plans.setdefault(key, Plans(q.device))
     if plans is not None:
         out, lse = plans.attend(batch, heads, hooks, variant, q, (k, v), "NHD", scale, None, None, True)
@@ -154,6 +155,21 @@ def single_request(
     q4, k4, v4 = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     out, lse = attention(q4, k4, v4, variant, scale=scale, return_lse=True)
     return out[0].transpose(0, 1), lse[0].T.contiguous()
+
+
+def check_request(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_layout: str) -> None:
+    """Inputs have three axes and one dtype."""
+    check_choice("kv_layout", kv_layout, LAYOUTS)
+    if q.dim() != 3:
+        raise ShapeMismatch(f"q has shape {tuple(q.shape)}, expected [q_len, num_q_heads, head_dim].")
+    for name, t in (("k", k), ("v", v)):
+        if t.dim() != 3:
+            raise ShapeMismatch(f"{name} has shape {tuple(t.shape)}, expected 3 axes in the layout {kv_layout}.")
+        if t.dtype != q.dtype:
+            raise UnsupportedDtype(
+                f"{name} has dtype {t.dtype}, q has {q.dtype}. Both must match: convert with .to(), or keep keys of 8 bits in "
+                "a paged cache, which the wrappers read."
+            )
 
 
 def one_request(q_len: int, kv_len: int, device: torch.device) -> Batch:

@@ -90,7 +90,7 @@ class Wrapper(Buffers):
         self._planned = planned
         options = planned.options  # under the names that vLLM compares with its own values
         self._causal, self._window_left, self._sm_scale = options.right == 0, options.window_left, options.sm_scale
-        self._logits_soft_cap = options.logits_soft_cap or 0.0
+        self._logits_soft_cap = options.cap or 0.0
         self._ready.clear()
         self._overridden.clear()
         self._last = None

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from jitgen.compat.flashinfer._batch import Batch, Heads
 from jitgen.compat.flashinfer._hooks import Options, Scale
-from jitgen.compat.flashinfer._inputs import Planned, check_indptr, rows_known
+from jitgen.compat.flashinfer._inputs import Planned, check_indptr, check_tables, rows_known
 from jitgen.compat.flashinfer._options import attention_dtypes, check_backend, check_scale_factors
 from jitgen.compat.flashinfer._prefill_paged import BatchPrefillWithPagedKVCacheWrapper
 from jitgen.compat.flashinfer._wrapper import Wrapper
 from jitgen.compat.flashinfer.jit import gen_batch_attention_module  # noqa: F401
-from jitgen.errors import UnsupportedOption
+from jitgen.errors import InvalidType, UnsupportedOption
 
 Cache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Dtype = str | torch.dtype | None
+# what FlashInfer compiles into its wrapper with sinks, in the order of the constructor
+COMPILED_IN = (
+    "pos_encoding_mode", "use_fp16_qk_reduction", "q_data_type", "kv_data_type", "head_dim_qk", "head_dim_vo", "window_left",
+)  # fmt: skip
 
 
 class BatchAttention(Wrapper):
@@ -56,9 +59,10 @@ class BatchAttention(Wrapper):
         Cost:    copies the tables; no wait for the device.
         """
         check_profiler(use_profiler)
+        check_tables(qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_indices=kv_indices, kv_len_arr=kv_len_arr)
         q_dtype, kv_dtype, o_dtype = attention_dtypes(q_data_type, kv_data_type, None, stored=True)
         check_indptr(qo_indptr, kv_len_arr.shape[0])
-        check_indptr(kv_indptr, kv_len_arr.shape[0])
+        check_indptr(kv_indptr, kv_len_arr.shape[0], "kv_indptr")
         batch = Batch(
             self._held("qo_indptr", qo_indptr), self._held("kv_len", kv_len_arr), self._held("kv_indptr", kv_indptr),
             self._held("kv_indices", kv_indices), page_size,
@@ -87,7 +91,7 @@ class BatchAttention(Wrapper):
         """
         check_profiler(profiler_buffer is not None)
         check_scale_factors(kv_cache_sf)
-        options = self._override(logits_soft_cap=logits_soft_cap) if logits_soft_cap else self._plan_of().options
+        options = self._override(logits_soft_cap=logits_soft_cap) if logits_soft_cap > 0 else self._plan_of().options
         return self._attend(q, kv_cache, options, scales=(None, k_scale, v_scale), out=out, lse=lse, return_lse=True)  # type: ignore[no-any-return]
 
 
@@ -117,6 +121,10 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
             float_workspace_buffer, kv_layout, use_cuda_graph, qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf,
             paged_kv_last_page_len_buf, custom_mask_buf, mask_indptr_buf,
         )  # fmt: skip
+        for name in also_compiled_in.keys() - set(COMPILED_IN):
+            raise InvalidType(f"{type(self).__name__} takes no argument {name!r}, expected one of {', '.join(COMPILED_IN)}.")
+        if len(compiled_in) > len(COMPILED_IN):
+            raise InvalidType(f"got {len(compiled_in)} arguments after backend, expected at most {len(COMPILED_IN)}.")
 
     def run(  # type: ignore[override]
         self, q: torch.Tensor, paged_kv_cache: Cache, *args: Any, sinks: torch.Tensor | None = None, **options: Any
@@ -125,14 +133,8 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
         if len(args) > 2 or (args and sinks is not None):
             raise UnsupportedOption(f"run() got {len(args)} extra arguments, expected the sinks and the softmax scale, once.")
         sinks = args[0] if args else sinks
-        if len(args) == 2:
-            planned = self._plan_of()
-            self._planned = replace(planned, options=replace(planned.options, sm_scale=float(args[1])))
-            try:
-                return super().run(q, paged_kv_cache, sinks=sinks, **options)
-            finally:
-                self._planned = planned
-        return super().run(q, paged_kv_cache, sinks=sinks, **options)
+        changes = {"sm_scale": float(args[1])} if len(args) == 2 else {}
+        return self._run_changed(changes, q, paged_kv_cache, sinks=sinks, **options)
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
 

@@ -10,12 +10,13 @@ import torch
 
 from jitgen.compat.flashinfer._batch import Batch, Heads
 from jitgen.compat.flashinfer._hooks import Options, Scale
-from jitgen.compat.flashinfer._inputs import Planned, split_of
+from jitgen.compat.flashinfer._inputs import Planned, check_tables, split_of
 from jitgen.compat.flashinfer._options import (
     attention_dtypes,
     check_changes,
     check_no_extras,
     check_scale_factors,
+    known_options,
     named_options,
 )
 from jitgen.compat.flashinfer._single import single_decode_with_kv_cache  # noqa: F401
@@ -131,6 +132,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         disable_split_kv: bool = False,
         q_len_per_req: int = 1,
     ) -> None:
+        check_tables(indptr=indptr, indices=indices, last_page_len=last_page_len)
         num_q, num_kv, dim = heads
         q_dtype, kv_dtype, o_dtype = attention_dtypes(q_data_type, kv_data_type, o_data_type, data_type, stored=True)
         right = None if window_right < 0 or (window_right == 0 and q_len_per_req == 1) else window_right
@@ -230,7 +232,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         Takes the options of plan() but non_blocking and window_right, by position too.
         """
         names = tuple(name for name in PLAN_OPTIONS if name != "non_blocking")
-        options = named_options("workspace_size()", names, by_position, options)
+        options = known_options("workspace_size()", names, by_position, options)
         rows = last_page_len.shape[0] * options.get("q_len_per_req", 1)
         dtypes = attention_dtypes(
             *(options.get(name) for name in ("q_data_type", "kv_data_type", "o_data_type", "data_type")), stored=True

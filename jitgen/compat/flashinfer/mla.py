@@ -8,8 +8,8 @@ import torch
 
 from jitgen.compat.flashinfer._batch import Batch, Heads
 from jitgen.compat.flashinfer._hooks import Hooks, Options, check_sinks, hooks_for
-from jitgen.compat.flashinfer._inputs import Planned, check_indptr, rows_known
-from jitgen.compat.flashinfer._options import attention_dtypes, check_changes, check_dtype
+from jitgen.compat.flashinfer._inputs import Planned, check_indptr, check_tables, rows_known
+from jitgen.compat.flashinfer._options import attention_dtypes, check_dtype
 from jitgen.compat.flashinfer._wrapper import Wrapper
 from jitgen.compat.flashinfer.attention import check_profiler
 from jitgen.compat.flashinfer.jit import gen_batch_mla_module  # noqa: F401
@@ -18,6 +18,7 @@ from jitgen.spec import MLA_DIMS
 from jitgen.variant import Variant
 
 Dtype = str | torch.dtype
+REMEDY = "Multiply q, sm_scale or the output by it."
 MAX_VARIANTS = 256  # layers may have their own sinks
 
 
@@ -69,12 +70,13 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         Cost:    copies the tables; no wait for the device.
         """
         check_profiler(use_profiler)
+        check_tables(qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_indices=kv_indices, kv_len_arr=kv_len_arr)
         check_options("plan", options)
         if (head_dim_ckv + head_dim_kpe, head_dim_ckv) != MLA_DIMS:
             raise ShapeMismatch(f"head_dim_ckv is {head_dim_ckv}, head_dim_kpe {head_dim_kpe}, expected 512 and 64.")
         q_dtype, _, o_dtype = attention_dtypes(q_data_type, kv_data_type, None)
-        for indptr in (qo_indptr, kv_indptr):
-            check_indptr(indptr, kv_len_arr.shape[0])
+        for name, indptr in (("qo_indptr", qo_indptr), ("kv_indptr", kv_indptr)):
+            check_indptr(indptr, kv_len_arr.shape[0], name)
         self._check_batch(kv_len_arr.shape[0], self._qo_indptr_buf)
         batch = Batch(
             self._held("qo_indptr", qo_indptr, self._qo_indptr_buf), self._held("kv_len", kv_len_arr, self._kv_len_arr_buf),
@@ -118,8 +120,10 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         if kv_len is not None or page_table is not None:
             raise UnsupportedOption("kv_len and page_table belong to the cutlass back end. Give them to plan().")
         for name, value in (("o_scale", o_scale), ("ckv_scale", ckv_scale), ("kpe_scale", kpe_scale)):
-            check_changes(**{name: value is not None and value != 1.0})
-        check_changes(ckv_scale_arr=ckv_scale_arr is not None)
+            if value is not None and (isinstance(value, torch.Tensor) or value != 1.0):  # a tensor is not waited for
+                raise UnsupportedOption(f"{name} is {given_as(value)}, and latent caches have no scales here. {REMEDY}")
+        if ckv_scale_arr is not None:
+            raise UnsupportedOption(f"ckv_scale_arr was given, and latent caches have no scales here. {REMEDY}")
         planned = self._plan_of()
         heads, batch = planned.heads, planned.batch
         check_latent("q_nope", q_nope, (heads.num_q, 512), heads.q_dtype)
@@ -147,6 +151,11 @@ def check_options(call: str, options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name != "enable_pdl" and value is not None and value is not False:
             raise UnsupportedOption(f"{name}={value!r} of {call}() is for other back ends and not supported. Leave it out.")
+
+
+def given_as(value: object) -> str:
+    """An argument in a message."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
 
 
 def check_latent(name: str, t: torch.Tensor, inner: tuple[int, int], dtype: torch.dtype) -> None:

@@ -22,8 +22,9 @@ def fused_add_rmsnorm(
     input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, enable_pdl: bool | None = None
 ) -> None:
     """Adds ``input`` to ``residual``, and puts the norm of the sum into ``input``."""
-    residual.add_(input)
-    input.copy_(normed(residual.float(), eps) * weight.float())
+    total = residual.float() + input.float()
+    residual.copy_(total)
+    input.copy_(normed(total, eps) * weight.float())  # of the sum before it was rounded
 
 
 def gemma_rmsnorm(

@@ -15,7 +15,7 @@ from jitgen.compat.flashinfer._single import single_prefill_with_kv_cache
 from jitgen.compat.flashinfer._wrapper import Wrapper
 from jitgen.compat.flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper
 from jitgen.compat.flashinfer.jit import gen_pod_module  # noqa: F401
-from jitgen.errors import UnsupportedOption, VariantError
+from jitgen.errors import ShapeMismatch, UnsupportedOption, VariantError
 
 Cache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -129,6 +129,8 @@ class PODWithPagedKVCacheWrapper:
                 "a custom mask for decode was given. Use a paged prefill plan with a mask for every request."
             )
         planned = self._decode._plan_of().options
+        if kv_layout_d not in ("NHD", self._kv_layout):
+            raise UnsupportedOption(f"run() got kv_layout_d={kv_layout_d!r}, the wrapper was made for {self._kv_layout!r}.")
         given = (pos_encoding_mode_d, sm_scale_d, window_left_d, rope_scale_d, rope_theta_d)
         absent = ("NONE", None, -1, None, None)
         kept = (planned.pos_encoding_mode, planned.sm_scale, planned.window_left, planned.rope_scale, planned.rope_theta)
@@ -253,6 +255,10 @@ class BatchPODWithPagedKVCacheWrapper:
     ) -> tuple[Any, Any]:
         """Both parts as one batch."""
         rows = q_p.shape[0]
+        for name, q, part in (("q_p", q_p, self._prefill), ("q_d", q_d, self._decode)):
+            planned_rows = part._plan_of().num_rows
+            if planned_rows is not None and q.shape[0] < planned_rows:
+                raise ShapeMismatch(f"{name} has {q.shape[0]} rows, the plan has {planned_rows}. Plan again for these rows.")
         wanted = (causal, rows, q_d.shape[0])
         if self._mixed_for != wanted:
             self._mixed._adopt(self._mixed_plan(*wanted))

@@ -22,9 +22,7 @@ NO_TOKEN = 0
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # odd: rows that share a seed get streams far apart
 
 
-def softmax(
-    logits: torch.Tensor, temperature: Number | None = None, enable_pdl: bool | None = None, **_unused: object
-) -> torch.Tensor:
+def softmax(logits: torch.Tensor, temperature: Number | None = None, enable_pdl: bool | None = None) -> torch.Tensor:
     """Softmax of rows of logits divided by the temperature, in float32."""
     return native.softmax(logits, temperature=temperature)
 
@@ -155,12 +153,12 @@ def top_p_renorm_probs(probs: torch.Tensor, top_p: Number, is_deterministic: boo
     return native.renorm(probs, top_p=top_p)
 
 
-def top_k_renorm_probs(probs: torch.Tensor, top_k: Count, is_deterministic: bool = False, **_unused: object) -> torch.Tensor:
+def top_k_renorm_probs(probs: torch.Tensor, top_k: Count, is_deterministic: bool = False) -> torch.Tensor:
     """Probabilities with all but the top_k largest set to 0, summing to 1."""
     return native.renorm(probs, top_k=top_k)
 
 
-def top_k_mask_logits(logits: torch.Tensor, top_k: Count, **_unused: object) -> torch.Tensor:
+def top_k_mask_logits(logits: torch.Tensor, top_k: Count) -> torch.Tensor:
     """Logits with all but the top_k largest set to -inf."""
     return native.mask_logits(logits, top_k=top_k)
 
@@ -235,5 +233,12 @@ def _sample(
     batch = x.shape[0] if indices is None else indices.shape[0]
     return native.sample(
         x, from_logits=from_logits, indices=indices, generator=generator, seed=per_row(seed, batch, x.device),
-        offset=per_row(offset, batch, x.device, True), return_valid=return_valid, bad_token=NO_TOKEN, **filters,
+        offset=per_row(offset, batch, x.device, True), return_valid=return_valid, bad_token=NO_TOKEN,
+        out=tokens_like(indices), **filters,
     )  # type: ignore[arg-type]  # fmt: skip
+
+
+def tokens_like(indices: torch.Tensor | None) -> torch.Tensor | None:
+    """Where tokens are written: they have the dtype of ``indices``, and int32 without."""
+    is_long = isinstance(indices, torch.Tensor) and indices.dtype == torch.int64
+    return torch.empty_like(indices) if is_long else None  # type: ignore[arg-type]

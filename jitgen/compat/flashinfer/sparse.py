@@ -209,6 +209,9 @@ class VariableBlockSparseAttentionWrapper(SparseWrapper):
         Cost:    the first call after plan() builds tables of q_len and kv_len entries for each KV head.
         """
         heads, _, causal = self._plan_of()
+        for name, t in (("q", q), ("k", k)):
+            if t.dim() != 3:
+                raise ShapeMismatch(f"{name} has shape {tuple(t.shape)}, expected [heads, rows, head_dim].")
         check_tensor("q", q, (heads.num_q, q.shape[1], heads.dim_qk), heads.q_dtype)
         check_tensor("k", k, (heads.num_kv, k.shape[1], heads.dim_qk), heads.q_dtype)
         check_tensor("v", v, (heads.num_kv, k.shape[1], heads.dim_vo), heads.q_dtype)

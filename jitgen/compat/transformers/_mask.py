@@ -197,7 +197,10 @@ def written(end: Any) -> Mask:
 
 
 def shifted(mask: Mask, q_shift: Any, kv_shift: Any) -> Mask:
-    """A mask over positions as one over the row and key numbers of a call."""
+    """A mask over positions as one over the row and key numbers of a call.
+
+    Plain, where at_positions makes a signature for any hook: Dynamo runs this, and could not make one.
+    """
     if is_zero(q_shift) and is_zero(kv_shift):
         return mask
 
