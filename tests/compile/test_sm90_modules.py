@@ -139,6 +139,7 @@ class Module:
         tiles = sm90_tiles(head_dim, head_dim_v, program, q_len=q_len[0] if q_len else 1 << 20)
         self.spec = KernelSpec("sm90", program, dtype, head_dim, head_dim_v, tiles, cuda_target("9.0a"))
         source = render_kernel(self.spec)
+        self.has_halves = "jg::VisibleHalves" in source.text  # its groups may see half a tile alone
         self.binary, self.output = compile_source(source, directory, *self.spec.target.flags)
         self._sass = None
 
@@ -198,7 +199,8 @@ def test_module_uses_the_instructions_it_is_written_for(module):
     text = "\n".join(module.sass)
     tiles, spec = module.spec.tiles, module.spec
     shapes = set(re.findall(r"HGMMA\.(64x\d+x16)\.", text))
-    assert shapes == {f"64x{tiles.tile_kv}x16", f"64x{spec.head_dim_v}x16"}
+    halves = {f"64x{tiles.tile_kv // 2}x16"} if module.has_halves else set()
+    assert shapes == {f"64x{tiles.tile_kv}x16", f"64x{spec.head_dim_v}x16"} | halves
     for name in ("UTMALDG", "UTMASTG", "SYNCS", "STSM"):
         assert name in text, f"no {name}"
     assert text.count("USETMAXREG") == 2
@@ -219,6 +221,17 @@ def test_main_loop_waits_for_pv_between_maximum_and_weights(module):
     assert before >= 0.9 * len(maxima), f"{before} of {len(maxima)} maxima before the wait for P V"
     early = sum(i < wait_for_o for i in exponentials)
     assert early <= 0.1 * len(exponentials), f"{early} of {len(exponentials)} exponentials before the wait for P V"
+
+
+def test_half_tiles_stay_out_of_the_main_loop(module):
+    """They have products of their own: branches between those of the main loop would have ptxas serialise all of them."""
+    if not module.has_halves:
+        pytest.skip("no group sees half a tile alone")
+    num_keys, num_values = module.spec.head_dim // 16, module.spec.tiles.tile_kv // 16
+    everywhere = sum("HGMMA" in line for line in module.sass)
+    whole = 2 * (num_keys + num_values)  # before and in the main loop, in it and behind it
+    assert everywhere == whole + num_keys + num_values // 2
+    main_loop(module.sass, num_keys + num_values)
 
 
 def test_products_in_place_follow_each_other(module):

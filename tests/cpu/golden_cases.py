@@ -347,6 +347,7 @@ CASES: dict[str, Case] = {
     "dense_bias__sm90__bfloat16": Case(dense_bias, "sm90", "bfloat16", (128, 128)),
     "forgetting__sm90__bfloat16": Case(forgetting, "sm90", "bfloat16", (128, 128)),
     "documents__sm90__bfloat16": Case(documents, "sm90", "bfloat16", (128, 128)),
+    "window__sm90__bfloat16": Case(window, "sm90", "bfloat16", (128, 128)),
     "biases__sm90_ragged__float16": Case(biases, "sm90", "float16", (128, 128), "ragged"),
     "packed__sm80_ragged__bfloat16": Case(packed, "sm80", "bfloat16", (128, 128), "ragged"),
     "plain__sm90_ragged__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128), "ragged"),

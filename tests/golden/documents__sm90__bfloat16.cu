@@ -54,6 +54,7 @@ constexpr int kTileKv = 128;
 constexpr int kNumStages = 2;
 constexpr bool kHasMask = true;
 constexpr bool kPerGroup = true;   // tiles are classified for each warp group, or once for all of them
+constexpr int kHalfTile = kTileKv / 2;             // columns of a tile that a warp group may see alone
 
 // ---- variant ----
 // Values known per (request, query head).
@@ -213,8 +214,9 @@ JITGEN_FN jg::KeptColumns see_columns(const Args& args, const Head& head, Shared
 }
 
 // Scores and masks one KV tile; `first_kv` is the column of element 0. kAtEnd: the tile may reach past kv_len.
-template <bool kAtEnd>
-JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows, Logits& s, int first_kv, bool partial) {
+template <bool kAtEnd, int kColTiles>
+JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows, float (&s)[kColTiles][4], int first_kv, bool partial) {
+  constexpr int kTileKv = 8 * kColTiles;   // half as many as elsewhere in half a tile
   const int kv_len = static_cast<int>(args.kv_len);
   if constexpr (kAtEnd)
     if (first_kv + kTileKv > kv_len) jg::mask_tail(s, first_kv, kv_len);
@@ -261,53 +263,64 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     if (leader && schedule.counter >= 0) taken = atomicAdd(&jg::tile_counters[schedule.counter][0], 1);
     query_tile = taken + static_cast<int>(gridDim.x);
   };
+  // What a query tile sees is looked up before there is room for the last K of the one before, not after it.
+  static_assert(!Tile::kOutputOverV, "a query tile without visible keys would have to wait for the store of the one before");
+  jg::QueryTile work = {0, 0, 0};
+  Head head = make_head(args, 0, 0);
+  int first_row = 0;
+  const auto span_of = [&](int group, int count) {
+    return mask_span(args, head, query_index(args, first_row + 64 * group), query_index(args, first_row + 64 * (group + count) - 1));
+  };
+  const auto classify = [&](const MaskSpan& span, int first, int last) {   // visiting positions
+    const int low = kv_tile(kDescending ? last : first, num_tiles), high = kv_tile(kDescending ? first : last, num_tiles);
+    return mask_tile(args, head, span, low * kTileKv, jg::min(high * kTileKv + kTileKv, static_cast<int>(args.kv_len)) - 1);
+  };
+  const auto classify_half = [&](const MaskSpan& span, int position, int half) {
+    const int low = kv_tile(position, num_tiles) * kTileKv + half * kHalfTile, kv_len = static_cast<int>(args.kv_len);
+    return low < kv_len ? mask_tile(args, head, span, low, jg::min(low + kHalfTile, kv_len) - 1) : kTileNone;
+  };
+  jg::VisibleHalves<Tile::kGroups, decltype(span_of), decltype(classify), decltype(classify_half)> visible(span_of, classify, classify_half);
+  int kv_h = 0, batch = 0, step = -1;   // of the K to be copied next, if there is one
+  bool has_begun = false;
 #pragma unroll 1
-  while (query_tile < schedule.num_tiles) {
-    const jg::QueryTile work = jg::query_tile_at(query_tile, schedule, static_cast<int>(args.num_q_heads));
-    const Head head = make_head(args, work.batch, work.head);
-    const int first_row = work.tile * kTileQ - schedule.absent_rows;
-    const auto span_of = [&](int group, int count) {
-      return mask_span(args, head, query_index(args, first_row + 64 * group), query_index(args, first_row + 64 * (group + count) - 1));
-    };
-    const auto classify = [&](const MaskSpan& span, int first, int last) {   // visiting positions
-      const int low = kv_tile(kDescending ? last : first, num_tiles), high = kv_tile(kDescending ? first : last, num_tiles);
-      return mask_tile(args, head, span, low * kTileKv, jg::min(high * kTileKv + kTileKv, static_cast<int>(args.kv_len)) - 1);
-    };
-    jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::max(-first_row, 0) / 64, span_of, classify);
-    const auto load_key = [&](int step, int next) {
+  for (;;) {
+    bool turns = false, ends = false;   // whether a query tile follows, or none
+    int next;
+#pragma unroll 1
+    while ((next = visible.next()) < 0 && !turns) {
+      turns = true;
+      if (has_begun) take_query_tile();
+      has_begun = true;
+      query_tile = jg::uniform(query_tile);
+      ends = query_tile >= schedule.num_tiles;
+      if (ends) break;
+      work = jg::query_tile_at(query_tile, schedule, static_cast<int>(args.num_q_heads));
+      head = make_head(args, work.batch, work.head);
+      first_row = work.tile * kTileQ - schedule.absent_rows;
+      visible.restart(num_tiles, jg::max(-first_row, 0) / 64);
+    }
+    if (step >= 0) {
+      const int first_kv = kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv;
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
-      if (!leader) return;
-      if (kHasMask) {
-        const int flags = next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
+      if (leader) {
+        const int flags = turns ? jg::kStepLast | 7 << jg::kRunEndAt : jg::run_ends(step, next) << jg::kRunEndAt;
         jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags);
+        jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
+        jg::tensor_load(shared.key(kv.stage), maps.k, full, first_kv, kv_h, batch, keep);
       }
-      jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
-      jg::tensor_load(shared.key(kv.stage), maps.k, full, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch, keep);
-    };
-    int step = visible.next();
-    // An empty tile copies nothing, so V still to be copied, and with O over V the store that it waits for, come before the
-    // consumers hear of it: messages further on wait for them, and they could take o_done two phases ahead.
-    if (step < 0) {
       load_value();
-      if (Tile::kOutputOverV) jg::barrier_wait(JG_BARRIER(o_done), o_parity);
-    }
-    publish(make_int4(first_row, work.head, work.batch, step < 0 ? jg::kWorkEmpty : jg::kWorkTile | q_parity << 1));
-    q_parity ^= step >= 0;
-#pragma unroll 1
-    while (step >= 0) {
-      const int next = visible.next();
-      load_key(step, next);
-      load_value();
-      late = {kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch};
+      late = {first_kv, kv_h, batch};
       kv.advance();
-      step = next;
     }
-    take_query_tile();
-    // With O over V it waits for the store of the query tile before, not of this one; wide heads lose 1 % with it later.
-    if (Tile::kOutputOverV || kHeadDimV > 128) load_value();
-    o_parity ^= 1;
-    query_tile = jg::uniform(query_tile);
+    if (ends) break;
+    if (turns) {
+      if (next < 0) load_value();   // an empty tile copies nothing, and messages further on wait for this V
+      publish(make_int4(first_row, work.head, work.batch, next < 0 ? jg::kWorkEmpty : jg::kWorkTile | q_parity << 1));
+      q_parity ^= next >= 0;
+      kv_h = head.kv_h, batch = work.batch;
+    }
+    step = next;
   }
   load_value();
   publish(make_int4(0, 0, 0, jg::kWorkStop));
@@ -375,6 +388,27 @@ JITGEN_FN void start_pv(float (&o)[kHeadDimV / 8][4], const Weights& p, unsigned
   jg::wgmma_commit();
 }
 
+// Both products of half a tile.
+using HalfLogits = float[kHalfTile / 8][4];
+using HalfWeights = unsigned[kHalfTile / 16][4];
+JITGEN_FN void start_half_qk(HalfLogits& s, unsigned long long q, unsigned long long k) {
+  jg::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step)
+    jg::Wgmma<kHalfTile>::shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), step != 0);
+  jg::wgmma_commit();
+}
+JITGEN_FN void start_half_pv(Output& o, const HalfWeights& p, unsigned long long p_shared, unsigned long long v) {
+  constexpr int kStepRows = 16 * ValueTile::kSpanBytes >> 4;
+  jg::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kHalfTile / 16; ++step)
+    if constexpr (Tile::kSharedP)
+      jg::Wgmma<kHeadDimV>::shared<Element, 1>(o, p_shared + WeightTile::step_offset(step, 64), v + step * kStepRows, 1);
+    else
+      jg::Wgmma<kHeadDimV>::registers<Element>(o, p[step], v + step * kStepRows, 1);
+  jg::wgmma_commit();
+}
 using Softmax = jg::RowSoftmax;
 
 // Normalises O, applies the output hooks, and writes LSE.
@@ -531,6 +565,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           kv.advance();
           continue;
         }
+        if (!jg::is_half(step, group)) {
         // A run of visible tiles: the products of a tile overlap with those of the next.
         start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4));
         pass_turn();
@@ -541,7 +576,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
-        jg::weigh_columns(softmax, s, units, shift);
+        jg::weigh_rows(softmax, s, units, shift);
         if constexpr (Tile::kOutputOverP) await_store();
         keep_weights();
         if (has_begun && moved) jg::rescale_output(o, factor);   // O of the first run is 0
@@ -549,7 +584,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         release_skipped();
         moved = false;
 #pragma unroll 1
-        while (!jg::is_next_skipped(step, group)) {
+        while (!jg::is_run_end(step, group)) {
           jg::RingPosition<kNumStages> next = kv;
           next.advance();
           jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
@@ -574,7 +609,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::Wgmma<kHeadDimV>::wait<0>(o);
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
           if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
-          jg::weigh_columns(softmax, s, units, shift);
+          jg::weigh_rows(softmax, s, units, shift);
           keep_weights();
         }
         if (kRescaleEarly && moved) jg::rescale_output(o, factor);
@@ -582,6 +617,37 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         start_pv(o, p, p_operand, v_operand + (kv.stage * Tile::kValueBytes >> 4));
         jg::Wgmma<kHeadDimV>::wait<0>(o);
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
+        } else {   // half a tile, which is a run of its own
+          const int kind = jg::kind_of(step, group), start = kind == kTileFull ? kHalfTile : 0;
+          const int first_kv = first_column() + start;
+          HalfLogits s;
+          HalfWeights p;
+          start_half_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes + start * KeyTile::kSpanBytes >> 4));
+          pass_turn();
+          const jg::KeptColumns kept = see_columns(args, head, shared, slot, group_row, first_kv, kind);
+          jg::Wgmma<kHalfTile>::wait<0>(s);
+          release_key();
+          shape_logits<true>(args, head, rows, s, first_kv, true);
+          kept.hide_others(s);
+          const float units = jg::exponent_units(rows.factor);
+          float shift[2];
+          const bool moved = jg::update_maximum<kMaybeEmpty, kSlack>(softmax, s, units, shift, factor);
+          jg::weigh_rows(softmax, s, units, shift);
+          if constexpr (Tile::kOutputOverP) await_store();
+          jg::pack_tile<Element>(p, s);
+          if constexpr (Tile::kSharedP) {
+            jg::store_tile<kHalfTile>(p_shared, p, warp, lane);
+            jg::fence_async_proxy();
+            __syncwarp();
+          }
+          if (has_begun && moved) jg::rescale_output(o, factor);
+          has_begun = true;
+          release_skipped();
+          jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
+          start_half_pv(o, p, p_operand, v_operand + (kv.stage * Tile::kValueBytes + start * ValueTile::kSpanBytes >> 4));
+          jg::Wgmma<kHeadDimV>::wait<0>(o);
+          if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
+        }
         kv.advance();
       } while (!(step & jg::kStepLast));
     }

@@ -75,6 +75,15 @@ JITGEN_FN int skipped_groups(int kinds) {
   return ~(seen & 1 | seen >> 1 & 2 | seen >> 2 & 4 | seen >> 3 & 8) & 15;
 }
 
+// Where halves of a tile are told apart (VisibleHalves) there are three groups. A bit from kHalfAt + group says that the rows see only
+// one half of the columns: the second if the kind is kTileFull, else the first. Half a tile is masked in any case, and is a run of its
+// own: in place of the bits from kNextAt there is one from kRunEndAt + group, which says that this tile ends a run.
+constexpr int kHalfAt = 6, kRunEndAt = 9;
+JITGEN_FN bool is_half(int step, int group) { return step >> (kHalfAt + group) & 1; }
+JITGEN_FN bool is_run_end(int step, int group) { return step >> (kRunEndAt + group) & 1; }
+// Of the tile with these kinds, before one with those of `next`.
+JITGEN_FN int run_ends(int kinds, int next) { return ((kinds | next) >> kHalfAt | skipped_groups(next)) & 7; }
+
 // ---- visible KV tiles of one query tile ----
 // Walks them in visiting order; all lanes of the producer warp call together. Each lane classifies one tile, after a first
 // look at groups of 32 tiles at once: 131072 keys per look with 128-key tiles, so a window far inside a long context
@@ -118,6 +127,79 @@ template <int kGroups, bool kPerGroup, class SpanOf, class Classify> struct Visi
     const int bit = __ffs(tiles) - 1;
     tiles &= tiles - 1;
     return (base + bit) << kStepShift | __shfl_sync(0xffffffffu, kinds, bit);
+  }
+};
+
+// The same for three groups, with the halves of tiles told apart. Lanes look at tiles for all rows first; at those that are neither
+// nothing nor full the lanes look again, five tiles together, for each group and half. span and classify as above; classify_half(span,
+// position, half) judges half a tile. It begins without a tile.
+template <int kGroups, class SpanOf, class Classify, class ClassifyHalf> struct VisibleHalves {
+  static_assert(kGroups == 3, "a word has room for three groups");
+  SpanOf span;
+  Classify classify;
+  ClassifyHalf classify_half;
+  int num_tiles = 0, first_group = 0, look = 0, base = 0;   // as in VisibleTiles
+  unsigned groups = 0, tiles = 0, full = 0;                 // full: of the tiles not yet visited, or of others
+  unsigned close = 0, seen = 0, whole = 0, kept = 0;        // tiles looked at closely; their halves: some seen, all, none hidden by tensors
+
+  JITGEN_FN VisibleHalves(SpanOf span, Classify classify, ClassifyHalf classify_half)
+      : span(span), classify(classify), classify_half(classify_half) {}
+  // Begins a query tile: the functions are of this one from now on.
+  JITGEN_FN void restart(int tiles_of_kv, int first) {
+    num_tiles = tiles_of_kv, first_group = first;
+    look = 0, groups = tiles = 0;
+  }
+  static JITGEN_FN int spread(unsigned bits) { return bits & 1 | bits << 1 & 4 | bits << 2 & 16; }   // to every other bit
+  // At the next five tiles that are neither nothing nor full to all rows: lane 6 i + 3 half + group at a half of the i-th.
+  JITGEN_FN void look_closely(int lane) {
+    unsigned rest = tiles & ~full, mine = 0;
+    close = 0;
+#pragma unroll
+    for (int i = 0; i < 5; ++i) {
+      const unsigned lowest = rest & -rest;
+      if (lane / 6 == i) mine = lowest;
+      close |= lowest;
+      rest ^= lowest;
+    }
+    const int group = lane % 3, half = lane / 3 % 2;
+    int kind = kTileNone;
+    if (mine != 0 && group >= first_group) kind = classify_half(span(group, 1), base + __ffs(mine) - 1, half);
+    seen = __ballot_sync(0xffffffffu, kind != kTileNone);
+    whole = __ballot_sync(0xffffffffu, kind == kTileFull);
+    kept = __ballot_sync(0xffffffffu, kind & 2);
+  }
+  JITGEN_FN int next() {
+    const int lane = threadIdx.x & 31;
+    for (;;) {
+      while (tiles == 0) {
+        while (groups == 0) {
+          if (look >= num_tiles) return -1;
+          const int first = look + 32 * lane;
+          look += 1024;
+          groups = 1;
+          if (num_tiles <= 32) break;   // nothing to skip
+          groups = __ballot_sync(0xffffffffu, first < num_tiles && classify(span(0, kGroups), first, min(first + 31, num_tiles - 1)) != kTileNone);
+        }
+        base = look - 1024 + 32 * (__ffs(groups) - 1);
+        groups &= groups - 1;
+        const int mine = base + lane, kind = mine < num_tiles ? classify(span(0, kGroups), mine, mine) : kTileNone;
+        tiles = __ballot_sync(0xffffffffu, kind != kTileNone);
+        full = __ballot_sync(0xffffffffu, kind == kTileFull);
+        close = 0;
+      }
+      const unsigned lowest = tiles & -tiles;
+      int kinds = 0x2a >> 2 * first_group << 2 * first_group;   // kTileFull
+      if (!(full & lowest)) {
+        if (!(close & lowest)) look_closely(lane);
+        const int at = 6 * __popc(close & (lowest - 1));
+        const unsigned first = seen >> at & 7, second = seen >> at + 3 & 7, all = whole >> at & whole >> at + 3;
+        const unsigned untouched = (kept >> at | ~first) & (kept >> at + 3 | ~second) & (first | second);   // by tensors
+        kinds = spread(first & ~all) | spread(untouched | (second & ~first)) << 1 | static_cast<int>(first ^ second) << kHalfAt;
+      }
+      const int position = base + __ffs(lowest) - 1;
+      tiles ^= lowest;
+      if (kinds != 0) return position << kStepShift | kinds;
+    }
   }
 };
 
