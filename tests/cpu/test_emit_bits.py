@@ -16,12 +16,14 @@ from jitgen.target import cuda_target
 IDS = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 5, 5, 5, 9, 9], dtype=torch.int32)
 Q, KV = torch.arange(len(IDS))[:, None], torch.arange(len(IDS))[None, :]
 DOC, UNSORTED, WIDTHS = jitgen.sorted(IDS), IDS.flip(0).contiguous(), torch.tensor([3, 5], dtype=torch.int32)
+LIMITS = torch.tensor([5, 0, 12, 3, 3, 1, 9, 0, 2, 11, 4, 6, 7], dtype=torch.int32)
 WIDTH = 4
 
 MASKS = {
     "causal": (lambda b, h, q, k: k <= q, True),
     "window": (lambda b, h, q, k: (k <= q) & (q - k < WIDTH), True),
     "window of a head": (lambda b, h, q, k: (k <= q) & (q - k <= WIDTHS[h]), True),
+    "limit of a row": (lambda b, h, q, k: k <= LIMITS[q], True),
     "sinks": (lambda b, h, q, k: (k <= q) & ((q - k < WIDTH) | (k < 2)), True),
     "rows alone": (lambda b, h, q, k: (q % 3 == 1) | (k > q), True),
     "not the diagonal": (lambda b, h, q, k: k != q, True),
@@ -55,6 +57,14 @@ def test_bits_are_for_masks_that_keep_runs_of_columns(name):
     assert ("mask_bits(" in source) == expected
     assert ("mask_elem(" in source) != expected
     assert ("mask_search(" in source) == (expected and "document" in name)
+
+
+def test_lanes_look_at_halves_of_tiles_unless_a_warp_scans_rows_together():
+    for name, has_halves in (("window", True), ("documents", True), ("limit of a row", False)):
+        program = jitgen.Variant(mask_mod=MASKS[name][0]).trace().program
+        source = render_kernel(cuda_spec(program, "bfloat16", (128, 128), "sm90", cuda_target("9.0a"))).text
+        assert ("VisibleHalves" in source) == has_halves, name
+        assert ("scan_together" in source) != has_halves, name
 
 
 @pytest.mark.parametrize("name", [name for name, (_, expected) in MASKS.items() if expected])
