@@ -195,9 +195,14 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         num_stages=spec.tiles.num_stages,
         pairs_groups=spec.family in MLA_FAMILIES,
         reads_lse=_reads_lse(spec.program),
-        packing=f"jg::packing_shift(group_size{f', {spec.tiles.tile_q.bit_length() - 1}' if spec.family in MLA_FAMILIES else ''})",
+        packing=f"jg::packing_shift(group_size{_most_packing(spec)})",
         **traits,
     )
+
+
+def _most_packing(spec: KernelSpec) -> str:
+    """Argument that says how many heads a packed row may have: in latent attention as many as the tile has rows."""
+    return f", {spec.tiles.tile_q.bit_length() - 1}" if spec.family in MLA_FAMILIES else ""
 
 
 def _reads_lse(program: Program) -> bool:
