@@ -55,8 +55,10 @@ def _control_bytes(program: Program) -> int:
 
 
 def mla_decode_tiles(rows: int) -> Tiles:
-    """Tiles of latent attention for requests of ``rows`` packed rows; more are taken 32 at a time. Stages are thirds of 64 keys,
-    24 kB each, beside 1152 bytes of a row of Q and four tiles of weights."""
+    """Tiles of latent attention for requests of ``rows`` packed rows; more are taken 32 at a time.
+
+    Stages are thirds of 64 keys, 24 kB each; beside them are Q, 1152 bytes a row, and four tiles of weights.
+    """
     columns = next((n for n in MLA_COLUMNS if rows <= n), MLA_COLUMNS[-1])
     return Tiles(columns, 64, num_warps=12, num_stages=7 if columns == 32 else 8)
 

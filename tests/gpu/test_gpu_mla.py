@@ -41,7 +41,10 @@ def test_heads_and_drafts(family, heads):
     check_mla("cuda", torch.bfloat16, [5, 700, 64, 333], [5, 1, 3, 2], heads=heads, family=family)
 
 
-@pytest.mark.parametrize("heads, q_lens", [(1, [1, 1, 1]), (4, [2, 1, 2]), (8, [1, 1, 1]), (12, [1, 1, 1]), (16, [1, 1, 1]), (16, [2, 2, 1]), (24, [1, 1, 1])])
+@pytest.mark.parametrize(
+    "heads, q_lens",
+    [(1, [1, 1, 1]), (4, [2, 1, 2]), (8, [1, 1, 1]), (12, [1, 1, 1]), (16, [1, 1, 1]), (16, [2, 2, 1]), (24, [1, 1, 1])],
+)
 @pytest.mark.parametrize("hooks", [False, True], ids=["causal", "hooks"])
 @needs_hopper
 def test_few_rows(heads, q_lens, hooks):
