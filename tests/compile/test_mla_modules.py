@@ -89,7 +89,7 @@ def test_few_rows_are_columns_of_both_products(few_rows):
     assert "C7510" not in output, output
     sass = disassemble(binary)
     products = re.findall(rf"HGMMA\.64x{rows}x16\.F32\.BF16 R\d+, gdesc\[UR\d+\](\.tnspA)?,", sass)
-    assert (products.count(""), products.count(".tnspA")) == (36, 16), "K Q^T, and V^T P^T with V where it was copied to"
+    assert (products.count(""), products.count(".tnspA")) == (36, 32), "K Q^T, and V^T P^T with V where it was copied to"
     assert re.search(r"\bUTMALDG\.5D\b", sass), "bulk tensor copies"
 
 

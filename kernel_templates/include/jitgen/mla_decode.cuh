@@ -10,6 +10,13 @@
 
 namespace jg {
 
+// Leaves `count` stages of a ring to others.
+template <int kStages> JITGEN_FN void skip(RingPosition<kStages>& at, unsigned count) {
+  at.stage += count;
+  if (at.stage >= kStages) at.stage -= kStages, at.parity ^= 1;
+}
+template <class F> JITGEN_FN void for_each_part(F f) { f(Constant<0>()); f(Constant<1>()); f(Constant<2>()); }
+
 // ---- reductions over the M side ----
 JITGEN_FN float down_max(float x) {
 #pragma unroll
@@ -106,6 +113,15 @@ struct JoinedRow {
       o[2 * k] = o[2 * k] * old + widen_half(both) * unit;
       o[2 * k + 1] = o[2 * k + 1] * old + widen_half(both >> 16) * unit;
     }
+  }
+  // Adds what the lane has whose number differs in the bit `distance`.
+  JITGEN_FN void join_lane(int distance, float units) {
+    const float other = __shfl_xor_sync(0xffffffffu, row_max, distance), now = ::fmaxf(row_max, other), shift = now == -INFINITY ? 0.0f : now * units;
+    const float old = exp2(row_max * units - shift), fresh = exp2(other * units - shift);
+    row_max = now;
+    row_sum = row_sum * old + __shfl_xor_sync(0xffffffffu, row_sum, distance) * fresh;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) o[i] = o[i] * old + __shfl_xor_sync(0xffffffffu, o[i], distance) * fresh;
   }
 };
 
