@@ -60,7 +60,7 @@ def mla_decode_tiles(rows: int) -> Tiles:
     Stages are thirds of 64 keys, 24 kB each; beside them are Q, 1152 bytes a row, and four tiles of weights.
     """
     columns = next((n for n in MLA_COLUMNS if rows <= n), MLA_COLUMNS[-1])
-    return Tiles(columns, 64, num_warps=12, num_stages=7 if columns == 32 else 8)
+    return Tiles(columns, 64, num_warps=12, num_stages=6 if columns == 32 else 8)
 
 
 def decode_columns(head_dim_v: int, rows: int) -> int:

@@ -69,7 +69,7 @@ constexpr int kHeadDim = 576;
 constexpr int kHeadDimV = 512;   // k has these columns, v the others
 constexpr int kTileQ = 8;
 constexpr int kTileKv = 64;
-constexpr int kNumStages = 8;   // parts under way
+constexpr int kNumStages = 8, kGroupStages = kNumStages / 2;   // parts under way, and those of a warp group
 constexpr bool kGivesOut = true;   // items may be given out to CTAs one by one: those that must not be cut
 
 // ---- variant ----
@@ -180,15 +180,14 @@ constexpr int kQueryAt = kNumStages * kPartBytes, kWeightAt = kQueryAt + kTileQ 
 constexpr int kControlAt = kWeightAt + 4 * kWeightBytes;   // two of each warp group
 constexpr int kProducerRegs = 40, kConsumerRegs = 232;
 static_assert(kTileQ == 8 || kTileQ == 16 || kTileQ == 32, "a tile is that wide");
-static_assert(kTileKv == 64 && kNumStages >= 2 * kParts && kHeadDim == kParts * kPartSpans * 64 && kHeadDim - kHeadDimV == 64, "nine spans");
+static_assert(kTileKv == 64 && kNumStages % 2 == 0 && kGroupStages >= kParts && kHeadDim == kParts * kPartSpans * 64 && kHeadDim - kHeadDimV == 64, "nine spans");
 using Logits = float[kColTiles][4];
 using Output = float[kBlocks][kColTiles][4];
 using OwnOutput = float[kOwnBlocks][kColTiles][4];
 constexpr float kSlack = 8.0f;                   // growth of the maximum (exponents of two) below which O is left alone
 constexpr int kEndBarrier = 1, kGroupBarrier = 2;   // named barriers; the second: + group
 constexpr int kWorkSingle = 2;                   // a piece of one tile: the second group has none
-constexpr int kStepOwnLast = 1 << (jg::kNextAt + 3);   // the group that has this tile has no more of the piece; kStepLast: it is the last one
-static_assert(jg::kWorkTile < kWorkSingle && kStepOwnLast < jg::kStepLast, "beside the kinds and flags of sm90_schedule.cuh");
+static_assert(jg::kWorkTile < kWorkSingle, "beside the kinds of sm90_schedule.cuh");
 static_assert(4 * kWeightBytes == 2 * 64 * kTileQ * 4, "a tile of O^T of each group goes where its weights were");
 
 constexpr bool kOwnFirst = true;
@@ -468,9 +467,10 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
   const bool leader = lane == 0;
   // The keys of a decode step are read once, and by twins at the same time: 0 to 7 % faster than to keep them in L2.
   const unsigned long long policy = jg::policy_evict_first();
-  jg::RingPosition<kNumStages> kv(1);
+  jg::RingPosition<kGroupStages> kv(1), other(1);   // of the group whose tile is the next, and of the other one
   jg::RingPosition<2> slot(0);
   unsigned q_parity = 1, tail_parity = 0;
+  int first_stage = 0;   // of that group
 #pragma unroll 1
   for (;; slot.advance()) {
     jg::barrier_wait(JG_BARRIER(piece_full, slot.stage), slot.parity);
@@ -504,16 +504,16 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       return pages;
     };
     const auto load_part = [&](int which, int step, const Pages& pages, int flags) {
-      const unsigned full = JG_BARRIER(full, kv.stage);
+      const unsigned stage = first_stage + kv.stage, full = JG_BARRIER(full, stage);
       const int num_keys = kv_len - key_of(step);
       const unsigned arrived = num_keys < kTileKv ? JG_BARRIER(tail_full) : full;
-      jg::barrier_wait(JG_BARRIER(empty, kv.stage), kv.parity);
+      jg::barrier_wait(JG_BARRIER(empty, stage), kv.parity);
       if (leader) {
-        if (which == 0) jg::store_shared(shared.step(kv.stage), step | flags);
+        if (which == 0) jg::store_shared(shared.step(stage), step | flags);
         jg::barrier_expect(arrived, kPartBytes);   // also publishes the step
       }
       __syncwarp();
-      const unsigned part = shared.part(kv.stage);
+      const unsigned part = shared.part(stage);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int offset = (lane + 32 * i) * box_keys, key = key_of(step) + offset;
@@ -530,17 +530,22 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       kv.advance();
     };
     // Behind the last key are zeros, once the parts of its tile are there.
-    const auto clear_tail = [&](int first_stage, int num_keys) {
+    const auto clear_tail = [&](int first, int num_keys) {   // the first group has it
       jg::barrier_wait(JG_BARRIER(tail_full), tail_parity);
       tail_parity ^= 1;
 #pragma unroll 1
       for (int part = 0; part < kParts; ++part) {
-        const int stage = first_stage + part - (first_stage + part < kNumStages ? 0 : kNumStages);
+        const int stage = first + part - (first + part < kGroupStages ? 0 : kGroupStages);
         jg::clear_rows<kPartSpans * 64>(shared.part(stage), num_keys, kTileKv, kTileKv, lane);
         jg::fence_async_proxy();
         __syncwarp();
         if (leader) jg::barrier_arrive(JG_BARRIER(full, stage));
       }
+    };
+
+    const auto pass_turn = [&] {
+      const auto own = kv;
+      kv = other, other = own, first_stage ^= kGroupStages;
     };
 
     int step = next_step();
@@ -556,7 +561,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       const Pages next_pages = next < 0 ? pages : look_up(next);
       const bool is_tail_there = tail_keys > 0;
       if (kv_len - key_of(step) < kTileKv) tail_keys = kv_len - key_of(step), tail_stage = kv.stage;
-      load_part(0, step, pages, (next < 0 ? jg::kStepLast : 0) | (after < 0 ? kStepOwnLast : 0));
+      load_part(0, step, pages, after < 0 ? jg::kStepLast : 0);   // of its group
       if (is_first) {
         jg::barrier_wait(JG_BARRIER(q_empty), q_parity);
         if (leader) {
@@ -574,7 +579,9 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       }
       step = next, next = after;
       pages = next_pages;
+      pass_turn();
     }
+    if (first_stage != 0) pass_turn();   // a piece begins with the first group
     q_parity ^= 1;
   }
 }
@@ -617,7 +624,8 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
   const int p_operand = static_cast<int>(jg::matrix_descriptor<128>(shared.weights(2 * group), 16));
   const unsigned weights = shared.weights(2 * group) + jg::weights_offset(warp, lane);
   Control& control = *shared.control;
-  jg::RingPosition<kNumStages> kv(0);
+  const int first_stage = group * kGroupStages;
+  jg::RingPosition<kGroupStages> kv(0);
   jg::RingPosition<2> slot(0);
   unsigned q_parity = 0, turn = 0;
 #pragma unroll 1
@@ -636,7 +644,6 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) o[block][j][0] = o[block][j][1] = o[block][j][2] = o[block][j][3] = 0.0f;
     }
-    if (kind != jg::kWorkEmpty && group == 1) jg::skip(kv, kParts);
     if (kind == kWorkSingle && group == 1) {
       q_parity ^= 1;
       jg::barrier_arrive_if(leader, JG_BARRIER(q_empty));
@@ -651,25 +658,25 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
         // ---- S^T = K Q^T, part by part as they arrive ----
         Logits s;
         int step = 0;
-        unsigned stages[kParts];
+        int stages[kParts];
         jg::wgmma_fence();
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-          jg::barrier_wait(JG_BARRIER(full, kv.stage), kv.parity);
-          if (part == 0) step = jg::load_shared(shared.step(kv.stage));
-          const int q = jg::stay(q_operand), k = jg::stay(k_operand + static_cast<int>(kv.stage) * kPartStep);
+          const int stage = first_stage + static_cast<int>(kv.stage);
+          jg::barrier_wait(JG_BARRIER(full, stage), kv.parity);
+          if (part == 0) step = jg::load_shared(shared.step(stage));
+          const int q = jg::stay(q_operand), k = jg::stay(k_operand + stage * kPartStep);
 #pragma unroll
           for (int i = 0; i < 4 * kPartSpans; ++i) {
             const int from = span_at(part * kPartSpans + i / 4) * (kQuerySpanBytes >> 4) + i % 4 * 2;
             Narrow::shared<Element, 0>(s, operand_at(k, KeyTile::step_offset(i, kTileKv)), operand_at(q, from), part != 0 || i != 0);
           }
-          stages[part] = kv.stage;
+          stages[part] = stage;
           kv.advance();
         }
         jg::wgmma_commit();
         step = jg::uniform(step);
-        is_last = step & kStepOwnLast;
-        if (!(step & jg::kStepLast)) jg::skip(kv, kParts);   // the other group's tile
+        is_last = step & jg::kStepLast;
         Narrow::wait<0>(s);
         jg::barrier_arrive_if(leader && is_last, JG_BARRIER(q_empty));   // the next piece's rows come while this one is finished
         shape_logits(args, rows, s, key_of(step) + 16 * warp + lane / 4, kv_len, (step & 3) == kTilePartial);
@@ -731,7 +738,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
         jg::wgmma_fence();
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-          const int v = jg::stay(k_operand + static_cast<int>(stages[part]) * kPartStep);
+          const int v = jg::stay(k_operand + stages[part] * kPartStep);
 #pragma unroll
           for (int i = 0; i < kPartSpans; ++i) {
             const int span = span_at(part * kPartSpans + i);

@@ -10,11 +10,7 @@
 
 namespace jg {
 
-// Leaves `count` stages of a ring to others.
-template <int kStages> JITGEN_FN void skip(RingPosition<kStages>& at, unsigned count) {
-  at.stage += count;
-  if (at.stage >= kStages) at.stage -= kStages, at.parity ^= 1;
-}
+// Calls f with the constants 0, 1 and 2.
 template <class F> JITGEN_FN void for_each_part(F f) { f(Constant<0>()); f(Constant<1>()); f(Constant<2>()); }
 
 // ---- reductions over the M side ----
