@@ -17,12 +17,12 @@ from jitgen.program import Program, all_roots, reads_pages
 from jitgen.spec import FP8_DTYPE, FP8_OUT_DTYPES, MLA_DIMS, MLA_FAMILIES, KernelSpec, Tiles
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
 from jitgen.tiles import sm80_tiles
-from jitgen.tiles_decode import decode_tiles
+from jitgen.tiles_decode import MLA_COLUMNS, decode_tiles, mla_decode_tiles
 from jitgen.tiles_fp8 import FP8_HEAD_DIMS, fp8_tiles
 from jitgen.tiles_sm90 import sm90_tiles
 
 FAMILIES = ("cpu", "sm80", "sm90", "sm90_fp8")
-SERVING_FAMILIES = ("cpu", "decode", "mla", "sm80", "sm80_mla", "sm90")
+SERVING_FAMILIES = ("cpu", "decode", "mla", "mla_decode", "sm80", "sm80_mla", "sm90")
 SM90_ARCHS = ("9.0a",)  # wgmma and setmaxnreg exist in this architecture only
 SMALL_SHARED_ARCHS = ("8.6", "8.9", "12.0", "12.1")  # 99 kB of shared memory for a CTA; all others have at least 163
 MERGE_FAMILIES = ("merge", "merge_outs")  # of states that kernels have left, and of a caller's
@@ -83,7 +83,7 @@ def serving_spec(
     if device.type == "cpu":
         return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims, layout), detect_cpu(), layout, kv_dtype)
     if family is None:
-        family = mla_family(device) if head_dims == MLA_DIMS else prefill_family(device, layout, PAGE_BOX, None)
+        family = mla_family(device, rows) if head_dims == MLA_DIMS else prefill_family(device, layout, PAGE_BOX, None)
     target = detect_cuda(device.index, accelerated=not family.startswith("sm80"))
     return cuda_spec(program, dtype, head_dims, family, target, layout=layout, rows=rows, kv_dtype=kv_dtype)
 
@@ -122,7 +122,7 @@ def cuda_spec(
         names = " and ".join(repr(name) for name in MLA_FAMILIES)
         raise VariantError(f"family={family!r} and head dims {head_dims} do not go together: {names} are for {MLA_DIMS} only.")
     if family in MLA_FAMILIES:
-        tiles = mla_tiles(program, family, target)
+        tiles = mla_tiles(program, family, target, rows)
     elif family == "decode":
         tiles = decode_tiles(*head_dims, program, target, rows, 1 if kv_dtype else 2)
     elif family == "sm90_fp8":
@@ -187,16 +187,18 @@ def check_fp8(program: Program, dtype: str, family: str, target: CompileTarget) 
         )
 
 
-def mla_family(device: torch.device) -> str:
-    """The kernel for latent attention that is best on a GPU."""
-    return "mla" if detect_cuda(device.index, accelerated=True).arch in SM90_ARCHS else "sm80_mla"
+def mla_family(device: torch.device, rows: int) -> str:
+    """The kernel for latent attention that is best on a GPU, for requests of ``rows`` packed rows."""
+    if detect_cuda(device.index, accelerated=True).arch not in SM90_ARCHS:
+        return "sm80_mla"
+    return "mla_decode" if rows <= MLA_COLUMNS[-1] else "mla"
 
 
-def mla_tiles(program: Program, family: str, target: CompileTarget) -> Tiles:
+def mla_tiles(program: Program, family: str, target: CompileTarget, rows: int) -> Tiles:
     """Tiles of a kernel for latent attention: queries take 72 kB of shared memory, 64 keys as much."""
-    if family == "mla" and target.arch not in SM90_ARCHS:
+    if family != "sm80_mla" and target.arch not in SM90_ARCHS:
         raise VariantError(
-            f"family='mla' needs compute capability 9.0 (architecture {SM90_ARCHS[0]}), the target is {target.arch}. "
+            f"family={family!r} needs compute capability 9.0 (architecture {SM90_ARCHS[0]}), the target is {target.arch}. "
             "Leave family out, or use 'sm80_mla'."
         )
     if program.norm is not None or program.output is not None:
@@ -205,6 +207,8 @@ def mla_tiles(program: Program, family: str, target: CompileTarget) -> Tiles:
             f"hook {hook} is not available with head dims {MLA_DIMS} on cuda, where several warps share a row of the output. "
             "Leave it out, or use a plan on the CPU."
         )
+    if family == "mla_decode":
+        return mla_decode_tiles(rows)
     if family == "mla":
         return Tiles(64, 64, num_warps=12, num_stages=2)
     if target.arch.rstrip("af") in SMALL_SHARED_ARCHS:

@@ -28,6 +28,7 @@ from jitgen.target import CompileTarget, target_of
 # sm90 has other tiles for short queries: all that some length would choose are built unless a manifest says q_len
 Q_LENS = tuple(1 << n for n in range(21))
 LAYOUTS = ("dense", "ragged", "paged")  # by hand; kernels of cascades are recorded
+LATENT_ROWS = (16, 64)  # query rows of a key in latent attention: 16 heads, as eight GPUs share 128, and more
 PLAN_FAMILIES = ("decode", None)  # a serving plan has two kernels on CUDA: one for decode steps, one for the rest
 SPLIT = ("decode", "paged")  # the kernel of dense calls with few rows over many keys
 
@@ -88,16 +89,17 @@ def _of_kernel(kernel: Mapping[str, Any], folder: Path, archs: Sequence[str] | N
     if not wanted:
         raise ManifestError('no target: write arch = ["9.0a"], or give --arch.')
     options = [_listed(kernel, "dtype"), _listed(kernel, "head_dim"), _listed(kernel, "head_dim_v", (None,)), wanted]
-    options += [_listed(kernel, "layout", ("dense",)), _listed(kernel, "q_len", Q_LENS), _listed(kernel, "rows", (8,))]
-    for dtype, head_dim, head_dim_v, arch, layout, q_len, rows in itertools.product(*options):
+    options += [_listed(kernel, "layout", ("dense",)), _listed(kernel, "q_len", Q_LENS), _listed(kernel, "rows", (None,))]
+    for dtype, head_dim, head_dim_v, arch, layout, q_len, given_rows in itertools.product(*options):
         head_dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
+        rows_of_key = (given_rows,) if given_rows else LATENT_ROWS if head_dims == MLA_DIMS else (8,)
         is_cuda = target_of(arch).kind == "cuda"
         is_plan = layout != "dense" and is_cuda and head_dims != MLA_DIMS
         families = [(family, layout) for family in _listed(kernel, "family", PLAN_FAMILIES if is_plan else (None,))]
         is_short = q_len <= DECODE_ROWS and layout == "dense" and "family" not in kernel
         if is_short and is_cuda and dtype in CUDA_DTYPES and is_divisible(program):
             families.append(SPLIT)
-        for family, place in families:
+        for (family, place), rows in itertools.product(families, rows_of_key):
             spec = spec_of(program, dtype, head_dims, arch, family=family, layout=place, q_len=q_len, rows=rows)
             yield Unit(pack((runtime.module_path, spec)), f"{name}: {spec.label}", spec.target.arch)
 
@@ -211,7 +213,8 @@ def _retargeted(value: Any, target: CompileTarget) -> Any:
         return value if value.target == target else _chosen_anew(value, target)
     if isinstance(value, KernelSpec) and value.family in MLA_FAMILIES:
         own = value.target.arch.rstrip("af") == target.arch.rstrip("af")  # what was recorded there may have been forced
-        return value if own else spec_of(value.program, value.dtype, MLA_DIMS, target.arch, layout=value.layout)
+        rows = value.tiles.tile_q
+        return value if own else spec_of(value.program, value.dtype, MLA_DIMS, target.arch, layout=value.layout, rows=rows)
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

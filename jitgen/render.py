@@ -28,6 +28,7 @@ TEMPLATE_OF_FAMILY = {
     "sm90_fp8": "attention/sm90_fp8.cu.jinja",
     "decode": "attention/decode.cu.jinja",
     "mla": "attention/mla.cu.jinja",
+    "mla_decode": "attention/mla_decode.cu.jinja",
     "sm80_mla": "attention/sm80_mla.cu.jinja",
 }
 SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
@@ -40,7 +41,7 @@ SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     "merge_outs": "attention/merge_outs.cu.jinja",
 }
 # Their templates take part of the scaling out of the element loop.
-RAW_SCORE_FAMILIES = ("sm80", "sm90", "sm90_fp8", "decode", "mla", "sm80_mla")
+RAW_SCORE_FAMILIES = ("sm80", "sm90", "sm90_fp8", "decode", "mla", "mla_decode", "sm80_mla")
 MAX_TEXT = 300  # characters of a hook in a comment
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 
@@ -194,9 +195,14 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         num_stages=spec.tiles.num_stages,
         pairs_groups=spec.family in MLA_FAMILIES,
         reads_lse=_reads_lse(spec.program),
-        packing=f"jg::packing_shift(group_size{', 6' if spec.family in MLA_FAMILIES else ''})",
+        packing=f"jg::packing_shift(group_size{_most_packing(spec)})",
         **traits,
     )
+
+
+def _most_packing(spec: KernelSpec) -> str:
+    """Argument that says how many heads a packed row may have: in latent attention as many as the tile has rows."""
+    return f", {spec.tiles.tile_q.bit_length() - 1}" if spec.family in MLA_FAMILIES else ""
 
 
 def _reads_lse(program: Program) -> bool:

@@ -170,7 +170,9 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
     if (plan.head_dim, plan.head_dim_v) == MLA_DIMS:
         if plan.family not in (None, *MLA_FAMILIES):
             raise VariantError(f"family={plan.family!r} has no kernel for head dims {MLA_DIMS}. Leave family out.")
-        return (_cuda_class(plan, program, values, plan.family or mla_family(plan.device), 64, 0),)
+        q_len = plan.max_q_len or -(-plan.max_tokens // plan.max_batch)  # not known: as if all were alike
+        rows = plan.num_q_heads * q_len
+        return (_cuda_class(plan, program, values, plan.family or mla_family(plan.device, rows), rows, 0),)
     group = plan.num_q_heads // plan.num_kv_heads
     most_rows = group * plan.max_q_len if plan.max_q_len else None
     rows = min(most_rows or group, DECODE_ROWS)

@@ -19,7 +19,7 @@ FP8_DTYPE = "float8_e4m3fn"  # of Q, K and V; the output has one of FP8_OUT_DTYP
 FP8_OUT_DTYPES = ("bfloat16", "float16")
 MAX_CPU_HEAD_DIM = 512
 MLA_DIMS = (576, 512)  # head dims of absorbed multi-head latent attention: a row holds its value and 64 rotated elements
-MLA_FAMILIES = ("mla", "sm80_mla")  # the kernels for them on GPUs
+MLA_FAMILIES = ("mla", "mla_decode", "sm80_mla")  # the kernels for them on GPUs
 
 
 @record
@@ -36,7 +36,7 @@ class Tiles:
 class KernelSpec:
     """One kernel. Equal specs are one module; lengths, batch sizes, head counts and captured values are not in here."""
 
-    family: str  # 'cpu', 'sm80', 'sm90', 'sm90_fp8', 'decode', 'mla' or 'sm80_mla'
+    family: str  # 'cpu', 'sm80', 'sm90', 'sm90_fp8', 'decode', 'mla', 'mla_decode' or 'sm80_mla'
     program: Program
     dtype: str
     head_dim: int

@@ -17,6 +17,7 @@ SHAPES = tuple((warps, stages, 1) for warps, stages in ((8, 4), (8, 3), (8, 2), 
 PAIRED_SHAPES = ((8, 4, 2), (8, 2, 2))
 MAX_RING_BYTES = 144 * 1024
 MERGE_COLUMNS = 8
+MLA_COLUMNS = (8, 16, 32)  # rows of latent attention in a tile
 SCALE_BYTES = 128  # of a stage
 CONTROL_BYTES = 320  # of a warp: softmax of the columns, or a norm's state of up to six values; barriers
 BARRIER_BYTES = 64  # of a warp, of these
@@ -51,6 +52,15 @@ def _control_bytes(program: Program) -> int:
         return CONTROL_BYTES
     state_bytes = max(8, -(-len(program.norm.state_names) // 2) * 8)
     return max(CONTROL_BYTES, 2 * MERGE_COLUMNS * state_bytes + BARRIER_BYTES)
+
+
+def mla_decode_tiles(rows: int) -> Tiles:
+    """Tiles of latent attention for requests of ``rows`` packed rows; more are taken 32 at a time.
+
+    Stages are thirds of 64 keys, 24 kB each; beside them are Q, 1152 bytes a row, and four tiles of weights.
+    """
+    columns = next((n for n in MLA_COLUMNS if rows <= n), MLA_COLUMNS[-1])
+    return Tiles(columns, 64, num_warps=12, num_stages=6 if columns == 32 else 8)
 
 
 def decode_columns(head_dim_v: int, rows: int) -> int:

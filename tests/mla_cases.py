@@ -86,7 +86,7 @@ def check_mla(
     variant, slopes = hooked(device, heads) if hooks else (causal if mask else None, None)
     plan = jitgen.Plan(
         len(lengths), q.shape[0], heads, 1, 576, head_dim_v=512, dtype=dtype, device=device, page_size=page_size, split=split,
-        variant=variant, family=family,
+        variant=variant, family=family, max_q_len=max(q_lens),
     )  # fmt: skip
     plan.update(indptr.to(device), torch.tensor(lengths, dtype=torch.int32, device=device))
     given = cache if form == "joined" else (cache[..., :512].contiguous(), cache[..., 512:].contiguous())

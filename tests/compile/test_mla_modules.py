@@ -42,16 +42,22 @@ def scored() -> jitgen.Variant:
 VARIANTS = {f.__name__: f for f in (plain, causal, scored)}
 
 
-def compile_module(variant, family, arch, directory):
+def compile_module(variant, family, arch, directory, rows=64):
     """Binary, what ptxas says."""
     program, target = VARIANTS[variant]().trace().program, cuda_target(arch)
-    source = render_kernel(cuda_spec(program, "bfloat16", MLA_DIMS, family, target, layout="paged"))
+    source = render_kernel(cuda_spec(program, "bfloat16", MLA_DIMS, family, target, layout="paged", rows=rows))
     return compile_source(source, directory, *target.flags)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def module(request, tmp_path_factory):
     return compile_module(request.param, "mla", "9.0a", tmp_path_factory.mktemp("module"))
+
+
+@pytest.fixture(scope="module", params=[("plain", 8), ("causal", 16), ("scored", 32)], ids=lambda p: f"{p[0]}-{p[1]}")
+def few_rows(request, tmp_path_factory):
+    variant, rows = request.param
+    return rows, *compile_module(variant, "mla_decode", "9.0a", tmp_path_factory.mktemp("few_rows"), rows)
 
 
 @pytest.fixture(scope="module", params=("8.0", "8.9"))
@@ -74,6 +80,16 @@ def test_products_are_wide_and_read_values_where_keys_are(module):
     assert len(re.findall(r"HGMMA\.64x64x16", sass)) >= 36, "Q K^T"
     assert re.search(r"HGMMA\.64x256x16\.F32\.BF16 R\d+, gdesc\[UR\d+\]\.tnspB", sass), "P V with P of the other group"
     assert re.search(r"HGMMA\.64x256x16\.F32\.BF16 R\d+, R\d+, gdesc\[UR\d+\]\.tnspB", sass), "P V with P in registers"
+    assert re.search(r"\bUTMALDG\.5D\b", sass), "bulk tensor copies"
+
+
+def test_few_rows_are_columns_of_both_products(few_rows):
+    rows, binary, output = few_rows
+    assert spills(output) and {count for _, count in spills(output)} == {"0"}, output
+    assert "C7510" not in output, output
+    sass = disassemble(binary)
+    products = re.findall(rf"HGMMA\.64x{rows}x16\.F32\.BF16 R\d+, gdesc\[UR\d+\](\.tnspA)?,", sass)
+    assert (products.count(""), products.count(".tnspA")) == (36, 32), "K Q^T, and V^T P^T with V where it was copied to"
     assert re.search(r"\bUTMALDG\.5D\b", sass), "bulk tensor copies"
 
 

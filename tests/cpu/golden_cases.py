@@ -387,6 +387,9 @@ CASES: dict[str, Case] = {
     "plain__sm80_mla__float16": Case(plain, "sm80_mla", "float16", (576, 512), "paged"),
     "window__sm80_mla__bfloat16": Case(window, "sm80_mla", "bfloat16", (576, 512), "paged"),
     "alibi_sink__mla__float16": Case(alibi_sink, "mla", "float16", (576, 512), "paged"),
+    "plain__mla_decode__bfloat16": Case(plain, "mla_decode", "bfloat16", (576, 512), "paged"),
+    "window__mla_decode__float16": Case(window, "mla_decode", "float16", (576, 512), "paged"),
+    "alibi_sink__mla_decode__bfloat16": Case(alibi_sink, "mla_decode", "bfloat16", (576, 512), "paged"),
     "slot_weights__sm90_paged__bfloat16": Case(slot_weights, "sm90", "bfloat16", (128, 128), "paged"),
     "slot_scales__decode__bfloat16": Case(slot_scales, "decode", "bfloat16", (128, 128), "paged"),
     "window__mask_tiles": Case(window, "mask_tiles"),
@@ -402,6 +405,7 @@ TARGETS = {
     "merge_outs": partial(cuda_target, "9.0"),
     "merge_cpu": partial(cpu_target, "portable"),
     "mla": partial(cuda_target, "9.0a"),
+    "mla_decode": partial(cuda_target, "9.0a"),
     "sm80_mla": partial(cuda_target, "8.0"),
 }
 

@@ -47,7 +47,7 @@ def test_each_gpu_gets_the_kernels_of_its_own_architecture(monkeypatch):
 
     for _ in range(2):
         assert found(first) == (
-            [("sm90", "9.0a"), ("sm90", "9.0a"), ("decode", "9.0a"), ("mla", "9.0a"), ("merge", "9.0")], "9.0"
+            [("sm90", "9.0a"), ("sm90", "9.0a"), ("decode", "9.0a"), ("mla_decode", "9.0a"), ("merge", "9.0")], "9.0"
         )  # fmt: skip
         assert found(second) == (
             [("sm80", "8.9"), ("sm80", "8.9"), ("decode", "8.9"), ("sm80_mla", "8.9"), ("merge", "8.9")], "8.9"

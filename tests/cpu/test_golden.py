@@ -29,7 +29,7 @@ TEMPLATES = template_names("attention")
 VARIANT = "attention/variant.h.jinja"
 PREFILL = ("attention/sm80_serving.cu.jinja", "attention/sm90_serving.cu.jinja")
 LATENT = ("attention/mla.cu.jinja", "attention/sm80_mla.cu.jinja")
-SHARES = (*PREFILL, *LATENT)  # kernels whose CTAs walk along a line of pieces
+SHARES = (*PREFILL, *LATENT, "attention/mla_decode.cu.jinja")  # kernels whose CTAs walk along a line of pieces
 PART_OF = {  # included, so they have the context of what includes them
     "attention/cpu_hooks.cpp.jinja": ("attention/cpu.cpp.jinja", "attention/cpu_serving.cpp.jinja"),
     "attention/sm80_hooks.cu.jinja": ("attention/sm80.cu.jinja", "attention/sm80_serving.cu.jinja"),

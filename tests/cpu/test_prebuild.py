@@ -103,11 +103,13 @@ def test_serving_layout_gets_the_kernels_of_a_plan(folder: Path) -> None:
 def test_latent_attention_gets_the_kernel_of_each_architecture(folder: Path) -> None:
     latent = {"layout": "paged", "head_dim": 576, "head_dim_v": 512}
     found = specs(folder, kernel(**latent, arch=["8.0", "8.9", "9.0"]))
-    tiles = {(s.family, s.target.arch, s.tiles.tile_kv, s.tiles.num_stages) for s in found}
-    assert tiles == {("sm80_mla", "8.0", 32, 2), ("sm80_mla", "8.9", 16, 1), ("mla", "9.0a", 64, 2)}
-    text = "\n".join(map(recorded, (s for s in found if s.family == "mla")))
-    assert [(s.family, s.target.arch) for s in specs(folder, text, ["8.0"])] == [("sm80_mla", "8.0")]
-    assert [(s.family, s.target.arch) for s in specs(folder, text, ["9.0"])] == [("mla", "9.0a")]
+    tiles = {(s.family, s.target.arch, s.tiles.tile_q, s.tiles.tile_kv) for s in found}
+    hopper = {("mla", "9.0a", 64, 64), ("mla_decode", "9.0a", 16, 64)}
+    assert tiles == {("sm80_mla", "8.0", 64, 32), ("sm80_mla", "8.9", 64, 16), *hopper}
+    assert {s.tiles.tile_q for s in specs(folder, kernel(**latent, arch="9.0", rows=[8, 12, 32, 33]))} == {8, 16, 32, 64}
+    text = "\n".join(map(recorded, (s for s in found if s.target.arch == "9.0a")))
+    assert {(s.family, s.target.arch) for s in specs(folder, text, ["8.0"])} == {("sm80_mla", "8.0")}
+    assert {(s.family, s.target.arch, s.tiles.tile_q, s.tiles.tile_kv) for s in specs(folder, text, ["9.0"])} == hopper
     with pytest.raises(ManifestError, match="up to 512, or"):
         specs(folder, kernel(head_dim=576, head_dim_v=512, arch="8.0"))
 

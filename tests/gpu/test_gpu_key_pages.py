@@ -161,10 +161,10 @@ def test_chosen_blocks(newest):
     assert_right(torch.bfloat16, got, want)
 
 
-@pytest.mark.parametrize("mla_family", ["mla", "sm80_mla"])
+@pytest.mark.parametrize("mla_family", ["mla", "mla_decode", "sm80_mla"])
 def test_latent_attention(mla_family):
-    if mla_family == "mla" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the mla family needs compute capability 9.0")
+    if mla_family != "sm80_mla" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip(f"family {mla_family} needs compute capability 9.0")
     for page_size in (1, 64, 24):
         rows, keys = [1, 2, 1, 3], [5, 700, 64, 2333]
         counts = [-(-n // page_size) for n in keys]

@@ -13,7 +13,7 @@ IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == 
 needs_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs compute capability 9.0")
 
 
-@pytest.fixture(params=[pytest.param("mla", marks=needs_hopper), "sm80_mla"])
+@pytest.fixture(params=[pytest.param("mla", marks=needs_hopper), pytest.param("mla_decode", marks=needs_hopper), "sm80_mla"])
 def family(request):
     return request.param
 
@@ -39,6 +39,17 @@ def test_odd_lengths(family, page_size):
 @pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
 def test_heads_and_drafts(family, heads):
     check_mla("cuda", torch.bfloat16, [5, 700, 64, 333], [5, 1, 3, 2], heads=heads, family=family)
+
+
+@pytest.mark.parametrize(
+    "heads, q_lens",
+    [(1, [1, 1, 1]), (4, [2, 1, 2]), (8, [1, 1, 1]), (12, [1, 1, 1]), (16, [1, 1, 1]), (16, [2, 2, 1]), (24, [1, 1, 1])],
+)
+@pytest.mark.parametrize("hooks", [False, True], ids=["causal", "hooks"])
+@needs_hopper
+def test_few_rows(heads, q_lens, hooks):
+    """Tiles of 8, 16 and 32 rows; 4096 keys are cut."""
+    check_mla("cuda", torch.bfloat16, [70, 4096, 333], q_lens, heads=heads, family="mla_decode", hooks=hooks)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -4,6 +4,13 @@
 
 namespace jg {
 
+// The half-precision number in the low bits.
+JITGEN_FN float widen_half(unsigned bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<unsigned short>(bits)));
+  return value;
+}
+
 // O and the softmax of a piece as the threads hold them, 16 bytes at a time: O as half-precision parts of the largest element that
 // the thread has of the row, two column tiles a quad; then {row_max, row_sum}, and what the parts are of. In float they are
 // twice as long: 59 in place of 56 us for one request of 64k keys on an H100, 275 in place of 271 for 128 of all lengths.
@@ -59,11 +66,6 @@ template <int kOutTiles, int kThreads> struct ScaledPartial {
         to[2 * half + 1] = to[2 * half + 1] * old[half] + widen_half(both >> 16) * fresh[half];
       }
     }
-  }
-  static JITGEN_FN float widen_half(unsigned bits) {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<unsigned short>(bits)));
-    return value;
   }
 };
 

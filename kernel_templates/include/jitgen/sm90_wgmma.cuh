@@ -29,6 +29,8 @@ template <> struct IsBf16<bfloat16> { static constexpr bool value = true; };
 #define JG_TEXT_30 JG_FIRST_TEN "," JG_TEN(1) "," JG_TEN(2)
 #define JG_TEXT_60 JG_TEXT_30 "," JG_TEN(3) "," JG_TEN(4) "," JG_TEN(5)
 #define JG_TEXT_90 JG_TEXT_60 "," JG_TEN(6) "," JG_TEN(7) "," JG_TEN(8)
+#define JG_TEXT_4 "%0,%1,%2,%3"
+#define JG_TEXT_8 JG_TEXT_4 ",%4,%5,%6,%7"
 #define JG_TEXT_16 JG_FIRST_TEN ",%10,%11,%12,%13,%14,%15"
 #define JG_TEXT_24 JG_FIRST_TEN "," JG_TEN(1) ",%20,%21,%22,%23"
 #define JG_TEXT_32 JG_TEXT_30 ",%30,%31"
@@ -40,6 +42,8 @@ template <> struct IsBf16<bfloat16> { static constexpr bool value = true; };
 #define JG_TEXT_128 JG_TEXT_90 "," JG_TEN(9) "," JG_TEN(10) "," JG_TEN(11) ",%120,%121,%122,%123,%124,%125,%126,%127"
 #define JG_ACC(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define JG_FOUR(j) JG_ACC(j), JG_ACC(j + 1), JG_ACC(j + 2), JG_ACC(j + 3)
+#define JG_ACC_4 JG_ACC(0)
+#define JG_ACC_8 JG_ACC(0), JG_ACC(1)
 #define JG_ACC_16 JG_FOUR(0)
 #define JG_ACC_24 JG_FOUR(0), JG_ACC(4), JG_ACC(5)
 #define JG_ACC_32 JG_FOUR(0), JG_FOUR(4)
@@ -52,19 +56,19 @@ template <> struct IsBf16<bfloat16> { static constexpr bool value = true; };
 #define JG_BEGIN(type, n) \
   "{\n.reg .pred add;\nsetp.ne.b32 add, %" n ", 0;\nwgmma.mma_async.sync.aligned.m64n" type
 
-// Wgmma<N>: shared() takes A and B by descriptor (kTransposeB: B is stored [K][N], as V is), registers() takes A from four
+// Wgmma<N>: shared() takes A and B by descriptor (kTransposeB: B is stored [K][N], as V is; kTransposeA: A [K][M]), registers() takes A from four
 // registers and a transposed B; `add` = 0 overwrites D. wait<p>() returns when at most p batches are in flight; naming
 // every accumulator keeps the compiler from reading them earlier. o0 to o5: numbers of the operands after the accumulators.
 #define JG_DEFINE_WGMMA(kN, kCount, o0, o1, o2, o3, o4, o5)                                                                \
   template <> struct Wgmma<kN> {                                                                                          \
-    template <class Element, int kTransposeB>                                                                             \
+    template <class Element, int kTransposeB, int kTransposeA = 0>                                                        \
     static JITGEN_FN void shared(float (&d)[kN / 8][4], unsigned long long a, unsigned long long b, int add) {            \
       if constexpr (IsBf16<Element>::value)                                                                               \
-        asm volatile(JG_BEGIN(#kN "k16.f32.bf16.bf16", o2) " {" JG_TEXT_##kCount "}, %" o0 ", %" o1 ", add, 1, 1, 0, %" o3 ";\n}" \
-                     : JG_ACC_##kCount : "l"(a), "l"(b), "r"(add), "n"(kTransposeB));                                     \
+        asm volatile(JG_BEGIN(#kN "k16.f32.bf16.bf16", o2) " {" JG_TEXT_##kCount "}, %" o0 ", %" o1 ", add, 1, 1, %" o4 ", %" o3 ";\n}" \
+                     : JG_ACC_##kCount : "l"(a), "l"(b), "r"(add), "n"(kTransposeB), "n"(kTransposeA));                                     \
       else                                                                                                                \
-        asm volatile(JG_BEGIN(#kN "k16.f32.f16.f16", o2) " {" JG_TEXT_##kCount "}, %" o0 ", %" o1 ", add, 1, 1, 0, %" o3 ";\n}" \
-                     : JG_ACC_##kCount : "l"(a), "l"(b), "r"(add), "n"(kTransposeB));                                     \
+        asm volatile(JG_BEGIN(#kN "k16.f32.f16.f16", o2) " {" JG_TEXT_##kCount "}, %" o0 ", %" o1 ", add, 1, 1, %" o4 ", %" o3 ";\n}" \
+                     : JG_ACC_##kCount : "l"(a), "l"(b), "r"(add), "n"(kTransposeB), "n"(kTransposeA));                                     \
     }                                                                                                                     \
     template <class Element>                                                                                              \
     static JITGEN_FN void registers(float (&d)[kN / 8][4], const unsigned (&a)[4], unsigned long long b, int add) {       \
@@ -80,6 +84,8 @@ template <> struct IsBf16<bfloat16> { static constexpr bool value = true; };
     }                                                                                                                     \
   };
 template <int kN> struct Wgmma;
+JG_DEFINE_WGMMA(8, 4, "4", "5", "6", "7", "8", "9")
+JG_DEFINE_WGMMA(16, 8, "8", "9", "10", "11", "12", "13")
 JG_DEFINE_WGMMA(32, 16, "16", "17", "18", "19", "20", "21")
 JG_DEFINE_WGMMA(48, 24, "24", "25", "26", "27", "28", "29")
 JG_DEFINE_WGMMA(64, 32, "32", "33", "34", "35", "36", "37")
