@@ -51,7 +51,6 @@ constexpr int kTileQ = 192;
 constexpr int kTileKv = 128;
 constexpr int kNumStages = 2;
 constexpr bool kHasMask = true;
-constexpr bool kPerGroup = true;   // tiles are classified for each warp group, or once for all of them
 constexpr int kHalfTile = kTileKv / 2;             // columns of a tile that a warp group may see alone
 
 // ---- variant ----
