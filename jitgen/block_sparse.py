@@ -99,6 +99,10 @@ class BlockSparse:
                 f"indptr has shape {tuple(indptr.shape)}, expected [{wanted}] or [heads, {wanted}] for q_len {q_len} and "
                 f"blocks of {rows} rows."
             )
+        if indices.shape[0] and not indptr[..., 1:].numel():
+            raise ShapeMismatch(
+                f"indices has {indices.shape[0]} block columns, and indptr of shape {tuple(indptr.shape)} has no block rows."
+            )
         classes, slots, wrong = bsr_tables(indptr, indices, kv_len // columns, mask is not None or packed_mask is not None)
         message = (
             f"indices has a block column outside 0 .. {kv_len // columns - 1} (kv_len {kv_len}, blocks of {columns}), or one "

@@ -148,6 +148,7 @@ WRONG = [
     (bsr, {"indices": COLUMNS.to_sparse()}, "indices has layout torch.sparse_coo"),
     (bsr, {"mask": BITS.to("meta")}, "mask is on meta"),
     (bsr, {"mask": BITS.float()}, "mask has dtype float32, expected bool"),
+    (bsr, {"indptr": torch.tensor([0]), "lengths": (0, 32)}, r"indices has 3 block columns, and indptr of shape \(1,\)"),
     (bsr, {"per_query_head": 4}, "per_query_head is 4, expected True or False"),
     *[(variable, {"lengths": value}, "lengths is .* expected a pair of integers") for value in PAIRLESS],
     *[(variable, {"chosen": value}, "chosen is a") for value in TENSORLESS],
@@ -215,6 +216,27 @@ def test_a_sink_is_as_long_as_there_are_heads_whatever_was_called_before():
     jitgen.attention(torch.ones(1, 8, 6, 16), KEYS, KEYS, sink=long)
     part = jitgen.attention(q, KEYS, KEYS, sink=lambda b, h: long[h])  # a table of which a part is read
     assert torch.equal(part, jitgen.attention(q, KEYS, KEYS, sink=long[:4]))
+
+
+WRONG_IN_GRAPHS = [
+    *[({name: value}, f"{name} is a list") for name, value in (("k", [1]), ("v", [1]))],
+    *[({name: [1]}, name) for name in ("scale", "q_index", "out_dtype", "family")],
+    ({"scale": "x"}, "scale is 'x'"),
+    ({"scale": True}, "scale is True"),
+    ({"sink": torch.zeros(5)}, "sink has 5 logits, q has 4 heads"),
+]
+
+
+@pytest.mark.parametrize("changes, named", WRONG_IN_GRAPHS, ids=lambda x: str(x)[:40])
+def test_compiled_calls_name_them_too(changes, named):
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager")
+    def call(q, given):
+        return jitgen.attention(q, **{"k": KEYS, "v": KEYS, **given})
+
+    with pytest.raises(errors.JitgenError, match="^" + named):
+        call(torch.ones(1, 4, 6, 16), changes)
 
 
 def test_bounds_are_looked_at_in_every_call():
