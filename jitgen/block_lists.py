@@ -67,6 +67,8 @@ class BlockLists:
         """
         if is_dynamo_compiling() or q.shape[0] != 1 or self.block[1] % PAGE_STEP or self.rows.batch > MAX_CUDA_BATCH:
             return False
+        if not fit_together(q, k, v):
+            return False
         is_plain = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] and q.shape[-1] in CUDA_HEAD_DIMS
         strides = [s for t in (q, k, v) for s in t.stride()[1:3]]
         has_rows = all(t.stride(3) == 1 for t in (q, k, v)) and all(s % 8 == 0 for s in strides)
@@ -141,6 +143,12 @@ class CutWatch:
         if cuts_nothing(self._header.numpy().tobytes()):
             self._plan.forget_calls(is_whole=True)
         self._plan = None
+
+
+def fit_together(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the pages that these kernels see of k and v are all there; jitgen.attention says what is wrong otherwise."""
+    are_alike = all(t.dtype == q.dtype and t.device == q.device and t.layout == torch.strided for t in (k, v))
+    return are_alike and k.shape[0] == q.shape[0] and k.shape[:3] == v.shape[:3]
 
 
 def is_hopper(device: torch.device) -> bool:

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jitgen.api import attention
+from jitgen.block_checks import check_has_values, check_one_device, check_visible, checked_pair
 from jitgen.block_lists import BlockLists
-from jitgen.checks import as_int32
-from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
+from jitgen.checks import as_int32, check_is_tensor, check_tensors
+from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDevice, VariantError
 from jitgen.graphs import between_graphs
+from jitgen.layouts import check_apart
 from jitgen.masks import and_masks, static
+from jitgen.serving_lists import check_indices
 from jitgen.streams import is_capturing, record_event
 from jitgen.variant import Variant
 
@@ -45,9 +48,10 @@ class BlockSparse:
         lengths: tuple[int, int],
         check: LateCheck | None = None,
         lists: BlockLists | None = None,
+        heads: tuple[str, int] | None = None,
     ) -> None:
         self.mask_mod, self.local_mask_mod, self.lengths, self._check = mask_mod, local_mask_mod, lengths, check
-        self.lists = lists
+        self.lists, self.heads = lists, heads  # heads: which ones have their own blocks, and how many
         self._variants: dict[tuple[int, ...], tuple[Variant, object]] = {}
 
     @classmethod
@@ -71,23 +75,33 @@ class BlockSparse:
 
         Shapes:  indptr [block rows + 1], or [heads, block rows + 1] for lists of each head, whose numbers count through
                  ``indices`` [nnz]; mask bool [nnz, rows, columns]; packed_mask uint8 [ceil(nnz * rows * columns / 8)].
-        Errors:  ShapeMismatch, UnsupportedDtype. Block columns are checked on the device: the error comes here on the CPU,
-                 from a later call on a GPU, and nothing waits.
+        Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, InvalidType. Block columns are checked on the device: the
+                 error comes here on the CPU, from a later call on a GPU, and nothing waits.
         Cost:    a table of heads * block rows * block columns entries; no wait for the device.
         """
+        lengths, block = checked_pair("lengths", lengths, "(q_len, kv_len)"), checked_pair("block", block, "(rows, columns)")
         (q_len, kv_len), (rows, columns) = lengths, block
-        check_integers(indptr=indptr, indices=indices)
+        check_is_tensor(indptr=indptr)
+        check_indices("indptr", indptr, 2 if indptr.dim() == 2 else 1)
+        check_indices("indices", indices, 1)
+        check_one_device(indptr=indptr, indices=indices)
+        if not isinstance(per_query_head, bool):
+            raise InvalidType(f"per_query_head is {per_query_head!r}, expected True or False.")
         if rows < 1 or columns < 1:
-            raise ShapeMismatch(f"block is {tuple(block)}, expected a positive number of rows and of columns.")
+            raise ShapeMismatch(f"block is {block}, expected a positive number of rows and of columns.")
         if kv_len % columns:
             raise ShapeMismatch(
                 f"kv_len is {kv_len}, blocks have {columns} columns, which must divide it. Pad the keys, list what is there."
             )
         wanted = -(-q_len // rows) + 1
-        if indptr.dim() not in (1, 2) or indptr.shape[-1] != wanted:
+        if indptr.shape[-1] != wanted:
             raise ShapeMismatch(
                 f"indptr has shape {tuple(indptr.shape)}, expected [{wanted}] or [heads, {wanted}] for q_len {q_len} and "
                 f"blocks of {rows} rows."
+            )
+        if indices.shape[0] and not indptr[..., 1:].numel():
+            raise ShapeMismatch(
+                f"indices has {indices.shape[0]} block columns, and indptr of shape {tuple(indptr.shape)} has no block rows."
             )
         classes, slots, wrong = bsr_tables(indptr, indices, kv_len // columns, mask is not None or packed_mask is not None)
         message = (
@@ -101,7 +115,8 @@ class BlockSparse:
         )
         whole = indptr.dim() == 1 and bits is None
         lists = BlockLists(as_int32(indptr).clone(), as_int32(indices).clone(), lengths, block) if whole else None
-        return cls(*mods, lengths, LateCheck(wrong, message), lists)
+        heads = None if indptr.dim() == 1 else ("num_q_heads" if per_query_head else "num_kv_heads", indptr.shape[0])
+        return cls(*mods, lengths, LateCheck(wrong, message), lists, heads)
 
     @classmethod
     def variable(cls, chosen: Tensor, row_sizes: Tensor, column_sizes: Tensor, lengths: tuple[int, int]) -> BlockSparse:
@@ -109,21 +124,30 @@ class BlockSparse:
 
         Shapes:  chosen bool [num_kv_heads, block rows, block columns]; row_sizes int [num_kv_heads, block rows], column_sizes
                  int [num_kv_heads, block columns], which sum to the lengths (q_len, kv_len).
-        Errors:  ShapeMismatch, UnsupportedDtype; sums are checked as block columns are by ``bsr``.
+        Errors:  as ``bsr``; sums are checked as block columns are there.
         Cost:    tables of q_len and of kv_len entries for each KV head; no wait for the device.
         """
-        check_integers(row_sizes=row_sizes, column_sizes=column_sizes)
+        lengths = checked_pair("lengths", lengths, "(q_len, kv_len)")
+        check_indices("row_sizes", row_sizes, 2)
+        check_indices("column_sizes", column_sizes, 2)
+        check_visible(chosen=chosen)
+        check_one_device(chosen=chosen, row_sizes=row_sizes, column_sizes=column_sizes)
         sizes = (row_sizes.shape[0], row_sizes.shape[-1], column_sizes.shape[-1])
-        if chosen.shape != sizes or row_sizes.dim() != 2 or column_sizes.shape[:1] != sizes[:1]:
+        if chosen.shape != sizes or column_sizes.shape[0] != sizes[0] or not chosen.numel():
             raise ShapeMismatch(
                 f"chosen has shape {tuple(chosen.shape)}, row_sizes {tuple(row_sizes.shape)}, column_sizes "
-                f"{tuple(column_sizes.shape)}. Expected [heads, rows, columns], [heads, rows] and [heads, columns] of blocks."
+                f"{tuple(column_sizes.shape)}. Expected [heads, rows, columns], [heads, rows] and [heads, columns] of blocks, "
+                "none of them 0."
             )
         wrong = (row_sizes.sum(1) != lengths[0]).any() | (column_sizes.sum(1) != lengths[1]).any()
-        message = f"row_sizes and column_sizes do not sum to q_len {lengths[0]} and kv_len {lengths[1]} for every head."
+        wrong = wrong | (row_sizes < 0).any() | (column_sizes < 0).any()
+        message = (
+            f"row_sizes and column_sizes do not sum to q_len {lengths[0]} and kv_len {lengths[1]} for every head, or have a "
+            "negative size."
+        )
         tables = tile_classes(chosen.bool(), row_sizes, column_sizes, *lengths)
         mods = (variable_mask_mod(*tables, local=local) for local in (False, True))
-        return cls(*mods, lengths, LateCheck(wrong, message))
+        return cls(*mods, lengths, LateCheck(wrong, message), heads=("num_kv_heads", chosen.shape[0]))
 
     @classmethod
     def of(cls, block_mask: BlockMask) -> BlockSparse:
@@ -201,6 +225,8 @@ def block_sparse_attention(
     """
     if not isinstance(blocks, BlockSparse):
         raise VariantError(f"blocks is a {type(blocks).__name__}, expected a jitgen.BlockSparse.")
+    if not all(isinstance(t, Tensor) and t.dim() == 4 for t in (q, k, v)):
+        check_tensors(q, k, v)  # says which one is no tensor, or of another rank
     if (q.shape[-2], k.shape[-2]) != blocks.lengths:
         raise ShapeMismatch(
             f"q has {q.shape[-2]} rows and k {k.shape[-2]}, the blocks are those of q_len {blocks.lengths[0]} and kv_len "
@@ -208,22 +234,31 @@ def block_sparse_attention(
         )
     if blocks.device not in (None, q.device):
         raise UnsupportedDevice(f"the blocks are on {blocks.device}, q is on {q.device}. Make them of lists on q's device.")
+    if blocks.heads is not None and blocks.heads[1] != (q if blocks.heads[0] == "num_q_heads" else k).shape[1]:
+        name, count = blocks.heads
+        raise ShapeMismatch(
+            f"the blocks have lists of {count} heads, q has {q.shape[1]} heads and k {k.shape[1]}. Expected {name}; "
+            "BlockSparse.bsr has per_query_head=True for lists of query heads."
+        )
     blocks.check()
     lists = blocks.lists if mask_mod is None else None
     if lists is not None:
         plain = blocks.unmasked(score_mod, sink)
         if lists.serve(q, k, v, plain.trace().program):
-            check_out(out, q, v)
+            if out is not None:
+                check_out(out, q, v)
+                check_apart(out, k=k, v=v)
             found, lse = lists.attend(q, k, v, plain, scale, out, return_lse)
             return (found, lse) if return_lse else found  # type: ignore[return-value]
     variant = blocks.variant(score_mod, mask_mod, sink)
     return attention(q, k, v, variant, scale=scale, return_lse=return_lse, out=out)
 
 
-def check_out(out: Tensor | None, q: Tensor, v: Tensor) -> None:
+def check_out(out: Tensor, q: Tensor, v: Tensor) -> None:
     """``out=`` is what a call would have allocated."""
+    check_is_tensor(out=out)
     shape = (*q.shape[:3], v.shape[3])
-    if out is not None and (tuple(out.shape) != shape or out.dtype != q.dtype or out.device != q.device):
+    if tuple(out.shape) != shape or out.dtype != q.dtype or out.device != q.device:
         raise ShapeMismatch(f"out has shape {tuple(out.shape)} of {out.dtype} on {out.device}, expected {shape} as q has them.")
 
 
@@ -264,6 +299,7 @@ def block_bits(
     num_bits = num_blocks * block_elements
     num_bytes = -(-num_bits // 8)
     if packed_mask is not None:
+        check_has_values(packed_mask=packed_mask)
         if packed_mask.numel() != num_bytes or packed_mask.dtype != torch.uint8:
             raise ShapeMismatch(
                 f"packed_mask has {packed_mask.numel()} elements of {packed_mask.dtype}, expected {num_bytes} of uint8: "
@@ -272,6 +308,7 @@ def block_bits(
         return packed_mask.to(device)
     if mask is None:
         return None
+    check_visible(mask=mask)
     if mask.numel() != num_bits:
         raise ShapeMismatch(f"mask has {mask.numel()} elements, expected {num_bits}: [{num_blocks}, rows, columns] of blocks.")
     bits = torch.nn.functional.pad(mask.to(device).reshape(-1).bool(), (0, -num_bits % 8))
@@ -358,14 +395,6 @@ def variable_mask_mod(
 
 
 # ---- checks -----------------------------------------------------------------------------------------------------------------
-
-
-def check_integers(**tensors: Tensor) -> None:
-    """Tensors of indices or sizes."""
-    for name, t in tensors.items():
-        if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
-            shown = str(t.dtype).removeprefix("torch.") if isinstance(t, Tensor) else type(t).__name__
-            raise UnsupportedDtype(f"{name} has dtype {shown}, expected int32 or int64.")
 
 
 class LateCheck:

@@ -38,8 +38,12 @@ def as_int32(t: torch.Tensor) -> torch.Tensor:
 
 def plain_int(value: Any) -> Any:
     """What is an integer, as NumPy's are, as an int; anything else as it is, for the checks to name."""
-    is_integer = hasattr(type(value), "__index__") and not isinstance(value, bool | torch.Tensor)
-    return operator.index(value) if is_integer else value
+    if not hasattr(type(value), "__index__") or isinstance(value, bool | torch.Tensor):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:  # an array of NumPy that has more than one element
+        return value
 
 
 def check_is_tensor(**values: object) -> None:
@@ -167,6 +171,14 @@ def check_scale(scale: object) -> None:
             f"scale is {scale!r} of type {type(scale).__name__}, expected a finite number or None. Convert it with float(), or "
             "multiply in a score_mod what differs from call to call."
         )
+
+
+def check_choices(family: object, out_dtype: object) -> None:
+    """What is chosen by a name, or by a dtype, is one."""
+    if family is not None and not isinstance(family, str):
+        raise VariantError(f"family is {family!r} of type {type(family).__name__}, expected a name or None. Leave it out.")
+    if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
+        raise InvalidType(f"out_dtype is {out_dtype!r} of type {type(out_dtype).__name__}, expected one like torch.bfloat16.")
 
 
 def is_traced(t: object) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from jitgen import runtime
 from jitgen.abi import DENSE_ARGS, pack_format
-from jitgen.checks import check_grad, check_memory, check_scale, check_tensors, dtype_name, is_differentiating
+from jitgen.checks import check_choices, check_grad, check_memory, check_scale, check_tensors, dtype_name, is_differentiating
 from jitgen.errors import ShapeMismatch, VariantError
 from jitgen.families import choose_spec, padded_head_dims
 from jitgen.fp8 import negated, output_dtype, workspace_bytes
@@ -88,7 +88,11 @@ def run(
             # CUDA kernels take the maximum of q . k before they scale it
             q, scale = (negated(q), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     options = (program, scale, local, family, out_dtype)
-    recent = _recent.get(options)
+    try:
+        recent = _recent.get(options)
+    except TypeError:  # of what has no hash, as a list has none
+        check_choices(family, out_dtype)
+        raise
     again = recent is not None and not is_differentiating() and recent.is_like(q, k, v, values)
     if again:
         call = recent.call  # type: ignore[union-attr]

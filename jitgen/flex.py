@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from jitgen.checks import check_tensors, is_traced
 from jitgen.dense import run
-from jitgen.errors import ShapeMismatch, VariantError
+from jitgen.errors import InvalidType, ShapeMismatch, VariantError
 from jitgen.variant import Variant, resolve
 
 if TYPE_CHECKING:
@@ -48,6 +48,10 @@ def flex_attention(
     Cost:    as jitgen.attention; a BlockMask is turned into a table of block classes once per object, under torch.compile in
              every call.
     """
+    if return_aux is not None and not hasattr(return_aux, "max_scores"):
+        raise InvalidType(f"return_aux is {return_aux!r} of type {type(return_aux).__name__}, expected torch's AuxRequest.")
+    if kernel_options is not None and not isinstance(kernel_options, dict):
+        raise InvalidType(f"kernel_options is a {type(kernel_options).__name__}, expected a dict of names.")
     if return_aux is not None and return_aux.max_scores:
         raise VariantError("return_aux asks for max_scores, which jitgen's kernels do not keep. Ask for lse only.")
     if return_aux is not None and return_lse:

@@ -27,6 +27,7 @@ from jitgen.symbols import Sym, as_operand
 from jitgen.trace import Tracer, trace_lock
 
 Check = Callable[..., "list[object] | None"]
+SINK = Path(None, "root", "sink")
 
 
 @record
@@ -95,7 +96,7 @@ class HookTracer:
             raise VariantError(
                 f"sink is {sink!r} of type {type(sink).__name__}, expected a tensor [num_q_heads], a number or (b, h) -> logit."
             )
-        wrapped = self.captures.wrap(sink, Path(None, "root", "sink"), "sink")
+        wrapped = self.captures.wrap(sink, SINK, "sink")
         per_head = isinstance(sink, torch.Tensor) and sink.dim() == 1
 
         def finish(returned: object) -> tuple[Expr, ...]:
@@ -272,6 +273,8 @@ def with_slots(program: Program, found: Sequence[Capture]) -> tuple[Program, lis
     if rows is not None:
         rows = RowHooks(*(RowProgram(new(p.before), p.rope, new(p.position), new(p.after)) for p in (rows.q, rows.k, rows.v)))
     slots = tuple(c.as_slot() for c in used)
+    sinks = (i for i, c in enumerate(used) if c.path == SINK and c.kind == "tensor" and c.layout)
     return Program(
-        new(program.score), new(program.mask), new(program.sink), norm, new(program.output), new(program.lse), slots, rows
-    ), used
+        new(program.score), new(program.mask), new(program.sink), norm, new(program.output), new(program.lse), slots, rows,
+        sink_slot=next(sinks, None),
+    ), used  # fmt: skip

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch.compiler import is_compiling
 
 from jitgen.checks import check_is_tensor, dtype_name, is_traced
 from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
-from jitgen.kv_checks import caches_of, check_cache, check_captures, check_reads
+from jitgen.kv_checks import caches_of, check_bounds, check_cache, check_captures, check_reads
 from jitgen.kv_hooks import Transform, TransformTrace, resolve_transform
 from jitgen.kv_launch import RowsCall, Stream, prepare_rows
 from jitgen.kv_spec import BYTES
@@ -82,7 +84,11 @@ def append(
     except AttributeError:
         _check_kinds(kv, k, v, kv_layout, indices)  # says which one is no tensor
         raise
-    found = _calls.get(key)
+    try:
+        found = _calls.get(key)
+    except TypeError:  # of what has no hash
+        caches_of(kv, kv_layout)
+        raise
     if found is None or isinstance(kv, Tensor) != found.is_joined:
         if len(_calls) >= MAX_CALLS:
             _calls.clear()
@@ -90,6 +96,8 @@ def append(
         _calls[key] = found
     if found.call is None:
         return
+    if q_indptr is not None and k.device.type == "cpu":
+        check_bounds("k", q_indptr, k.shape[0])
     if not found.as_given:  # copies, for the time of the launch
         tokens = _tokens(k.shape[0], table, *indices, k.device)
         addresses = tokens.addresses()
@@ -203,10 +211,11 @@ def _tokens(
 
 def _number(name: str, scale: float | None) -> float:
     """A scale given as a number."""
-    number = 1.0 if scale is None else float(scale)
-    if not number > 0.0:
-        raise VariantError(f"the scale of {name} is {scale!r}, expected a number above 0.")
-    return number
+    if scale is None:
+        return 1.0
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 < scale < math.inf:
+        raise VariantError(f"the scale of {name} is {scale!r}, expected a finite number above 0.")
+    return float(scale)
 
 
 def _set_scale(s: Stream, scale: Scales | None, num_slots: int) -> None:

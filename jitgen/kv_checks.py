@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -14,6 +15,7 @@ from jitgen.kv_spec import BYTES, FLOATS
 from jitgen.kv_tokens import Tokens
 from jitgen.layouts import check_own_rows
 from jitgen.program import RowProgram, Slot, too_short
+from jitgen.serving_lists import check_indices
 from jitgen.serving_pages import KV_LAYOUTS
 
 Tensor = torch.Tensor
@@ -25,7 +27,7 @@ CACHE_FORMS = (
 
 def caches_of(kv: object, kv_layout: str) -> tuple[Tensor, Tensor]:
     """K and V of a cache as [pages, page_size, num_kv_heads, head_dim]."""
-    if kv_layout not in KV_LAYOUTS:
+    if not isinstance(kv_layout, str) or kv_layout not in KV_LAYOUTS:
         raise ShapeMismatch(f"kv_layout={kv_layout!r} is not a layout. Use 'NHD' or 'HND'.")
     if isinstance(kv, Tensor):
         if kv.dim() != 5 or kv.shape[1] != 2:
@@ -62,6 +64,18 @@ def check_cache(name: str, x: Tensor, cache: Tensor, k: Tensor) -> None:
     check_own_rows(cache, f"the {name} cache")
     if cache.stride(3) != 1 and cache.shape[3] > 1:
         raise ShapeMismatch(f"the {name} cache has strides {cache.stride()}, expected unit stride along the head dim.")
+
+
+def check_bounds(name: str, q_indptr: Tensor, count: int) -> None:
+    """On the CPU: the bounds of requests are rows of ``name``, which has ``count``. To be asked in every call, as the device
+    finds the request of a row by halves and could not tell."""
+    check_indices("q_indptr", q_indptr, 1)
+    bounds = q_indptr.tolist() if q_indptr.device.type == "cpu" else []
+    if bounds and (bounds[0] < 0 or bounds[-1] > count or any(b < a for a, b in pairwise(bounds))):
+        shown = str(bounds) if len(bounds) <= 8 else f"{str(bounds[:8])[:-1]}, ...]"
+        raise ShapeMismatch(
+            f"q_indptr is {shown}, expected numbers that never fall, from 0 to at most {count}, the rows of {name}."
+        )
 
 
 def check_reads(trace: TransformTrace, tokens: Tokens) -> None:

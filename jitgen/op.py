@@ -95,6 +95,14 @@ def lift_call(context: Any) -> None:
     lift_here(context, ARGUMENTS, trace_of_attention, register)
 
 
+def fits_schema(key: object, value: object, convention: object, scale: object, out_dtype: object, family: object) -> bool:
+    """Whether a node of the graph can hold these; else the call outside of it says what is wrong."""
+    names = isinstance(convention, str) and (family is None or isinstance(family, str))
+    numbers = not isinstance(scale, bool | str | list | tuple | dict | Tensor)
+    dtypes = out_dtype is None or isinstance(out_dtype, torch.dtype)
+    return isinstance(key, Tensor) and isinstance(value, Tensor) and names and numbers and dtypes
+
+
 def call_op(
     query: Tensor,
     key: Tensor,
@@ -114,10 +122,11 @@ def call_op(
     family: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The operator as traced code calls it."""
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    takes = fits_schema(key, value, convention, scale, out_dtype, family)
+    if takes and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         refuse_grad(query, key, value)
-    found: list[Any] = [] if CAN_LIFT else [-1]
-    if CAN_LIFT:
+    found: list[Any] = [] if CAN_LIFT and takes else [-1]
+    if CAN_LIFT and takes:
         comptime(lift_call)
     if not found:  # traced by running, as torch.export may: hooks stay as they are
         given = zip(ARGUMENTS, (variant, score_mod, mask_mod, sink, scale_q, scale_k, scale_v), strict=True)

@@ -144,6 +144,7 @@ class Program:
     slots: tuple[Slot, ...] = ()
     rows: RowHooks | None = None  # seen by nothing that asks for ``roots``, the hooks of logits and results
     value: Expr | None = None  # in a decode kernel, the factor of a key's value, in place of a transform: see kv_decode.py
+    sink_slot: int | None = None  # of a sink that is a tensor of one logit a head: no part of what is compiled
 
     def roots(self) -> tuple[Expr | None, ...]:
         found = (self.score, self.mask, self.sink, self.output, self.lse, *(self.norm.roots() if self.norm else ()))
@@ -222,6 +223,18 @@ def check_numbers(program: Program, values: Sequence[Any]) -> None:
                 f"captured tensor '{program.slots[slot].name}' has size {size} along axis {dim}, and {name} indexes it there, "
                 f"expected {-size} to {size - 1}."
             )
+
+
+def check_sink(program: Program, values: Sequence[Any], num_q_heads: int) -> None:
+    """A sink that is a tensor has no logits but those of the heads: more are those of another model, or of all ranks.
+
+    Errors:  ShapeMismatch.
+    """
+    if program.sink_slot is not None and values[program.sink_slot].shape[0] > num_q_heads:
+        raise ShapeMismatch(
+            f"sink has {values[program.sink_slot].shape[0]} logits, q has {num_q_heads} heads. Expected one a head: slice it, "
+            "or pass (b, h) -> logit to read a part of it."
+        )
 
 
 def too_short(name: str, dim: int, size: int, index: str, least: int, where: str = "") -> ShapeMismatch:

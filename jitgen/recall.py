@@ -10,7 +10,7 @@ import torch
 from jitgen.checks import check_memory
 from jitgen.errors import UnsupportedDevice
 from jitgen.looks import can_be_asked, looks_of
-from jitgen.program import check_numbers, number_indices, too_short
+from jitgen.program import check_numbers, check_sink, number_indices, too_short
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,6 +72,7 @@ def capture_words(call: PreparedCall, values: list[object], device: torch.device
     they are indexed with."""
     words: list[object] = []
     check_numbers(call.program, values)
+    check_sink(call.program, values, call.o_shape[1])
     for value, capture in zip(values, call.captures, strict=True):
         if capture is None:
             words.append(value)

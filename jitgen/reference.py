@@ -15,7 +15,7 @@ from jitgen.errors import VariantError
 from jitgen.evaluate import evaluate
 from jitgen.ir import Expr
 from jitgen.norm_parts import finish_row, run_keys, run_parts
-from jitgen.program import NormProgram, Program, RowProgram, all_roots, reads_pages
+from jitgen.program import NormProgram, Program, RowProgram, all_roots, check_sink, reads_pages
 from jitgen.rotary import Rope
 
 Tensor = torch.Tensor
@@ -55,6 +55,7 @@ def attention(
 
     program, values, own = resolve_hooks(variant, score_mod, mask_mod, sink)  # type: ignore[arg-type]
     check_q_index(q_index)
+    check_sink(program, values, q.shape[1])
     local = (q_index or own or "absolute") == "local"
     offset = 0 if local else k.shape[2] - q.shape[2]
     pages = None if page_table is None else (page_table, page_size)

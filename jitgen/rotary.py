@@ -189,7 +189,7 @@ def rope(
         how: tuple[Any, ...] = (theta, scale, rotary_dim, interleave, llama31 and tuple(llama31))
         key = (how, low_bits(q, k, *targets), *[form_of(t) for t in (q, k, cos_sin, *targets, *where)])
         found = _calls.get(key)
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, ValueError, RuntimeError):
         _check_kinds(q, k, where, (theta, scale, rotary_dim, interleave, llama31, cos_sin), out)
         raise
     if found is None:
@@ -246,6 +246,10 @@ def _run(
     prepared: Any, q: Tensor, k: Tensor | None, where: Any, targets: Any, cos_sin: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     call, as_given = prepared
+    if len(where) == 2 and q.device.type == "cpu":
+        from jitgen.kv_checks import check_bounds
+
+        check_bounds("q", where[0], q.shape[0])
     results = []
     for x, target in zip((q, k), targets, strict=True):
         results.append(target if x is None or target is not None else torch.empty(x.shape, dtype=x.dtype, device=x.device))

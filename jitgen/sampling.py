@@ -71,7 +71,7 @@ def sample(
              operator, whatever processors capture there; a generator breaks the graph.
     """
     check_rows("x", x)
-    if order not in ORDERS:
+    if not isinstance(order, str) or order not in ORDERS:
         raise InvalidValue(f"order is {order!r}, expected 'top_k_first' or 'joint'.")
     if not from_logits and temperature is not None:
         raise VariantError("temperature divides logits, and from_logits is False. Pass logits, or leave it out.")
@@ -112,7 +112,7 @@ def softmax(
     Errors:  as sample.
     """
     check_rows("logits", logits)
-    if dtype not in ROW_DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in ROW_DTYPES:
         raise UnsupportedDtype(f"dtype is {dtype}, expected one of {', '.join(map(str, ROW_DTYPES))}.")
     out = check_output("out", out, tuple(logits.shape), (dtype,) if out is None else ROW_DTYPES, logits.device)
     processors = processors_of(logits.shape[1], penalties, processor, bitmask)
@@ -138,7 +138,7 @@ def renorm(
     Errors:  as sample.
     """
     check_rows("probs", probs)
-    if order not in ORDERS:
+    if not isinstance(order, str) or order not in ORDERS:
         raise InvalidValue(f"order is {order!r}, expected 'top_k_first' or 'joint'.")
     out = check_output("out", out, tuple(probs.shape), (probs.dtype,), probs.device)
     run(

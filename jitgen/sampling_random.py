@@ -45,6 +45,8 @@ def resolve_streams(
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice; InvalidValue when arguments exclude each other, or when a CUDA
              graph is captured and every replay would repeat the same numbers.
     """
+    if not isinstance(advance, bool):
+        raise InvalidType(f"advance is {advance!r} of type {type(advance).__name__}, expected True or False.")
     if seed is None:
         if offset is not None or advance:
             raise InvalidValue("offset and advance need a seed. Pass seed, an int or a tensor [batch] of int64.")

@@ -109,6 +109,8 @@ def check_draft(
         if tuple(t.shape) != (batch, num_draft):
             raise ShapeMismatch(f"{name} has shape {tuple(t.shape)}, expected {(batch, num_draft)} to fit target_probs.")
     for name, t in (("draft_ids", draft_ids), ("draft_probs", draft_probs), ("parents", parents)):
+        if t is not None and t.layout is not torch.strided:
+            raise UnsupportedDevice(f"{name} has layout {t.layout}, expected torch.strided. Convert it with .to_dense().")
         if t is not None and t.device != target_probs.device:
             raise UnsupportedDevice(
                 f"{name} is on {t.device}, target_probs on {target_probs.device}. All must be on one device."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.compiler import is_compiling
 
-from jitgen.checks import is_traced
+from jitgen.checks import check_scale, is_traced
 from jitgen.errors import InvalidType, PlanMismatch
 from jitgen.looks import can_be_asked
 from jitgen.serving_cascade import Cascade
@@ -85,6 +85,8 @@ def paged_attention(
                 v_scale=v_scale, return_lse=return_lse, out=out, lse=lse, **captures,
             )  # fmt: skip
         return call_paged(q, kv_cache, page_table, plan, scale, kv_layout, return_lse, k_scale, v_scale)
+    if scale is not None and type(scale) is not float:
+        check_scale(scale)
     if type(plan) is not Plan:
         raise InvalidType(f"plan is a {type(plan).__name__}, expected a jitgen.Plan.")
     program, values = plan.trace_other(variant, captures) if captures or variant is not None else plan.trace()
@@ -156,6 +158,8 @@ def ragged_attention(
                 lse=lse, **captures,
             )  # fmt: skip
         return call_ragged(q, k, v, plan, scale, return_lse, k_scale, v_scale)
+    if scale is not None and type(scale) is not float:
+        check_scale(scale)
     if type(plan) is not Plan:
         raise InvalidType(f"plan is a {type(plan).__name__}, expected a jitgen.Plan.")
     program, values = plan.trace_other(variant, captures) if captures or variant is not None else plan.trace()

@@ -37,11 +37,10 @@ class CascadeLevel:
 
         Errors:  ShapeMismatch, UnsupportedDtype; InvalidType for anything else.
         """
-        if isinstance(value, cls):
-            return value
-        if not isinstance(value, tuple | list) or len(value) != 3:
+        level = (value.q_indptr, value.page_table, value.kv_len) if isinstance(value, cls) else value
+        if not isinstance(level, tuple | list) or len(level) != 3:
             raise InvalidType(f"a level is a {type(value).__name__}, expected (q_indptr, page_table, kv_len).")
-        q_indptr, page_table, kv_len = value
+        q_indptr, page_table, kv_len = level
         check_indices("q_indptr", q_indptr, 1)
         check_indices("kv_len", kv_len, 1)
         table = PageTable.of(page_table)
@@ -51,6 +50,8 @@ class CascadeLevel:
                 f"a level has kv_len of {groups} groups, q_indptr of {q_indptr.shape[0]} entries and page lists of "
                 f"{table.batch} groups. Expected groups, groups + 1 and groups, and one group at least."
             )
+        if isinstance(value, cls) and table is page_table:
+            return value
         return cls(as_int32(q_indptr), table, as_int32(kv_len))
 
     @property
@@ -82,6 +83,8 @@ class Cascade(KVLists):
     saved_keys: int | None = None
 
     def __init__(self, levels: Sequence[object]) -> None:
+        if not isinstance(levels, tuple | list):
+            raise InvalidType(f"levels is a {type(levels).__name__}, expected a list of jitgen.CascadeLevel.")
         self.levels = tuple(CascadeLevel.of(level) for level in levels)
         if not self.levels:
             raise ShapeMismatch("a cascade has no levels, expected one at least.")

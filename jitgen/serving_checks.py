@@ -11,7 +11,7 @@ from jitgen.emit_ranges import POSITION_LIMIT
 from jitgen.errors import InvalidType, PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.families import CUDA_HEAD_DIMS, check_pages, padded_head_dims
 from jitgen.layouts import check_own_rows
-from jitgen.program import Program, check_numbers, direct_indices, too_short, uses_index
+from jitgen.program import Program, check_numbers, check_sink, direct_indices, too_short, uses_index
 from jitgen.serving_pages import KeyPlace, check_not_nested
 from jitgen.serving_scales import stored_dtype
 from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, MAX_CPU_HEAD_DIM, MLA_DIMS, STORED_DTYPES
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 NUMBERS = ("max_batch", "max_tokens", "num_q_heads", "num_kv_heads")
 OPTIONAL_NUMBERS = ("max_q_len", "max_kv_len", "max_kv_tokens", "page_size", "kv_split")
+MAX_LEVELS = 1 << 16  # far more than anybody shares keys in; memory goes with them
 MAX_CUDA_BATCH = 4096  # kPlanMaxBatch in plan.cuh
 
 
@@ -29,7 +30,7 @@ def check_plan_numbers(plan: Plan) -> None:
     """What a plan is made from is possible."""
     for name in ("dtype", "kv_dtype"):
         value = getattr(plan, name)
-        if not isinstance(value, torch.dtype) and (name, value) != ("kv_dtype", None):
+        if not isinstance(value, torch.dtype) and (name == "dtype" or value is not None):
             raise InvalidType(f"{name} is {value!r} of type {type(value).__name__}, expected one like torch.bfloat16.")
     for name in NUMBERS:
         value = getattr(plan, name)
@@ -47,10 +48,13 @@ def check_plan_numbers(plan: Plan) -> None:
             f"num_q_heads is {plan.num_q_heads}, num_kv_heads {plan.num_kv_heads}. The number of query heads must be a "
             "multiple of the number of key/value heads."
         )
-    for name in ("head_dim", "head_dim_v"):
-        value = getattr(plan, name)
-        is_latent = (plan.head_dim, plan.head_dim_v) == MLA_DIMS
-        if not isinstance(value, int) or value % 8 or not (8 <= value <= MAX_CPU_HEAD_DIM or is_latent):
+    dims = {"head_dim": plan.head_dim, "head_dim_v": plan.head_dim_v}
+    for name, value in dims.items():
+        if type(value) is not int:
+            raise ShapeMismatch(f"{name} is {value!r} of type {type(value).__name__}, expected an integer.")
+    is_latent = tuple(dims.values()) == MLA_DIMS
+    for name, value in dims.items():
+        if value % 8 or not (8 <= value <= MAX_CPU_HEAD_DIM or is_latent):
             raise ShapeMismatch(f"{name} is {value!r}, expected a multiple of 8 from 8 to {MAX_CPU_HEAD_DIM}.")
     device = plan.device.type
     if device == "cuda" and plan.max_batch > MAX_CUDA_BATCH:
@@ -69,14 +73,18 @@ def check_plan_numbers(plan: Plan) -> None:
             f"head_dim is {plan.head_dim}, head_dim_v {plan.head_dim_v}; on cuda the cache must be stored with both one of "
             f"{dims}, or 192 and 128. Allocate it with the next larger one, zeros behind the last column."
         )
+    for name in ("layout", "split", "selection", "family"):
+        value = getattr(plan, name)
+        if not isinstance(value, str) and (value is not None or name in ("layout", "split")):
+            raise InvalidType(f"{name} is {value!r} of type {type(value).__name__}, expected a name.")
     if plan.page_size is not None and plan.layout != "paged":
         raise ShapeMismatch(f"page_size is {plan.page_size} and layout {plan.layout!r}: only paged plans take a page_size.")
     if plan.layout not in ("paged", "ragged"):
         raise ShapeMismatch(f"layout={plan.layout!r} is not a layout of a plan. Use 'paged' or 'ragged'.")
     if plan.split not in ("balanced", "fixed", "none"):
         raise ShapeMismatch(f"split={plan.split!r} is not a way to split. Use 'balanced', 'fixed' or 'none'.")
-    if not isinstance(plan.levels, int) or isinstance(plan.levels, bool) or plan.levels < 1:
-        raise ShapeMismatch(f"levels is {plan.levels!r}, expected a positive integer.")
+    if not isinstance(plan.levels, int) or isinstance(plan.levels, bool) or not 1 <= plan.levels <= MAX_LEVELS:
+        raise ShapeMismatch(f"levels is {plan.levels!r}, expected an integer from 1 to {MAX_LEVELS}.")
     if plan.levels > 1 and (plan.layout != "paged" or plan.split == "fixed"):
         raise ShapeMismatch(
             f"levels={plan.levels} goes with layout='paged' and split='balanced' or 'none', not with "
@@ -187,6 +195,8 @@ def check_query(plan: Plan, q: Tensor) -> None:
     """q is what the plan was made for."""
     check_is_tensor(q=q)
     check_not_nested("q", q)
+    if q.layout is not torch.strided:
+        raise UnsupportedDevice(f"q has layout {q.layout}, expected torch.strided. Convert it with .to_dense().")
     if q.dim() != 3:
         raise ShapeMismatch(
             f"q has shape {tuple(q.shape)}, expected [total_q, num_q_heads, head_dim]: the rows of all requests."
@@ -266,6 +276,7 @@ def check_captures(plan: Plan, program: Program, values: list[object]) -> None:
                 f"Move it there before building the variant."
             )
     check_numbers(program, values)
+    check_sink(program, values, plan.num_q_heads)
     for i, dim, index in direct_indices(program):
         least = _reach(plan, program.slots[i].name, index)
         size = values[i].shape[dim]  # type: ignore[attr-defined]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from jitgen.checks import check_is_tensor
-from jitgen.errors import ShapeMismatch, UnsupportedDtype
+from jitgen.errors import ShapeMismatch, UnsupportedDevice, UnsupportedDtype
+from jitgen.serving_lists import check_indices
 
 Tensor = torch.Tensor
 
@@ -44,10 +45,22 @@ def pack_mask(mask: Tensor, q_len: Tensor, kv_len: Tensor) -> tuple[Tensor, Tens
     """Bits and offsets for ``bit_mask`` from a bool tensor: the masks of all requests, row by row, one after the other.
 
     Shapes:  mask [sum of q_len * kv_len] bool; q_len, kv_len [batch]; returns uint8 [bytes], int32 [batch + 1].
-    Errors:  InvalidType, ShapeMismatch.
+    Errors:  InvalidType, ShapeMismatch, UnsupportedDtype, UnsupportedDevice.
     Cost:    a few passes over the mask; waits for its device.
     """
-    check_is_tensor(mask=mask, q_len=q_len, kv_len=kv_len)
+    check_is_tensor(mask=mask)
+    check_indices("q_len", q_len, 1)
+    check_indices("kv_len", kv_len, 1)
+    if q_len.shape != kv_len.shape:
+        raise ShapeMismatch(f"q_len has {q_len.shape[0]} entries, kv_len {kv_len.shape[0]}. Both must match.")
+    for name, t in (("q_len", q_len), ("kv_len", kv_len), ("mask", mask)):
+        if t.device.type not in ("cpu", "cuda") or t.device != mask.device or t.layout is not torch.strided:
+            raise UnsupportedDevice(
+                f"{name} is on {t.device} in layout {t.layout}, mask on {mask.device}. Expected dense tensors on one device, "
+                "cpu or cuda."
+            )
+    if mask.is_floating_point() or mask.is_complex():
+        raise UnsupportedDtype(f"mask has dtype {str(mask.dtype)[6:]}, expected bool: True where it is visible.")
     sizes = q_len.to(torch.int64) * kv_len.to(torch.int64)
     if mask.dim() != 1 or mask.shape[0] != int(sizes.sum()):
         raise ShapeMismatch(

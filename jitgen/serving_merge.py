@@ -67,6 +67,8 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, b
             f"{tuple(lse_a.shape)} and {tuple(lse_b.shape)}. They must match."
         )
     _check(out_a, lse_a, base, 3)
+    if (out_a.dtype, out_a.layout, lse_a.dtype, lse_a.layout) != (out_b.dtype, out_b.layout, lse_b.dtype, lse_b.layout):
+        _check(out_b, lse_b, base, 3)
     if not out_a.device == lse_a.device == out_b.device == lse_b.device:
         raise _apart(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     if out_a.dtype == out_b.dtype and _has_kernel(out_a, lse_a) and _has_kernel(out_b, lse_b):
@@ -83,7 +85,7 @@ def _stacked(name: str, states: Tensor | Sequence[Tensor]) -> Tensor:
     for i, t in enumerate(states):
         check_is_tensor(**{f"{name}[{i}]": t})
     shapes = [tuple(t.shape) for t in states]
-    if not shapes or any(s != shapes[0] for s in shapes):
+    if not shapes or not shapes[0] or any(s != shapes[0] for s in shapes):
         raise ShapeMismatch(f"{name} has states of shapes {shapes}, expected one state at least, and all alike.")
     if any(t.device != states[0].device for t in states):
         raise _apart(**{f"{name}[{i}]": t for i, t in enumerate(states)})
@@ -98,7 +100,10 @@ def _apart(**states: Tensor) -> UnsupportedDevice:
 
 
 def _check(outs: Tensor, lses: Tensor, base: str | int, rank: int) -> None:
-    if base not in BASES:
+    for name, t in (("outs", outs), ("lses", lses)):
+        if t.layout is not torch.strided or t.is_nested:
+            raise UnsupportedDevice(f"{name} has layout {t.layout}, expected torch.strided. Convert it with .to_dense().")
+    if not isinstance(base, str | int) or base not in BASES:
         raise ShapeMismatch(f"base={base!r} is not a base of logsumexps. Use 'e' or 2.")
     if outs.dim() != rank or outs.shape[:-1] != lses.shape:
         axes = "rows, states, heads" if rank == 4 else "rows, heads"

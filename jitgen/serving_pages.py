@@ -36,7 +36,7 @@ def cache_place(cache: object, kv_layout: str) -> KeyPlace:
 
     Errors:  ShapeMismatch, UnsupportedDtype; InvalidType for anything that is no cache.
     """
-    if kv_layout not in KV_LAYOUTS:
+    if not isinstance(kv_layout, str) or kv_layout not in KV_LAYOUTS:
         raise ShapeMismatch(f"kv_layout={kv_layout!r} is not a layout. Use 'NHD' or 'HND'.")
     k, v, offset = _split_cache(cache)
     rows, heads = (1, 2) if kv_layout == "NHD" else (2, 1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from jitgen.checks import plain_int
-from jitgen.errors import PlanMismatch, UnsupportedDevice, VariantError
+from jitgen.errors import InvalidType, PlanMismatch, UnsupportedDevice, VariantError
 from jitgen.graphs import between_graphs
 from jitgen.program import Program
 from jitgen.serving_cascade import Cascade
@@ -105,12 +105,12 @@ class Plan:
         self.num_q_heads, self.num_kv_heads = plain_int(num_q_heads), plain_int(num_kv_heads)
         self.head_dim = plain_int(head_dim)
         self.head_dim_v = self.head_dim if head_dim_v is None else plain_int(head_dim_v)
-        self.dtype, self.kv_dtype = dtype, None if kv_dtype == dtype else kv_dtype
+        self.dtype, self.kv_dtype = dtype, None if kv_dtype is dtype else kv_dtype
         self.layout, self.family = layout, family
         self.max_q_len, self.max_kv_len, self.page_size = plain_int(max_q_len), plain_int(max_kv_len), plain_int(page_size)
         self.split, self.kv_split, self.levels, self.selection = split, plain_int(kv_split), plain_int(levels), selection
         self.max_kv_tokens = plain_int(max_kv_tokens)
-        self.device = _complete(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        self.device = _complete(device_of(device))
         check_plan_numbers(self)
         self.is_latent = (self.head_dim, self.head_dim_v) == MLA_DIMS  # absorbed MLA: the values are in the rows of keys
         self.variant = Variant() if variant is None else Variant.of(variant)
@@ -282,6 +282,20 @@ class Plan:
 
         self.check_planned()
         return explain(self, self._program, self._values, rows)
+
+
+def device_of(device: object) -> torch.device:
+    """The device that an argument names; without one the GPU, or the CPU where there is none."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(device, torch.device):
+        return device
+    try:
+        return torch.device(device)  # type: ignore[call-overload, no-any-return]
+    except (RuntimeError, TypeError, ValueError):
+        raise InvalidType(
+            f"device is {device!r} of type {type(device).__name__}, expected a torch.device, or a name like 'cuda:0'."
+        ) from None
 
 
 def _complete(device: torch.device) -> torch.device:

@@ -77,7 +77,11 @@ def recall(
         names = ("q", "kv_cache") if len(tensors) == 2 else ("q", "k", "v")
         check_memory(**dict(zip(names, tensors, strict=True)))
         key = _key_of(tensors, options)
-        call = plan.calls.get(key)
+        try:
+            call = plan.calls.get(key)
+        except TypeError:  # of a kv_layout that has no hash
+            find_place()
+            raise
         if call is None:
             call = _prepare(plan, key, options[0], tensors, find_place(), options[1])
         check_grad(*tensors[:2], tensors[-1])

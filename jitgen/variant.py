@@ -168,7 +168,7 @@ class Variant:
 
 def check_q_index(q_index: object) -> None:
     """What q_idx counts is one of the conventions, or left to the entry point."""
-    if q_index not in (None, "local", "absolute"):
+    if not (q_index is None or (isinstance(q_index, str) and q_index in ("local", "absolute"))):
         raise VariantError(f"q_index={q_index!r} is not a convention. Use 'local' or 'absolute'.")
 
 

@@ -145,7 +145,7 @@ WRONG = {
     "slots": ({"slot_mapping": torch.zeros(2, dtype=torch.int64)}, ShapeMismatch, "slot_mapping has 2 entries, expected 3"),
     "int8": ({**SLOTS, "kv": INT8}, VariantError, "the k cache is int8 and there is no scale for it"),
     "scale_of_float": ({**SLOTS, "scales": (1.0, 1.0)}, VariantError, "scales were given, and the k cache is float32"),
-    "scale": ({**SLOTS, "kv": INT8, "scales": (0.0, 1.0)}, VariantError, "the scale of k is 0.0, expected a number above 0."),
+    "scale": ({**SLOTS, "kv": INT8, "scales": (0.0, 1.0)}, VariantError, "the scale of k is 0.0, expected a finite number"),
     "scale_shape": ({**SLOTS, "kv": INT8, "scales": (torch.ones(3), 1.0)}, ShapeMismatch, "the scale of k has shape (3,)"),
     "one_scale": ({**SLOTS, "kv": INT8, "scales": 1.0}, VariantError, "scales is 1.0, expected a pair (k_scale, v_scale)"),
     "no_cache": ({**SLOTS, "kv": "x"}, TypeError, "the kv cache is a str, expected a pair"),
