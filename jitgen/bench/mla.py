@@ -30,6 +30,7 @@ CPU_CELLS = ((1, 4096, 16, 1), (4, 1024, 16, 1))
 QUICK_CELLS = {"cuda": ((16, 16384, 128, 1),), "cpu": ((2, 256, 16, 1),)}
 CHECKED = 8  # rows whose output is compared
 WORKSPACE_BYTES = 128 << 20  # of FlashInfer
+PEER_NAMES = ("flashinfer-fa2", "flashinfer-fa3", "sdpa")
 NOTE = (
     "GB/s: bytes of the cached rows; TFLOP/s: of the unmasked (query, key) pairs, 2 x (576 + 512) FLOP each; q2: two query "
     "rows of each request, causal; a plan serves all layers and is not timed"
