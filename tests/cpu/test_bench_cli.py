@@ -69,8 +69,13 @@ def test_wrong_arguments_get_one_message_and_exit_code_2(arguments, message, cap
     assert written.out == ""
 
 
-@pytest.mark.parametrize("suite, name", [("decode", "flashinfer-persistent"), ("sampling", "torch"), ("cache", "copy"),
-                                         ("sparse", "flashinfer-fa3"), ("short", "sdpa"), ("mla", "flashinfer-fa2")])  # fmt: skip
+@pytest.mark.parametrize(
+    "suite, name",
+    [
+        ("decode", "flashinfer-persistent"), ("sampling", "torch"), ("cache", "copy"), ("sparse", "flashinfer-fa3"),
+        ("short", "sdpa"), ("mla", "flashinfer-fa2"),
+    ],
+)  # fmt: skip
 def test_peers_of_a_suite_of_its_own_may_be_named(suite, name, capsys):
     assert cli.main([suite, "--device", "cpu", "--list", "--peers", name]) == 0
     assert cli.main(["cpu", "--list", "--peers", "flashinfer-persistent"]) == 2
