@@ -198,7 +198,14 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("call, changes, named", WRONG, ids=lambda x: getattr(x, "__name__", None) or str(x)[:40])
+def label(x):
+    """Of a case: the same in all processes, as values of tensors and addresses are not."""
+    if isinstance(x, dict):
+        return ",".join(f"{name}:{type(value).__name__}" for name, value in x.items())
+    return getattr(x, "__name__", None) or str(x)[:40]
+
+
+@pytest.mark.parametrize("call, changes, named", WRONG, ids=label)
 def test_wrong_kinds_are_named(call, changes, named, monkeypatch):
     if call is over_blocks_of_hopper:
         monkeypatch.setattr(block_lists, "is_hopper", lambda device: True)
@@ -227,7 +234,7 @@ WRONG_IN_GRAPHS = [
 ]
 
 
-@pytest.mark.parametrize("changes, named", WRONG_IN_GRAPHS, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize("changes, named", WRONG_IN_GRAPHS, ids=label)
 def test_compiled_calls_name_them_too(changes, named):
     torch._dynamo.reset()
 
