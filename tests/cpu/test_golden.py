@@ -29,7 +29,8 @@ TEMPLATES = template_names("attention")
 VARIANT = "attention/variant.h.jinja"
 PREFILL = ("attention/sm80_serving.cu.jinja", "attention/sm90_serving.cu.jinja")
 LATENT = ("attention/mla.cu.jinja", "attention/sm80_mla.cu.jinja")
-SHARES = (*PREFILL, *LATENT, "attention/mla_decode.cu.jinja")  # kernels whose CTAs walk along a line of pieces
+FEW_ROWS = "attention/mla_decode.cu.jinja"
+SHARES = (*PREFILL, *LATENT, FEW_ROWS)  # kernels whose CTAs walk along a line of pieces
 PART_OF = {  # included, so they have the context of what includes them
     "attention/cpu_hooks.cpp.jinja": ("attention/cpu.cpp.jinja", "attention/cpu_serving.cpp.jinja"),
     "attention/sm80_hooks.cu.jinja": ("attention/sm80.cu.jinja", "attention/sm80_serving.cu.jinja"),
@@ -49,6 +50,8 @@ PART_OF = {  # included, so they have the context of what includes them
     "attention/serving_output.cu.jinja": PREFILL,
     "attention/serving_launch.cu.jinja": SHARES,
     "attention/mla_rows.cu.jinja": LATENT,
+    "attention/mla_heads.cu.jinja": (*LATENT, FEW_ROWS),
+    "attention/mla_launch.cu.jinja": ("attention/mla.cu.jinja", FEW_ROWS),
     "attention/plan.cu.jinja": (*SHARES, "attention/decode.cu.jinja"),
 }
 
