@@ -399,20 +399,20 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, Shared shared, i
 
 // ---- consumers: 64 query rows per warp group ----
 // S += Q K^T. Both products are only issued here; the callers wait.
-JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
+template <int kColTiles> JITGEN_FN void start_qk(float (&s)[kColTiles][4], unsigned long long q, unsigned long long k) {
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step)
-    jg::Wgmma<kTileKv>::shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), 1);
+    jg::Wgmma<8 * kColTiles>::template shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), 1);
   jg::wgmma_commit();
 }
 // O += P V, with P in registers or in shared memory.
 using Weights = unsigned[kTileKv / 16][4];
-JITGEN_FN void start_pv(float (&o)[kHeadDimV / 8][4], const Weights& p, unsigned long long p_shared, unsigned long long v) {
+template <int kSteps> JITGEN_FN void start_pv(float (&o)[kHeadDimV / 8][4], const unsigned (&p)[kSteps][4], unsigned long long p_shared, unsigned long long v) {
   constexpr int kStepRows = 16 * ValueTile::kSpanBytes >> 4;
   jg::wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < kTileKv / 16; ++step)
+  for (int step = 0; step < kSteps; ++step)
     if constexpr (Tile::kSharedP)
       jg::Wgmma<kHeadDimV>::shared<Element, 1>(o, p_shared + WeightTile::step_offset(step, 64), v + step * kStepRows, 1);
     else

@@ -337,20 +337,20 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, Shared shared, i
 
 // ---- consumers: 64 query rows per warp group ----
 // S = Q K^T. Both products are only issued here; the callers wait.
-JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
+template <int kColTiles> JITGEN_FN void start_qk(float (&s)[kColTiles][4], unsigned long long q, unsigned long long k) {
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step)
-    jg::Wgmma<kTileKv>::shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), step != 0);
+    jg::Wgmma<8 * kColTiles>::template shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), step != 0);
   jg::wgmma_commit();
 }
 // O += P V, with P in registers or in shared memory.
 using Weights = unsigned[kTileKv / 16][4];
-JITGEN_FN void start_pv(float (&o)[kHeadDimV / 8][4], const Weights& p, unsigned long long p_shared, unsigned long long v) {
+template <int kSteps> JITGEN_FN void start_pv(float (&o)[kHeadDimV / 8][4], const unsigned (&p)[kSteps][4], unsigned long long p_shared, unsigned long long v) {
   constexpr int kStepRows = 16 * ValueTile::kSpanBytes >> 4;
   jg::wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < kTileKv / 16; ++step)
+  for (int step = 0; step < kSteps; ++step)
     if constexpr (Tile::kSharedP)
       jg::Wgmma<kHeadDimV>::shared<Element, 1>(o, p_shared + WeightTile::step_offset(step, 64), v + step * kStepRows, 1);
     else
@@ -358,27 +358,9 @@ JITGEN_FN void start_pv(float (&o)[kHeadDimV / 8][4], const Weights& p, unsigned
   jg::wgmma_commit();
 }
 
-// Both products of half a tile.
+// Of half a tile.
 using HalfLogits = float[kHalfTile / 8][4];
 using HalfWeights = unsigned[kHalfTile / 16][4];
-JITGEN_FN void start_half_qk(HalfLogits& s, unsigned long long q, unsigned long long k) {
-  jg::wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < kHeadDim / 16; ++step)
-    jg::Wgmma<kHalfTile>::shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), step != 0);
-  jg::wgmma_commit();
-}
-JITGEN_FN void start_half_pv(Output& o, const HalfWeights& p, unsigned long long p_shared, unsigned long long v) {
-  constexpr int kStepRows = 16 * ValueTile::kSpanBytes >> 4;
-  jg::wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < kHalfTile / 16; ++step)
-    if constexpr (Tile::kSharedP)
-      jg::Wgmma<kHeadDimV>::shared<Element, 1>(o, p_shared + WeightTile::step_offset(step, 64), v + step * kStepRows, 1);
-    else
-      jg::Wgmma<kHeadDimV>::registers<Element>(o, p[step], v + step * kStepRows, 1);
-  jg::wgmma_commit();
-}
 using Softmax = jg::RowSoftmax;
 
 // Normalises O, applies the output hooks, and writes LSE.
@@ -592,7 +574,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           const int first_kv = first_column() + start;
           HalfLogits s;
           HalfWeights p;
-          start_half_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes + start * KeyTile::kSpanBytes >> 4));
+          start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes + start * KeyTile::kSpanBytes >> 4));
           pass_turn();
           const jg::KeptColumns kept = see_columns(args, head, group_row, first_kv, kind);
           jg::Wgmma<kHalfTile>::wait<0>(s);
@@ -614,7 +596,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           has_begun = true;
           release_skipped();
           jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
-          start_half_pv(o, p, p_operand, v_operand + (kv.stage * Tile::kValueBytes + start * ValueTile::kSpanBytes >> 4));
+          start_pv(o, p, p_operand, v_operand + (kv.stage * Tile::kValueBytes + start * ValueTile::kSpanBytes >> 4));
           jg::Wgmma<kHeadDimV>::wait<0>(o);
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         }
