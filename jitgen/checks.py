@@ -173,6 +173,12 @@ def check_scale(scale: object) -> None:
         )
 
 
+def first_of(t: torch.Tensor) -> str:
+    """The first numbers of a vector, in a message."""
+    values = t[:8].tolist()
+    return f"{values}" if t.shape[0] <= 8 else f"{str(values)[:-1]}, ...]"
+
+
 def check_choices(family: object, out_dtype: object) -> None:
     """What is chosen by a name, or by a dtype, is one."""
     if family is not None and not isinstance(family, str):

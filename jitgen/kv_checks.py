@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from jitgen.checks import check_memory, dtype_name
+from jitgen.checks import check_memory, dtype_name, first_of
 from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.ir import walk
 from jitgen.kv_hooks import TransformTrace
@@ -72,9 +72,9 @@ def check_bounds(name: str, q_indptr: Tensor, count: int) -> None:
     check_indices("q_indptr", q_indptr, 1)
     bounds = q_indptr.tolist() if q_indptr.device.type == "cpu" else []
     if bounds and (bounds[0] < 0 or bounds[-1] > count or any(b < a for a, b in pairwise(bounds))):
-        shown = str(bounds) if len(bounds) <= 8 else f"{str(bounds[:8])[:-1]}, ...]"
         raise ShapeMismatch(
-            f"q_indptr is {shown}, expected numbers that never fall, from 0 to at most {count}, the rows of {name}."
+            f"q_indptr is {first_of(q_indptr)}, expected numbers that never fall, from 0 to at most {count}, the rows of "
+            f"{name}."
         )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jitgen.checks import INT32, check_is_tensor, dtype_name
+from jitgen.checks import INT32, check_is_tensor, dtype_name, first_of
 from jitgen.emit_ranges import POSITION_LIMIT
 from jitgen.errors import InvalidType, PlanMismatch, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
 from jitgen.families import CUDA_HEAD_DIMS, check_pages, padded_head_dims
@@ -154,7 +154,7 @@ def check_lengths(plan: Plan, q_indptr: Tensor, kv_len: Tensor, reads_q_idx: boo
     """Lengths on the host are ones that the plan was made for."""
     q_len = q_indptr.diff()
     if int(q_indptr[0]) != 0 or bool((q_len < 0).any()):
-        raise ShapeMismatch(f"q_indptr is {_shown(q_indptr)}, expected numbers that start with 0 and never fall.")
+        raise ShapeMismatch(f"q_indptr is {first_of(q_indptr)}, expected numbers that start with 0 and never fall.")
     if int(q_indptr[-1]) > plan.max_tokens:
         raise PlanMismatch(f"q_indptr ends with {int(q_indptr[-1])} rows, the plan was made for max_tokens={plan.max_tokens}.")
     rows = q_len if plan.selection is None else plan.q_indptr.cpu().diff()  # type: ignore[union-attr]
@@ -162,9 +162,11 @@ def check_lengths(plan: Plan, q_indptr: Tensor, kv_len: Tensor, reads_q_idx: boo
         what = "request" if plan.selection is None else "list"
         raise PlanMismatch(f"a {what} has {int(rows.max())} query rows, the plan was made for max_q_len={plan.max_q_len}.")
     if bool((kv_len < 0).any()):
-        raise ShapeMismatch(f"kv_len is {_shown(kv_len)}, expected no negative length.")
+        raise ShapeMismatch(f"kv_len is {first_of(kv_len)}, expected no negative length.")
     if bool((kv_len > POSITION_LIMIT).any()):
-        raise ShapeMismatch(f"kv_len is {_shown(kv_len)}, expected at most {POSITION_LIMIT} keys. Is it in bytes, or garbage?")
+        raise ShapeMismatch(
+            f"kv_len is {first_of(kv_len)}, expected at most {POSITION_LIMIT} keys. Is it in bytes, or garbage?"
+        )
     if plan.max_kv_len is not None and bool((kv_len > plan.max_kv_len).any()):
         raise PlanMismatch(f"a request has {int(kv_len.max())} keys, the plan was made for max_kv_len={plan.max_kv_len}.")
     if reads_q_idx and plan.q_index == "absolute" and bool(((q_len > kv_len) & (q_len > 0)).any()):
@@ -173,11 +175,6 @@ def check_lengths(plan: Plan, q_indptr: Tensor, kv_len: Tensor, reads_q_idx: boo
             f"request {b} has q_len {int(q_len[b])} and kv_len {int(kv_len[b])}, and the variant reads q_idx, which counts "
             "from kv_len - q_len. kv_len includes the new keys: append them first, or make the variant with q_index='local'."
         )
-
-
-def _shown(t: Tensor) -> str:
-    values = t[:8].tolist()
-    return f"{values}" if t.shape[0] <= 8 else f"{str(values)[:-1]}, ...]"
 
 
 def check_packed(plan: Plan, program: Program) -> None:
