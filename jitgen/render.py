@@ -19,7 +19,7 @@ from jitgen.paths import template_dir
 from jitgen.program import Program
 from jitgen.spec import MLA_FAMILIES, KernelSpec
 from jitgen.target import CompileTarget
-from jitgen.tiles_sm90 import has_room
+from jitgen.tiles_sm90 import adds_terms_by_product, has_room
 
 TEMPLATE_OF_FAMILY = {
     "cpu": "attention/cpu.cpp.jinja",
@@ -81,6 +81,7 @@ class KernelContext(VariantTraits):
     num_stages: int
     pairs_groups: bool  # two CTAs take the same keys, each for a head group of its own
     reads_lse: bool  # a hook does
+    terms_by_product: bool  # where initial_by_column: column_terms.cuh
     packing: str  # log2 of the heads that share a row of a query tile, as an expression of group_size
     copied: CopiedText  # of the captured tensor where initial_by_tile
 
@@ -195,6 +196,7 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         num_stages=spec.tiles.num_stages,
         pairs_groups=spec.family in MLA_FAMILIES,
         reads_lse=_reads_lse(spec.program),
+        terms_by_product=adds_terms_by_product(section, spec.head_dim),
         packing=f"jg::packing_shift(group_size{_most_packing(spec)})",
         **traits,
     )

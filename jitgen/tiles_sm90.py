@@ -63,6 +63,12 @@ def sm90_tiles(
     return Tiles(tile_q, tile_kv, num_warps=4 + tile_q // 16, num_stages=num_stages)
 
 
+def adds_terms_by_product(section: VariantSection, head_dim: int) -> bool:
+    """Whether a step of wgmma adds what keys add to scores; else threads read it, which is faster for head dims 64 and 256,
+    and spills nothing beside a table of distances."""
+    return section.initial_by_column and 96 < head_dim < 256 and not section.looks_ahead
+
+
 def has_room(tiles: Tiles, head_dim: int, head_dim_v: int, section: VariantSection) -> bool:
     """Whether a dense kernel of these tiles, laid out as by sm90_geometry.cuh and sm90.cu.jinja, fits in shared memory; O may
     lie over something else."""
@@ -73,6 +79,8 @@ def has_room(tiles: Tiles, head_dim: int, head_dim_v: int, section: VariantSecti
     control = 8 * (15 + 4 * stages)  # barriers, then messages, steps, padding
     control = (control + 15) // 16 * 16 + 32 + (8 * stages + 15) // 16 * 16
     extra = stages * 4 * (keys + 4) if section.initial_by_column else 0
+    if adds_terms_by_product(section, head_dim):
+        extra = (stages * 6 * (keys + 16) + 1023) // 1024 * 1024
     if section.has_relative or section.score_columns or section.mask_columns:
         extra += rows // 64 * 4 * (keys + 68 if section.has_relative else keys)
     elif section.has_mask_search:

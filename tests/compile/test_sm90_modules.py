@@ -140,12 +140,19 @@ class Module:
         self.spec = KernelSpec("sm90", program, dtype, head_dim, head_dim_v, tiles, cuda_target("9.0a"))
         source = render_kernel(self.spec)
         self.has_halves = "jg::VisibleHalves" in source.text  # its groups may see half a tile alone
+        self.adds_terms = "jg::ProductTerms" in source.text
         self.binary, self.output = compile_source(source, directory, *self.spec.target.flags)
         self._sass = None
 
     @property
     def threads(self) -> int:
         return 32 * self.spec.tiles.num_warps
+
+    @property
+    def num_products(self) -> int:
+        """Of the main loop: steps of Q K^T, of P V, and one for what keys add to scores."""
+        steps = self.spec.head_dim // 16 + self.spec.tiles.tile_kv // 16
+        return steps + self.adds_terms
 
     @property
     def is_in_place(self) -> bool:
@@ -213,7 +220,7 @@ def test_main_loop_waits_for_pv_between_maximum_and_weights(module):
         pytest.skip("the variant's own norm orders its work itself")
     if module.is_in_place:
         pytest.skip("P V is waited for before Q K^T")
-    loop = main_loop(module.sass, module.spec.head_dim // 16 + module.spec.tiles.tile_kv // 16)
+    loop = main_loop(module.sass, module.num_products)
     wait_for_o = next(i for i, line in enumerate(loop) if line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0"))
     maxima = [i for i, line in enumerate(loop) if line.startswith("FMNMX")]
     exponentials = [i for i, line in enumerate(loop) if line.startswith("MUFU.EX2")]
@@ -221,6 +228,17 @@ def test_main_loop_waits_for_pv_between_maximum_and_weights(module):
     assert before >= 0.9 * len(maxima), f"{before} of {len(maxima)} maxima before the wait for P V"
     early = sum(i < wait_for_o for i in exponentials)
     assert early <= 0.1 * len(exponentials), f"{early} of {len(exponentials)} exponentials before the wait for P V"
+
+
+def test_terms_of_keys_are_a_step_of_the_product(module):
+    """No thread reads them from shared memory, which has no time for it, and no product waits for registers."""
+    if not module.adds_terms:
+        pytest.skip("keys add nothing to scores, or threads read it")
+    loop = main_loop(module.sass, module.num_products)
+    shape, products = f"HGMMA.64x{module.spec.tiles.tile_kv}x16.F32.BF16", [line for line in loop if line.startswith("HGMMA")]
+    assert re.match(rf"{shape} R\d+, R\d+, gdesc\[UR\d+\]\.tnspB, RZ, !UPT", products[0]), products[0]
+    assert not [line for line in loop if line.startswith("LDS.")]
+    assert sum(line.startswith("WARPGROUP.ARRIVE") for line in loop) == 2
 
 
 def test_half_tiles_stay_out_of_the_main_loop(module):
@@ -251,7 +269,7 @@ def test_main_loop_keeps_descriptors_in_uniform_registers(module):
     """A product whose descriptor lies in ordinary registers costs a move for each instruction."""
     if module.spec.program.norm is not None:
         pytest.skip("scans along a row need the registers")
-    loop = main_loop(module.sass, module.spec.head_dim // 16 + module.spec.tiles.tile_kv // 16)
+    loop = main_loop(module.sass, module.num_products)
     products = [i for i, line in enumerate(loop) if line.startswith("HGMMA")]
     moves = sum(line.startswith("R2UR") for line in loop[products[0] : products[-1]])
     assert moves <= 4, f"{moves} moves to uniform registers between the products of the main loop"

@@ -3,6 +3,7 @@
 // score = ((score + gates[h, q_idx]) - gates[h, kv_idx])
 // mask = (kv_idx <= q_idx)
 #include "jitgen/column_bits.cuh"
+#include "jitgen/column_terms.cuh"
 #include "jitgen/sm90_host.cuh"
 #include "jitgen/sm90_schedule.cuh"
 #include "jitgen/sm90_softmax.cuh"
@@ -154,8 +155,10 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
 }
 
 // ---- geometry ----
-constexpr int kInitialBytes = (kTileKv + 4) * 4;   // of a stage: what S begins from, by column; behind it what was taken off all
-using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, kHasMask, kInitialBytes * kNumStages>;
+using Terms = jg::ProductTerms<kTileKv>;   // what S begins from, by column
+// In front of all else: memcheck takes B for 4096 bytes on end, where wgmma reads blocks that overlap.
+constexpr int kTermsBytes = (Terms::kBytes * kNumStages + 1023) / 1024 * 1024;
+using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, kHasMask, kTermsBytes>;
 using Control = jg::ControlBlock<kNumStages>;
 using KeyTile = jg::SpanTile<kHeadDim>;
 using ValueTile = jg::SpanTile<kHeadDimV>;
@@ -171,7 +174,6 @@ constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = kHasMask || true;
 // Arrivals by which a group lets go of K, V and Q: each warp's.
 constexpr int kReleases = 4;
-constexpr int kKeyReleases = 128;   // of K: every thread's, as each has read what comes with it
 constexpr int kTurnBarrier = 1, kAllConsumersBarrier = 5, kGroupBarrier = 6;   // named barriers: + group
 
 // Shared-memory addresses of a CTA.
@@ -182,7 +184,7 @@ struct Shared {
   JITGEN_FN unsigned query(int group) const { return base + Tile::kQueryAt + group * Tile::kGroupQBytes; }
   JITGEN_FN unsigned barrier(unsigned offset, int stage = 0) const { return base + Tile::kControlAt + offset + 8 * stage; }
   JITGEN_FN unsigned step(int slot) const { return base + Tile::kControlAt + __builtin_offsetof(Control, step) + 4 * slot; }
-  JITGEN_FN unsigned initial(int stage) const { return base + Tile::kExtraAt + stage * kInitialBytes; }
+  JITGEN_FN unsigned terms(int stage) const { return base - kTermsBytes + stage * Terms::kBytes; }
   JITGEN_FN unsigned work(int slot) const { return base + Tile::kControlAt + __builtin_offsetof(Control, work) + 16 * slot; }
 };
 #define JG_BARRIER(name, ...) shared.barrier(__builtin_offsetof(Control, name), ##__VA_ARGS__)
@@ -316,10 +318,10 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       return mask_tile(args, head, span, low * kTileKv, jg::min(high * kTileKv + kTileKv, static_cast<int>(args.kv_len)) - 1);
     };
     jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::max(-first_row, 0) / 64, span_of, classify);
-    jg::ColumnStarts<kTileKv> initial;   // of the tile to be copied next
-    const auto read_initial = [&](int step) {
+    Terms terms;   // of the tile to be copied next
+    const auto read_terms = [&](int step) {
       const jg::ColumnCounter columns(kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, static_cast<int>(args.kv_len));
-      initial.read([&](int i) {
+      terms.read([&](int i) {
         const jg::Column kv_idx = columns.clamped(i);
         return score_initial(args, head, score_col(args, head, kv_idx), kv_idx);
       });
@@ -327,7 +329,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     const auto load_key = [&](int step, int next) {
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
-      initial.share(shared.initial(kv.stage));
+      terms.share(shared.terms(kv.stage));
       if (!leader) return jg::barrier_arrive(full);
       if (kHasMask) {
         const int flags = next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
@@ -347,7 +349,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     q_parity ^= step >= 0;
 #pragma unroll 1
     while (step >= 0) {
-      read_initial(step);
+      read_terms(step);
       const int next = visible.next();
       load_key(step, next);
       load_value();
@@ -399,8 +401,9 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, Shared shared, i
 
 // ---- consumers: 64 query rows per warp group ----
 // S += Q K^T. Both products are only issued here; the callers wait.
-template <int kColTiles> JITGEN_FN void start_qk(float (&s)[kColTiles][4], unsigned long long q, unsigned long long k) {
+template <int kColTiles> JITGEN_FN void start_qk(float (&s)[kColTiles][4], unsigned long long q, unsigned long long k, unsigned long long terms) {
   jg::wgmma_fence();
+  Terms::start(s, terms);
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step)
     jg::Wgmma<8 * kColTiles>::template shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kTileKv), 1);
@@ -491,6 +494,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   const unsigned long long k_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.key(0), 16);
   const unsigned long long v_operand = jg::matrix_descriptor<ValueTile::kSpanBytes>(shared.value(0), kTileKv * ValueTile::kSpanBytes);
   const unsigned long long p_operand = jg::matrix_descriptor<WeightTile::kSpanBytes>(p_shared, 16);
+  const unsigned long long terms_operand = Terms::descriptor(shared.terms(0));
   jg::RingPosition<kNumStages> kv(0);
   jg::RingPosition<2> slot(0);
   int skipped = -1;   // stage and parity of a tile that was skipped and whose V is still to be released
@@ -535,13 +539,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         shape_logits<decltype(at_end)::value>(args, head, rows, early, s, first_column(), kind == kTilePartial);
         if (kind & 1) kept.hide_others(s);   // kTilePartial or kTilePositions
       };
-      const auto fill_logits = [&](int stage) {
-        const unsigned first = shared.initial(stage);
-        jg::fill_columns(s, first + 8 * (thread & 3));
-        early.start = __int_as_float(jg::load_shared(first + 4 * kTileKv));
-      };
+      // What was taken off the terms of a stage's columns, read by who lets go of them.
+      const auto read_start = [&](int stage) { early.start = __int_as_float(jg::load_shared_by(leader, shared.terms(stage) + Terms::kStartAt)); };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
-        jg::barrier_arrive(JG_BARRIER(k_empty, kv.stage));
+        jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
         jg::barrier_arrive_if(leader && (step & jg::kStepLast), JG_BARRIER(q_empty, group));
       };
       // V of a skipped tile is released later, when it has come: those before it are not needed any more then.
@@ -583,9 +584,9 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           continue;
         }
         // A run of visible tiles: the products of a tile overlap with those of the next.
-        fill_logits(kv.stage);
-        start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4));
+        start_qk(s, q_operand, k_operand + (kv.stage * Tile::kKeyBytes >> 4), terms_operand + (kv.stage * Terms::kBytes >> 4));
         pass_turn();
+        read_start(kv.stage);
         see();
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
@@ -605,9 +606,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::RingPosition<kNumStages> next = kv;
           next.advance();
           jg::barrier_wait(JG_BARRIER(k_full, next.stage), next.parity);
-          fill_logits(next.stage);
           take_turn();
-          start_qk(s, q_operand, k_operand + (next.stage * Tile::kKeyBytes >> 4));
+          start_qk(s, q_operand, k_operand + (next.stage * Tile::kKeyBytes >> 4), terms_operand + (next.stage * Terms::kBytes >> 4));
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
           jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
           start_pv(o, p, p_operand, v_operand + (kv.stage * Tile::kValueBytes >> 4));
@@ -615,6 +615,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           const int value_stage = kv.stage;
           kv = next;
           step = read_step(kv);
+          read_start(kv.stage);
           see();
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
@@ -656,7 +657,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
 __global__ void __launch_bounds__(Tile::kThreads, 1)
 attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args args, const __grid_constant__ jg::Schedule schedule) {
   extern __shared__ __align__(1024) char memory[];
-  const Shared shared = {static_cast<unsigned>(jg::uniform(static_cast<int>(jg::shared_address(memory))))};
+  const Shared shared = {static_cast<unsigned>(jg::uniform(static_cast<int>(jg::shared_address(memory)))) + kTermsBytes};
   const int group = jg::uniform(threadIdx.x >> 7);
   if (threadIdx.x == 0) {
     jg::prefetch_tensor_map(maps.q);
@@ -670,7 +671,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::barrier_init(JG_BARRIER(o_done), Tile::kGroups);
     for (int stage = 0; stage < kNumStages; ++stage) {
       jg::barrier_init(JG_BARRIER(k_full, stage), 32);
-      jg::barrier_init(JG_BARRIER(k_empty, stage), kKeyReleases * Tile::kGroups);
+      jg::barrier_init(JG_BARRIER(k_empty, stage), kReleases * Tile::kGroups);
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
       jg::barrier_init(JG_BARRIER(v_empty, stage), kReleases * Tile::kGroups);
     }
@@ -681,6 +682,8 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     }
     jg::barrier_init_fence();
   }
+  for (unsigned i = 4 * threadIdx.x; i < Terms::kBytes * kNumStages; i += 4 * Tile::kThreads) jg::store_shared(shared.terms(0) + i, 0);
+  jg::fence_async_proxy();
   __syncthreads();
   if (group == 0) {
     jg::give_registers<Tile::kProducerRegs>();

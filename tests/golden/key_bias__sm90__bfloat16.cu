@@ -2,6 +2,7 @@
 // attention sm90 bfloat16 hd128
 // score = (score + bias[b, kv_idx])
 // mask = (doc[q_idx] == doc[kv_idx])
+#include "jitgen/column_terms.cuh"
 #include "jitgen/sm90_host.cuh"
 #include "jitgen/sm90_schedule.cuh"
 #include "jitgen/sm90_softmax.cuh"
@@ -169,9 +170,10 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
 }
 
 // ---- geometry ----
-constexpr int kInitialBytes = (kTileKv + 4) * 4;   // of a stage: what S begins from, by column; behind it what was taken off all
+using Terms = jg::ReadTerms<kTileKv>;   // what S begins from, by column
+constexpr int kTermsBytes = Terms::kBytes * kNumStages;
 constexpr int kTableBytes = kTileKv * 4;   // of a warp group: values by column
-using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, kHasMask, kTableBytes * (kTileQ / 64) + kInitialBytes * kNumStages>;
+using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, kHasMask, kTableBytes * (kTileQ / 64) + kTermsBytes>;
 using Control = jg::ControlBlock<kNumStages>;
 using KeyTile = jg::SpanTile<kHeadDim>;
 using ValueTile = jg::SpanTile<kHeadDimV>;
@@ -187,7 +189,7 @@ constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = kHasMask || true;
 // Arrivals by which a group lets go of K, V and Q: each warp's.
 constexpr int kReleases = 4;
-constexpr int kKeyReleases = 128;   // of K: every thread's, as each has read what comes with it
+constexpr int kKeyReleases = 128;   // of K: every thread's, as each has read the terms that come with it
 constexpr int kTurnBarrier = 1, kAllConsumersBarrier = 5, kGroupBarrier = 6;   // named barriers: + group
 
 // Shared-memory addresses of a CTA.
@@ -199,7 +201,7 @@ struct Shared {
   JITGEN_FN unsigned barrier(unsigned offset, int stage = 0) const { return base + Tile::kControlAt + offset + 8 * stage; }
   JITGEN_FN unsigned step(int slot) const { return base + Tile::kControlAt + __builtin_offsetof(Control, step) + 4 * slot; }
   JITGEN_FN unsigned table(int group) const { return base + Tile::kExtraAt + group * kTableBytes; }
-  JITGEN_FN unsigned initial(int stage) const { return base + Tile::kExtraAt + kTableBytes * Tile::kGroups + stage * kInitialBytes; }
+  JITGEN_FN unsigned terms(int stage) const { return base + Tile::kExtraAt + kTableBytes * Tile::kGroups + stage * Terms::kBytes; }
   JITGEN_FN unsigned work(int slot) const { return base + Tile::kControlAt + __builtin_offsetof(Control, work) + 16 * slot; }
 };
 #define JG_BARRIER(name, ...) shared.barrier(__builtin_offsetof(Control, name), ##__VA_ARGS__)
@@ -353,10 +355,10 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       return mask_tile(args, head, span, low * kTileKv, jg::min(high * kTileKv + kTileKv, static_cast<int>(args.kv_len)) - 1);
     };
     jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::max(-first_row, 0) / 64, span_of, classify);
-    jg::ColumnStarts<kTileKv> initial;   // of the tile to be copied next
-    const auto read_initial = [&](int step) {
+    Terms terms;   // of the tile to be copied next
+    const auto read_terms = [&](int step) {
       const jg::ColumnCounter columns(kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, static_cast<int>(args.kv_len));
-      initial.read([&](int i) {
+      terms.read([&](int i) {
         const jg::Column kv_idx = columns.clamped(i);
         return score_initial(args, head, score_col(args, head, kv_idx), kv_idx);
       });
@@ -364,7 +366,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     const auto load_key = [&](int step, int next) {
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
-      initial.share(shared.initial(kv.stage));
+      terms.share(shared.terms(kv.stage));
       if (!leader) return jg::barrier_arrive(full);
       if (kHasMask) {
         const int flags = next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
@@ -384,7 +386,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     q_parity ^= step >= 0;
 #pragma unroll 1
     while (step >= 0) {
-      read_initial(step);
+      read_terms(step);
       const int next = visible.next();
       load_key(step, next);
       load_value();
@@ -574,9 +576,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         jg::named_sync(kGroupBarrier + group, 128);
       };
       const auto fill_logits = [&](int stage) {
-        const unsigned first = shared.initial(stage);
-        jg::fill_columns(s, first + 8 * (thread & 3));
-        early.start = __int_as_float(jg::load_shared(first + 4 * kTileKv));
+        Terms::fill(s, shared.terms(stage));
+        early.start = __int_as_float(jg::load_shared(shared.terms(stage) + Terms::kStartAt));
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive(JG_BARRIER(k_empty, kv.stage));

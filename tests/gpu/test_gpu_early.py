@@ -161,3 +161,15 @@ def test_early_scores_are_the_oracle(name):
         variant = VARIANTS[name](kv_len)
         atol = 5e-3 if name == "bounded" or "cap" in name else 2e-4  # tanh.approx
         check_attention(variant, q, k, v, f"{name}, q_len {q_len}, kv_len {kv_len}", atol=atol)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 192, 256])
+@pytest.mark.parametrize("name", ["forgetting_fast", "key_bias", "hidden_keys", "key_bias_alibi"])
+def test_what_keys_add_is_the_oracle(name, head_dim):
+    """Terms that a product adds, in three parts each, or that threads read: by head dim."""
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16):
+        for q_len, kv_len in ((129, 129), (300, 777)):
+            q = randn(2, HEADS, q_len, head_dim, dtype=dtype)
+            k, v = randn(2, HEADS, kv_len, head_dim, dtype=dtype), randn(2, HEADS, kv_len, head_dim, dtype=dtype)
+            check_attention(VARIANTS[name](kv_len), q, k, v, f"{name}, {dtype}, q_len {q_len}, kv_len {kv_len}", atol=2e-4)

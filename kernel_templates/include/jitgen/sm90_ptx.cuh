@@ -108,6 +108,9 @@ JITGEN_FN void store_matrix(unsigned address, const unsigned (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
                ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
+JITGEN_FN void store_shared_half(unsigned address, int value) {   // its lower 16 bits
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<short>(value)) : "memory");
+}
 JITGEN_FN void store_shared(unsigned address, int value) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory"); }
 JITGEN_FN void store_shared_if(bool condition, unsigned address, int value) {   // without a branch, as barrier_arrive_if
   asm volatile("{\n.reg .pred stores;\nsetp.ne.b32 stores, %2, 0;\n@stores st.shared.b32 [%0], %1;\n}"

@@ -212,39 +212,6 @@ template <int kColTiles> JITGEN_FN void weigh_low(RowSoftmax& state, float (&s)[
     for (int e = 0; e < 4; ++e) state.row_sum[e / 2] += s[j][e] = exp2(cubic.at(s[j][e], cap.shift[e / 2]));
 }
 
-// What the logits of a tile's columns begin from, in a warp that shares it with consumers: lane by lane, 32 columns at a time.
-template <int kColumns> struct ColumnStarts {
-  float value[(kColumns + 31) / 32];
-
-  template <class Evaluate> JITGEN_FN void read(Evaluate evaluate) {
-    const int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int base = 0; base < kColumns; base += 32) value[base / 32] = evaluate(base + lane);
-  }
-  // All without the greatest of them, which follows: it may be large, as sums of gates are, and S is to keep the bits of the
-  // products. Any other could be the number that stands for a hidden key, beside which all bits would be lost.
-  JITGEN_FN void share(unsigned address) const {
-    const int lane = threadIdx.x & 31;
-    float top = value[0];
-#pragma unroll
-    for (int base = 32; base < kColumns; base += 32) top = ::fmaxf(top, value[base / 32]);
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) top = ::fmaxf(top, __shfl_xor_sync(0xffffffffu, top, distance));
-    const float start = ::fabsf(top) < INFINITY ? top : 0.0f;
-#pragma unroll
-    for (int base = 0; base < kColumns; base += 32)
-      store_shared_if(base + lane < kColumns, address + 4 * (base + lane), __float_as_int(value[base / 32] - start));
-    store_shared_if(lane == 0, address + 4 * kColumns, __float_as_int(start));
-  }
-};
-// A tile of them in a consumer: `address` is that of its first column.
-template <int kColTiles> JITGEN_FN void fill_columns(float (&s)[kColTiles][4], unsigned address) {
-#pragma unroll
-  for (int j = 0; j < kColTiles; ++j)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) load_shared_pair(address + 32 * j, s[j][2 * half], s[j][2 * half + 1]);
-}
-
 // A tile of a captured tensor, 64 rows of elements T as the copy engine writes them, each to where wgmma has that element of S.
 // `row`: the first of the warp's 16.
 template <class T, int kColTiles, class Evaluate>

@@ -15,6 +15,11 @@ JITGEN_FN unsigned long long matrix_descriptor(unsigned address, unsigned lead, 
   constexpr unsigned long long kSwizzle = kSpanBytes == 128 ? 1 : 2;
   return (address & 0x3ffff) >> 4 | static_cast<unsigned long long>(lead >> 4) << 16 | (eight_rows >> 4) << 32 | kSwizzle << 62;
 }
+// That of a transposed B without swizzle, blocks of 8 columns and 8 rows of K with 16 bytes a row: `eight_columns` is the byte distance
+// between blocks. Both halves of K read the same.
+JITGEN_FN unsigned long long block_descriptor(unsigned address, unsigned eight_columns) {
+  return (address & 0x3ffff) >> 4 | static_cast<unsigned long long>(eight_columns >> 4) << 32;
+}
 // Before the first wgmma of a batch whenever its registers were written by ordinary instructions.
 JITGEN_FN void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 JITGEN_FN void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
