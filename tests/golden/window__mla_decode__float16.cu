@@ -724,7 +724,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
           for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
             for (int odd = 0; odd < 2; ++odd) {
-              const float shift = row_max[j][odd] == -INFINITY ? 0.0f : row_max[j][odd] * units;   // no key so far: weights 0, not NaN
+              const float shift = jg::shift_from(row_max[j][odd] * units);
 #pragma unroll
               for (int half = 0; half < 2; ++half) w[j][2 * half + odd] = jg::exp2(::fmaf(s[j][2 * half + odd], units, -shift));
               tile_sum[j][odd] = w[j][odd] + w[j][2 + odd];

@@ -178,6 +178,10 @@ JITGEN_FN bool isfinite(float x) { return ::fabsf(x) < INFINITY; }
 
 // ---- exponential family ----
 JITGEN_FN float exp(float x) { return exp2(x * kLog2E); }
+// What the exponents of a row are measured from, by the greatest of them. Below kHidden they are rounded by more than weights have
+// room for, and belong to keys that are hidden by large numbers (-1e9, -1e30): a row of such keys, as one of none, has weights 0, not NaN.
+constexpr float kHidden = -0x1p27f;
+JITGEN_FN float shift_from(float greatest) { return greatest < kHidden ? 0.0f : greatest; }
 JITGEN_FN float log(float x) { return log2(x) * kLn2; }
 // 2^-8: below it the cubic series is exact to fp32, above it lg2 of 1 + x keeps 14 bits or more of the result.
 JITGEN_FN float log1p(float x) {

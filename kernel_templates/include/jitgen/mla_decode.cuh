@@ -98,7 +98,7 @@ struct JoinedRow {
   float row_max = -INFINITY, row_sum = 0.0f, o[8] = {};
 
   JITGEN_FN void add(const float4& state, const float4& parts, float units) {
-    const float now = ::fmaxf(row_max, state.x), shift = now == -INFINITY ? 0.0f : now * units;   // no keys so far: weights 0, not NaN
+    const float now = ::fmaxf(row_max, state.x), shift = shift_from(now * units);
     const float old = exp2(row_max * units - shift), fresh = exp2(state.x * units - shift), unit = fresh * state.z;
     row_max = now;
     row_sum = row_sum * old + state.y * fresh;
@@ -112,7 +112,7 @@ struct JoinedRow {
   }
   // Adds what the lane has whose number differs in the bit `distance`.
   JITGEN_FN void join_lane(int distance, float units) {
-    const float other = __shfl_xor_sync(0xffffffffu, row_max, distance), now = ::fmaxf(row_max, other), shift = now == -INFINITY ? 0.0f : now * units;
+    const float other = __shfl_xor_sync(0xffffffffu, row_max, distance), now = ::fmaxf(row_max, other), shift = shift_from(now * units);
     const float old = exp2(row_max * units - shift), fresh = exp2(other * units - shift);
     row_max = now;
     row_sum = row_sum * old + __shfl_xor_sync(0xffffffffu, row_sum, distance) * fresh;

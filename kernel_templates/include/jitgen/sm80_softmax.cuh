@@ -39,14 +39,14 @@ template <int kRowTiles> struct OnlineSoftmax {
     for (int j = 1; j < kColTiles; ++j) top = ::fmaxf(top, ::fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
     return quad_max(with_offset(top, offsets, i, half));
   }
-  // What is taken from the exponents of a row. A row that has seen nothing keeps maximum -inf and is shifted by 0 instead, so
-  // its weights are exp2(-inf) = 0 and never NaN.
+  // What is taken from the exponents of a row: 0 where it has seen nothing.
   JITGEN_FN float shift(int i, int half, float units) const {
-    return row_max[i][half] == -INFINITY ? 0.0f : row_max[i][half] * units;
+    return shift_from(row_max[i][half] * units);
   }
   JITGEN_FN float shift(int i, int half, float units, NoOffsets) const { return shift(i, half, units); }
   JITGEN_FN float shift(int i, int half, float units, const float (&offsets)[kRowTiles][2]) const {   // the difference is exact
-    return ((row_max[i][half] == -INFINITY ? 0.0f : row_max[i][half]) - offsets[i][half]) * units;
+    const float taken = (row_max[i][half] - offsets[i][half]) * units;
+    return taken < kHidden ? -offsets[i][half] * units : taken;
   }
   // Brings the maximum of a row to `top`; returns whether it moved, and in `factor` what O must be multiplied by then. The old
   // one is kept until it is exceeded by more than kSlack (in exponents of two): most tiles leave O alone, and weights may

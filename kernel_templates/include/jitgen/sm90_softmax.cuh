@@ -55,7 +55,7 @@ JITGEN_FN bool update_maximum_from(RowSoftmax& state, const float (&s)[kColTiles
     top = (top - before[half]) * units <= kSlack ? before[half] : top;
     moved |= top != before[half];
     state.row_max[half] = top;
-    origin[half] = kMaybeEmpty && top == -INFINITY ? 0.0f : top;
+    origin[half] = kMaybeEmpty && (kOffset ? top - offset[half] : top) * units < kHidden ? 0.0f : top;
     shift[half] = (kOffset ? origin[half] - offset[half] : origin[half]) * units;
   }
   moved = __any_sync(0xffffffffu, moved);
