@@ -66,9 +66,9 @@ class Module:
     @property
     def sums_by_product(self) -> bool:
         """Whether the tensor cores sum the weights, where LSE is not wanted."""
-        program, tiles = self.spec.program, self.spec.tiles
+        program = self.spec.program
         reads_lse = program.lse is not None or (program.output is not None and "lse" in program.output.deps)
-        return not reads_lse and (self.spec.head_dim == 64 or (self.spec.head_dim == 128 and tiles.tile_q == 192))
+        return not reads_lse and self.spec.head_dim <= 128
 
     @property
     def threads(self) -> int:
@@ -129,7 +129,7 @@ def test_weights_are_packed_without_shuffles(module):
     kinds = ("F32.PACK_AB", "F16.UNPACK_B")
     packed = {kind: len(re.findall(rf"F2FP\.SATFINITE\.E4M3\.{kind}_MERGE_C", text)) for kind in kinds}
     pairs = tiles.tile_kv // 16
-    polynomials = {64: pairs // 6, 128: pairs // 4 if tiles.tile_q == 192 else 0, 256: 0}[module.spec.head_dim]
+    polynomials = {64: pairs // 6, 128: pairs // 4, 256: 0}[module.spec.head_dim]
     copies = 4 * (4 if module.sums_by_product else 2)  # of four each: the first tile and the others, with sums and without
     assert packed == {"F32.PACK_AB": copies * (pairs - polynomials), "F16.UNPACK_B": copies * polynomials}
     if mask is None or "load" not in {n.op for n in walk(mask)}:  # a producer that searches shuffles too

@@ -204,7 +204,7 @@ constexpr bool kSumsFirst = Tile::kSharedP;
 static_assert(!kSumsFirst || !kRescaleEarly, "O must be up to date when it is added to the sums");
 // One pair of column tiles in so many gets its weights by polynomials, 0: none. The exp2 unit has as much to do as the tensor cores
 // for head dim 128, and twice as much for 64.
-constexpr int kPolynomialEvery = kHeadDim == 64 ? 6 : Tile::kSharedP ? 4 : 0;
+constexpr int kPolynomialEvery = kHeadDim == 64 ? 6 : kHeadDim == 128 ? 4 : 0;
 // The weights of a row are summed by the tensor cores, to which V has eight columns of ones more: a sixth of the instructions of the
 // exponentials less. They are P's rounded ones: O is the closer for it, LSE only within the rounding. So calls that want LSE, and
 // hooks that read it, sum the weights as they are.
