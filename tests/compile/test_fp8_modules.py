@@ -66,9 +66,9 @@ class Module:
     @property
     def sums_by_product(self) -> bool:
         """Whether the tensor cores sum the weights, where LSE is not wanted."""
-        program, tiles = self.spec.program, self.spec.tiles
+        program = self.spec.program
         reads_lse = program.lse is not None or (program.output is not None and "lse" in program.output.deps)
-        return not reads_lse and (self.spec.head_dim == 64 or (self.spec.head_dim == 128 and tiles.tile_q == 192))
+        return not reads_lse and self.spec.head_dim <= 128
 
     @property
     def threads(self) -> int:
@@ -111,7 +111,7 @@ def test_module_keeps_to_its_registers(module):
 def test_module_multiplies_in_8_bits(module):
     text, tiles = module.sass("attention_kernel"), module.spec.tiles
     shapes = set(re.findall(r"GMMA\.(\S+)", text))
-    widths = {tiles.tile_kv, module.spec.head_dim} | ({8} if module.sums_by_product else set())
+    widths = {tiles.tile_kv, module.spec.head_dim + (8 if module.sums_by_product else 0)}
     kinds = {f"64x{n}x32.F32.E4M3.E4M3" for n in widths}
     assert shapes == kinds
     for name in ("UTMALDG", "UTMASTG", "SYNCS", "STSM"):
@@ -129,7 +129,7 @@ def test_weights_are_packed_without_shuffles(module):
     kinds = ("F32.PACK_AB", "F16.UNPACK_B")
     packed = {kind: len(re.findall(rf"F2FP\.SATFINITE\.E4M3\.{kind}_MERGE_C", text)) for kind in kinds}
     pairs = tiles.tile_kv // 16
-    polynomials = {64: pairs // 6, 128: pairs // 4 if tiles.tile_q == 192 else 0, 256: 0}[module.spec.head_dim]
+    polynomials = {64: pairs // 6, 128: pairs // 4, 256: 0}[module.spec.head_dim]
     copies = 4 * (4 if module.sums_by_product else 2)  # of four each: the first tile and the others, with sums and without
     assert packed == {"F32.PACK_AB": copies * (pairs - polynomials), "F16.UNPACK_B": copies * polynomials}
     if mask is None or "load" not in {n.op for n in walk(mask)}:  # a producer that searches shuffles too
@@ -150,7 +150,7 @@ def test_stages_are_addressed_by_uniform_registers(module):
     the products: that made causal masks 7 to 10 % slower."""
     loop = kv_loop(module.sass("attention_kernel"))
     steps = module.spec.tiles.tile_kv // 32
-    assert loop.count("GMMA") == module.spec.head_dim // 32 + steps * (2 if module.sums_by_product else 1)
+    assert loop.count("GMMA") == module.spec.head_dim // 32 + steps
     assert loop.count("R2UR") <= 4
 
 

@@ -195,9 +195,8 @@ using WeightTile = jg::SpanTile<kTileKv / 2>;   // P in shared memory
 using OutputTile = jg::SpanTile<kHeadDimV>;
 using Transpose = jg::TransposeValues<kHeadDimV, kTileKv>;
 using QueryProduct = jg::Fp8Wgmma<kTileKv>;
-using ValueProduct = jg::Fp8Wgmma<kHeadDimV>;
 using Logits = float[kTileKv / 8][4];      // accumulators of one consumer thread: sm90_wgmma.cuh has the layout
-using Output = float[kHeadDimV / 8][4];
+using Columns = float[kHeadDimV / 8][4];   // of O
 // O of a wide head is rescaled while Q K^T runs: the multiplications are too many to hide after P V.
 constexpr bool kRescaleEarly = kHeadDimV > 128;
 // When sums are kept: before the exponentials, or after them, when S is no more, where hooks leave few registers.
@@ -205,11 +204,14 @@ constexpr bool kSumsFirst = Tile::kSharedP;
 static_assert(!kSumsFirst || !kRescaleEarly, "O must be up to date when it is added to the sums");
 // One pair of column tiles in so many gets its weights by polynomials, 0: none. The exp2 unit has as much to do as the tensor cores
 // for head dim 128, and twice as much for 64.
-constexpr int kPolynomialEvery = kHeadDim == 64 ? 6 : Tile::kSharedP ? 4 : 0;
-// The weights of a row are summed by the tensor cores, which multiply P by eight columns of ones as well: a sixth of the instructions
-// of the exponentials less. They are P's rounded ones: O is the closer for it, LSE only within the rounding. So calls that want LSE,
-// and hooks that read it, sum the weights as they are.
+constexpr int kPolynomialEvery = kHeadDim == 64 ? 6 : kHeadDim == 128 ? 4 : 0;
+// The weights of a row are summed by the tensor cores, to which V has eight columns of ones more: a sixth of the instructions of the
+// exponentials less. They are P's rounded ones: O is the closer for it, LSE only within the rounding. So calls that want LSE, and
+// hooks that read it, sum the weights as they are.
 constexpr bool kSumsByProduct = Tile::kOnesBytes > 0 && kPolynomialEvery != 0 && !true;
+using Output = float[kHeadDimV / 8 + kSumsByProduct][4];   // O, then the sums of one tile, the same in all columns of a row
+using ValueProduct = jg::Fp8Wgmma<kHeadDimV + 8 * kSumsByProduct>;
+JITGEN_FN Columns& columns_of(Output& o) { return reinterpret_cast<Columns&>(o); }
 constexpr int kHeldTiles = jg::kHeldKeys / kTileKv;   // tiles that O holds before it is added to the sums
 constexpr bool kMaybeEmpty = kHasMask || true;
 constexpr int kTurnBarrier = 1, kGroupBarrier = 5;   // named barriers: + group
@@ -217,7 +219,7 @@ constexpr int kTurnBarrier = 1, kGroupBarrier = 5;   // named barriers: + group
 // Shared-memory addresses of a CTA.
 struct Shared {
   unsigned base;
-  JITGEN_FN unsigned value(int stage) const { return base + stage * Tile::kTileBytes; }
+  JITGEN_FN unsigned value(int stage) const { return base + stage * Tile::kValueBytes; }
   JITGEN_FN unsigned key(int stage) const { return base + Tile::kKeyAt + stage * Tile::kTileBytes; }
   JITGEN_FN unsigned query(int group) const { return base + Tile::kQueryAt + group * Tile::kGroupQBytes; }
   JITGEN_FN unsigned barrier(unsigned offset, int stage = 0) const { return base + Tile::kControlAt + offset + 8 * stage; }
@@ -419,8 +421,7 @@ JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
 }
 // O += P V, or O = P V without `add`, with P in registers or in shared memory.
 using Weights = unsigned[kTileKv / 32][4];
-using Sums = float[1][4];   // the same in all columns of a row
-JITGEN_FN void start_pv(Output& o, Sums& sums, unsigned long long ones, const Weights& p, unsigned long long p_shared, unsigned long long v, int add) {
+JITGEN_FN void start_pv(Output& o, const Weights& p, unsigned long long p_shared, unsigned long long v, int add) {
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kTileKv / 32; ++step)
@@ -428,23 +429,20 @@ JITGEN_FN void start_pv(Output& o, Sums& sums, unsigned long long ones, const We
       ValueProduct::shared(o, jg::operand_at(p_shared, WeightTile::step_offset(step, 64)), jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), step != 0 ? 1 : add);
     else
       ValueProduct::registers(o, p[step], jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), step != 0 ? 1 : add);
-  if constexpr (kSumsByProduct) {
-#pragma unroll
-    for (int step = 0; step < kTileKv / 32; ++step)
-      if constexpr (Tile::kSharedP)
-        jg::Fp8Wgmma<8>::shared(sums, jg::operand_at(p_shared, WeightTile::step_offset(step, 64)), ones, step != 0);
-      else
-        jg::Fp8Wgmma<8>::registers(sums, p[step], ones, step != 0);
-  }
   jg::wgmma_commit();
-}
-// Waits for it. `sums` are named too, so that they are not read earlier.
-JITGEN_FN void wait_pv(Output& o, Sums& sums) {
-  jg::Wgmma<kHeadDimV>::wait<0>(o);
-  if constexpr (kSumsByProduct) asm volatile("" : "+f"(sums[0][0]), "+f"(sums[0][1]), "+f"(sums[0][2]), "+f"(sums[0][3]));
 }
 // Whether sums are those of products; else each thread of a quad has its own part.
 JITGEN_FN bool sums_by_product(const Args& args) { return kSumsByProduct && !args.lse; }
+// The sums of a product, once it is done, and zeros in their place. `in_run`: another product follows in this run of tiles, and zeros
+// need no register till then. After the last one they are made by a subtraction: ptxas moves constants to the next product, and
+// serialises them all.
+JITGEN_FN void take_sums(const Args& args, jg::RowSoftmax& softmax, Output& o, bool in_run) {
+  if constexpr (kSumsByProduct) {
+    float (&sums)[4] = o[kHeadDimV / 8];
+    if (sums_by_product(args)) softmax.row_sum[0] += sums[0], softmax.row_sum[1] += sums[2];
+    for (float& sum : sums) sum = in_run ? 0.0f : sum - sum;
+  }
+}
 
 // Normalises O, applies the output hooks, and writes LSE.
 JITGEN_FN void finish_rows(const Args& args, const Head& head, jg::RowSoftmax& softmax, Output& o, int group_row) {
@@ -459,7 +457,7 @@ JITGEN_FN void finish_rows(const Args& args, const Head& head, jg::RowSoftmax& s
     factor *= jg::kWeightUnit;
 #pragma unroll
     for (int j = 0; j < kHeadDimV / 8; ++j) o[j][2 * kHalf] *= factor, o[j][2 * kHalf + 1] *= factor;
-    jg::FragmentRow<kHeadDimV / 8, kHalf, false> out_row(o, 2 * quad);
+    jg::FragmentRow<kHeadDimV / 8, kHalf, false> out_row(columns_of(o), 2 * quad);
     output_row(args, head, out_row, lse, query_index(args, row));
     lse = lse_value(args, head, lse, query_index(args, row));
     if (args.lse && row >= 0 && quad == 0) args.lse[(static_cast<long long>(head.b) * args.num_q_heads + head.h) * args.q_len + row] = lse;
@@ -484,7 +482,7 @@ JITGEN_FN void store_output(const Args& args, const Maps& maps, Shared shared, O
   const int here = jg::stay(static_cast<int>(threadIdx.x)), thread = here & 127;
   const unsigned address = shared.base + Tile::kOutputAt + (here / 128 - 1) * Tile::kGroupOBytes;
   unsigned packed[kHeadDimV / 16][4];
-  jg::pack_tile<OutElement>(packed, o);
+  jg::pack_tile<OutElement>(packed, columns_of(o));
   jg::bulk_wait_read();   // of O before
   jg::named_sync(kGroupBarrier + group, 128);
   jg::store_tile<kHeadDimV>(address, packed, thread >> 5, thread & 31);
@@ -531,7 +529,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   const unsigned long long k_operand = jg::matrix_descriptor<KeyTile::kSpanBytes>(shared.key(0), 16);
   const unsigned long long v_operand = jg::matrix_descriptor<ValueTile::kSpanBytes>(shared.value(0), 16);
   const unsigned long long p_operand = jg::matrix_descriptor<WeightTile::kSpanBytes>(p_shared, 16);
-  const unsigned long long ones = jg::matrix_descriptor<128>(shared.base + Tile::kOnesAt, 16);
   jg::RingPosition<kNumStages> kv(0);
   Progress progress;
   // The groups issue their products in turn, so that the softmax of one runs under the products of another.
@@ -552,7 +549,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       Logits s;
       Weights p;
       float factor[2];
-      Sums sums;
       int step, position = 0;
       // What the stage holds; without a mask the consumers count for themselves.
       const auto read_step = [&] {
@@ -577,8 +573,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         return moved;
       };
       const auto keep_sums = [&] {
-        if (progress.has_sums()) jg::add_sums<Tile::Kept>(o, own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor));
-        jg::store_sums<Tile::Kept>(o, own_sums(shared), softmax.row_max);
+        if (progress.has_sums()) jg::add_sums<Tile::Kept>(columns_of(o), own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor));
+        jg::store_sums<Tile::Kept>(columns_of(o), own_sums(shared), softmax.row_max);
         progress.keep();
       };
       const auto weigh = [&](float units, const float (&shift)[2]) {
@@ -643,7 +639,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           publish_weights();
           if (kRescaleEarly && moved) jg::rescale_output(o, factor);
           if (!Tile::kSharedP) jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
-          start_pv(o, sums, ones, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)), progress.has_output());
+          start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kValueBytes >> 4)), progress.has_output());
           pass_turn();
           const int value_stage = kv.stage;
           kv = next;
@@ -652,13 +648,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           release_key();
           shape(jg::Constant<0>());
           moved = find_maximum(units, shift);
-          wait_pv(o, sums);   // before the exponentials, as in sm90.cu.jinja
+          ValueProduct::wait<0>(o);   // before the exponentials, as in sm90.cu.jinja
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
-          if (!kRescaleEarly && moved) {
-            jg::rescale_output(o, factor);
-            if (kSumsByProduct) sums[0][0] *= factor[0], sums[0][2] *= factor[1];
-          }
-          if (sums_by_product(args)) softmax.row_sum[0] += sums[0][0], softmax.row_sum[1] += sums[0][2];
+          if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
+          take_sums(args, softmax, o, true);
           progress.hold();
           if (kSumsFirst && progress.held() >= kHeldTiles) keep_sums();
           weigh(units, shift);
@@ -670,9 +663,9 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (kRescaleEarly && moved) jg::rescale_output(o, factor);
         jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
         publish_weights();
-        start_pv(o, sums, ones, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kTileBytes >> 4)), progress.has_output());
-        wait_pv(o, sums);
-        if (sums_by_product(args)) softmax.row_sum[0] += sums[0][0], softmax.row_sum[1] += sums[0][2];
+        start_pv(o, p, p_operand, jg::operand_at(v_operand, kv.stage * (Tile::kValueBytes >> 4)), progress.has_output());
+        ValueProduct::wait<0>(o);
+        take_sums(args, softmax, o, false);
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
         kv.advance();
         progress.hold();
@@ -685,7 +678,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
 #pragma unroll
       for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
     }
-    if (progress.has_sums()) jg::add_sums<Tile::Kept>(o, own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor));
+    if (progress.has_sums()) jg::add_sums<Tile::Kept>(columns_of(o), own_sums(shared), softmax.row_max, jg::exponent_units(rows.factor));
     // The message is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
     const int4 done = jg::load_shared_int4(shared.work(progress.slot()));
     __syncwarp();
@@ -736,7 +729,9 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::barrier_init_fence();
   }
   if constexpr (kSumsByProduct) {
-    if (static_cast<int>(threadIdx.x) < Tile::kOnesBytes / 4) jg::store_shared(shared.base + Tile::kOnesAt + threadIdx.x * 4, 0x38383838);   // 1.0 in each byte
+    if (static_cast<int>(threadIdx.x) < Tile::kOnesBytes / 4)
+      for (int stage = 0; stage < kNumStages; ++stage)
+        jg::store_shared(shared.value(stage) + Tile::kTileBytes + threadIdx.x * 4, 0x38383838);   // 1.0 in each byte
     jg::fence_async_proxy();
   }
   __syncthreads();

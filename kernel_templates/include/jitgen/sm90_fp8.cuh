@@ -27,13 +27,19 @@ namespace jg {
       asm volatile(JG_BEGIN(#kN "k32.f32.e4m3.e4m3", o5) " {" JG_TEXT_##kCount "}, {%" o0 ",%" o1 ",%" o2 ",%" o3 "}, %" o4 ", add, 1, 1;\n}" \
                    : JG_ACC_##kCount : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                       \
     }                                                                                                                       \
+    template <int kPending> static JITGEN_FN void wait(float (&d)[kN / 8][4]) {                                             \
+      asm volatile("wgmma.wait_group.sync.aligned %" o0 ";" : JG_ACC_##kCount : "n"(kPending) : "memory");                  \
+    }                                                                                                                       \
   };
 template <int kN> struct Fp8Wgmma;
-#define JG_TEXT_4 "%0,%1,%2,%3"
-#define JG_ACC_4 JG_ACC(0)
-JG_DEFINE_FP8_WGMMA(8, 4, "4", "5", "6", "7", "8", "9")
+#define JG_TEXT_36 JG_TEXT_30 ",%30,%31,%32,%33,%34,%35"
+#define JG_TEXT_68 JG_TEXT_60 ",%60,%61,%62,%63,%64,%65,%66,%67"
+#define JG_ACC_36 JG_ACC_32, JG_ACC(8)
+#define JG_ACC_68 JG_ACC_64, JG_ACC(16)
 JG_DEFINE_FP8_WGMMA(64, 32, "32", "33", "34", "35", "36", "37")
+JG_DEFINE_FP8_WGMMA(72, 36, "36", "37", "38", "39", "40", "41")
 JG_DEFINE_FP8_WGMMA(128, 64, "64", "65", "66", "67", "68", "69")
+JG_DEFINE_FP8_WGMMA(136, 68, "68", "69", "70", "71", "72", "73")
 JG_DEFINE_FP8_WGMMA(192, 96, "96", "97", "98", "99", "100", "101")
 JG_DEFINE_FP8_WGMMA(256, 128, "128", "129", "130", "131", "132", "133")
 
@@ -312,20 +318,21 @@ template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches> st
   static constexpr int kConsumerRegs = kGroups == 2 ? (kSearches ? 232 : 240) : 160;
   static constexpr bool kSharedP = kGroups == 3 && kHeadDim >= 128;   // S and O leave no room for P in 160 registers
 
-  // V stages, K stages, Q, P, then sums of O and their maxima, over which O leaves in 16 bits, ones, control
+  // V stages, each with its ones, K stages, Q, P, then sums of O and their maxima, over which O leaves in 16 bits, control
   static constexpr int kGroupQBytes = 64 * kHeadDim;
   static constexpr int kTileBytes = kTileKv * kHeadDim;   // of a stage of K, and of V
   static constexpr int kGroupPBytes = 64 * kTileKv;
   using Kept = SumsOf<(kHeadDim > 128)>;
   static constexpr int kGroupSumBytes = 64 * kHeadDim * Kept::kBytes;
   static constexpr int kGroupOBytes = kGroupSumBytes + 1024;
-  static constexpr int kOnesBytes = kHeadDim <= 128 ? 1024 : 0;   // eight rows of ones, as far as there is room
-  static constexpr int kKeyAt = kStages * kTileBytes;
+  static constexpr int kOnesBytes = kHeadDim <= 128 ? 1024 : 0;   // eight rows of ones below those of V, as far as there is room
+  static constexpr int kValueBytes = kTileBytes + kOnesBytes;
+  static_assert(kTileKv <= 128, "the ones follow the rows of one span");
+  static constexpr int kKeyAt = kStages * kValueBytes;
   static constexpr int kQueryAt = kKeyAt + kStages * kTileBytes;
   static constexpr int kPAt = kQueryAt + kGroups * kGroupQBytes;
   static constexpr int kOutputAt = kPAt + (kSharedP ? kGroups * kGroupPBytes : 0);
-  static constexpr int kOnesAt = kOutputAt + kGroups * kGroupOBytes;
-  static constexpr int kControlAt = kOnesAt + kOnesBytes;
+  static constexpr int kControlAt = kOutputAt + kGroups * kGroupOBytes;
   static constexpr int kSharedBytes = kControlAt + static_cast<int>(sizeof(ControlBlock<kStages>));
   static_assert(kSharedBytes <= 232448, "tile does not fit in shared memory");   // 227 KiB
   static_assert(kTileBytes % 1024 == 0 && kGroupQBytes % 1024 == 0, "tiles must stay 1024-byte aligned");
