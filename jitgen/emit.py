@@ -140,6 +140,7 @@ def emit_variant(
         mask_reads_query_head=mask is not None and "h" in mask.deps,
         mask_reads_tensors=mask is not None and any(n.op == "load" for n in ir.walk(mask)),
         mask_is_causal=is_causal(mask),
+        mask_is_only_causal=mask is not None and mask.op != "and" and is_causal(mask),
         has_sink=program.sink is not None,
         custom_norm=program.norm is not None,
         norm_rescales=norm.rescales,

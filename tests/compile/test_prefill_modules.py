@@ -53,6 +53,17 @@ def segments() -> jitgen.Variant:
     return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx >= start[q_idx]) & (kv_idx <= q_idx))
 
 
+def window() -> jitgen.Variant:
+    """A mask of whose tiles rows may see one half."""
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (q_idx - kv_idx < 1024))
+
+
+def documents() -> jitgen.Variant:
+    """Such a mask whose columns are looked up once for all rows."""
+    doc = jitgen.sorted(torch.zeros(8192, dtype=torch.int32))
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx))
+
+
 def window_per_head() -> jitgen.Variant:
     widths = torch.zeros(32, dtype=torch.int32)
     return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (q_idx - kv_idx < widths[h]))
@@ -109,6 +120,10 @@ MODULES = [
     ("sm90", "paged", causal_only, "bfloat16", 64, 64),
     ("sm90", "paged", causal_only, "bfloat16", 128, 128),
     ("sm90", "ragged", causal_only, "bfloat16", 128, 128),
+    ("sm90", "paged", window, "bfloat16", 64, 64),
+    ("sm90", "ragged", window, "bfloat16", 96, 96),
+    ("sm90", "paged", window, "bfloat16", 128, 128),
+    ("sm90", "ragged", documents, "bfloat16", 128, 128),
     ("sm90", "ragged", plain, "float16", 96, 96),
     ("sm90", "paged", causal_only, "bfloat16", 192, 128),
     ("sm90", "paged", causal_only, "float16", 192, 192),

@@ -351,6 +351,8 @@ CASES: dict[str, Case] = {
     "biases__sm90_ragged__float16": Case(biases, "sm90", "float16", (128, 128), "ragged"),
     "packed__sm80_ragged__bfloat16": Case(packed, "sm80", "bfloat16", (128, 128), "ragged"),
     "plain__sm90_ragged__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128), "ragged"),
+    "window__sm90_paged__bfloat16": Case(window, "sm90", "bfloat16", (128, 128), "paged"),
+    "documents__sm90_ragged__bfloat16": Case(documents, "sm90", "bfloat16", (128, 128), "ragged"),
     "every_hook__sm90_paged__bfloat16": Case(every_hook, "sm90", "bfloat16", (64, 64), "paged"),
     "alibi_pruned_sigmoid__sm90_ragged__float16": Case(alibi_pruned_sigmoid, "sm90", "float16", (128, 128), "ragged"),
     "plain__decode__bfloat16": Case(plain, "decode", "bfloat16", (128, 128), "paged"),

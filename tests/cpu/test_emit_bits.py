@@ -59,12 +59,22 @@ def test_bits_are_for_masks_that_keep_runs_of_columns(name):
     assert ("mask_search(" in source) == (expected and "document" in name)
 
 
-def test_lanes_look_at_halves_of_tiles_unless_a_warp_scans_rows_together():
-    for name, has_halves in (("window", True), ("documents", True), ("limit of a row", False)):
-        program = jitgen.Variant(mask_mod=MASKS[name][0]).trace().program
-        source = render_kernel(cuda_spec(program, "bfloat16", (128, 128), "sm90", cuda_target("9.0a"))).text
-        assert ("VisibleHalves" in source) == has_halves, name
-        assert ("scan_together" in source) != has_halves, name
+def has_halves(name, layout):
+    program = jitgen.Variant(mask_mod=MASKS[name][0]).trace().program
+    source = render_kernel(cuda_spec(program, "bfloat16", (128, 128), "sm90", cuda_target("9.0a"), layout=layout)).text
+    assert ("VisibleHalves" in source) != ("VisibleTiles" in source)
+    return "VisibleHalves" in source
+
+
+@pytest.mark.parametrize("layout", ["dense", "ragged"])
+def test_lanes_look_at_halves_of_tiles_unless_a_warp_scans_rows_together(layout):
+    for name, expected in (("causal", True), ("window", True), ("documents", True), ("limit of a row", False)):
+        assert has_halves(name, layout) == expected, name
+
+
+def test_lanes_look_at_halves_of_pages_for_masks_of_positions_that_hide_keys_on_both_sides():
+    for name, expected in (("causal", False), ("window", True), ("documents", False), ("window of a head", False)):
+        assert has_halves(name, "paged") == expected, name
 
 
 @pytest.mark.parametrize("name", [name for name, (_, expected) in MASKS.items() if expected])
