@@ -691,6 +691,16 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     __syncwarp();
     if (leader) jg::barrier_arrive(full);
   };
+  // V of the last tile of a piece is copied after the first K of the next: so the copies of one piece follow those of another as
+  // they do inside of a piece, and what the next one has to look up is looked up before its first K could be copied.
+  int owed = -1, owed_page = 0;
+  jg::RingPosition<kNumStages> owed_at(1);
+  const auto copy_owed = [&] {
+    if (owed < 0) return;
+    const Piece& piece = shared.control->piece[slot.stage ^ 1];
+    load_value(piece, kv_head(piece), owed, owed_page, owed_at);
+    owed = -1;
+  };
 #pragma unroll 1
   for (;; slot.advance()) {
     jg::barrier_wait(JG_BARRIER(piece_full, slot.stage), slot.parity);
@@ -710,6 +720,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     };
     if (piece.first_row < 0) {
       publish(jg::kWorkStop);
+      copy_owed();
       break;
     }
     [[maybe_unused]] const int kv_len = piece.request.kv_len;
@@ -752,9 +763,11 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);
     int next = step < 0 ? -1 : next_step();
     if (is_near_end(next)) want_piece();
+    if (step < 0) copy_owed();
     if (step < 0) continue;
     int page = look_up(step), next_page = next < 0 ? 0 : look_up(next);
     load_key(step, page, next);
+    copy_owed();
     // K runs one tile ahead of V: the product of the next tile can start while this V is on its way.
 #pragma unroll 1
     while (next >= 0) {
@@ -770,7 +783,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       page = next_page;
       next_page = after_page;
     }
-    load_value(piece, kv_h, step, page, kv);
+    owed = step, owed_page = page, owed_at = kv;
     kv.advance();
   }
 }
