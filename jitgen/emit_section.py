@@ -91,7 +91,7 @@ class VariantTraits:
     mask_reads_query_head: bool  # so that the query heads of a KV head share no rectangle
     mask_reads_tensors: bool
     mask_is_causal: bool
-    mask_is_only_causal: bool
+    mask_is_only_causal: bool  # with no bound on the other side
     has_sink: bool
     custom_norm: bool
     norm_rescales: bool
