@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 
-from jinja2 import nodes
+from jinja2 import meta, nodes
 
 from jitgen import paths, render
 
@@ -20,6 +21,19 @@ def template_names(directory: str) -> list[str]:
 
 def parsed(template: str) -> nodes.Template:
     return render.environment().parse((paths.template_dir() / template).read_text())
+
+
+@cache
+def parts_of(template: str) -> frozenset[str]:
+    """The template itself and all that it includes, directly or through others."""
+    included = meta.find_referenced_templates(parsed(template))
+    return frozenset({template}).union(*(parts_of(part) for part in included if part))
+
+
+@cache
+def names_set_in(template: str) -> frozenset[str]:
+    """What the template sets outside of any block, for itself and its parts."""
+    return frozenset(node.target.name for node in parsed(template).body if isinstance(node, nodes.Assign))
 
 
 def record_branches(render_all: Callable[[], object]) -> Branches:

@@ -16,7 +16,15 @@ from pathlib import Path
 import pytest
 from golden_cases import CASES, case_program, case_source, case_spec
 from jinja2 import meta
-from template_checks import assert_both_ways, assert_tidy, parsed, record_branches, template_names
+from template_checks import (
+    assert_both_ways,
+    assert_tidy,
+    names_set_in,
+    parsed,
+    parts_of,
+    record_branches,
+    template_names,
+)
 
 from jitgen import build, errors, mask_tiles, paths, render, toolchain
 from jitgen.emit import emit_variant
@@ -27,33 +35,6 @@ HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "golden"
 TEMPLATES = template_names("attention")
 VARIANT = "attention/variant.h.jinja"
-PREFILL = ("attention/sm80_serving.cu.jinja", "attention/sm90_serving.cu.jinja")
-LATENT = ("attention/mla.cu.jinja", "attention/sm80_mla.cu.jinja")
-FEW_ROWS = "attention/mla_decode.cu.jinja"
-SHARES = (*PREFILL, *LATENT, FEW_ROWS)  # kernels whose CTAs walk along a line of pieces
-PART_OF = {  # included, so they have the context of what includes them
-    "attention/cpu_hooks.cpp.jinja": ("attention/cpu.cpp.jinja", "attention/cpu_serving.cpp.jinja"),
-    "attention/sm80_hooks.cu.jinja": ("attention/sm80.cu.jinja", "attention/sm80_serving.cu.jinja"),
-    "attention/sm90_products.cu.jinja": ("attention/sm90.cu.jinja", "attention/sm90_serving.cu.jinja"),
-    "attention/sm90_early.cu.jinja": ("attention/sm90.cu.jinja", "attention/sm90_serving.cu.jinja"),
-    "attention/sm90_shape.cu.jinja": (
-        "attention/sm90.cu.jinja",
-        "attention/sm90_fp8.cu.jinja",
-        "attention/sm90_serving.cu.jinja",
-    ),
-    "attention/sm90_scores.cu.jinja": (
-        "attention/sm90.cu.jinja",
-        "attention/sm90_fp8.cu.jinja",
-        "attention/sm90_serving.cu.jinja",
-    ),
-    "attention/serving_pieces.cu.jinja": SHARES,
-    "attention/serving_output.cu.jinja": PREFILL,
-    "attention/serving_launch.cu.jinja": SHARES,
-    "attention/mla_rows.cu.jinja": LATENT,
-    "attention/mla_heads.cu.jinja": (*LATENT, FEW_ROWS),
-    "attention/mla_launch.cu.jinja": ("attention/mla.cu.jinja", FEW_ROWS),
-    "attention/plan.cu.jinja": (*SHARES, "attention/decode.cu.jinja"),
-}
 
 
 def golden_path(name: str) -> Path:
@@ -96,8 +77,7 @@ def context_of(template: str, name: str) -> dict[str, object]:
 
 def cases_of(template: str) -> list[str]:
     """Cases whose rendering uses ``template``."""
-    users = PART_OF.get(template, (template,))
-    return [name for name in CASES if template == VARIANT or main_template(name) in users]
+    return [name for name in CASES if template == VARIANT or template in parts_of(main_template(name))]
 
 
 def main_template(name: str) -> str:
@@ -107,9 +87,12 @@ def main_template(name: str) -> str:
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_template_names_only_what_its_context_has(template):
+    """A part has the context of what includes it, and the names that are set there."""
     assert cases_of(template), f"no golden case renders {template}"
     for name in cases_of(template):
-        assert meta.find_undeclared_variables(parsed(template)) <= set(context_of(template, name)), name
+        main = main_template(name)
+        known = set(context_of(template, name)) | (names_set_in(main) if template != main else set())
+        assert meta.find_undeclared_variables(parsed(template)) <= known, name
 
 
 @pytest.fixture(scope="module")
