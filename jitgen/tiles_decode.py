@@ -29,7 +29,7 @@ def decode_tiles(
     """Tiles for requests of ``rows`` packed rows (q_len times query heads of a key head); more take several passes over K
     and V, whose elements have ``stored_bytes``."""
     columns = decode_columns(head_dim_v, rows)
-    # see kQueryAhead in decode.cu.jinja: a small shared memory has no room for it
+    # see kQueryAhead in decode_geometry.cu.jinja: a small shared memory has no room for it
     has_room = (9, 0) <= target.compute_capability < (12, 0)
     is_ahead = has_room and columns == 8 and stored_bytes == 2 and program.norm is None
     shared = SHARED_KIB.get(target.compute_capability, min(SHARED_KIB.values())) * 1024
