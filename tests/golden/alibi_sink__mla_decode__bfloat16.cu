@@ -344,6 +344,8 @@ static void pair_groups(const Args& args, Launch& launch) {
   launch.shape.whole_items = 0x7fffffff;
   if (args.split) launch.shape.least_piece = kLeastTiles;
 }
+JITGEN_FN Cursor own_share(const Args& args, const Launch& launch) { return first_cursor(args, launch, blockIdx.x); }
+JITGEN_FN Piece take_own_piece(const Args& args, const Launch& launch, Cursor& at) { return take_piece(args, launch, at); }
 
 // ---- shared memory: parts of KV tiles, Q, P, control; O leaves from registers ----
 struct Control {
@@ -446,13 +448,13 @@ struct Maps { jg::Operand q, k, v; };
 // One warp walks the CTA's part of the line, pieces ahead of the others.
 JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
   jg::RingPosition<2> slot(1);
-  Cursor at = first_cursor(args, launch, blockIdx.x);
+  Cursor at = own_share(args, launch);
   bool is_piece = true;
 #pragma unroll 1
   while (is_piece) {
     jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity);
     if ((threadIdx.x & 31) == 0) {
-      const Piece piece = take_piece(args, launch, at);
+      const Piece piece = take_own_piece(args, launch, at);
       is_piece = piece.first_row >= 0;
       shared.control->piece[slot.stage] = piece;
       jg::barrier_arrive(JG_BARRIER(piece_full, slot.stage));
