@@ -142,10 +142,18 @@ def templates_copy(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(toolchain.find_cxx() is None, reason="no C++ compiler on this machine")
-def test_error_in_a_template_is_reported_at_its_line(templates_copy, tmp_path):
-    template = templates_copy / "attention/cpu.cpp.jinja"
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("attention/cpu.cpp.jinja", "static_assert"),
+        ("attention/cpu_hooks.cpp.jinja", "static void prepare_rows"),  # in a part
+        ("attention/cpu.cpp.jinja", "static void load_queries"),  # after it
+    ],
+)
+def test_error_in_a_template_is_reported_at_its_line(name, before, templates_copy, tmp_path):
+    template = templates_copy / name
     lines = template.read_text().split("\n")
-    at = next(i for i, line in enumerate(lines) if line.startswith("static_assert"))
+    at = next(i for i, line in enumerate(lines) if line.startswith(before))
     lines.insert(at, 'static_assert(false, "planted");')
     template.write_text("\n".join(lines))
     spec = case_spec("plain__cpu__float32")
@@ -159,5 +167,5 @@ def test_error_in_a_template_is_reported_at_its_line(templates_copy, tmp_path):
             label=spec.label,
             directory=tmp_path / "build",
         )
-    assert f"attention/cpu.cpp.jinja:{at + 1}:" in str(caught.value)
+    assert f"{name}:{at + 1}:" in str(caught.value)
     assert "planted" in str(caught.value)
