@@ -464,10 +464,11 @@ JITGEN_FN void finish_rows(const Args& args, const Head& head, jg::RowSoftmax& s
   });
 }
 
-// Stores a group's O from shared memory without the copy engine, which takes no negative row (an illegal instruction).
-JITGEN_FN void store_present_rows(const Args& args, unsigned address, int thread, int group_row, int h, int b) {
-  constexpr int kChunks = kHeadDimV / 8;
-  char* const o = static_cast<char*>(args.o) + (b * args.o_stride_b + h * args.o_stride_h) * 2;
+// Stores columns of a group's O from shared memory without the copy engine, which takes no negative row (an illegal
+// instruction).
+JITGEN_FN void store_present_rows(const Args& args, unsigned address, int thread, int group_row, int first_column, int h, int b) {
+  constexpr int kChunks = Tile::kOutputCols / 8;
+  char* const o = static_cast<char*>(args.o) + (b * args.o_stride_b + h * args.o_stride_h + first_column) * 2;
 #pragma unroll 1
   for (int i = thread; i < 64 * kChunks; i += 128) {
     const int row = i / kChunks, chunk = i % kChunks;
@@ -489,7 +490,7 @@ JITGEN_FN void store_output(const Args& args, const Maps& maps, Shared shared, O
   jg::fence_async_proxy();
   jg::named_sync(kGroupBarrier + group, 128);
   if (group_row < 0) {
-    store_present_rows(args, address, thread, group_row, h, b);
+    store_present_rows(args, address, thread, group_row, 0, h, b);
   } else if (thread == 0) {
     jg::tensor_store(maps.o, address, group_row, 0, h, b);
     jg::bulk_commit();

@@ -325,6 +325,7 @@ template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches> st
   using Kept = SumsOf<(kHeadDim > 128)>;
   static constexpr int kGroupSumBytes = 64 * kHeadDim * Kept::kBytes;
   static constexpr int kGroupOBytes = kGroupSumBytes + 1024;
+  static constexpr int kOutputCols = kHeadDim;   // that leave at a time
   static constexpr int kOnesBytes = kHeadDim <= 128 ? 1024 : 0;   // eight rows of ones below those of V, as far as there is room
   static constexpr int kValueBytes = kTileBytes + kOnesBytes;
   static_assert(kTileKv <= 128, "the ones follow the rows of one span");
