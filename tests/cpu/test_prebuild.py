@@ -97,6 +97,12 @@ def test_hopper_gets_the_tiles_of_all_lengths_and_its_own_instructions(folder: P
 def test_serving_layout_gets_the_kernels_of_a_plan(folder: Path) -> None:
     found = specs(folder, kernel(layout="paged", head_dim=128, arch="9.0"))
     assert {(s.family, s.layout) for s in found} == {("decode", "paged"), ("sm90", "paged")}
+
+
+def test_pages_without_boxes_have_a_prefill_kernel_of_their_own(folder):
+    found = specs(folder, kernel(layout="paged", head_dim=128, arch="9.0", page_size=[1, 16]))
+    assert {(s.family, s.copies) for s in found} == {("decode", True), ("sm90", True), ("sm90", False)}
+    assert {s.copies for s in specs(folder, kernel(layout="paged", head_dim=128, arch="9.0"))} == {True}
     assert [s.family for s in specs(folder, kernel(layout="ragged", arch="portable"))] == ["cpu"]
 
 
