@@ -383,14 +383,12 @@ JITGEN_FN Head own_head(const Args& args, const Piece& piece) {
 }
 
 // ---- shared memory: V stages, K stages, Q, P, control ----
-// What a stage of K or V is to hold: keys from first_key on (-1: there are no more) of the piece in this slot.
-struct Copy { int first_key, piece; };
 struct Control {
   unsigned long long q_full[Tile::kGroups], q_empty[Tile::kGroups], tail_full;
   unsigned long long k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
   unsigned long long piece_full[2], work_full[2], work_empty[2], piece_wanted;
   unsigned long long asked[2 * kNumStages];   // of stages of K, then of V
-  Copy copy[2 * kNumStages];
+  int copy[2 * kNumStages];                   // what they are to hold: the first key, and the slot of its piece; -1: no more
   Piece piece[2];
   int kind[2];                // of the pieces: kWorkTile, kWorkEmpty, kWorkStop
   int step[2 * kNumStages];   // first key of the KV tile that a stage holds, with flags: in two laps, as in sm90_geometry.cuh
@@ -407,6 +405,7 @@ struct Shared {
   JITGEN_FN unsigned query(int group) const { return base + Tile::kQueryAt + group * Tile::kGroupQBytes; }
   JITGEN_FN unsigned barrier(unsigned offset, int stage = 0) const { return base + kControlAt + offset + 8 * stage; }
   JITGEN_FN unsigned step(int slot) const { return base + kControlAt + __builtin_offsetof(Control, step) + 4 * slot; }
+  JITGEN_FN unsigned copy(int slot) const { return base + kControlAt + __builtin_offsetof(Control, copy) + 4 * slot; }
 };
 #define JG_BARRIER(name, ...) shared.barrier(__builtin_offsetof(Control, name), ##__VA_ARGS__)
 
@@ -599,7 +598,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(0);
   const auto ask = [&](unsigned stage, int first_key) {   // those of V are behind those of K
-    shared.control->copy[stage] = {first_key, static_cast<int>(slot.stage)};
+    jg::store_shared(shared.copy(stage), first_key | static_cast<int>(slot.stage));   // keys are multiples of 16
     jg::barrier_arrive(JG_BARRIER(asked, stage));
   };
   const auto load_value = [&](int first_key, const jg::RingPosition<kNumStages>& at) {
@@ -743,13 +742,14 @@ JITGEN_FN void copy_rows(const Args& args, const Launch& launch, Shared shared, 
       hand_on();
     }
     jg::barrier_wait(asked, at.parity);
-    const Copy copy = shared.control->copy[first_asked + at.stage];
-    if (copy.first_key < 0) break;
-    const Piece& piece = shared.control->piece[copy.piece];
+    const int copy = jg::load_shared_by(lane == 0, shared.copy(first_asked + at.stage));
+    if (copy < 0) break;
+    const Piece& piece = shared.control->piece[copy & 1];
+    const int first_key = copy & ~1;
     if (of_values)
-      copy_tile<kHeadDimV>(args, launch, piece, copy.first_key, args.v, args.v_stride_p, args.v_stride_h, args.v_stride_s, shared.value(at.stage));
+      copy_tile<kHeadDimV>(args, launch, piece, first_key, args.v, args.v_stride_p, args.v_stride_h, args.v_stride_s, shared.value(at.stage));
     else
-      copy_tile<kHeadDim>(args, launch, piece, copy.first_key, args.k, args.k_stride_p, args.k_stride_h, args.k_stride_s, shared.key(at.stage));
+      copy_tile<kHeadDim>(args, launch, piece, first_key, args.k, args.k_stride_p, args.k_stride_h, args.k_stride_s, shared.key(at.stage));
     jg::cp_async_commit();
     if (under_way >= 0) {
       jg::cp_async_wait_but_one();
