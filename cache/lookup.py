@@ -167,7 +167,7 @@ def forget() -> None:
 def _build(request: Request, builder: Builder, waiting: Waiting) -> Found:
     user = paths.cache_dir()
     if user is None:
-        return _build_in(_temporary_store("there is no home directory"), request, builder, waiting)
+        return _build_in(_temporary_store("there is no home directory, or not its full path"), request, builder, waiting)
     try:
         return _build_in(_store(user, False), request, builder, waiting)
     except CacheError:
