@@ -126,6 +126,19 @@ def test_closed_pipe_ends_quietly():
     assert done.stderr == ""
 
 
+def test_a_full_disk_is_said_in_a_line():
+    command = f"{sys.executable} -m jitgen --help > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, "jitgen: the output cannot be written: No space left on device.\n")
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_closed_stream_is_no_error(stream, private_store):
+    command = f"{sys.executable} -m jitgen cache stats {stream}>&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_bench_is_given_its_arguments(monkeypatch):
     seen = []
     fake = type(sys)("jitgen.bench.cli")
