@@ -60,6 +60,10 @@ class PageTable(KVLists):
         super().__init__(pages, indptr, list_stride)
         self.batch = batch
 
+    def __repr__(self) -> str:
+        form = "block table" if self.indptr is None else "CSR"
+        return f"PageTable({form}, batch={self.batch}, pages {tuple(self.pages.shape)}, {self.device})"
+
     @property
     def indptr(self) -> Tensor | None:
         """First entry of each list in ``pages``; None in the dense form."""
