@@ -23,6 +23,8 @@ OK, FAILED, USAGE = 0, 1, 2  # exit codes
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a full disk says of a redirected output
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
+NEEDED = ("torch", "jinja2", "filelock")  # dependencies, which a copied folder does not bring
+
 COMMANDS = {
     "demo": "compile a variant, compare it with the oracle, show times and where the kernel is kept",
     "show": "what becomes of a variant: expressions, captures, tile classes, kernel, key, source",
@@ -110,6 +112,12 @@ def run_command(command: str, arguments: list[str]) -> int:
     except JitgenError as error:
         sys.stdout.flush()
         print(f"jitgen {command}: {error}", file=sys.stderr)
+        return FAILED
+    except ModuleNotFoundError as error:
+        if error.name not in NEEDED:
+            raise
+        what = f"{error.name} is not installed in this Python, {sys.executable}"
+        print(f"jitgen {command}: {what}. Install it; 'jitgen doctor' says what else is missing.", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

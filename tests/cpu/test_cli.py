@@ -102,6 +102,16 @@ def test_error_of_jitgen_is_one_message_and_code_1(monkeypatch, capsys):
     assert capsys.readouterr().err == "jitgen doctor: window is -3, expected a positive number.\n"
 
 
+@pytest.mark.parametrize(
+    "arguments", [["show", "x:y"], ["demo"], ["prebuild", "x.toml", "--out", "y"], ["bench", "cpu"]], ids=" ".join
+)
+def test_a_missing_torch_is_one_message(arguments):
+    without = "import sys; sys.modules['torch'] = None; from jitgen.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", without, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"jitgen {arguments[0]}: torch is not installed in this Python, {sys.executable}. " in done.stderr
+
+
 def test_bug_is_not_hidden(monkeypatch):
     def run(args):
         raise ZeroDivisionError
