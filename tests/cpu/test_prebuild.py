@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -342,6 +345,30 @@ def test_worker_that_dies_takes_one_kernel_with_it(folder: Path, monkeypatch) ->
     assert sorted(result.outcome for result in report.results) == ["failed", "hit", "hit"]
     assert report.failed[0].error == "the building process was killed by signal 9. Memory may be short: try fewer --jobs."
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_interrupt_ends_all_processes_quietly(folder: Path, monkeypatch) -> None:
+    """Ctrl-C, which a terminal sends to the command, its workers and their compilers."""
+    compiler, begun = folder / "g++", folder / "begun"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *version*) echo "g++ (GCC) 12.1.0";; *) touch {begun}; sleep 60;; esac\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("JITGEN_CXX", str(compiler))
+    (folder / "m.toml").write_text(kernel("plain", head_dim=[16, 24, 32], dtype="float32", arch="portable"))
+    options = (str(folder / "m.toml"), "--out", str(folder / "layer"), "--jobs", "2")
+    command = [sys.executable, "-m", "jitgen", "prebuild", *options]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        wait_for(begun.exists, process)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")
+    assert not list((folder / "layer" / "tmp").iterdir())
+
+
+def wait_for(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 60
+    while not is_so() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def test_list_builds_nothing(folder: Path, capsys) -> None:
