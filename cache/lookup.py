@@ -7,7 +7,6 @@ import shutil
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -20,7 +19,8 @@ from jitgen.cache import usage
 from jitgen.cache.installed import installed_layers
 from jitgen.cache.key import FORMAT, digest, module_key
 from jitgen.cache.store import Store
-from jitgen.errors import CacheError, CacheWarning, CompileError
+from jitgen.cache.warned import warn
+from jitgen.errors import CacheError, CompileError
 from jitgen.events import Event, emit
 from jitgen.records import record
 
@@ -167,7 +167,7 @@ def forget() -> None:
 def _build(request: Request, builder: Builder, waiting: Waiting) -> Found:
     user = paths.cache_dir()
     if user is None:
-        return _build_in(_temporary_store("there is no home directory"), request, builder, waiting)
+        return _build_in(_temporary_store("there is no home directory, or not its full path"), request, builder, waiting)
     try:
         return _build_in(_store(user, False), request, builder, waiting)
     except CacheError:
@@ -241,11 +241,9 @@ def _temporary_store(reason: str) -> Store:
         root = Path(tempfile.mkdtemp(prefix="jitgen-"))
         _temporary.append(Store(root, kind="temporary"))
         atexit.register(_remove_temporary, os.getpid(), _temporary[0])
-        warnings.warn(
+        warn(
             f"the kernel cache cannot be used: {reason}. Kernels are compiled again in each process (now in {root}). "
-            "Set JITGEN_CACHE_DIR to a directory that you can write.",
-            CacheWarning,
-            stacklevel=2,
+            "Set JITGEN_CACHE_DIR to a directory that you can write."
         )
     return _temporary[0]
 

@@ -15,7 +15,6 @@ import io
 import tarfile
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,7 +26,8 @@ from jitgen.cache.entry import ENTRY_NAME, Corrupt
 from jitgen.cache.key import digest
 from jitgen.cache.publish import publish
 from jitgen.cache.store import Store, discard
-from jitgen.errors import BundleError, CacheError, CacheWarning
+from jitgen.cache.warned import warn
+from jitgen.errors import BundleError, CacheError
 from jitgen.events import Event, emit
 
 if TYPE_CHECKING:
@@ -68,11 +68,11 @@ def fetch(request: Request, store: Store) -> str | None:
     except _Unusable as reason:
         _give_up(url, str(reason))
     except (BundleError, Corrupt) as error:
-        warnings.warn(f"{url} sent a damaged kernel ({error}). It is not used.", CacheWarning, stacklevel=2)
+        warn(f"{url} sent a damaged kernel ({error}). It is not used.")
     except OSError as error:
         if isinstance(error, CacheError):
             raise
-        warnings.warn(f"a kernel from {url} cannot be kept: {error}.", CacheWarning, stacklevel=2)
+        warn(f"a kernel from {url} cannot be kept: {error}.")
     return None
 
 
@@ -97,7 +97,7 @@ def _upload(url: str, request: Request, entry: Path, limit: float) -> None:
     except _Unusable as reason:
         _give_up(url, str(reason))
     except (OSError, Corrupt) as error:
-        warnings.warn(f"{entry} cannot be sent to {url}: {error}.", CacheWarning, stacklevel=2)
+        warn(f"{entry} cannot be sent to {url}: {error}.")
     else:
         emit(Event("upload", entry.name, request.label, request.arch, time.perf_counter() - begun, url, len(packed)))
 
@@ -111,11 +111,7 @@ def _finish_uploads() -> None:
 def _give_up(url: str, reason: str) -> None:
     if url not in _given_up:
         _given_up.add(url)
-        warnings.warn(
-            f"JITGEN_REMOTE={url} is not used by this process any more: {reason}. Kernels are compiled here.",
-            CacheWarning,
-            stacklevel=3,
-        )
+        warn(f"JITGEN_REMOTE={url} is not used by this process any more: {reason}. Kernels are compiled here.")
 
 
 def _within(seconds: float, work: Callable[[], Result]) -> Result:

@@ -6,14 +6,13 @@ import os
 import shutil
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
 from jitgen import paths
 from jitgen.cache import entry as entries
 from jitgen.cache.entry import ENTRY_NAME, Corrupt
 from jitgen.cache.trust import check_trusted
-from jitgen.errors import CacheWarning
+from jitgen.cache.warned import warn
 
 
 class Store:
@@ -119,7 +118,7 @@ class Store:
     def _set_aside(self, directory: Path, reason: str) -> None:
         message = f"cache entry {directory} is damaged: {reason}. "
         if self.is_layer:
-            warnings.warn(message + "It is not used; replace this prebuilt layer.", CacheWarning, stacklevel=2)
+            warn(message + "It is not used; replace this prebuilt layer.")
             return
         try:
             aside = paths.make_private_dir(self.root / "corrupt") / f"{directory.name}-{time.time_ns()}"
@@ -127,7 +126,7 @@ class Store:
             message += f"It was moved to {aside} and will be built again."
         except OSError as error:
             message += f"It could not be moved aside ({error.strerror}) and is not used."
-        warnings.warn(message, CacheWarning, stacklevel=2)
+        warn(message)
 
 
 def discard(store: Store, directory: Path) -> None:

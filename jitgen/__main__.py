@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib.util
 import io
 import os
@@ -19,7 +20,10 @@ from jitgen import __version__
 from jitgen.errors import JitgenError
 
 OK, FAILED, USAGE = 0, 1, 2  # exit codes
+NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a full disk says of a redirected output
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+NEEDED = ("torch", "jinja2", "filelock")  # dependencies, which a copied folder does not bring
 
 COMMANDS = {
     "demo": "compile a variant, compare it with the oracle, show times and where the kernel is kept",
@@ -34,16 +38,30 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 it worked, 1 it failed, 2 it was called wrongly."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started us: what is opened next must not take its place
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another: no reason to fail
     try:
         code = dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader of a pipe had enough; nothing may be written at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of a pipe had enough
+        give_up_output()
         return OK
+    except OSError as error:
+        if error.filename is not None or error.errno not in NOT_WRITTEN:
+            raise
+        give_up_output()
+        print(f"jitgen: the output cannot be written: {error.strerror}.", file=sys.stderr)
+        return FAILED
+
+
+def give_up_output() -> None:
+    """Write nothing more to standard output, at exit either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -94,6 +112,12 @@ def run_command(command: str, arguments: list[str]) -> int:
     except JitgenError as error:
         sys.stdout.flush()
         print(f"jitgen {command}: {error}", file=sys.stderr)
+        return FAILED
+    except ModuleNotFoundError as error:
+        if error.name not in NEEDED:
+            raise
+        what = f"{error.name} is not installed in this Python, {sys.executable}"
+        print(f"jitgen {command}: {what}. Install it; 'jitgen doctor' says what else is missing.", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -153,7 +153,7 @@ def fit_together(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def is_hopper(device: torch.device) -> bool:
     """Whether the prefill kernel of compute capability 9.0 runs there, which these lists are faster with."""
-    return device.type == "cuda" and prefill_family(device, "paged", PAGE_STEP, None) == "sm90"
+    return device.type == "cuda" and prefill_family(device, None) == "sm90"
 
 
 def reads_no_position(program: Program) -> bool:

@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 
 from jitgen.emit_ranges import POSITION_LIMIT
 from jitgen.errors import GradNotSupported, InvalidType, ShapeMismatch, UnsupportedDevice, UnsupportedDtype, VariantError
-from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, FP8_DTYPE, MAX_CPU_HEAD_DIM
+from jitgen.spec import CPU_DTYPES, CUDA_DTYPES, FP8_DTYPE, MAX_CPU_HEAD_DIM, MLA_DIMS
 
 INT32 = torch.iinfo(torch.int32)
 HAS_LEVEL = hasattr(forward_ad, "_current_level")  # private: another torch may not have it
@@ -124,7 +124,8 @@ def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         if size % 8 or not 8 <= size <= MAX_CPU_HEAD_DIM:
             pad = f"Pad it with zeros: torch.nn.functional.pad(x, (0, {-size % 8})), which changes no logit if scale is given."
             fits = 0 < size <= MAX_CPU_HEAD_DIM
-            remedy = pad if fits else "No kernel has others: is the last axis the head dim?"
+            why = "Latent attention is of plans: see jitgen.Plan." if size == MLA_DIMS[0] else "Is the last axis the head dim?"
+            remedy = pad if fits else f"No kernel of dense attention has others. {why}"
             raise ShapeMismatch(f"{name} {size} (axis 3), expected a multiple of 8 from 8 to {MAX_CPU_HEAD_DIM}. {remedy}")
 
 

@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         contents, said = ACTIONS[args.action][1](args)
     except OSError as error:
-        raise BundleError(f"{error.filename or ''} {error.strerror or error}".strip() + ".") from error
+        what = f"{error.filename}: " if error.filename else ""
+        raise BundleError(f"{what}{error.strerror or error}.") from error
     if args.json:
         facts = {**contents._asdict(), "path": str(contents.path)}
         print(json.dumps(facts, indent=1))

@@ -75,7 +75,7 @@ def _expanded(name: str, given: str) -> Path:
 
 
 def cache_dir() -> Path | None:
-    """The user store: JITGEN_CACHE_DIR, else the XDG cache directory, else ~/.cache; None where there is no home."""
+    """The user store: JITGEN_CACHE_DIR, else the XDG cache directory, else ~/.cache; None without a full path to a home."""
     given = _path("JITGEN_CACHE_DIR")
     if given is not None:
         return given
@@ -83,9 +83,10 @@ def cache_dir() -> Path | None:
     if xdg is not None and os.path.isabs(xdg):
         return Path(xdg) / "jitgen"
     try:
-        return Path.home() / ".cache" / "jitgen"
+        home = Path.home()
     except RuntimeError:
         return None
+    return home / ".cache" / "jitgen" if home.is_absolute() else None
 
 
 def is_frozen() -> bool:

@@ -26,7 +26,7 @@ SERVING_FAMILIES = ("cpu", "decode", "mla", "mla_decode", "sm80", "sm80_mla", "s
 SM90_ARCHS = ("9.0a",)  # wgmma and setmaxnreg exist in this architecture only
 SMALL_SHARED_ARCHS = ("8.6", "8.9", "12.0", "12.1")  # 99 kB of shared memory for a CTA; all others have at least 163
 MERGE_FAMILIES = ("merge", "merge_outs")  # of states that kernels have left, and of a caller's
-PAGE_BOX = 8  # keys: pages of the sm90 prefill kernel are a multiple of it
+PAGE_BOX = 8  # keys: from pages of a multiple of it the sm90 prefill kernel has the copy engine bring boxes
 MAX_SM90_KEYS = 1 << 22  # of a request in the sm90 prefill kernel
 CUDA_HEAD_DIMS = (64, 96, 128, 192, 256)
 
@@ -74,18 +74,21 @@ def serving_spec(
     family: str | None = None,
     rows: int = 8,
     kv_dtype: str = "",
+    page_size: int | None = PAGE_BOX,
 ) -> KernelSpec:
     """A kernel of a plan. ``family`` None is the best prefill kernel; ``rows`` share a KV head in a decode step.
-    ``kv_dtype``: of K and V, if it is not ``dtype``."""
+    ``kv_dtype``: of K and V, if it is not ``dtype``. ``page_size``: of the cache, None if any."""
     check_rows(program)
     if family is not None and family not in SERVING_FAMILIES:
         raise VariantError(f"family={family!r} is not a family of serving kernels. Use one of {', '.join(SERVING_FAMILIES)}.")
     if device.type == "cpu":
         return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims, layout), detect_cpu(), layout, kv_dtype)
     if family is None:
-        family = mla_family(device, rows) if head_dims == MLA_DIMS else prefill_family(device, layout, PAGE_BOX, None)
+        family = mla_family(device, rows) if head_dims == MLA_DIMS else prefill_family(device, None)
     target = detect_cuda(device.index, accelerated=not family.startswith("sm80"))
-    return cuda_spec(program, dtype, head_dims, family, target, layout=layout, rows=rows, kv_dtype=kv_dtype)
+    spec = cuda_spec(program, dtype, head_dims, family, target, layout=layout, rows=rows, kv_dtype=kv_dtype)
+    has_boxes = page_size is not None and page_size % PAGE_BOX == 0
+    return spec if family != "sm90" or layout.startswith("ragged") or has_boxes else replace(spec, copies=False)
 
 
 def merge_spec(program: Program, dtype: str, head_dim_v: int, device: torch.device) -> KernelSpec:
@@ -94,11 +97,10 @@ def merge_spec(program: Program, dtype: str, head_dim_v: int, device: torch.devi
     return KernelSpec(family, program, dtype, head_dim_v, head_dim_v, Tiles(0, 0), target, "states")
 
 
-def prefill_family(device: torch.device, layout: str, page_size: int | None, max_kv_len: int | None) -> str:
-    """The prefill kernel of a plan. That of Hopper copies pages in boxes of at least 8 keys, so it must know their size."""
-    boxes = layout == "ragged" or (page_size is not None and page_size % PAGE_BOX == 0)
+def prefill_family(device: torch.device, max_kv_len: int | None) -> str:
+    """The prefill kernel of a plan."""
     is_hopper = detect_cuda(device.index, accelerated=True).arch in SM90_ARCHS
-    return "sm90" if is_hopper and boxes and (max_kv_len or 0) < MAX_SM90_KEYS else "sm80"
+    return "sm90" if is_hopper and (max_kv_len or 0) < MAX_SM90_KEYS else "sm80"
 
 
 @goes_deep

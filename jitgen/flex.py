@@ -62,10 +62,10 @@ def flex_attention(
         check_tensors(query, key, value)  # says which one is no tensor
         raise
     if heads_differ and not enable_gqa:
-        raise ShapeMismatch(
-            f"key has {key.shape[1]} heads, query has {query.shape[1]} (axis 1). "
-            "Pass enable_gqa=True for grouped-query attention."
-        )
+        remedy = "Pass enable_gqa=True for grouped-query attention."
+        if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+            remedy = "Is the layout [batch, heads, length, head_dim]?"
+        raise ShapeMismatch(f"key has {key.shape[1]} heads, query has {query.shape[1]} (axis 1). {remedy}")
     want_lse = return_lse or (return_aux is not None and return_aux.lse)
     mask = mask_mod if block_mask is None else mask_of(block_mask, mask_mod, query, key)
     family = str(kernel_options["FAMILY"]).lower() if kernel_options and "FAMILY" in kernel_options else None

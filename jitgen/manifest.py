@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 
 from jitgen.errors import ManifestError
 
-KERNEL_OPTIONS = ("variant", "dtype", "head_dim", "head_dim_v", "family", "arch", "q_len", "layout", "rows", "captures")
+KERNEL_OPTIONS = (
+    "variant", "dtype", "head_dim", "head_dim_v", "family", "arch", "q_len", "layout", "rows", "page_size", "captures",
+)  # fmt: skip
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 LINE_LENGTH = 120  # columns up to which a value stays on one line
 

@@ -29,14 +29,15 @@ def recalled(identity: str, ask: Callable[[], str]) -> str:
     store = paths.cache_dir()
     if store is None:
         return ask()
-    memo = store / "programs" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    # a path may hold bytes that are no UTF-8, which Python keeps as surrogates
+    memo = store / "programs" / hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     with suppress(OSError, UnicodeDecodeError):
         answer = memo.read_text("utf-8")
         if answer.endswith("\n") and answer.strip():
             return answer[:-1]
     answer = ask()
     if answer:
-        with suppress(OSError):
+        with suppress(OSError, UnicodeEncodeError):  # the latter: it names a path that is no UTF-8
             _write(memo, answer + "\n")
     return answer
 
@@ -49,6 +50,6 @@ def _write(memo: Path, text: str) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
         os.replace(name, memo)
-    except OSError:
+    except (OSError, UnicodeEncodeError):
         os.unlink(name)
         raise

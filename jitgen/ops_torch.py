@@ -51,8 +51,9 @@ def _c_mod(a: Expr, b: Expr) -> Expr:
 
 _UNARY: dict[str, Callable[[Expr], Expr]] = {
     **{name: arith.op(name) for name in (
-        "exp", "exp2", "log", "log2", "log1p", "tanh", "sigmoid", "erf", "sin", "cos", "sqrt", "rsqrt", "silu", "sign", "relu",
+        "exp", "log", "log2", "tanh", "sigmoid", "sin", "cos", "sqrt", "rsqrt", "silu", "sign", "relu",
     )},
+    **{f"{name} special_{name}": arith.op(name) for name in ("erf", "exp2", "log1p")},
     "expit special_expit": arith.op("sigmoid"), "logsigmoid log_sigmoid": arith.op("logsigmoid"),
     "tanh_approx": arith.op("tanh_approx"),
     "abs absolute fabs": arith.op("abs"), "neg negative": arith.neg, "positive": lambda a: a, "sgn": arith.op("sign"),
@@ -187,6 +188,7 @@ def _fill_table() -> None:
     register("softplus", _softplus)
     register("leaky_relu", _leaky_relu)
     register("lerp", lambda a, b, w: a + w * (b - a))
+    register("addcmul", lambda x, a, b, *, value=1: x + value * a * b)
     register("embedding", lambda index, weight, *a, **k: weight[index], method=False)
     _fill_types()
 
@@ -214,6 +216,7 @@ def _fill_types() -> None:
     register("size", lambda x, dim=None: x.shape if dim is None else x.shape[dim])
     register("dim", lambda x: x.ndim)
     register("numel", lambda x: x.shape.numel())
+    register("unbind", _unbind)
     register("__getitem__", lambda x, item: x[item] if isinstance(x, Traced) else _made_inside(x), function=False)
 
 
@@ -225,6 +228,12 @@ def _reshaped(x: Any, *args: object, **kwargs: object) -> object:
     if not isinstance(x, Sym):
         refuse(f"change of shape of {x!r}. Index captured tensors with t[i, j] instead, and reshape outside the hook.")
     return x  # one number has one element in every shape
+
+
+def _unbind(x: Any, dim: int = 0) -> tuple[object, ...]:
+    if dim % x.ndim == 0:
+        return tuple(x)
+    return tuple(x[(slice(None),) * (dim % x.ndim) + (i,)] for i in range(x.shape[dim]))
 
 
 def _made_inside(x: torch.Tensor) -> object:

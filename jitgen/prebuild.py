@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -24,9 +25,12 @@ from jitgen.cache.layer import STAMP, make_readable, make_stamp
 from jitgen.cache.trust import check_trusted
 from jitgen.errors import CacheError, InvalidValue, ManifestError
 from jitgen.manifest import Manifest, read_manifest
+from jitgen.prebuild_worker import INTERRUPTED
 
 if TYPE_CHECKING:
     from jitgen.prebuild_units import Unit
+
+INTERRUPT_TAKES = 2.0  # seconds that a building process is given to end after Ctrl-C
 
 # Variables that would let a worker find kernels elsewhere, or do more than build.
 _UNSET = ("JITGEN_PREBUILT", "JITGEN_MODE", "JITGEN_RECORD", "JITGEN_REMOTE", "JITGEN_CPU_ISA", "JITGEN_CUDA_ARCH")
@@ -136,7 +140,7 @@ def _run(units: Sequence[Unit], root: Path, jobs: int, on_done: Callable[[Built,
     for unit in units:
         waiting.put(unit)
     results: list[Built] = []
-    lock = threading.Lock()
+    lock, is_over = threading.Lock(), threading.Event()
     workers = [_Worker(root) for _ in range(jobs)]
 
     def work(worker: _Worker) -> None:
@@ -146,6 +150,9 @@ def _run(units: Sequence[Unit], root: Path, jobs: int, on_done: Callable[[Built,
             except Empty:
                 return
             answer = worker.ask(unit.request)
+            if answer is None and is_over.wait(INTERRUPT_TAKES):
+                return
+            answer = answer or {"outcome": "failed", "seconds": 0.0, "error": "the building process was interrupted."}
             with lock:
                 results.append(Built(unit.what, unit.arch, **answer))
                 on_done(results[-1], len(results), len(units))
@@ -156,7 +163,13 @@ def _run(units: Sequence[Unit], root: Path, jobs: int, on_done: Callable[[Built,
             thread.start()
         for thread in threads:
             thread.join()
+    except KeyboardInterrupt:
+        is_over.set()
+        for worker in workers:
+            worker.clean_up()
+        raise
     finally:
+        is_over.set()
         for worker in workers:
             worker.stop()
     return results
@@ -170,8 +183,8 @@ class _Worker:
         self._environment |= {"JITGEN_CACHE_DIR": str(root), "JITGEN_PROGRESS": "off"}
         self._process: subprocess.Popen[str] | None = None
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request. A process that dies takes this request with it and no other."""
+    def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """The answer to a request, None of an interrupted process. One that dies takes this request with it and no other."""
         begun = time.monotonic()
         if self._process is None:
             command = [sys.executable, "-m", "jitgen.prebuild_worker"]
@@ -188,16 +201,25 @@ class _Worker:
             return json.loads(line)
         status = process.wait()
         self.stop()
+        if status in (INTERRUPTED, -signal.SIGINT):
+            return None
         what = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         hint = " Memory may be short: try fewer --jobs." if status == -9 else ""
         return {"outcome": "failed", "seconds": time.monotonic() - begun, "error": f"the building process {what}.{hint}"}
 
+    def clean_up(self) -> None:
+        """Let a process that Ctrl-C has reached as well remove what it had begun."""
+        process = self._process
+        if process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(INTERRUPT_TAKES)
+
     def stop(self) -> None:
         """End the process; a build under way is abandoned, as if it had been killed."""
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
+        process, self._process = self._process, None  # two threads may stop it: who asked, and who was interrupted
+        if process is not None:
+            process.terminate()
+            process.wait()
             with suppress(BrokenPipeError):
-                self._process.stdin.close()
-            self._process.stdout.close()
-            self._process = None
+                process.stdin.close()
+            process.stdout.close()

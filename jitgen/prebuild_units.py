@@ -16,7 +16,7 @@ import torch
 from jitgen import cache, runtime
 from jitgen.dense_split import DECODE_ROWS, is_divisible
 from jitgen.errors import JitgenError, ManifestError
-from jitgen.families import choose_spec, padded_head_dims, serving_spec
+from jitgen.families import PAGE_BOX, choose_spec, padded_head_dims, serving_spec
 from jitgen.manifest import Manifest
 from jitgen.portable import pack, targets_in, unpack
 from jitgen.prebuild_variants import program_of
@@ -90,7 +90,8 @@ def _of_kernel(kernel: Mapping[str, Any], folder: Path, archs: Sequence[str] | N
         raise ManifestError('no target: write arch = ["9.0a"], or give --arch.')
     options = [_listed(kernel, "dtype"), _listed(kernel, "head_dim"), _listed(kernel, "head_dim_v", (None,)), wanted]
     options += [_listed(kernel, "layout", ("dense",)), _listed(kernel, "q_len", Q_LENS), _listed(kernel, "rows", (None,))]
-    for dtype, head_dim, head_dim_v, arch, layout, q_len, given_rows in itertools.product(*options):
+    options += [_listed(kernel, "page_size", (PAGE_BOX,))]
+    for dtype, head_dim, head_dim_v, arch, layout, q_len, given_rows, page_size in itertools.product(*options):
         head_dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
         rows_of_key = (given_rows,) if given_rows else LATENT_ROWS if head_dims == MLA_DIMS else (8,)
         is_cuda = target_of(arch).kind == "cuda"
@@ -100,14 +101,15 @@ def _of_kernel(kernel: Mapping[str, Any], folder: Path, archs: Sequence[str] | N
         if is_short and is_cuda and dtype in CUDA_DTYPES and is_divisible(program):
             families.append(SPLIT)
         for (family, place), rows in itertools.product(families, rows_of_key):
-            spec = spec_of(program, dtype, head_dims, arch, family=family, layout=place, q_len=q_len, rows=rows)
+            sizes = {"q_len": q_len, "rows": rows, "page_size": page_size}
+            spec = spec_of(program, dtype, head_dims, arch, family=family, layout=place, **sizes)
             yield Unit(pack((runtime.module_path, spec)), f"{name}: {spec.label}", spec.target.arch)
 
 
 def _listed(kernel: Mapping[str, Any], name: str, default: Sequence[Any] = ()) -> list[Any]:
     value = kernel.get(name, list(default))
     values = value if isinstance(value, list) else [value]
-    kinds = int if name in ("head_dim", "head_dim_v", "q_len", "rows") else str
+    kinds = int if name in ("head_dim", "head_dim_v", "q_len", "rows", "page_size") else str
     wrong = [v for v in values if v is not None and (not isinstance(v, kinds) or isinstance(v, bool))]
     if wrong or (name in kernel and not values):
         expected = "a positive number or a list of them" if kinds is int else "a string or a list of them"
@@ -125,6 +127,7 @@ def spec_of(
     layout: str = "dense",
     q_len: int = Q_LENS[-1],
     rows: int = 8,
+    page_size: int = PAGE_BOX,
 ) -> KernelSpec:
     """The kernel that a call with these types would choose on a machine of that architecture.
 
@@ -147,11 +150,11 @@ def spec_of(
     if target.kind == "cpu":
         if family not in (None, "cpu"):
             raise ManifestError(f"family = {family!r} needs a CUDA architecture, arch is {arch!r}.")
-        spec = _choose(program, dtype, head_dims, torch.device("cpu"), layout, family, q_len, rows)
+        spec = _choose(program, dtype, head_dims, torch.device("cpu"), layout, family, q_len, rows, page_size)
         return dataclasses.replace(spec, target=target)
     with _as_on_device(arch.rstrip("af")):  # 9.0 and 9.0a both mean a Hopper device; the family decides which it becomes
         head_dims = head_dims if is_latent else padded_head_dims(*head_dims, dtype)
-        return _choose(program, dtype, head_dims, torch.device("cuda", 0), layout, family, q_len, rows)
+        return _choose(program, dtype, head_dims, torch.device("cuda", 0), layout, family, q_len, rows, page_size)
 
 
 def _choose(
@@ -163,11 +166,12 @@ def _choose(
     family: str | None,
     q_len: int,
     rows: int,
+    page_size: int,
 ) -> KernelSpec:
     """What a call, or a plan, chooses."""
     if layout == "dense":
         return choose_spec(program, dtype, head_dims, device, q_len=q_len, family=family)
-    return serving_spec(program, dtype, head_dims, device, layout, family=family, rows=rows)
+    return serving_spec(program, dtype, head_dims, device, layout, family=family, rows=rows, page_size=page_size)
 
 
 @contextmanager

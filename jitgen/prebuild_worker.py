@@ -15,6 +15,8 @@ from jitgen.errors import JitgenError
 from jitgen.events import Event, on_event
 from jitgen.portable import unpack
 
+INTERRUPTED = 130  # exit code, as a shell reports Ctrl-C
+
 
 def build(request: dict[str, Any]) -> dict[str, Any]:
     """Build one request; the result says what became of it."""
@@ -49,4 +51,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:  # Ctrl-C goes to all processes of a terminal, and the first one speaks
+        raise SystemExit(INTERRUPTED) from None

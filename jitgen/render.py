@@ -79,6 +79,7 @@ class KernelContext(VariantTraits):
     tile_kv: int
     num_warps: int
     num_stages: int
+    by_rows: bool  # K and V of a paged sm90 kernel come by loads, from pages of any size
     pairs_groups: bool  # two CTAs take the same keys, each for a head group of its own
     reads_lse: bool  # a hook does
     terms_by_product: bool  # where initial_by_column: column_terms.cuh
@@ -194,6 +195,7 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         tile_kv=spec.tiles.tile_kv,
         num_warps=spec.tiles.num_warps,
         num_stages=spec.tiles.num_stages,
+        by_rows=spec.family == "sm90" and spec.layout.startswith("paged") and not spec.copies,
         pairs_groups=spec.family in MLA_FAMILIES,
         reads_lse=_reads_lse(spec.program),
         terms_by_product=adds_terms_by_product(section, spec.head_dim),

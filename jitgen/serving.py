@@ -8,7 +8,7 @@ import torch
 from torch.compiler import is_compiling
 
 from jitgen.checks import check_scale, is_traced
-from jitgen.errors import InvalidType, PlanMismatch
+from jitgen.errors import InvalidType, LaunchError, PlanMismatch
 from jitgen.looks import can_be_asked
 from jitgen.serving_cascade import Cascade
 from jitgen.serving_launch import run
@@ -118,7 +118,14 @@ def paged_attention(
     k = tensors[1].data_ptr()
     keys = k, (tensors[2].data_ptr() if pair else k) + call.v_offset, *lists_at
     scales = scale_words(plan, call.numbers[3], call.numbers[2], k_scale, v_scale) if has_scales else _NO_SCALES
-    return run(plan, recent, values, q, keys, scales, return_lse, out, lse)
+    try:
+        return run(plan, recent, values, q, keys, scales, return_lse, out, lse)
+    except LaunchError as error:
+        if call.on_host and isinstance(recent.lists, PageTable):
+            missing = recent.lists.missing_page(plan.kv_len, *call.numbers[2:])
+            if missing is not None:
+                raise LaunchError(missing) from error
+        raise
 
 
 def ragged_attention(
@@ -215,9 +222,9 @@ def _check_lists(plan: Plan, lists: KVLists, page_size: int) -> None:
 def _check_table(plan: Plan, table: PageTable, page_size: int) -> None:
     """On the CPU: page lists are long enough; looked at again only when lengths or lists have changed."""
     start = table.indptr
-    changes = 0 if start is None else -1 if start.is_inference() else start._version  # inference tensors count no changes
-    state = (plan.version, page_size, table.pages.shape, changes)
+    state = (plan.version, page_size, table.pages.shape, start is None)
     known, seen = plan.checked_table
-    if changes < 0 or known is not start or seen != state:
+    # the numbers are compared: torch counts no changes that are made through NumPy or in inference mode
+    if seen != state or not (start is None or torch.equal(start, known)):  # type: ignore[arg-type]
         table.check_extent(plan.kv_len, page_size)  # type: ignore[arg-type]
-        plan.checked_table = start, state  # holding the tensor keeps its memory from becoming another's
+        plan.checked_table = None if start is None else start.clone(), state

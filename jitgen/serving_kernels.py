@@ -187,8 +187,7 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
     if plan.family == "decode" or (plan.family is None and most_rows is not None and most_rows <= class_rows):
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS, not in_place),)
     if plan.family is None:
-        where = (plan.device, "ragged" if staged else plan.layout, plan.page_size, plan.max_kv_len)
-        family = prefill_family(*where)
+        family = prefill_family(plan.device, plan.max_kv_len)
         overlaps = family == "sm90" and can_overlap() and plan.segments is None
         kinds = (("decode", not in_place), (family, staged))
         specs = [_spec(plan, program, name, rows, is_staged) for name, is_staged in kinds]
@@ -218,7 +217,8 @@ def _spec(plan: Plan, program: Program, family: str, rows: int, staged: bool = F
         layout = f"{layout}_states"
     dtype, stored = dtype_name(plan.dtype), "" if staged else stored_dtype(plan)
     bare = without_rows(program)
-    spec = serving_spec(bare, dtype, dims, plan.device, layout, family=family, rows=rows, kv_dtype=stored)
+    options = {"family": family, "rows": rows, "kv_dtype": stored, "page_size": plan.page_size}
+    spec = serving_spec(bare, dtype, dims, plan.device, layout, **options)
     return _specified(plan, spec, program, staged)
 
 

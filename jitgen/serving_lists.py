@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from jitgen.checks import as_int32, check_memory, narrowed
+from jitgen.checks import as_int32, check_memory, first_of, narrowed
 from jitgen.errors import InvalidType, ShapeMismatch, UnsupportedDtype
 
 Tensor = torch.Tensor
@@ -59,6 +59,10 @@ class PageTable(KVLists):
     def __init__(self, batch: int, pages: Tensor, indptr: Tensor | None, list_stride: int) -> None:
         super().__init__(pages, indptr, list_stride)
         self.batch = batch
+
+    def __repr__(self) -> str:
+        form = "block table" if self.indptr is None else "CSR"
+        return f"PageTable({form}, batch={self.batch}, pages {tuple(self.pages.shape)}, {self.device})"
 
     @property
     def indptr(self) -> Tensor | None:
@@ -133,7 +137,12 @@ class PageTable(KVLists):
         if self.indptr is None:
             has = torch.full_like(needed, self.pages.shape[1])
         else:
-            has = self.indptr[: kv_len.shape[0] + 1].clamp(max=self.pages.shape[0]).diff()
+            starts = self.indptr[: kv_len.shape[0] + 1]
+            has = starts.clamp(max=self.pages.shape[0]).diff()
+            if bool((starts < 0).any()) or bool((starts.diff() < 0).any()):
+                raise ShapeMismatch(
+                    f"indptr of the page table is {first_of(starts)}, expected numbers from 0 on that never fall."
+                )
         short = (needed > has).nonzero()
         if len(short):
             b = int(short[0])
@@ -141,6 +150,20 @@ class PageTable(KVLists):
                 f"request {b} has kv_len {int(kv_len[b])}, which takes {int(needed[b])} pages of {page_size}, but its page "
                 f"list has {int(has[b])}. Append its new pages to the table before the call."
             )
+
+    def missing_page(self, kv_len: Tensor, page_size: int, num_pages: int) -> str | None:
+        """On the CPU: which request needs a page that a cache of ``num_pages`` does not have."""
+        for b, length in enumerate(kv_len.tolist()):
+            listed = self.pages[b] if self.indptr is None else self.pages[int(self.indptr[b]) :]
+            needed = listed[: -(-length // page_size)]
+            wrong = ((needed < 0) | (needed >= num_pages)).nonzero()
+            if len(wrong):
+                at = int(wrong[0])
+                return (
+                    f"the page list of request {b} names a page that the cache does not have: entry {at} is {int(needed[at])}, "
+                    f"expected 0 to {num_pages - 1} in the first {len(needed)}, which hold its {length} keys."
+                )
+        return None
 
 
 def check_indices(name: str, t: object, rank: int) -> None:

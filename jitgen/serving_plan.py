@@ -49,8 +49,8 @@ class Plan:
     max_kv_len    most keys of a request; needed on a GPU where a hook reads a tensor at exactly q_idx or kv_idx, because
                   kernels do not check that such a tensor is long enough
     layout        'paged' or 'ragged': which call will use the plan
-    page_size     keys of a page, if known: the prefill kernel of Hopper needs it, and pages of a multiple of 8; without it
-                  that of Ampere is used, at about half the speed
+    page_size     keys of a page, if known: from pages of a multiple of 8 the prefill kernel of Hopper has the copy engine bring
+                  keys; without it, and of other sizes, they come row by row, at two thirds of the speed
     kv_dtype      dtype of the keys and values in the cache, if not ``dtype``: torch.float8_e4m3fn, torch.float8_e5m2 or
                   torch.int8, with scales that each call is given. On a GPU such plans have the decode kernel only, which
                   takes long prefills at its own speed, unless max_kv_tokens is given

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from jitgen.checks import first_of
 from jitgen.errors import PlanMismatch, ShapeMismatch, VariantError
 from jitgen.program import Program
 from jitgen.serving_checks import MAX_CUDA_BATCH
@@ -116,7 +117,7 @@ class Segments(Entries):
             self.kv_len[at:end] = level.kv_len
             self.kv_len[end : end + 1] = 0
             self.state_row[at:end] = level.q_indptr[:-1] + shift
-            self.kv_base[at:end] = base[level.q_indptr[:-1].clamp(max=self.max_tokens - 1)]
+            self.kv_base[at:end] = base[level.q_indptr[:-1].clamp(0, self.max_tokens - 1)]
             group = self.request_of_row(level.q_indptr)
             keys = level.kv_len[group]
             self.row_state[number] = torch.where((keys > 0) & (self._row < level.q_indptr[-1]), self._row + shift, -1)
@@ -158,7 +159,7 @@ class Segments(Entries):
         self.set_rows(q_indptr, row_kv_len, request)
         batch = q_indptr.shape[0] - 1
         self.request_q_indptr[: batch + 1] = q_indptr
-        self.request_kv_len[:batch] = row_kv_len[q_indptr[:-1].clamp(max=self.max_tokens - 1)]
+        self.request_kv_len[:batch] = row_kv_len[q_indptr[:-1].clamp(0, self.max_tokens - 1)]
 
 
 def cuts_itself(device: torch.device) -> bool:
@@ -203,6 +204,8 @@ def check_cascade(cascade: Cascade) -> None:
                 f"q_indptr of level {number} ends with {int(q_indptr[-1])} rows, that of the last level with {last}. All "
                 "levels divide the same rows; give those that share nothing a group with kv_len 0."
             )
+        if bool((level.kv_len < 0).any()):
+            raise ShapeMismatch(f"kv_len of level {number} is {first_of(level.kv_len)}, expected no negative length.")
         wrong = [n for n in q_indptr.tolist() if n not in borders]
         if wrong:
             raise ShapeMismatch(f"a group of level {number} begins or ends at row {wrong[0]}, inside of a request.")

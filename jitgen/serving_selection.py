@@ -61,8 +61,8 @@ class Selection(ChosenKeys):
     blocks, as each layer of a model does.
 
     q_indptr, page_table, kv_len   the requests, as ``Plan.update`` and ``paged_attention`` take them
-    chosen        numbers of blocks in their request, from 0 on, in any order and none twice. Negative ones, and blocks behind
-                  the last key, stand for none
+    chosen        numbers of blocks in their request, from 0 on, in any order and none twice. Negative ones stand for none, as
+                  do blocks behind the last key where nothing is checked, on a GPU
     list_indptr   rows that each list is for, all of one request: list i is that of the rows list_indptr[i] to
                   list_indptr[i + 1] of q. Default q_indptr: a list for each request. With every row alone, DeepSeek's form
     block_size    keys of a block, a multiple of page_size, which it is by default. A cache seen as pages of one key
@@ -110,8 +110,8 @@ class Selection(ChosenKeys):
             )
         self._table, self._ratio = PageTable.of(page_table), block_size // page_size
         batch, lists, heads, width = kv_len.shape[0], *chosen.shape
-        sizes = (q_indptr.shape[0], self._table.batch, list_indptr.shape[0])
-        if sizes[0] != batch + 1 or sizes[1] < batch or sizes[2] != lists + 1 or not batch * lists * heads * width:
+        sizes, table_size = (q_indptr.shape[0], self._table.batch, list_indptr.shape[0]), self._table.pages.numel()
+        if sizes[0] != batch + 1 or sizes[1] < batch or sizes[2] != lists + 1 or not batch * lists * heads * width * table_size:
             raise ShapeMismatch(
                 f"q_indptr has {sizes[0]} entries, kv_len {batch}, the page table {sizes[1]} lists, list_indptr {sizes[2]} "
                 f"entries, chosen shape {tuple(chosen.shape)}. Expected batch + 1, batch, batch, lists + 1 and [lists, "
@@ -193,7 +193,7 @@ class Selection(ChosenKeys):
         self.positions.copy_(torch.where(is_page, page * self.page_size, NO_POSITION).flatten())
         # a list goes on with its first page, whose keys no row sees then
         listed = torch.where(is_page, page, torch.where(is_page[..., :1], page[..., :1], 0))
-        entry = (listed + self._first[:, None, None]).clamp_(max=table.shape[0] - 1)
+        entry = (listed + self._first[:, None, None]).clamp_(0, table.shape[0] - 1)  # check() says what is wrong, on the CPU
         torch.index_select(table, 0, entry.flatten(), out=self.pages.view(-1))
 
     def check(self, is_even: bool) -> None:

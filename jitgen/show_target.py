@@ -50,6 +50,11 @@ def load_module(where: str) -> ModuleType:
         if error.name and (where == error.name or where.startswith(error.name + ".")):
             raise VariantError(f"there is no module {where!r}, here or in this Python's packages.") from None
         raise VariantError(f"importing {where} failed: {described(error)}.") from error
+    except SystemExit as stop:
+        raise VariantError(
+            f"importing {where} ended the program ({described(stop)}). "
+            "Put what is not for importing under if __name__ == '__main__'."
+        ) from stop
     except Exception as error:
         raise VariantError(f"importing {where} failed: {described(error)}.") from error
 
@@ -67,7 +72,9 @@ def module_of_file(path: Path) -> ModuleType:
 
 
 def described(error: BaseException) -> str:
-    """An error with the place where it was raised."""
+    """An error with the place where it was raised, or which does not parse."""
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        return f"{type(error).__name__}: {error.msg} ({error.filename}:{error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"

@@ -29,6 +29,7 @@ POSITIONAL: dict[str, tuple[str, ...]] = {
 }
 HOOKS = tuple(POSITIONAL)
 ROW_TRANSFORMS = HOOKS[-3:]
+TAKERS_OF_BLOCKS = {"BlockMask": "flex_attention", "BlockSparse": "block_sparse_attention"}
 
 
 @record
@@ -75,8 +76,13 @@ def check_hook(kind: str, hook: Any) -> Signature:
     Errors:  VariantError naming the hook, the parameters expected and those found.
     """
     if not callable(hook):
-        index = " Index it in one, as in mask[q_idx, kv_idx]." if isinstance(hook, torch.Tensor) else ""
-        raise VariantError(f"{kind} is {shown(hook)}, expected a function ({', '.join(POSITIONAL[kind])}).{index}")
+        what, remedy = shown(hook), ""
+        if isinstance(hook, torch.Tensor):
+            remedy = " Index it in one, as in mask[q_idx, kv_idx]."
+        elif (name := type(hook).__name__) in TAKERS_OF_BLOCKS:  # which take many lines to print
+            what = f"a {name}"
+            remedy = f" Give its mask_mod, or the {name} to jitgen.{TAKERS_OF_BLOCKS[name]}."
+        raise VariantError(f"{kind} is {what}, expected a function ({', '.join(POSITIONAL[kind])}).{remedy}")
     found, wanted = signature_of(hook), POSITIONAL[kind]
     if not found.required <= len(wanted) <= found.accepted:
         raise VariantError(

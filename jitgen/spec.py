@@ -47,7 +47,9 @@ class KernelSpec:
     kv_dtype: str = ""  # of K and V where it is one of STORED_DTYPES; FP8_DTYPE of a dense CPU kernel: of Q too; empty: dtype
     out_dtype: str = ""  # of the output; empty: dtype
     rows: Any = None  # transforms of K and V inside of a decode kernel: kv_decode.DecodeRows
-    copies: bool = True  # a dense bias comes by the copy engine, which asks for aligned rows; False: by loads
+    # A dense bias comes by the copy engine, which asks for aligned rows, K and V of a paged sm90 kernel in boxes of pages of a
+    # multiple of 8 keys; False: by loads.
+    copies: bool = True
 
     @cached_property
     def digest(self) -> str:

@@ -77,12 +77,13 @@ def require_cxx() -> Cxx:
         named = env.cxx()
         what = f"JITGEN_CXX={named} is not a program on this machine" if named else "no C++ compiler on PATH"
         raise ToolchainMissing(what, CXX_REMEDY + ".")
+    if re.fullmatch(r"(.*-)?(gcc|cc|clang)(-[\d.]+)?", found.path.name):
+        raise ToolchainMissing(f"{found.path} is a C compiler, which leaves the C++ library out", "Name g++ or clang++.")
     least = MIN_CLANG if found.is_clang else MIN_GCC
     if found.major < least:
-        raise ToolchainMissing(
-            f"{found.path} is {found.version or 'of unknown version'}, at least version {least} is needed",
-            CXX_REMEDY + ".",
-        )
+        is_known = found.is_clang or not found.version or found.version.startswith("g++")
+        lack = f"at least version {least} is needed" if is_known else "neither g++ nor clang++"
+        raise ToolchainMissing(f"{found.path} is {found.version or 'of unknown version'}, {lack}", CXX_REMEDY + ".")
     return found
 
 
@@ -103,7 +104,8 @@ def _ask_cxx(program: str) -> str:
         return ""
     if "clang" in line:
         return "clang " + line.partition("version ")[2]
-    return "g++ " + line.partition(" ")[2]
+    # GCC's has three numbers behind the packager; another program's is left as it is
+    return "g++ " + line.partition(" ")[2] if re.match(r"\S+ \(.*\) \d+\.\d+\.\d+", line) else line
 
 
 def find_ninja() -> Path | None:

@@ -5,8 +5,8 @@
     peers       who is timed                             contest     one group of contenders, start to end
     results     figures and ratios                       tables      throughput and variants as tables
     report      header, text, JSON                       cli         the command
-    dense, short, fp8, variants, cpu, jit, decode, mla, cache, cascade, sparse   the suites
-    listed                                               how suites short, fp8, mla, cascade and sparse run
+    dense, short, fp8, variants, cpu, jit, decode, prefill, mla, cache, cascade, sparse   the suites
+    listed                                               how suites short, fp8, prefill, mla, cascade and sparse run
     decode_peers                                         batches and contenders of suite decode
     probe, spellings                                     what suite jit runs in fresh processes
     deploy, deploy_probe, deploy_variants                what suite deploy builds, and runs in fresh processes
@@ -24,6 +24,7 @@ SUITES = {
     "short": ("jitgen.bench.short", "few query rows over many keys of dense tensors: a decode step without pages"),
     "fp8": ("jitgen.bench.fp8", "attention over e4m3 tensors, beside the same numbers in bfloat16"),
     "decode": ("jitgen.bench.decode", "bandwidth of paged decode: batches of equal, uniform and Zipf lengths"),
+    "prefill": ("jitgen.bench.prefill", "throughput of prompts and chunks of them through a plan, keys ragged or in pages"),
     "mla": ("jitgen.bench.mla", "bandwidth and throughput of decode with latent attention: 128 and 16 heads"),
     "cascade": ("jitgen.bench.cascade", "decode of requests that share a prefix, beside the same unshared"),
     "sparse": ("jitgen.bench.sparse", "attention over 10, 25 and 50 % of the 128 x 128 blocks, beside dense"),

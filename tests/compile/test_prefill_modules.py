@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,10 @@ MODULES = [
     ("sm90", "paged", causal_only, "float16", 192, 192),
     ("sm90", "paged", causal_only, "bfloat16", 256, 256),
     ("sm90", "paged", every_hook, "bfloat16", 128, 128),
+    ("sm90", "paged_rows", causal_only, "bfloat16", 128, 128),  # pages of any size
+    ("sm90", "paged_rows", window, "bfloat16", 64, 64),
+    ("sm90", "paged_rows", every_hook, "float16", 128, 128),
+    ("sm90", "paged_rows", plain, "bfloat16", 192, 128),
     ("sm90", "ragged", every_hook, "float16", 256, 256),
     ("sm90", "ragged", segments, "bfloat16", 64, 64),
     ("sm90", "paged", sigmoid, "bfloat16", 128, 128),
@@ -151,7 +156,9 @@ class Module:
         family, layout, make, dtype, head_dim, head_dim_v = case
         self.archs = ARCHS[family]
         target = cuda_target("9.0a" if family == "sm90" else "8.0")
-        self.spec = cuda_spec(make().trace().program, dtype, (head_dim, head_dim_v), family, target, layout=layout)
+        dims, place = (head_dim, head_dim_v), layout.removesuffix("_rows")
+        spec = cuda_spec(make().trace().program, dtype, dims, family, target, layout=place)
+        self.spec = replace(spec, copies=False) if place != layout else spec
         source = render_kernel(self.spec)
         self.binary, self.output = compile_source(source, directory, *code_for(*self.archs), "--threads=2", "-fatbin")
 

@@ -353,6 +353,7 @@ CASES: dict[str, Case] = {
     "plain__sm90_ragged__bfloat16": Case(plain, "sm90", "bfloat16", (128, 128), "ragged"),
     "window__sm90_paged__bfloat16": Case(window, "sm90", "bfloat16", (128, 128), "paged"),
     "documents__sm90_ragged__bfloat16": Case(documents, "sm90", "bfloat16", (128, 128), "ragged"),
+    "segments__sm90_paged_rows__bfloat16": Case(segments, "sm90", "bfloat16", (128, 128), "paged_rows"),
     "every_hook__sm90_paged__bfloat16": Case(every_hook, "sm90", "bfloat16", (64, 64), "paged"),
     "alibi_pruned_sigmoid__sm90_ragged__float16": Case(alibi_pruned_sigmoid, "sm90", "float16", (128, 128), "ragged"),
     "plain__decode__bfloat16": Case(plain, "decode", "bfloat16", (128, 128), "paged"),
@@ -435,8 +436,9 @@ def case_spec(name: str) -> KernelSpec:
     if case.family == "merge_cpu":
         return KernelSpec("merge_cpu", program, case.dtype, *case.head_dims, Tiles(0, 0), target, case.layout)
     program = with_value_factor(program) if case.family == "decode" else program
-    bare, layout = without_rows(program), case.layout.removesuffix("_chosen")
+    bare, layout = without_rows(program), case.layout.removesuffix("_chosen").removesuffix("_rows")
     spec = cuda_spec(bare, case.dtype, case.head_dims, case.family, target, layout=layout, kv_dtype=case.kv_dtype)
+    spec = replace(spec, copies=False) if case.layout.endswith("_rows") else spec
     transforms = program.rows is not None and program.rows.changes_keys
     return spec if not transforms else replace(spec, rows=rows_in_decode(program, case.dtype, *case.head_dims))
 

@@ -27,7 +27,8 @@ def tensors(q=(1, 4, 8, 64), k=(1, 4, 8, 64), v=(1, 4, 8, 64), dtype=torch.float
         ({"k": (1, 4, 8, 32)}, ["k has head_dim 32", "q has 64"]),
         ({"k": (2, 4, 8, 64), "v": (2, 4, 8, 64)}, ["batch 2", "q has 1"]),
         ({"q": (1, 4, 8, 60), "k": (1, 4, 8, 60)}, ["head_dim 60", "multiple of 8", "pad"]),
-        ({"v": (1, 4, 8, 520)}, ["head_dim 520", "512", "is the last axis the head dim?"]),
+        ({"v": (1, 4, 8, 520)}, ["head_dim 520", "512", "Is the last axis the head dim?"]),
+        ({"q": (1, 4, 8, 576), "k": (1, 4, 8, 576)}, ["head_dim 576", "Latent attention is of plans"]),
         ({"q": (1, 0, 8, 64), "k": (1, 0, 8, 64), "v": (1, 0, 8, 64)}, ["q has 0 heads", "positive multiple"]),
     ],
 )

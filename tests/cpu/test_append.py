@@ -127,6 +127,16 @@ def test_a_place_that_is_not_there_is_an_error_and_the_others_are_written():
         assert cache.k.sum() == 8
 
 
+@pytest.mark.parametrize("starts", [[-(10**9), 2, 4], [10**9, 10**9 + 2, 4], [-1, 2, 4]], ids=["below", "above", "one_below"])
+def test_page_lists_that_begin_nowhere_are_not_followed(starts):
+    cache = make_cache([8, 8], 4, 1, (8, 8), torch.float32, "cpu")
+    k = torch.ones(2, 1, 8)
+    cache.k.fill_(0)
+    with pytest.raises(LaunchError, match="not there"):  # of the first token: the second's list is as it should be
+        jitgen.append(cache.kv, k, k, (torch.tensor(starts), torch.arange(4)), torch.tensor([1, 0]), torch.tensor([0, 1]))
+    assert cache.k.sum() == 8 * (starts[1] == 2)
+
+
 KV = (torch.zeros(4, 16, 2, 64), torch.zeros(4, 16, 2, 64))
 ROWS = torch.zeros(3, 2, 64)
 SLOTS = {"slot_mapping": torch.zeros(3, dtype=torch.int64)}

@@ -19,7 +19,7 @@ from jitgen.bench.workloads import ProblemSet, same_area
 
 CUDA_PEERS = ("sdpa-flash", "sdpa-cudnn", "fa3", "fa4", "flashinfer", "flex")
 
-SUITE_NAMES = "jit, cpu, dense, short, fp8, decode, mla, cascade, sparse, cache, sampling, deploy, variants"
+SUITE_NAMES = "jit, cpu, dense, short, fp8, decode, prefill, mla, cascade, sparse, cache, sampling, deploy, variants"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_wrong_arguments_get_one_message_and_exit_code_2(arguments, message, cap
     "suite, name",
     [
         ("decode", "flashinfer-persistent"), ("sampling", "torch"), ("cache", "copy"), ("sparse", "flashinfer-fa3"),
-        ("short", "sdpa"), ("mla", "flashinfer-fa2"),
+        ("short", "sdpa"), ("mla", "flashinfer-fa2"), ("prefill", "fa3"),
     ],
 )  # fmt: skip
 def test_peers_of_a_suite_of_its_own_may_be_named(suite, name, capsys):

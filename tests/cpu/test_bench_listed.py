@@ -1,4 +1,4 @@
-"""Suites cascade, short, fp8, mla and sparse: their cells, and that wrong or missing contenders are named and never timed."""
+"""Suites whose cells bring their own contenders: the cells, and that wrong or missing contenders are named, never timed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench_fakes import FakeTimer
 
-from jitgen.bench import cascade, fp8, mla, short, sparse
+from jitgen.bench import cascade, fp8, mla, prefill, short, sparse
 from jitgen.bench.config import BenchConfig
 from jitgen.bench.contest import time_right
 from jitgen.bench.listed import Cell, run_suite
@@ -34,11 +34,15 @@ def tiny_latent(device, seed, q_len=1):
     return mla.Latent(device, 3, 100, 4, q_len, "float32", seed)
 
 
+def tiny_prompts(device, seed, page_size=0, window=0, q_len=40, lengths="const"):
+    return prefill.Prompts(device, 3, q_len, 40, page_size, window, lengths, "float32", seed, HEADS)
+
+
 def tiny_blocks(device, seed):
     return sparse.Blocks(device, 256, 0.4, "float32", seed, 64, HEADS)
 
 
-@pytest.mark.parametrize("suite", [cascade, fp8, mla, short, sparse], ids=["cascade", "fp8", "mla", "short", "sparse"])
+@pytest.mark.parametrize("suite", [cascade, fp8, mla, prefill, short, sparse], ids=lambda suite: suite.__name__.split(".")[2])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("quick", [False, True])
 def test_labels_are_distinct(suite, device, quick):
@@ -46,9 +50,14 @@ def test_labels_are_distinct(suite, device, quick):
     assert found and len(set(found)) == len(found)
 
 
-@pytest.mark.parametrize(
-    "make", [tiny_cascade, tiny_blocks, tiny_latent, partial(tiny_latent, q_len=3)], ids=["cascade", "sparse", "mla", "mla-q3"]
-)
+TINY = {
+    "cascade": tiny_cascade, "sparse": tiny_blocks, "mla": tiny_latent, "mla-q3": partial(tiny_latent, q_len=3),
+    "ragged": tiny_prompts, "ragged-window": partial(tiny_prompts, window=7), "pages": partial(tiny_prompts, page_size=16),
+    "chunk-uniform": partial(tiny_prompts, page_size=16, q_len=9, lengths="uniform"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", TINY.values(), ids=TINY)
 def test_ours_are_right_and_timed(make):
     (report,) = run_suite("tiny", [Cell("cell", make)], config(), "note")
     results = {r["contender"]: r for r in report.data["results"]}

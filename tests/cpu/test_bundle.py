@@ -284,4 +284,6 @@ def test_command_packs_verifies_and_unpacks(layer: Path, tmp_path: Path, capsys)
     Path(packed).write_bytes(b"no archive")
     assert main(["bundle", "verify", packed]) == 1
     assert "is no archive" in capsys.readouterr().err
+    capsys.readouterr()
     assert main(["bundle", "verify", str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().err == f"jitgen bundle: {tmp_path / 'none'}: No such file or directory.\n"

@@ -150,9 +150,10 @@ def test_unusable_store_is_replaced_by_a_temporary_one_with_one_warning(
 ) -> None:
     private_store.write_text("a file where the directory should be")
     builder = FakeBuilder()
-    with pytest.warns(CacheWarning, match="cannot be used: .*Set JITGEN_CACHE_DIR"):
+    with pytest.warns(CacheWarning, match="cannot be used: .*Set JITGEN_CACHE_DIR") as caught:
         path = get_module(request(), builder)
     assert path.is_file()
+    assert caught[0].filename == __file__  # the line of who called, not one inside of jitgen
     assert get_module(request(), builder) == path
     get_module(request(FakeSource("int other;\n"), spec="other"), builder)  # a second warning would be an error
     assert builder.num_builds == 2

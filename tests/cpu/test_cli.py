@@ -102,6 +102,16 @@ def test_error_of_jitgen_is_one_message_and_code_1(monkeypatch, capsys):
     assert capsys.readouterr().err == "jitgen doctor: window is -3, expected a positive number.\n"
 
 
+@pytest.mark.parametrize(
+    "arguments", [["show", "x:y"], ["demo"], ["prebuild", "x.toml", "--out", "y"], ["bench", "cpu"]], ids=" ".join
+)
+def test_a_missing_torch_is_one_message(arguments):
+    without = "import sys; sys.modules['torch'] = None; from jitgen.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", without, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"jitgen {arguments[0]}: torch is not installed in this Python, {sys.executable}. " in done.stderr
+
+
 def test_bug_is_not_hidden(monkeypatch):
     def run(args):
         raise ZeroDivisionError
@@ -124,6 +134,19 @@ def test_closed_pipe_ends_quietly():
     command = f"{sys.executable} -m jitgen --help | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr == ""
+
+
+def test_a_full_disk_is_said_in_a_line():
+    command = f"{sys.executable} -m jitgen --help > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, "jitgen: the output cannot be written: No space left on device.\n")
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_closed_stream_is_no_error(stream, private_store):
+    command = f"{sys.executable} -m jitgen cache stats {stream}>&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_bench_is_given_its_arguments(monkeypatch):

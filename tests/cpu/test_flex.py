@@ -105,6 +105,19 @@ def test_grouped_query_attention_must_be_asked_for():
     with pytest.raises(errors.ShapeMismatch, match=r"key has 2 heads, query has 8.*enable_gqa=True"):
         jitgen.flex_attention(q, k, v)
     assert_same(jitgen.flex_attention(q, k, v, enable_gqa=True), flex.flex_attention(q, k, v, enable_gqa=True))
+    other = (t.transpose(1, 2) for t in (q, k[:, :, :100], v[:, :, :100]))  # lengths where the heads belong
+    with pytest.raises(errors.ShapeMismatch, match=r"key has 100 heads, query .* \[batch, heads, length, head_dim\]\?"):
+        jitgen.flex_attention(*other)
+
+
+def test_a_block_mask_in_the_place_of_a_function_is_told_where_it_goes():
+    q, k, v = inputs()
+    mask = flex.create_block_mask(causal, None, None, q.shape[2], k.shape[2], device="cpu")
+    with pytest.raises(errors.VariantError, match=r"mask_mod is a BlockMask, .* its mask_mod, .* to jitgen\.flex_attention\.$"):
+        jitgen.attention(q, k, v, mask_mod=mask)
+    lists = jitgen.BlockSparse.bsr(torch.tensor([0, 1]), torch.tensor([0]), (32, 32), (32, 32))
+    with pytest.raises(errors.VariantError, match=r"mask_mod is a BlockSparse, .* to jitgen\.block_sparse_attention\.$"):
+        jitgen.Variant(mask_mod=lists)
 
 
 def test_return_aux_gives_the_logsumexp():

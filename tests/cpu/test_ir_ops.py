@@ -19,6 +19,7 @@ THREE, MINUS_FOUR, BIG = 3, -4, 2**33 + 5
 BYTES = torch.arange(64, dtype=torch.uint8) % 21  # torch's own sums of bytes wrap at 256; see the test of that
 LONGS = (torch.arange(64, dtype=torch.int64) - 20) * 3_000_000_019
 FLAGS = torch.arange(64) % 3 == 0
+PAIRS = torch.stack([torch.arange(64) * 3 % 11, torch.arange(64) - 9], dim=1)
 HALVES = ((torch.arange(64) - 31) / 16).to(torch.float16)
 
 # name -> function(s, q, k); integers differ in sign, floats lie between -8 and 8. Called as they stand, and traced.
@@ -41,6 +42,7 @@ FLOATS: dict[str, Callable] = {
     "leaky_relu": lambda s, q, k: F.leaky_relu(s, 0.1),
     "hardtanh": lambda s, q, k: F.hardtanh(s, -2.0, 3.0),
     "erf": lambda s, q, k: torch.erf(s),
+    "special": lambda s, q, k: torch.special.erf(s) + torch.special.log1p(torch.special.exp2(s)) + torch.special.expit(s),
     "sqrt": lambda s, q, k: torch.sqrt(s.abs()),
     "rsqrt": lambda s, q, k: torch.rsqrt(s * s + 0.5),
     "sin": lambda s, q, k: torch.sin(s * 3),
@@ -67,6 +69,7 @@ FLOATS: dict[str, Callable] = {
     "minimum": lambda s, q, k: torch.minimum(s, -s) + torch.max(q, k) + torch.min(q, k),
     "add_alpha": lambda s, q, k: torch.add(s, q, alpha=2) + torch.sub(s, k, alpha=0.5),
     "lerp": lambda s, q, k: torch.lerp(s, s * 2, 0.25),
+    "addcmul": lambda s, q, k: torch.addcmul(s, HALVES[k].float(), s, value=0.5),
     "casts": lambda s, q, k: s.int() + (s * 2).to(torch.int64) + q.float() / 3 + s.bool().float() + s.long().half(),
     "int_division_is_float": lambda s, q, k: q / (k + 1) + s,
     "bool_arithmetic": lambda s, q, k: (q > k) + 2 * (q == k) + s * (k % 2 == 0),
@@ -104,6 +107,7 @@ INTS: dict[str, Callable] = {
     "bool_gather": lambda s, q, k: FLAGS[k] + 2 * (FLAGS[k] & FLAGS[q]) + 4 * (~FLAGS[k]),
     "negative_index": lambda s, q, k: BYTES[-1] + BYTES[-k - 1] + BYTES[k - 20],
     "gather_of_gather": lambda s, q, k: BYTES[(BYTES[k] + q) % 64],
+    "unbind": lambda s, q, k: sum(column[k] * (i + 1) for i, column in enumerate(PAIRS.unbind(-1))) + PAIRS[q].unbind()[1],
     "any_of_row": lambda s, q, k: (BYTES[:9] == k).any() + 2 * (BYTES[2:20:3] >= q).all() + (BYTES[:5] * k).sum(),
     "tensor_on_the_left": lambda s, q, k: torch.tensor(40) // (k + 1)
     + torch.tensor(50) % (k + 1)
@@ -184,8 +188,9 @@ def test_every_ir_operation_is_covered():
 
 
 def test_every_torch_name_in_the_table_exists_in_torch():
-    own = {"rms", "row_max", "row_sum", "row_cumsum", "tanh_approx", "log_sigmoid", "fabs", "special_expit"}
-    own |= {"linalg_norm", "linalg_vector_norm"}  # as functions of torch.linalg call themselves
+    own = {"rms", "row_max", "row_sum", "row_cumsum", "tanh_approx", "log_sigmoid", "fabs"}
+    own |= {"linalg_norm", "linalg_vector_norm"}  # as functions of torch.linalg call themselves, and those of torch.special
+    own |= {"special_expit", "special_erf", "special_exp2", "special_log1p"}
     homes = (torch, F, torch.special, torch.Tensor)
     missing = {n for n in (*symbols.FUNCTIONS, *symbols.METHODS) if not any(hasattr(home, n) for home in homes)}
     assert missing <= own

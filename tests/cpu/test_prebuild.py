@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,12 @@ def test_hopper_gets_the_tiles_of_all_lengths_and_its_own_instructions(folder: P
 def test_serving_layout_gets_the_kernels_of_a_plan(folder: Path) -> None:
     found = specs(folder, kernel(layout="paged", head_dim=128, arch="9.0"))
     assert {(s.family, s.layout) for s in found} == {("decode", "paged"), ("sm90", "paged")}
+
+
+def test_pages_without_boxes_have_a_prefill_kernel_of_their_own(folder):
+    found = specs(folder, kernel(layout="paged", head_dim=128, arch="9.0", page_size=[1, 16]))
+    assert {(s.family, s.copies) for s in found} == {("decode", True), ("sm90", True), ("sm90", False)}
+    assert {s.copies for s in specs(folder, kernel(layout="paged", head_dim=128, arch="9.0"))} == {True}
     assert [s.family for s in specs(folder, kernel(layout="ragged", arch="portable"))] == ["cpu"]
 
 
@@ -336,6 +345,30 @@ def test_worker_that_dies_takes_one_kernel_with_it(folder: Path, monkeypatch) ->
     assert sorted(result.outcome for result in report.results) == ["failed", "hit", "hit"]
     assert report.failed[0].error == "the building process was killed by signal 9. Memory may be short: try fewer --jobs."
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_interrupt_ends_all_processes_quietly(folder: Path, monkeypatch) -> None:
+    """Ctrl-C, which a terminal sends to the command, its workers and their compilers."""
+    compiler, begun = folder / "g++", folder / "begun"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *version*) echo "g++ (GCC) 12.1.0";; *) touch {begun}; sleep 60;; esac\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("JITGEN_CXX", str(compiler))
+    (folder / "m.toml").write_text(kernel("plain", head_dim=[16, 24, 32], dtype="float32", arch="portable"))
+    options = (str(folder / "m.toml"), "--out", str(folder / "layer"), "--jobs", "2")
+    command = [sys.executable, "-m", "jitgen", "prebuild", *options]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        wait_for(begun.exists, process)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")
+    assert not list((folder / "layer" / "tmp").iterdir())
+
+
+def wait_for(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 60
+    while not is_so() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def test_list_builds_nothing(folder: Path, capsys) -> None:

@@ -13,7 +13,8 @@ from norm_cases import Sigmoid, StickBreaking
 from serving_batch import Batch
 
 import jitgen
-from jitgen.families import prefill_family
+from jitgen.families import prefill_family, serving_spec
+from jitgen.render import render_kernel
 from jitgen.serving_balance import NEVER_CUT, SHARES_AT, TAIL_PIECES, PlanShape, balance, cuts_nothing
 from jitgen.serving_explain import host_pieces, share_loads
 
@@ -228,19 +229,24 @@ def test_equal_items_stay_whole_where_few_ctas_are_idle_for_it():
 
 
 @pytest.mark.parametrize(
-    "arch, layout, page_size, max_kv_len, family",
-    [
-        ("9.0", "ragged", None, None, "sm90"),
-        ("9.0", "paged", 16, None, "sm90"),
-        ("9.0", "paged", 12, None, "sm80"),
-        ("9.0", "paged", None, None, "sm80"),
-        ("9.0", "ragged", None, 1 << 22, "sm80"),
-        ("8.9", "ragged", None, None, "sm80"),
-    ],
+    "arch, max_kv_len, family", [("9.0", None, "sm90"), ("9.0", 1 << 22, "sm80"), ("8.9", None, "sm80")]
 )
-def test_prefill_kernel_of_hopper_is_chosen_where_it_can_be_used(monkeypatch, arch, layout, page_size, max_kv_len, family):
+def test_prefill_kernel_of_hopper_is_chosen_where_it_can_be_used(monkeypatch, arch, max_kv_len, family):
     monkeypatch.setenv("JITGEN_CUDA_ARCH", arch)
-    assert prefill_family(torch.device("cuda", 0), layout, page_size, max_kv_len) == family
+    assert prefill_family(torch.device("cuda", 0), max_kv_len) == family
+
+
+@pytest.mark.parametrize(
+    "layout, page_size, by_boxes",
+    [("paged", 16, True), ("paged", 8, True), ("paged", 12, False), ("paged", 1, False), ("paged", None, False),
+     ("paged_states", None, False), ("ragged", None, True)],
+)  # fmt: skip
+def test_keys_are_copied_in_boxes_where_pages_have_them(monkeypatch, layout, page_size, by_boxes):
+    monkeypatch.setenv("JITGEN_CUDA_ARCH", "9.0")
+    program = jitgen.Variant().trace().program
+    spec = serving_spec(program, "bfloat16", (128, 128), torch.device("cuda", 0), layout, page_size=page_size)
+    assert (spec.family, spec.copies) == ("sm90", by_boxes)
+    assert ("copy_rows(" in render_kernel(spec).text) is not by_boxes
 
 
 # ---- the CPU ---------------------------------------------------------------------------------------------------------------

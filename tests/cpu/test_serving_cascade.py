@@ -205,6 +205,13 @@ def test_groups_that_divide_a_request_or_other_rows_are_named():
         plan.update(cascade(torch.tensor([0, 4])))
     with pytest.raises(ShapeMismatch, match="start with 0 and never fall"):
         plan.update(cascade(torch.tensor([0, 3, 2, 5])))
+    for first in (-(10**9), 10**9):
+        with pytest.raises(ShapeMismatch, match="start with 0 and never fall"):
+            plan.update(cascade(torch.tensor([first, 5])))
+    wrong = cascade(torch.tensor([0, 5]))
+    wrong.levels[0].kv_len[0] = -1
+    with pytest.raises(ShapeMismatch, match=r"kv_len of level 0 is \[-1\], expected no negative length"):
+        plan.update(wrong)
 
 
 def test_a_call_needs_the_cascade_of_the_update():

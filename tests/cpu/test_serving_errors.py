@@ -276,14 +276,34 @@ def test_page_lists_must_be_long_enough(batch, plan, paged):
         table.indptr[2] = 4
         with pytest.raises(ShapeMismatch, match="request 1 has kv_len 20"):
             jitgen.paged_attention(batch.q, (k, v), table, plan)
+    numbers = batch.csr(lists)[0].int().numpy()  # nor do those that NumPy writes to
+    table = jitgen.PageTable.csr(torch.from_numpy(numbers), batch.csr(lists)[1])
+    jitgen.paged_attention(batch.q, (k, v), table, plan)
+    numbers[:] = [10**9, 10**9 + 3, 10**9 + 5]
+    with pytest.raises(ShapeMismatch, match="request 0 has kv_len 40"):
+        jitgen.paged_attention(batch.q, (k, v), table, plan)
 
 
 @pytest.mark.parametrize("page", [-1, 99])
 def test_pages_that_do_not_exist_are_an_error(batch, plan, paged, page):
     (k, v), (indptr, indices) = paged
-    indices[1] = page
-    with pytest.raises(LaunchError, match="names a page that the cache does not have"):
-        jitgen.paged_attention(batch.q, (k, v), (indptr, indices), plan)
+    at = int(indptr[1]) + 1
+    indices[at] = page
+    message = (
+        rf"request 1 names a page that the cache does not have: entry 1 is {page}, expected 0 to .* the first 2, .* 20 keys"
+    )
+    block_table = torch.stack([indices[:3], torch.cat([indices[indptr[1] : at + 1], torch.tensor([-1])])])
+    for table in ((indptr, indices), (indptr.int(), indices.int()), block_table):
+        with pytest.raises(LaunchError, match=message):
+            jitgen.paged_attention(batch.q, (k, v), table, plan)
+
+
+@pytest.mark.parametrize("starts", [[0, 4, 2], [-1, 2, 4]], ids=["falls", "negative"])
+def test_page_lists_that_begin_nowhere_are_an_error(batch, plan, paged, starts):
+    (k, v), _ = paged
+    table = torch.tensor(starts), torch.arange(8) % k.shape[0]
+    with pytest.raises(ShapeMismatch, match=r"indptr of the page table is \[.*\], expected numbers from 0 on that never fall"):
+        jitgen.paged_attention(batch.q, (k, v), table, plan)
 
 
 def test_ragged_keys_that_do_not_exist_are_an_error(batch):

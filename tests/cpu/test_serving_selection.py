@@ -223,3 +223,11 @@ def test_lists_that_make_no_sense_are_named_on_the_cpu():
     with pytest.raises(ShapeMismatch, match="begin a list at each of the requests' first rows"):
         selection = jitgen.Selection(*sizes, batch.chosen, 8, list_indptr=torch.tensor([0, 1, 1, 2, 3, 5]))
         batch.plan().update(selection)
+    starts = torch.arange(6, dtype=torch.int32) * table.shape[1]
+    for number in (-1, -(10**9), 2**31 - 1):  # which must not be followed, on a GPU neither
+        wrong = starts.clone()
+        wrong[1] = number
+        with pytest.raises(ShapeMismatch, match="indptr of the page table is"):
+            batch.plan().update(jitgen.Selection(sizes[0], (wrong, table.flatten()), sizes[2], batch.chosen, 8))
+    with pytest.raises(ShapeMismatch, match="none of them empty"):
+        jitgen.Selection(sizes[0], torch.zeros(5, 0, dtype=torch.int32), sizes[2], batch.chosen, 8)

@@ -150,6 +150,21 @@ def test_error_in_the_users_file_is_reported_at_its_line(tmp_path, capsys):
     assert f"ZeroDivisionError: division by zero ({path}:2)" in capsys.readouterr().err
 
 
+def test_a_file_that_does_not_parse_is_reported_at_its_line(tmp_path, capsys):
+    path = tmp_path / "broken.py"
+    path.write_text("window = 3\ndef mask(:\n")
+    assert main(["show", f"{path}:mask"]) == 1
+    error = capsys.readouterr().err
+    assert f"({path}:2)" in error and "importlib" not in error
+
+
+def test_a_file_that_ends_the_program_is_said(tmp_path, capsys):
+    path = tmp_path / "script.py"
+    path.write_text("import sys\nsys.exit(0)\n")
+    assert main(["show", f"{path}:mask"]) == 1
+    assert f"script.py ended the program (SystemExit: 0 ({path}:2))" in capsys.readouterr().err
+
+
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 

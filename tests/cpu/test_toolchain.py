@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jitgen import env, target, toolchain
+from jitgen import env, memo, target, toolchain
 from jitgen.errors import EnvError, ToolchainMissing, UnsupportedDevice
 
 pytestmark = pytest.mark.usefixtures("private_store")
@@ -81,6 +81,29 @@ def test_old_compiler_is_refused_with_its_version(tmp_path: Path, monkeypatch: p
 def test_compiler_identity_has_no_path(line: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JITGEN_CXX", str(program(tmp_path / "cxx", f"echo '{line}'")))
     assert toolchain.require_cxx().version == version
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("false (GNU coreutils) 9.1", r"cxx is false \(GNU coreutils\) 9\.1, neither g\+\+ nor clang\+\+\. Install one"),
+        ("ccache version 4.8", r"cxx is ccache version 4\.8, neither g\+\+ nor clang\+\+\. Install one"),
+        ("Cuda compiler driver", r"cxx is of unknown version, at least version 10 is needed"),
+    ],
+    ids=["coreutils", "ccache", "nvcc"],
+)
+def test_a_program_that_is_no_compiler_is_named_as_what_it_is(line, message, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("JITGEN_CXX", str(program(tmp_path / "cxx", f"echo '{line}'")))
+    with pytest.raises(ToolchainMissing, match=message):
+        toolchain.require_cxx()
+
+
+@pytest.mark.parametrize("name", ["gcc", "cc", "clang", "x86_64-linux-gnu-gcc-12"])
+def test_a_c_compiler_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # it compiles C++, but what it links lacks the C++ library and does not load
+    monkeypatch.setenv("JITGEN_CXX", str(program(tmp_path / name, f"echo '{name} (GCC) 12.1.0'")))
+    with pytest.raises(ToolchainMissing, match=r"is a C compiler.*Name g\+\+ or clang\+\+"):
+        toolchain.require_cxx()
 
 
 def test_upgraded_compiler_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,3 +237,22 @@ def test_an_unknown_home_directory_is_named(read, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(request.node.callspec.id, "~nobody-of-that-name/kernels")
     with pytest.raises(EnvError, match=f"{request.node.callspec.id}=.~nobody.*begins with a home directory that is not known"):
         read()
+
+
+def test_a_home_that_is_no_full_path_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("JITGEN_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "somewhere")  # a store there would depend on where the program is started
+    assert env.cache_dir() is None
+
+
+def test_facts_about_a_path_that_is_no_utf8_are_remembered(tmp_path: Path) -> None:
+    place = os.fsdecode(os.fsencode(tmp_path) + b"/J\xfcrgen")  # as an old disk names it, in Latin-1
+    os.mkdir(place)
+    answers = ["that", "this"]
+    assert [memo.remembered("what", Path(place), answers.pop) for _ in range(2)] == ["this", "this"]
+
+
+def test_an_answer_that_is_no_utf8_is_asked_for_again(tmp_path: Path) -> None:
+    answers = ["/J\udcfcrgen/cuda", "/J\udcfcrgen/cuda"]
+    assert [memo.remembered("root", tmp_path, answers.pop) for _ in range(2)] == ["/J\udcfcrgen/cuda"] * 2 and not answers

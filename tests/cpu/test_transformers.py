@@ -204,3 +204,25 @@ def test_whisper_hears_with_an_encoder_and_cross_attention():
     given = dict(decoder_input_ids=start, suppress_tokens=None, begin_suppress_tokens=None, max_new_tokens=12)
     want, got = by_both(model, lambda model: model.generate(sound, do_sample=False, **given))
     assert torch.equal(got, want)
+
+
+OWN_ATTENTION = {
+    "BloomModel": dict(hidden_size=64, n_layer=2, n_head=4, vocab_size=128),
+    "MegatronBertModel": COMMON,
+    "MptModel": dict(d_model=64, n_heads=4, n_layers=2, vocab_size=128),
+    "XGLMModel": dict(d_model=64, ffn_dim=96, num_layers=2, attention_heads=4, vocab_size=128),
+}
+
+
+@pytest.mark.parametrize("name", OWN_ATTENTION)
+def test_a_model_that_computes_attention_itself_has_the_mask_it_adds(name):
+    kind, (ids, left) = getattr(transformers, name), batch()
+    for mask in (left, left.flip(1), None):
+        found = []
+        with torch.no_grad(), counted() as layers:
+            for implementation in ("eager", "jitgen"):  # two models: these keep what they were made with
+                config = kind.config_class(**OWN_ATTENTION[name])
+                model = with_weights(kind._from_config(config, attn_implementation=implementation))
+                found.append(model(ids, attention_mask=mask).last_hidden_state)
+        assert model.config._attn_implementation == "jitgen" and not layers
+        assert torch.equal(*found)

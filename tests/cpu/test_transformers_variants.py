@@ -262,7 +262,8 @@ def test_a_mask_follows_its_layer_to_another_device():
     padding[0, :5] = padding[1, 7] = False
     causal = masking_utils.chunked_causal_mask_function(8, torch.tensor([5, 0]))
     mask = model_mask(2, 20, 20, mask_function=causal, attention_mask=padding)
-    assert mask.to("cpu") is mask
+    assert mask.to("cpu") is mask and mask.to(device="cpu", non_blocking=True) is mask
+    assert torch.equal(mask.to(torch.int32), mask[:].int()) and torch.equal(mask.to(padding), mask[:])
     there = mask.to("meta")
     found = there.hook(local=False)(*(torch.zeros(1, dtype=torch.int64, device="meta") for _ in range(4)))
     assert found.device.type == "meta" and there.device.type == "meta"

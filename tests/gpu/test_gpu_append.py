@@ -103,6 +103,15 @@ def test_a_place_that_is_not_there_is_skipped():
     assert cache.k.sum() == 8
 
 
+@pytest.mark.parametrize("start", [-(10**9), 10**9, -1])
+def test_page_lists_that_begin_nowhere_are_not_followed(start):
+    cache, k = make_cache([8, 8], 4, 1, (8, 8), torch.float32, "cuda"), torch.ones(2, 1, 8, device="cuda")
+    cache.k.fill_(0)
+    starts, positions, requests = (torch.tensor(t, device="cuda") for t in ([start, 2, 4], [1, 0], [0, 1]))
+    jitgen.append(cache.kv, k, k, (starts, torch.arange(4, device="cuda")), positions, requests)
+    assert cache.k.sum() == 8
+
+
 def test_a_graph_appends_what_the_tensors_hold_at_its_replay():
     cache, rope = make_cache([64], 16, 2, (64, 64), torch.bfloat16, "cuda"), jitgen.Rope()
     k = torch.zeros(3, 2, 64, dtype=torch.bfloat16, device="cuda")

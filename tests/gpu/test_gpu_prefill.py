@@ -10,7 +10,6 @@ from norm_cases import Sigmoid, StickBreaking
 from serving_batch import Batch, poisoned
 
 import jitgen
-from jitgen.errors import LaunchError
 from jitgen.serving_balance import NEVER_CUT, PlanShape, balance, read_plan
 
 DEVICE = "cuda"
@@ -23,10 +22,8 @@ LSE = {"atol": 1e-4, "rtol": 1e-5}
 TANH_LSE = {"atol": 5e-3, "rtol": 1e-5}
 
 
-def skip_small_pages(family, page_size):
-    """The sm90 family copies pages in boxes, which have at least 8 rows."""
-    if family == "sm90" and page_size % 8:
-        pytest.skip("the sm90 family reads pages of a multiple of 8 keys")
+def layout_of(page_size):
+    return {"layout": "paged", "page_size": page_size} if page_size else {"layout": "ragged"}
 
 
 def causal(b, h, q_idx, kv_idx):
@@ -62,8 +59,7 @@ def assert_close(batch, got, want, ulps=ULPS, lse_tolerance=LSE):
 
 
 def check(batch, variant, family, page_size, *, expected=None, **tolerances):
-    skip_small_pages(family, page_size)
-    plan = batch.plan(variant, layout="paged" if page_size else "ragged", family=family, max_kv_len=4096)
+    plan = batch.plan(variant, **layout_of(page_size), family=family, max_kv_len=4096)
     want = expected or batch.expected(variant)
     has_lse = not want[1].isnan().any()
     assert_close(batch, attend(batch, plan, page_size, has_lse=has_lse), want, **tolerances)
@@ -146,7 +142,7 @@ def test_gaps_between_requests_are_not_read(family):
 def test_the_last_of_many_items_are_given_out_in_pieces(family, page_size):
     """Results are those of whole items, the same every time, though CTAs take pieces as they come free."""
     batch = make_batch([(1500, 9000), (900, 8500), (1, 50), (900, 9000)], heads=32, kv_heads=8)
-    plan = batch.plan(causal, layout="paged" if page_size else "ragged", family=family, max_kv_len=9216)
+    plan = batch.plan(causal, **layout_of(page_size), family=family, max_kv_len=9216)
     for c in plan.classes:
         record = read_plan(c.plan.cpu().numpy().tobytes(), c.num_ctas)
         assert (record.given_out.tail_groups > 0 and any(tile.pieces for tile in record.tiles)) == (family == "sm90")
@@ -187,14 +183,11 @@ def test_planner_gives_out_the_items_of_the_host(lengths, kv_heads, is_cut):
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
-def test_pages_too_small_for_boxes_are_refused_by_sm90(family):
-    if family != "sm90":
-        pytest.skip("the sm80 family reads pages of any size")
-    batch = make_batch([(40, 100)])
+@pytest.mark.parametrize("page_size", [1, 12, 16])
+def test_a_plan_need_not_know_the_page_size(family, page_size):
+    batch = make_batch()
     plan = batch.plan(causal, family=family)
-    k, v, lists = batch.pages(12)
-    with pytest.raises(LaunchError, match="multiple of 8 keys"):
-        jitgen.paged_attention(batch.q, (k, v), batch.csr(lists), plan)
+    assert_close(batch, attend(batch, plan, page_size), batch.expected(causal))
 
 
 def test_cache_and_query_are_read_by_their_strides(family):
@@ -269,7 +262,7 @@ def pieces_of(plan):
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_long_requests_are_cut_and_joined_the_same_every_time(family, page_size):
     batch, variant = make_batch(LONG, head_dim=128), variants(DEVICE)["transforms"]
-    plan = batch.plan(variant, layout="paged" if page_size else "ragged", family=family)
+    plan = batch.plan(variant, **layout_of(page_size), family=family)
     assert pieces_of(plan) > 0
     got = attend(batch, plan, page_size)
     assert_close(batch, got, batch.expected(variant))

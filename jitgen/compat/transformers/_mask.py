@@ -19,7 +19,8 @@ class ModelMask(BlockMask):
     """A mask of a model as a function of positions, and the lengths that it is for; no tensor of [q_len, kv_len].
 
     transformers passes on what is a BlockMask as it finds it, which is why this is one; it has no block lists. To code that
-    computes with it, it is the boolean tensor that ``sdpa`` would have: ``dense()``.
+    computes with it, it is the tensor that such a model has otherwise: the boolean one of ``sdpa``, or the one of ``eager``,
+    which is added to scores, where the model knows no ``sdpa``. See ``dense()``.
     """
 
     def __init__(
@@ -31,12 +32,15 @@ class ModelMask(BlockMask):
         device: torch.device,
         *,
         has_unwritten: bool,
+        model_type: str | None = None,
+        score_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.pattern = pattern  # what the model hides from a query; None: nothing
         self.padding = padding
         self.batch, self.q_length, self.kv_length = shape
         self.q_offset, self.kv_offset = offsets  # positions of the first query and key
         self.device = device
+        self.model_type, self.score_dtype = model_type, score_dtype  # whose code may compute with the mask, and in what
         self.has_unwritten = has_unwritten  # keys behind the last query may be room of a cache that nothing was written to
         self._hooks: dict[tuple[bool, bool], Mask | None] = {}  # made, for the layers that follow
 
@@ -72,27 +76,33 @@ class ModelMask(BlockMask):
     def dense(self) -> torch.Tensor:
         """The mask as a tensor.
 
-        Shapes:  bool [batch, 1, q_length, kv_length].
+        Shapes:  [batch, 1, q_length, kv_length]: bool, or numbers to add to scores, as the code of the model expects.
         """
         b, q, kv = (torch.arange(n, device=self.device) for n in (self.batch, self.q_length, self.kv_length))
         b, q, kv = b[:, None, None, None], q[:, None], kv[None, :]
         hook = self.hook(local=True)
         found = torch.ones((), dtype=torch.bool, device=self.device) if hook is None else hook(b, torch.zeros_like(b), q, kv)
+        if self.model_type is not None and adds_masks(self.model_type):
+            found = torch.where(found, 0.0, torch.finfo(self.score_dtype).min).to(self.score_dtype)
         return found.expand(self.shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.batch, 1, self.q_length, self.kv_length
 
-    def to(self, device: torch.device | str, **options: Any) -> ModelMask:
-        """The mask with what it captures on another device; itself if it is there already."""
-        device = torch.device(device)
+    def to(self, *where: Any, **options: Any) -> ModelMask | torch.Tensor:
+        """The mask with what it captures on another device, itself if it is there already; as another dtype, the tensor."""
+        given = [value for value in (*where, *options.values()) if value is not None and not isinstance(value, bool)]
+        if len(given) != 1 or not isinstance(given[0], str | int | torch.device):
+            return self.dense().to(*where, **options)
+        device = torch.device(given[0])
         if device == self.device:
             return self
         pattern, padding, q_offset = (moved(part, device) for part in (self.pattern, self.padding, self.q_offset))
         shape = self.batch, self.q_length, self.kv_length
         offsets = q_offset, self.kv_offset
-        return ModelMask(pattern, padding, shape, offsets, device, has_unwritten=self.has_unwritten)
+        whose = {"model_type": self.model_type, "score_dtype": self.score_dtype}
+        return ModelMask(pattern, padding, shape, offsets, device, has_unwritten=self.has_unwritten, **whose)
 
     def __getitem__(self, index: Any) -> torch.Tensor:  # type: ignore[override]
         return self.dense()[index]
@@ -139,6 +149,8 @@ def model_mask(
     attention_mask: torch.Tensor | None = None,
     allow_is_bidirectional_skip: bool | None = None,
     device: torch.device | str = "cpu",
+    config: Any = None,
+    dtype: torch.dtype = torch.float32,
     **others: Any,
 ) -> ModelMask:
     """What transformers' AttentionMaskInterface calls for the mask of a forward pass.
@@ -156,7 +168,24 @@ def model_mask(
         (q_offset, kv_offset),
         torch.device(device),
         has_unwritten=allow_is_bidirectional_skip is None,  # only given for masks that see both ways
+        model_type=getattr(config, "model_type", None),
+        score_dtype=dtype,
     )
+
+
+@torch.compiler.assume_constant_result
+def adds_masks(model_type: str) -> bool:
+    """Whether the code of a model, where it computes attention itself, adds its mask to the scores: as ``eager`` does, which is
+    all that it has without ``sdpa``."""
+    from transformers import MODEL_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        model = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
+    except KeyError:
+        return False  # not one of transformers' own
+    model = model[0] if isinstance(model, tuple | list) else model
+    return not getattr(model, "_supports_sdpa", True)
 
 
 def padding_hook(attention_mask: torch.Tensor, kv_length: int, kv_offset: Any) -> Mask | None:

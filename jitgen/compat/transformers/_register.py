@@ -25,7 +25,7 @@ def register(
 
     The model's mask (causal, windows, chunks, packed sequences, padding), soft cap, sinks and position bias are hooks of the
     call: tiles that the mask excludes are skipped, and no [q_len, kv_len] mask is made. A model whose own code computes with
-    its mask gets the tensor of ``sdpa`` for that.
+    its mask gets the tensor of ``sdpa`` for that, or of ``eager`` where it knows no ``sdpa``.
 
     variant       hooks on top of the model's: its mask_mod keeps keys among those that the model keeps, its score_mod follows
                   the model's soft cap and bias. A function of one argument is asked for each layer: it is given the module of

@@ -96,7 +96,8 @@ template <Places kPlaces, class Args> JITGEN_FN Place find_place(const Args& arg
       const int64_t number = static_cast<unsigned>(at) / static_cast<unsigned>(args.page_size);
       const int64_t start = args.list_start ? args.list_start[b] : b * args.list_stride;
       const int64_t length = args.list_start ? args.list_start[b + 1] - start : args.list_length;
-      place.is_wrong = kPlaces == Places::kPages && number >= length;   // lists to gather from are trusted
+      const bool is_within = !args.list_start || (start >= 0 && start + number < args.list_length);   // of all lists
+      place.is_wrong = kPlaces == Places::kPages && (number >= length || !is_within);   // lists to gather from are trusted
       if (!place.is_wrong) place.page = args.pages[start + number];
       place.is_wrong = place.is_wrong || place.page < 0 || place.page >= args.num_pages;
       place.offset = at - number * args.page_size;

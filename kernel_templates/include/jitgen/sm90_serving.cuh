@@ -46,6 +46,16 @@ JITGEN_FN void load_page_box(unsigned dst, const Operand& t, unsigned barrier, i
       "[%0], [%1, {%3, %3, %3, %4, %5}], [%2], %6;\n}"
       ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(group), "r"(place), "l"(policy) : "memory");
 }
+// Where a tile has its rows and their 16-byte chunks, in bytes, if boxes of pages, or the like, are copied to it.
+template <int kCols> JITGEN_FN unsigned page_row_offset(int row) {
+  return row / 8 * (8 * kCols * 2) + row % 8 * SpanTile<kCols>::kSpanBytes;
+}
+template <int kCols> JITGEN_FN unsigned chunk_swizzle(int row) { return SpanTile<kCols>::kSpan == 64 ? row & 7 : row >> 1 & 3; }
+template <int kCols> JITGEN_FN unsigned page_chunk_offset(int row, int chunk) {
+  constexpr int kChunks = SpanTile<kCols>::kSpan / 8;
+  return chunk / kChunks * 8 * SpanTile<kCols>::kSpanBytes + ((chunk % kChunks ^ chunk_swizzle<kCols>(row)) << 4);
+}
+JITGEN_FN void cp_async_wait_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 // Zeroes rows [first, rows) of a tile, by a warp: what lies behind a request's last key may be NaN, and a weight of zero
 // would make NaN of it. `span_rows`: rows of a span that stand together.
 template <int kCols> JITGEN_FN void clear_rows(unsigned tile, int first, int rows, int span_rows, int lane) {
@@ -62,10 +72,12 @@ template <int kCols> JITGEN_FN void clear_rows(unsigned tile, int first, int row
 // ---- host ----
 namespace {
 
-constexpr int kErrorPageSize = 20011;
+constexpr int kErrorPageSize = 20011, kErrorRows = 20012, kErrorFarRows = 20013;
 
 inline const char* serving_error_string(int code) {
-  if (code == kErrorPageSize) return "the sm90 family reads pages of a multiple of 8 keys. Make the plan with family='sm80'.";
+  if (code == kErrorPageSize) return "the sm90 family reads pages of a multiple of 8 keys. Make the plan with page_size=.";
+  if (code == kErrorRows) return "keys and values must begin at multiples of 16 bytes. Copy the cache.";
+  if (code == kErrorFarRows) return "the sm90 family reads at most 64 GB of keys, and as many of values. Make the plan with family='sm80'.";
   return launch_error_string(code);
 }
 
@@ -75,6 +87,13 @@ inline int box_keys(int64_t page_size, int tile_keys, int least = 8) {
   if (page_size % keys || tile_keys % keys) return 0;
   while (page_size % (2 * keys) == 0 && tile_keys % (2 * keys) == 0) keys *= 2;
   return keys;
+}
+
+// Of K or V that is copied by rows: strides in elements; 0, or what is wrong. Addresses are 32-bit counts of 16 bytes.
+inline int check_rows(const void* base, int64_t page, int64_t head, int64_t row, int64_t pages, int64_t heads, int64_t page_size) {
+  if (pages <= 0) return 0;
+  if (reinterpret_cast<uintptr_t>(base) % 16 || page % 8 || head % 8 || row % 8) return kErrorRows;
+  return ((pages - 1) * page + (heads - 1) * head + (page_size - 1) * row) / 8 < 0xfffffff0ll ? 0 : kErrorFarRows;
 }
 
 // The map of a paged cache for boxes of keys of one page. A box holds groups of 8 keys, in each of them the spans of columns one
