@@ -300,6 +300,9 @@ JITGEN_FN void find_tiles(const Args& args, const jg::Schedule& schedule, Shared
   }
 }
 
+// The same for all lanes.
+JITGEN_FN bool has_passed(unsigned barrier, unsigned parity) { return jg::uniform(jg::barrier_test(barrier, parity)); }
+
 // Copies K and V of these tiles. K runs one tile ahead of V, into the next query tile too: a product can start while the V before it is
 // on its way.
 JITGEN_FN void copy_tiles(const Args& args, const Maps& maps, Shared shared) {
@@ -323,12 +326,15 @@ JITGEN_FN void copy_tiles(const Args& args, const Maps& maps, Shared shared) {
 #pragma unroll 1
   for (;;) {
     // V does not wait for a tile that is still to be found: a query tile is taken once the rows before the last are done.
-    if (!jg::uniform(jg::barrier_test(shared.tile_full(ahead.stage), ahead.parity))) load_value();
+    if (!has_passed(shared.tile_full(ahead.stage), ahead.parity)) load_value();
     jg::barrier_wait(shared.tile_full(ahead.stage), ahead.parity);
     const int4 tile = jg::load_shared_int4(shared.tile(ahead.stage));
     jg::barrier_arrive(shared.tile_empty(ahead.stage));   // every lane for itself: see work_empty
     ahead.advance();
     if (tile.x < 0) break;
+    // V first, where there is room for it and none for K.
+    const jg::RingPosition<kNumStages> before = kv.before();
+    if (!has_passed(JG_BARRIER(k_empty, kv.stage), kv.parity) && has_passed(JG_BARRIER(v_empty, before.stage), before.parity)) load_value();
     const unsigned full = JG_BARRIER(k_full, kv.stage);
     jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
     if (leader) {
