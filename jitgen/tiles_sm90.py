@@ -70,8 +70,8 @@ def adds_terms_by_product(section: VariantSection, head_dim: int) -> bool:
 
 
 def has_room(tiles: Tiles, head_dim: int, head_dim_v: int, section: VariantSection) -> bool:
-    """Whether a dense kernel of these tiles, laid out as by sm90_geometry.cuh and sm90.cu.jinja, fits in shared memory; O may
-    lie over something else."""
+    """Whether a dense kernel of these tiles, laid out as by sm90_geometry.cuh and sm90_geometry.cu.jinja, fits in shared
+    memory; O may lie over something else."""
     rows, keys, stages = tiles.tile_q, tiles.tile_kv, tiles.num_stages
     in_place = section.initial_by_tile and rows == 192 and head_dim_v > 64
     tensors = 2 * (stages * keys * (head_dim + head_dim_v) + rows * head_dim)

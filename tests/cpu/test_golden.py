@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,10 @@ HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "golden"
 TEMPLATES = template_names("attention")
 VARIANT = "attention/variant.h.jinja"
+INCLUDED_BY = {
+    part: {Path(name).name for name in TEMPLATES if part in meta.find_referenced_templates(parsed(name))}
+    for part in {part for name in TEMPLATES for part in parts_of(name) - {name}}
+}
 
 
 def golden_path(name: str) -> Path:
@@ -93,6 +98,12 @@ def test_template_names_only_what_its_context_has(template):
         main = main_template(name)
         known = set(context_of(template, name)) | (names_set_in(main) if template != main else set())
         assert meta.find_undeclared_variables(parsed(template)) <= known, name
+
+
+@pytest.mark.parametrize("part", sorted(INCLUDED_BY))
+def test_part_says_in_its_first_comment_what_includes_it(part):
+    said = (paths.template_dir() / part).read_text().partition("#}")[0]
+    assert {name for name in INCLUDED_BY[part] if not re.search(rf"\b{re.escape(name)}", said)} == set()
 
 
 @pytest.fixture(scope="module")

@@ -649,7 +649,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           release_key();
           shape(jg::Constant<0>());
           moved = find_maximum(units, shift);
-          ValueProduct::wait<0>(o);   // before the exponentials, as in sm90.cu.jinja
+          ValueProduct::wait<0>(o);   // before the exponentials, as in sm90_consumer.cu.jinja
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
           if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
           take_sums(args, softmax, o, true);
@@ -683,7 +683,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     // The message is read again, and the head made again: what only the epilogue needs would cost registers through the loop.
     const int4 done = jg::load_shared_int4(shared.work(progress.slot()));
     __syncwarp();
-    if (jg::stay(lane) >= 0) jg::barrier_arrive(JG_BARRIER(work_empty, progress.slot()));   // always: as in sm90.cu.jinja
+    if (jg::stay(lane) >= 0) jg::barrier_arrive(JG_BARRIER(work_empty, progress.slot()));   // always: as in sm90_consumer.cu.jinja
     progress.take_message();
     const int done_row = done.x + group * 64;
     finish_rows(args, make_head(args, done.z, done.y), softmax, o, done_row);
