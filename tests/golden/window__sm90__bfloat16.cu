@@ -52,6 +52,10 @@ constexpr int kTileKv = 128;
 constexpr int kNumStages = 2;
 constexpr bool kHasMask = true;
 constexpr int kHalfTile = kTileKv / 2;             // columns of a tile that a warp group may see alone
+// What is visible is found by a warp of its own, so many KV tiles before their copies: a look at a query tile takes twice as long as
+// the products of a KV tile, and copies after it came late.
+constexpr int kTilesAhead = 2;
+constexpr int kAheadBytes = 32 * kTilesAhead;      // of what is said of these tiles, and its barriers
 
 // ---- variant ----
 // Values known per (request, query head).
@@ -112,7 +116,7 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
 }
 
 // ---- geometry ----
-using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, kHasMask>;
+using Tile = jg::Geometry<kHeadDim, kHeadDimV, kTileQ, kTileKv, kNumStages, kHasMask, kAheadBytes>;
 using Control = jg::ControlBlock<kNumStages>;
 using KeyTile = jg::SpanTile<kHeadDim>;
 using ValueTile = jg::SpanTile<kHeadDimV>;
@@ -128,6 +132,7 @@ constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = kHasMask || false;
 // Arrivals by which a group lets go of K, V and Q: each warp's.
 constexpr int kReleases = 4;
+constexpr int kQueryWarps = 2, kFinderWarp = 3;   // of the producer's warps
 constexpr int kTurnBarrier = 1, kAllConsumersBarrier = 5, kGroupBarrier = 6;   // named barriers: + group
 
 // Shared-memory addresses of a CTA.
@@ -138,6 +143,9 @@ struct Shared {
   JITGEN_FN unsigned query(int group) const { return base + Tile::kQueryAt + group * Tile::kGroupQBytes; }
   JITGEN_FN unsigned barrier(unsigned offset, int stage = 0) const { return base + Tile::kControlAt + offset + 8 * stage; }
   JITGEN_FN unsigned step(int slot) const { return base + Tile::kControlAt + __builtin_offsetof(Control, step) + 4 * slot; }
+  JITGEN_FN unsigned tile(int at) const { return base + Tile::kExtraAt + 16 * at; }
+  JITGEN_FN unsigned tile_full(int at) const { return base + Tile::kExtraAt + 16 * kTilesAhead + 8 * at; }
+  JITGEN_FN unsigned tile_empty(int at) const { return tile_full(at) + 8 * kTilesAhead; }
   JITGEN_FN unsigned work(int slot) const { return base + Tile::kControlAt + __builtin_offsetof(Control, work) + 16 * slot; }
 };
 #define JG_BARRIER(name, ...) shared.barrier(__builtin_offsetof(Control, name), ##__VA_ARGS__)
@@ -199,17 +207,17 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
     if (first_kv + kTileKv > kv_len) jg::mask_tail(s, first_kv, kv_len);
 }
 
-// ---- producer: one warp hands out query tiles, classifies KV tiles and issues the copies of K and V, others those of Q ----
+// ---- producer: one warp hands out query tiles and classifies KV tiles, one issues the copies of K and V, others those of Q ----
 struct Maps { jg::Operand q, k, v, o; };
 
-JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& schedule, Shared shared) {
+// Takes query tiles, says to the consumers which, and to copy_tiles what these see: {step, first key, KV head, batch} of each KV tile,
+// or {-1} after the last.
+JITGEN_FN void find_tiles(const Args& args, const jg::Schedule& schedule, Shared shared) {
   const bool leader = (threadIdx.x & 31) == 0;
-  const unsigned long long keep = jg::policy_evict_last();
   const int num_tiles = num_kv_tiles(args);
-  jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(1);
-  unsigned o_parity = 1, q_parity = 0;
-  int query_tile = blockIdx.x;
+  jg::RingPosition<kTilesAhead> ahead(1);
+  unsigned q_parity = 0;
   const auto publish = [&](int4 message) {
     jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity);
     if (leader) {
@@ -218,30 +226,14 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     }
     slot.advance();
   };
-  // K runs one tile ahead of V, into the next query tile too: a product can start while the V before it is on its way, and what
-  // begins a query tile is found and copied under the one before it (hd128: 7 % of a window of 256, 2 % of one of 1024, 0 to 1 %
-  // of long rows).
-  struct { int first_kv, kv_h, batch; } late = {-1, 0, 0};   // of the V still to be copied, if there is one: one stage behind kv
-  const auto load_value = [&] {
-    if (late.first_kv < 0) return;
-    const jg::RingPosition<kNumStages> at = kv.before();
-    const unsigned full = JG_BARRIER(v_full, at.stage);
-    if (Tile::kOutputOverV) jg::barrier_wait(JG_BARRIER(o_done), o_parity);   // passes at once after the first V
-    jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
+  const auto tell = [&](int4 tile) {
+    jg::barrier_wait(shared.tile_empty(ahead.stage), ahead.parity);
     if (leader) {
-      jg::barrier_expect(full, Tile::kValueBytes);
-      jg::tensor_load(shared.value(at.stage), maps.v, full, late.first_kv, late.kv_h, late.batch, keep);
+      jg::store_shared(shared.tile(ahead.stage), tile);
+      jg::barrier_arrive(shared.tile_full(ahead.stage));
     }
-    late.first_kv = -1;
+    ahead.advance();
   };
-  // Taken one query tile ahead, just before the last copy of the present one: earlier would commit the CTA too soon.
-  const auto take_query_tile = [&] {
-    int taken = query_tile;
-    if (leader && schedule.counter >= 0) taken = atomicAdd(&jg::tile_counters[schedule.counter][0], 1);
-    query_tile = taken + static_cast<int>(gridDim.x);
-  };
-  // What a query tile sees is looked up before there is room for the last K of the one before, not after it.
-  static_assert(!Tile::kOutputOverV, "a query tile without visible keys would have to wait for the store of the one before");
   jg::QueryTile work = {0, 0, 0};
   Head head = make_head(args, 0, 0);
   int first_row = 0;
@@ -257,54 +249,82 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     return low < kv_len ? mask_tile(args, head, span, low, jg::min(low + kHalfTile, kv_len) - 1) : kTileNone;
   };
   jg::VisibleHalves<Tile::kGroups, decltype(span_of), decltype(classify), decltype(classify_half)> visible(span_of, classify, classify_half);
-  int kv_h = 0, batch = 0, step = -1;   // of the K to be copied next, if there is one
-  bool has_begun = false;
+  int query_tile = blockIdx.x;
 #pragma unroll 1
-  for (;;) {
-    bool turns = false, ends = false;   // whether a query tile follows, or none
-    int next;
+  while (query_tile < schedule.num_tiles) {
+    work = jg::query_tile_at(query_tile, schedule, static_cast<int>(args.num_q_heads));
+    head = make_head(args, work.batch, work.head);
+    first_row = work.tile * kTileQ - schedule.absent_rows;
+    visible.restart(num_tiles, jg::max(-first_row, 0) / 64);
+    int step = visible.next();
+    publish(make_int4(first_row, work.head, work.batch, step < 0 ? jg::kWorkEmpty : jg::kWorkTile | q_parity << 1));
+    q_parity ^= step >= 0;
 #pragma unroll 1
-    while ((next = visible.next()) < 0 && !turns) {
-      turns = true;
-      if (has_begun) take_query_tile();
-      has_begun = true;
-      query_tile = jg::uniform(query_tile);
-      ends = query_tile >= schedule.num_tiles;
-      if (ends) break;
-      work = jg::query_tile_at(query_tile, schedule, static_cast<int>(args.num_q_heads));
-      head = make_head(args, work.batch, work.head);
-      first_row = work.tile * kTileQ - schedule.absent_rows;
-      visible.restart(num_tiles, jg::max(-first_row, 0) / 64);
+    while (step >= 0) {
+      const int next = visible.next();
+      const int flags = next < 0 ? jg::kStepLast | 7 << jg::kRunEndAt : jg::run_ends(step, next) << jg::kRunEndAt;
+      tell(make_int4(step | flags, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch));
+      step = next;
     }
-    if (step >= 0) {
-      const int first_kv = kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv;
-      const unsigned full = JG_BARRIER(k_full, kv.stage);
-      jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
-      if (leader) {
-        const int flags = turns ? jg::kStepLast | 7 << jg::kRunEndAt : jg::run_ends(step, next) << jg::kRunEndAt;
-        jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags);
-        jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
-        jg::tensor_load(shared.key(kv.stage), maps.k, full, first_kv, kv_h, batch, keep);
-      }
-      load_value();
-      late = {first_kv, kv_h, batch};
-      kv.advance();
-    }
-    if (ends) break;
-    if (turns) {
-      if (next < 0) load_value();   // an empty tile copies nothing, and messages further on wait for this V
-      publish(make_int4(first_row, work.head, work.batch, next < 0 ? jg::kWorkEmpty : jg::kWorkTile | q_parity << 1));
-      q_parity ^= next >= 0;
-      kv_h = head.kv_h, batch = work.batch;
-    }
-    step = next;
+    int taken = query_tile;
+    if (leader && schedule.counter >= 0) taken = atomicAdd(&jg::tile_counters[schedule.counter][0], 1);
+    query_tile = jg::uniform(taken + static_cast<int>(gridDim.x));
   }
-  load_value();
+  tell(make_int4(-1, 0, 0, 0));
   publish(make_int4(0, 0, 0, jg::kWorkStop));
   if (leader && schedule.counter >= 0) {
     int* counter = jg::tile_counters[schedule.counter];
     if (atomicAdd(&counter[1], 1) == static_cast<int>(gridDim.x) - 1) counter[0] = counter[1] = 0;   // ready for the next launch
   }
+}
+
+// The same for all lanes.
+JITGEN_FN bool has_passed(unsigned barrier, unsigned parity) { return jg::uniform(jg::barrier_test(barrier, parity)); }
+
+// Copies K and V of these tiles. K runs one tile ahead of V, into the next query tile too: a product can start while the V before it is
+// on its way.
+JITGEN_FN void copy_tiles(const Args& args, const Maps& maps, Shared shared) {
+  static_assert(!Tile::kOutputOverV, "V would have to wait for O");
+  const bool leader = (threadIdx.x & 31) == 0;
+  const unsigned long long keep = jg::policy_evict_last();
+  jg::RingPosition<kNumStages> kv(1);
+  jg::RingPosition<kTilesAhead> ahead(0);
+  int4 late = make_int4(-1, 0, 0, 0);   // the tile of the V still to be copied, if there is one: one stage behind kv
+  const auto load_value = [&] {
+    if (late.x < 0) return;
+    const jg::RingPosition<kNumStages> at = kv.before();
+    const unsigned full = JG_BARRIER(v_full, at.stage);
+    jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
+    if (leader) {
+      jg::barrier_expect(full, Tile::kValueBytes);
+      jg::tensor_load(shared.value(at.stage), maps.v, full, late.y, late.z, late.w, keep);
+    }
+    late.x = -1;
+  };
+#pragma unroll 1
+  for (;;) {
+    // V does not wait for a tile that is still to be found: a query tile is taken once the rows before the last are done.
+    if (!has_passed(shared.tile_full(ahead.stage), ahead.parity)) load_value();
+    jg::barrier_wait(shared.tile_full(ahead.stage), ahead.parity);
+    const int4 tile = jg::load_shared_int4(shared.tile(ahead.stage));
+    jg::barrier_arrive(shared.tile_empty(ahead.stage));   // every lane for itself: see work_empty
+    ahead.advance();
+    if (tile.x < 0) break;
+    // V first, where there is room for it and none for K.
+    const jg::RingPosition<kNumStages> before = kv.before();
+    if (!has_passed(JG_BARRIER(k_empty, kv.stage), kv.parity) && has_passed(JG_BARRIER(v_empty, before.stage), before.parity)) load_value();
+    const unsigned full = JG_BARRIER(k_full, kv.stage);
+    jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
+    if (leader) {
+      jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), tile.x);
+      jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
+      jg::tensor_load(shared.key(kv.stage), maps.k, full, tile.y, tile.z, tile.w, keep);
+    }
+    load_value();
+    late = tile;
+    kv.advance();
+  }
+  load_value();
 }
 
 // Q of a group as soon as it is done with the rows before: groups are most of a tile apart, and none waits for another one, or for
@@ -321,7 +341,7 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, Shared shared, i
     if (work.w == jg::kWorkStop) return;
     if (work.w != jg::kWorkEmpty) {
 #pragma unroll 1
-      for (int group = first_group; group < Tile::kGroups; group += Tile::kQueryWarps) {
+      for (int group = first_group; group < Tile::kGroups; group += kQueryWarps) {
         const unsigned full = JG_BARRIER(q_full, group);
         jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
         if (leader) {
@@ -434,7 +454,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
   const unsigned long long p_operand = jg::matrix_descriptor<WeightTile::kSpanBytes>(p_shared, 16);
   jg::RingPosition<kNumStages> kv(0);
   jg::RingPosition<2> slot(0);
-  int skipped = -1;   // stage and parity of a tile that was skipped and whose V is still to be released
   // The groups issue their products in turn, so that the softmax of one runs under the products of another. One to which a tile is
   // nothing has its turn too: handed on past it, turns made causal kernels 0 to 7 % slower, and windows no faster.
   if (group == 0) jg::named_arrive(kTurnBarrier, 256);
@@ -479,15 +498,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
         jg::barrier_arrive_if(leader && (step & jg::kStepLast), JG_BARRIER(q_empty, group));
       };
-      // V of a skipped tile is released later, when it has come: those before it are not needed any more then.
-      const auto release_skipped = [&] {
-        if (skipped < 0) return;
-        const int stage = skipped % kNumStages;
-        jg::barrier_wait(JG_BARRIER(v_full, stage), skipped / kNumStages);
-        jg::named_sync(kGroupBarrier + group, 128);   // a warp that looked after the stage had been filled again would wait for ever
-        jg::barrier_arrive_if(leader, JG_BARRIER(v_empty, stage));
-        skipped = -1;
-      };
       const auto take_turn = [&] { jg::named_sync(kTurnBarrier + group, 256); };
       const auto pass_turn = [&] { jg::named_arrive(kTurnBarrier + (group + 1 == Tile::kGroups ? 0 : group + 1), 256); };
       // Before the first P of a tile where O before it lay: until the copy engine has read O, which it does under Q K^T.
@@ -512,8 +522,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (jg::kind_of(step, group) == kTileNone) {   // nothing to these rows: release it, and keep the order of turns
           pass_turn();
           release_key();
-          release_skipped();
-          skipped = kv.stage + kNumStages * kv.parity;
+          // V too, whether it has come or not, as soon as all groups have released what lay there before.
+          jg::barrier_wait(JG_BARRIER(v_empty, kv.stage), kv.parity ^ 1);
+          __syncwarp();
+          jg::barrier_arrive_if(leader, JG_BARRIER(v_empty, kv.stage));
           kv.advance();
           continue;
         }
@@ -533,7 +545,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         keep_weights();
         if (has_begun && moved) jg::rescale_output(o, factor);   // O of the first run is 0
         has_begun = true;
-        release_skipped();
         moved = false;
 #pragma unroll 1
         while (!jg::is_run_end(step, group)) {
@@ -594,7 +605,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           }
           if (has_begun && moved) jg::rescale_output(o, factor);
           has_begun = true;
-          release_skipped();
           jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
           start_pv(o, p, p_operand, v_operand + (kv.stage * Tile::kValueBytes + start * ValueTile::kSpanBytes >> 4));
           jg::Wgmma<kHeadDimV>::wait<0>(o);
@@ -639,10 +649,14 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
       jg::barrier_init(JG_BARRIER(v_empty, stage), kReleases * Tile::kGroups);
     }
+    for (int at = 0; at < kTilesAhead; ++at) {
+      jg::barrier_init(shared.tile_full(at), 1);
+      jg::barrier_init(shared.tile_empty(at), 32);
+    }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
       // Every thread that reads or writes arrives for itself: racecheck does not follow __syncwarp and one arrival for the warp.
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups + 32 * Tile::kQueryWarps);
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups + 32 * kQueryWarps);
     }
     jg::barrier_init_fence();
   }
@@ -650,8 +664,9 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
   if (group == 0) {
     jg::give_registers<Tile::kProducerRegs>();
     const int warp = jg::uniform(threadIdx.x >> 5);
-    if (warp == 0) produce(args, maps, schedule, shared);
-    else if (warp <= Tile::kQueryWarps) load_queries(args, maps, shared, warp - 1);
+    if (warp == 0) copy_tiles(args, maps, shared);
+    else if (warp == kFinderWarp) find_tiles(args, schedule, shared);
+    else if (warp <= kQueryWarps) load_queries(args, maps, shared, warp - 1);
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
     consume(args, maps, shared, group - 1);
