@@ -152,7 +152,7 @@ def model_mask(
     config: Any = None,
     dtype: torch.dtype = torch.float32,
     **others: Any,
-) -> ModelMask:
+) -> ModelMask | torch.Tensor:
     """What transformers' AttentionMaskInterface calls for the mask of a forward pass.
 
     Shapes:  attention_mask bool [batch, length]: False at padding; positions behind its end are hidden.
@@ -161,7 +161,7 @@ def model_mask(
 
     pattern = causal_mask_function if mask_function is None else mask_function
     padding = None if attention_mask is None else padding_hook(attention_mask, kv_length, kv_offset)
-    return ModelMask(
+    mask = ModelMask(
         None if pattern is bidirectional_mask_function else pattern,
         padding,
         (batch_size, q_length, kv_length),
@@ -171,6 +171,11 @@ def model_mask(
         model_type=getattr(config, "model_type", None),
         score_dtype=dtype,
     )
+    return mask.dense() if mask.model_type in LEAVE_BLOCK_MASKS_OUT else mask
+
+
+# Models whose code combines the mask with its own, but for a BlockMask, which it drops.
+LEAVE_BLOCK_MASKS_OUT = ("doge",)
 
 
 @torch.compiler.assume_constant_result
