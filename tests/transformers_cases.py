@@ -53,6 +53,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
             intermediate_size_mlp=64,
         ),
     ),
+    "doge": ("DogeConfig", dict(GROUPED, keep_window_size=8)),
     "deepseek-v3": ("DeepseekV3Config", LATENT),
     "deepseek-v3.2": ("DeepseekV32Config", dict(LATENT, index_topk=8, index_n_heads=4, index_head_dim=16)),
 }  # fmt: skip

@@ -65,10 +65,11 @@ class SuiteReport:
 
     def to_text(self) -> str:
         """Tables, notes, and last what went wrong with ours."""
-        parts = [table.to_text() for table in self.tables]
+        tables = [table for table in self.tables if table.rows]  # without a peer there is nothing to compare with
+        parts = [table.to_text() for table in tables]
         parts += [wrapped(f"- {note}") for note in self.notes]
         parts += [wrapped(f"FAULT {fault}") for fault in self.faults]
-        return "\n\n".join(parts[: len(self.tables)]) + "\n" + "\n".join(parts[len(self.tables) :])
+        return "\n\n".join(parts[: len(tables)]) + "\n" + "\n".join(parts[len(tables) :])
 
     def to_json(self) -> dict[str, Any]:
         """Suite, data, notes and faults."""

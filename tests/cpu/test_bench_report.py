@@ -11,7 +11,7 @@ from bench_fakes import CELL, config
 
 from jitgen.bench.check import WORST, Deviation
 from jitgen.bench.method import Samples
-from jitgen.bench.report import Table, header_text, make_header, to_document, write_json
+from jitgen.bench.report import SuiteReport, Table, header_text, make_header, to_document, write_json
 from jitgen.bench.results import Result, best_peer, by_cell, geometric_mean, speed_ups
 from jitgen.bench.tables import (
     SAME_AREA,
@@ -91,6 +91,12 @@ def test_throughput_tables_show_ms_rates_and_our_speed_over_peers():
         "flex              4.000 (4.000, 4.000; 1)\n"
         "best of the cell  1.000 (0.500, 2.000; 2)",
     ]
+
+
+def test_tables_without_a_row_are_left_out():
+    alone = [one for one in RESULTS if one.is_ours]
+    text = SuiteReport("dense", "cpu", throughput_tables("dense", alone, "cpu"), ("a note",)).to_text()
+    assert "dense: ms" in text and "over the best" not in text and "over each peer" not in text and text.endswith("\n- a note")
 
 
 def test_table_of_all_contenders_fits_into_120_columns():

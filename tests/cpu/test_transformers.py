@@ -207,6 +207,7 @@ def test_whisper_hears_with_an_encoder_and_cross_attention():
 
 
 OWN_ATTENTION = {
+    "BlipTextModel": dict(COMMON, encoder_hidden_size=64, projection_dim=64, sep_token_id=3),  # a part of another model
     "BloomModel": dict(hidden_size=64, n_layer=2, n_head=4, vocab_size=128),
     "MegatronBertModel": COMMON,
     "MptModel": dict(d_model=64, n_heads=4, n_layers=2, vocab_size=128),

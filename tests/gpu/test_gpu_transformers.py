@@ -20,7 +20,7 @@ from transformers_cases import DECODERS, batch, counted, decoder, generate
 from jitgen.compat.transformers import register
 from jitgen.errors import GradNotSupported, UnsupportedDtype
 
-ROUTED = ("llama4", "deepseek-v3.2")  # choose experts or keys by numbers that rounding changes
+ROUTED = ("llama4", "doge", "deepseek-v3.2")  # choose experts or keys by numbers that rounding changes
 
 
 def prepared(name: str, dtype: torch.dtype):

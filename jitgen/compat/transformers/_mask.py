@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,7 @@ class ModelMask(BlockMask):
         device: torch.device,
         *,
         has_unwritten: bool,
-        model_type: str | None = None,
+        config: Any = None,
         score_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.pattern = pattern  # what the model hides from a query; None: nothing
@@ -40,7 +41,7 @@ class ModelMask(BlockMask):
         self.batch, self.q_length, self.kv_length = shape
         self.q_offset, self.kv_offset = offsets  # positions of the first query and key
         self.device = device
-        self.model_type, self.score_dtype = model_type, score_dtype  # whose code may compute with the mask, and in what
+        self.config, self.score_dtype = config, score_dtype  # of the model whose code may compute with the mask, and in what
         self.has_unwritten = has_unwritten  # keys behind the last query may be room of a cache that nothing was written to
         self._hooks: dict[tuple[bool, bool], Mask | None] = {}  # made, for the layers that follow
 
@@ -82,7 +83,7 @@ class ModelMask(BlockMask):
         b, q, kv = b[:, None, None, None], q[:, None], kv[None, :]
         hook = self.hook(local=True)
         found = torch.ones((), dtype=torch.bool, device=self.device) if hook is None else hook(b, torch.zeros_like(b), q, kv)
-        if self.model_type is not None and adds_masks(self.model_type):
+        if self.config is not None and adds_masks(type(self.config).__module__, type(self.config).__name__):
             found = torch.where(found, 0.0, torch.finfo(self.score_dtype).min).to(self.score_dtype)
         return found.expand(self.shape)
 
@@ -101,7 +102,7 @@ class ModelMask(BlockMask):
         pattern, padding, q_offset = (moved(part, device) for part in (self.pattern, self.padding, self.q_offset))
         shape = self.batch, self.q_length, self.kv_length
         offsets = q_offset, self.kv_offset
-        whose = {"model_type": self.model_type, "score_dtype": self.score_dtype}
+        whose = {"config": self.config, "score_dtype": self.score_dtype}
         return ModelMask(pattern, padding, shape, offsets, device, has_unwritten=self.has_unwritten, **whose)
 
     def __getitem__(self, index: Any) -> torch.Tensor:  # type: ignore[override]
@@ -152,7 +153,7 @@ def model_mask(
     config: Any = None,
     dtype: torch.dtype = torch.float32,
     **others: Any,
-) -> ModelMask:
+) -> ModelMask | torch.Tensor:
     """What transformers' AttentionMaskInterface calls for the mask of a forward pass.
 
     Shapes:  attention_mask bool [batch, length]: False at padding; positions behind its end are hidden.
@@ -161,31 +162,31 @@ def model_mask(
 
     pattern = causal_mask_function if mask_function is None else mask_function
     padding = None if attention_mask is None else padding_hook(attention_mask, kv_length, kv_offset)
-    return ModelMask(
+    mask = ModelMask(
         None if pattern is bidirectional_mask_function else pattern,
         padding,
         (batch_size, q_length, kv_length),
         (q_offset, kv_offset),
         torch.device(device),
         has_unwritten=allow_is_bidirectional_skip is None,  # only given for masks that see both ways
-        model_type=getattr(config, "model_type", None),
+        config=config,
         score_dtype=dtype,
     )
+    return mask.dense() if getattr(config, "model_type", None) in LEAVE_BLOCK_MASKS_OUT else mask
+
+
+# Models whose code combines the mask with its own, but for a BlockMask, which it drops.
+LEAVE_BLOCK_MASKS_OUT = ("doge",)
 
 
 @torch.compiler.assume_constant_result
-def adds_masks(model_type: str) -> bool:
-    """Whether the code of a model, where it computes attention itself, adds its mask to the scores: as ``eager`` does, which is
-    all that it has without ``sdpa``."""
-    from transformers import MODEL_MAPPING
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    try:
-        model = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
-    except KeyError:
-        return False  # not one of transformers' own
-    model = model[0] if isinstance(model, tuple | list) else model
-    return not getattr(model, "_supports_sdpa", True)
+def adds_masks(module: str, config: str) -> bool:
+    """Whether the code of models with a config of this name, where it computes attention itself, adds its mask to the scores:
+    as ``eager`` does, which is all that it has without ``sdpa``. ``module``: that of the config, beside which models are."""
+    beside = f"{module.rpartition('.')[0]}.modeling_"
+    kinds = [kind for name, found in list(sys.modules.items()) if name.startswith(beside) for kind in vars(found).values()]
+    models = [kind for kind in kinds if getattr(getattr(kind, "config_class", None), "__name__", None) == config]
+    return bool(models) and not any(getattr(model, "_supports_sdpa", True) for model in models)
 
 
 def padding_hook(attention_mask: torch.Tensor, kv_length: int, kv_offset: Any) -> Mask | None:
