@@ -87,6 +87,7 @@ def get_module(request: Request, builder: Builder, waiting: Waiting | None = Non
                 from jitgen.cache.frozen import not_prebuilt
 
                 raise not_prebuilt(request, stores())
+            _say_missing_layers()
             found = _build(request, builder, waiting or (lambda message: nullcontext()))
             if env.remote() is not None and found.source == "built":
                 from jitgen.cache.remote import upload
@@ -152,6 +153,17 @@ def stores() -> list[Store]:
     if _temporary:
         found.append(_temporary[0])
     return found
+
+
+_missing: set[Path] = set()  # layers that this process has been told of
+
+
+def _say_missing_layers() -> None:
+    """Say, where something is compiled for want of it, that a layer of JITGEN_PREBUILT is not there."""
+    for path in env.prebuilt_dirs():
+        if path not in _missing and not path.is_dir():
+            _missing.add(path)
+            warn(f"JITGEN_PREBUILT names {path}, which is no directory. Correct it; kernels are compiled here.")
 
 
 @lru_cache(maxsize=64)

@@ -144,6 +144,16 @@ def no_temporary_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "_temporary", [])
 
 
+def test_a_layer_that_is_not_there_is_said_once(private_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = private_store.parent / "nothing"
+    monkeypatch.setenv("JITGEN_PREBUILT", str(nothing))
+    builder = FakeBuilder()
+    with pytest.warns(CacheWarning, match=f"JITGEN_PREBUILT names {nothing}, which is no directory"):
+        get_module(request(), builder)
+    get_module(request(FakeSource("int other;\n"), spec="other"), builder)  # a second warning would be an error
+    assert builder.num_builds == 2
+
+
 @pytest.mark.usefixtures("no_temporary_store")
 def test_unusable_store_is_replaced_by_a_temporary_one_with_one_warning(
     private_store: Path, monkeypatch: pytest.MonkeyPatch

@@ -29,6 +29,9 @@ from transformers_cases import (
     with_weights,
 )
 
+import jitgen
+from jitgen.compat.transformers import register
+
 
 def assert_equal_where(kept, got, want):
     """Results of real tokens; those of padding mean nothing, and implementations differ in them."""
@@ -215,6 +218,7 @@ OWN_ATTENTION = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:a model of .* computes attention itself")  # which counting is a variant for
 @pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_a_model_that_computes_attention_itself_has_the_mask_it_adds(name):
     kind, (ids, left) = getattr(transformers, name), batch()
@@ -227,3 +231,11 @@ def test_a_model_that_computes_attention_itself_has_the_mask_it_adds(name):
                 found.append(model(ids, attention_mask=mask).last_hidden_state)
         assert model.config._attn_implementation == "jitgen" and not layers
         assert torch.equal(*found)
+
+
+def test_a_variant_that_a_model_does_not_ask_for_is_said():
+    register("unheard", jitgen.Variant(score_mod=lambda score, b, h, q_idx, kv_idx: score * 2))
+    config = transformers.BloomConfig(**OWN_ATTENTION["BloomModel"])
+    model = with_weights(transformers.BloomModel._from_config(config, attn_implementation="unheard"))
+    with torch.no_grad(), pytest.warns(UserWarning, match="BloomConfig computes attention itself .* 'unheard'"):
+        model(batch()[0])

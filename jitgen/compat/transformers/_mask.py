@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,12 +37,14 @@ class ModelMask(BlockMask):
         has_unwritten: bool,
         config: Any = None,
         score_dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
     ) -> None:
         self.pattern = pattern  # what the model hides from a query; None: nothing
         self.padding = padding
         self.batch, self.q_length, self.kv_length = shape
         self.q_offset, self.kv_offset = offsets  # positions of the first query and key
         self.device = device
+        self.variant = variant  # the name it was registered under, if there is one
         self.config, self.score_dtype = config, score_dtype  # of the model whose code may compute with the mask, and in what
         self.has_unwritten = has_unwritten  # keys behind the last query may be room of a cache that nothing was written to
         self._hooks: dict[tuple[bool, bool], Mask | None] = {}  # made, for the layers that follow
@@ -84,6 +88,8 @@ class ModelMask(BlockMask):
         hook = self.hook(local=True)
         found = torch.ones((), dtype=torch.bool, device=self.device) if hook is None else hook(b, torch.zeros_like(b), q, kv)
         if self.config is not None and adds_masks(type(self.config).__module__, type(self.config).__name__):
+            if self.variant is not None and not is_compiling():
+                warn_of_unused(self.variant, type(self.config).__name__)
             found = torch.where(found, 0.0, torch.finfo(self.score_dtype).min).to(self.score_dtype)
         return found.expand(self.shape)
 
@@ -102,7 +108,7 @@ class ModelMask(BlockMask):
         pattern, padding, q_offset = (moved(part, device) for part in (self.pattern, self.padding, self.q_offset))
         shape = self.batch, self.q_length, self.kv_length
         offsets = q_offset, self.kv_offset
-        whose = {"config": self.config, "score_dtype": self.score_dtype}
+        whose = {"config": self.config, "score_dtype": self.score_dtype, "variant": self.variant}
         return ModelMask(pattern, padding, shape, offsets, device, has_unwritten=self.has_unwritten, **whose)
 
     def __getitem__(self, index: Any) -> torch.Tensor:  # type: ignore[override]
@@ -152,6 +158,7 @@ def model_mask(
     device: torch.device | str = "cpu",
     config: Any = None,
     dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
     **others: Any,
 ) -> ModelMask | torch.Tensor:
     """What transformers' AttentionMaskInterface calls for the mask of a forward pass.
@@ -171,6 +178,7 @@ def model_mask(
         has_unwritten=allow_is_bidirectional_skip is None,  # only given for masks that see both ways
         config=config,
         score_dtype=dtype,
+        variant=variant,
     )
     return mask.dense() if getattr(config, "model_type", None) in LEAVE_BLOCK_MASKS_OUT else mask
 
@@ -187,6 +195,15 @@ def adds_masks(module: str, config: str) -> bool:
     kinds = [kind for name, found in list(sys.modules.items()) if name.startswith(beside) for kind in vars(found).values()]
     models = [kind for kind in kinds if getattr(getattr(kind, "config_class", None), "__name__", None) == config]
     return bool(models) and not any(getattr(model, "_supports_sdpa", True) for model in models)
+
+
+@lru_cache
+def warn_of_unused(variant: str, config: str) -> None:
+    """Say, once, that a model does not ask for the attention that was registered."""
+    warnings.warn(
+        f"a model of {config} computes attention itself and does not ask for {variant!r}: its variant has no effect there.",
+        stacklevel=2,
+    )
 
 
 def padding_hook(attention_mask: torch.Tensor, kv_length: int, kv_offset: Any) -> Mask | None:

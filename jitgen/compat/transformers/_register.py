@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def register(
     if replace_mask and variant is None:
         raise VariantError("replace_mask=True replaces the model's mask by the variant's, and no variant was given.")
     AttentionInterface.register(name, Attention(for_layer, replace_mask))
-    AttentionMaskInterface.register(name, model_mask)
+    AttentionMaskInterface.register(name, model_mask if variant is None else partial(model_mask, variant=name))
 
 
 def check_version(version: str) -> None:
