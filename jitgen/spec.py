@@ -89,4 +89,5 @@ class KernelSpec:
         stored = f" from {self.kv_dtype}" if self.kv_dtype else ""
         out = f" to {self.out_dtype}" if self.out_dtype else ""
         rows = f", {' and '.join(self.rows.names)} transformed" if self.rows is not None else ""
-        return f"attention {self.family}{layout} {self.dtype}{stored}{out} hd{dims}{rows}"
+        loads = "" if self.copies else ", by loads"
+        return f"attention {self.family}{layout} {self.dtype}{stored}{out} hd{dims}{rows}{loads}"

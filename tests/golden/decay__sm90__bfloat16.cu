@@ -278,11 +278,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
     late.first_kv = -1;
   };
   // Taken one query tile ahead, just before the last copy of the present one: earlier would commit the CTA too soon.
-  const auto take_query_tile = [&] {
-    int taken = query_tile;
-    if (leader && schedule.counter >= 0) taken = atomicAdd(&jg::tile_counters[schedule.counter][0], 1);
-    query_tile = taken + static_cast<int>(gridDim.x);
-  };
+  const auto take_query_tile = [&] { query_tile = jg::next_tile(query_tile, schedule.counter, leader); };
 #pragma unroll 1
   while (query_tile < schedule.num_tiles) {
     const jg::QueryTile work = jg::query_tile_at(query_tile, schedule, static_cast<int>(args.num_q_heads));
@@ -326,10 +322,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   }
   load_value();
   publish(make_int4(0, 0, 0, jg::kWorkStop));
-  if (leader && schedule.counter >= 0) {
-    int* counter = jg::tile_counters[schedule.counter];
-    if (atomicAdd(&counter[1], 1) == static_cast<int>(gridDim.x) - 1) counter[0] = counter[1] = 0;   // ready for the next launch
-  }
+  jg::leave_counter(schedule.counter, leader);
 }
 
 // Q of a group as soon as it is done with the rows before: groups are most of a tile apart, and none waits for another one, or for

@@ -288,16 +288,11 @@ JITGEN_FN void find_tiles(const Args& args, const jg::Schedule& schedule, Shared
       tell(make_int4(step | flags, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch));
       step = next;
     }
-    int taken = query_tile;
-    if (leader && schedule.counter >= 0) taken = atomicAdd(&jg::tile_counters[schedule.counter][0], 1);
-    query_tile = jg::uniform(taken + static_cast<int>(gridDim.x));
+    query_tile = jg::uniform(jg::next_tile(query_tile, schedule.counter, leader));
   }
   tell(make_int4(-1, 0, 0, 0));
   publish(make_int4(0, 0, 0, jg::kWorkStop));
-  if (leader && schedule.counter >= 0) {
-    int* counter = jg::tile_counters[schedule.counter];
-    if (atomicAdd(&counter[1], 1) == static_cast<int>(gridDim.x) - 1) counter[0] = counter[1] = 0;   // ready for the next launch
-  }
+  jg::leave_counter(schedule.counter, leader);
 }
 
 // The same for all lanes.

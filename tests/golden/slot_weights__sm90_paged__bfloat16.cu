@@ -1084,22 +1084,22 @@ static int key_step(const Args& args) { return box_keys_of(args) > 16 ? box_keys
 static int start_attention(const Args& args, const Launch& launch) {
   static thread_local jg::QueryMap<kHeadDim> q;
   static thread_local jg::QueryMap<kHeadDimV> o;
+  constexpr bool kIsBf16 = jg::IsBf16<Element>::value;
+  const jg::TensorKey q_key = {args.q, args.total_q, args.num_q_heads, 1, args.q_stride_s, args.q_stride_h, 0};
+  const jg::TensorKey o_key = {args.o, args.total_q, args.num_q_heads, 1, args.o_stride_s, args.o_stride_h, 0};
   static thread_local jg::PageMap<kHeadDim> k;
   static thread_local jg::PageMap<kHeadDimV> v;
   const int keys = box_keys_of(args);
   if (keys == 0) return jg::kErrorPageSize;
-  constexpr bool kIsBf16 = jg::IsBf16<Element>::value;
   const bool no_keys = args.num_pages <= 0;   // K and V may be null then, but a map needs an address; nothing is copied
   const int64_t rows = args.page_size;
   const int64_t pages = no_keys ? 1 : args.num_pages, heads = args.num_kv_heads;
-  const jg::TensorKey q_key = {args.q, args.total_q, args.num_q_heads, 1, args.q_stride_s, args.q_stride_h, 0};
-  const jg::TensorKey o_key = {args.o, args.total_q, args.num_q_heads, 1, args.o_stride_s, args.o_stride_h, 0};
   const jg::TensorKey k_key = {no_keys ? args.q : args.k, rows, heads, pages, args.k_stride_s, args.k_stride_h, args.k_stride_p};
   const jg::TensorKey v_key = {no_keys ? args.q : args.v, rows, heads, pages, args.v_stride_s, args.v_stride_h, args.v_stride_p};
-  int code = q.update(q_key, kIsBf16, launch.packing, 64, kHeadDim / KeyTile::kSpan);
-  if (!code && kCopiesOutput) code = o.update(o_key, kIsBf16, launch.packing, 16, 1);
-  if (!code) code = k.update(k_key, kIsBf16, keys);
+  int code = k.update(k_key, kIsBf16, keys);
   if (!code) code = v.update(v_key, kIsBf16, keys);
+  if (!code) code = q.update(q_key, kIsBf16, launch.packing, 64, kHeadDim / KeyTile::kSpan);
+  if (!code && kCopiesOutput) code = o.update(o_key, kIsBf16, launch.packing, 16, 1);
   if (code) return code;
   return jg::launch_kernel(attention_kernel, dim3(static_cast<unsigned>(launch.num_ctas)), kThreads, kSharedBytes, reinterpret_cast<void*>(args.stream),
                            args.programmatic, Maps{q.operand, k.operand, v.operand, o.operand}, args, launch, keys);

@@ -16,11 +16,11 @@ template <int kCols> struct SpanTile {
   static constexpr __host__ __device__ int step_offset(int step, int rows) {
     return (step * 16 / kSpan * rows * kSpanBytes + step * 16 % kSpan * 2) >> 4;
   }
+  static JITGEN_FN int swizzle(int row) { return kSpan == 64 ? row & 7 : row >> 1 & 3; }   // what chunk numbers are xored with
   // Byte offset of the 16-byte chunk `chunk` of row `row`, swizzled.
   static JITGEN_FN unsigned chunk_offset(int row, int chunk, int rows) {
     constexpr int kChunks = kSpan / 8;
-    const int swizzle = kSpan == 64 ? row & 7 : row >> 1 & 3;
-    return chunk / kChunks * rows * kSpanBytes + row * kSpanBytes + ((chunk % kChunks ^ swizzle) << 4);
+    return chunk / kChunks * rows * kSpanBytes + row * kSpanBytes + ((chunk % kChunks ^ swizzle(row)) << 4);
   }
 };
 

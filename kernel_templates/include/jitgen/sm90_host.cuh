@@ -109,6 +109,20 @@ template <int kSpan> struct CapturedBoxes {
 constexpr int kStreamCounters = 64, kCapturedCounters = 4032;
 __device__ int tile_counters[kStreamCounters + kCapturedCounters][2];   // {tiles taken, CTAs done}
 
+// The tile that a CTA takes behind `tile`, in lane 0 of the warp that takes it. `counter`: of the launch, -1: none.
+JITGEN_FN int next_tile(int tile, int counter, bool leader) {
+  int taken = tile;
+  if (leader && counter >= 0) taken = atomicAdd(&tile_counters[counter][0], 1);
+  return taken + static_cast<int>(gridDim.x);
+}
+// When a CTA has taken all that it will: the last one makes the counter ready for the next launch.
+JITGEN_FN void leave_counter(int counter, bool leader) {
+  if (leader && counter >= 0) {
+    int* taken_done = tile_counters[counter];
+    if (atomicAdd(&taken_done[1], 1) == static_cast<int>(gridDim.x) - 1) taken_done[0] = taken_done[1] = 0;
+  }
+}
+
 inline int counter_of(cudaStream_t stream) {
   static int captured = 0, known = 0, lock = 0;
   static unsigned long long stream_ids[kStreamCounters];

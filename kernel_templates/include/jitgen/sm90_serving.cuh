@@ -46,14 +46,9 @@ JITGEN_FN void load_page_box(unsigned dst, const Operand& t, unsigned barrier, i
       "[%0], [%1, {%3, %3, %3, %4, %5}], [%2], %6;\n}"
       ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(group), "r"(place), "l"(policy) : "memory");
 }
-// Where a tile has its rows and their 16-byte chunks, in bytes, if boxes of pages, or the like, are copied to it.
+// Byte offset of a row in a tile that boxes of pages, or the like, are copied to.
 template <int kCols> JITGEN_FN unsigned page_row_offset(int row) {
   return row / 8 * (8 * kCols * 2) + row % 8 * SpanTile<kCols>::kSpanBytes;
-}
-template <int kCols> JITGEN_FN unsigned chunk_swizzle(int row) { return SpanTile<kCols>::kSpan == 64 ? row & 7 : row >> 1 & 3; }
-template <int kCols> JITGEN_FN unsigned page_chunk_offset(int row, int chunk) {
-  constexpr int kChunks = SpanTile<kCols>::kSpan / 8;
-  return chunk / kChunks * 8 * SpanTile<kCols>::kSpanBytes + ((chunk % kChunks ^ chunk_swizzle<kCols>(row)) << 4);
 }
 JITGEN_FN void cp_async_wait_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 // Zeroes rows [first, rows) of a tile, by a warp: what lies behind a request's last key may be NaN, and a weight of zero
