@@ -110,8 +110,8 @@ def _listed(kernel: Mapping[str, Any], name: str, default: Sequence[Any] = ()) -
     value = kernel.get(name, list(default))
     values = value if isinstance(value, list) else [value]
     kinds = int if name in ("head_dim", "head_dim_v", "q_len", "rows", "page_size") else str
-    wrong = [v for v in values if v is not None and (not isinstance(v, kinds) or isinstance(v, bool))]
-    if wrong or (name in kernel and not values):
+    fits = [type(v) is kinds and (kinds is str or v > 0) for v in values if v is not None]
+    if not all(fits) or (name in kernel and not values):
         expected = "a positive number or a list of them" if kinds is int else "a string or a list of them"
         raise ManifestError(f"{name} = {value!r}: expected {expected}.")
     return values

@@ -175,6 +175,7 @@ def test_built_in_variant_is_the_one_a_user_writes(folder: Path) -> None:
         ({"head_dim": 100}, "multiples of 8 up to 512"),
         ({"head_dim": "64"}, "expected a positive number or a list"),
         ({"head_dim": []}, "expected a positive number or a list"),
+        ({"page_size": 0}, "page_size = 0: expected a positive number or a list"),
         ({"family": "sm70"}, "expected one of cpu, sm80"),
         ({"family": "sm80"}, "needs a CUDA architecture"),
         ({"layout": "blocked"}, "expected one of dense"),
