@@ -28,7 +28,8 @@ SMALL_SHARED_ARCHS = ("8.6", "8.9", "12.0", "12.1")  # 99 kB of shared memory fo
 MERGE_FAMILIES = ("merge", "merge_outs")  # of states that kernels have left, and of a caller's
 PAGE_BOX = 8  # keys: from pages of a multiple of it the sm90 prefill kernel has the copy engine bring boxes
 MAX_SM90_KEYS = 1 << 22  # of a request in the sm90 prefill kernel
-CUDA_HEAD_DIMS = (64, 96, 128, 192, 256)
+CUDA_HEAD_DIMS = (64, 96, 128, 192, 256, 512)
+MAX_SM90_HEAD_DIM = 256  # of the sm90 kernels; above it Hopper has those of the sm80 family
 
 
 def choose_spec(
@@ -59,7 +60,7 @@ def choose_spec(
     if family is None and dtype == FP8_DTYPE:
         family = "sm90_fp8"
     if family is None:
-        family = "sm90" if target.arch in SM90_ARCHS else "sm80"
+        family = "sm90" if target.arch in SM90_ARCHS and max(head_dims) <= MAX_SM90_HEAD_DIM else "sm80"
         target = target if family == "sm90" else detect_cuda(device.index)
     return cuda_spec(program, dtype, head_dims, family, target, q_len=q_len, out_dtype=out_dtype)
 
@@ -84,7 +85,7 @@ def serving_spec(
     if device.type == "cpu":
         return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims, layout), detect_cpu(), layout, kv_dtype)
     if family is None:
-        family = mla_family(device, rows) if head_dims == MLA_DIMS else prefill_family(device, None)
+        family = mla_family(device, rows) if head_dims == MLA_DIMS else prefill_family(device, None, max(head_dims))
     target = detect_cuda(device.index, accelerated=not family.startswith("sm80"))
     spec = cuda_spec(program, dtype, head_dims, family, target, layout=layout, rows=rows, kv_dtype=kv_dtype)
     has_boxes = page_size is not None and page_size % PAGE_BOX == 0
@@ -97,10 +98,10 @@ def merge_spec(program: Program, dtype: str, head_dim_v: int, device: torch.devi
     return KernelSpec(family, program, dtype, head_dim_v, head_dim_v, Tiles(0, 0), target, "states")
 
 
-def prefill_family(device: torch.device, max_kv_len: int | None) -> str:
+def prefill_family(device: torch.device, max_kv_len: int | None, head_dim: int) -> str:
     """The prefill kernel of a plan."""
     is_hopper = detect_cuda(device.index, accelerated=True).arch in SM90_ARCHS
-    return "sm90" if is_hopper and (max_kv_len or 0) < MAX_SM90_KEYS else "sm80"
+    return "sm90" if is_hopper and (max_kv_len or 0) < MAX_SM90_KEYS and head_dim <= MAX_SM90_HEAD_DIM else "sm80"
 
 
 @goes_deep
@@ -138,9 +139,14 @@ def cuda_spec(
                 f"family='sm90' needs compute capability 9.0 (architecture {SM90_ARCHS[0]}), the target is {target.arch}. "
                 "Leave family out, or use 'sm80'."
             )
+        if max(head_dims) > MAX_SM90_HEAD_DIM:
+            raise VariantError(
+                f"family='sm90' has no kernel for head_dim {max(head_dims)}, its largest is {MAX_SM90_HEAD_DIM}. "
+                "Leave family out, or use 'sm80'."
+            )
         tiles = sm90_tiles(*head_dims, program, q_len=q_len, layout=layout)
     else:
-        tiles = sm80_tiles(*head_dims)
+        tiles = sm80_tiles(*head_dims, has_small_shared=has_small_shared(target))
     if kv_dtype and family != "decode":
         raise VariantError(f"family={family!r} does not read a cache of {kv_dtype}. Leave family out, or use 'decode'.")
     return KernelSpec(family, program, dtype, *head_dims, tiles, target, layout, kv_dtype, out_dtype)
@@ -213,9 +219,14 @@ def mla_tiles(program: Program, family: str, target: CompileTarget, rows: int) -
         return mla_decode_tiles(rows)
     if family == "mla":
         return Tiles(64, 64, num_warps=12, num_stages=2)
-    if target.arch.rstrip("af") in SMALL_SHARED_ARCHS:
+    if has_small_shared(target):
         return Tiles(64, 16, num_warps=8, num_stages=1)
     return Tiles(64, 32, num_warps=8, num_stages=2)
+
+
+def has_small_shared(target: CompileTarget) -> bool:
+    """Whether a CTA has 99 kB of shared memory."""
+    return target.arch.rstrip("af") in SMALL_SHARED_ARCHS
 
 
 def cpu_tiles(head_dim: int, head_dim_v: int, layout: str = "dense") -> Tiles:

@@ -12,9 +12,13 @@ _SM80 = {
     (192, 128): Tiles(64, 64, 4, 1),
     (192, 192): Tiles(64, 64, 4, 1),
     (256, 256): Tiles(64, 64, 4, 1),
+    (512, 512): Tiles(64, 32, 8, 1),
 }
+# Where a CTA has 99 kB of shared memory.
+_SMALL_SHARED = {(512, 512): Tiles(32, 16, 4, 1)}
 
 
-def sm80_tiles(head_dim: int, head_dim_v: int) -> Tiles:
+def sm80_tiles(head_dim: int, head_dim_v: int, *, has_small_shared: bool = False) -> Tiles:
     """Tiles of the sm80 kernel for supported head dims."""
-    return _SM80[head_dim, head_dim_v]
+    dims = head_dim, head_dim_v
+    return _SMALL_SHARED.get(dims, _SM80[dims]) if has_small_shared else _SM80[dims]

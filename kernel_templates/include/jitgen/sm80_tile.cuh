@@ -68,8 +68,8 @@ template <int kCols> JITGEN_FN unsigned b_fragment_offset(int lane) {
 }
 
 // Q fragments of a warp: those of the first kHeld steps stay in registers for the whole KV loop, the others are read again for
-// every KV tile.
-template <int kRowTiles, int kHeadDim, int kHeld> struct QueryFragments {
+// every KV tile. kSteps: of 16 columns, that the warp multiplies; the addresses of both operands are those of the first.
+template <int kRowTiles, int kHeadDim, int kHeld, int kSteps = kHeadDim / 16> struct QueryFragments {
   unsigned address;
   unsigned held[kHeld ? kHeld : 1][kRowTiles][4];
 
@@ -90,8 +90,8 @@ template <int kRowTiles, int kHeadDim, int kHeld> struct QueryFragments {
 };
 
 // S = Q K^T. `k_address` is this lane's b-fragment address in the K tile.
-template <class Element, int kRowTiles, int kColTiles, int kHeadDim, int kHeld>
-JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragments<kRowTiles, kHeadDim, kHeld>& q,
+template <class Element, int kRowTiles, int kColTiles, int kHeadDim, int kHeld, int kSteps>
+JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragments<kRowTiles, kHeadDim, kHeld, kSteps>& q,
                            unsigned k_address) {
   using Tile = SwizzledTile<kHeadDim>;
 #pragma unroll
@@ -101,7 +101,7 @@ JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragm
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[i][j][e] = 0.0f;
 #pragma unroll
-  for (int step = 0; step < kHeadDim / 16; ++step) {
+  for (int step = 0; step < kSteps; ++step) {
     unsigned a[kRowTiles][4];
     q.get(a, step);
     const unsigned address = Tile::advance(k_address, 2 * step);
