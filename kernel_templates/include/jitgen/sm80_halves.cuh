@@ -13,11 +13,10 @@ JITGEN_FN void sync_halves(int warp) { asm volatile("bar.sync %0, 64;" ::"r"(1 +
 
 template <int kColTiles> struct WarpHalves {
   static constexpr unsigned kWarpBytes = kColTiles * 512;
-  static_assert((kWarpBytes & (kWarpBytes - 1)) == 0, "one bit of the address says which warp");
-  unsigned mine;   // shared-memory address, of this lane
+  unsigned mine, other;   // shared-memory addresses, of this lane
 
-  // `address`: a multiple of 2 * kWarpBytes.
-  JITGEN_FN WarpHalves(unsigned address, int thread) : mine(address + thread / 32 * kWarpBytes + thread % 32 * 16) {}
+  JITGEN_FN WarpHalves(unsigned address, int thread)
+      : mine(address + thread / 32 * kWarpBytes + thread % 32 * 16), other(address + (thread / 32 ^ 1) * kWarpBytes + thread % 32 * 16) {}
 
   JITGEN_FN void put(const float (&s)[1][kColTiles][4]) const {
 #pragma unroll
@@ -30,7 +29,7 @@ template <int kColTiles> struct WarpHalves {
   JITGEN_FN void add(float (&s)[1][kColTiles][4]) const {
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
-      const uint4 words = load_shared_128((mine ^ kWarpBytes) + j * 512);
+      const uint4 words = load_shared_128(other + j * 512);
       s[0][j][0] += __uint_as_float(words.x), s[0][j][1] += __uint_as_float(words.y);
       s[0][j][2] += __uint_as_float(words.z), s[0][j][3] += __uint_as_float(words.w);
     }
