@@ -17,7 +17,7 @@ from jitgen.program import Program, all_roots, reads_pages
 from jitgen.spec import FP8_DTYPE, FP8_OUT_DTYPES, MLA_DIMS, MLA_FAMILIES, KernelSpec, Tiles
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
 from jitgen.tiles import sm80_tiles
-from jitgen.tiles_decode import MLA_COLUMNS, decode_tiles, mla_decode_tiles
+from jitgen.tiles_decode import MLA_COLUMNS, decode_tiles, mla_decode_tiles, shared_kib
 from jitgen.tiles_fp8 import FP8_HEAD_DIMS, fp8_tiles
 from jitgen.tiles_sm90 import sm90_tiles
 
@@ -146,7 +146,7 @@ def cuda_spec(
             )
         tiles = sm90_tiles(*head_dims, program, q_len=q_len, layout=layout)
     else:
-        tiles = sm80_tiles(*head_dims, has_small_shared=has_small_shared(target))
+        tiles = sm80_tiles(*head_dims, shared_kib(target), layout)
     if kv_dtype and family != "decode":
         raise VariantError(f"family={family!r} does not read a cache of {kv_dtype}. Leave family out, or use 'decode'.")
     return KernelSpec(family, program, dtype, *head_dims, tiles, target, layout, kv_dtype, out_dtype)
@@ -219,14 +219,9 @@ def mla_tiles(program: Program, family: str, target: CompileTarget, rows: int) -
         return mla_decode_tiles(rows)
     if family == "mla":
         return Tiles(64, 64, num_warps=12, num_stages=2)
-    if has_small_shared(target):
+    if target.arch.rstrip("af") in SMALL_SHARED_ARCHS:
         return Tiles(64, 16, num_warps=8, num_stages=1)
     return Tiles(64, 32, num_warps=8, num_stages=2)
-
-
-def has_small_shared(target: CompileTarget) -> bool:
-    """Whether a CTA has 99 kB of shared memory."""
-    return target.arch.rstrip("af") in SMALL_SHARED_ARCHS
 
 
 def cpu_tiles(head_dim: int, head_dim_v: int, layout: str = "dense") -> Tiles:

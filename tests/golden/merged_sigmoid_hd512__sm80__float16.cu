@@ -117,7 +117,7 @@ constexpr int kOutTiles = kHeadDimV / kColumnWarps / 8;
 static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0 && kHeadDimV <= kHeadDim, "unsupported tile");
 constexpr int kSteps = kHeadDim / 16 / kColumnWarps;   // of 16 columns, that a warp multiplies
 constexpr bool kHoldsQuery = false;
-constexpr int kHeldSteps = 4;                  // stay in registers; the others are read again per KV tile
+constexpr int kHeldSteps = 0;                  // stay in registers; the others are read again per KV tile
 // With two stages the copies of the next tile start before Q K^T; behind it where Q is read again, because registers are short
 // in it (2 % at head dim 128, while it costs 4 % at 64; with a norm in place of softmax it makes spills).
 constexpr bool kCopiesLate = false;
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
   const int part = warp_part(place.warp);
   const unsigned k_fragment = kv_shared + jg::b_fragment_offset<kHeadDim>(lane) + part * kSteps * 32;
   const unsigned v_fragment = kv_shared + kKeyBytes + jg::a_fragment_offset<kHeadDimV>(lane) + part * kOutTiles * 16;
-  const Halves halves(q_shared + kPartsAt, thread);
+  const auto halves = [&] { return Halves(q_shared + kPartsAt, jg::thread_index()); };   // computed anew: registers are short
 
   // Q is on its way while tiles are classified.
   jg::TileCopy<kHeadDim, kThreads>(at(args.q, b * args.q_stride_b + h * args.q_stride_h), args.q_stride_s, thread)
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
     Logits s;
     if (kind != kTileNone) {
       jg::multiply_qk<Element>(s, query, k_fragment + stage * kStageBytes);
-      halves.put(s);
+      halves().put(s);
     }
     if constexpr (kNumStages == 1) {
       jg::cp_async_wait_all();
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
       jg::sync_halves(place.warp);
     }
     if (kind != kTileNone) {
-      halves.add(s);
+      halves().add(s);
       scale_all(s, factor);
       if (kv_start + kTileKv > kv_len) mask_tail(s, kv_start, kv_len);
     }

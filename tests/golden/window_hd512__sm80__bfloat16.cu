@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
   const int part = warp_part(place.warp);
   const unsigned k_fragment = kv_shared + jg::b_fragment_offset<kHeadDim>(lane) + part * kSteps * 32;
   const unsigned v_fragment = kv_shared + kKeyBytes + jg::a_fragment_offset<kHeadDimV>(lane) + part * kOutTiles * 16;
-  const Halves halves(q_shared + kPartsAt, thread);
+  const auto halves = [&] { return Halves(q_shared + kPartsAt, jg::thread_index()); };   // computed anew: registers are short
 
   // Q is on its way while tiles are classified.
   jg::TileCopy<kHeadDim, kThreads>(at(args.q, b * args.q_stride_b + h * args.q_stride_h), args.q_stride_s, thread)
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
     Logits s;
     if (kind != kTileNone) {
       jg::multiply_qk<Element>(s, query, k_fragment + stage * kStageBytes);
-      halves.put(s);
+      halves().put(s);
     }
     if constexpr (kNumStages == 1) {
       jg::cp_async_wait_all();
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
       jg::sync_halves(place.warp);
     }
     if (kind != kTileNone) {
-      halves.add(s);
+      halves().add(s);
       if (scale_first()) scale_all(s, factor);
       const auto mask_rows = [&](MaskRows& rows) {   // found again in every partial tile: registers are short in the others
 #pragma unroll

@@ -176,7 +176,9 @@ def test_query_heads_share_kv_heads(family, heads, kv_heads):
 
 
 @pytest.mark.parametrize("page_size", [0, 1, 16])
-@pytest.mark.parametrize("lengths", [[(1, n) for n in (1, 15, 16, 17, 33, 300, 1000, 4090, 5, 2049)], [(1, 4001)]], ids=["many", "one"])
+@pytest.mark.parametrize(
+    "lengths", [[(1, n) for n in (1, 15, 16, 17, 33, 300, 1000, 4090, 5, 2049)], [(1, 4001)]], ids=["many", "one"]
+)
 def test_decode_steps_are_attended(lengths, page_size):
     plan = check_plan(make_batch(lengths), causal, page_size, max_q_len=1)
     assert [c.name for c in plan.classes] == ["decode"]
