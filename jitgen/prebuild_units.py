@@ -213,7 +213,7 @@ def _retargeted(value: Any, target: CompileTarget) -> Any:
     """The same argument for another target; the family and tiles of an attention kernel follow it."""
     if isinstance(value, CompileTarget):
         return _like(value, target)
-    if isinstance(value, KernelSpec) and value.layout == "dense" and value.family in ("sm80", "sm90", "sm90_fp8"):
+    if isinstance(value, KernelSpec) and value.layout == "dense" and value.family in ("sm80", "sm90", "sm90_wide", "sm90_fp8"):
         return value if value.target == target else _chosen_anew(value, target)
     if isinstance(value, KernelSpec) and value.family in MLA_FAMILIES:
         own = value.target.arch.rstrip("af") == target.arch.rstrip("af")  # what was recorded there may have been forced

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from jitgen.cli_text import counted, field, paint
-from jitgen.families import MAX_SM90_HEAD_DIM
 from jitgen.ir import Expr, walk
 from jitgen.ir_text import to_text
 from jitgen.program import NormProgram, Program, RowProgram, Slot
@@ -220,11 +219,8 @@ def kernel_rows(kernel: Kernel) -> list[tuple[str, str]]:
     if spec.tiles.num_warps:
         tiles += f", {counted(spec.tiles.num_warps, 'warp')}, {counted(spec.tiles.num_stages, 'stage')}"
     stored = str(kernel.entry) if kernel.entry else "no: the first call compiles it"
-    family = spec.family
-    if family == "sm80" and spec.target.arch == "9.0" and spec.head_dim > MAX_SM90_HEAD_DIM:
-        family += f" (sm90 has head dims up to {MAX_SM90_HEAD_DIM})"
     return [
-        ("family", f"{family}, {spec.dtype}{f' to {spec.out_dtype}' if spec.out_dtype else ''}, head_dim {dims}"),
+        ("family", f"{spec.family}, {spec.dtype}{f' to {spec.out_dtype}' if spec.out_dtype else ''}, head_dim {dims}"),
         ("tile", tiles),
         ("target", f"{spec.target.arch}; {spec.target.compiler or 'no compiler found'}"),
         ("key", kernel.key),

@@ -16,6 +16,7 @@ _SM80 = {
 # Head dim 512, by the KiB of shared memory that a CTA has. Plans need room for the places of keys beside the largest.
 _WIDE = ((227, Tiles(64, 64, 8, 1)), (163, Tiles(64, 32, 8, 1)), (99, Tiles(32, 16, 4, 1)))
 _LARGEST_OF_PLANS = 163
+WIDE_TILES = Tiles(64, 64, 8, 1)  # of the sm90_wide family
 
 
 def sm80_tiles(head_dim: int, head_dim_v: int, shared_kib: int, layout: str = "dense") -> Tiles:

@@ -325,6 +325,9 @@ CASES: dict[str, Case] = {
     "soft_cap__sm80__bfloat16": Case(soft_cap, "sm80", "bfloat16", (256, 256)),
     "window__sm80__float16": Case(window, "sm80", "float16", (256, 256)),
     "window_hd512__sm80__bfloat16": Case(window, "sm80", "bfloat16", (512, 512)),
+    "window__sm90_wide__bfloat16": Case(window, "sm90_wide", "bfloat16", (512, 512)),
+    "sigmoid__sm90_wide_ragged__float16": Case(sigmoid, "sm90_wide", "float16", (512, 512), "ragged"),
+    "every_hook__sm90_wide_paged__bfloat16": Case(every_hook, "sm90_wide", "bfloat16", (512, 512), "paged"),
     "merged_sigmoid_hd512__sm80__float16": Case(merged_sigmoid, "sm80", "float16", (512, 512)),
     "merged_sigmoid_hd512__sm80_ragged__float16": Case(merged_sigmoid, "sm80", "float16", (512, 512), "ragged"),
     "every_hook_hd512__sm80_paged__bfloat16": Case(every_hook, "sm80", "bfloat16", (512, 512), "paged"),
@@ -406,6 +409,7 @@ CASES: dict[str, Case] = {
 TARGETS = {
     "sm80": partial(cuda_target, "8.0"),
     "sm90": partial(cuda_target, "9.0a"),
+    "sm90_wide": partial(cuda_target, "9.0a"),
     "sm90_fp8": partial(cuda_target, "9.0a"),
     "decode": partial(cuda_target, "9.0a"),
     "merge": partial(cuda_target, "9.0"),

@@ -236,21 +236,24 @@ static int launch_planner(const Args& args, const jg::PlanShape& shape) {
 constexpr int kThreads = 32 * kNumWarps;
 [[maybe_unused]] constexpr int kRowThreads = kThreads;
 constexpr int kColumnWarps = 2;                // warps that share rows, and have a part of the columns of O each
+constexpr int kApart = 1;                      // their numbers
 constexpr int kWarpRows = kTileQ / kNumWarps * kColumnWarps;
 constexpr int kRowTiles = kWarpRows / 16;      // 16-row accumulator tiles of a warp
 constexpr int kColTiles = kTileKv / 8;
 constexpr int kOutTiles = kHeadDimV / kColumnWarps / 8;
 static_assert(kWarpRows % 16 == 0 && kTileKv % 16 == 0 && kHeadDimV <= kHeadDim, "unsupported tile");
 constexpr int kSteps = kHeadDim / 16 / kColumnWarps;   // of 16 columns, that a warp multiplies
+static_assert(kSteps % 4 == 0, "the parts of Q are whole spans");
 constexpr int kHeldSteps = 0;                  // stay in registers; the others are read again per KV tile
 constexpr bool kDescending = true;             // the partial tiles of a causal row come first, their loads with Q
 constexpr unsigned kQueryBytes = kTileQ * kHeadDim * 2;
 constexpr unsigned kKeyBytes = kTileKv * kHeadDim * 2;
 constexpr unsigned kStageBytes = kKeyBytes + kTileKv * kHeadDimV * 2;
-using Halves = jg::WarpHalves<kColTiles>;
+constexpr int kToldTiles = kColTiles;   // of S, that are exchanged at a time: places of keys take the room of the others
+using Halves = jg::WarpHalves<kToldTiles, kApart>;
 constexpr unsigned kPartsAt = kQueryBytes + kNumStages * kStageBytes, kPartBytes = kNumWarps * Halves::kWarpBytes;
 static_assert(kRowTiles == 1, "16 rows of two warps");
-static_assert(kOutTiles % 8 == 0 && kSteps % 4 == 0, "the parts of O and Q are whole spans");
+static_assert(kOutTiles % 8 == 0, "the parts of O are whole spans");
 constexpr unsigned kPlacesAt = kPartsAt + kPartBytes;
 constexpr unsigned kPlaceBytes = kTileKv * sizeof(jg::KeyPlace);   // of the keys of a tile
 constexpr unsigned kPlaceSlots = 4;            // for the tiles multiplied, copied and looked up next
@@ -419,7 +422,8 @@ JITGEN_FN Piece& next_piece() { __shared__ Piece piece; return piece; }
 
 // First row of a warp in the tile; first of its columns of O.
 JITGEN_FN int warp_row(int warp) { return warp / kColumnWarps * kWarpRows; }
-JITGEN_FN int warp_column(int warp) { return warp % kColumnWarps * kOutTiles * 8; }
+JITGEN_FN int warp_part(int warp) { return warp % kColumnWarps; }
+JITGEN_FN int warp_column(int warp) { return warp_part(warp) * kOutTiles * 8; }
 
 // First packed row and first column of the accumulators of this thread, from the first row of the CTA and the tile's first
 // column.
@@ -529,7 +533,7 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTi
       constexpr int kHalf = decltype(half_constant)::value;
       const int row = warp_row + lane / 4 + 16 * i + 8 * kHalf;
       const int q_idx = query_index(piece, row);
-      jg::HalvedRow<kColumnTiles, kHalf> out_row(o[i], first_out + first_column, told());
+      jg::HalvedRow<kColumnTiles, kHalf, kApart> out_row(o[i], first_out + first_column, told());
       const float factor = ends.factor[i][kHalf];
       float lse = ends.lse[i][kHalf];
 #pragma unroll
@@ -605,7 +609,7 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
   const int num_rows = piece.request.q_len << piece.packing;
   const Head head = own_head(args, piece);
   const unsigned kv_shared = q_shared + kQueryBytes;
-  const int part_bytes = warp % kColumnWarps * kSteps * 32;   // of a row of Q and K
+  const int part_bytes = warp_part(warp) * kSteps * 32;   // of a row of Q and K
   const unsigned k_fragment = kv_shared + jg::b_fragment_offset<kHeadDim>(lane) + part_bytes;
   const unsigned v_fragment = kv_shared + kKeyBytes + jg::a_fragment_offset<kHeadDimV>(lane) + warp_column(warp) * 2;
   const auto halves = [&] { return Halves(q_shared + kPartsAt, jg::thread_index()); };   // computed anew: registers are short
@@ -705,7 +709,7 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
       load_keys(next, 0, slot_after(slot));
       jg::cp_async_commit();
     }
-    if constexpr (kNumStages == 2) jg::sync_halves(warp);
+    if constexpr (kNumStages == 2) jg::sync_halves<kApart>(warp);
     if (kind != kTileNone) {
       halves().add(s);
       apply_score(args, head, score_rows, s, tile_row, piece.first_key + first_key(visit));

@@ -109,14 +109,16 @@ JITGEN_FN NormState norm_merge(const Args& args, const Head& head, const NormSta
 // ---- geometry ----
 constexpr int kThreads = 32 * kNumWarps;
 constexpr int kColumnWarps = 2;                // warps that share rows, and have a part of the columns of O each
+constexpr int kApart = 1;                      // their numbers
 constexpr int kWarpColumns = kTileKv;
 constexpr int kWarpRows = kTileQ / kNumWarps * kColumnWarps;
 constexpr int kRowTiles = kWarpRows / 16;      // 16-row accumulator tiles of a warp
 constexpr int kColTiles = kWarpColumns / 8;
 constexpr int kOutTiles = kHeadDimV / kColumnWarps / 8;
 static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0 && kHeadDimV <= kHeadDim, "unsupported tile");
-constexpr int kSteps = kHeadDim / 16 / kColumnWarps;   // of 16 columns, that a warp multiplies
 constexpr bool kHoldsQuery = false;
+constexpr int kSteps = kHeadDim / 16 / kColumnWarps;   // of 16 columns, that a warp multiplies
+static_assert(kSteps % 4 == 0, "the parts of Q are whole spans");
 constexpr int kHeldSteps = 0;                  // stay in registers; the others are read again per KV tile
 // With two stages the copies of the next tile start before Q K^T; behind it where Q is read again, because registers are short
 // in it (2 % at head dim 128, while it costs 4 % at 64; with a norm in place of softmax it makes spills).
@@ -126,11 +128,11 @@ constexpr long long kSectionBytes = jg::kEvenSection;
 constexpr unsigned kQueryBytes = kTileQ * kHeadDim * 2;     // O leaves through the same rows
 constexpr unsigned kKeyBytes = kTileKv * kHeadDim * 2;
 constexpr unsigned kStageBytes = kKeyBytes + kTileKv * kHeadDimV * 2;
-using Halves = jg::WarpHalves<kColTiles>;
+using Halves = jg::WarpHalves<kColTiles, kApart>;
 constexpr unsigned kPartsAt = kQueryBytes + kNumStages * kStageBytes;
 constexpr unsigned kSharedBytes = kPartsAt + kNumWarps * Halves::kWarpBytes;
 static_assert(kRowTiles == 1, "16 rows of two warps");
-static_assert(kOutTiles % 8 == 0 && kSteps % 4 == 0, "the parts of O and Q are whole spans");
+static_assert(kOutTiles % 8 == 0, "the parts of O are whole spans");
 
 using Logits = float[kRowTiles][kColTiles][4];
 using Output = float[kRowTiles][kOutTiles][4];
@@ -207,7 +209,7 @@ JITGEN_FN void write_output(const Args& args, const Place& place, Output& o, con
     jg::for_each_half([&](auto half_constant) {
       constexpr int kHalf = decltype(half_constant)::value;
       const int row = first_row + 16 * i + 8 * kHalf, q_idx = query_index(args, first_row, i, kHalf);
-      jg::HalvedRow<kOutTiles, kHalf> out_row(o[i], start_column + first_column, told());
+      jg::HalvedRow<kOutTiles, kHalf, kApart> out_row(o[i], start_column + first_column, told());
       norm_finalize(args, head, out_row, state[i][kHalf]);
       float lse = norm_lse(args, head, state[i][kHalf]);
       if (args.lse && row < args.q_len && start_column + first_column == 0) args.lse[(place.b * args.num_q_heads + place.h) * args.q_len + row] = lse;
@@ -235,6 +237,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
   const int part = warp_part(place.warp);
   const unsigned k_fragment = kv_shared + jg::b_fragment_offset<kHeadDim>(lane) + part * kSteps * 32;
   const unsigned v_fragment = kv_shared + kKeyBytes + jg::a_fragment_offset<kHeadDimV>(lane) + part * kOutTiles * 16;
+
   const auto halves = [&] { return Halves(q_shared + kPartsAt, jg::thread_index()); };   // computed anew: registers are short
 
   // Q is on its way while tiles are classified.
@@ -301,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
       if (next >= 0) keys.template start<kTileKv>(kv_shared, (next >> 2) * kTileKv, kv_len);
       jg::cp_async_commit();
     } else {
-      jg::sync_halves(place.warp);
+      jg::sync_halves<kApart>(place.warp);
     }
     if (kind != kTileNone) {
       halves().add(s);

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gallery import CASES, Sizes
 from gallery.rounding import inputs, largest_error, rounding_error
-from norm_cases import MERGED
+from norm_cases import MERGED, Sigmoid, StickBreaking
 from serving_batch import Batch, poisoned
 
 import jitgen
@@ -36,7 +36,23 @@ def by_largest(o, lse, b, h, q_idx):
 # ---- dense calls -----------------------------------------------------------------------------------------------------------
 
 
-def check_dense(case, dtype, calls, head_dim=512, family="sm80"):
+@pytest.fixture(params=["sm80", "sm90_wide"])
+def family(request):
+    """Each prefill family that this device can run."""
+    if request.param == "sm90_wide" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the sm90_wide family needs compute capability 9.0")
+    return request.param
+
+
+@pytest.fixture(params=["sm80", "sm90_wide", "decode"])
+def any_family(request):
+    """Each family that this device can run."""
+    if request.param == "sm90_wide" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the sm90_wide family needs compute capability 9.0")
+    return request.param
+
+
+def check_dense(case, dtype, calls, family, head_dim=512):
     for q_len, kv_len, q_index in calls:
         z = Sizes(q_len, kv_len, head_dim=head_dim, device=DEVICE)
         variant, (q, k, v) = case.make(z), inputs(z, dtype)
@@ -54,31 +70,31 @@ def check_dense(case, dtype, calls, head_dim=512, family="sm80"):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
-def test_dense_kernel_is_the_oracle(case):
-    check_dense(case, torch.bfloat16, CALLS)
+def test_dense_kernel_is_the_oracle(case, family):
+    check_dense(case, torch.bfloat16, CALLS, family)
 
 
 @pytest.mark.parametrize("name", ["causal", "gpt_oss", "sigmoid", "stick_breaking", "gated_output"])
-def test_dense_kernel_in_float16_is_the_oracle(name):
-    check_dense(CASES[name], torch.float16, CALLS)
+def test_dense_kernel_in_float16_is_the_oracle(name, family):
+    check_dense(CASES[name], torch.float16, CALLS, family)
 
 
 @pytest.mark.parametrize("name", ["causal", "gemma2", "alibi_slopes", "chunked", "stick_breaking"])
-def test_dense_kernel_is_the_oracle_at_the_edges_of_tiles(name):
-    check_dense(CASES[name], torch.bfloat16, EDGES)
+def test_dense_kernel_is_the_oracle_at_the_edges_of_tiles(name, family):
+    check_dense(CASES[name], torch.bfloat16, EDGES, family)
 
 
 @pytest.mark.parametrize("head_dim", [264, 384])
 def test_head_dims_between_are_padded(head_dim):
-    check_dense(CASES["causal"], torch.bfloat16, CALLS[:2], head_dim, family=None)
+    check_dense(CASES["causal"], torch.bfloat16, CALLS[:2], None, head_dim)
 
 
 @pytest.mark.parametrize("output", [unit_rows, by_largest], ids=lambda f: f.__name__)
-def test_output_transform_sees_whole_rows(output):
+def test_output_transform_sees_whole_rows(output, family):
     q, k, v = (torch.randn(1, h, n, 512, device=DEVICE, dtype=torch.bfloat16) for h, n in ((4, 77), (2, 300), (2, 300)))
     variant = jitgen.Variant(mask_mod=causal, output_transform=output)
     want = reference.attention(q, k, v, variant)
-    error = (jitgen.attention(q, k, v, variant).double() - want).norm(dim=-1) / want.norm(dim=-1)
+    error = (jitgen.attention(q, k, v, variant, family=family).double() - want).norm(dim=-1) / want.norm(dim=-1)
     assert error.max() <= 2 * EPS
 
 
@@ -145,34 +161,37 @@ HOOKS = {
     "every_hook": every_hook,
     "unit_rows": lambda: jitgen.Variant(mask_mod=causal, output_transform=unit_rows),
     **{f"merged_{name}": lambda name=name: jitgen.Variant(softmax=MERGED[name], mask_mod=causal) for name in MERGED},
-    "sigmoid": lambda: CASES["sigmoid"].make(Sizes(64, 64, device=DEVICE)),
-    "stick_breaking": lambda: CASES["stick_breaking"].make(Sizes(64, 64, device=DEVICE)),
+    "sigmoid": lambda: jitgen.Variant(mask_mod=causal, softmax=Sigmoid),
+    "stick_breaking": lambda: jitgen.Variant(mask_mod=causal, softmax=StickBreaking),
 }
 
 
-@pytest.mark.parametrize("family", [None, "sm80"])
 @pytest.mark.parametrize("page_size", [0, 1, 3, 16, 64])
 @pytest.mark.parametrize("mask", [None, causal], ids=["full", "causal"])
 def test_requests_of_every_length_are_attended(family, page_size, mask):
     check_plan(make_batch(), mask, page_size, family)
 
 
-@pytest.mark.parametrize("family", ["sm80", "decode"])
+def test_plan_has_a_kernel_for_few_rows_and_one_for_many():
+    plan = check_plan(make_batch(), causal, 16)
+    is_hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert [c.name for c in plan.classes] == ["decode", "sm90_wide" if is_hopper else "sm80"]
+
+
 @pytest.mark.parametrize("hooks", HOOKS)
 @pytest.mark.parametrize("page_size", [0, 16])
-def test_every_hook_is_taken(hooks, family, page_size):
-    check_plan(make_batch([(3, 300), (1, 77), (70, 500), (2, 1300)]), HOOKS[hooks](), page_size, family)
+def test_every_hook_is_taken(hooks, any_family, page_size):
+    check_plan(make_batch([(3, 300), (1, 77), (70, 500), (2, 1300)]), HOOKS[hooks](), page_size, any_family)
 
 
 @pytest.mark.parametrize("hooks", ["causal", "every_hook", "unit_rows", "merged_softmax"])
-def test_long_requests_are_cut_and_joined(hooks):
-    check_plan(make_batch(LONG), HOOKS[hooks](), 16, "sm80")
+def test_long_requests_are_cut_and_joined(hooks, family):
+    check_plan(make_batch(LONG), HOOKS[hooks](), 16, family)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (8, 1), (16, 1), (6, 2), (32, 4), (40, 1)])
-@pytest.mark.parametrize("family", ["sm80", "decode"])
-def test_query_heads_share_kv_heads(family, heads, kv_heads):
-    check_plan(make_batch([(2, 300), (1, 77), (20, 120)], heads, kv_heads, torch.float16), causal, 16, family)
+def test_query_heads_share_kv_heads(any_family, heads, kv_heads):
+    check_plan(make_batch([(2, 300), (1, 77), (20, 120)], heads, kv_heads, torch.float16), causal, 16, any_family)
 
 
 @pytest.mark.parametrize("page_size", [0, 1, 16])
