@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cascade_batch import SharedBatch
 from gallery import CASES, Sizes
 from gallery.rounding import inputs, largest_error, rounding_error
 from norm_cases import MERGED, Sigmoid, StickBreaking
@@ -18,6 +19,11 @@ CALLS = [(1, 301, "absolute"), (101, 301, "absolute"), (101, 301, "local"), (130
 EDGES = [(63, 63, "absolute"), (64, 128, "absolute"), (65, 129, "absolute"), (127, 31, "local"), (256, 513, "absolute")]
 LENGTHS = [(1, 1), (33, 33), (0, 40), (64, 65), (17, 1000), (127, 128), (128, 300), (129, 129), (257, 700), (5, 2049)]
 LONG = [(40, 4001), (5, 30), (64, 2003), (100, 3000)]
+SHARED = {
+    "decode": ([1] * 19, [[(19, 1000)], [(1, 16 * (b % 5) + b + 1) for b in range(19)]]),
+    "three": ([3, 1, 5, 2, 2], [[(5, 370)], [(2, 110), (3, 5)], [(1, 9), (1, 1), (1, 300), (1, 4), (1, 7)]]),
+    "prefill": ([150, 3, 270, 1], [[(4, 640)], [(1, 150), (1, 3), (1, 275), (1, 1)]]),
+}
 EPS = torch.finfo(torch.bfloat16).eps
 
 
@@ -201,6 +207,19 @@ def test_query_heads_share_kv_heads(any_family, heads, kv_heads):
 def test_decode_steps_are_attended(lengths, page_size):
     plan = check_plan(make_batch(lengths), causal, page_size, max_q_len=1)
     assert [c.name for c in plan.classes] == ["decode"]
+
+
+@pytest.mark.parametrize("name", ["decode", "three", "prefill"])
+def test_requests_that_share_keys_get_what_each_gets_alone(name):
+    shared = SharedBatch(*SHARED[name], 16, 8, 2, 512, dtype=torch.bfloat16, device=DEVICE)
+    caches, cascade = shared.build()
+    plan = shared.plan(causal, room=2, page_size=16, max_kv_len=4096).update(cascade, check=True)
+    out, lse = poisoned(plan, shared.whole.q)
+    jitgen.paged_attention(shared.whole.q, caches, cascade, plan, out=out, lse=lse)
+    exact, exact_lse = shared.whole.expected(causal)
+    assert not out.isnan().any()
+    assert ((out.double() - exact).norm(dim=-1) <= 2 * EPS * exact.norm(dim=-1) + 1e-6).all()
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=2e-4)
 
 
 def test_states_of_parts_are_merged():
