@@ -266,7 +266,9 @@ using Output = float[kRowTiles][kOutTiles][4];
 constexpr bool kOwnFirst = false;   // a register more to take an item would spill
 #define JG_TAKE_FN static __device__ __noinline__   // once an item, by one thread: inlined it would spill around it
 [[maybe_unused]] constexpr bool kEarlyMerge = false;
-constexpr int kManyItems = jg::kNotForMany;   // shares of the line are 2 to 14 % faster on an H100, with 16 items for each CTA
+// For each CTA: from so many on items are given out. A tile of keys is read for 64 rows only, so CTAs should be at the same keys: with
+// shares of the line an H100 reads them from memory, and is half as fast.
+constexpr int kManyItems = 2;
 // ---- pieces ----
 // What a launch adds to Args.
 struct Launch {
