@@ -14,7 +14,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from jitgen.errors import PlanMismatch
-from jitgen.families import CUDA_HEAD_DIMS, prefill_family
+from jitgen.families import CUDA_HEAD_DIMS, MAX_SM90_HEAD_DIM, prefill_family
 from jitgen.ir import PACKED
 from jitgen.program import Program
 from jitgen.serving import paged_attention
@@ -69,11 +69,12 @@ class BlockLists:
             return False
         if not fit_together(q, k, v):
             return False
-        is_plain = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] and q.shape[-1] in CUDA_HEAD_DIMS
+        is_plain = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1]
+        has_kernel = q.shape[-1] in CUDA_HEAD_DIMS and q.shape[-1] <= MAX_SM90_HEAD_DIM
         strides = [s for t in (q, k, v) for s in t.stride()[1:3]]
         has_rows = all(t.stride(3) == 1 for t in (q, k, v)) and all(s % 8 == 0 for s in strides)
         is_aligned = not (k.data_ptr() | v.data_ptr()) & 15
-        return is_plain and has_rows and is_aligned and is_hopper(q.device) and reads_no_position(program)
+        return is_plain and has_kernel and has_rows and is_aligned and is_hopper(q.device) and reads_no_position(program)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, variant: Variant, scale: float | None, out: Tensor | None, want_lse: bool
@@ -153,7 +154,7 @@ def fit_together(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def is_hopper(device: torch.device) -> bool:
     """Whether the prefill kernel of compute capability 9.0 runs there, which these lists are faster with."""
-    return device.type == "cuda" and prefill_family(device, None) == "sm90"
+    return device.type == "cuda" and prefill_family(device, None, MAX_SM90_HEAD_DIM) == "sm90"
 
 
 def reads_no_position(program: Program) -> bool:

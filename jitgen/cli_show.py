@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernel = parser.add_argument_group("the kernel")
     kernel.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
     kernel.add_argument("--arch", metavar="ARCH", type=arch_text, help="CUDA architecture such as 9.0a; needs no GPU")
-    families = ("cpu", "sm80", "sm90", "sm90_fp8")
+    families = ("cpu", "sm80", "sm90", "sm90_wide", "sm90_fp8")
     kernel.add_argument("--family", choices=families, help="default: the one a call would choose")
     dtypes = ("float32", "bfloat16", "float16", "float8_e4m3fn")
     kernel.add_argument("--dtype", choices=dtypes, help="default: float32 on cpu, bfloat16 on cuda")

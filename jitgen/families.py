@@ -16,19 +16,20 @@ from jitgen.errors import ShapeMismatch, UnsupportedDtype, UnsupportedVariant, V
 from jitgen.program import Program, all_roots, reads_pages
 from jitgen.spec import FP8_DTYPE, FP8_OUT_DTYPES, MLA_DIMS, MLA_FAMILIES, KernelSpec, Tiles
 from jitgen.target import CompileTarget, detect_cpu, detect_cuda
-from jitgen.tiles import sm80_tiles
-from jitgen.tiles_decode import MLA_COLUMNS, decode_tiles, mla_decode_tiles
+from jitgen.tiles import WIDE_TILES, sm80_tiles
+from jitgen.tiles_decode import MLA_COLUMNS, decode_tiles, mla_decode_tiles, shared_kib
 from jitgen.tiles_fp8 import FP8_HEAD_DIMS, fp8_tiles
 from jitgen.tiles_sm90 import sm90_tiles
 
-FAMILIES = ("cpu", "sm80", "sm90", "sm90_fp8")
-SERVING_FAMILIES = ("cpu", "decode", "mla", "mla_decode", "sm80", "sm80_mla", "sm90")
+FAMILIES = ("cpu", "sm80", "sm90", "sm90_wide", "sm90_fp8")
+SERVING_FAMILIES = ("cpu", "decode", "mla", "mla_decode", "sm80", "sm80_mla", "sm90", "sm90_wide")
 SM90_ARCHS = ("9.0a",)  # wgmma and setmaxnreg exist in this architecture only
 SMALL_SHARED_ARCHS = ("8.6", "8.9", "12.0", "12.1")  # 99 kB of shared memory for a CTA; all others have at least 163
 MERGE_FAMILIES = ("merge", "merge_outs")  # of states that kernels have left, and of a caller's
 PAGE_BOX = 8  # keys: from pages of a multiple of it the sm90 prefill kernel has the copy engine bring boxes
 MAX_SM90_KEYS = 1 << 22  # of a request in the sm90 prefill kernel
-CUDA_HEAD_DIMS = (64, 96, 128, 192, 256)
+CUDA_HEAD_DIMS = (64, 96, 128, 192, 256, 512)
+MAX_SM90_HEAD_DIM = 256  # of the sm90 family, and sm90_wide has the others
 
 
 def choose_spec(
@@ -59,8 +60,8 @@ def choose_spec(
     if family is None and dtype == FP8_DTYPE:
         family = "sm90_fp8"
     if family is None:
-        family = "sm90" if target.arch in SM90_ARCHS else "sm80"
-        target = target if family == "sm90" else detect_cuda(device.index)
+        family = hopper_family(max(head_dims)) if target.arch in SM90_ARCHS else "sm80"
+        target = target if family != "sm80" else detect_cuda(device.index)
     return cuda_spec(program, dtype, head_dims, family, target, q_len=q_len, out_dtype=out_dtype)
 
 
@@ -84,7 +85,7 @@ def serving_spec(
     if device.type == "cpu":
         return KernelSpec("cpu", program, dtype, *head_dims, cpu_tiles(*head_dims, layout), detect_cpu(), layout, kv_dtype)
     if family is None:
-        family = mla_family(device, rows) if head_dims == MLA_DIMS else prefill_family(device, None)
+        family = mla_family(device, rows) if head_dims == MLA_DIMS else prefill_family(device, None, max(head_dims))
     target = detect_cuda(device.index, accelerated=not family.startswith("sm80"))
     spec = cuda_spec(program, dtype, head_dims, family, target, layout=layout, rows=rows, kv_dtype=kv_dtype)
     has_boxes = page_size is not None and page_size % PAGE_BOX == 0
@@ -97,10 +98,16 @@ def merge_spec(program: Program, dtype: str, head_dim_v: int, device: torch.devi
     return KernelSpec(family, program, dtype, head_dim_v, head_dim_v, Tiles(0, 0), target, "states")
 
 
-def prefill_family(device: torch.device, max_kv_len: int | None) -> str:
+def prefill_family(device: torch.device, max_kv_len: int | None, head_dim: int) -> str:
     """The prefill kernel of a plan."""
     is_hopper = detect_cuda(device.index, accelerated=True).arch in SM90_ARCHS
-    return "sm90" if is_hopper and (max_kv_len or 0) < MAX_SM90_KEYS else "sm80"
+    family = hopper_family(head_dim) if is_hopper else "sm80"
+    return "sm80" if family == "sm90" and (max_kv_len or 0) >= MAX_SM90_KEYS else family
+
+
+def hopper_family(head_dim: int) -> str:
+    """The kernels for 16-bit inputs on compute capability 9.0."""
+    return "sm90" if head_dim <= MAX_SM90_HEAD_DIM else "sm90_wide"
 
 
 @goes_deep
@@ -132,15 +139,21 @@ def cuda_spec(
         out_dtype = out_dtype or "bfloat16"
     elif family in MERGE_FAMILIES:
         tiles = Tiles(0, 0)
-    elif family == "sm90":
+    elif family in ("sm90", "sm90_wide"):
         if target.arch not in SM90_ARCHS:
             raise VariantError(
-                f"family='sm90' needs compute capability 9.0 (architecture {SM90_ARCHS[0]}), the target is {target.arch}. "
+                f"family={family!r} needs compute capability 9.0 (architecture {SM90_ARCHS[0]}), the target is {target.arch}. "
                 "Leave family out, or use 'sm80'."
             )
-        tiles = sm90_tiles(*head_dims, program, q_len=q_len, layout=layout)
+        if family != hopper_family(max(head_dims)):
+            raise VariantError(
+                f"family={family!r} has no kernel for head_dim {max(head_dims)}: 'sm90' has those up to {MAX_SM90_HEAD_DIM}, "
+                "'sm90_wide' the others. Leave family out."
+            )
+        is_wide = family == "sm90_wide"
+        tiles = WIDE_TILES if is_wide else sm90_tiles(*head_dims, program, q_len=q_len, layout=layout)
     else:
-        tiles = sm80_tiles(*head_dims)
+        tiles = sm80_tiles(*head_dims, shared_kib(target), layout)
     if kv_dtype and family != "decode":
         raise VariantError(f"family={family!r} does not read a cache of {kv_dtype}. Leave family out, or use 'decode'.")
     return KernelSpec(family, program, dtype, *head_dims, tiles, target, layout, kv_dtype, out_dtype)

@@ -30,6 +30,7 @@ Q_LENS = tuple(1 << n for n in range(21))
 LAYOUTS = ("dense", "ragged", "paged")  # by hand; kernels of cascades are recorded
 LATENT_ROWS = (16, 64)  # query rows of a key in latent attention: 16 heads, as eight GPUs share 128, and more
 PLAN_FAMILIES = ("decode", None)  # a serving plan has two kernels on CUDA: one for decode steps, one for the rest
+PREFILL_FAMILIES = ("sm80", "sm90", "sm90_wide")  # on CUDA, but latent attention
 SPLIT = ("decode", "paged")  # the kernel of dense calls with few rows over many keys
 
 
@@ -213,8 +214,10 @@ def _retargeted(value: Any, target: CompileTarget) -> Any:
     """The same argument for another target; the family and tiles of an attention kernel follow it."""
     if isinstance(value, CompileTarget):
         return _like(value, target)
-    if isinstance(value, KernelSpec) and value.layout == "dense" and value.family in ("sm80", "sm90", "sm90_fp8"):
+    if isinstance(value, KernelSpec) and value.layout == "dense" and value.family in (*PREFILL_FAMILIES, "sm90_fp8"):
         return value if value.target == target else _chosen_anew(value, target)
+    if isinstance(value, KernelSpec) and value.family in (*PREFILL_FAMILIES, "decode"):
+        return value if value.target.arch.rstrip("af") == target.arch.rstrip("af") else _planned_anew(value, target)
     if isinstance(value, KernelSpec) and value.family in MLA_FAMILIES:
         own = value.target.arch.rstrip("af") == target.arch.rstrip("af")  # what was recorded there may have been forced
         rows = value.tiles.tile_q
@@ -224,6 +227,18 @@ def _retargeted(value: Any, target: CompileTarget) -> Any:
     fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     moved = {name: _like(item, target) for name, item in fields.items() if isinstance(item, CompileTarget)}
     return dataclasses.replace(value, **moved) if moved else value
+
+
+def _planned_anew(spec: KernelSpec, target: CompileTarget) -> KernelSpec:
+    """The kernel of a plan that would have this one's work on another target."""
+    family, page_size = "decode" if spec.family == "decode" else None, PAGE_BOX if spec.copies else None
+    dims, rows = (spec.head_dim, spec.head_dim_v), spec.tiles.tile_q
+    with _as_on_device(target.arch.rstrip("af")):
+        new = serving_spec(
+            spec.program, spec.dtype, dims, torch.device("cuda", 0), spec.layout,
+            family=family, rows=rows, kv_dtype=spec.kv_dtype, page_size=page_size,
+        )  # fmt: skip
+    return dataclasses.replace(spec, family=new.family, tiles=new.tiles, target=new.target, copies=new.copies)
 
 
 def _like(recorded: CompileTarget, wanted: CompileTarget) -> CompileTarget:

@@ -25,6 +25,7 @@ TEMPLATE_OF_FAMILY = {
     "cpu": "attention/cpu.cpp.jinja",
     "sm80": "attention/sm80.cu.jinja",
     "sm90": "attention/sm90.cu.jinja",
+    "sm90_wide": "attention/sm80.cu.jinja",
     "sm90_fp8": "attention/sm90_fp8.cu.jinja",
     "decode": "attention/decode.cu.jinja",
     "mla": "attention/mla.cu.jinja",
@@ -35,13 +36,14 @@ SERVING_TEMPLATE_OF_FAMILY = {  # layouts other than dense
     **TEMPLATE_OF_FAMILY,
     "cpu": "attention/cpu_serving.cpp.jinja",
     "sm80": "attention/sm80_serving.cu.jinja",
+    "sm90_wide": "attention/sm80_serving.cu.jinja",
     "sm90": "attention/sm90_serving.cu.jinja",
     "merge": "attention/merge.cu.jinja",
     "merge_cpu": "attention/merge.cpp.jinja",
     "merge_outs": "attention/merge_outs.cu.jinja",
 }
 # Their templates take part of the scaling out of the element loop.
-RAW_SCORE_FAMILIES = ("sm80", "sm90", "sm90_fp8", "decode", "mla", "mla_decode", "sm80_mla")
+RAW_SCORE_FAMILIES = ("sm80", "sm90", "sm90_wide", "sm90_fp8", "decode", "mla", "mla_decode", "sm80_mla")
 MAX_TEXT = 300  # characters of a hook in a comment
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 
@@ -80,6 +82,7 @@ class KernelContext(VariantTraits):
     num_warps: int
     num_stages: int
     by_rows: bool  # K and V of a paged sm90 kernel come by loads, from pages of any size
+    by_groups: bool  # the products of an sm80 template are those of whole warp groups: of the sm90_wide family
     pairs_groups: bool  # two CTAs take the same keys, each for a head group of its own
     reads_lse: bool  # a hook does
     terms_by_product: bool  # where initial_by_column: column_terms.cuh
@@ -162,7 +165,7 @@ def _early_of(spec: KernelSpec) -> frozenset[str]:
         return parts if spec.copies else parts - {"tile"}
     if spec.family == "decode":
         return frozenset({"prefetch"})
-    if spec.family == "sm80":
+    if spec.family in ("sm80", "sm90_wide"):
         return frozenset({"offset", "positions"} if spec.layout == "dense" else {"offset"})
     return frozenset()
 
@@ -196,6 +199,7 @@ def kernel_context(spec: KernelSpec, section: VariantSection, variant_text: str)
         num_warps=spec.tiles.num_warps,
         num_stages=spec.tiles.num_stages,
         by_rows=spec.family == "sm90" and spec.layout.startswith("paged") and not spec.copies,
+        by_groups=spec.family == "sm90_wide",
         pairs_groups=spec.family in MLA_FAMILIES,
         reads_lse=_reads_lse(spec.program),
         terms_by_product=adds_terms_by_product(section, spec.head_dim),

@@ -187,7 +187,7 @@ def make_classes(plan: Plan, program: Program, values: list[object]) -> tuple[Ke
     if plan.family == "decode" or (plan.family is None and most_rows is not None and most_rows <= class_rows):
         return (_cuda_class(plan, program, values, "decode", rows, ALL_ROWS, not in_place),)
     if plan.family is None:
-        family = prefill_family(plan.device, plan.max_kv_len)
+        family = prefill_family(plan.device, plan.max_kv_len, plan.head_dim)
         overlaps = family == "sm90" and can_overlap() and plan.segments is None
         kinds = (("decode", not in_place), (family, staged))
         specs = [_spec(plan, program, name, rows, is_staged) for name, is_staged in kinds]

@@ -12,13 +12,14 @@ from jitgen.cache.key import module_key
 from jitgen.cache.lookup import stores
 from jitgen.dense_split import is_divisible
 from jitgen.errors import JitgenError, UnsupportedDtype
-from jitgen.families import SM90_ARCHS, choose_spec, cuda_spec, padded_head_dims, serving_spec
+from jitgen.families import SM90_ARCHS, choose_spec, cuda_spec, hopper_family, padded_head_dims, serving_spec
 from jitgen.program import Program, reads_pages
 from jitgen.render import Source, render_kernel
 from jitgen.spec import CUDA_DTYPES, FP8_DTYPE, KernelSpec
 from jitgen.target import cuda_target
 
-DEFAULT_ARCH = {"sm80": "8.0", "sm90": "9.0a", "sm90_fp8": "9.0a"}  # where a family is asked for on a machine without a GPU
+# Where a family is asked for on a machine without a GPU.
+DEFAULT_ARCH = {"sm80": "8.0", "sm90": "9.0a", "sm90_wide": "9.0a", "sm90_fp8": "9.0a"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def spec_of(program: Program, choice: Choice) -> KernelSpec:
         return choose_spec(program, dtype, dims, torch.device("cuda"), q_len=choice.q_len, family=choice.family)
     if choice.family != "sm80" and f"{arch}a" in SM90_ARCHS:  # as a device of this architecture would get it
         arch += "a"
-    own = "decode" if is_split else "sm90_fp8" if dtype == FP8_DTYPE else "sm90" if arch in SM90_ARCHS else "sm80"
+    best = hopper_family(max(dims)) if arch in SM90_ARCHS else "sm80"
+    own = "decode" if is_split else "sm90_fp8" if dtype == FP8_DTYPE else best
     family = choice.family or own
     layout = "paged" if is_paged else "dense"
     return cuda_spec(program, dtype, dims, family, cuda_target(arch), q_len=choice.q_len, layout=layout, rows=choice.rows)

@@ -36,7 +36,7 @@ class Tiles:
 class KernelSpec:
     """One kernel. Equal specs are one module; lengths, batch sizes, head counts and captured values are not in here."""
 
-    family: str  # 'cpu', 'sm80', 'sm90', 'sm90_fp8', 'decode', 'mla', 'mla_decode' or 'sm80_mla'
+    family: str  # 'cpu', 'sm80', 'sm90', 'sm90_wide', 'sm90_fp8', 'decode', 'mla', 'mla_decode' or 'sm80_mla'
     program: Program
     dtype: str
     head_dim: int

@@ -12,11 +12,13 @@ SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10
 MAX_OUTPUT_REGISTERS = 128  # of O^T in a thread: head_dim_v * columns / 32
 RESERVED_BYTES = 1024  # that the driver takes of each CTA's
 # (warps, stages, CTAs of an SM), the best first: 128 KiB under way fill the memory of an H100, 96 are not felt on others.
-SHAPES = tuple((warps, stages, 1) for warps, stages in ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (4, 1), (2, 2), (2, 1)))
+_WHOLE_SMS = ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (4, 1), (2, 2), (2, 1), (1, 1))
+SHAPES = tuple((warps, stages, 1) for warps, stages in _WHOLE_SMS)
 # Keys in 8 bits take most of what 8 warps can issue: 16 read them at 4.26 TB/s on an H200, 8 at 3.69.
 PAIRED_SHAPES = ((8, 4, 2), (8, 2, 2))
 MAX_RING_BYTES = 144 * 1024
 MERGE_COLUMNS = 8
+MERGE_DIMS = 256  # of O, that the warps of a head join at a time, where no hook sees whole rows
 MLA_COLUMNS = (8, 16, 32)  # rows of latent attention in a tile
 SCALE_BYTES = 128  # of a stage
 CONTROL_BYTES = 320  # of a warp: softmax of the columns, or a norm's state of up to six values; barriers
@@ -32,18 +34,25 @@ def decode_tiles(
     # see kQueryAhead in decode_geometry.cu.jinja: a small shared memory has no room for it
     has_room = (9, 0) <= target.compute_capability < (12, 0)
     is_ahead = has_room and columns == 8 and stored_bytes == 2 and program.norm is None
-    shared = SHARED_KIB.get(target.compute_capability, min(SHARED_KIB.values())) * 1024
+    shared = shared_kib(target) * 1024
     is_paired = has_room and columns == 8 and stored_bytes == 1 and program.norm is None and program.value is None  # kResident
+    sees_rows = program.norm is not None or program.output is not None
+    merge_dims = head_dim_v if sees_rows else min(head_dim_v, MERGE_DIMS)
     for warps, stages, ctas in (PAIRED_SHAPES if is_paired else ()) + SHAPES:
         ring = warps * stages * UNIT_KEYS * (head_dim + head_dim_v) * stored_bytes
-        heads = warps // 2 if program.can_split else warps  # of a CTA: see kMaxHeads
+        heads = warps // 2 if program.can_split and warps > 1 else warps  # of a CTA: see kMaxHeads
         queries = 2 * stages + 2 if is_ahead else 1
-        rest = heads * queries * columns * head_dim * 2 + warps * MERGE_COLUMNS * (head_dim_v + 4) * 4
+        rest = heads * queries * columns * head_dim * 2 + warps * MERGE_COLUMNS * (merge_dims + 4) * 4
         rest += warps * _control_bytes(program)
         rest += warps * stages * SCALE_BYTES + heads * columns * 4 if stored_bytes == 1 else 0
         if ring <= MAX_RING_BYTES and ctas * (ring + rest + RESERVED_BYTES) <= shared + RESERVED_BYTES:
             return Tiles(columns, UNIT_KEYS, warps, stages)
     raise AssertionError(f"no tile for head_dim {head_dim} in {shared} bytes")
+
+
+def shared_kib(target: CompileTarget) -> int:
+    """Shared memory of a CTA on a GPU of that architecture."""
+    return SHARED_KIB.get(target.compute_capability, min(SHARED_KIB.values()))
 
 
 def _control_bytes(program: Program) -> int:

@@ -39,6 +39,13 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
         dict(GROUPED, head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=16, attn_logit_softcapping=2.0),
     ),
     "gemma3": ("Gemma3TextConfig", dict(GROUPED, head_dim=16, sliding_window=WINDOW, layer_types=ALTERNATING)),
+    "gemma4": (  # layers of two head dims
+        "Gemma4TextConfig",
+        dict(
+            GROUPED, head_dim=256, global_head_dim=512, sliding_window=WINDOW, layer_types=ALTERNATING,
+            vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=16,
+        ),
+    ),
     "gpt-oss": (
         "GptOssConfig",
         dict(

@@ -76,6 +76,10 @@ def sigmoid() -> jitgen.Variant:
     return jitgen.Variant(mask_mod=causal, softmax=Sigmoid)
 
 
+def unit_rows() -> jitgen.Variant:
+    return jitgen.Variant(output_transform=lambda o, lse, b, h, q_idx: o * torch.rsqrt(jitgen.row_sum(o * o) + 1e-6))
+
+
 MODULES = [
     (causal_only, "bfloat16", 64, 64),
     (causal_only, "bfloat16", 128, 128),
@@ -89,6 +93,11 @@ MODULES = [
     (dense_bias, "bfloat16", 128, 128),
     (sink, "bfloat16", 64, 64),
     (sigmoid, "bfloat16", 128, 128),
+    (causal_only, "bfloat16", 512, 512),
+    (plain, "float16", 512, 512),
+    (document, "bfloat16", 512, 512),
+    (sigmoid, "bfloat16", 512, 512),
+    (unit_rows, "bfloat16", 512, 512),
 ]
 
 

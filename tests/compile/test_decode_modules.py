@@ -134,6 +134,13 @@ MODULES = [
     (slot_scales, "bfloat16", (128, 128), 8, "paged", "9.0a", "int8"),
     (slot_offsets, "bfloat16", (128, 128), 8, "paged", "9.0a", ""),
     (evicted, "bfloat16", (128, 128), 8, "paged", "9.0a", "int8"),
+    (plain, "bfloat16", (512, 512), 32, "paged", "9.0a", ""),
+    (alibi_window, "float16", (512, 512), 8, "ragged", "8.0", ""),
+    (every_hook, "bfloat16", (512, 512), 8, "paged", "8.6", ""),  # one warp
+    (merged_softmax, "bfloat16", (512, 512), 8, "paged", "9.0a", ""),
+    (every_hook, "bfloat16", (512, 512), 8, "paged", "9.0a", "float8_e4m3fn"),
+    (rotated, "bfloat16", (512, 512), 8, "paged", "9.0a", ""),
+    (slot_scales, "bfloat16", (512, 512), 8, "paged", "8.0", "int8"),
 ]
 
 
@@ -192,7 +199,7 @@ def test_module_has_no_copy_to_a_sum_with_a_uniform_register(module):
 
 
 @pytest.mark.parametrize("arch", ["8.0", "8.6", "9.0a", "10.0", "12.0", "13.0"])
-@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (512, 512)], ids=str)
 @pytest.mark.parametrize("make", [plain, stick_breaking, merged_softmax, merged_stick_breaking])
 def test_every_architecture_has_a_tile(arch, dims, make):
     for rows in (1, 8, 9, 17, 32, 100):

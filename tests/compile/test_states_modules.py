@@ -77,6 +77,11 @@ MODULES = [
     ("merge", finished, 256, "states"),
     ("merge_outs", plain, 128, "outs"),
     ("merge_outs", plain, 512, "outs"),
+    ("sm90_wide", alibi, 512, "paged_states"),
+    ("sm90_wide", causal, 512, "paged_chosen"),
+    ("sm80", plain, 512, "paged_states"),
+    ("decode", alibi, 512, "paged_states"),
+    ("merge", finished, 512, "states"),
 ]
 
 
@@ -85,7 +90,7 @@ def test_nothing_spills_and_products_are_not_serialised(family, make, head_dim, 
     program = make().trace().program
     chosen = ChosenLists(16, is_even=False) if layout.endswith("_chosen") else None
     program = finishing(program) if family == "merge" else place(program, chosen)[0]
-    arch = {"sm90": "9.0a", "decode": "9.0a"}.get(family, "8.0")
+    arch = {"sm90": "9.0a", "sm90_wide": "9.0a", "decode": "9.0a"}.get(family, "8.0")
     kind = layout.removesuffix("_chosen")
     spec = cuda_spec(program, "bfloat16", (head_dim, head_dim), family, cuda_target(arch), layout=kind)
     source = render_kernel(spec)

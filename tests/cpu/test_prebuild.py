@@ -16,13 +16,15 @@ import pytest
 import torch
 
 import jitgen
-from jitgen import prebuild, runtime, toolchain
+from jitgen import prebuild, prebuild_units, runtime, toolchain
 from jitgen.__main__ import main
 from jitgen.cache.layer import STAMP
 from jitgen.cache.store import Store
 from jitgen.errors import CacheError, JitgenError, KernelNotPrebuilt, ManifestError
+from jitgen.families import serving_spec
 from jitgen.manifest import parse_manifest
 from jitgen.portable import unpack
+from jitgen.target import target_of
 from jitgen.tiles_sm90 import sm90_tiles
 
 needs_compiler = pytest.mark.skipif(toolchain.find_cxx() is None, reason="no C++ compiler on this machine")
@@ -222,6 +224,20 @@ def test_recording_is_built_for_where_it_was_made_or_for_other_targets_of_its_ki
     assert {s.digest for s in moved if s.family != "cpu"} == {spec.digest for spec in hopper}
     (ampere,) = specs(folder, kernel("plain", arch="8.0", family="sm80"))
     assert {s.digest for s in specs(folder, recorded(ampere), ["9.0"])} < {spec.digest for spec in hopper}
+
+
+@pytest.mark.parametrize("head_dim", [128, 512])
+@pytest.mark.parametrize("arch", ["8.0", "8.6"])
+def test_kernels_of_a_plan_follow_their_target(arch: str, head_dim: int, monkeypatch) -> None:
+    def specs(arch: str) -> list[object]:
+        monkeypatch.setenv("JITGEN_CUDA_ARCH", arch)
+        program, device = jitgen.Variant().trace().program, torch.device("cuda", 0)
+        dims = (head_dim, head_dim)
+        return [serving_spec(program, "bfloat16", dims, device, "paged", family=family) for family in ("decode", None)]
+
+    recorded = specs("9.0")
+    assert [prebuild_units._retargeted(spec, target_of(arch)) for spec in recorded] == specs(arch)
+    assert all(prebuild_units._retargeted(spec, target_of("9.0")) is spec for spec in recorded)
 
 
 def test_serving_and_sampling_kernels_are_recorded_like_any(folder: Path) -> None:

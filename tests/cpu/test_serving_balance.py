@@ -229,11 +229,18 @@ def test_equal_items_stay_whole_where_few_ctas_are_idle_for_it():
 
 
 @pytest.mark.parametrize(
-    "arch, max_kv_len, family", [("9.0", None, "sm90"), ("9.0", 1 << 22, "sm80"), ("8.9", None, "sm80")]
+    "arch, max_kv_len, head_dim, family",
+    [
+        ("9.0", None, 256, "sm90"),
+        ("9.0", 1 << 22, 128, "sm80"),
+        ("9.0", 1 << 22, 512, "sm90_wide"),
+        ("8.0", None, 512, "sm80"),
+        ("8.9", None, 128, "sm80"),
+    ],
 )
-def test_prefill_kernel_of_hopper_is_chosen_where_it_can_be_used(monkeypatch, arch, max_kv_len, family):
+def test_prefill_kernel_of_hopper_is_chosen_where_it_can_be_used(monkeypatch, arch, max_kv_len, head_dim, family):
     monkeypatch.setenv("JITGEN_CUDA_ARCH", arch)
-    assert prefill_family(torch.device("cuda", 0), max_kv_len) == family
+    assert prefill_family(torch.device("cuda", 0), max_kv_len, head_dim) == family
 
 
 @pytest.mark.parametrize(

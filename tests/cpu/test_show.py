@@ -232,7 +232,7 @@ def test_cuda_kernel_is_shown_without_a_gpu(user_file, options, family, arch, ca
     [
         (["--arch", "8.0", "--family", "sm90"], "family='sm90' needs compute capability 9.0"),
         (["--arch", "8.0", "--dtype", "float32"], "dtype is float32, expected bfloat16 or float16 or float8_e4m3fn on cuda"),
-        (["--arch", "8.0", "--head-dim", "512"], "head_dim 512 is larger than 256"),
+        (["--arch", "9.0", "--family", "sm90", "--head-dim", "512"], "family='sm90' has no kernel for head_dim 512"),
         (["--q-len", "100", "--kv-len", "50"], "q_len 100 is larger than kv_len 50"),
         (["--heads", "3", "--kv-heads", "2"], "3 query heads do not divide among 2 KV heads"),
         (["--head", "1"], "--head 1 is not one of 1 heads"),

@@ -129,8 +129,8 @@ JITGEN_FN float lse_value(const Args& args, const Head& head, float lse, int q_i
 // ---- geometry ----
 constexpr int kThreads = 32 * kNumWarps;
 constexpr int kColumnWarps = 1;   // warps that share rows, and have a part of the columns of S and O each
-constexpr int kWarpRows = kTileQ / kNumWarps * kColumnWarps;
 constexpr int kWarpColumns = kTileKv / kColumnWarps;
+constexpr int kWarpRows = kTileQ / kNumWarps * kColumnWarps;
 constexpr int kRowTiles = kWarpRows / 16;      // 16-row accumulator tiles of a warp
 constexpr int kColTiles = kWarpColumns / 8;
 constexpr int kOutTiles = kHeadDimV / kColumnWarps / 8;

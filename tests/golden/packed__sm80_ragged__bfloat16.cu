@@ -356,11 +356,14 @@ JITGEN_FN Cursor& own_cursor() { __shared__ Cursor cursor; return cursor; }
 JITGEN_FN Piece& current_piece() { __shared__ Piece piece; return piece; }
 JITGEN_FN Piece& next_piece() { __shared__ Piece piece; return piece; }
 
+// First row of a warp in the tile; first of its columns of O.
+JITGEN_FN int warp_row(int warp) { return warp * kWarpRows; }
+
 // First packed row and first column of the accumulators of this thread, from the first row of the CTA and the tile's first
 // column.
 JITGEN_FN int own_row(int tile_row) {
   const int thread = jg::thread_index();
-  return tile_row + thread / 32 * kWarpRows + thread % 32 / 4;
+  return tile_row + warp_row(thread / 32) + thread % 32 / 4;
 }
 JITGEN_FN int own_column(int tile_column) { return tile_column + 2 * (jg::thread_index() % 4); }
 
@@ -559,7 +562,7 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
   }
   if (thread == 0) next_piece() = take_piece(args, launch, own_cursor());
   jg::QueryFragments<kRowTiles, kHeadDim, kHeldSteps> query;
-  query.address = q_shared + warp * kWarpRows * (kHeadDim * 2) + jg::a_fragment_offset<kHeadDim>(lane);
+  query.address = q_shared + warp_row(warp) * (kHeadDim * 2) + jg::a_fragment_offset<kHeadDim>(lane);
   if constexpr (kHeldSteps > 0) {
     jg::cp_async_wait_all();
     __syncthreads();
@@ -594,8 +597,8 @@ JITGEN_FN void attend(const Args& args, const Launch& launch, unsigned q_shared)
     if constexpr (kNumStages == 2) stage ^= kStageBytes;
   }
 
-  const int warp_row = piece.first_row + warp * kWarpRows;
-  if (piece.slot < 0) write_output<kRowTiles>(args, piece, o, finish_rows(args, own_head(args, piece), softmax), warp_row);
+  const int start_row = piece.first_row + warp_row(warp);
+  if (piece.slot < 0) write_output<kRowTiles>(args, piece, o, finish_rows(args, own_head(args, piece), softmax), start_row);
   else Partial::store(args.workspace, piece.slot, thread, o, softmax);
 }
 

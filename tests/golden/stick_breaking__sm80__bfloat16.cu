@@ -154,8 +154,8 @@ JITGEN_FN float norm_lse(const Args& args, const Head& head, const NormState& st
 // ---- geometry ----
 constexpr int kThreads = 32 * kNumWarps;
 constexpr int kColumnWarps = 1;   // warps that share rows, and have a part of the columns of S and O each
-constexpr int kWarpRows = kTileQ / kNumWarps * kColumnWarps;
 constexpr int kWarpColumns = kTileKv / kColumnWarps;
+constexpr int kWarpRows = kTileQ / kNumWarps * kColumnWarps;
 constexpr int kRowTiles = kWarpRows / 16;      // 16-row accumulator tiles of a warp
 constexpr int kColTiles = kWarpColumns / 8;
 constexpr int kOutTiles = kHeadDimV / kColumnWarps / 8;

@@ -200,11 +200,12 @@ static_assert(kColumns % 8 == 0 && kHeadDim % 32 == 0 && kKeyCols % 32 == 0 && k
 constexpr bool kSplits = true;
 constexpr bool kReverse = false;
 constexpr float kUnits = jg::kLog2E;           // exponents of two in a logit
-constexpr int kMaxHeads = kSplits ? kNumWarps / 2 : kNumWarps;   // key heads of a CTA
+constexpr int kMaxHeads = kSplits && kNumWarps > 1 ? kNumWarps / 2 : kNumWarps;   // key heads of a CTA
 constexpr int kMaxKeyWarps = kSplits ? kNumWarps : 1;            // warps that share the keys of one
 
 using Loader = jg::UnitLoader<kKeyCols, kValueCols, kStoredBytes, kNumStages, kTensorCopies>;
-using Buffer = jg::MergeBuffer<kHeadDimV>;
+constexpr int kMergeDims = kHeadDimV > 256 ? 256 : kHeadDimV;   // of O, that warps join at a time: merge_dims of tiles_decode.py
+using Buffer = jg::MergeBuffer<kMergeDims>;
 using Output = float[kSlices][kTiles][4];
 using State = jg::ColumnSoftmax<kTiles>;
 constexpr unsigned kStateBytes = 8;
@@ -361,38 +362,41 @@ JITGEN_FN char* output_at(const Args& args, const jg::PlanTile& tile, const Pack
 // CTA that has the first piece. `first` and `last`: the CTAs with pieces.
 JITGEN_FN void finish_piece(const Args& args, const jg::DecodeSetup& setup, const Place& place, const jg::PlanTile& tile,
                             int kv_h, int first, int last, const Output& o, const State& state) {
-  constexpr int kQuads = kHeadDimV / 4;
+  constexpr int kQuads = kMergeDims / 4, kParts = kHeadDimV / kMergeDims;
   const int rows = rows_of(setup, tile), cta = blockIdx.x, first_warp = place.slot * setup.kv_warps;
 #pragma unroll 1
   for (int n = 0; n < kTiles; ++n) {
     const int tile_rows = jg::min(8, rows - 8 * n);
     if (tile_rows <= 0) break;
-    Buffer::put<kStoredBytes == 1>(place.merge(place.warp), o, n, tile_rows, place.lane);
-    put_states(place, state, n);
-    place.sync(setup);
 #pragma unroll 1
-    for (int begin = place.slice * 32; begin < tile_rows * kQuads; begin += 32 * setup.kv_warps) {
-      const int i = begin + place.lane, column = i / kQuads, dim = i % kQuads * 4;
-      const bool active = i < tile_rows * kQuads;
-      const unsigned own = place.merge(first_warp) + (column * Buffer::kPitch + dim) * 4;
-      jg::PartialSum all = {};
-      const unsigned own_state = place.states(first_warp) + column * kStateBytes;
-      if (active) all = Buffer::sum<kMaxKeyWarps>(own, own_state, 8 * kStateBytes, setup.kv_warps);
-      if (first != last) {
-        const long long per_cta = setup.heads * kTiles * 8 * kQuads;
-        const jg::Mailboxes boxes(args.workspace, per_cta, setup.shape.shares, (place.slot * kTiles + n) * 8 * kQuads + i);
-        boxes.join<kPiecesInFlight>(all, cta, first, last, active);
+    for (int part = 0; part < kParts; ++part) {
+      Buffer::put<kStoredBytes == 1>(place.merge(place.warp), o, n, part, tile_rows, place.lane);
+      if (part == 0) put_states(place, state, n);
+      place.sync(setup);
+#pragma unroll 1
+      for (int begin = place.slice * 32; begin < tile_rows * kQuads; begin += 32 * setup.kv_warps) {
+        const int i = begin + place.lane, column = i / kQuads, in_part = i % kQuads * 4, dim = part * kMergeDims + in_part;
+        const bool active = i < tile_rows * kQuads;
+        const unsigned own = place.merge(first_warp) + (column * Buffer::kPitch + in_part) * 4;
+        jg::PartialSum all = {};
+        const unsigned own_state = place.states(first_warp) + column * kStateBytes;
+        if (active) all = Buffer::sum<kMaxKeyWarps>(own, own_state, 8 * kStateBytes, setup.kv_warps);
+        if (first != last) {
+          const long long per_cta = setup.heads * kTiles * kParts * 8 * kQuads;
+          const jg::Mailboxes boxes(args.workspace, per_cta, setup.shape.shares, ((place.slot * kTiles + n) * kParts + part) * 8 * kQuads + i);
+          boxes.join<kPiecesInFlight>(all, cta, first, last, active);
+        }
+        if (!active || cta != first) continue;
+        const PackedRow at = packed_row(setup, tile, kv_h, 8 * n + column);
+        const Head head = make_head(args, request_of(args, tile), at.h);
+        float factor;
+        const float lse = finish_row(args, head, all.top, all.sum, factor);
+        if (dim == 0) store_lse(args, tile, at, head, lse);
+        *reinterpret_cast<uint2*>(output_at(args, tile, at, dim)) =
+            make_uint2(Element::pack(all.o.x * factor, all.o.y * factor), Element::pack(all.o.z * factor, all.o.w * factor));
       }
-      if (!active || cta != first) continue;
-      const PackedRow at = packed_row(setup, tile, kv_h, 8 * n + column);
-      const Head head = make_head(args, request_of(args, tile), at.h);
-      float factor;
-      const float lse = finish_row(args, head, all.top, all.sum, factor);
-      if (dim == 0) store_lse(args, tile, at, head, lse);
-      *reinterpret_cast<uint2*>(output_at(args, tile, at, dim)) =
-          make_uint2(Element::pack(all.o.x * factor, all.o.y * factor), Element::pack(all.o.z * factor, all.o.w * factor));
+      place.sync(setup);
     }
-    place.sync(setup);
   }
 }
 

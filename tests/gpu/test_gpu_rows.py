@@ -75,7 +75,7 @@ def test_decode(name, page_size):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 96, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 192, 256, 512])
 @pytest.mark.parametrize("name", ["rope", "all"])
 def test_decode_of_every_width(name, head_dim, dtype):
     attend(name, DECODE, head_dim=head_dim, dtype=dtype, max_q_len=1)
@@ -93,7 +93,7 @@ def test_prefill_and_decode_mixed(name, page_size):
 
 
 @pytest.mark.parametrize("hnd", [False, True], ids=["NHD", "HND"])
-@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("head_dim", [64, 256, 512])
 def test_prefill_of_other_widths_and_orders(head_dim, hnd):
     attend("rope", MIXED, head_dim=head_dim, max_kv_tokens=4096, hnd=hnd)
 

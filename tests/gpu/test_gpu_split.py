@@ -87,7 +87,7 @@ def test_these_variants_are_cut(name):
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2), (8, 1), (9, 3), (32, 1)])
 @pytest.mark.parametrize("batch, q_len", [(1, 1), (3, 1), (1, 3)])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 def test_heads_and_rows(heads, kv_heads, batch, q_len, head_dim):
     for kv_len in (1, 17, 1000, 4099):
         q, k, v = random_inputs(batch, heads, kv_heads, q_len, kv_len, head_dim)

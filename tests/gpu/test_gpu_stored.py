@@ -47,7 +47,7 @@ def test_keys_and_values_have_scales_of_their_own(kinds, page_size):
     attend(page_size=page_size, kinds=kinds)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256, 512])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kv_dtype", STORED, ids=str)
 def test_types_and_widths(head_dim, dtype, kv_dtype):

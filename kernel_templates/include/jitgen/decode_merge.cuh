@@ -116,16 +116,16 @@ template <class State, int kPairs> JITGEN_FN State state_of(const float2 (&pairs
   return state;
 }
 
-// Where the warps of a head put the O of one column tile: [warp][8 columns][kPitch] floats, and the softmax of the columns.
-// The pitch spreads the eight groups and four quads of a fragment over all banks.
-template <int kHeadDimV> struct MergeBuffer {
-  static constexpr int kPitch = kHeadDimV + 4;
+// Where the warps of a head put kDims dims of the O of one column tile: [warp][8 columns][kPitch] floats, and the softmax of
+// the columns. The pitch spreads the eight groups and four quads of a fragment over all banks.
+template <int kDims> struct MergeBuffer {
+  static constexpr int kPitch = kDims + 4;
   static constexpr unsigned kBytes = 8 * kPitch * 4;   // of a warp
 
-  // Columns from `columns` on hold nothing. kPaired: the halves of a fragment are dims 2 group and 2 group + 1 of a slice, not
+  // Dims from `part` * kDims on; columns from `columns` on hold nothing. kPaired: the halves of a fragment are dims 2 group and 2 group + 1 of a slice, not
   // group and group + 8.
   template <bool kPaired, int kSlices, int kTiles>
-  static JITGEN_FN void put(unsigned address, const float (&o)[kSlices][kTiles][4], int tile, int columns, int lane) {
+  static JITGEN_FN void put(unsigned address, const float (&o)[kSlices][kTiles][4], int tile, int part, int columns, int lane) {
     const int group = lane / 4, quad = lane % 4;
     if (2 * quad >= columns) return;
     const unsigned to = address + (2 * quad * kPitch + (kPaired ? 2 * group : group)) * 4;
@@ -136,7 +136,8 @@ template <int kHeadDimV> struct MergeBuffer {
         for (int slice = 0; slice < kSlices; ++slice)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const unsigned at = to + (slice * 16 + e * kPitch) * 4;
+            if (slice * 16 / kDims != part) continue;
+            const unsigned at = to + (slice * 16 % kDims + e * kPitch) * 4;
             if constexpr (kPaired) {
               store_shared(at, make_float2(o[slice][n][e], o[slice][n][e + 2]));
             } else {

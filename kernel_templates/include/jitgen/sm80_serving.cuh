@@ -28,7 +28,7 @@ struct PackedRows {
 };
 
 // Copies packed rows [first, first + kRows) to the tile at `address`; rows from `limit` on become zero.
-template <int kRows, int kCols, int kThreads>
+template <int kRows, int kCols, int kThreads, int kSpanRows = 0>
 JITGEN_FN void copy_packed_rows(unsigned address, const PackedRows& rows, int first, int limit, int thread) {
   using Tile = SwizzledTile<kCols>;
   constexpr int kRowStep = kThreads / Tile::kSpan;
@@ -40,7 +40,8 @@ JITGEN_FN void copy_packed_rows(unsigned address, const PackedRows& rows, int fi
     const char* from = rows.row(valid ? first + r : first) + chunk * 16;
 #pragma unroll
     for (int span = 0; span < Tile::kSpans; ++span)
-      cp_async_16(address + Tile::offset(r, span * Tile::kSpan + chunk), from + span * Tile::kSpan * 16, valid);
+      cp_async_16(address + SpanPlaces<kCols, kSpanRows>::offset(r, chunk) + span * SpanPlaces<kCols, kSpanRows>::kSpanStep,
+                  from + span * Tile::kSpan * 16, valid);
   }
 }
 
@@ -105,8 +106,9 @@ JITGEN_FN long long load_shared_64(unsigned address) {
 
 // TileCopy for keys in pages: `places` is the shared-memory address of the first row's place in K, or in V. Rows that are
 // nowhere become zero.
-template <int kCols, int kThreads> struct PagedCopy {
+template <int kCols, int kThreads, int kSpanRows = 0> struct PagedCopy {
   using Tile = SwizzledTile<kCols>;
+  using Places = SpanPlaces<kCols, kSpanRows>;
   static constexpr int kRowStep = kThreads / Tile::kSpan;
   static_assert(kRowStep % 8 == 0, "rows of one thread must share the swizzle");
 
@@ -116,7 +118,7 @@ template <int kCols, int kThreads> struct PagedCopy {
   JITGEN_FN PagedCopy(const void* base, int thread) : row(thread / Tile::kSpan) {
     const int chunk = thread % Tile::kSpan;
     src = static_cast<const char*>(base) + chunk * 16;
-    dst = Tile::offset(row, chunk);
+    dst = Places::offset(row, chunk);
   }
   template <int kRows> JITGEN_FN void start(unsigned address, unsigned places) const {
     static_assert(kRows % kRowStep == 0, "every thread copies the same number of rows");
@@ -127,7 +129,7 @@ template <int kCols, int kThreads> struct PagedCopy {
       const char* from = src + offset;
 #pragma unroll
       for (int span = 0; span < Tile::kSpans; ++span)
-        cp_async_16(to + i * kRowStep * Tile::kPitch + span * Tile::kSpan * 16, from + span * Tile::kSpan * 16, offset >= 0);
+        cp_async_16(to + i * kRowStep * Places::kPitch + span * Places::kSpanStep, from + span * Tile::kSpan * 16, offset >= 0);
     }
   }
 };

@@ -27,9 +27,21 @@ template <int kCols> struct SwizzledTile {
   }
 };
 
-// The part of a [rows][kCols] copy that one thread does: kSpan neighbouring threads copy one span of a row.
-template <int kCols, int kThreads> struct TileCopy {
+// Where spans of a row of a tile are. kSpanRows: the tile is [spans][kSpanRows][8 chunks], as wgmma wants it; 0: rows are whole.
+template <int kCols, int kSpanRows> struct SpanPlaces {
   using Tile = SwizzledTile<kCols>;
+  static constexpr int kPitch = kSpanRows ? Tile::kSpan * 16 : Tile::kPitch;
+  static constexpr int kSpanStep = kSpanRows ? kSpanRows * kPitch : Tile::kSpan * 16;
+  static_assert(kSpanRows == 0 || Tile::kSpan == 8, "spans of 64 columns");
+
+  // Of a chunk of the first span.
+  static JITGEN_FN unsigned offset(unsigned row, unsigned chunk) { return row * kPitch + (chunk ^ Tile::swizzle(row)) * 16; }
+};
+
+// The part of a [rows][kCols] copy that one thread does: kSpan neighbouring threads copy one span of a row.
+template <int kCols, int kThreads, int kSpanRows = 0> struct TileCopy {
+  using Tile = SwizzledTile<kCols>;
+  using Places = SpanPlaces<kCols, kSpanRows>;
   static constexpr int kRowStep = kThreads / Tile::kSpan;
   static_assert(kRowStep % 8 == 0, "rows of one thread must share the swizzle");
 
@@ -42,7 +54,7 @@ template <int kCols, int kThreads> struct TileCopy {
       : row_bytes(row_stride * 2), row(thread / Tile::kSpan) {
     const int chunk = thread % Tile::kSpan;
     src = static_cast<const char*>(base) + row * row_bytes + chunk * 16;
-    dst = Tile::offset(row, chunk);
+    dst = Places::offset(row, chunk);
   }
   // Rows [first, first + kRows) to the tile at `address`; rows from `limit` on become zero, so that a weight of zero
   // never meets a NaN left in memory.
@@ -56,7 +68,7 @@ template <int kCols, int kThreads> struct TileCopy {
       const bool valid = first + row + i * kRowStep < limit;
 #pragma unroll
       for (int span = 0; span < Tile::kSpans; ++span)
-        cp_async_16(to + i * kRowStep * Tile::kPitch + span * Tile::kSpan * 16, from + span * Tile::kSpan * 16, valid);
+        cp_async_16(to + i * kRowStep * Places::kPitch + span * Places::kSpanStep, from + span * Tile::kSpan * 16, valid);
     }
   }
 };
@@ -68,8 +80,8 @@ template <int kCols> JITGEN_FN unsigned b_fragment_offset(int lane) {
 }
 
 // Q fragments of a warp: those of the first kHeld steps stay in registers for the whole KV loop, the others are read again for
-// every KV tile.
-template <int kRowTiles, int kHeadDim, int kHeld> struct QueryFragments {
+// every KV tile. kSteps: of 16 columns, that the warp multiplies; the addresses of both operands are those of the first.
+template <int kRowTiles, int kHeadDim, int kHeld, int kSteps = kHeadDim / 16> struct QueryFragments {
   unsigned address;
   unsigned held[kHeld ? kHeld : 1][kRowTiles][4];
 
@@ -90,8 +102,8 @@ template <int kRowTiles, int kHeadDim, int kHeld> struct QueryFragments {
 };
 
 // S = Q K^T. `k_address` is this lane's b-fragment address in the K tile.
-template <class Element, int kRowTiles, int kColTiles, int kHeadDim, int kHeld>
-JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragments<kRowTiles, kHeadDim, kHeld>& q,
+template <class Element, int kRowTiles, int kColTiles, int kHeadDim, int kHeld, int kSteps>
+JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragments<kRowTiles, kHeadDim, kHeld, kSteps>& q,
                            unsigned k_address) {
   using Tile = SwizzledTile<kHeadDim>;
 #pragma unroll
@@ -101,7 +113,7 @@ JITGEN_FN void multiply_qk(float (&s)[kRowTiles][kColTiles][4], const QueryFragm
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[i][j][e] = 0.0f;
 #pragma unroll
-  for (int step = 0; step < kHeadDim / 16; ++step) {
+  for (int step = 0; step < kSteps; ++step) {
     unsigned a[kRowTiles][4];
     q.get(a, step);
     const unsigned address = Tile::advance(k_address, 2 * step);
