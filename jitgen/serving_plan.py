@@ -70,7 +70,7 @@ class Plan:
     head_dim      with head_dim 576, head_dim_v 512 and one KV head: absorbed latent attention (MLA) over a cache of compressed
                   keys, see jitgen.paged_attention; on a GPU of compute capability 9.0 pages of fewer than 8 keys are slow to
                   copy
-    family        forces one kernel family: 'decode', 'sm80' or 'sm90' on a GPU; for latent attention
+    family        forces one kernel family: 'decode', 'sm80', 'sm90' or 'sm90_wide' on a GPU; for latent attention
                   'mla' or 'mla_decode' (up to 32 query rows of a request), of compute capability 9.0, or 'sm80_mla'
 
     Errors:  ShapeMismatch, UnsupportedDtype, UnsupportedDevice, VariantError; CompileError, ToolchainMissing.
