@@ -254,6 +254,14 @@ def documents() -> jitgen.Variant:
     return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx))
 
 
+def scaled_documents() -> jitgen.Variant:
+    scales, doc = torch.zeros(8), jitgen.sorted(torch.zeros(512, dtype=torch.int32))
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: s * scales[h],
+        mask_mod=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx),
+    )
+
+
 def packed() -> jitgen.Variant:
     """Reads where rows and keys of a request lie among those of all."""
     bias, gate = torch.zeros(4096), torch.zeros(4096, 8)
@@ -354,6 +362,7 @@ CASES: dict[str, Case] = {
     "dense_bias__sm90__bfloat16": Case(dense_bias, "sm90", "bfloat16", (128, 128)),
     "forgetting__sm90__bfloat16": Case(forgetting, "sm90", "bfloat16", (128, 128)),
     "documents__sm90__bfloat16": Case(documents, "sm90", "bfloat16", (128, 128)),
+    "scaled_documents__sm90__bfloat16": Case(scaled_documents, "sm90", "bfloat16", (128, 128)),
     "window__sm90__bfloat16": Case(window, "sm90", "bfloat16", (128, 128)),
     "biases__sm90_ragged__float16": Case(biases, "sm90", "float16", (128, 128), "ragged"),
     "packed__sm80_ragged__bfloat16": Case(packed, "sm80", "bfloat16", (128, 128), "ragged"),

@@ -1,5 +1,6 @@
 // Who does what and when: query tiles handed out to CTAs, and the KV tiles a query tile visits.
 #pragma once
+#include "jitgen/divisor.cuh"
 #include "jitgen/sm90_ptx.cuh"
 
 namespace jg {
@@ -58,6 +59,29 @@ JITGEN_FN QueryTile query_tile_at(unsigned index, const Schedule& schedule, unsi
     tile = schedule.num_late - 1 - inside / num_heads, head = inside % num_heads;
   }
   return {static_cast<int>(tile), static_cast<int>(head % num_q_heads), static_cast<int>(head / num_q_heads)};
+}
+
+// The same with what the host worked out: a division takes thirty instructions, which no cache holds when a launch begins.
+// early_tiles: the query tiles of a section that are not late.
+struct Divisors { Divisor section, early_tiles, num_heads, num_q_heads; };
+inline Divisors make_divisors(const Schedule& schedule, long long num_q_heads) {
+  const int early_tiles = (schedule.num_query_tiles - schedule.num_late) * schedule.section;
+  return {make_divisor(schedule.section), make_divisor(early_tiles > 0 ? early_tiles : 1), make_divisor(schedule.num_heads),
+          make_divisor(static_cast<unsigned>(num_q_heads))};
+}
+JITGEN_FN QueryTile query_tile_at(int index, const Schedule& schedule, const Divisors& by) {
+  const int num_early = (schedule.num_query_tiles - schedule.num_late) * schedule.num_heads;
+  int tile, head;
+  if (index < num_early) {
+    const int section = by.early_tiles.divide(index), inside = index - section * static_cast<int>(by.early_tiles.value);
+    const int down = by.section.divide(inside);
+    tile = schedule.num_query_tiles - 1 - down, head = section * schedule.section + inside - down * schedule.section;
+  } else {
+    const int inside = index - num_early, down = by.num_heads.divide(inside);
+    tile = schedule.num_late - 1 - down, head = inside - down * schedule.num_heads;
+  }
+  const int batch = by.num_q_heads.divide(head);
+  return {tile, head - batch * static_cast<int>(by.num_q_heads.value), batch};
 }
 
 // Messages from the producer to the consumers: {first row, head, batch, kind}.
@@ -200,6 +224,89 @@ template <int kGroups, class SpanOf, class Classify, class ClassifyHalf> struct 
       tiles ^= lowest;
       if (kinds != 0) return position << kStepShift | kinds;
     }
+  }
+};
+
+// The same with one function and one piece of code for all looks, which take fewer instructions: no cache holds them when a launch
+// begins. judge(first_group, count, first, last, half): what the rows of `count` groups see of the tiles at visiting positions first to
+// last, or of half of one where `half` is not negative.
+template <int kGroups, class Judge> struct VisibleHalvesInOne {
+  static_assert(kGroups == 3, "a word has room for three groups");
+  Judge judge;
+  int num_tiles = 0, first_group = 0, look = 0, base = 0;   // as in VisibleTiles
+  unsigned groups = 0, tiles = 0, full = 0;                 // full: of the tiles not yet visited, or of others
+  unsigned close = 0, seen = 0, whole = 0, kept = 0;        // tiles looked at closely; their halves: some seen, all, none hidden by tensors
+
+  JITGEN_FN explicit VisibleHalvesInOne(Judge judge) : judge(judge) {}
+  // Begins a query tile: the function is of this one from now on.
+  JITGEN_FN void restart(int tiles_of_kv, int first) {
+    num_tiles = tiles_of_kv, first_group = first;
+    look = 0, groups = tiles = 0;
+  }
+  JITGEN_FN int next() {
+#pragma unroll 1
+    for (;;) {
+      const unsigned lowest = tiles & -tiles;
+      if (lowest & (full | close)) {
+        const int position = base + __ffs(lowest) - 1, kinds = kinds_of(lowest);
+        tiles ^= lowest;
+        if (kinds != 0) return position << kStepShift | kinds;
+      } else if (!look_further()) {
+        return -1;
+      }
+    }
+  }
+
+ private:
+  static JITGEN_FN int spread(unsigned bits) { return bits & 1 | bits << 1 & 4 | bits << 2 & 16; }   // to every other bit
+  JITGEN_FN int kinds_of(unsigned tile) const {
+    if (full & tile) return 0x2a >> 2 * first_group << 2 * first_group;   // kTileFull
+    const int at = 6 * __popc(close & (tile - 1));
+    const unsigned first = seen >> at & 7, second = seen >> at + 3 & 7, all = whole >> at & whole >> at + 3;
+    const unsigned untouched = (kept >> at | ~first) & (kept >> at + 3 | ~second) & (first | second);   // by tensors
+    return spread(first & ~all) | spread(untouched | (second & ~first)) << 1 | static_cast<int>(first ^ second) << kHalfAt;
+  }
+  // At groups of tiles, at the tiles of a group, or closely at tiles. False after the last.
+  JITGEN_FN bool look_further() {
+    const int lane = threadIdx.x & 31;
+    int first, last, group = 0, count = kGroups, half = -1;
+    const int depth = tiles != 0 ? 2 : groups != 0 ? 1 : 0;
+    if (depth == 0) {
+      if (look >= num_tiles) return false;
+      first = look + 32 * lane, last = min(first + 31, num_tiles - 1);
+      look += 1024;
+      if (num_tiles <= 32) {   // nothing to skip
+        groups = 1;
+        return true;
+      }
+    } else if (depth == 1) {
+      base = look - 1024 + 32 * (__ffs(groups) - 1);
+      groups &= groups - 1;
+      first = last = base + lane;
+    } else {   // lane 6 i + 3 half + group at a half of the i-th of the next five that are neither nothing nor full
+      unsigned rest = tiles & ~full, mine = 0;
+      close = 0;
+#pragma unroll
+      for (int i = 0; i < 5; ++i) {
+        const unsigned lowest = rest & -rest;
+        if (lane / 6 == i) mine = lowest;
+        close |= lowest;
+        rest ^= lowest;
+      }
+      group = lane % 3, count = 1, half = lane / 3 % 2;
+      first = last = mine != 0 && group >= first_group ? base + __ffs(mine) - 1 : num_tiles;
+    }
+    const int kind = first < num_tiles ? judge(group, count, first, last, half) : kTileNone;
+    const unsigned some = __ballot_sync(0xffffffffu, kind != kTileNone), all = __ballot_sync(0xffffffffu, kind == kTileFull);
+    if (depth == 0) {
+      groups = some;
+    } else if (depth == 1) {
+      tiles = some, full = all, close = 0;
+    } else {
+      seen = some, whole = all;
+      kept = __ballot_sync(0xffffffffu, kind & 2);
+    }
+    return true;
   }
 };
 
