@@ -841,19 +841,14 @@ extern "C" int jitgen_launch(const Args* args) {
   const int64_t group_size = args->num_q_heads / args->num_kv_heads;
   const jg::Schedule schedule =
       jg::make_schedule(args->q_len, args->kv_len, kTileQ, kHeadDim + kHeadDimV, heads, group_size, true, jg::counter_of(stream), num_sms);
-  // Copies that the first query tiles read, two of them for each SM, come before attention: a quarter of V for 4 x 4096 and 16 heads.
-  // None comes later where heads share one. (H200, time of hd128, full and causal, 4 x 4096 and 1 x 16384: 0.984 0.976 0.994 0.991 of
-  // that with all of V before, hd64 0.972 0.977 0.976.)
-  const int64_t per_section = schedule.section * (query_tiles - schedule.num_late);
-  const int64_t first = per_section ? (2 * num_sms + per_section - 1) / per_section * schedule.section / group_size : num_copies;
-  const bool has_later = Tile::kCopiers > 0 && num_copies == args->num_kv_heads * args->batch && first < num_copies;
-  const int64_t num_early = (has_later ? first : num_copies) * squares_per_copy;
-  jg::Copies copies = {static_cast<int*>(args->workspace) + num_copies * squares_per_copy * (jg::SquareTranspose::kBytes / 4), static_cast<int>(copied_heads),
-                       0x7fffffff, static_cast<int>(squares_per_copy), static_cast<int>(num_early), 0};
-  if (has_later && !no_keys) copies.first_later = static_cast<int>(first), copies.num_later = static_cast<int>(num_copies * squares_per_copy - num_early);
+  jg::Copies copies = {static_cast<int*>(args->workspace) + num_copies * squares_per_copy * (jg::SquareTranspose::kBytes / 4),
+                       static_cast<int>(copied_heads), 0, static_cast<int>(squares_per_copy)};
+  const bool are_shared = num_copies != args->num_kv_heads * args->batch;
+  jg::share_copies(copies, num_copies, schedule, group_size, num_sms, Tile::kCopiers > 0 && !are_shared && !no_keys);
   const Maps maps = {q.operand, k.operand, v.operand, o.operand, rows.operand, squares.operand};
   if (!no_keys) {
-    transpose_values<<<static_cast<unsigned>((num_early + kCopyWarps - 1) / kCopyWarps), 32 * kCopyWarps, 0, stream>>>(maps, copies, static_cast<int>(num_copies) + 1);
+    const unsigned num_ctas = (copies.num_early + kCopyWarps - 1) / kCopyWarps;
+    transpose_values<<<num_ctas, 32 * kCopyWarps, 0, stream>>>(maps, copies, static_cast<int>(num_copies) + 1);
     if (const cudaError_t failed = cudaGetLastError()) return failed;
   }
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
