@@ -685,8 +685,10 @@ extern "C" int jitgen_launch(const Args* args) {
       jg::make_schedule(args->q_len, args->kv_len, kTileQ, kHeadDim + kHeadDimV, heads, group_size, false, jg::counter_of(stream), num_sms);
   jg::Copies copies = {static_cast<int*>(args->workspace) + num_copies * squares_per_copy * (jg::SquareTranspose::kBytes / 4),
                        static_cast<int>(copied_heads), 0, static_cast<int>(squares_per_copy)};
-  const bool are_shared = num_copies != args->num_kv_heads * args->batch;
-  jg::share_copies(copies, num_copies, schedule, group_size, num_sms, Tile::kCopiers > 0 && !are_shared && !no_keys);
+  // Not where heads share a copy; nor where a mask may leave so few tiles to see that the copies would take longer.
+  const bool may_wait = Tile::kCopiers > 0 && !no_keys && num_copies == args->num_kv_heads * args->batch;
+  const bool sees_enough = !kHasMask || false || 2 * query_tiles * group_size >= kv_tiles;
+  jg::share_copies(copies, num_copies, schedule, group_size, num_sms, may_wait && sees_enough);
   const Maps maps = {q.operand, k.operand, v.operand, o.operand, rows.operand, squares.operand};
   if (!no_keys) {
     const unsigned num_ctas = (copies.num_early + kCopyWarps - 1) / kCopyWarps;

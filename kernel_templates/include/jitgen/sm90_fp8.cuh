@@ -264,13 +264,13 @@ template <class Kept, int kOutTiles> JITGEN_FN void store_sums(float (&o)[kOutTi
 // later squares that are taken; then for each copy its later squares that are done.
 struct Copies { int* counters; int heads, first_later, squares_per_copy, num_early, num_later; };
 
-// Those that the first query tiles read, two of them for each SM, are early: a quarter of V for 4 x 4096 and 16 heads. (H200, time
-// of hd128, full and causal, 4 x 4096 and 1 x 16384: 0.984 0.976 0.994 0.991 of that with all of them early, hd64 0.972 0.977 0.976.)
-// may_wait: whether there may be later ones.
+// Those that the first query tiles read, two of them for each SM, are early: a quarter of V for 4 x 4096 and 16 heads. (H100, time
+// of hd128, full and causal, 4 x 4096 and 1 x 16384: 0.981 0.970 0.993 0.991 of that with all of them early, hd64 0.971 0.975 0.978.)
+// may_wait: whether others may be later. Two query tiles must read each: with 384 rows and 32 x 4096 keys 0.956, with 192 1.154.
 inline void share_copies(Copies& copies, long long num_copies, const Schedule& schedule, long long group_size, int num_sms, bool may_wait) {
   const long long per_section = schedule.section * (schedule.num_query_tiles - schedule.num_late);
   const long long first = per_section ? (2 * num_sms + per_section - 1) / per_section * schedule.section / group_size : num_copies;
-  const bool has_later = may_wait && first < num_copies;
+  const bool has_later = may_wait && first < num_copies && schedule.num_query_tiles * group_size >= 2;
   copies.first_later = has_later ? static_cast<int>(first) : 0x7fffffff;
   copies.num_early = static_cast<int>((has_later ? first : num_copies) * copies.squares_per_copy);
   copies.num_later = static_cast<int>(num_copies * copies.squares_per_copy) - copies.num_early;
