@@ -46,9 +46,9 @@ def negated(q: torch.Tensor) -> torch.Tensor:
 
 
 def workspace_bytes(tiles: Tiles, shape: torch.Size, strides: tuple[int, ...]) -> int:
-    """Size of the transposed copy of v [batch, num_kv_heads, kv_len, head_dim]; heads of stride 0 share one."""
+    """Size of the transposed copy of v [batch, num_kv_heads, kv_len, head_dim], with counters; heads of stride 0 share one."""
     copies = (shape[0] if strides[0] else 1) * (shape[1] if strides[1] else 1)
-    return copies * -(-shape[2] // tiles.tile_kv) * tiles.tile_kv * shape[3]
+    return copies * (-(-shape[2] // tiles.tile_kv) * tiles.tile_kv * shape[3] + 4) + 4
 
 
 # ---- scales ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Modules of the sm90_fp8 family compiled without a GPU: registers, tensor-core shapes and the copy of V."""
+"""Modules of the sm90_fp8 family compiled without a GPU: registers, tensor-core shapes and the copies of V."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def scaled(make) -> Program:
     return fp8.with_scales(traced.program, traced.values(), q, q, scales)[0]
 
 
+KERNELS = ("transpose_values", "attention_kernel")
 MODULES = [
     *((make, "plain", head_dim) for head_dim in FP8_HEAD_DIMS for make in (plain, causal_only, every_hook)),
     *((every_hook, "scaled", head_dim) for head_dim in FP8_HEAD_DIMS),
@@ -69,6 +70,12 @@ class Module:
         program = self.spec.program
         reads_lse = program.lse is not None or (program.output is not None and "lse" in program.output.deps)
         return not reads_lse and self.spec.head_dim <= 128
+
+    @property
+    def searches(self) -> bool:
+        """Whether the producer classifies tiles by captured tensors."""
+        mask = self.spec.program.mask
+        return mask is not None and "load" in {n.op for n in walk(mask)}
 
     @property
     def threads(self) -> int:
@@ -125,14 +132,14 @@ def test_weights_are_packed_without_shuffles(module):
 
     Some pairs of column tiles are polynomials in half precision, where the exp2 unit is short.
     """
-    text, tiles, mask = module.sass("attention_kernel"), module.spec.tiles, module.spec.program.mask
+    text, tiles = module.sass("attention_kernel"), module.spec.tiles
     kinds = ("F32.PACK_AB", "F16.UNPACK_B")
     packed = {kind: len(re.findall(rf"F2FP\.SATFINITE\.E4M3\.{kind}_MERGE_C", text)) for kind in kinds}
     pairs = tiles.tile_kv // 16
     polynomials = {64: pairs // 6, 128: pairs // 4, 256: 0}[module.spec.head_dim]
     copies = 4 * (4 if module.sums_by_product else 2)  # of four each: the first tile and the others, with sums and without
     assert packed == {"F32.PACK_AB": copies * (pairs - polynomials), "F16.UNPACK_B": copies * polynomials}
-    if mask is None or "load" not in {n.op for n in walk(mask)}:  # a producer that searches shuffles too
+    if not module.searches:  # a producer that does shuffles too
         assert len(re.findall(r"\bSHFL\.BFLY", text)) == 2 * 4 + 4
 
 
@@ -154,9 +161,10 @@ def test_stages_are_addressed_by_uniform_registers(module):
     assert loop.count("R2UR") <= 4
 
 
-def test_copy_of_v_reads_rows_and_writes_16_bytes(module):
-    text, tiles = module.sass("transpose_values"), module.spec.tiles
-    assert text.count("LDG.E.CONSTANT") == 32
-    assert text.count("STS.128") == text.count("LDS.128") == text.count("STG.E.128") == 8
-    assert not re.findall(r"\b(?:LDL|STL)\b", text)
-    assert module.spec.head_dim // 4 * (tiles.tile_kv // 32) <= 1024
+def test_v_is_transposed_512_bytes_at_a_time(module):
+    """A square of 4 KiB by instructions that read and write 512 bytes; by idle warps too, where there is room for it."""
+    squares = {kernel: len(re.findall(r"\bLDSM\.16\.MT88\.4\b", module.sass(kernel))) for kernel in KERNELS}
+    has_copiers = module.spec.tiles.tile_q == 192 and not module.searches
+    assert squares == {"transpose_values": 8, "attention_kernel": 8 if has_copiers else 0}
+    for name in ("UTMALDG", "UTMASTG", "STSM"):
+        assert name in module.sass("transpose_values"), f"no {name}"

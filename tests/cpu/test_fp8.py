@@ -224,11 +224,11 @@ def test_head_dims_are_padded_to_one_that_has_tiles(head_dims):
     assert padded[0] in FP8_HEAD_DIMS
 
 
-def test_workspace_holds_whole_tiles_of_every_head_that_differs():
+def test_workspace_holds_whole_tiles_and_a_counter_of_every_head_that_differs():
     tiles = cuda_spec(jitgen.Variant().trace().program, FP8_DTYPE, (64, 64), "sm90_fp8", cuda_target("9.0a")).tiles
     v = torch.zeros(3, 4, 2 * tiles.tile_kv + 1, 64, dtype=E4M3)
-    assert fp8.workspace_bytes(tiles, v.shape, v.stride()) == 3 * 4 * 3 * tiles.tile_kv * 64
-    assert fp8.workspace_bytes(tiles, v.shape, (0, *v.stride()[1:])) == 4 * 3 * tiles.tile_kv * 64
+    assert fp8.workspace_bytes(tiles, v.shape, v.stride()) == 3 * 4 * 3 * tiles.tile_kv * 64 + 4 * 13
+    assert fp8.workspace_bytes(tiles, v.shape, (0, *v.stride()[1:])) == 4 * 3 * tiles.tile_kv * 64 + 4 * 5
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

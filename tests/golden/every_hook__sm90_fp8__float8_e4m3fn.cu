@@ -193,7 +193,6 @@ using KeyTile = jg::SpanTile<kHeadDim / 2>;     // an 8-bit tile is addressed as
 using ValueTile = jg::SpanTile<kTileKv / 2>;    // transposed: [kHeadDimV][kTileKv]
 using WeightTile = jg::SpanTile<kTileKv / 2>;   // P in shared memory
 using OutputTile = jg::SpanTile<kHeadDimV>;
-using Transpose = jg::TransposeValues<kHeadDimV, kTileKv>;
 using QueryProduct = jg::Fp8Wgmma<kTileKv>;
 using Logits = float[kTileKv / 8][4];      // accumulators of one consumer thread: sm90_wgmma.cuh has the layout
 using Columns = float[kHeadDimV / 8][4];   // of O
@@ -224,6 +223,8 @@ struct Shared {
   JITGEN_FN unsigned query(int group) const { return base + Tile::kQueryAt + group * Tile::kGroupQBytes; }
   JITGEN_FN unsigned barrier(unsigned offset, int stage = 0) const { return base + Tile::kControlAt + offset + 8 * stage; }
   JITGEN_FN unsigned step(int slot) const { return base + Tile::kControlAt + __builtin_offsetof(Control, step) + 4 * slot; }
+  JITGEN_FN unsigned square(int copier) const { return base + Tile::kSquareAt + copier * jg::SquareTranspose::kBytes; }
+  JITGEN_FN unsigned arrived(int copier) const { return base + Tile::kArrivedAt + 8 * copier; }
   JITGEN_FN unsigned work(int slot) const { return base + Tile::kControlAt + __builtin_offsetof(Control, work) + 16 * slot; }
 };
 #define JG_BARRIER(name, ...) shared.barrier(__builtin_offsetof(Control, name), ##__VA_ARGS__)
@@ -305,9 +306,9 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
 }
 
 // ---- producer: one warp hands out query tiles, classifies KV tiles and issues every copy ----
-struct Maps { jg::Operand q, k, v, o; };   // v: the transposed copy
+struct Maps { jg::Operand q, k, v, o, rows, squares; };   // v: the copy; rows: V as it is; squares: where the copy is written
 
-JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& schedule, Shared shared) {
+JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Copies& copies, const jg::Schedule& schedule, Shared shared) {
   const bool leader = (threadIdx.x & 31) == 0;
   const unsigned long long keep = jg::policy_evict_last(), stream = jg::policy_evict_first();
   const int num_tiles = num_kv_tiles(args);
@@ -330,6 +331,14 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   while (query_tile < schedule.num_tiles) {
     const jg::QueryTile work = jg::query_tile_at(query_tile, schedule, static_cast<int>(args.num_q_heads));
     const Head head = make_head(args, work.batch, work.head);
+    if constexpr (Tile::kCopiers > 0) {   // here, where few registers are in use; the consumers are two KV tiles behind
+      const int copy = work.batch * static_cast<int>(args.num_kv_heads) + head.kv_h;
+      if (leader && copy >= copies.first_later) {
+        jg::wait_for_previous_kernel();
+        jg::wait_for_count(copies.counters + 1 + copy, copies.squares_per_copy);
+      }
+      __syncwarp();
+    }
     const int first_row = work.tile * kTileQ - schedule.absent_rows;
     const auto span_of = [&](int group, int count) {
       return mask_span(args, head, query_index(args, first_row + 64 * group), query_index(args, first_row + 64 * (group + count) - 1));
@@ -397,6 +406,49 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   jg::wait_for_previous_kernel();   // also without a V: the end of this kernel stands for both
   publish(make_int4(0, 0, 0, jg::kWorkStop));
   jg::leave_counter(schedule.counter, leader);
+}
+
+// ---- copies of V ----
+// Square `index` of all, by one warp, by way of shared memory at `square`.
+JITGEN_FN void copy_square(const Maps& maps, const jg::Copies& copies, int index, unsigned square, unsigned arrived, unsigned parity) {
+  constexpr int kOfKeys = kTileKv / 64, kOfTile = kOfKeys * (kHeadDimV / 64);
+  const bool leader = (threadIdx.x & 31) == 0;
+  const int copy = index / copies.squares_per_copy, place = index % copies.squares_per_copy;
+  const int tile = place / kOfTile, keys = place % kOfKeys, columns = place % kOfTile / kOfKeys;
+  const int head = copy % copies.heads, batch = copy / copies.heads;
+  if (leader) {
+    jg::barrier_expect(arrived, jg::SquareTranspose::kBytes);
+    jg::tensor_load_span(square, maps.rows, arrived, tile * kTileKv + 64 * keys, columns, head, batch);
+  }
+  jg::barrier_wait(arrived, parity);
+  jg::SquareTranspose::turn(square);
+  jg::fence_async_proxy();
+  __syncwarp();
+  if (leader) {
+    jg::tensor_store(maps.squares, square, tile * kHeadDimV + 64 * columns, keys, head, batch);
+    jg::bulk_commit();
+    jg::bulk_wait_written();
+  }
+}
+// What the warps beside the producer do: later squares, in the order in which query tiles come to them. They are not shared out
+// beforehand: CTAs that wait for a copy may keep others from starting.
+JITGEN_FN void copy_later(const Maps& maps, const jg::Copies& copies, Shared shared, int copier) {
+  const bool leader = (threadIdx.x & 31) == 0;
+  unsigned parity = 0;
+  if (copies.num_later == 0) return;
+  jg::wait_for_previous_kernel();   // which also cleared the counters
+#pragma unroll 1
+  for (;;) {
+    int taken = 0;
+    if (leader) taken = atomicAdd(copies.counters, 1);
+    taken = jg::uniform(taken);
+    if (taken >= copies.num_later) break;
+    const int index = copies.num_early + taken;
+    copy_square(maps, copies, index, shared.square(copier), shared.arrived(copier), parity);
+    parity ^= 1;
+    if (leader) jg::add_released(copies.counters + 1 + index / copies.squares_per_copy);
+    __syncwarp();
+  }
 }
 
 // ---- consumers: 64 query rows per warp group ----
@@ -686,18 +738,28 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
 }
 
 // ---- kernels ----
-// The copy of V that the products read: one CTA for each KV tile of each head. `heads`: of a request.
-__global__ void __launch_bounds__(Transpose::kThreads)
-transpose_values(const __grid_constant__ Args args, int num_tiles, int heads) {
+// The copies of V that the first query tiles read: a square for each warp.
+constexpr int kCopyWarps = 4;
+__global__ void __launch_bounds__(32 * kCopyWarps)
+transpose_values(const __grid_constant__ Maps maps, const __grid_constant__ jg::Copies copies, int num_counters) {
   jg::start_next_kernel();   // its CTAs take the SMs that this one leaves
-  const unsigned tile = blockIdx.x % num_tiles, head = blockIdx.x / num_tiles;
-  const char* const rows = static_cast<const char*>(args.v) + head / heads * args.v_stride_b + head % heads * args.v_stride_h;
-  char* const copy = static_cast<char*>(args.workspace) + static_cast<long long>(blockIdx.x) * Transpose::kTileBytes;
-  Transpose::run(rows, args.v_stride_s, tile * kTileKv, static_cast<int>(args.kv_len), copy);
+  if (blockIdx.x == 0)
+    for (int i = threadIdx.x; i < num_counters; i += 32 * kCopyWarps) copies.counters[i] = 0;
+  __shared__ __align__(1024) char squares[kCopyWarps * jg::SquareTranspose::kBytes];
+  __shared__ unsigned long long arrived[kCopyWarps];
+  const int warp = jg::uniform(threadIdx.x >> 5), index = blockIdx.x * kCopyWarps + warp;
+  const unsigned barrier = jg::shared_address(&arrived[warp]);
+  if ((threadIdx.x & 31) == 0) {
+    jg::barrier_init(barrier, 1);
+    jg::barrier_init_fence();
+  }
+  __syncwarp();
+  if (index < copies.num_early) copy_square(maps, copies, index, jg::shared_address(squares) + warp * jg::SquareTranspose::kBytes, barrier, 0);
 }
 
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args args, const __grid_constant__ jg::Schedule schedule) {
+attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args args, const __grid_constant__ jg::Schedule schedule,
+                 const __grid_constant__ jg::Copies copies) {
   extern __shared__ __align__(1024) char memory[];
   const Shared shared = {static_cast<unsigned>(jg::uniform(static_cast<int>(jg::shared_address(memory))))};
   const int group = jg::uniform(threadIdx.x >> 7);
@@ -720,6 +782,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
       jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups);   // every consumer thread, as in sm90.cu.jinja
     }
+    for (int copier = 0; copier < Tile::kCopiers; ++copier) jg::barrier_init(shared.arrived(copier), 1);
     jg::barrier_init_fence();
   }
   if constexpr (kSumsByProduct) {
@@ -731,7 +794,11 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
   __syncthreads();
   if (group == 0) {
     jg::give_registers<Tile::kProducerRegs>();
-    if (jg::uniform(threadIdx.x >> 5) == 0) produce(args, maps, schedule, shared);
+    const int warp = jg::uniform(threadIdx.x >> 5);
+    if (warp == 0) produce(args, maps, copies, schedule, shared);
+    if constexpr (Tile::kCopiers > 0) {
+      if (warp > 0) copy_later(maps, copies, shared, warp - 1);
+    }
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
     consume(args, maps, shared, group - 1);
@@ -742,6 +809,8 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
 extern "C" int jitgen_launch(const Args* args) {
   static thread_local jg::OperandMap<kHeadDim / 2> q, k;
   static thread_local jg::OperandMap<kTileKv / 2> v;
+  static thread_local jg::OperandMap<kHeadDimV / 2, jg::kWidePromotion, jg::SquareTranspose::Rows> rows;
+  static thread_local jg::OperandMap<kTileKv / 2, jg::kWidePromotion, jg::SquareTranspose::Rows> squares;
   static thread_local jg::OperandMap<kHeadDimV> o;
   if (args->batch <= 0 || args->num_q_heads <= 0 || args->q_len <= 0) return 0;
   int num_sms = 0;
@@ -754,26 +823,38 @@ extern "C" int jitgen_launch(const Args* args) {
   const bool no_keys = args->kv_len <= 0;
   const int64_t copied_heads = args->v_stride_h ? args->num_kv_heads : 1, copied_batch = args->v_stride_b ? args->batch : 1;
   const int64_t kv_rows = no_keys ? 1 : args->kv_len, kv_tiles = (kv_rows + kTileKv - 1) / kTileKv;
-  const int64_t copies = kv_tiles * copied_heads * copied_batch, head_stride = kv_tiles * Transpose::kTileBytes / 2;
-  if (copies > 0x7fffffff) return jg::kErrorTooManyTiles;
+  const int64_t num_copies = copied_heads * copied_batch, head_stride = kv_tiles * Tile::kTileBytes / 2;
+  const int64_t squares_per_copy = kv_tiles * (Tile::kTileBytes / jg::SquareTranspose::kBytes);
+  if (num_copies * squares_per_copy > 0x7fffffff) return jg::kErrorTooManyTiles;
   const void* const copy = no_keys ? args->q : args->workspace;
   // Maps of 8-bit tensors count in pairs of elements.
   int code = q.update({args->q, args->q_len, args->num_q_heads, args->batch, args->q_stride_s / 2, args->q_stride_h / 2, args->q_stride_b / 2}, true, 64);
   if (!code) code = k.update({no_keys ? args->q : args->k, kv_rows, args->num_kv_heads, args->batch, args->k_stride_s / 2, args->k_stride_h / 2, args->k_stride_b / 2}, true, kTileKv);
-  if (!code) code = v.update({copy, kv_tiles * kHeadDimV, args->num_kv_heads, args->batch, kTileKv / 2, args->v_stride_h ? head_stride : 0, args->v_stride_b ? head_stride * copied_heads : 0}, true, kHeadDimV);
+  const jg::TensorKey copied = {copy, kv_tiles * kHeadDimV, args->num_kv_heads, args->batch, kTileKv / 2, args->v_stride_h ? head_stride : 0, args->v_stride_b ? head_stride * copied_heads : 0};
+  if (!code) code = v.update(copied, true, kHeadDimV);
+  if (!code) code = squares.update(copied, true, 64, 32);
+  if (!code) code = rows.update({no_keys ? args->q : args->v, kv_rows, args->num_kv_heads, args->batch, args->v_stride_s / 2, args->v_stride_h / 2, args->v_stride_b / 2}, true, 64, 32);
   if (!code) code = o.update({args->o, args->q_len, args->num_q_heads, args->batch, args->o_stride_s, args->o_stride_h, args->o_stride_b}, jg::IsBf16<OutElement>::value, 64);
   if (code) return code;
 
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args->stream);
+  const int64_t group_size = args->num_q_heads / args->num_kv_heads;
+  const jg::Schedule schedule =
+      jg::make_schedule(args->q_len, args->kv_len, kTileQ, kHeadDim + kHeadDimV, heads, group_size, true, jg::counter_of(stream), num_sms);
+  jg::Copies copies = {static_cast<int*>(args->workspace) + num_copies * squares_per_copy * (jg::SquareTranspose::kBytes / 4),
+                       static_cast<int>(copied_heads), 0, static_cast<int>(squares_per_copy)};
+  // Not where heads share a copy; nor where a mask may leave so few tiles to see that the copies would take longer.
+  const bool may_wait = Tile::kCopiers > 0 && !no_keys && num_copies == args->num_kv_heads * args->batch;
+  const bool sees_enough = !kHasMask || true || 2 * query_tiles * group_size >= kv_tiles;
+  jg::share_copies(copies, num_copies, schedule, group_size, num_sms, may_wait && sees_enough);
+  const Maps maps = {q.operand, k.operand, v.operand, o.operand, rows.operand, squares.operand};
   if (!no_keys) {
-    transpose_values<<<static_cast<unsigned>(copies), Transpose::kThreads, 0, stream>>>(*args, static_cast<int>(kv_tiles), static_cast<int>(copied_heads));
+    const unsigned num_ctas = (copies.num_early + kCopyWarps - 1) / kCopyWarps;
+    transpose_values<<<num_ctas, 32 * kCopyWarps, 0, stream>>>(maps, copies, static_cast<int>(num_copies) + 1);
     if (const cudaError_t failed = cudaGetLastError()) return failed;
   }
-  const jg::Schedule schedule =
-      jg::make_schedule(args->q_len, args->kv_len, kTileQ, kHeadDim + kHeadDimV, heads, args->num_q_heads / args->num_kv_heads,
-                        true, jg::counter_of(stream), num_sms);
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
   return jg::launch_kernel(attention_kernel, dim3(static_cast<unsigned>(grid)), Tile::kThreads, Tile::kSharedBytes, stream, !no_keys,
-                           Maps{q.operand, k.operand, v.operand, o.operand}, *args, schedule);
+                           maps, *args, schedule, copies);
 }
 extern "C" const char* jitgen_error_string(int code) { return jg::launch_error_string(code); }

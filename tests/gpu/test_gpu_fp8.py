@@ -293,6 +293,26 @@ def test_keys_of_batch_one_serve_the_whole_batch():
 
 
 @hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("mask_mod", [None, causal], ids=["full", "causal"])
+@pytest.mark.parametrize("heads, kv_heads", [(7, 7), (21, 7)])
+def test_heads_whose_v_is_copied_later_are_as_others(head_dim, mask_mod, heads, kv_heads):
+    """So many query tiles that V of the last heads is transposed by idle warps. A request alone is copied beforehand."""
+    q, k, v = inputs(45, heads, kv_heads, 500, 333, head_dim)
+    v = torch.nn.functional.pad(v, (0, 16))[..., :head_dim]
+    for _ in range(3):
+        poison(q)
+        got = jitgen.attention(q, k, v, mask_mod=mask_mod, q_index="local")
+        for b in (0, 17, 44):
+            want = jitgen.attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], mask_mod=mask_mod, q_index="local")
+            assert torch.equal(got[b : b + 1], want)
+    assert_as_accurate_as_rounded_weights(
+        got[40:], reference.attention(*(t[40:].double() for t in (q, k, v)), mask_mod=mask_mod, q_index="local"),
+        rounded_attention(q[40:], k[40:], v[40:], mask_mod, 0, sums_rounded=True),
+    )  # fmt: skip
+
+
+@hopper
 def test_many_requests_fit_the_grid():
     q, k, v = inputs(70000, 1, 1, 1, 2, 64)
     want = reference.attention(*(t.double() for t in (q, k, v)))

@@ -1,7 +1,8 @@
 // Attention on 8-bit operands (e4m3): wgmma of 32 columns, P in e4m3, V transposed, and where all of it lies.
 //
-// wgmma takes 8-bit operands with the summed index contiguous in shared memory. Q and K lie so; V does not, and
-// transpose_values writes a copy of it once for each launch: tiles [kHeadDimV][kTileKv], one after the other.
+// wgmma takes 8-bit operands with the summed index contiguous in shared memory. Q and K lie so; V does not, and each launch
+// writes a copy of it: tiles [kHeadDimV][kTileKv], one after the other. transpose_values does so for the heads that come first,
+// idle warps of the attention kernel for the others.
 //
 // In that copy the keys of each 16 are reordered, so that the accumulators of S are the A operand of P V without a shuffle.
 // A thread of S holds columns 8 j + 2 quad + {0, 1}, one of an 8-bit A operand four columns 4 quad + {0, 1, 2, 3}: position
@@ -11,6 +12,7 @@
 #pragma once
 #include "jitgen/decode_ptx.cuh"
 #include "jitgen/sm90_host.cuh"
+#include "jitgen/sm90_schedule.cuh"
 #include "jitgen/sm90_softmax.cuh"
 #include "jitgen/sm90_wgmma.cuh"
 
@@ -257,55 +259,79 @@ template <class Kept, int kOutTiles> JITGEN_FN void store_sums(float (&o)[kOutTi
 }
 
 // ---- V ----
-// Four rows of four bytes become four columns of four.
-JITGEN_FN void transpose_bytes(const unsigned (&rows)[4], unsigned (&columns)[4]) {
-  const unsigned a = __byte_perm(rows[0], rows[1], 0x5140), b = __byte_perm(rows[2], rows[3], 0x5140);
-  const unsigned c = __byte_perm(rows[0], rows[1], 0x7362), d = __byte_perm(rows[2], rows[3], 0x7362);
-  columns[0] = __byte_perm(a, b, 0x5410), columns[1] = __byte_perm(a, b, 0x7632);
-  columns[2] = __byte_perm(c, d, 0x5410), columns[3] = __byte_perm(c, d, 0x7632);
+// Copies are made by squares of 64 keys by 64 columns, the early ones before attention, the later ones while it runs. heads: of a
+// request, that have copies of their own; first_later: number of the first copy that comes later, or more than there are. counters:
+// later squares that are taken; then for each copy its later squares that are done.
+struct Copies { int* counters; int heads, first_later, squares_per_copy, num_early, num_later; };
+
+// Those that the first query tiles read, two of them for each SM, are early: a quarter of V for 4 x 4096 and 16 heads. (H100, time
+// of hd128, full and causal, 4 x 4096 and 1 x 16384: 0.981 0.970 0.993 0.991 of that with all of them early, hd64 0.971 0.975 0.978.)
+// may_wait: whether others may be later. Two query tiles must read each: with 384 rows and 32 x 4096 keys 0.956, with 192 1.154.
+inline void share_copies(Copies& copies, long long num_copies, const Schedule& schedule, long long group_size, int num_sms, bool may_wait) {
+  const long long per_section = schedule.section * (schedule.num_query_tiles - schedule.num_late);
+  const long long first = per_section ? (2 * num_sms + per_section - 1) / per_section * schedule.section / group_size : num_copies;
+  const bool has_later = may_wait && first < num_copies && schedule.num_query_tiles * group_size >= 2;
+  copies.first_later = has_later ? static_cast<int>(first) : 0x7fffffff;
+  copies.num_early = static_cast<int>((has_later ? first : num_copies) * copies.squares_per_copy);
+  copies.num_later = static_cast<int>(num_copies * copies.squares_per_copy) - copies.num_early;
 }
 
-// V of one KV head: `rows` is its first row, `stride` in bytes. A CTA writes one tile; keys past kv_len become zeros, as a
-// weight of 0 would not hide a NaN. A thread takes 32 keys of four columns, so that a warp reads whole rows; the tile leaves
-// by way of shared memory, so that it writes whole lines.
-template <int kHeadDimV, int kTileKv> struct TransposeValues {
-  static constexpr int kLanes = kHeadDimV / 4, kThreads = kLanes * (kTileKv / 32), kTileBytes = kHeadDimV * kTileKv;
-  static constexpr int kChunks = kTileKv / 16;   // of 16 bytes, in a row of the tile
-  static_assert(kTileKv % 64 == 0 && kThreads <= 1024, "unsupported tile");
+// A square as the copy engine writes it becomes [columns][keys] in its own place, by one warp. Blocks of 16 x 16 trade places with
+// those across the diagonal, two by two. ldmatrix turns pairs of bytes; two rows of keys together have the four bytes of a column,
+// in the order above. Even and odd columns are written crosswise, so that the eight rows of a matrix lie in different banks.
+struct SquareTranspose {
+  static constexpr int kSide = 64, kBytes = kSide * kSide, kBlocks = kSide / 16, kPairs = kBlocks * kBlocks / 2, kAhead = 4;
+  using Rows = SpanTile<kSide / 2>;
+  static constexpr unsigned kDown = 16 * kSide, kBoth = kDown + 16;   // bytes to the next block below, and to that beside it
 
-  // Chunks trade places so that neither a warp's writes nor its reads meet in a bank.
-  static JITGEN_FN unsigned chunk_offset(int row, int chunk) { return row * kTileKv + (chunk ^ (row / 4 & (kChunks - 1))) * 16; }
+  // A pair is the blocks (i, i ^ x) and (i ^ x, i), or for x = 0 (i, i) and (i ^ 1, i ^ 1). Offsets are xored together.
+  struct Pair { unsigned from, to, other; };   // of the first block, where it goes, and what leads to the second from either
+  static constexpr __host__ __device__ Pair pair(int n) {
+    const unsigned x = n / (kBlocks / 2), across = x == 0 ? 1 : x, lowest = across & -across, k = n % (kBlocks / 2);
+    const unsigned i = k / lowest * 2 * lowest + k % lowest;   // all without the lowest bit of `across`
+    return {x * 16 ^ i * kBoth, x * kDown ^ i * kBoth, across * kBoth};
+  }
 
-  static JITGEN_FN void run(const char* rows, long long stride, int first_key, int kv_len, char* tile) {
-    __shared__ __align__(16) char memory[kTileBytes];
-    const unsigned shared = shared_address(memory);
-    const int column = threadIdx.x % kLanes * 4, place = threadIdx.x / kLanes * 32;
-    unsigned values[32];
+  static JITGEN_FN void turn(unsigned square) {
+    // Worked out for each square: through the loop over them the addresses would take more registers than there are.
+    const unsigned lane = stay(static_cast<int>(threadIdx.x)) & 31, upper = lane < 16 ? 0u : ~0u, row = lane & 7;
+    const unsigned column = 2 * row + (row / 4 ^ lane / 8 & 1);   // of the block: the row that this lane addresses
+    const unsigned from = Rows::chunk_offset(lane & 15, 0, kSide), to = Rows::chunk_offset(column, 0, kSide);
+    const unsigned even_first = upper ? 0x7531 : 0x6420;
+    unsigned rows[kAhead][4];
 #pragma unroll
-    for (int key = 0; key < 32; ++key) {
-      const int at = first_key + place + key;
-      values[key] = at < kv_len ? __ldg(reinterpret_cast<const unsigned*>(rows + at * stride + column)) : 0;
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      unsigned out[4][4];   // [quad][column]
-#pragma unroll
-      for (int quad = 0; quad < 4; ++quad) {
-        const int key = 16 * half + 2 * quad;
-        transpose_bytes({values[key], values[key + 1], values[key + 8], values[key + 9]}, out[quad]);
+    for (int n = 0; n < kPairs + kAhead; ++n) {
+      if (n >= kAhead) {
+        const Pair p = pair(n - kAhead);
+        const unsigned(&r)[4] = rows[n % kAhead];
+        const unsigned columns[4] = {__byte_perm(r[0], r[1], even_first), __byte_perm(r[0], r[1], even_first ^ 0x1111),
+                                     __byte_perm(r[2], r[3], even_first), __byte_perm(r[2], r[3], even_first ^ 0x1111)};
+        store_matrix(square + ((to ^ (upper & p.other)) ^ p.to), columns);
       }
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        store_shared(shared + chunk_offset(column + i, place / 16 + half), make_uint4(out[0][i], out[1][i], out[2][i], out[3][i]));
-    }
-    __syncthreads();
-#pragma unroll
-    for (int step = 0; step < kTileBytes / 16 / kThreads; ++step) {
-      const int i = threadIdx.x + step * kThreads;
-      *reinterpret_cast<uint4*>(tile + i * 16) = load_shared_128(shared + chunk_offset(i / kChunks, i % kChunks));
+      if (n < kPairs) {
+        const Pair p = pair(n);
+        load_matrix_transposed(rows[n % kAhead], square + ((from ^ (upper & p.other)) ^ p.from));
+      }
     }
   }
 };
+
+// ---- copies that other CTAs wait for ----
+JITGEN_FN void tensor_load_span(unsigned dst, const Operand& t, unsigned barrier, int row, int span, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+      ::"r"(dst), "l"(&t.map), "r"(barrier), "r"(0), "r"(row), "r"(span), "r"(head * t.head_step), "r"(batch * t.batch_step) : "memory");
+}
+JITGEN_FN void bulk_wait_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// Counts one more, behind all that this thread has seen written.
+JITGEN_FN void add_released(int* counter) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory"); }
+// Waits for `count`, and orders reads of the copy engine behind it.
+JITGEN_FN void wait_for_count(const int* counter, int count) {
+  int seen;
+  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  while (seen < count);
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
 
 // ---- shared memory and registers of a CTA: sm90_geometry.cuh for 8-bit operands ----
 // kSearches: the producer classifies tiles by captured tensors, and spills with 24 registers.
@@ -333,8 +359,13 @@ template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches> st
   static constexpr int kQueryAt = kKeyAt + kStages * kTileBytes;
   static constexpr int kPAt = kQueryAt + kGroups * kGroupQBytes;
   static constexpr int kOutputAt = kPAt + (kSharedP ? kGroups * kGroupPBytes : 0);
-  static constexpr int kControlAt = kOutputAt + kGroups * kGroupOBytes;
-  static constexpr int kSharedBytes = kControlAt + static_cast<int>(sizeof(ControlBlock<kStages>));
+  // Warps beside the producer that copy V of later heads, with a square each. Two groups leave them 24 registers, or head dim 256
+  // no memory, and they spill where the producer does.
+  static constexpr int kCopiers = kGroups == 3 && !kSearches ? 3 : 0;
+  static constexpr int kSquareAt = kOutputAt + kGroups * kGroupOBytes;
+  static constexpr int kControlAt = kSquareAt + kCopiers * SquareTranspose::kBytes;
+  static constexpr int kArrivedAt = kControlAt + static_cast<int>(sizeof(ControlBlock<kStages>));   // their barriers
+  static constexpr int kSharedBytes = kArrivedAt + 8 * kCopiers;
   static_assert(kSharedBytes <= 232448, "tile does not fit in shared memory");   // 227 KiB
   static_assert(kTileBytes % 1024 == 0 && kGroupQBytes % 1024 == 0, "tiles must stay 1024-byte aligned");
 };

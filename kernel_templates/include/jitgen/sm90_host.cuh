@@ -44,7 +44,7 @@ inline EncodeTiled find_encoder() {
 constexpr int kNarrowPromotion = 2, kWidePromotion = 3;   // of the driver's: 128 and 256 bytes
 
 // One operand; encoding again (about 1 us) only when the key differs from the last one of this thread.
-template <int kCols, int kPromotion = kWidePromotion> struct OperandMap {
+template <int kCols, int kPromotion = kWidePromotion, class Tile = SpanTile<kCols>> struct OperandMap {
   TensorKey key = {};
   Operand operand = {};
 
@@ -53,7 +53,6 @@ template <int kCols, int kPromotion = kWidePromotion> struct OperandMap {
     if (same(wanted)) return 0;
     static const EncodeTiled encode = find_encoder();
     if (!encode) return kErrorNoEncoder;
-    using Tile = SpanTile<kCols>;
     using u64 = unsigned long long;
     operand.head_step = wanted.stride_h != 0, operand.batch_step = wanted.stride_b != 0;
     const u64 rows = wanted.rows, heads = operand.head_step ? wanted.heads : 1, batch = operand.batch_step ? wanted.batch : 1;
