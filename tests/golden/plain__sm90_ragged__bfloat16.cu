@@ -196,6 +196,9 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int num_tiles, in
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], whole_groups + group, pieces, tiles[place].pieces * tail_groups + group * pieces};
 }
+#ifdef JG_RETAKES
+constexpr int kNothing = -2;   // as first_row: nothing is at the place that was taken. Whoever took it takes again: take_item has no loop
+#endif
 // kOwnFirst: the first place of each CTA is its own number, without a turn at the counter.
 JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
@@ -209,7 +212,15 @@ JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
     const int number = behind < 0 ? taken : whole + behind / jg::kTailPieces, part = behind < 0 ? 0 : behind % jg::kTailPieces;
     if (number >= items) break;
     const Item item = item_at(args, launch, at.tile, at.group, at.unit, number);
-    if (part >= item.pieces) continue;
+    if (part >= item.pieces) {
+#ifdef JG_RETAKES
+      Piece nothing;
+      nothing.first_row = kNothing;
+      return nothing;
+#else
+      continue;
+#endif
+    }
     if (item.pieces == 1) return make_piece(args, launch, *item.tile, item.group, 0, -1);
     const int units = jg::units_of({item.tile->begin, item.tile->end}, kTileKv);
     const int end = part + 1 == item.pieces ? -1 : units * (part + 1) / item.pieces;
@@ -270,7 +281,7 @@ JITGEN_FN Cursor first_cursor(const Args& args, const Launch& launch, int share)
   const Cursor line = share_begin(args, launch, share), items = {kOwnItem, header.tiles, header.whole_groups, header.tail_groups};
   return items.unit > 0 ? items : line;
 }
-// The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
+// The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row -1.
 JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
   return at.share < 0 ? take_item(args, launch, at) : take_of_share(args, launch, at);
 }
@@ -476,6 +487,16 @@ JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
   if (kEarlyMerge) jg::start_next_kernel();   // its CTAs come as these leave, and wait for the last
 }
 
+JITGEN_FN int kv_head(const Launch& launch, const Piece& piece) { return (piece.group << piece.packing) / launch.shape.class_pack; }
+
+// K or V of a tile.
+JITGEN_FN void load_tile(const jg::Operand& map, unsigned dst, int row_bytes, unsigned barrier, int row, int kv_h, unsigned long long keep) {
+  constexpr int kSpan = KeyTile::kSpan;   // that of values is the same
+#pragma unroll 1
+  for (int span = 0; span < row_bytes / (2 * kSpan); ++span)
+    jg::load_box(dst + span * kTileKv * 2 * kSpan, map, barrier, row, span, kv_h, 0, keep);
+}
+
 // Another one classifies the KV tiles of a piece and issues every copy.
 JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
   const int lane = threadIdx.x & 31;
@@ -484,22 +505,13 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(0);
   unsigned tail_parity = 0;
-  const auto kv_head = [&](const Piece& piece) { return (piece.group << piece.packing) / launch.shape.class_pack; };
-  // A warp issues its boxes one after another, not each lane its own: that is a loop over lanes in machine code, and causal
-  // prefill of 16k was 4 to 9 % slower with pages of 16, and more with smaller ones.
-  const auto load_tile = [&](const jg::Operand& map, unsigned dst, int row_bytes, unsigned barrier, const Piece& piece, int kv_h, int step, int page) {
-    constexpr int kSpan = KeyTile::kSpan;   // that of values is the same
-#pragma unroll 1
-    for (int span = 0; span < row_bytes / (2 * kSpan); ++span)
-      jg::load_box(dst + span * kTileKv * 2 * kSpan, map, barrier, static_cast<int>(piece.kv_start) + key_of(step), span, kv_h, 0, keep);
-  };
   const auto load_value = [&](const Piece& piece, int kv_h, int step, int page, const jg::RingPosition<kNumStages>& at) {
     const int num_keys = piece.request.kv_len - key_of(step);
     const unsigned full = JG_BARRIER(v_full, at.stage), arrived = num_keys < kTileKv ? JG_BARRIER(tail_full) : full;
     jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
     if (leader) jg::barrier_expect(arrived, Tile::kValueBytes);
     __syncwarp();
-    load_tile(maps.v, shared.value(at.stage), kHeadDimV * 2, arrived, piece, kv_h, step, page);
+    load_tile(maps.v, shared.value(at.stage), kHeadDimV * 2, arrived, static_cast<int>(piece.kv_start) + key_of(step), kv_h, keep);
     if (num_keys >= kTileKv) return;
     jg::barrier_wait(arrived, tail_parity);
     tail_parity ^= 1;
@@ -518,20 +530,15 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       shared.control->kind[slot.stage] = kind;
       jg::barrier_arrive(JG_BARRIER(work_full, slot.stage));
     };
-    // To take a piece lasts as long as a tile: wanted when the last tile is to be copied, the next was there 1 us too late.
     const auto want_piece = [&] {
       if (kTakesLate && leader) jg::barrier_arrive(JG_BARRIER(piece_wanted));
-    };
-    const auto is_near_end = [&](int step) {   // one of the last kAhead tiles, or none
-      const int key = key_of(step) - piece.first_key;
-      return step < 0 || (kDescending ? key < kAhead * kTileKv : key >= (piece.num_tiles - kAhead) * kTileKv);
     };
     if (piece.first_row < 0) {
       publish(jg::kWorkStop);
       break;
     }
     [[maybe_unused]] const int kv_len = piece.request.kv_len;
-    const int kv_h = kv_head(piece);
+    const int kv_h = kv_head(launch, piece);
     jg::AllPositions visible(piece.num_tiles);
     // Groups behind the last row have nothing to do.
     const int groups = jg::min(((piece.request.q_len << piece.packing) - piece.first_row + 63) / 64, Tile::kGroups);
@@ -541,16 +548,24 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       const int kinds = 0xaa & ((1 << 2 * groups) - 1);
       return (piece.first_key + kv_tile(step >> jg::kStepShift, piece.num_tiles) * kTileKv) / 16 << jg::kStepShift | kinds;
     };
+    // What the step of a tile also says: of the next one, `next` its step.
+    const auto flags_before = [](int next) {
+      return next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
+    };
+    // To take a piece lasts as long as a tile: wanted when the last tile is to be copied, the next was there 1 us too late.
+    const auto is_near_end = [&](int step) {   // one of the last kAhead tiles, or none
+      const int key = key_of(step) - piece.first_key;
+      return step < 0 || (kDescending ? key < kAhead * kTileKv : key >= (piece.num_tiles - kAhead) * kTileKv);
+    };
     const auto load_key = [&](int step, int page, int next) {
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
       if (leader) {
-        const int flags = next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
-        jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags);
+        jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags_before(next));
         jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
       }
       __syncwarp();
-      load_tile(maps.k, shared.key(kv.stage), kHeadDim * 2, full, piece, kv_h, step, page);
+      load_tile(maps.k, shared.key(kv.stage), kHeadDim * 2, full, static_cast<int>(piece.kv_start) + key_of(step), kv_h, keep);
     };
     int step = next_step();
     publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);

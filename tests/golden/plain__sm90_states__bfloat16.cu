@@ -200,6 +200,9 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int num_tiles, in
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], whole_groups + group, pieces, tiles[place].pieces * tail_groups + group * pieces};
 }
+#ifdef JG_RETAKES
+constexpr int kNothing = -2;   // as first_row: nothing is at the place that was taken. Whoever took it takes again: take_item has no loop
+#endif
 // kOwnFirst: the first place of each CTA is its own number, without a turn at the counter.
 JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
@@ -213,7 +216,15 @@ JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
     const int number = behind < 0 ? taken : whole + behind / jg::kTailPieces, part = behind < 0 ? 0 : behind % jg::kTailPieces;
     if (number >= items) break;
     const Item item = item_at(args, launch, at.tile, at.group, at.unit, number);
-    if (part >= item.pieces) continue;
+    if (part >= item.pieces) {
+#ifdef JG_RETAKES
+      Piece nothing;
+      nothing.first_row = kNothing;
+      return nothing;
+#else
+      continue;
+#endif
+    }
     if (item.pieces == 1) return make_piece(args, launch, *item.tile, item.group, 0, -1);
     const int units = jg::units_of({item.tile->begin, item.tile->end}, kTileKv);
     const int end = part + 1 == item.pieces ? -1 : units * (part + 1) / item.pieces;
@@ -274,7 +285,7 @@ JITGEN_FN Cursor first_cursor(const Args& args, const Launch& launch, int share)
   const Cursor line = share_begin(args, launch, share), items = {kOwnItem, header.tiles, header.whole_groups, header.tail_groups};
   return items.unit > 0 ? items : line;
 }
-// The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
+// The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row -1.
 JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
   return at.share < 0 ? take_item(args, launch, at) : take_of_share(args, launch, at);
 }
@@ -480,7 +491,22 @@ JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
   if (kEarlyMerge) jg::start_next_kernel();   // its CTAs come as these leave, and wait for the last
 }
 
-// Another one classifies the KV tiles of a piece and issues the copies of K and V. A tile comes in boxes of box_keys keys.
+JITGEN_FN int kv_head(const Launch& launch, const Piece& piece) { return (piece.group << piece.packing) / launch.shape.class_pack; }
+
+// K or V of a tile, `page` that of each lane's box. The warp issues its boxes one after another, not each lane its own: that is a loop
+// over lanes in machine code, and causal prefill of 16k was 4 to 9 % slower with pages of 16, and more with smaller ones.
+JITGEN_FN void load_tile(const jg::Operand& map, unsigned dst, int row_bytes, unsigned barrier, const Launch& launch, int box_keys, int kv_h,
+                         int first_key, int page, unsigned long long keep) {
+  const int key = first_key + (static_cast<int>(threadIdx.x) & 31) * box_keys;
+  const int group = (key - launch.page_size.divide(key) * static_cast<int>(launch.page_size.value)) / 8;
+  const int place = page < 0 ? jg::kNowhere : page * map.batch_step + kv_h * map.head_step;
+  const int num_boxes = kTileKv / box_keys;
+#pragma unroll 4
+  for (int box = 0; box < num_boxes; ++box)
+    jg::load_page_box(dst + box * box_keys * row_bytes, map, barrier, __shfl_sync(0xffffffffu, group, box), __shfl_sync(0xffffffffu, place, box), keep);
+}
+
+// Another one classifies the KV tiles of a piece and issues the copies of K and V.
 JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
   const int lane = threadIdx.x & 31;
   const bool leader = lane == 0;
@@ -488,25 +514,13 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(0);
   unsigned tail_parity = 0;
-  const auto kv_head = [&](const Piece& piece) { return (piece.group << piece.packing) / launch.shape.class_pack; };
-  // A warp issues its boxes one after another, not each lane its own: that is a loop over lanes in machine code, and causal
-  // prefill of 16k was 4 to 9 % slower with pages of 16, and more with smaller ones.
-  const auto load_tile = [&](const jg::Operand& map, unsigned dst, int row_bytes, unsigned barrier, const Piece& piece, int kv_h, int step, int page) {
-    const int key = key_of(step) + lane * box_keys;
-    const int group = (key - launch.page_size.divide(key) * static_cast<int>(launch.page_size.value)) / 8;
-    const int place = page < 0 ? jg::kNowhere : page * map.batch_step + kv_h * map.head_step;
-    const int num_boxes = kTileKv / box_keys;
-#pragma unroll 4
-    for (int box = 0; box < num_boxes; ++box)
-      jg::load_page_box(dst + box * box_keys * row_bytes, map, barrier, __shfl_sync(0xffffffffu, group, box), __shfl_sync(0xffffffffu, place, box), keep);
-  };
   const auto load_value = [&](const Piece& piece, int kv_h, int step, int page, const jg::RingPosition<kNumStages>& at) {
     const int num_keys = piece.request.kv_len - key_of(step);
     const unsigned full = JG_BARRIER(v_full, at.stage), arrived = num_keys < kTileKv ? JG_BARRIER(tail_full) : full;
     jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
     if (leader) jg::barrier_expect(arrived, Tile::kValueBytes);
     __syncwarp();
-    load_tile(maps.v, shared.value(at.stage), kHeadDimV * 2, arrived, piece, kv_h, step, page);
+    load_tile(maps.v, shared.value(at.stage), kHeadDimV * 2, arrived, launch, box_keys, kv_h, key_of(step), page, keep);
     if (num_keys >= kTileKv) return;
     jg::barrier_wait(arrived, tail_parity);
     tail_parity ^= 1;
@@ -522,7 +536,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
   const auto copy_owed = [&] {
     if (owed < 0) return;
     const Piece& piece = shared.control->piece[slot.stage ^ 1];
-    load_value(piece, kv_head(piece), owed, owed_page, owed_at);
+    load_value(piece, kv_head(launch, piece), owed, owed_page, owed_at);
     owed = -1;
   };
 #pragma unroll 1
@@ -534,13 +548,8 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       shared.control->kind[slot.stage] = kind;
       jg::barrier_arrive(JG_BARRIER(work_full, slot.stage));
     };
-    // To take a piece lasts as long as a tile: wanted when the last tile is to be copied, the next was there 1 us too late.
     const auto want_piece = [&] {
       if (kTakesLate && leader) jg::barrier_arrive(JG_BARRIER(piece_wanted));
-    };
-    const auto is_near_end = [&](int step) {   // one of the last kAhead tiles, or none
-      const int key = key_of(step) - piece.first_key;
-      return step < 0 || (kDescending ? key < kAhead * kTileKv : key >= (piece.num_tiles - kAhead) * kTileKv);
     };
     if (piece.first_row < 0) {
       publish(jg::kWorkStop);
@@ -548,7 +557,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       break;
     }
     [[maybe_unused]] const int kv_len = piece.request.kv_len;
-    const int kv_h = kv_head(piece);
+    const int kv_h = kv_head(launch, piece);
     jg::AllPositions visible(piece.num_tiles);
     // Groups behind the last row have nothing to do.
     const int groups = jg::min(((piece.request.q_len << piece.packing) - piece.first_row + 63) / 64, Tile::kGroups);
@@ -557,6 +566,15 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       if (step < 0) return step;
       const int kinds = 0xaa & ((1 << 2 * groups) - 1);
       return (piece.first_key + kv_tile(step >> jg::kStepShift, piece.num_tiles) * kTileKv) / 16 << jg::kStepShift | kinds;
+    };
+    // What the step of a tile also says: of the next one, `next` its step.
+    const auto flags_before = [](int next) {
+      return next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
+    };
+    // To take a piece lasts as long as a tile: wanted when the last tile is to be copied, the next was there 1 us too late.
+    const auto is_near_end = [&](int step) {   // one of the last kAhead tiles, or none
+      const int key = key_of(step) - piece.first_key;
+      return step < 0 || (kDescending ? key < kAhead * kTileKv : key >= (piece.num_tiles - kAhead) * kTileKv);
     };
     // Page of this lane's box; -1: it has no key.
     const auto look_up = [&](int step) {
@@ -567,12 +585,11 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
       if (leader) {
-        const int flags = next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
-        jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags);
+        jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags_before(next));
         jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
       }
       __syncwarp();
-      load_tile(maps.k, shared.key(kv.stage), kHeadDim * 2, full, piece, kv_h, step, page);
+      load_tile(maps.k, shared.key(kv.stage), kHeadDim * 2, full, launch, box_keys, kv_h, key_of(step), page, keep);
     };
     int step = next_step();
     publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);

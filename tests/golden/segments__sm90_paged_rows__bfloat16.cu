@@ -292,6 +292,9 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int num_tiles, in
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], whole_groups + group, pieces, tiles[place].pieces * tail_groups + group * pieces};
 }
+#ifdef JG_RETAKES
+constexpr int kNothing = -2;   // as first_row: nothing is at the place that was taken. Whoever took it takes again: take_item has no loop
+#endif
 // kOwnFirst: the first place of each CTA is its own number, without a turn at the counter.
 JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
@@ -305,7 +308,15 @@ JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
     const int number = behind < 0 ? taken : whole + behind / jg::kTailPieces, part = behind < 0 ? 0 : behind % jg::kTailPieces;
     if (number >= items) break;
     const Item item = item_at(args, launch, at.tile, at.group, at.unit, number);
-    if (part >= item.pieces) continue;
+    if (part >= item.pieces) {
+#ifdef JG_RETAKES
+      Piece nothing;
+      nothing.first_row = kNothing;
+      return nothing;
+#else
+      continue;
+#endif
+    }
     if (item.pieces == 1) return make_piece(args, launch, *item.tile, item.group, 0, -1);
     const int units = jg::units_of({item.tile->begin, item.tile->end}, kTileKv);
     const int end = part + 1 == item.pieces ? -1 : units * (part + 1) / item.pieces;
@@ -366,7 +377,7 @@ JITGEN_FN Cursor first_cursor(const Args& args, const Launch& launch, int share)
   const Cursor line = share_begin(args, launch, share), items = {kOwnItem, header.tiles, header.whole_groups, header.tail_groups};
   return items.unit > 0 ? items : line;
 }
-// The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
+// The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row -1.
 JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
   return at.share < 0 ? take_item(args, launch, at) : take_of_share(args, launch, at);
 }
@@ -615,13 +626,8 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       shared.control->kind[slot.stage] = kind;
       jg::barrier_arrive(JG_BARRIER(work_full, slot.stage));
     };
-    // To take a piece lasts as long as a tile: wanted when the last tile is to be copied, the next was there 1 us too late.
     const auto want_piece = [&] {
       if (kTakesLate && leader) jg::barrier_arrive(JG_BARRIER(piece_wanted));
-    };
-    const auto is_near_end = [&](int step) {   // one of the last kAhead tiles, or none
-      const int key = key_of(step) - piece.first_key;
-      return step < 0 || (kDescending ? key < kAhead * kTileKv : key >= (piece.num_tiles - kAhead) * kTileKv);
     };
     if (piece.first_row < 0) {
       publish(jg::kWorkStop);
@@ -649,11 +655,19 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       const int kinds = step & 0xff & ((1 << 2 * groups) - 1);
       return (piece.first_key + kv_tile(step >> jg::kStepShift, piece.num_tiles) * kTileKv) / 16 << jg::kStepShift | kinds;
     };
+    // What the step of a tile also says: of the next one, `next` its step.
+    const auto flags_before = [](int next) {
+      return next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
+    };
+    // To take a piece lasts as long as a tile: wanted when the last tile is to be copied, the next was there 1 us too late.
+    const auto is_near_end = [&](int step) {   // one of the last kAhead tiles, or none
+      const int key = key_of(step) - piece.first_key;
+      return step < 0 || (kDescending ? key < kAhead * kTileKv : key >= (piece.num_tiles - kAhead) * kTileKv);
+    };
     const auto load_key = [&](int step, int next) {
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
       if (leader) {
-        const int flags = next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
-        jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags);
+        jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags_before(next));
         ask(kv.stage, key_of(step));   // also publishes the step
       }
     };

@@ -257,12 +257,14 @@ constexpr int kTurnBarrier = 1, kGroupBarrier = 5;   // named barriers: + group
 constexpr bool kCopiesOutput = Tile::kSharedP && kHeadDimV <= kTileKv;
 
 constexpr bool kOwnFirst = true;
+#define JG_RETAKES
 #define JG_TAKE_FN JITGEN_FN
 // With masks, whose items differ most, a CTA takes its next piece late, some KV tiles before the end of one; else as it begins one.
 // Late on an H100: mixed causal batches 3 to 11 % faster with the order of plan.cuh, 2 x 4k + 64 x 512 2 % slower; lists of blocks
 // 0.3 to 1.4 % slower, those of half of all blocks 0.5 % faster.
 constexpr bool kTakesLate = true;
 constexpr int kAhead = 4;
+constexpr int kTilesAhead = 2;   // so many KV tiles before their copies what is visible is found
 constexpr int kManyItems = 2;   // for each CTA: from so many on they are given out
 [[maybe_unused]] constexpr bool kEarlyMerge = true;   // attention_kernel lets it start
 // ---- pieces ----
@@ -317,6 +319,9 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int num_tiles, in
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], whole_groups + group, pieces, tiles[place].pieces * tail_groups + group * pieces};
 }
+#ifdef JG_RETAKES
+constexpr int kNothing = -2;   // as first_row: nothing is at the place that was taken. Whoever took it takes again: take_item has no loop
+#endif
 // kOwnFirst: the first place of each CTA is its own number, without a turn at the counter.
 JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
@@ -330,7 +335,15 @@ JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
     const int number = behind < 0 ? taken : whole + behind / jg::kTailPieces, part = behind < 0 ? 0 : behind % jg::kTailPieces;
     if (number >= items) break;
     const Item item = item_at(args, launch, at.tile, at.group, at.unit, number);
-    if (part >= item.pieces) continue;
+    if (part >= item.pieces) {
+#ifdef JG_RETAKES
+      Piece nothing;
+      nothing.first_row = kNothing;
+      return nothing;
+#else
+      continue;
+#endif
+    }
     if (item.pieces == 1) return make_piece(args, launch, *item.tile, item.group, 0, -1);
     const int units = jg::units_of({item.tile->begin, item.tile->end}, kTileKv);
     const int end = part + 1 == item.pieces ? -1 : units * (part + 1) / item.pieces;
@@ -391,7 +404,7 @@ JITGEN_FN Cursor first_cursor(const Args& args, const Launch& launch, int share)
   const Cursor line = share_begin(args, launch, share), items = {kOwnItem, header.tiles, header.whole_groups, header.tail_groups};
   return items.unit > 0 ? items : line;
 }
-// The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
+// The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row -1.
 JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
   return at.share < 0 ? take_item(args, launch, at) : take_of_share(args, launch, at);
 }
@@ -412,6 +425,9 @@ struct Control {
   unsigned long long q_full[Tile::kGroups], q_empty[Tile::kGroups], tail_full;
   unsigned long long k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
   unsigned long long piece_full[2], work_full[2], work_empty[2], piece_wanted;
+  unsigned long long tile_full[kTilesAhead], tile_empty[kTilesAhead];
+  alignas(16) int4 tile[kTilesAhead];   // to be copied: see find_tiles
+  int page[kTilesAhead][32];            // of its boxes
   Piece piece[2];
   int kind[2];                // of the pieces: kWorkTile, kWorkEmpty, kWorkStop
   int step[2 * kNumStages];   // first key of the KV tile that a stage holds, with flags: in two laps, as in sm90_geometry.cuh
@@ -428,6 +444,8 @@ struct Shared {
   JITGEN_FN unsigned query(int group) const { return base + Tile::kQueryAt + group * Tile::kGroupQBytes; }
   JITGEN_FN unsigned barrier(unsigned offset, int stage = 0) const { return base + kControlAt + offset + 8 * stage; }
   JITGEN_FN unsigned step(int slot) const { return base + kControlAt + __builtin_offsetof(Control, step) + 4 * slot; }
+  JITGEN_FN unsigned tile(int at) const { return base + kControlAt + __builtin_offsetof(Control, tile) + 16 * at; }
+  JITGEN_FN unsigned page(int at, int box) const { return base + kControlAt + __builtin_offsetof(Control, page) + 4 * (32 * at + box); }
   JITGEN_FN unsigned table(int group) const { return base + kTablesAt + group * kTableBytes; }
 };
 #define JG_BARRIER(name, ...) shared.barrier(__builtin_offsetof(Control, name), ##__VA_ARGS__)
@@ -640,52 +658,51 @@ JITGEN_FN void hand_out(const Args& args, const Launch& launch, Shared shared) {
   while (is_piece) {
     if (kTakesLate) jg::barrier_wait(JG_BARRIER(piece_wanted), slot.stage ^ 1);   // a phase a piece
     jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity);
+    bool is_nothing = false;
     if ((threadIdx.x & 31) == 0) {
       const Piece piece = take_piece(args, launch, at);
-      is_piece = piece.first_row >= 0;
+      is_piece = piece.first_row != -1, is_nothing = piece.first_row == kNothing;
       shared.control->piece[slot.stage] = piece;
-      jg::barrier_arrive(JG_BARRIER(piece_full, slot.stage));
+      if (!is_nothing) jg::barrier_arrive(JG_BARRIER(piece_full, slot.stage));
     }
     is_piece = jg::uniform(is_piece);
-    slot.advance();
+    if (!jg::uniform(is_nothing)) slot.advance();
   }
   if (kEarlyMerge) jg::start_next_kernel();   // its CTAs come as these leave, and wait for the last
 }
 
-// Another one classifies the KV tiles of a piece and issues the copies of K and V. A tile comes in boxes of box_keys keys.
-JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
+JITGEN_FN int kv_head(const Launch& launch, const Piece& piece) { return (piece.group << piece.packing) / launch.shape.class_pack; }
+
+// K or V of a tile, `page` that of each lane's box. The warp issues its boxes one after another, not each lane its own: that is a loop
+// over lanes in machine code, and causal prefill of 16k was 4 to 9 % slower with pages of 16, and more with smaller ones.
+JITGEN_FN void load_tile(const jg::Operand& map, unsigned dst, int row_bytes, unsigned barrier, const Launch& launch, int box_keys, int kv_h,
+                         int first_key, int page, unsigned long long keep) {
+  const int key = first_key + (static_cast<int>(threadIdx.x) & 31) * box_keys;
+  const int group = (key - launch.page_size.divide(key) * static_cast<int>(launch.page_size.value)) / 8;
+  const int place = page < 0 ? jg::kNowhere : page * map.batch_step + kv_h * map.head_step;
+  const int num_boxes = kTileKv / box_keys;
+#pragma unroll 4
+  for (int box = 0; box < num_boxes; ++box)
+    jg::load_page_box(dst + box * box_keys * row_bytes, map, barrier, __shfl_sync(0xffffffffu, group, box), __shfl_sync(0xffffffffu, place, box), keep);
+}
+
+constexpr int kWantsPiece = 1 << 16;   // with the keys of a tile: the next piece is to be taken once it is copied
+// Says to the consumers what is to be done for a piece, and to copy_tiles which KV tiles: {step, keys, 0, KV head} and the page of each lane's box
+// of each, or {-1} after the last.
+JITGEN_FN void find_tiles(const Args& args, const Launch& launch, int box_keys, Shared shared) {
   const int lane = threadIdx.x & 31;
   const bool leader = lane == 0;
-  const unsigned long long keep = jg::policy_evict_last();
-  jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(0);
-  unsigned tail_parity = 0;
-  const auto kv_head = [&](const Piece& piece) { return (piece.group << piece.packing) / launch.shape.class_pack; };
-  // A warp issues its boxes one after another, not each lane its own: that is a loop over lanes in machine code, and causal
-  // prefill of 16k was 4 to 9 % slower with pages of 16, and more with smaller ones.
-  const auto load_tile = [&](const jg::Operand& map, unsigned dst, int row_bytes, unsigned barrier, const Piece& piece, int kv_h, int step, int page) {
-    const int key = key_of(step) + lane * box_keys;
-    const int group = (key - launch.page_size.divide(key) * static_cast<int>(launch.page_size.value)) / 8;
-    const int place = page < 0 ? jg::kNowhere : page * map.batch_step + kv_h * map.head_step;
-    const int num_boxes = kTileKv / box_keys;
-#pragma unroll 4
-    for (int box = 0; box < num_boxes; ++box)
-      jg::load_page_box(dst + box * box_keys * row_bytes, map, barrier, __shfl_sync(0xffffffffu, group, box), __shfl_sync(0xffffffffu, place, box), keep);
-  };
-  const auto load_value = [&](const Piece& piece, int kv_h, int step, int page, const jg::RingPosition<kNumStages>& at) {
-    const int num_keys = piece.request.kv_len - key_of(step);
-    const unsigned full = JG_BARRIER(v_full, at.stage), arrived = num_keys < kTileKv ? JG_BARRIER(tail_full) : full;
-    jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
-    if (leader) jg::barrier_expect(arrived, Tile::kValueBytes);
+  jg::RingPosition<kTilesAhead> ahead(1);
+  const auto tell = [&](int4 tile, int page) {
+    jg::barrier_wait(JG_BARRIER(tile_empty, ahead.stage), ahead.parity);
+    jg::store_shared(shared.page(ahead.stage, lane), page);
     __syncwarp();
-    load_tile(maps.v, shared.value(at.stage), kHeadDimV * 2, arrived, piece, kv_h, step, page);
-    if (num_keys >= kTileKv) return;
-    jg::barrier_wait(arrived, tail_parity);
-    tail_parity ^= 1;
-    jg::clear_rows<kHeadDimV>(shared.value(at.stage), num_keys, kTileKv, kSpanRows, lane);
-    jg::fence_async_proxy();
-    __syncwarp();
-    if (leader) jg::barrier_arrive(full);
+    if (leader) {
+      jg::store_shared(shared.tile(ahead.stage), tile);
+      jg::barrier_arrive(JG_BARRIER(tile_full, ahead.stage));
+    }
+    ahead.advance();
   };
 #pragma unroll 1
   for (;; slot.advance()) {
@@ -696,20 +713,11 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       shared.control->kind[slot.stage] = kind;
       jg::barrier_arrive(JG_BARRIER(work_full, slot.stage));
     };
-    // To take a piece lasts as long as a tile: wanted when the last tile is to be copied, the next was there 1 us too late.
-    const auto want_piece = [&] {
-      if (kTakesLate && leader) jg::barrier_arrive(JG_BARRIER(piece_wanted));
-    };
-    const auto is_near_end = [&](int step) {   // one of the last kAhead tiles, or none
-      const int key = key_of(step) - piece.first_key;
-      return step < 0 || (kDescending ? key < kAhead * kTileKv : key >= (piece.num_tiles - kAhead) * kTileKv);
-    };
     if (piece.first_row < 0) {
       publish(jg::kWorkStop);
       break;
     }
-    [[maybe_unused]] const int kv_len = piece.request.kv_len;
-    const int kv_h = kv_head(piece);
+    const int kv_len = piece.request.kv_len, kv_h = kv_head(launch, piece);
     const Head head = make_head(args, piece.request, piece.group << piece.packing);
     const auto span_of = [&](int group, int count) {
       const int row = piece.first_row + 64 * group;
@@ -728,47 +736,95 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       const int kinds = step & 0xff & ((1 << 2 * groups) - 1);
       return (piece.first_key + kv_tile(step >> jg::kStepShift, piece.num_tiles) * kTileKv) / 16 << jg::kStepShift | kinds;
     };
+    // What the step of a tile also says: of the next one, `next` its step.
+    const auto flags_before = [](int next) {
+      return next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
+    };
+    // To take a piece lasts as long as a tile: wanted when the last tile is to be copied, the next was there 1 us too late.
+    const auto is_near_end = [&](int step) {   // one of the last kAhead tiles, or none
+      const int key = key_of(step) - piece.first_key;
+      return step < 0 || (kDescending ? key < kAhead * kTileKv : key >= (piece.num_tiles - kAhead) * kTileKv);
+    };
     // Page of this lane's box; -1: it has no key.
     const auto look_up = [&](int step) {
       const int key = key_of(step) + lane * box_keys;
-      return key < kv_len && lane * box_keys < kTileKv ? args.pages[piece.kv_start + launch.page_size.divide(key)] : -1;
-    };
-    const auto load_key = [&](int step, int page, int next) {
-      const unsigned full = JG_BARRIER(k_full, kv.stage);
-      jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
-      if (leader) {
-        const int flags = next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
-        jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags);
-        jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
-      }
-      __syncwarp();
-      load_tile(maps.k, shared.key(kv.stage), kHeadDim * 2, full, piece, kv_h, step, page);
+      return step >= 0 && key < kv_len && lane * box_keys < kTileKv ? args.pages[piece.kv_start + launch.page_size.divide(key)] : -1;
     };
     int step = next_step();
     publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);
-    int next = step < 0 ? -1 : next_step();
-    if (is_near_end(next)) want_piece();
-    if (step < 0) continue;
-    int page = look_up(step), next_page = next < 0 ? 0 : look_up(next);
-    load_key(step, page, next);
-    // K runs one tile ahead of V: the product of the next tile can start while this V is on its way.
+    if (step < 0 && leader) jg::barrier_arrive(JG_BARRIER(piece_wanted));
+    bool is_wanted = false;   // the next piece
+    int page = look_up(step);
 #pragma unroll 1
-    while (next >= 0) {
-      const jg::RingPosition<kNumStages> at = kv;
-      const int after = next_step();
-      if (is_near_end(after) && !is_near_end(next)) want_piece();
-      const int after_page = after < 0 ? 0 : look_up(after);   // read under the copies
-      kv.advance();
-      load_key(next, next_page, after);
-      load_value(piece, kv_h, step, page, at);
-      step = next;
-      next = after;
+    while (step >= 0) {
+      const int next = next_step();
+      const int wants = !is_wanted && is_near_end(next) ? kWantsPiece : 0;
+      is_wanted |= wants != 0;
+      const int next_page = look_up(next);   // read while there is no room
+      tell(make_int4(step | flags_before(next), jg::min(kv_len - key_of(step), kTileKv) | wants, 0, kv_h), page);
       page = next_page;
-      next_page = after_page;
+      step = next;
     }
-    load_value(piece, kv_h, step, page, kv);
+  }
+  tell(make_int4(-1, 0, 0, 0), -1);
+}
+
+// Copies K and V of these tiles. K runs one tile ahead of V, into the next piece too: a product can start while the V before it is on its
+// way.
+JITGEN_FN void copy_tiles(const Maps& maps, const Launch& launch, int box_keys, Shared shared) {
+  const int lane = threadIdx.x & 31;
+  const bool leader = lane == 0;
+  const unsigned long long keep = jg::policy_evict_last();
+  jg::RingPosition<kNumStages> kv(1);
+  jg::RingPosition<kTilesAhead> ahead(0);
+  unsigned tail_parity = 0;
+  int4 late = make_int4(-1, 0, 0, 0);   // the tile of the V still to be copied, if there is one: one stage behind kv
+  int late_page = -1;
+  const auto load_value = [&] {
+    if (late.x < 0) return;
+    const jg::RingPosition<kNumStages> at = kv.before();
+    const int num_keys = late.y & kWantsPiece - 1;
+    const unsigned full = JG_BARRIER(v_full, at.stage), arrived = num_keys < kTileKv ? JG_BARRIER(tail_full) : full;
+    jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
+    if (leader) jg::barrier_expect(arrived, Tile::kValueBytes);
+    __syncwarp();
+    load_tile(maps.v, shared.value(at.stage), kHeadDimV * 2, arrived, launch, box_keys, late.w, key_of(late.x), late_page, keep);
+    late.x = -1;
+    if (num_keys >= kTileKv) return;
+    jg::barrier_wait(arrived, tail_parity);
+    tail_parity ^= 1;
+    jg::clear_rows<kHeadDimV>(shared.value(at.stage), num_keys, kTileKv, kSpanRows, lane);
+    jg::fence_async_proxy();
+    __syncwarp();
+    if (leader) jg::barrier_arrive(full);
+  };
+#pragma unroll 1
+  for (;;) {
+    // V does not wait for a tile that is still to be found.
+    if (!jg::uniform(jg::barrier_test(JG_BARRIER(tile_full, ahead.stage), ahead.parity))) load_value();
+    jg::barrier_wait(JG_BARRIER(tile_full, ahead.stage), ahead.parity);
+    const int4 tile = jg::load_shared_int4(shared.tile(ahead.stage));
+    const int page = jg::load_shared(shared.page(ahead.stage, lane));
+    __syncwarp();
+    if (leader) jg::barrier_arrive(JG_BARRIER(tile_empty, ahead.stage));
+    ahead.advance();
+    if (tile.x < 0) break;
+    // Only now, though it was found before: the piece goes to the CTA that will be free first.
+    if (leader && (tile.y & kWantsPiece)) jg::barrier_arrive(JG_BARRIER(piece_wanted));
+    const unsigned full = JG_BARRIER(k_full, kv.stage);
+    jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
+    if (leader) {
+      jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), tile.x);
+      jg::barrier_expect(full, Tile::kKeyBytes);   // also publishes the step
+    }
+    __syncwarp();
+    load_tile(maps.k, shared.key(kv.stage), kHeadDim * 2, full, launch, box_keys, tile.w, key_of(tile.x), page, keep);
+    load_value();
+    late = tile;
+    late_page = page;
     kv.advance();
   }
+  load_value();
 }
 
 // Q of each group as soon as it is done with the rows before: the first group is most of a tile ahead of the last, and none waits
@@ -807,7 +863,7 @@ template <int kColTiles> JITGEN_FN void start_qk(float (&s)[kColTiles][4], unsig
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step)
-    jg::Wgmma<8 * kColTiles>::template shared<Element, 0>(s, q + KeyTile::step_offset(step, 64), k + KeyTile::step_offset(step, kSpanRows), step != 0);
+    jg::Wgmma<8 * kColTiles>::template shared<Element, 0>(s, jg::operand_at(q, KeyTile::step_offset(step, 64)), k + KeyTile::step_offset(step, kSpanRows), step != 0);
   jg::wgmma_commit();
 }
 // O += P V, with P in registers or in shared memory.
@@ -950,8 +1006,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (jg::kind_of(step, group) == kTileNone) {   // nothing to these rows: release it, and keep the order of turns
           pass_turn();
           release_key();
-          jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
-          if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
+          // V too, whether it has come or not, as soon as all groups have released what lay there before.
+          jg::barrier_wait(JG_BARRIER(v_empty, kv.stage), kv.parity ^ 1);
+          __syncwarp();
+          jg::barrier_arrive_if(leader, JG_BARRIER(v_empty, kv.stage));
           kv.advance();
           continue;
         }
@@ -1053,6 +1111,10 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
       jg::barrier_init(JG_BARRIER(v_empty, stage), 4 * Tile::kGroups);
     }
+    for (int at = 0; at < kTilesAhead; ++at) {
+      jg::barrier_init(JG_BARRIER(tile_full, at), 1);
+      jg::barrier_init(JG_BARRIER(tile_empty, at), 1);
+    }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(piece_full, slot), 1);
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
@@ -1064,11 +1126,12 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
   if (group == 0) {
     jg::give_registers<Tile::kProducerRegs>();
     const int warp = jg::uniform(threadIdx.x >> 5);
-    if (warp == 0) produce(args, maps, launch, box_keys, shared);
+    if (warp == 0) copy_tiles(maps, launch, box_keys, shared);
     else if (warp == 1) hand_out(args, launch, shared);
     else if (warp == 2) load_queries(maps, shared);
     else if (warp == 3) {
       prefetch_plan(args, launch);
+      find_tiles(args, launch, box_keys, shared);
       jg::wait_for_previous_kernel();   // a decode kernel that may still run: it has waited for all before it
     }
   } else {

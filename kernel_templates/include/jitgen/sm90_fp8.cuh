@@ -45,11 +45,6 @@ JG_DEFINE_FP8_WGMMA(136, 68, "68", "69", "70", "71", "72", "73")
 JG_DEFINE_FP8_WGMMA(192, 96, "96", "97", "98", "99", "100", "101")
 JG_DEFINE_FP8_WGMMA(256, 128, "128", "129", "130", "131", "132", "133")
 
-// The descriptor of an operand `offset` further on, in units of 16 bytes. The address is in the lower half: no carry to add.
-JITGEN_FN unsigned long long operand_at(unsigned long long descriptor, unsigned offset) {
-  return descriptor & 0xffffffff00000000ull | static_cast<unsigned>(static_cast<unsigned>(descriptor) + offset);
-}
-
 // A value that all lanes have, in a uniform register: no ordinary one is free through the KV loop.
 JITGEN_FN int to_uniform_register(int x) {
   int r;

@@ -20,6 +20,10 @@ JITGEN_FN unsigned long long matrix_descriptor(unsigned address, unsigned lead, 
 JITGEN_FN unsigned long long block_descriptor(unsigned address, unsigned eight_columns) {
   return (address & 0x3ffff) >> 4 | static_cast<unsigned long long>(eight_columns >> 4) << 32;
 }
+// The descriptor of an operand `offset` further on, in units of 16 bytes. The address is in the lower half: no carry to add.
+JITGEN_FN unsigned long long operand_at(unsigned long long descriptor, unsigned offset) {
+  return descriptor & 0xffffffff00000000ull | static_cast<unsigned>(static_cast<unsigned>(descriptor) + offset);
+}
 // Before the first wgmma of a batch whenever its registers were written by ordinary instructions.
 JITGEN_FN void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 JITGEN_FN void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
