@@ -321,6 +321,9 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int num_tiles, in
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], whole_groups + group, pieces, tiles[place].pieces * tail_groups + group * pieces};
 }
+#ifdef JG_RETAKES
+constexpr int kNothing = -2;   // as first_row: nothing is at the place that was taken. Whoever took it takes again: take_item has no loop
+#endif
 // kOwnFirst: the first place of each CTA is its own number, without a turn at the counter.
 JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
@@ -334,7 +337,15 @@ JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
     const int number = behind < 0 ? taken : whole + behind / jg::kTailPieces, part = behind < 0 ? 0 : behind % jg::kTailPieces;
     if (number >= items) break;
     const Item item = item_at(args, launch, at.tile, at.group, at.unit, number);
-    if (part >= item.pieces) continue;
+    if (part >= item.pieces) {
+#ifdef JG_RETAKES
+      Piece nothing;
+      nothing.first_row = kNothing;
+      return nothing;
+#else
+      continue;
+#endif
+    }
     if (item.pieces == 1) return make_piece(args, launch, *item.tile, item.group, 0, -1);
     const int units = jg::units_of({item.tile->begin, item.tile->end}, kTileKv);
     const int end = part + 1 == item.pieces ? -1 : units * (part + 1) / item.pieces;
@@ -395,7 +406,7 @@ JITGEN_FN Cursor first_cursor(const Args& args, const Launch& launch, int share)
   const Cursor line = share_begin(args, launch, share), items = {kOwnItem, header.tiles, header.whole_groups, header.tail_groups};
   return items.unit > 0 ? items : line;
 }
-// The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row < 0.
+// The next piece of this CTA, for the one thread that takes them; not to be called again after one with first_row -1.
 JITGEN_FN Piece take_piece(const Args& args, const Launch& launch, Cursor& at) {
   return at.share < 0 ? take_item(args, launch, at) : take_of_share(args, launch, at);
 }
