@@ -358,7 +358,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
 }
 
 // Q of a group as soon as it is done with the rows before: groups are most of a tile apart, and none waits for another one, or for
-// room in the ring of K and V. A warp serves every kQueryWarps-th group.
+// room in the ring of K and V. A warp serves every Tile::kQueryWarps-th group.
 JITGEN_FN void load_queries(const Args& args, const Maps& maps, Shared shared, int first_group) {
   const bool leader = (threadIdx.x & 31) == 0;
   const unsigned long long stream = jg::policy_evict_first();

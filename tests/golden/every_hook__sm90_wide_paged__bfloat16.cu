@@ -264,6 +264,7 @@ using Logits = float[kRowTiles][kColTiles][4];
 using Output = float[kRowTiles][kOutTiles][4];
 
 constexpr bool kOwnFirst = false;   // a register more to take an item would spill
+constexpr bool kRetakes = false;
 #define JG_TAKE_FN static __device__ __noinline__   // once an item, by one thread: inlined it would spill around it
 [[maybe_unused]] constexpr bool kEarlyMerge = false;
 // For each CTA: from so many on items are given out. A tile of keys is read for 64 rows only, so CTAs should be at the same keys: with
@@ -321,9 +322,8 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int num_tiles, in
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], whole_groups + group, pieces, tiles[place].pieces * tail_groups + group * pieces};
 }
-#ifdef JG_RETAKES
-constexpr int kNothing = -2;   // as first_row: nothing is at the place that was taken. Whoever took it takes again: take_item has no loop
-#endif
+// As first_row, where kRetakes: nothing is at the place that was taken. Whoever took it takes again, and take_item has no loop.
+[[maybe_unused]] constexpr int kNothing = -2;
 // kOwnFirst: the first place of each CTA is its own number, without a turn at the counter.
 JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
@@ -338,13 +338,10 @@ JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
     if (number >= items) break;
     const Item item = item_at(args, launch, at.tile, at.group, at.unit, number);
     if (part >= item.pieces) {
-#ifdef JG_RETAKES
+      if (!kRetakes) continue;
       Piece nothing;
       nothing.first_row = kNothing;
       return nothing;
-#else
-      continue;
-#endif
     }
     if (item.pieces == 1) return make_piece(args, launch, *item.tile, item.group, 0, -1);
     const int units = jg::units_of({item.tile->begin, item.tile->end}, kTileKv);
@@ -434,8 +431,8 @@ JITGEN_FN Piece& current_piece() { __shared__ Piece piece; return piece; }
 JITGEN_FN Piece& next_piece() { __shared__ Piece piece; return piece; }
 
 // First row of a warp in the tile; first of its columns of O.
-JITGEN_FN int warp_row(int warp) { return warp % kApart * kWarpRows; }
-JITGEN_FN int warp_part(int warp) { return warp / kApart; }
+JITGEN_FN int warp_row(int warp) { return jg::shared_rows<kApart>(warp) * kWarpRows; }
+JITGEN_FN int warp_part(int warp) { return jg::half_of<kApart>(warp); }
 JITGEN_FN int warp_column(int warp) { return warp_part(warp) * kOutTiles * 8; }
 
 // First packed row and first column of the accumulators of this thread, from the first row of the CTA and the tile's first
@@ -529,9 +526,6 @@ template <int kTiles> JITGEN_FN RowEnds<kTiles> finish_rows(const Args& args, co
   return ends;
 }
 
-// What warps tell each other of rows of O, a value of each thread.
-JITGEN_FN float* told() { __shared__ float values[kRowThreads]; return values; }
-
 // Of packed rows [warp_row, warp_row + 16 * kTiles) of the calling warp, kColumnTiles * 8 columns from first_out on. kStores: O is
 // written too, otherwise the caller does that.
 template <int kTiles, int kColumnTiles, bool kStores = true>
@@ -546,7 +540,7 @@ JITGEN_FN void write_output(const Args& args, const Piece& piece, float (&o)[kTi
       constexpr int kHalf = decltype(half_constant)::value;
       const int row = warp_row + lane / 4 + 16 * i + 8 * kHalf;
       const int q_idx = query_index(piece, row);
-      jg::HalvedRow<kColumnTiles, kHalf, kApart> out_row(o[i], first_out + first_column, told());
+      jg::HalvedRow<kColumnTiles, kHalf, kApart> out_row(o[i], first_out + first_column, jg::told<kRowThreads>());
       const float factor = ends.factor[i][kHalf];
       float lse = ends.lse[i][kHalf];
 #pragma unroll

@@ -138,8 +138,8 @@ using Logits = float[kRowTiles][kColTiles][4];
 using Output = float[kRowTiles][kOutTiles][4];
 
 // First row of a warp in the tile; which part of the columns it has.
-JITGEN_FN int warp_row(int warp) { return warp / kColumnWarps * kWarpRows; }
-JITGEN_FN int warp_part(int warp) { return warp % kColumnWarps; }
+JITGEN_FN int warp_row(int warp) { return jg::shared_rows<kApart>(warp) * kWarpRows; }
+JITGEN_FN int warp_part(int warp) { return jg::half_of<kApart>(warp); }
 
 // First row and first column of the accumulators of this thread, from the CTA's first row and the tile's first column.
 JITGEN_FN int own_row(int tile_row) {
@@ -196,9 +196,6 @@ JITGEN_FN Place find_place(const jg::CtaOrder& order) {
 }
 JITGEN_FN char* at(const void* base, long long element) { return const_cast<char*>(static_cast<const char*>(base)) + element * 2; }
 
-// What warps tell each other of rows of O, a value of each thread.
-JITGEN_FN float* told() { __shared__ float values[kThreads]; return values; }
-
 // ---- epilogue: normalise, write LSE and O ----
 JITGEN_FN void write_output(const Args& args, const Place& place, Output& o, const NormState (&state)[kRowTiles][2], unsigned q_shared) {
   const Head head = make_head(args, place.b, place.h);
@@ -209,7 +206,7 @@ JITGEN_FN void write_output(const Args& args, const Place& place, Output& o, con
     jg::for_each_half([&](auto half_constant) {
       constexpr int kHalf = decltype(half_constant)::value;
       const int row = first_row + 16 * i + 8 * kHalf, q_idx = query_index(args, first_row, i, kHalf);
-      jg::HalvedRow<kOutTiles, kHalf, kApart> out_row(o[i], start_column + first_column, told());
+      jg::HalvedRow<kOutTiles, kHalf, kApart> out_row(o[i], start_column + first_column, jg::told<kThreads>());
       norm_finalize(args, head, out_row, state[i][kHalf]);
       float lse = norm_lse(args, head, state[i][kHalf]);
       if (args.lse && row < args.q_len && start_column + first_column == 0) args.lse[(place.b * args.num_q_heads + place.h) * args.q_len + row] = lse;

@@ -141,6 +141,7 @@ constexpr bool kMaybeEmpty = false;
 constexpr int kSumBarrier = 1, kGroupBarrier = 2;   // named barriers; the second: + group
 
 constexpr bool kOwnFirst = true;
+constexpr bool kRetakes = false;
 #define JG_TAKE_FN JITGEN_FN
 constexpr int kManyItems = jg::kNotForMany;       // a CTA's share of the line, always: few items are that long
 // ---- pieces ----
@@ -195,9 +196,8 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int num_tiles, in
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], whole_groups + group, pieces, tiles[place].pieces * tail_groups + group * pieces};
 }
-#ifdef JG_RETAKES
-constexpr int kNothing = -2;   // as first_row: nothing is at the place that was taken. Whoever took it takes again: take_item has no loop
-#endif
+// As first_row, where kRetakes: nothing is at the place that was taken. Whoever took it takes again, and take_item has no loop.
+[[maybe_unused]] constexpr int kNothing = -2;
 // kOwnFirst: the first place of each CTA is its own number, without a turn at the counter.
 JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
@@ -212,13 +212,10 @@ JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
     if (number >= items) break;
     const Item item = item_at(args, launch, at.tile, at.group, at.unit, number);
     if (part >= item.pieces) {
-#ifdef JG_RETAKES
+      if (!kRetakes) continue;
       Piece nothing;
       nothing.first_row = kNothing;
       return nothing;
-#else
-      continue;
-#endif
     }
     if (item.pieces == 1) return make_piece(args, launch, *item.tile, item.group, 0, -1);
     const int units = jg::units_of({item.tile->begin, item.tile->end}, kTileKv);

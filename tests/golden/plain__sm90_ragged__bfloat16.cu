@@ -138,6 +138,7 @@ constexpr int kTurnBarrier = 1;   // named barrier: + group
 constexpr bool kCopiesOutput = false;
 
 constexpr bool kOwnFirst = true;
+constexpr bool kRetakes = false;   // see sm90_serving_finder.cu.jinja
 #define JG_TAKE_FN JITGEN_FN
 // With masks, whose items differ most, a CTA takes its next piece late, some KV tiles before the end of one; else as it begins one.
 // Late on an H100: mixed causal batches 3 to 11 % faster with the order of plan.cuh, 2 x 4k + 64 x 512 2 % slower; lists of blocks
@@ -196,9 +197,8 @@ JITGEN_FN Item item_at(const Args& args, const Launch& launch, int num_tiles, in
   const int pieces = tiles[place].at_pieces;
   return {&tiles[tiles[place].at], whole_groups + group, pieces, tiles[place].pieces * tail_groups + group * pieces};
 }
-#ifdef JG_RETAKES
-constexpr int kNothing = -2;   // as first_row: nothing is at the place that was taken. Whoever took it takes again: take_item has no loop
-#endif
+// As first_row, where kRetakes: nothing is at the place that was taken. Whoever took it takes again, and take_item has no loop.
+[[maybe_unused]] constexpr int kNothing = -2;
 // kOwnFirst: the first place of each CTA is its own number, without a turn at the counter.
 JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
   jg::PlanHeader* header = const_cast<jg::PlanHeader*>(jg::plan_header(args.plan));
@@ -213,13 +213,10 @@ JG_TAKE_FN Piece take_item(const Args& args, const Launch& launch, Cursor& at) {
     if (number >= items) break;
     const Item item = item_at(args, launch, at.tile, at.group, at.unit, number);
     if (part >= item.pieces) {
-#ifdef JG_RETAKES
+      if (!kRetakes) continue;
       Piece nothing;
       nothing.first_row = kNothing;
       return nothing;
-#else
-      continue;
-#endif
     }
     if (item.pieces == 1) return make_piece(args, launch, *item.tile, item.group, 0, -1);
     const int units = jg::units_of({item.tile->begin, item.tile->end}, kTileKv);

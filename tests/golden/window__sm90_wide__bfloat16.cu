@@ -154,8 +154,8 @@ using Logits = float[kRowTiles][kColTiles][4];
 using Output = float[kRowTiles][kOutTiles][4];
 
 // First row of a warp in the tile; which part of the columns it has.
-JITGEN_FN int warp_row(int warp) { return warp % kApart * kWarpRows; }
-JITGEN_FN int warp_part(int warp) { return warp / kApart; }
+JITGEN_FN int warp_row(int warp) { return jg::shared_rows<kApart>(warp) * kWarpRows; }
+JITGEN_FN int warp_part(int warp) { return jg::half_of<kApart>(warp); }
 
 // First row and first column of the accumulators of this thread, from the CTA's first row and the tile's first column.
 JITGEN_FN int own_row(int tile_row) {

@@ -8,10 +8,15 @@
 
 namespace jg {
 
+// Number of the 16 rows that a warp has with another one; which of the two it is.
+template <int kApart> JITGEN_FN int shared_rows(int warp) { return kApart == 1 ? warp / 2 : warp % kApart; }
+template <int kApart> JITGEN_FN int half_of(int warp) { return kApart == 1 ? warp % 2 : warp / kApart; }
 // Waits for the other warp.
 template <int kApart> JITGEN_FN void sync_halves(int warp) {
-  asm volatile("bar.sync %0, 64;" ::"r"(1 + (kApart == 1 ? warp / 2 : warp % kApart)) : "memory");
+  asm volatile("bar.sync %0, 64;" ::"r"(1 + shared_rows<kApart>(warp)) : "memory");
 }
+// What warps tell each other of rows of O, a value of each thread.
+template <int kThreads> JITGEN_FN float* told() { __shared__ float values[kThreads]; return values; }
 
 // kTiles: column tiles of S that are exchanged at a time.
 template <int kTiles, int kApart> struct WarpHalves {

@@ -154,28 +154,28 @@ template <int kGroups, bool kPerGroup, class SpanOf, class Classify> struct Visi
   }
 };
 
-// The same for three groups, with the halves of tiles told apart. Lanes look at tiles for all rows first; at those that are neither
-// nothing nor full the lanes look again, five tiles together, for each group and half. span and classify as above; classify_half(span,
-// position, half) judges half a tile. It begins without a tile.
-template <int kGroups, class SpanOf, class Classify, class ClassifyHalf> struct VisibleHalves {
-  static_assert(kGroups == 3, "a word has room for three groups");
-  SpanOf span;
-  Classify classify;
-  ClassifyHalf classify_half;
+// What VisibleHalves and VisibleHalvesInOne know of the tiles of a query tile. It begins without a tile.
+struct HalvesSeen {
   int num_tiles = 0, first_group = 0, look = 0, base = 0;   // as in VisibleTiles
   unsigned groups = 0, tiles = 0, full = 0;                 // full: of the tiles not yet visited, or of others
   unsigned close = 0, seen = 0, whole = 0, kept = 0;        // tiles looked at closely; their halves: some seen, all, none hidden by tensors
 
-  JITGEN_FN VisibleHalves(SpanOf span, Classify classify, ClassifyHalf classify_half)
-      : span(span), classify(classify), classify_half(classify_half) {}
-  // Begins a query tile: the functions are of this one from now on.
+  // Begins a query tile: the functions that judge tiles are of this one from now on.
   JITGEN_FN void restart(int tiles_of_kv, int first) {
     num_tiles = tiles_of_kv, first_group = first;
     look = 0, groups = tiles = 0;
   }
   static JITGEN_FN int spread(unsigned bits) { return bits & 1 | bits << 1 & 4 | bits << 2 & 16; }   // to every other bit
-  // At the next five tiles that are neither nothing nor full to all rows: lane 6 i + 3 half + group at a half of the i-th.
-  JITGEN_FN void look_closely(int lane) {
+  JITGEN_FN int full_kinds() const { return 0x2a >> 2 * first_group << 2 * first_group; }   // kTileFull to each group
+  // Of a tile that was looked at closely.
+  JITGEN_FN int kinds_of(unsigned tile) const {
+    const int at = 6 * __popc(close & (tile - 1));
+    const unsigned first = seen >> at & 7, second = seen >> at + 3 & 7, all = whole >> at & whole >> at + 3;
+    const unsigned untouched = (kept >> at | ~first) & (kept >> at + 3 | ~second) & (first | second);   // by tensors
+    return spread(first & ~all) | spread(untouched | (second & ~first)) << 1 | static_cast<int>(first ^ second) << kHalfAt;
+  }
+  // The next five tiles that are neither nothing nor full to all rows are those looked at closely: lane / 6 has the i-th, or none.
+  JITGEN_FN unsigned pick_close(int lane) {
     unsigned rest = tiles & ~full, mine = 0;
     close = 0;
 #pragma unroll
@@ -185,6 +185,24 @@ template <int kGroups, class SpanOf, class Classify, class ClassifyHalf> struct 
       close |= lowest;
       rest ^= lowest;
     }
+    return mine;
+  }
+};
+
+// The same for three groups, with the halves of tiles told apart. Lanes look at tiles for all rows first; at those that are neither
+// nothing nor full the lanes look again, five tiles together, for each group and half. span and classify as above; classify_half(span,
+// position, half) judges half a tile.
+template <int kGroups, class SpanOf, class Classify, class ClassifyHalf> struct VisibleHalves : HalvesSeen {
+  static_assert(kGroups == 3, "a word has room for three groups");
+  SpanOf span;
+  Classify classify;
+  ClassifyHalf classify_half;
+
+  JITGEN_FN VisibleHalves(SpanOf span, Classify classify, ClassifyHalf classify_half)
+      : span(span), classify(classify), classify_half(classify_half) {}
+  // At the next five tiles that are neither nothing nor full to all rows: lane 6 i + 3 half + group at a half of the i-th.
+  JITGEN_FN void look_closely(int lane) {
+    const unsigned mine = pick_close(lane);
     const int group = lane % 3, half = lane / 3 % 2;
     int kind = kTileNone;
     if (mine != 0 && group >= first_group) kind = classify_half(span(group, 1), base + __ffs(mine) - 1, half);
@@ -212,13 +230,10 @@ template <int kGroups, class SpanOf, class Classify, class ClassifyHalf> struct 
         close = 0;
       }
       const unsigned lowest = tiles & -tiles;
-      int kinds = 0x2a >> 2 * first_group << 2 * first_group;   // kTileFull
+      int kinds = full_kinds();
       if (!(full & lowest)) {
         if (!(close & lowest)) look_closely(lane);
-        const int at = 6 * __popc(close & (lowest - 1));
-        const unsigned first = seen >> at & 7, second = seen >> at + 3 & 7, all = whole >> at & whole >> at + 3;
-        const unsigned untouched = (kept >> at | ~first) & (kept >> at + 3 | ~second) & (first | second);   // by tensors
-        kinds = spread(first & ~all) | spread(untouched | (second & ~first)) << 1 | static_cast<int>(first ^ second) << kHalfAt;
+        kinds = kinds_of(lowest);
       }
       const int position = base + __ffs(lowest) - 1;
       tiles ^= lowest;
@@ -230,25 +245,17 @@ template <int kGroups, class SpanOf, class Classify, class ClassifyHalf> struct 
 // The same with one function and one piece of code for all looks, which take fewer instructions: no cache holds them when a launch
 // begins. judge(first_group, count, first, last, half): what the rows of `count` groups see of the tiles at visiting positions first to
 // last, or of half of one where `half` is not negative.
-template <int kGroups, class Judge> struct VisibleHalvesInOne {
+template <int kGroups, class Judge> struct VisibleHalvesInOne : HalvesSeen {
   static_assert(kGroups == 3, "a word has room for three groups");
   Judge judge;
-  int num_tiles = 0, first_group = 0, look = 0, base = 0;   // as in VisibleTiles
-  unsigned groups = 0, tiles = 0, full = 0;                 // full: of the tiles not yet visited, or of others
-  unsigned close = 0, seen = 0, whole = 0, kept = 0;        // tiles looked at closely; their halves: some seen, all, none hidden by tensors
 
   JITGEN_FN explicit VisibleHalvesInOne(Judge judge) : judge(judge) {}
-  // Begins a query tile: the function is of this one from now on.
-  JITGEN_FN void restart(int tiles_of_kv, int first) {
-    num_tiles = tiles_of_kv, first_group = first;
-    look = 0, groups = tiles = 0;
-  }
   JITGEN_FN int next() {
 #pragma unroll 1
     for (;;) {
       const unsigned lowest = tiles & -tiles;
       if (lowest & (full | close)) {
-        const int position = base + __ffs(lowest) - 1, kinds = kinds_of(lowest);
+        const int position = base + __ffs(lowest) - 1, kinds = full & lowest ? full_kinds() : kinds_of(lowest);
         tiles ^= lowest;
         if (kinds != 0) return position << kStepShift | kinds;
       } else if (!look_further()) {
@@ -258,14 +265,6 @@ template <int kGroups, class Judge> struct VisibleHalvesInOne {
   }
 
  private:
-  static JITGEN_FN int spread(unsigned bits) { return bits & 1 | bits << 1 & 4 | bits << 2 & 16; }   // to every other bit
-  JITGEN_FN int kinds_of(unsigned tile) const {
-    if (full & tile) return 0x2a >> 2 * first_group << 2 * first_group;   // kTileFull
-    const int at = 6 * __popc(close & (tile - 1));
-    const unsigned first = seen >> at & 7, second = seen >> at + 3 & 7, all = whole >> at & whole >> at + 3;
-    const unsigned untouched = (kept >> at | ~first) & (kept >> at + 3 | ~second) & (first | second);   // by tensors
-    return spread(first & ~all) | spread(untouched | (second & ~first)) << 1 | static_cast<int>(first ^ second) << kHalfAt;
-  }
   // At groups of tiles, at the tiles of a group, or closely at tiles. False after the last.
   JITGEN_FN bool look_further() {
     const int lane = threadIdx.x & 31;
@@ -284,15 +283,7 @@ template <int kGroups, class Judge> struct VisibleHalvesInOne {
       groups &= groups - 1;
       first = last = base + lane;
     } else {   // lane 6 i + 3 half + group at a half of the i-th of the next five that are neither nothing nor full
-      unsigned rest = tiles & ~full, mine = 0;
-      close = 0;
-#pragma unroll
-      for (int i = 0; i < 5; ++i) {
-        const unsigned lowest = rest & -rest;
-        if (lane / 6 == i) mine = lowest;
-        close |= lowest;
-        rest ^= lowest;
-      }
+      const unsigned mine = pick_close(lane);
       group = lane % 3, count = 1, half = lane / 3 % 2;
       first = last = mine != 0 && group >= first_group ? base + __ffs(mine) - 1 : num_tiles;
     }
