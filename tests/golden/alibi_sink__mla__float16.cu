@@ -632,7 +632,10 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
 
     int step = next_step();
     publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);
-    if (step < 0) continue;
+    if (step < 0) {
+      jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+      continue;
+    }
     Pages pages = look_up(step);
     bool is_first = true;
 #pragma unroll 1
@@ -655,6 +658,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       pages = next_pages;
     }
     q_parity ^= 1;
+    jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
   }
 }
 
@@ -759,10 +763,10 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
         jg::pack_tile<Element>(p, s);
         if constexpr (kPending) finish_other();   // whose weights this warp has read: now they may be overwritten
         jg::store_tile<kTileKv>(shared.weights(), p, warp, lane);
+        __syncwarp();   // its lanes have read the maxima before
         if ((lane & 3) == 0) row_max[0] = softmax.row_max[0], row_max[8] = softmax.row_max[1];
         jg::fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) jg::barrier_arrive(JG_BARRIER(p_full));
+        jg::barrier_arrive(JG_BARRIER(p_full));
         if (moved) jg::rescale_output(o[0], factor);
         const int v = jg::stay(v_operand + group * kStageStep);
         jg::wgmma_fence();
@@ -819,7 +823,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
       Partial::store(args.workspace, piece.slot, group * 128 + thread, o[0], softmax.row_max, softmax.row_sum);
     }
     __syncwarp();
-    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+    jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     slot.advance();
   }
 }
@@ -837,7 +841,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::prefetch_tensor_map(maps.v);
     jg::barrier_init(JG_BARRIER(q_full), 1);
     jg::barrier_init(JG_BARRIER(q_empty), 2);   // one arrival per consumer group
-    jg::barrier_init(JG_BARRIER(p_full), 4);    // one arrival per warp of the owner
+    jg::barrier_init(JG_BARRIER(p_full), 128);   // every thread of the owner
     jg::barrier_init(JG_BARRIER(tail_full), 1);
     for (int i = 0; i < 2 * kNumStages; ++i) {
       jg::barrier_init(JG_BARRIER(full, i), 1);
@@ -846,7 +850,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(piece_full, slot), 1);
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 8);   // one arrival per consumer warp
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 256 + 32);   // every thread that reads pieces arrives for itself: see sm90.cu.jinja
     }
     jg::barrier_init_fence();
   }

@@ -264,6 +264,7 @@ constexpr bool kRetakes = true;   // see sm90_serving_finder.cu.jinja
 // 0.3 to 1.4 % slower, those of half of all blocks 0.5 % faster.
 constexpr bool kTakesLate = true;
 constexpr int kAhead = 4;
+constexpr int kPieceReaders = 2;   // warps of the producer group
 constexpr int kTilesAhead = 2;   // so many KV tiles before their copies what is visible is found
 constexpr int kManyItems = 2;   // for each CTA: from so many on they are given out
 [[maybe_unused]] constexpr bool kEarlyMerge = true;   // attention_kernel lets it start
@@ -697,11 +698,8 @@ JITGEN_FN void find_tiles(const Args& args, const Launch& launch, int box_keys, 
   const auto tell = [&](int4 tile, int page) {
     jg::barrier_wait(JG_BARRIER(tile_empty, ahead.stage), ahead.parity);
     jg::store_shared(shared.page(ahead.stage, lane), page);
-    __syncwarp();
-    if (leader) {
-      jg::store_shared(shared.tile(ahead.stage), tile);
-      jg::barrier_arrive(JG_BARRIER(tile_full, ahead.stage));
-    }
+    if (leader) jg::store_shared(shared.tile(ahead.stage), tile);
+    jg::barrier_arrive(JG_BARRIER(tile_full, ahead.stage));
     ahead.advance();
   };
 #pragma unroll 1
@@ -765,6 +763,7 @@ JITGEN_FN void find_tiles(const Args& args, const Launch& launch, int box_keys, 
       page = next_page;
       step = next;
     }
+    jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
   }
   tell(make_int4(-1, 0, 0, 0), -1);
 }
@@ -806,7 +805,7 @@ JITGEN_FN void copy_tiles(const Maps& maps, const Launch& launch, int box_keys, 
     const int4 tile = jg::load_shared_int4(shared.tile(ahead.stage));
     const int page = jg::load_shared(shared.page(ahead.stage, lane));
     __syncwarp();
-    if (leader) jg::barrier_arrive(JG_BARRIER(tile_empty, ahead.stage));
+    jg::barrier_arrive(JG_BARRIER(tile_empty, ahead.stage));   // every lane for itself: see work_empty
     ahead.advance();
     if (tile.x < 0) break;
     // Only now, though it was found before: the piece goes to the CTA that will be free first.
@@ -842,8 +841,7 @@ JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
     const Piece& piece = shared.control->piece[slot.stage];
     const int head = piece.group << piece.packing, row = piece.request.q_start + jg::packed_query(piece.first_row, piece.packing);
     const int group_rows = jg::packed_query(64, piece.packing);
-    __syncwarp();
-    if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+    jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     if (kind == jg::kWorkEmpty) continue;
 #pragma unroll 1
     for (int group = 0; group < Tile::kGroups; ++group) {
@@ -1081,7 +1079,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, row_sums());
     }
     __syncwarp();
-    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
+    jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
     laps ^= laps & 1 ? 3 : 1;
   }
   if constexpr (kCopiesOutput) jg::bulk_wait_read();   // shared memory must outlive the copies
@@ -1113,13 +1111,14 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
       jg::barrier_init(JG_BARRIER(v_empty, stage), 4 * Tile::kGroups);
     }
     for (int at = 0; at < kTilesAhead; ++at) {
-      jg::barrier_init(JG_BARRIER(tile_full, at), 1);
-      jg::barrier_init(JG_BARRIER(tile_empty, at), 1);
+      jg::barrier_init(JG_BARRIER(tile_full, at), 32);
+      jg::barrier_init(JG_BARRIER(tile_empty, at), 32);
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(piece_full, slot), 1);
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + 1);   // one arrival per warp that reads pieces
+      // Every thread that reads pieces arrives for itself: see sm90.cu.jinja.
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups + 32 * kPieceReaders);
     }
     jg::barrier_init_fence();
   }

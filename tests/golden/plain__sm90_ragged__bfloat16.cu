@@ -145,6 +145,7 @@ constexpr bool kRetakes = false;   // see sm90_serving_finder.cu.jinja
 // 0.3 to 1.4 % slower, those of half of all blocks 0.5 % faster.
 constexpr bool kTakesLate = false;
 constexpr int kAhead = 4;
+constexpr int kPieceReaders = 1;   // warps of the producer group
 constexpr int kManyItems = 2;   // for each CTA: from so many on they are given out
 [[maybe_unused]] constexpr bool kEarlyMerge = true;   // attention_kernel lets it start
 // ---- pieces ----
@@ -568,7 +569,10 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);
     int next = step < 0 ? -1 : next_step();
     if (is_near_end(next)) want_piece();
-    if (step < 0) continue;
+    if (step < 0) {
+      jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+      continue;
+    }
     int page = 0, next_page = 0;
     load_key(step, page, next);
     // Each group's rows as soon as it is done with those before. In a warp of its own, as with pages, and with the last V behind the
@@ -596,6 +600,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       next = after;
     }
     load_value(piece, kv_h, step, page, kv);
+    jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     kv.advance();
   }
 }
@@ -784,7 +789,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, row_sums());
     }
     __syncwarp();
-    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
+    jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
     laps ^= laps & 1 ? 3 : 1;
   }
 }
@@ -817,7 +822,8 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(piece_full, slot), 1);
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups);   // one arrival per warp that reads pieces
+      // Every thread that reads pieces arrives for itself: see sm90.cu.jinja.
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups + 32 * kPieceReaders);
     }
     jg::barrier_init_fence();
   }

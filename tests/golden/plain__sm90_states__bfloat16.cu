@@ -147,6 +147,7 @@ constexpr bool kRetakes = false;   // see sm90_serving_finder.cu.jinja
 // 0.3 to 1.4 % slower, those of half of all blocks 0.5 % faster.
 constexpr bool kTakesLate = false;
 constexpr int kAhead = 4;
+constexpr int kPieceReaders = 2;   // warps of the producer group
 constexpr int kManyItems = 2;   // for each CTA: from so many on they are given out
 [[maybe_unused]] constexpr bool kEarlyMerge = true;   // attention_kernel lets it start
 // ---- pieces ----
@@ -535,6 +536,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     const Piece& piece = shared.control->piece[slot.stage ^ 1];
     load_value(piece, kv_head(launch, piece), owed, owed_page, owed_at);
     owed = -1;
+    jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage ^ 1));
   };
 #pragma unroll 1
   for (;; slot.advance()) {
@@ -593,7 +595,10 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     int next = step < 0 ? -1 : next_step();
     if (is_near_end(next)) want_piece();
     if (step < 0) copy_owed();
-    if (step < 0) continue;
+    if (step < 0) {
+      jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+      continue;
+    }
     int page = look_up(step), next_page = next < 0 ? 0 : look_up(next);
     load_key(step, page, next);
     copy_owed();
@@ -632,8 +637,7 @@ JITGEN_FN void load_queries(const Maps& maps, Shared shared) {
     const Piece& piece = shared.control->piece[slot.stage];
     const int head = piece.group << piece.packing, row = piece.request.q_start + jg::packed_query(piece.first_row, piece.packing);
     const int group_rows = jg::packed_query(64, piece.packing);
-    __syncwarp();
-    if (leader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+    jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     if (kind == jg::kWorkEmpty) continue;
 #pragma unroll 1
     for (int group = 0; group < Tile::kGroups; ++group) {
@@ -831,7 +835,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, row_sums());
     }
     __syncwarp();
-    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
+    jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
     laps ^= laps & 1 ? 3 : 1;
   }
 }
@@ -864,7 +868,8 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(piece_full, slot), 1);
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups + 1);   // one arrival per warp that reads pieces
+      // Every thread that reads pieces arrives for itself: see sm90.cu.jinja.
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups + 32 * kPieceReaders);
     }
     jg::barrier_init_fence();
   }

@@ -239,6 +239,7 @@ constexpr bool kRetakes = false;   // see sm90_serving_finder.cu.jinja
 // 0.3 to 1.4 % slower, those of half of all blocks 0.5 % faster.
 constexpr bool kTakesLate = true;
 constexpr int kAhead = 4;
+constexpr int kPieceReaders = 3;   // warps of the producer group
 constexpr int kManyItems = 2;   // for each CTA: from so many on they are given out
 [[maybe_unused]] constexpr bool kEarlyMerge = true;   // attention_kernel lets it start
 // ---- pieces ----
@@ -396,11 +397,12 @@ struct Control {
   unsigned long long k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
   unsigned long long piece_full[2], work_full[2], work_empty[2], piece_wanted;
   unsigned long long asked[2 * kNumStages];   // of stages of K, then of V
-  int copy[2 * kNumStages];                   // what they are to hold: the first key, and the slot of its piece; -1: no more
+  int copy[2 * kNumStages];                   // what they are to hold: the first key, with kLastOfPiece and the slot of its piece; -1: no more
   Piece piece[2];
   int kind[2];                // of the pieces: kWorkTile, kWorkEmpty, kWorkStop
   int step[2 * kNumStages];   // first key of the KV tile that a stage holds, with flags: in two laps, as in sm90_geometry.cuh
 };
+constexpr int kLastOfPiece = 2;
 constexpr int kControlAt = Tile::kOwnOAt;
 constexpr int kSharedBytes = kControlAt + static_cast<int>(sizeof(Control));
 static_assert(kSharedBytes <= 232448, "tile does not fit in shared memory");
@@ -605,13 +607,13 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
   const bool leader = lane == 0;
   jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(0);
-  const auto ask = [&](unsigned stage, int first_key) {   // those of V are behind those of K
-    jg::store_shared(shared.copy(stage), first_key | static_cast<int>(slot.stage));   // keys are multiples of 16
+  const auto ask = [&](unsigned stage, int first_key, bool is_last) {   // stages of V are behind those of K
+    jg::store_shared(shared.copy(stage), first_key | (is_last ? kLastOfPiece : 0) | static_cast<int>(slot.stage));   // keys are multiples of 16
     jg::barrier_arrive(JG_BARRIER(asked, stage));
   };
-  const auto load_value = [&](int first_key, const jg::RingPosition<kNumStages>& at) {
+  const auto load_value = [&](int first_key, const jg::RingPosition<kNumStages>& at, bool is_last) {
     jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
-    if (leader) ask(kNumStages + at.stage, first_key);
+    if (leader) ask(kNumStages + at.stage, first_key, is_last);
   };
   unsigned q_parity = 1;
 #pragma unroll 1
@@ -629,8 +631,8 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     if (piece.first_row < 0) {
       publish(jg::kWorkStop);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
-      if (leader) ask(kv.stage, -1);
-      load_value(-1, kv);
+      if (leader) ask(kv.stage, -1, true);
+      load_value(-1, kv, true);
       break;
     }
     [[maybe_unused]] const int kv_len = piece.request.kv_len;
@@ -665,14 +667,18 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
       if (leader) {
         jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags_before(next));
-        ask(kv.stage, key_of(step));   // also publishes the step
+        ask(kv.stage, key_of(step), next < 0);   // also publishes the step
       }
     };
     int step = next_step();
     publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);
     int next = step < 0 ? -1 : next_step();
     if (is_near_end(next)) want_piece();
-    if (step < 0) continue;
+    if (step < 0) {
+      for (int reader = 1; reader < kPieceReaders; ++reader) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));   // for the warps that copy
+      jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+      continue;
+    }
     load_key(step, next);
     // Each group's rows as soon as it is done with those before. In a warp of its own, as with pages, and with the last V behind the
     // next K, ragged prefill was 2 to 4 % slower (five shapes), paged prefill of block lists 2 to 4 % faster.
@@ -694,11 +700,12 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       if (is_near_end(after) && !is_near_end(next)) want_piece();
       kv.advance();
       load_key(next, after);
-      load_value(key_of(step), at);
+      load_value(key_of(step), at, false);
       step = next;
       next = after;
     }
-    load_value(key_of(step), kv);
+    load_value(key_of(step), kv, true);
+    jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     kv.advance();
   }
 }
@@ -757,7 +764,7 @@ JITGEN_FN void copy_rows(const Args& args, const Launch& launch, Shared shared, 
     const int copy = jg::load_shared_by(lane == 0, shared.copy(first_asked + at.stage));
     if (copy < 0) break;
     const Piece& piece = shared.control->piece[copy & 1];
-    const int first_key = copy & ~1;
+    const int first_key = copy & ~15;
     if (of_values)
       copy_tile<kHeadDimV>(args, launch, piece, first_key, args.v, args.v_stride_p, args.v_stride_h, args.v_stride_s, shared.value(at.stage));
     else
@@ -768,6 +775,7 @@ JITGEN_FN void copy_rows(const Args& args, const Launch& launch, Shared shared, 
       hand_on();
     }
     under_way = static_cast<int>(at.stage);
+    if (copy & kLastOfPiece) jg::barrier_arrive(JG_BARRIER(work_empty, copy & 1));
   }
   if (under_way >= 0) {
     jg::cp_async_wait_all();
@@ -985,7 +993,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       Partial::store(args.workspace, done.slot, jg::stay(static_cast<int>(threadIdx.x)) - 128, o, row_sums());
     }
     __syncwarp();
-    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
+    jg::barrier_arrive(JG_BARRIER(work_empty, slot()));
     laps ^= laps & 1 ? 3 : 1;
   }
   if constexpr (kCopiesOutput) jg::bulk_wait_read();   // shared memory must outlive the copies
@@ -1019,7 +1027,8 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(piece_full, slot), 1);
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 4 * Tile::kGroups);   // one arrival per warp that reads pieces
+      // Every thread that reads pieces arrives for itself: see sm90.cu.jinja.
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups + 32 * kPieceReaders);
     }
     jg::barrier_init_fence();
   }

@@ -333,16 +333,16 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
     visit = tiles.next();
   }
   jg::cp_async_commit();
-  if (visit < 0) {   // O leaves through the rows that Q arrives in
-    jg::cp_async_wait_all();
-    __syncthreads();
-  }
   jg::QueryFragments<kRowTiles, kHeadDim, kHeldSteps> query;
   query.address = q_shared + warp_row(place.warp) * (kHeadDim * 2) + jg::a_fragment_offset<kHeadDim>(lane);
   if constexpr (kHeldSteps > 0) {
     jg::cp_async_wait_all();
     __syncthreads();
     query.hold();
+  }
+  if (visit < 0) {   // O leaves through the rows that Q arrives in
+    jg::cp_async_wait_all();
+    __syncthreads();
   }
 #pragma unroll 1
   while (visit >= 0) {

@@ -595,7 +595,10 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     int step = next_step();
     int next = step < 0 ? -1 : next_step();
     publish(step < 0 ? jg::kWorkEmpty : next < 0 ? kWorkSingle : jg::kWorkTile);
-    if (step < 0) continue;
+    if (step < 0) {
+      jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+      continue;
+    }
     Pages pages = look_up(step);
     bool is_first = true;
     int tail_keys = 0, tail_stage = 0;
@@ -627,6 +630,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     }
     if (first_stage != 0) pass_turn();   // a piece begins with the first group
     q_parity ^= 1;
+    jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
   }
 }
 
@@ -898,7 +902,7 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
       });
     }
     __syncwarp();
-    if (lane == 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
+    jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     slot.advance();
   }
 }
@@ -1026,7 +1030,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(piece_full, slot), 1);
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 8);   // one arrival per consumer warp
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 256 + 32);   // every thread that reads pieces arrives for itself: see sm90.cu.jinja
     }
     jg::barrier_init_fence();
   }

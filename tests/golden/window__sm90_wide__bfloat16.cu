@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
     visit = tiles.next();
   }
   jg::cp_async_commit();
-  if (visit < 0) {   // O leaves through the rows that Q arrives in
+  if (visit < 0) {   // O leaves through the rows that Q arrives in and other warps hold
     jg::cp_async_wait_all();
     __syncthreads();
   }
