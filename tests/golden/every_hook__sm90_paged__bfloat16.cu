@@ -259,11 +259,12 @@ constexpr bool kCopiesOutput = Tile::kSharedP && kHeadDimV <= kTileKv;
 constexpr bool kOwnFirst = true;
 constexpr bool kRetakes = true;   // see sm90_serving_finder.cu.jinja
 #define JG_TAKE_FN JITGEN_FN
-// With masks, whose items differ most, a CTA takes its next piece late, some KV tiles before the end of one; else as it begins one.
-// Late on an H100: mixed causal batches 3 to 11 % faster with the order of plan.cuh, 2 x 4k + 64 x 512 2 % slower; lists of blocks
-// 0.3 to 1.4 % slower, those of half of all blocks 0.5 % faster.
+// With masks, whose items differ most, and in long pieces a CTA takes its next piece late, some KV tiles before the end of one; else as
+// it begins one. Late on an H100: mixed causal batches 3 to 11 % faster with the order of plan.cuh, 2 x 4k + 64 x 512 2 % slower; without
+// a mask 2 x 8k and 512 rows on 8k keys 1 % faster, 1 x 16k 1 to 2 %; block lists of 10 to 25 % 0.3 to 1.4 % slower, which are short
+// pieces. By rows no faster, and pages at hd64 1 % slower for the instructions.
 constexpr bool kTakesLate = true;
-constexpr int kAhead = 4;
+[[maybe_unused]] constexpr int kAhead = 4;   // tiles
 constexpr int kPieceReaders = 2;   // warps of the producer group
 constexpr int kTilesAhead = 2;   // so many KV tiles before their copies what is visible is found
 constexpr int kManyItems = 2;   // for each CTA: from so many on they are given out

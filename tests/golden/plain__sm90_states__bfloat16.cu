@@ -142,11 +142,12 @@ constexpr bool kCopiesOutput = false;
 constexpr bool kOwnFirst = true;
 constexpr bool kRetakes = false;   // see sm90_serving_finder.cu.jinja
 #define JG_TAKE_FN JITGEN_FN
-// With masks, whose items differ most, a CTA takes its next piece late, some KV tiles before the end of one; else as it begins one.
-// Late on an H100: mixed causal batches 3 to 11 % faster with the order of plan.cuh, 2 x 4k + 64 x 512 2 % slower; lists of blocks
-// 0.3 to 1.4 % slower, those of half of all blocks 0.5 % faster.
-constexpr bool kTakesLate = false;
-constexpr int kAhead = 4;
+// With masks, whose items differ most, and in long pieces a CTA takes its next piece late, some KV tiles before the end of one; else as
+// it begins one. Late on an H100: mixed causal batches 3 to 11 % faster with the order of plan.cuh, 2 x 4k + 64 x 512 2 % slower; without
+// a mask 2 x 8k and 512 rows on 8k keys 1 % faster, 1 x 16k 1 to 2 %; block lists of 10 to 25 % 0.3 to 1.4 % slower, which are short
+// pieces. By rows no faster, and pages at hd64 1 % slower for the instructions.
+constexpr bool kTakesLate = true;
+[[maybe_unused]] constexpr int kAhead = 4, kLongPiece = 48, kShortPiece = 12;   // tiles
 constexpr int kPieceReaders = 2;   // warps of the producer group
 constexpr int kManyItems = 2;   // for each CTA: from so many on they are given out
 [[maybe_unused]] constexpr bool kEarlyMerge = true;   // attention_kernel lets it start
@@ -527,9 +528,10 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     __syncwarp();
     if (leader) jg::barrier_arrive(full);
   };
-  // V of the last tile of a piece is copied after the first K of the next: so the copies of one piece follow those of another as
+  // V of the last tile of a long piece is copied after the first K of the next: so the copies of one piece follow those of another as
   // they do inside of a piece, and what the next one has to look up is looked up before its first K could be copied.
   int owed = -1, owed_page = 0;
+  bool owed_is_short = false;
   jg::RingPosition<kNumStages> owed_at(1);
   const auto copy_owed = [&] {
     if (owed < 0) return;
@@ -570,11 +572,6 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     const auto flags_before = [](int next) {
       return next < 0 ? jg::kStepLast | 15 << jg::kNextAt : jg::skipped_groups(next) << jg::kNextAt;
     };
-    // To take a piece lasts as long as a tile: wanted when the last tile is to be copied, the next was there 1 us too late.
-    const auto is_near_end = [&](int step) {   // one of the last kAhead tiles, or none
-      const int key = key_of(step) - piece.first_key;
-      return step < 0 || (kDescending ? key < kAhead * kTileKv : key >= (piece.num_tiles - kAhead) * kTileKv);
-    };
     // Page of this lane's box; -1: it has no key.
     const auto look_up = [&](int step) {
       const int key = key_of(step) + lane * box_keys;
@@ -593,8 +590,9 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     int step = next_step();
     publish(step < 0 ? jg::kWorkEmpty : jg::kWorkTile);
     int next = step < 0 ? -1 : next_step();
-    if (is_near_end(next)) want_piece();
-    if (step < 0) copy_owed();
+    int until_wanted = piece.num_tiles > kLongPiece ? piece.num_tiles - kAhead : 0;   // tiles
+    if (until_wanted == 0) want_piece();
+    if (step < 0 || owed_is_short) copy_owed();
     if (step < 0) {
       jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
       continue;
@@ -607,7 +605,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     while (next >= 0) {
       const jg::RingPosition<kNumStages> at = kv;
       const int after = next_step();
-      if (is_near_end(after) && !is_near_end(next)) want_piece();
+      if (--until_wanted == 0) want_piece();
       const int after_page = after < 0 ? 0 : look_up(after);   // read under the copies
       kv.advance();
       load_key(next, next_page, after);
@@ -617,7 +615,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       page = next_page;
       next_page = after_page;
     }
-    owed = step, owed_page = page, owed_at = kv;
+    owed = step, owed_page = page, owed_at = kv, owed_is_short = piece.num_tiles <= kShortPiece;
     kv.advance();
   }
 }
