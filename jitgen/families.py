@@ -24,7 +24,6 @@ from jitgen.tiles_sm90 import sm90_tiles
 FAMILIES = ("cpu", "sm80", "sm90", "sm90_wide", "sm90_fp8")
 SERVING_FAMILIES = ("cpu", "decode", "mla", "mla_decode", "sm80", "sm80_mla", "sm90", "sm90_wide")
 SM90_ARCHS = ("9.0a",)  # wgmma and setmaxnreg exist in this architecture only
-SMALL_SHARED_ARCHS = ("8.6", "8.9", "12.0", "12.1")  # 99 kB of shared memory for a CTA; all others have at least 163
 MERGE_FAMILIES = ("merge", "merge_outs")  # of states that kernels have left, and of a caller's
 PAGE_BOX = 8  # keys: from pages of a multiple of it the sm90 prefill kernel has the copy engine bring boxes
 MAX_SM90_KEYS = 1 << 22  # of a request in the sm90 prefill kernel
@@ -226,7 +225,7 @@ def mla_tiles(program: Program, family: str, target: CompileTarget, rows: int) -
         return mla_decode_tiles(rows)
     if family == "mla":
         return Tiles(64, 64, num_warps=12, num_stages=2)
-    if target.arch.rstrip("af") in SMALL_SHARED_ARCHS:
+    if shared_kib(target) < 163:
         return Tiles(64, 16, num_warps=8, num_stages=1)
     return Tiles(64, 32, num_warps=8, num_stages=2)
 

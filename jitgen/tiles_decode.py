@@ -8,7 +8,10 @@ from jitgen.target import CompileTarget
 
 UNIT_KEYS = 16
 # Shared memory of one CTA in KiB, by compute capability; the least of them for one that is not listed.
-SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
+SHARED_KIB = {
+    (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 1): 227, (10, 3): 227, (11, 0): 227,
+    (12, 0): 99, (12, 1): 99,
+}  # fmt: skip
 MAX_OUTPUT_REGISTERS = 128  # of O^T in a thread: head_dim_v * columns / 32
 RESERVED_BYTES = 1024  # that the driver takes of each CTA's
 # (warps, stages, CTAs of an SM), the best first: 128 KiB under way fill the memory of an H100, 96 are not felt on others.
