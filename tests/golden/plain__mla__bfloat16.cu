@@ -138,6 +138,8 @@ using Logits = float[kLogitKeys / 8][4];
 using Output = float[1][kOutTiles][4];
 constexpr int kSlack = 8;                         // growth of the maximum (exponents of two) below which O is left alone
 constexpr bool kMaybeEmpty = false;
+// racecheck (13.0) reports what two groups exchange around a named barrier of theirs once they have passed different numbers of others,
+// also in a kernel that has nothing but these barriers.
 constexpr int kSumBarrier = 1, kGroupBarrier = 2;   // named barriers; the second: + group
 
 constexpr bool kOwnFirst = true;

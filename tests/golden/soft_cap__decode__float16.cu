@@ -366,6 +366,7 @@ decode_kernel(const __grid_constant__ jg::DecodeSetup setup, const __grid_consta
   const Loader loader(place.shared + warp * kRingBytes, place.shared + kBarriersAt + warp * kNumStages * 8,
                       place.shared + kScalesAt + warp * kNumStages * jg::kScaleBytes, lane, setup, args);
   if constexpr (kQueryAhead) {
+    // racecheck (13.0) takes an initialisation that is predicated off for a write, to the offset alone: it reports one of the merge buffer.
     if (place.slice == 0 && lane < kQueries) jg::barrier_init(place.query_barrier(lane), 32 * setup.kv_warps);
     place.sync(setup);
   }
