@@ -53,6 +53,7 @@ constexpr int kTileQ = 192;
 constexpr int kTileKv = 128;
 constexpr int kNumStages = 2;
 constexpr bool kHasMask = true;
+constexpr bool kMixesTiles = false;   // of two sizes: see sm90_schedule.cuh
 constexpr int kHalfTile = kTileKv / 2;             // columns of a tile that a warp group may see alone
 // What is visible is found by a warp of its own, so many KV tiles before their copies: a look at a query tile takes twice as long as
 // the products of a KV tile, and copies after it came late.
@@ -285,8 +286,8 @@ JITGEN_FN void find_tiles(const Args& args, const jg::Schedule& schedule, const 
     work = jg::query_tile_at(query_tile, schedule, divisors.tiles);
     head = make_head(args, work.batch, work.head);
     head.kv_h = divisors.group.divide(work.head);   // where nothing else needs it, the division is gone
-    first_row = work.tile * kTileQ - schedule.absent_rows;
-    visible.restart(num_tiles, jg::max(-first_row, 0) / 64);
+    first_row = jg::first_row_of<kMixesTiles>(work.tile, schedule, kTileQ);
+    visible.restart(num_tiles, jg::first_group_of<kMixesTiles>(work.tile, first_row, schedule));
     int step = -1;
 #pragma unroll 1
     do {   // one call for the first tile and the next ones
@@ -298,7 +299,7 @@ JITGEN_FN void find_tiles(const Args& args, const jg::Schedule& schedule, const 
 #pragma unroll 1
           for (int group = 0; group < Tile::kGroups; ++group) jg::barrier_wait(JG_BARRIER(q_full, group), 0);
         }
-        publish(make_int4(first_row, work.head, work.batch, next < 0 ? jg::kWorkEmpty : jg::kWorkTile | q_parity << 1));
+        publish(make_int4(first_row, work.head, work.batch, jg::short_flag<kMixesTiles>(work.tile, schedule) | (next < 0 ? jg::kWorkEmpty : jg::kWorkTile | q_parity << 1)));
         q_parity ^= next >= 0 || is_first;
       } else {
         const int flags = next < 0 ? jg::kStepLast | 7 << jg::kRunEndAt : jg::run_ends(step, next) << jg::kRunEndAt;
@@ -376,13 +377,13 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, const jg::Schedu
     work = jg::load_shared_int4(shared.work(slot.stage));
   };
   const jg::QueryTile first = jg::query_tile_at(blockIdx.x, schedule, divisors.tiles);
-  work = make_int4(first.tile * kTileQ - schedule.absent_rows, first.head, first.batch, jg::kWorkTile);
+  work = make_int4(jg::first_row_of<kMixesTiles>(first.tile, schedule, kTileQ), first.head, first.batch, jg::kWorkTile);
   bool is_first = true;
 #pragma unroll 1
   for (;; slot.advance()) {
     if (!is_first) hear();
     if (work.w == jg::kWorkStop) return;
-    if (work.w != jg::kWorkEmpty) {
+    if (jg::has_keys<kMixesTiles>(work.w)) {
 #pragma unroll 1
       for (int group = first_group; group < Tile::kGroups; group += kQueryWarps) {
         const unsigned full = JG_BARRIER(q_full, group);
@@ -399,7 +400,7 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, const jg::Schedu
     }
     if (is_first) hear();
     is_first = false;
-    q_parity ^= work.w != jg::kWorkEmpty;
+    q_parity ^= jg::has_keys<kMixesTiles>(work.w);
     jg::barrier_arrive(JG_BARRIER(found_full, slot.stage));
     jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
   }
@@ -513,14 +514,14 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     const int4 work = jg::load_shared_int4(shared.work(slot.stage));
     const int kind = jg::uniform(work.w);
     if (kind == jg::kWorkStop) break;
-    const int group_row = work.x + group * 64;
+    const int group_row = jg::group_row_of<kMixesTiles>(work, group);
     const Head head = make_head(args, work.z, work.y);
     const Rows rows = make_rows(args, head, own_row(group_row));
     Softmax softmax;
     Output o;
 #pragma unroll
     for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
-    if (kind != jg::kWorkEmpty) {
+    if (jg::has_keys<kMixesTiles>(kind)) {
       Logits s;
       Weights p;
       float factor[2];
@@ -563,7 +564,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           __syncwarp();
         }
       };
-      jg::barrier_wait(JG_BARRIER(q_full, group), kind >> 1);
+      jg::barrier_wait(JG_BARRIER(q_full, group), kMixesTiles ? kind >> 1 & 1 : kind >> 1);
 #pragma unroll 1
       do {
         jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
@@ -670,7 +671,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     // Always so. Without a branch ptxas keeps the ring's position out of uniform registers: 17 instructions more in the KV loop.
     if (jg::stay(lane) >= 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     slot.advance();
-    const int done_row = done.x + group * 64;
+    const int done_row = jg::group_row_of<kMixesTiles>(done, group);
     finish_rows(args, make_head(args, done.z, done.y), softmax, o, done_row);
     store_output(args, maps, shared, o, group, done_row, done.y, done.z);
   }
@@ -745,9 +746,10 @@ extern "C" int jitgen_launch(const Args* args) {
   if (code) return code;
 
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args->stream);
-  const jg::Schedule schedule =
+  jg::Schedule schedule =
       jg::make_schedule(args->q_len, args->kv_len, kTileQ, (kHeadDim + kHeadDimV) * 2, heads, args->num_q_heads / args->num_kv_heads,
                         true, jg::counter_of(stream), num_sms);
+  if (kMixesTiles) jg::mix_tiles(schedule, args->q_len, kTileQ, num_sms);
   const Divisors divisors = {jg::make_divisors(schedule, args->num_q_heads), jg::make_divisor(args->num_q_heads / args->num_kv_heads)};
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
   attention_kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>({q.operand, k.operand, v.operand, o.operand}, *args, schedule, divisors);

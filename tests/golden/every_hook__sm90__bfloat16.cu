@@ -63,6 +63,7 @@ constexpr int kTileQ = 192;
 constexpr int kTileKv = 128;
 constexpr int kNumStages = 2;
 constexpr bool kHasMask = true;
+constexpr bool kMixesTiles = false;   // of two sizes: see sm90_schedule.cuh
 constexpr bool kPerGroup = false;   // tiles are classified for each warp group, or once for all of them
 
 // ---- variant ----
@@ -365,9 +366,9 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   const auto take_query_tile = [&] { query_tile = jg::next_tile(query_tile, schedule.counter, leader); };
 #pragma unroll 1
   while (query_tile < schedule.num_tiles) {
-    const jg::QueryTile work = jg::query_tile_at(query_tile, schedule, static_cast<int>(args.num_q_heads));
+    const jg::QueryTile work = jg::query_tile_of<kMixesTiles && !kHasMask>(query_tile, schedule, static_cast<int>(args.num_q_heads));
     const Head head = make_head(args, work.batch, work.head);
-    const int first_row = work.tile * kTileQ - schedule.absent_rows;
+    const int first_row = jg::first_row_of<kMixesTiles>(work.tile, schedule, kTileQ);
     const auto span_of = [&](int group, int count) {
       return mask_span(args, head, query_index(args, first_row + 64 * group), query_index(args, first_row + 64 * (group + count) - 1));
     };
@@ -375,7 +376,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       const int low = kv_tile(kDescending ? last : first, num_tiles), high = kv_tile(kDescending ? first : last, num_tiles);
       return mask_tile(args, head, span, low * kTileKv, jg::min(high * kTileKv + kTileKv, static_cast<int>(args.kv_len)) - 1);
     };
-    jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::max(-first_row, 0) / 64, span_of, classify);
+    jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::first_group_of<kMixesTiles>(work.tile, first_row, schedule), span_of, classify);
     const auto load_key = [&](int step, int next) {
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
@@ -394,7 +395,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       load_value();
       if (Tile::kOutputOverV) jg::barrier_wait(JG_BARRIER(o_done), o_parity);
     }
-    publish(make_int4(first_row, work.head, work.batch, step < 0 ? jg::kWorkEmpty : jg::kWorkTile | q_parity << 1));
+    publish(make_int4(first_row, work.head, work.batch, jg::short_flag<kMixesTiles>(work.tile, schedule) | (step < 0 ? jg::kWorkEmpty : jg::kWorkTile | q_parity << 1)));
     q_parity ^= step >= 0;
 #pragma unroll 1
     while (step >= 0) {
@@ -428,7 +429,7 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, Shared shared, i
     jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
     const int4 work = jg::load_shared_int4(shared.work(slot.stage));
     if (work.w == jg::kWorkStop) return;
-    if (work.w != jg::kWorkEmpty) {
+    if (jg::has_keys<kMixesTiles>(work.w)) {
 #pragma unroll 1
       for (int group = first_group; group < Tile::kGroups; group += Tile::kQueryWarps) {
         const unsigned full = JG_BARRIER(q_full, group);
@@ -552,14 +553,14 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     const int4 work = jg::load_shared_int4(shared.work(slot.stage));
     const int kind = jg::uniform(work.w);
     if (kind == jg::kWorkStop) break;
-    const int group_row = work.x + group * 64;
+    const int group_row = jg::group_row_of<kMixesTiles>(work, group);
     const Head head = make_head(args, work.z, work.y);
     const Rows rows = make_rows(args, head, own_row(group_row));
     Softmax softmax(jg::least_maximum(rows.factor));   // of a score within +-1
     Output o;
 #pragma unroll
     for (int j = 0; j < kHeadDimV / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
-    if (kind != jg::kWorkEmpty) {
+    if (jg::has_keys<kMixesTiles>(kind)) {
       Logits s;
       Weights p;
       Early early;
@@ -606,7 +607,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           __syncwarp();
         }
       };
-      jg::barrier_wait(JG_BARRIER(q_full, group), kind >> 1);
+      jg::barrier_wait(JG_BARRIER(q_full, group), kMixesTiles ? kind >> 1 & 1 : kind >> 1);
 #pragma unroll 1
       do {
         jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
@@ -692,7 +693,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     // Always so. Without a branch ptxas keeps the ring's position out of uniform registers: 17 instructions more in the KV loop.
     if (jg::stay(lane) >= 0) jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
     slot.advance();
-    const int done_row = done.x + group * 64;
+    const int done_row = jg::group_row_of<kMixesTiles>(done, group);
     finish_rows(args, make_head(args, done.z, done.y), softmax, o, done_row);
     store_output(args, maps, shared, o, group, done_row, done.y, done.z);
   }
@@ -761,9 +762,10 @@ extern "C" int jitgen_launch(const Args* args) {
   if (code) return code;
 
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args->stream);
-  const jg::Schedule schedule =
+  jg::Schedule schedule =
       jg::make_schedule(args->q_len, args->kv_len, kTileQ, (kHeadDim + kHeadDimV) * 2, heads, args->num_q_heads / args->num_kv_heads,
                         true, jg::counter_of(stream), num_sms);
+  if (kMixesTiles) jg::mix_tiles(schedule, args->q_len, kTileQ, num_sms);
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
   attention_kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>({q.operand, k.operand, v.operand, o.operand}, *args, schedule);
   return cudaGetLastError();

@@ -62,6 +62,7 @@ constexpr int kTileQ = 192;
 constexpr int kTileKv = 64;
 constexpr int kNumStages = 3;
 constexpr bool kHasMask = true;
+constexpr bool kMixesTiles = false;   // of two sizes: see sm90_schedule.cuh
 constexpr bool kPerGroup = false;   // tiles are classified for each warp group, or once for all of them
 
 // ---- variant ----
@@ -329,7 +330,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Copies& cop
   const auto take_query_tile = [&] { query_tile = jg::next_tile(query_tile, schedule.counter, leader); };
 #pragma unroll 1
   while (query_tile < schedule.num_tiles) {
-    const jg::QueryTile work = jg::query_tile_at(query_tile, schedule, static_cast<int>(args.num_q_heads));
+    const jg::QueryTile work = jg::query_tile_of<kMixesTiles && !kHasMask>(query_tile, schedule, static_cast<int>(args.num_q_heads));
     const Head head = make_head(args, work.batch, work.head);
     if constexpr (Tile::kCopiers > 0) {   // here, where few registers are in use; the consumers are two KV tiles behind
       const int copy = work.batch * static_cast<int>(args.num_kv_heads) + head.kv_h;
@@ -339,7 +340,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Copies& cop
       }
       __syncwarp();
     }
-    const int first_row = work.tile * kTileQ - schedule.absent_rows;
+    const int first_row = jg::first_row_of<kMixesTiles>(work.tile, schedule, kTileQ);
     const auto span_of = [&](int group, int count) {
       return mask_span(args, head, query_index(args, first_row + 64 * group), query_index(args, first_row + 64 * (group + count) - 1));
     };
@@ -347,7 +348,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Copies& cop
       const int low = kv_tile(last, num_tiles), high = kv_tile(first, num_tiles);
       return mask_tile(args, head, span, low * kTileKv, jg::min(high * kTileKv + kTileKv, static_cast<int>(args.kv_len)) - 1);
     };
-    jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::max(-first_row, 0) / 64, span_of, classify);
+    jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::first_group_of<kMixesTiles>(work.tile, first_row, schedule), span_of, classify);
     const auto load_key = [&](int step, int next) {
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
@@ -370,7 +371,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Copies& cop
     };
 
     int step = visible.next();
-    publish(make_int4(first_row, work.head, work.batch, step < 0 ? jg::kWorkEmpty : jg::kWorkTile));
+    publish(make_int4(first_row, work.head, work.batch, jg::short_flag<kMixesTiles>(work.tile, schedule) | (step < 0 ? jg::kWorkEmpty : jg::kWorkTile)));
     if (step < 0) {
       take_query_tile();
     } else {
@@ -585,13 +586,13 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     const int4 work = jg::load_shared_int4(shared.work(progress.slot()));
     const int kind = jg::uniform(work.w);
     if (kind == jg::kWorkStop) break;
-    const int group_row = jg::to_uniform_register(work.x) + group * 64;
+    const int group_row = jg::to_uniform_register(jg::group_row_of<kMixesTiles>(work, group));
     const Head head = make_head(args, work.z, work.y);
     const Rows rows = make_rows(args, head, own_row(group_row));
     jg::RowSoftmax softmax;
     Output o;
     progress.start();
-    if (kind == jg::kWorkTile) {
+    if (jg::has_keys<kMixesTiles>(kind)) {
       Logits s;
       Weights p;
       float factor[2];
@@ -730,7 +731,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     __syncwarp();
     if (jg::stay(lane) >= 0) jg::barrier_arrive(JG_BARRIER(work_empty, progress.slot()));   // always: as in sm90_consumer.cu.jinja
     progress.take_message();
-    const int done_row = done.x + group * 64;
+    const int done_row = jg::group_row_of<kMixesTiles>(done, group);
     finish_rows(args, make_head(args, done.z, done.y), softmax, o, done_row);
     store_output(args, maps, shared, o, group, done_row, done.y, done.z);
   }
@@ -839,8 +840,9 @@ extern "C" int jitgen_launch(const Args* args) {
 
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args->stream);
   const int64_t group_size = args->num_q_heads / args->num_kv_heads;
-  const jg::Schedule schedule =
+  jg::Schedule schedule =
       jg::make_schedule(args->q_len, args->kv_len, kTileQ, kHeadDim + kHeadDimV, heads, group_size, true, jg::counter_of(stream), num_sms);
+  if (kMixesTiles) jg::mix_tiles(schedule, args->q_len, kTileQ, num_sms);
   jg::Copies copies = {static_cast<int*>(args->workspace) + num_copies * squares_per_copy * (jg::SquareTranspose::kBytes / 4),
                        static_cast<int>(copied_heads), 0, static_cast<int>(squares_per_copy)};
   // Not where heads share a copy; nor where a mask may leave so few tiles to see that the copies would take longer.

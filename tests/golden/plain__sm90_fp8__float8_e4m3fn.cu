@@ -47,6 +47,7 @@ constexpr int kTileQ = 192;
 constexpr int kTileKv = 128;
 constexpr int kNumStages = 2;
 constexpr bool kHasMask = false;
+constexpr bool kMixesTiles = true;   // of two sizes: see sm90_schedule.cuh
 
 // ---- variant ----
 // Values known per (request, query head).
@@ -179,7 +180,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Copies& cop
   const auto take_query_tile = [&] { query_tile = jg::next_tile(query_tile, schedule.counter, leader); };
 #pragma unroll 1
   while (query_tile < schedule.num_tiles) {
-    const jg::QueryTile work = jg::query_tile_at(query_tile, schedule, static_cast<int>(args.num_q_heads));
+    const jg::QueryTile work = jg::query_tile_of<kMixesTiles && !kHasMask>(query_tile, schedule, static_cast<int>(args.num_q_heads));
     const Head head = make_head(args, work.batch, work.head);
     if constexpr (Tile::kCopiers > 0) {   // here, where few registers are in use; the consumers are two KV tiles behind
       const int copy = work.batch * static_cast<int>(args.num_kv_heads) + head.kv_h;
@@ -189,7 +190,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Copies& cop
       }
       __syncwarp();
     }
-    const int first_row = work.tile * kTileQ - schedule.absent_rows;
+    const int first_row = jg::first_row_of<kMixesTiles>(work.tile, schedule, kTileQ);
     jg::AllPositions visible(num_tiles);
     const auto load_key = [&](int step, int next) {
       const unsigned full = JG_BARRIER(k_full, kv.stage);
@@ -213,7 +214,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Copies& cop
     };
 
     int step = visible.next();
-    publish(make_int4(first_row, work.head, work.batch, step < 0 ? jg::kWorkEmpty : jg::kWorkTile));
+    publish(make_int4(first_row, work.head, work.batch, jg::short_flag<kMixesTiles>(work.tile, schedule) | (step < 0 ? jg::kWorkEmpty : jg::kWorkTile)));
     if (step < 0) {
       take_query_tile();
     } else {
@@ -425,13 +426,13 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     const int4 work = jg::load_shared_int4(shared.work(progress.slot()));
     const int kind = jg::uniform(work.w);
     if (kind == jg::kWorkStop) break;
-    const int group_row = jg::to_uniform_register(work.x) + group * 64;
+    const int group_row = jg::to_uniform_register(jg::group_row_of<kMixesTiles>(work, group));
     const Head head = make_head(args, work.z, work.y);
     const Rows rows = make_rows(args, head, own_row(group_row));
     jg::RowSoftmax softmax;
     Output o;
     progress.start();
-    if (kind == jg::kWorkTile) {
+    if (jg::has_keys<kMixesTiles>(kind)) {
       Logits s;
       Weights p;
       float factor[2];
@@ -572,7 +573,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
     __syncwarp();
     if (jg::stay(lane) >= 0) jg::barrier_arrive(JG_BARRIER(work_empty, progress.slot()));   // always: as in sm90_consumer.cu.jinja
     progress.take_message();
-    const int done_row = done.x + group * 64;
+    const int done_row = jg::group_row_of<kMixesTiles>(done, group);
     finish_rows(args, make_head(args, done.z, done.y), softmax, o, done_row);
     store_output(args, maps, shared, o, group, done_row, done.y, done.z);
   }
@@ -681,8 +682,9 @@ extern "C" int jitgen_launch(const Args* args) {
 
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args->stream);
   const int64_t group_size = args->num_q_heads / args->num_kv_heads;
-  const jg::Schedule schedule =
+  jg::Schedule schedule =
       jg::make_schedule(args->q_len, args->kv_len, kTileQ, kHeadDim + kHeadDimV, heads, group_size, false, jg::counter_of(stream), num_sms);
+  if (kMixesTiles) jg::mix_tiles(schedule, args->q_len, kTileQ, num_sms);
   jg::Copies copies = {static_cast<int*>(args->workspace) + num_copies * squares_per_copy * (jg::SquareTranspose::kBytes / 4),
                        static_cast<int>(copied_heads), 0, static_cast<int>(squares_per_copy)};
   // Not where heads share a copy; nor where a mask may leave so few tiles to see that the copies would take longer.

@@ -17,7 +17,7 @@ struct Schedule {
   int num_query_tiles, num_tiles, num_heads, section;   // num_heads: over the whole batch
   int absent_rows;                                      // of tile 0, before the first row
   int counter;                                          // index of the tile counter, -1: none
-  int num_late;                                         // first query tiles that are left for the end
+  int num_late;                                         // first query tiles of a head that are left for the end
 };
 struct QueryTile { int tile, head, batch; };
 
@@ -84,8 +84,79 @@ JITGEN_FN QueryTile query_tile_at(int index, const Schedule& schedule, const Div
   return {tile, head - batch * static_cast<int>(by.num_q_heads.value), batch};
 }
 
+// ---- query tiles of two sizes ----
+// The last tiles of a launch keep few SMs busy: 1408 tiles that take as long are 11 for 88 of 132 SMs, and 10 for the others. So the
+// first tiles of a head, which come late, may be short: without the first of three warp groups. They take 3/4 of the time of a whole one.
+constexpr int kGroupRows = 64, kWholeCost = 4, kShortCost = 3, kSingleCost = 2, kMostShort = 32;
+constexpr int kMostEnds = 32 * kWholeCost;   // of later ends a tile is too little
+
+// When the last of num_sms SMs is done with whole tiles and then with others.
+inline long long end_of_tiles(long long num_whole, long long num_others, int cost, long long num_sms) {
+  const long long ahead = num_whole % num_sms, behind = num_sms - ahead;   // SMs with a whole tile more than the others
+  long long early = num_whole / num_sms * kWholeCost, late = early + kWholeCost, end = ahead ? late : early;
+  while (num_others > 0) {
+    const bool takes_early = early <= late || ahead == 0;
+    long long& free = takes_early ? early : late;
+    free += cost, num_others -= takes_early ? behind : ahead;
+    if (free > end) end = free;
+  }
+  return end;
+}
+// How many tiles of a head are to be short for the launch to end first. Up to two microseconds.
+inline int best_num_short(const Schedule& schedule, long long q_len, int tile_q, int num_sms) {
+  const long long num_heads = schedule.num_heads, short_rows = tile_q - kGroupRows;
+  const int first_groups = (tile_q - schedule.absent_rows + kGroupRows - 1) / kGroupRows;
+  const int first_cost = first_groups == 1 ? kSingleCost : first_groups == 2 ? kShortCost : kWholeCost;
+  long long best = end_of_tiles(num_heads * (schedule.num_query_tiles - 1), num_heads, first_cost, num_sms);
+  int num_short = 0;
+  if (best > kMostEnds) return num_short;
+  for (int count = 1; count <= kMostShort && count * short_rows + tile_q <= q_len; ++count) {
+    const long long num_whole = (q_len - count * short_rows + tile_q - 1) / tile_q;
+    if (count * short_rows + num_whole * tile_q - q_len >= kGroupRows) continue;   // a group of the first tile would have no row
+    const long long end = end_of_tiles(num_whole * num_heads, count * num_heads, kShortCost, num_sms);
+    if (end < best) best = end, num_short = count;
+  }
+  return num_short;
+}
+inline void mix_tiles(Schedule& schedule, long long q_len, int tile_q, int num_sms) {
+  static thread_local long long known[3] = {-1, -1, -1};   // of the launch before: those of a model are mostly alike
+  static thread_local int num_short;
+  if (known[0] != q_len || known[1] != schedule.num_heads || known[2] != num_sms) {
+    num_short = best_num_short(schedule, q_len, tile_q, num_sms);
+    known[0] = q_len, known[1] = schedule.num_heads, known[2] = num_sms;
+  }
+  if (num_short == 0) return;
+  const long long short_rows = static_cast<long long>(num_short) * (tile_q - kGroupRows), num_whole = (q_len - short_rows + tile_q - 1) / tile_q;
+  schedule.num_query_tiles = static_cast<int>(num_whole) + num_short, schedule.num_late = num_short;
+  schedule.num_tiles = schedule.num_query_tiles * schedule.num_heads;
+  schedule.absent_rows = static_cast<int>(short_rows + num_whole * tile_q - q_len);
+}
+// First row of a tile; a short one begins with the rows of a group that it does not have. kMixes: there may be short ones.
+template <bool kMixes> JITGEN_FN int first_row_of(int tile, const Schedule& schedule, int tile_q) {
+  const int groups_before = !kMixes ? 0 : tile < schedule.num_late ? tile + 1 : schedule.num_late;   // that are missing
+  return tile * tile_q - groups_before * kGroupRows - schedule.absent_rows;
+}
+// The first group that has rows.
+template <bool kMixes> JITGEN_FN int first_group_of(int tile, int first_row, const Schedule& schedule) {
+  return kMixes && tile < schedule.num_late ? 1 : max(-first_row, 0) / kGroupRows;
+}
+// As query_tile_at, but kByHeads: late tiles come head by head. Where all have the same keys, SMs read those of a head together.
+template <bool kByHeads> JITGEN_FN QueryTile query_tile_of(unsigned index, const Schedule& schedule, unsigned num_q_heads) {
+  const unsigned num_late = schedule.num_late, num_early = (schedule.num_query_tiles - num_late) * schedule.num_heads;
+  if (!kByHeads || index < num_early) return query_tile_at(index, schedule, num_q_heads);
+  const unsigned inside = index - num_early, head = inside / num_late;
+  return {static_cast<int>(num_late - 1 - inside % num_late), static_cast<int>(head % num_q_heads), static_cast<int>(head / num_q_heads)};
+}
+
 // Messages from the producer to the consumers: {first row, head, batch, kind}.
 constexpr int kWorkStop = -1, kWorkEmpty = 0, kWorkTile = 1;   // kWorkEmpty: no visible key, write O = 0 and LSE = -inf
+constexpr int kShortTile = 4;   // with either: the first group has no rows
+template <bool kMixes> JITGEN_FN int short_flag(int tile, const Schedule& schedule) { return kMixes && tile < schedule.num_late ? kShortTile : 0; }
+template <bool kMixes> JITGEN_FN bool has_keys(int kind) { return kMixes ? kind & kWorkTile : kind != kWorkEmpty; }
+// First row of a group; far in front of all rows where the tile has none for it.
+template <bool kMixes> JITGEN_FN int group_row_of(const int4& work, int group) {
+  return work.x + group * kGroupRows - (kMixes && group == 0 && (work.w & kShortTile) ? 1 << 30 : 0);
+}
 
 // What a stage holds, in one word: the visiting position of its KV tile above kStepShift; for each warp group what the tile
 // is to its 64 rows (two bits from 2 * group: kTileNone, kTilePartial, kTileFull), and whether the next tile is nothing to
