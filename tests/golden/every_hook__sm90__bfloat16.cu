@@ -617,6 +617,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           pass_turn();
           release_key();
           jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
+          // Where one thread lets go for all of them: a warp that looked after the stage had been filled again would wait for ever.
+          if constexpr (kReleases == 1) jg::named_sync(kGroupBarrier + group, 128);
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
           kv.advance();
           continue;

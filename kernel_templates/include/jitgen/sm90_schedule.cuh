@@ -119,7 +119,8 @@ inline int best_num_short(const Schedule& schedule, long long q_len, int tile_q,
   }
   return num_short;
 }
-inline void mix_tiles(Schedule& schedule, long long q_len, int tile_q, int num_sms) {
+// Static: what it remembers is this module's own (see sm90_host.cuh).
+static inline void mix_tiles(Schedule& schedule, long long q_len, int tile_q, int num_sms) {
   static thread_local long long known[3] = {-1, -1, -1};   // of the launch before: those of a model are mostly alike
   static thread_local int num_short;
   if (known[0] != q_len || known[1] != schedule.num_heads || known[2] != num_sms) {
