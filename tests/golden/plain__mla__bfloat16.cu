@@ -717,7 +717,8 @@ JITGEN_FN void consume(const Args& args, Shared shared, int group) {
           else take_own(jg::Constant<0>());
           is_pending = false;
         } else {
-          jg::barrier_arrive_if(leader && is_last, JG_BARRIER(q_empty));
+          jg::barrier_arrive_if(lane == 0, JG_BARRIER(empty, 2 * kv.stage));   // only its step is read here
+          jg::barrier_arrive_if(lane == 0 && is_last, JG_BARRIER(q_empty));
           // Which comes first, the weights of this tile or the next tile? Products with what is there, and room for more.
           while (!is_last && !jg::named_any(kGroupBarrier + group, 128, jg::barrier_test(JG_BARRIER(p_full), group ^ 1))) {
             const unsigned next_parity = kv.parity ^ (kv.stage + 1 == kNumStages);
@@ -768,12 +769,14 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::prefetch_tensor_map(maps.k);
     jg::prefetch_tensor_map(maps.v);
     jg::barrier_init(JG_BARRIER(q_full), 1);
-    jg::barrier_init(JG_BARRIER(q_empty), 2);   // one arrival per consumer group
+    // Whoever waits for Q or for the first part of a tile and has no product that its whole group issues before it lets go of it
+    // arrives with each warp: one that looked after the next phase had passed would wait for ever.
+    jg::barrier_init(JG_BARRIER(q_empty), 1 + 4);   // of the group that has the last tile, and the warps of the other
     jg::barrier_init(JG_BARRIER(p_full), 128);   // every thread of the owner
     jg::barrier_init(JG_BARRIER(tail_full), 1);
     for (int i = 0; i < 2 * kNumStages; ++i) {
       jg::barrier_init(JG_BARRIER(full, i), 1);
-      jg::barrier_init(JG_BARRIER(empty, i), 1);
+      jg::barrier_init(JG_BARRIER(empty, i), i % 2 ? 1 : 1 + 4);   // the first part: of the owner, and the warps of the other group
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(piece_full, slot), 1);

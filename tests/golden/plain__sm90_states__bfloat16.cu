@@ -136,7 +136,7 @@ constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = false;
 constexpr int kTurnBarrier = 1;   // named barrier: + group
 
-// O leaves by the copy engine where P lay in shared memory, otherwise from registers.
+// O leaves by the copy engine where P lay in shared memory, each warp's where its own P did: with spans of one size. Else from registers.
 constexpr bool kCopiesOutput = false;
 
 constexpr bool kOwnFirst = true;

@@ -253,8 +253,8 @@ constexpr int kSlack = 8;
 constexpr bool kMaybeEmpty = true;
 constexpr int kTurnBarrier = 1, kGroupBarrier = 5;   // named barriers: + group
 
-// O leaves by the copy engine where P lay in shared memory, otherwise from registers.
-constexpr bool kCopiesOutput = Tile::kSharedP && kHeadDimV <= kTileKv;
+// O leaves by the copy engine where P lay in shared memory, each warp's where its own P did: with spans of one size. Else from registers.
+constexpr bool kCopiesOutput = Tile::kSharedP && kHeadDimV <= kTileKv && OutputTile::kSpan == WeightTile::kSpan;
 
 constexpr bool kOwnFirst = true;
 constexpr bool kRetakes = true;   // see sm90_serving_finder.cu.jinja
