@@ -307,7 +307,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   const auto take_query_tile = [&] { query_tile = jg::next_tile(query_tile, schedule.counter, leader); };
 #pragma unroll 1
   while (query_tile < schedule.num_tiles) {
-    const jg::QueryTile work = jg::query_tile_of<kMixesTiles && !kHasMask>(query_tile, schedule, static_cast<int>(args.num_q_heads));
+    const jg::QueryTile work = jg::query_tile_of<kMixesTiles>(query_tile, schedule, static_cast<int>(args.num_q_heads));
     const Head head = make_head(args, work.batch, work.head);
     const int first_row = jg::first_row_of<kMixesTiles>(work.tile, schedule, kTileQ);
     const auto span_of = [&](int group, int count) {
@@ -317,7 +317,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       const int low = kv_tile(kDescending ? last : first, num_tiles), high = kv_tile(kDescending ? first : last, num_tiles);
       return mask_tile(args, head, span, low * kTileKv, jg::min(high * kTileKv + kTileKv, static_cast<int>(args.kv_len)) - 1);
     };
-    jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::first_group_of<kMixesTiles>(work.tile, first_row, schedule), span_of, classify);
+    jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::max(-first_row, 0) / 64, span_of, classify);
     const auto load_key = [&](int step, int next) {
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);

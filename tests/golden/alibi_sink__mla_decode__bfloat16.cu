@@ -185,8 +185,6 @@ using Logits = float[kColTiles][4];
 using Output = float[kBlocks][kColTiles][4];
 using OwnOutput = float[kOwnBlocks][kColTiles][4];
 constexpr float kSlack = 8.0f;                   // growth of the maximum (exponents of two) below which O is left alone
-// racecheck (13.0) reports what two groups exchange around a named barrier of theirs once they have passed different numbers of others,
-// also in a kernel that has nothing but these barriers.
 constexpr int kEndBarrier = 1, kGroupBarrier = 2;   // named barriers; the second: + group
 constexpr int kWorkSingle = 2;                   // a piece of one tile: the second group has none
 static_assert(jg::kWorkTile < kWorkSingle, "beside the kinds of sm90_schedule.cuh");

@@ -291,7 +291,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
 #pragma unroll 1
   while (query_tile < schedule.num_tiles) {
     // What the score reads of captured tensors is the same for the whole batch: its requests come one after the other.
-    const jg::QueryTile turned = jg::query_tile_of<kMixesTiles && !kHasMask>(query_tile, schedule, static_cast<int>(args.batch));
+    const jg::QueryTile turned = jg::query_tile_of<kMixesTiles>(query_tile, schedule, static_cast<int>(args.batch));
     const jg::QueryTile work = {turned.tile, turned.batch, turned.head};
     const Head head = make_head(args, work.batch, work.head);
     const int first_row = jg::first_row_of<kMixesTiles>(work.tile, schedule, kTileQ);

@@ -355,7 +355,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
 #pragma unroll 1
   while (query_tile < schedule.num_tiles) {
     // What the score reads of captured tensors is the same for the whole batch: its requests come one after the other.
-    const jg::QueryTile turned = jg::query_tile_of<kMixesTiles && !kHasMask>(query_tile, schedule, static_cast<int>(args.batch));
+    const jg::QueryTile turned = jg::query_tile_of<kMixesTiles>(query_tile, schedule, static_cast<int>(args.batch));
     const jg::QueryTile work = {turned.tile, turned.batch, turned.head};
     const Head head = make_head(args, work.batch, work.head);
     const int first_row = jg::first_row_of<kMixesTiles>(work.tile, schedule, kTileQ);
@@ -366,7 +366,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       const int low = kv_tile(kDescending ? last : first, num_tiles), high = kv_tile(kDescending ? first : last, num_tiles);
       return mask_tile(args, head, span, low * kTileKv, jg::min(high * kTileKv + kTileKv, static_cast<int>(args.kv_len)) - 1);
     };
-    jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::first_group_of<kMixesTiles>(work.tile, first_row, schedule), span_of, classify);
+    jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::max(-first_row, 0) / 64, span_of, classify);
     const auto load_key = [&](int step, int next) {
       const unsigned full = JG_BARRIER(k_full, kv.stage);
       jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);

@@ -286,8 +286,8 @@ JITGEN_FN void find_tiles(const Args& args, const jg::Schedule& schedule, const 
     work = jg::query_tile_at(query_tile, schedule, divisors.tiles);
     head = make_head(args, work.batch, work.head);
     head.kv_h = divisors.group.divide(work.head);   // where nothing else needs it, the division is gone
-    first_row = jg::first_row_of<kMixesTiles>(work.tile, schedule, kTileQ);
-    visible.restart(num_tiles, jg::first_group_of<kMixesTiles>(work.tile, first_row, schedule));
+    first_row = work.tile * kTileQ - schedule.absent_rows;
+    visible.restart(num_tiles, jg::max(-first_row, 0) / 64);
     int step = -1;
 #pragma unroll 1
     do {   // one call for the first tile and the next ones
@@ -299,7 +299,7 @@ JITGEN_FN void find_tiles(const Args& args, const jg::Schedule& schedule, const 
 #pragma unroll 1
           for (int group = 0; group < Tile::kGroups; ++group) jg::barrier_wait(JG_BARRIER(q_full, group), 0);
         }
-        publish(make_int4(first_row, work.head, work.batch, jg::short_flag<kMixesTiles>(work.tile, schedule) | (next < 0 ? jg::kWorkEmpty : jg::kWorkTile | q_parity << 1)));
+        publish(make_int4(first_row, work.head, work.batch, next < 0 ? jg::kWorkEmpty : jg::kWorkTile | q_parity << 1));
         q_parity ^= next >= 0 || is_first;
       } else {
         const int flags = next < 0 ? jg::kStepLast | 7 << jg::kRunEndAt : jg::run_ends(step, next) << jg::kRunEndAt;
@@ -377,7 +377,7 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, const jg::Schedu
     work = jg::load_shared_int4(shared.work(slot.stage));
   };
   const jg::QueryTile first = jg::query_tile_at(blockIdx.x, schedule, divisors.tiles);
-  work = make_int4(jg::first_row_of<kMixesTiles>(first.tile, schedule, kTileQ), first.head, first.batch, jg::kWorkTile);
+  work = make_int4(first.tile * kTileQ - schedule.absent_rows, first.head, first.batch, jg::kWorkTile);
   bool is_first = true;
 #pragma unroll 1
   for (;; slot.advance()) {
@@ -400,7 +400,7 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, const jg::Schedu
     }
     if (is_first) hear();
     is_first = false;
-    q_parity ^= jg::has_keys<kMixesTiles>(work.w);
+    q_parity ^= work.w != jg::kWorkEmpty;
     jg::barrier_arrive(JG_BARRIER(found_full, slot.stage));
     jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
   }

@@ -634,10 +634,8 @@ JITGEN_FN void find_tiles(const Args& args, const Launch& launch, Shared shared)
   jg::RingPosition<kTilesAhead> ahead(1);
   const auto tell = [&](int4 tile) {
     jg::barrier_wait(JG_BARRIER(tile_empty, ahead.stage), ahead.parity);
-    if (leader) {
-      jg::store_shared(shared.tile(ahead.stage), tile);
-      jg::barrier_arrive(JG_BARRIER(tile_full, ahead.stage));
-    }
+    if (leader) jg::store_shared(shared.tile(ahead.stage), tile);
+    if (leader) jg::barrier_arrive(JG_BARRIER(tile_full, ahead.stage));   // whoever has stored something
     ahead.advance();
   };
 #pragma unroll 1

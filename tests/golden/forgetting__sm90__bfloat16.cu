@@ -304,7 +304,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   const auto take_query_tile = [&] { query_tile = jg::next_tile(query_tile, schedule.counter, leader); };
 #pragma unroll 1
   while (query_tile < schedule.num_tiles) {
-    const jg::QueryTile work = jg::query_tile_of<kMixesTiles && !kHasMask>(query_tile, schedule, static_cast<int>(args.num_q_heads));
+    const jg::QueryTile work = jg::query_tile_of<kMixesTiles>(query_tile, schedule, static_cast<int>(args.num_q_heads));
     const Head head = make_head(args, work.batch, work.head);
     const int first_row = jg::first_row_of<kMixesTiles>(work.tile, schedule, kTileQ);
     const auto span_of = [&](int group, int count) {
@@ -314,7 +314,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
       const int low = kv_tile(kDescending ? last : first, num_tiles), high = kv_tile(kDescending ? first : last, num_tiles);
       return mask_tile(args, head, span, low * kTileKv, jg::min(high * kTileKv + kTileKv, static_cast<int>(args.kv_len)) - 1);
     };
-    jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::first_group_of<kMixesTiles>(work.tile, first_row, schedule), span_of, classify);
+    jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::max(-first_row, 0) / 64, span_of, classify);
     Terms terms;   // of the tile to be copied next
     const auto read_terms = [&](int step) {
       const jg::ColumnCounter columns(kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, static_cast<int>(args.kv_len));

@@ -243,7 +243,7 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   const auto take_query_tile = [&] { query_tile = jg::next_tile(query_tile, schedule.counter, leader); };
 #pragma unroll 1
   while (query_tile < schedule.num_tiles) {
-    const jg::QueryTile work = jg::query_tile_of<kMixesTiles && !kHasMask>(query_tile, schedule, static_cast<int>(args.num_q_heads));
+    const jg::QueryTile work = jg::query_tile_of<kMixesTiles>(query_tile, schedule, static_cast<int>(args.num_q_heads));
     const Head head = make_head(args, work.batch, work.head);
     const int first_row = jg::first_row_of<kMixesTiles>(work.tile, schedule, kTileQ);
     jg::AllPositions visible(num_tiles);

@@ -215,8 +215,6 @@ using Logits = float[kLogitKeys / 8][4];
 using Output = float[1][kOutTiles][4];
 constexpr int kSlack = 8;                         // growth of the maximum (exponents of two) below which O is left alone
 constexpr bool kMaybeEmpty = true;
-// racecheck (13.0) reports what two groups exchange around a named barrier of theirs once they have passed different numbers of others,
-// also in a kernel that has nothing but these barriers.
 constexpr int kSumBarrier = 1, kGroupBarrier = 2;   // named barriers; the second: + group
 
 constexpr bool kOwnFirst = true;
@@ -875,14 +873,14 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     jg::prefetch_tensor_map(maps.k);
     jg::prefetch_tensor_map(maps.v);
     jg::barrier_init(JG_BARRIER(q_full), 1);
-    // Whoever waits for Q or for the first part of a tile and has no product that its whole group issues before it lets go of it
-    // arrives with each warp: one that looked after the next phase had passed would wait for ever.
-    jg::barrier_init(JG_BARRIER(q_empty), 1 + 4);   // of the group that has the last tile, and the warps of the other
+    // A leader arrives for its group behind a product, which the whole group has begun. The other group has none before it lets go of Q
+    // or of a tile's first part, so its warps arrive each: one that looked after the next phase had passed would wait for ever.
+    jg::barrier_init(JG_BARRIER(q_empty), 1 + 4);
     jg::barrier_init(JG_BARRIER(p_full), 128);   // every thread of the owner
     jg::barrier_init(JG_BARRIER(tail_full), 1);
     for (int i = 0; i < 2 * kNumStages; ++i) {
       jg::barrier_init(JG_BARRIER(full, i), 1);
-      jg::barrier_init(JG_BARRIER(empty, i), i % 2 ? 1 : 1 + 4);   // the first part: of the owner, and the warps of the other group
+      jg::barrier_init(JG_BARRIER(empty, i), i % 2 ? 1 : 1 + 4);   // the first part: 1 + 4
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(piece_full, slot), 1);

@@ -618,7 +618,7 @@ JITGEN_FN void find_tiles(const Args& args, const Launch& launch, int box_keys, 
     jg::barrier_wait(JG_BARRIER(tile_empty, ahead.stage), ahead.parity);
     jg::store_shared(shared.page(ahead.stage, lane), page);
     if (leader) jg::store_shared(shared.tile(ahead.stage), tile);
-    jg::barrier_arrive(JG_BARRIER(tile_full, ahead.stage));
+    jg::barrier_arrive(JG_BARRIER(tile_full, ahead.stage));   // whoever has stored something
     ahead.advance();
   };
 #pragma unroll 1

@@ -17,7 +17,7 @@ struct Schedule {
   int num_query_tiles, num_tiles, num_heads, section;   // num_heads: over the whole batch
   int absent_rows;                                      // of tile 0, before the first row
   int counter;                                          // index of the tile counter, -1: none
-  int num_late;                                         // first query tiles of a head that are left for the end
+  int num_late;                                         // first query tiles of a head that are left for the end; after mix_tiles, short
 };
 struct QueryTile { int tile, head, batch; };
 
@@ -142,10 +142,10 @@ template <bool kMixes> JITGEN_FN int first_row_of(int tile, const Schedule& sche
 template <bool kMixes> JITGEN_FN int first_group_of(int tile, int first_row, const Schedule& schedule) {
   return kMixes && tile < schedule.num_late ? 1 : max(-first_row, 0) / kGroupRows;
 }
-// As query_tile_at, but kByHeads: late tiles come head by head. Where all have the same keys, SMs read those of a head together.
-template <bool kByHeads> JITGEN_FN QueryTile query_tile_of(unsigned index, const Schedule& schedule, unsigned num_q_heads) {
+// As query_tile_at, but short tiles come head by head: all have the same keys, and SMs read those of a head together.
+template <bool kMixes> JITGEN_FN QueryTile query_tile_of(unsigned index, const Schedule& schedule, unsigned num_q_heads) {
   const unsigned num_late = schedule.num_late, num_early = (schedule.num_query_tiles - num_late) * schedule.num_heads;
-  if (!kByHeads || index < num_early) return query_tile_at(index, schedule, num_q_heads);
+  if (!kMixes || index < num_early) return query_tile_at(index, schedule, num_q_heads);
   const unsigned inside = index - num_early, head = inside / num_late;
   return {static_cast<int>(num_late - 1 - inside % num_late), static_cast<int>(head % num_q_heads), static_cast<int>(head / num_q_heads)};
 }
