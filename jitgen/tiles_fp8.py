@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from jitgen.emit_early import POSITIONS
-from jitgen.ir import Expr, walk
+from jitgen.emit import CAPS
+from jitgen.emit_bits import mask_by_bits
+from jitgen.emit_early import POSITIONS, take_initial, take_offset
+from jitgen.emit_hooks import raw_score
+from jitgen.emit_mask import is_causal
+from jitgen.ir import Expr, index, walk
 from jitgen.program import Program
 from jitgen.spec import Tiles
 
@@ -26,10 +30,35 @@ def fp8_tiles(head_dim: int, head_dim_v: int, program: Program | None = None) ->
 
 
 def hook_weight(program: Program, head_dim: int) -> int:
-    """Column of TILES for a program's hooks. Three groups of head dim 128 spill with scores that are more than scaled."""
+    """Column of TILES for a program's hooks. Three groups of head dim 128 spill with scores that are more than scaled, capped, or
+    raised by a multiple of the distance."""
     if _gathers_by_position(program.score):
         return 2
-    return int(_gathers_by_position(program.mask) or (head_dim == 128 and not _only_scales(program.score)))
+    searches = _gathers_by_position(program.mask) and "bits" not in fp8_early_parts(program)
+    return int(searches or (head_dim == 128 and not _is_light(program.score)))
+
+
+def _is_light(score: Expr | None) -> bool:
+    if score is None or _only_scales(score):
+        return True
+    score, _ = raw_score(score, keep_units=False)
+    rest, offset = take_offset(score)
+    return _only_scales(score.args[0]) if score.op in CAPS else offset is not None and take_initial(rest)[0] is index("score")
+
+
+def fp8_early_parts(program: Program) -> frozenset[str]:
+    """What of hooks the kernel does early (emit_early.py)."""
+    parts: set[str] = set()
+    if program.score is not None:
+        scaled, _ = raw_score(program.score, keep_units=False)
+        if scaled.op in CAPS:
+            parts.add("cap")
+        elif take_offset(scaled)[1] is not None:
+            parts.add("offset")
+    bits = mask_by_bits(program)
+    if bits is not None and bits.search is None and (parts or not (bits.mask.op != "and" and is_causal(bits.mask))):
+        parts |= {"bits", "positions"}
+    return frozenset(parts)
 
 
 def _only_scales(root: Expr | None) -> bool:

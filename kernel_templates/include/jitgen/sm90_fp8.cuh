@@ -111,6 +111,11 @@ JITGEN_FN float2 from_half2(unsigned x) {
       "cvt.f32.f16 %1, high;\n}" : "=f"(r.x), "=f"(r.y) : "r"(x));
   return r;
 }
+JITGEN_FN unsigned max_unsigned(unsigned a, unsigned b) {
+  unsigned r;
+  asm("max.u32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
 JITGEN_FN float max_nan(float a, float b) {   // a NaN stays
   float r;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
@@ -129,10 +134,35 @@ JITGEN_FN unsigned exp2_pair(float y0, float y1) {
   asm("lop3.b32 %0, %1, 0x3c003c00, %2, 0xde;" : "=r"(mantissa) : "r"(number), "r"(power));
   return fma_half2(number, mul_half2(mantissa, 0x35503550u), mul_half2(power, 0x39593959u));
 }
+// Exponents of a tile: x * units + addend,
+struct Line {
+  float units;
+  JITGEN_FN float at(float x, float addend) const { return ::fmaf(x, units, addend); }
+};
+// or under a soft cap x * (units + third * x^2) + addend, with `third` 0 for what is capped already.
+struct Curve {
+  float units, third;
+  JITGEN_FN float at(float x, float addend) const { return ::fmaf(x, ::fmaf(x * x, third, units), addend); }
+};
+// Hidden logits as numbers whose square is finite: a Curve takes them.
+template <int kColTiles> JITGEN_FN void make_finite(float (&s)[kColTiles][4]) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[j][e] = max_nan(s[j][e], -1e18f);
+}
+// Weights in place of logits, all by the exp2 unit.
+template <int kColTiles, class Exponents>
+JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], const Exponents& exponents, const float (&shift)[2]) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) state.row_sum[e / 2] += s[j][e] = exp2(exponents.at(s[j][e], -shift[e / 2]));
+}
 // Column tiles 2 `pair` and 2 `pair` + 1 of S become weights, the A operand of P V. kSummed: and are added to the sums.
-template <bool kSummed, int kColTiles>
+template <bool kSummed, int kColTiles, class Exponents>
 JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], int pair,
-                          bool by_polynomial, float units, const float (&shift)[2]) {
+                          bool by_polynomial, const Exponents& exponents, const float (&shift)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float(&first)[4] = s[2 * pair], (&second)[4] = s[2 * pair + 1];
@@ -140,7 +170,7 @@ JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], uns
     unsigned& packed = p[pair / 2][pair % 2 * 2 + half];
     float x[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = ::fmaf(logits[i], units, by_polynomial ? kFixedPoint - shift[half] : -shift[half]);
+    for (int i = 0; i < 4; ++i) x[i] = exponents.at(logits[i], by_polynomial ? kFixedPoint - shift[half] : -shift[half]);
     if (by_polynomial) {
       const unsigned low = exp2_pair(x[0], x[1]), high = exp2_pair(x[2], x[3]);
       if (kSummed) {
@@ -161,9 +191,9 @@ JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], uns
 // All of a tile's, one pair in `kEvery` by polynomials: two weights take 5 issue slots more and spare the exp2 unit 16 cycles. More
 // of them were slower on an H100, and so were polynomials in fp32. kStored: they go to shared memory as well, 32 columns at a time,
 // so that those done leave their registers to the rest.
-template <int kEvery, bool kStored, bool kSummed, int kColTiles>
+template <int kEvery, bool kStored, bool kSummed, int kColTiles, class Exponents>
 JITGEN_FN void weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], unsigned p_shared,
-                          int warp, int lane, float units, const float (&shift)[2]) {
+                          int warp, int lane, const Exponents& exponents, const float (&shift)[2]) {
   using Weights = SpanTile<kColTiles * 4>;
   constexpr int kSteps = Weights::kSpan / 16;
   unsigned first = 0;   // as in store_tile
@@ -172,9 +202,52 @@ JITGEN_FN void weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], uns
   for (int step = 0; step < kColTiles / 4; ++step) {
 #pragma unroll
     for (int pair = 2 * step; pair < 2 * step + 2; ++pair)
-      weigh_pair<kSummed>(state, s, p, pair, pair % kEvery == kEvery - 1, units, shift);
+      weigh_pair<kSummed>(state, s, p, pair, pair % kEvery == kEvery - 1, exponents, shift);
     if (kStored) store_matrix((first ^ step % kSteps * 32) + step / kSteps * 64 * Weights::kSpanBytes, p[step]);
   }
+}
+
+// ---- a soft cap ----
+// A look at the values of S under a soft cap: whether all of a warp are far from it, and no maximum rises by more than kSlackBits.
+// Then they become exponents at once: `curve`. The largest and the least value of a row tell both, and integer maxima of three
+// operands find them: as signed integers floats have their largest value last, as unsigned ones the least of the negative ones.
+// No kBounded as of Cap: weights have a range of 8 bits, so maxima must be real ones.
+struct CapLook {
+  Curve curve;
+  bool is_free;
+  template <int kColTiles>
+  JITGEN_FN CapLook(const RowSoftmax& state, const float (&s)[kColTiles][4], float scale, float factor, float (&shift)[2]) {
+    const float units = exponent_units(factor), weight = factor * kLog2E * scale, size = ::fabsf(scale);
+    curve = {weight * 0.99960173f, weight * scale * scale * -0.31317315f};
+    const float most = size > 1e-7f && size < 1e7f && weight > 0.0f ? Cap::kLow * reciprocal(size) : -1.0f;
+    bool is_beyond = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int top = 0;
+      unsigned bottom = 0;
+#pragma unroll
+      for (int j = 0; j < kColTiles; ++j) {
+        top = max(max(top, __float_as_int(s[j][2 * half])), __float_as_int(s[j][2 * half + 1]));
+        bottom = max_unsigned(max_unsigned(bottom, __float_as_uint(s[j][2 * half])), __float_as_uint(s[j][2 * half + 1]));
+      }
+      const float origin = state.row_max[half] * units;
+      shift[half] = origin;
+      is_beyond |= !(::fmaxf(__int_as_float(top), ::fabsf(__uint_as_float(bottom))) <= most) | !(curve.at(__int_as_float(top), 0.0f) <= origin + kSlackBits);
+    }
+    is_free = JITGEN_FAST_TANH && !__any_sync(0xffffffffu, is_beyond);
+  }
+};
+
+// All other tiles take tanh.
+struct Capped {
+  static constexpr bool stays = false;
+  float scale;
+};
+template <int kColTiles> JITGEN_FN void cap_logits(float (&s)[kColTiles][4], const Capped& cap) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[j][e] = tanh(s[j][e] * cap.scale);
 }
 
 // ---- O in fp32 ----
