@@ -167,7 +167,7 @@ def _early_of(spec: KernelSpec) -> frozenset[str]:
     if spec.family == "decode":
         return frozenset({"prefetch"})
     if spec.family == "sm90_fp8":
-        return fp8_early_parts(spec.program)
+        return fp8_early_parts(spec.program, spec.head_dim)
     if spec.family in ("sm80", "sm90_wide"):
         return frozenset({"offset", "positions"} if spec.layout == "dense" else {"offset"})
     return frozenset()

@@ -34,7 +34,7 @@ def hook_weight(program: Program, head_dim: int) -> int:
     raised by a multiple of the distance."""
     if _gathers_by_position(program.score):
         return 2
-    searches = _gathers_by_position(program.mask) and "bits" not in fp8_early_parts(program)
+    searches = _gathers_by_position(program.mask) and "bits" not in fp8_early_parts(program, head_dim)
     return int(searches or (head_dim == 128 and not _is_light(program.score)))
 
 
@@ -46,7 +46,7 @@ def _is_light(score: Expr | None) -> bool:
     return _only_scales(score.args[0]) if score.op in CAPS else offset is not None and take_initial(rest)[0] is index("score")
 
 
-def fp8_early_parts(program: Program) -> frozenset[str]:
+def fp8_early_parts(program: Program, head_dim: int) -> frozenset[str]:
     """What of hooks the kernel does early (emit_early.py)."""
     parts: set[str] = set()
     if program.score is not None:
@@ -56,7 +56,8 @@ def fp8_early_parts(program: Program) -> frozenset[str]:
         elif take_offset(scaled)[1] is not None:
             parts.add("offset")
     bits = mask_by_bits(program)
-    if bits is not None and bits.search is None and (parts or not (bits.mask.op != "and" and is_causal(bits.mask))):
+    has_room = head_dim < 256 or bits is None or bits.search is None  # in shared memory for what is found
+    if bits is not None and has_room and (parts or not (bits.mask.op != "and" and is_causal(bits.mask))):
         parts |= {"bits", "positions"}
     return frozenset(parts)
 

@@ -197,6 +197,20 @@ def documents():
     return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: doc[q_idx] == doc[kv_idx])
 
 
+def sorted_documents():
+    doc = jitgen.sorted(torch.arange(2000, device="cuda") // 171)
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx))
+
+
+def sorted_documents_in_a_window():
+    doc = jitgen.sorted(torch.arange(2000, device="cuda") // 450)
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: 5.0 * torch.tanh(s / 5.0),
+        mask_mod=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx) & (q_idx - kv_idx < 300),
+        sink=torch.linspace(-1.0, 1.0, 8, device="cuda"),
+    )
+
+
 def scattered():
     """Every third run of 70 keys: tiles are skipped in the middle of a row."""
     return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx // 70) % 5 == q_idx // 64 % 5)
@@ -220,7 +234,7 @@ def every_hook():
 @hopper
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("scales", [False, True], ids=["plain", "scaled"])
-@pytest.mark.parametrize("make", [soft_cap_window, alibi, documents, scattered, sink, every_hook])
+@pytest.mark.parametrize("make", [soft_cap_window, alibi, documents, sorted_documents, sorted_documents_in_a_window, scattered, sink, every_hook])
 def test_hooks_see_scaled_scores_and_outputs(make, scales, head_dim):
     q, k, v = inputs(2, 8, 4, 700, 1500, head_dim)
     given = (random_scales(8), random_scales(2, 4), random_scales(4)) if scales else (None, None, None)
@@ -313,6 +327,19 @@ def test_early_scores_beside_sinks_and_empty_rows(make, size, head_dim):
     assert (got[:, :, 300:] == 0).all()
     poison(q)
     assert relative_error(jitgen.attention(q, k, v, variant), want) < 0.035
+
+
+@hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_documents_are_searched_for_every_query_tile(head_dim):
+    """So many query tiles that each CTA has several; the requests are the same."""
+    q, k, v = (t.expand(30, -1, -1, -1) for t in inputs(1, 7, 7, 1100, 1500, head_dim))
+    want = reference.attention(*(t[:1].double() for t in (q, k, v)), sorted_documents())
+    for _ in range(3):
+        poison(q)
+        got = jitgen.attention(q, k, v, sorted_documents())
+        assert relative_error(got[:1], want) < 0.035
+        assert (got == got[:1]).all()
 
 
 @hopper
