@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from jitgen.emit import CAPS
 from jitgen.emit_bits import mask_by_bits
-from jitgen.emit_early import POSITIONS, take_initial, take_offset
+from jitgen.emit_early import POSITIONS, take_offset
 from jitgen.emit_hooks import raw_score
 from jitgen.emit_mask import is_causal
-from jitgen.ir import Expr, index, walk
+from jitgen.ir import Expr, walk
 from jitgen.program import Program
 from jitgen.spec import Tiles
 
 FP8_HEAD_DIMS = (64, 128, 256)
+VARYING = POSITIONS | {"score", "step"}
 
 # head_dim -> (tile_q, tile_kv, stages) by what hooks need of the registers: little, scores of their own or a producer that
 # searches, gathers of each element.
@@ -30,20 +31,12 @@ def fp8_tiles(head_dim: int, head_dim_v: int, program: Program | None = None) ->
 
 
 def hook_weight(program: Program, head_dim: int) -> int:
-    """Column of TILES for a program's hooks. Three groups of head dim 128 spill with scores that are more than scaled, capped, or
-    raised by a multiple of the distance."""
+    """Column of TILES for a program's hooks. Three groups of head dim 128 spill with scores that are more than scaled, and
+    capped or raised by a multiple of the distance."""
     if _gathers_by_position(program.score):
         return 2
     searches = _gathers_by_position(program.mask) and "bits" not in fp8_early_parts(program, head_dim)
     return int(searches or (head_dim == 128 and not _is_light(program.score)))
-
-
-def _is_light(score: Expr | None) -> bool:
-    if score is None or _only_scales(score):
-        return True
-    score, _ = raw_score(score, keep_units=False)
-    rest, offset = take_offset(score)
-    return _only_scales(score.args[0]) if score.op in CAPS else offset is not None and take_initial(rest)[0] is index("score")
 
 
 def fp8_early_parts(program: Program, head_dim: int) -> frozenset[str]:
@@ -56,14 +49,21 @@ def fp8_early_parts(program: Program, head_dim: int) -> frozenset[str]:
         elif take_offset(scaled)[1] is not None:
             parts.add("offset")
     bits = mask_by_bits(program)
-    has_room = head_dim < 256 or bits is None or bits.search is None  # in shared memory for what is found
-    if bits is not None and has_room and (parts or not (bits.mask.op != "and" and is_causal(bits.mask))):
+    if bits is None or _gathers_by_position(program.score) or (bits.search is not None and head_dim == 256):
+        return frozenset(parts)  # registers would not last, or shared memory for what is found
+    if parts or not (bits.mask.op != "and" and is_causal(bits.mask)):
         parts |= {"bits", "positions"}
     return frozenset(parts)
 
 
-def _only_scales(root: Expr | None) -> bool:
-    return all(n.op in ("mul", "index", "load", "scalar", "const") for n in walk(root))
+def _is_light(score: Expr | None) -> bool:
+    """Whether a score takes few registers: but for early parts, it adds and multiplies by what is known per head."""
+    if score is None:
+        return True
+    score, _ = raw_score(score, keep_units=False)
+    rest = score.args[0] if score.op in CAPS else take_offset(score)[0]
+    varying = [n for n in walk(rest) if n.deps & VARYING]
+    return all(n.op in ("mul", "index") or (n.op in ("add", "sub", "neg") and score.op not in CAPS) for n in varying)
 
 
 def _gathers_by_position(root: Expr | None) -> bool:

@@ -234,7 +234,10 @@ def every_hook():
 @hopper
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("scales", [False, True], ids=["plain", "scaled"])
-@pytest.mark.parametrize("make", [soft_cap_window, alibi, documents, sorted_documents, sorted_documents_in_a_window, scattered, sink, every_hook])
+@pytest.mark.parametrize(
+    "make",
+    [soft_cap_window, alibi, documents, sorted_documents, sorted_documents_in_a_window, scattered, sink, every_hook],
+)
 def test_hooks_see_scaled_scores_and_outputs(make, scales, head_dim):
     q, k, v = inputs(2, 8, 4, 700, 1500, head_dim)
     given = (random_scales(8), random_scales(2, 4), random_scales(4)) if scales else (None, None, None)
