@@ -31,8 +31,7 @@ def fp8_tiles(head_dim: int, head_dim_v: int, program: Program | None = None) ->
 
 
 def hook_weight(program: Program, head_dim: int) -> int:
-    """Column of TILES for a program's hooks. Three groups of head dim 128 spill with scores that are more than scaled, and
-    capped or raised by a multiple of the distance."""
+    """Column of TILES for a program's hooks. Three groups of head dim 128 spill with scores that are not light."""
     if _gathers_by_position(program.score):
         return 2
     searches = _gathers_by_position(program.mask) and "bits" not in fp8_early_parts(program, head_dim)
@@ -57,13 +56,14 @@ def fp8_early_parts(program: Program, head_dim: int) -> frozenset[str]:
 
 
 def _is_light(score: Expr | None) -> bool:
-    """Whether a score takes few registers: but for early parts, it adds and multiplies by what is known per head."""
+    """Whether a score takes few registers: it is scaled, then capped or raised by a multiple of the distance."""
     if score is None:
         return True
     score, _ = raw_score(score, keep_units=False)
-    rest = score.args[0] if score.op in CAPS else take_offset(score)[0]
-    varying = [n for n in walk(rest) if n.deps & VARYING]
-    return all(n.op in ("mul", "index") or (n.op in ("add", "sub", "neg") and score.op not in CAPS) for n in varying)
+    rest, offset = take_offset(score)
+    rest = rest.args[0] if rest.op in CAPS else rest
+    allowed = {"mul", "index"} if offset is None else {"mul", "index", "add", "sub", "neg"}
+    return all(n.op in allowed for n in walk(rest) if n.deps & VARYING)
 
 
 def _gathers_by_position(root: Expr | None) -> bool:
