@@ -402,9 +402,9 @@ JITGEN_FN void wait_for_count(const int* counter, int count) {
 }
 
 // ---- shared memory and registers of a CTA: sm90_geometry.cuh for 8-bit operands ----
-// kSearches: the producer classifies tiles by captured tensors, and spills with 24 registers. kFinds: a warp beside it searches what
-// the mask compares with, for each row.
-template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches, bool kFinds = false> struct Fp8Geometry {
+// kSearches: the producer classifies tiles by captured tensors, and spills with 24 registers. kIdle: warps beside the producer that may
+// copy V; kExtraBytes: of what a kernel has behind the control block.
+template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches, int kIdle = 3, int kExtraBytes = 0> struct Fp8Geometry {
   static constexpr int kGroups = kTileQ / 64;   // consumer warp groups, 64 query rows each
   static constexpr int kThreads = 128 * (kGroups + 1);
   static_assert(kTileQ % 64 == 0 && kGroups >= 2 && kGroups <= 3 && kTileKv % 64 == 0, "unsupported tile");
@@ -430,12 +430,12 @@ template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches, bo
   static constexpr int kOutputAt = kPAt + (kSharedP ? kGroups * kGroupPBytes : 0);
   // Warps beside the producer that copy V of later heads, with a square each. Two groups leave them 24 registers, or head dim 256
   // no memory, and they spill where the producer does.
-  static constexpr int kCopiers = kGroups == 3 && !kSearches ? (kFinds ? 2 : 3) : 0;
+  static constexpr int kCopiers = kGroups == 3 && !kSearches ? kIdle : 0;
   static constexpr int kSquareAt = kOutputAt + kGroups * kGroupOBytes;
   static constexpr int kControlAt = kSquareAt + kCopiers * SquareTranspose::kBytes;
   static constexpr int kArrivedAt = kControlAt + static_cast<int>(sizeof(ControlBlock<kStages>));   // their barriers
-  static constexpr int kFoundAt = kArrivedAt + 8 * kCopiers;
-  static constexpr int kSharedBytes = kFoundAt + (kFinds ? 2 * kTileQ * 4 : 0);
+  static constexpr int kExtraAt = (kArrivedAt + 8 * kCopiers + 15) / 16 * 16;
+  static constexpr int kSharedBytes = kExtraBytes > 0 ? kExtraAt + kExtraBytes : kArrivedAt + 8 * kCopiers;
   static_assert(kSharedBytes <= 232448, "tile does not fit in shared memory");   // 227 KiB
   static_assert(kTileBytes % 1024 == 0 && kGroupQBytes % 1024 == 0, "tiles must stay 1024-byte aligned");
 };
