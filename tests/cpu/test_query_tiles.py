@@ -36,8 +36,9 @@ extern "C" void schedule_of(int q_len, int heads, int tile_q, int num_sms, int* 
 // How often each row of each head, and any behind them, is some group's; and which tiles are short, in their order.
 extern "C" void rows_of_groups(int q_len, int heads, int tile_q, int num_sms, int* counts, int* shortness) {
   const jg::Schedule schedule = mixed(q_len, heads, tile_q, num_sms);
+  const jg::Divisors divisors = jg::make_divisors(schedule, heads, 1);
   for (int index = 0; index < schedule.num_tiles; ++index) {
-    const jg::QueryTile tile = jg::query_tile_of<true>(index, schedule, heads);
+    const jg::QueryTile tile = jg::query_tile_at<true>(index, schedule, divisors);
     const int first_row = jg::first_row_of<true>(tile.tile, schedule, tile_q);
     const int first_group = jg::first_group_of<true>(tile.tile, first_row, schedule);
     const int4 work = {first_row, tile.head, tile.batch, jg::kWorkTile | jg::short_flag<true>(tile.tile, schedule)};

@@ -159,7 +159,7 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
 // ---- producer: one warp hands out query tiles, classifies KV tiles and issues every copy ----
 struct Maps { jg::Operand q, k, v, o, rows, squares; };   // v: the copy; rows: V as it is; squares: where the copy is written
 
-JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Copies& copies, const jg::Schedule& schedule, Shared shared) {
+JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Copies& copies, const jg::Schedule& schedule, const jg::Divisors& divisors, Shared shared) {
   const bool leader = (threadIdx.x & 31) == 0;
   const unsigned long long keep = jg::policy_evict_last(), stream = jg::policy_evict_first();
   const int num_tiles = num_kv_tiles(args);
@@ -180,8 +180,9 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Copies& cop
   const auto take_query_tile = [&] { query_tile = jg::next_tile(query_tile, schedule.counter, leader); };
 #pragma unroll 1
   while (query_tile < schedule.num_tiles) {
-    const jg::QueryTile work = jg::query_tile_of<kMixesTiles>(query_tile, schedule, static_cast<int>(args.num_q_heads));
-    const Head head = make_head(args, work.batch, work.head);
+    const jg::QueryTile work = jg::query_tile_at<kMixesTiles>(query_tile, schedule, divisors);
+    Head head = make_head(args, work.batch, work.head);
+    head.kv_h = divisors.group.divide(work.head);   // where nothing else needs it, the division is gone
     if constexpr (Tile::kCopiers > 0) {   // here, where few registers are in use; the consumers are two KV tiles behind
       const int copy = work.batch * static_cast<int>(args.num_kv_heads) + head.kv_h;
       if (leader && copy >= copies.first_later) {
@@ -602,7 +603,7 @@ transpose_values(const __grid_constant__ Maps maps, const __grid_constant__ jg::
 
 __global__ void __launch_bounds__(Tile::kThreads, 1)
 attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args args, const __grid_constant__ jg::Schedule schedule,
-                 const __grid_constant__ jg::Copies copies) {
+                 const __grid_constant__ jg::Divisors divisors, const __grid_constant__ jg::Copies copies) {
   extern __shared__ __align__(1024) char memory[];
   const Shared shared = {static_cast<unsigned>(jg::uniform(static_cast<int>(jg::shared_address(memory))))};
   const int group = jg::uniform(threadIdx.x >> 7);
@@ -638,7 +639,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
   if (group == 0) {
     jg::give_registers<Tile::kProducerRegs>();
     const int warp = jg::uniform(threadIdx.x >> 5);
-    if (warp == 0) produce(args, maps, copies, schedule, shared);
+    if (warp == 0) produce(args, maps, copies, schedule, divisors, shared);
     if constexpr (Tile::kCopiers > 0) {
       if (warp > 0) copy_later(maps, copies, shared, warp - 1);
     }
@@ -697,8 +698,9 @@ extern "C" int jitgen_launch(const Args* args) {
     transpose_values<<<num_ctas, 32 * kCopyWarps, 0, stream>>>(maps, copies, static_cast<int>(num_copies) + 1);
     if (const cudaError_t failed = cudaGetLastError()) return failed;
   }
+  const jg::Divisors divisors = jg::make_divisors(schedule, args->num_q_heads, group_size);
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
   return jg::launch_kernel(attention_kernel, dim3(static_cast<unsigned>(grid)), Tile::kThreads, Tile::kSharedBytes, stream, !no_keys,
-                           maps, *args, schedule, copies);
+                           maps, *args, schedule, divisors, copies);
 }
 extern "C" const char* jitgen_error_string(int code) { return jg::launch_error_string(code); }
