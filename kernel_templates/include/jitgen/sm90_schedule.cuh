@@ -173,13 +173,13 @@ JITGEN_FN int run_ends(int kinds, int next) { return ((kinds | next) >> kHalfAt 
 template <int kGroups, bool kPerGroup, class SpanOf, class Classify> struct VisibleTiles {
   SpanOf span;
   Classify classify;
-  int num_tiles, first_group;          // warp groups before first_group have no row
+  int num_tiles, first_group, end_group;   // warp groups before first_group, and from end_group on, have no row
   int look, base;                      // look: position of the next look; base: of the current group
   unsigned groups, tiles;              // bits not yet visited
   int kinds;                           // of the tile of this lane, for each warp group
 
-  JITGEN_FN VisibleTiles(int num_tiles, int first_group, SpanOf span, Classify classify)
-      : span(span), classify(classify), num_tiles(num_tiles), first_group(first_group), look(0), base(0), groups(0), tiles(0), kinds(0) {}
+  JITGEN_FN VisibleTiles(int num_tiles, int first_group, SpanOf span, Classify classify, int end_group = kGroups)
+      : span(span), classify(classify), num_tiles(num_tiles), first_group(first_group), end_group(end_group), look(0), base(0), groups(0), tiles(0), kinds(0) {}
   // Position and kinds of the next visible tile, or -1 after the last.
   JITGEN_FN int next() {
     const int lane = threadIdx.x & 31;
@@ -190,7 +190,7 @@ template <int kGroups, bool kPerGroup, class SpanOf, class Classify> struct Visi
         look += 1024;
         groups = 1;
         if (num_tiles <= 32) break;   // nothing to skip
-        const auto rows = span(0, kGroups);
+        const auto rows = span(0, end_group);
         groups = __ballot_sync(0xffffffffu, first < num_tiles && classify(rows, first, min(first + 31, num_tiles - 1)) != kTileNone);
       }
       base = look - 1024 + 32 * (__ffs(groups) - 1);
@@ -198,11 +198,11 @@ template <int kGroups, bool kPerGroup, class SpanOf, class Classify> struct Visi
       const int mine = base + lane;
       kinds = 0;
 #pragma unroll 1
-      for (int group = kPerGroup ? first_group : 0; group < (kPerGroup ? kGroups : 1); ++group) {
-        const auto rows = span(group, kPerGroup ? 1 : kGroups);
+      for (int group = kPerGroup ? first_group : 0; group < (kPerGroup ? end_group : 1); ++group) {
+        const auto rows = span(group, kPerGroup ? 1 : end_group);
         kinds |= (mine < num_tiles ? classify(rows, mine, mine) : kTileNone) << 2 * group;
       }
-      if (!kPerGroup) kinds *= 0x55 << 2 * first_group & 0xff;   // the same for every group
+      if (!kPerGroup) kinds *= 0x55 << 2 * first_group & (1 << 2 * end_group) - 1;   // the same for every group
       tiles = __ballot_sync(0xffffffffu, kinds != 0);
     }
     const int bit = __ffs(tiles) - 1;
@@ -254,15 +254,16 @@ template <int kGroups, class SpanOf, class Classify, class ClassifyHalf> struct 
   SpanOf span;
   Classify classify;
   ClassifyHalf classify_half;
+  int end_group;   // groups from it on have no row
 
-  JITGEN_FN VisibleHalves(SpanOf span, Classify classify, ClassifyHalf classify_half)
-      : span(span), classify(classify), classify_half(classify_half) {}
+  JITGEN_FN VisibleHalves(SpanOf span, Classify classify, ClassifyHalf classify_half, int end_group)
+      : span(span), classify(classify), classify_half(classify_half), end_group(end_group) {}
   // At the next five tiles that are neither nothing nor full to all rows: lane 6 i + 3 half + group at a half of the i-th.
   JITGEN_FN void look_closely(int lane) {
     const unsigned mine = pick_close(lane);
     const int group = lane % 3, half = lane / 3 % 2;
     int kind = kTileNone;
-    if (mine != 0 && group >= first_group) kind = classify_half(span(group, 1), base + __ffs(mine) - 1, half);
+    if (mine != 0 && group >= first_group && group < end_group) kind = classify_half(span(group, 1), base + __ffs(mine) - 1, half);
     seen = __ballot_sync(0xffffffffu, kind != kTileNone);
     whole = __ballot_sync(0xffffffffu, kind == kTileFull);
     kept = __ballot_sync(0xffffffffu, kind & 2);
@@ -277,17 +278,17 @@ template <int kGroups, class SpanOf, class Classify, class ClassifyHalf> struct 
           look += 1024;
           groups = 1;
           if (num_tiles <= 32) break;   // nothing to skip
-          groups = __ballot_sync(0xffffffffu, first < num_tiles && classify(span(0, kGroups), first, min(first + 31, num_tiles - 1)) != kTileNone);
+          groups = __ballot_sync(0xffffffffu, first < num_tiles && classify(span(0, end_group), first, min(first + 31, num_tiles - 1)) != kTileNone);
         }
         base = look - 1024 + 32 * (__ffs(groups) - 1);
         groups &= groups - 1;
-        const int mine = base + lane, kind = mine < num_tiles ? classify(span(0, kGroups), mine, mine) : kTileNone;
+        const int mine = base + lane, kind = mine < num_tiles ? classify(span(0, end_group), mine, mine) : kTileNone;
         tiles = __ballot_sync(0xffffffffu, kind != kTileNone);
         full = __ballot_sync(0xffffffffu, kind == kTileFull);
         close = 0;
       }
       const unsigned lowest = tiles & -tiles;
-      int kinds = full_kinds();
+      int kinds = full_kinds() & (1 << 2 * end_group) - 1;
       if (!(full & lowest)) {
         if (!(close & lowest)) look_closely(lane);
         kinds = kinds_of(lowest);
