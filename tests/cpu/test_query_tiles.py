@@ -3,75 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from itertools import product
 
 import pytest
+import query_tiles
 
-from jitgen import paths, toolchain
-
-BEFORE = """
-#define JITGEN_FN inline
-struct int4 { int x, y, z, w; };
-namespace jg {
-struct Divisor {
-  unsigned value;
-  int divide(int x) const { return x / static_cast<int>(value); }
-};
-inline Divisor make_divisor(unsigned value) { return {value}; }
-inline int max(int a, int b) { return a > b ? a : b; }
-"""
-BEHIND = """
-}  // namespace jg
-static jg::Schedule mixed(int q_len, int heads, int tile_q, int num_sms) {
-  jg::Schedule schedule = jg::make_schedule(q_len, 4096, tile_q, 512, heads, 1, false, -1, num_sms);
-  jg::mix_tiles(schedule, q_len, tile_q, num_sms);
-  return schedule;
-}
-extern "C" void schedule_of(int q_len, int heads, int tile_q, int num_sms, int* found) {
-  const jg::Schedule schedule = mixed(q_len, heads, tile_q, num_sms);
-  found[0] = schedule.num_tiles, found[1] = schedule.num_query_tiles;
-  found[2] = schedule.num_late, found[3] = schedule.absent_rows;
-}
-// How often each row of each head, and any behind them, is some group's; and which tiles are short, in their order.
-extern "C" void rows_of_groups(int q_len, int heads, int tile_q, int num_sms, int* counts, int* shortness) {
-  const jg::Schedule schedule = mixed(q_len, heads, tile_q, num_sms);
-  for (int index = 0; index < schedule.num_tiles; ++index) {
-    const jg::QueryTile tile = jg::query_tile_of<true>(index, schedule, heads);
-    const int first_row = jg::first_row_of<true>(tile.tile, schedule, tile_q);
-    const int first_group = jg::first_group_of<true>(tile.tile, first_row, schedule);
-    const int4 work = {first_row, tile.head, tile.batch, jg::kWorkTile | jg::short_flag<true>(tile.tile, schedule)};
-    shortness[index] = tile.tile < schedule.num_late;
-    for (int group = 0; group < 3; ++group)
-      for (int i = 0, row = jg::group_row_of<true>(work, group); i < 64; ++i, ++row)
-        if (row >= 0) counts[tile.head * (q_len + 1) + (row < q_len ? row : q_len)] += group < first_group ? 100 : 1;
-  }
-}
-"""
 TILE_Q, NUM_SMS = 192, 132
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    cxx = toolchain.find_cxx()
-    if cxx is None:
-        pytest.skip("no C++ compiler on this machine")
-    header = (paths.template_dir() / "include/jitgen/sm90_schedule.cuh").read_text()
-    code = header[header.index("// ---- query tiles ----") : header.index("// What a stage holds, in one word")]
-    source = tmp_path_factory.mktemp("tiles") / "tiles.cpp"
-    source.write_text(BEFORE + code + BEHIND)
-    binary = source.with_suffix(".so")
-    command = [str(cxx.path), "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", str(binary), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(binary))
+    return query_tiles.build(tmp_path_factory.mktemp("tiles")) or pytest.skip("no C++ compiler on this machine")
 
 
 def schedule_of(library, q_len: int, heads: int) -> tuple[int, ...]:
-    """All tiles, those of a head, the short ones of a head, absent rows of its first."""
-    found = (ctypes.c_int * 4)()
-    library.schedule_of(q_len, heads, TILE_Q, NUM_SMS, found)
-    return tuple(found)
+    return query_tiles.schedule_of(library, q_len, heads, TILE_Q, NUM_SMS)
 
 
 @pytest.mark.parametrize("heads", [1, 3, 16, 64])

@@ -289,7 +289,7 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
 // ---- producer: one warp hands out query tiles, classifies KV tiles and issues the copies of K and V, others those of Q ----
 struct Maps { jg::Operand q, k, v, o; };
 
-JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& schedule, Shared shared) {
+JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& schedule, const jg::Divisors& divisors, Shared shared) {
   const bool leader = (threadIdx.x & 31) == 0;
   const unsigned long long keep = jg::policy_evict_last();
   const int num_tiles = num_kv_tiles(args);
@@ -325,8 +325,9 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Schedule& s
   const auto take_query_tile = [&] { query_tile = jg::next_tile(query_tile, schedule.counter, leader); };
 #pragma unroll 1
   while (query_tile < schedule.num_tiles) {
-    const jg::QueryTile work = jg::query_tile_of<kMixesTiles>(query_tile, schedule, static_cast<int>(args.num_q_heads));
-    const Head head = make_head(args, work.batch, work.head);
+    const jg::QueryTile work = jg::query_tile_at<kMixesTiles>(query_tile, schedule, divisors);
+    Head head = make_head(args, work.batch, work.head);
+    head.kv_h = divisors.group.divide(work.head);   // where nothing else needs it, the division is gone
     const int first_row = jg::first_row_of<kMixesTiles>(work.tile, schedule, kTileQ);
     jg::AllPositions visible(num_tiles);
     const auto load_key = [&](int step, int next) {
@@ -648,7 +649,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
 
 // ---- kernel ----
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args args, const __grid_constant__ jg::Schedule schedule) {
+attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args args, const __grid_constant__ jg::Schedule schedule,
+                 const __grid_constant__ jg::Divisors divisors) {
   extern __shared__ __align__(1024) char memory[];
   const Shared shared = {static_cast<unsigned>(jg::uniform(static_cast<int>(jg::shared_address(memory))))};
   const int group = jg::uniform(threadIdx.x >> 7);
@@ -679,7 +681,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
   if (group == 0) {
     jg::give_registers<Tile::kProducerRegs>();
     const int warp = jg::uniform(threadIdx.x >> 5);
-    if (warp == 0) produce(args, maps, schedule, shared);
+    if (warp == 0) produce(args, maps, schedule, divisors, shared);
     else if (warp <= Tile::kQueryWarps) load_queries(args, maps, shared, warp - 1);
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
@@ -708,12 +710,14 @@ extern "C" int jitgen_launch(const Args* args) {
   if (code) return code;
 
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args->stream);
+  const int64_t group_size = args->num_q_heads / args->num_kv_heads;
   jg::Schedule schedule =
-      jg::make_schedule(args->q_len, args->kv_len, kTileQ, (kHeadDim + kHeadDimV) * 2, heads, args->num_q_heads / args->num_kv_heads,
-                        false, jg::counter_of(stream), num_sms);
+      jg::make_schedule(args->q_len, args->kv_len, kTileQ, (kHeadDim + kHeadDimV) * 2, heads, group_size, false,
+                        jg::counter_of(stream), num_sms);
   if (kMixesTiles) jg::mix_tiles(schedule, args->q_len, kTileQ, num_sms);
+  const jg::Divisors divisors = jg::make_divisors(schedule, args->num_q_heads, group_size);
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
-  attention_kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>({q.operand, k.operand, v.operand, o.operand}, *args, schedule);
+  attention_kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>({q.operand, k.operand, v.operand, o.operand}, *args, schedule, divisors);
   return cudaGetLastError();
 }
 extern "C" const char* jitgen_error_string(int code) { return jg::launch_error_string(code); }

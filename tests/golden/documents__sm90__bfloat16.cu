@@ -243,11 +243,9 @@ JITGEN_FN void search_rows(const Args& args, Shared shared, const Head& head, in
   for (int i = 0; i < kCount; ++i) jg::store_shared(shared.found(slot, first + kPitch * i), found[i]);
 }
 
-struct Divisors { jg::Divisors tiles; jg::Divisor group; };   // group: query heads of a KV head
-
 // Takes query tiles, says to the consumers which, and to copy_tiles what these see: {step, first key, KV head, batch} of each KV tile,
 // or {-1} after the last.
-JITGEN_FN void find_tiles(const Args& args, const jg::Schedule& schedule, const Divisors& divisors, Shared shared) {
+JITGEN_FN void find_tiles(const Args& args, const jg::Schedule& schedule, const jg::Divisors& divisors, Shared shared) {
   const bool leader = (threadIdx.x & 31) == 0;
   const int num_tiles = num_kv_tiles(args);
   jg::RingPosition<2> slot(1);
@@ -283,7 +281,7 @@ JITGEN_FN void find_tiles(const Args& args, const jg::Schedule& schedule, const 
   int query_tile = blockIdx.x;
 #pragma unroll 1
   while (query_tile < schedule.num_tiles) {
-    work = jg::query_tile_at(query_tile, schedule, divisors.tiles);
+    work = jg::query_tile_at<kMixesTiles>(query_tile, schedule, divisors);
     head = make_head(args, work.batch, work.head);
     head.kv_h = divisors.group.divide(work.head);   // where nothing else needs it, the division is gone
     first_row = work.tile * kTileQ - schedule.absent_rows;
@@ -366,7 +364,7 @@ JITGEN_FN void copy_tiles(const Args& args, const Maps& maps, Shared shared) {
 // Q of a group as soon as it is done with the rows before: groups are most of a tile apart, and none waits for another one, or for
 // room in the ring of K and V. A warp serves every kQueryWarps-th group. Then what the mask searches for the rows.
 // The CTA's first rows are known before it is known what they see, and do not wait for it (windows 0.5 to 0.7 % faster, 16x1024 1.4 %).
-JITGEN_FN void load_queries(const Args& args, const Maps& maps, const jg::Schedule& schedule, const Divisors& divisors, Shared shared, int first_group) {
+JITGEN_FN void load_queries(const Args& args, const Maps& maps, const jg::Schedule& schedule, const jg::Divisors& divisors, Shared shared, int first_group) {
   const bool leader = (threadIdx.x & 31) == 0;
   const unsigned long long stream = jg::policy_evict_first();
   jg::RingPosition<2> slot(0);
@@ -376,7 +374,7 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, const jg::Schedu
     jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
     work = jg::load_shared_int4(shared.work(slot.stage));
   };
-  const jg::QueryTile first = jg::query_tile_at(blockIdx.x, schedule, divisors.tiles);
+  const jg::QueryTile first = jg::query_tile_at<kMixesTiles>(blockIdx.x, schedule, divisors);
   work = make_int4(first.tile * kTileQ - schedule.absent_rows, first.head, first.batch, jg::kWorkTile);
   bool is_first = true;
 #pragma unroll 1
@@ -680,7 +678,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
 
 // ---- kernel ----
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args args, const __grid_constant__ jg::Schedule schedule, const __grid_constant__ Divisors divisors) {
+attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args args, const __grid_constant__ jg::Schedule schedule,
+                 const __grid_constant__ jg::Divisors divisors) {
   extern __shared__ __align__(1024) char memory[];
   const Shared shared = {static_cast<unsigned>(jg::uniform(static_cast<int>(jg::shared_address(memory))))};
   const int group = jg::uniform(threadIdx.x >> 7);
@@ -746,11 +745,12 @@ extern "C" int jitgen_launch(const Args* args) {
   if (code) return code;
 
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(args->stream);
+  const int64_t group_size = args->num_q_heads / args->num_kv_heads;
   jg::Schedule schedule =
-      jg::make_schedule(args->q_len, args->kv_len, kTileQ, (kHeadDim + kHeadDimV) * 2, heads, args->num_q_heads / args->num_kv_heads,
-                        true, jg::counter_of(stream), num_sms);
+      jg::make_schedule(args->q_len, args->kv_len, kTileQ, (kHeadDim + kHeadDimV) * 2, heads, group_size, true,
+                        jg::counter_of(stream), num_sms);
   if (kMixesTiles) jg::mix_tiles(schedule, args->q_len, kTileQ, num_sms);
-  const Divisors divisors = {jg::make_divisors(schedule, args->num_q_heads), jg::make_divisor(args->num_q_heads / args->num_kv_heads)};
+  const jg::Divisors divisors = jg::make_divisors(schedule, args->num_q_heads, group_size);
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
   attention_kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>({q.operand, k.operand, v.operand, o.operand}, *args, schedule, divisors);
   return cudaGetLastError();

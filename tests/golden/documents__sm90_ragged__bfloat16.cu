@@ -652,6 +652,8 @@ JITGEN_FN void find_tiles(const Args& args, const Launch& launch, Shared shared)
       break;
     }
     const int kv_len = piece.request.kv_len, kv_h = kv_head(launch, piece);
+    // Groups behind the last row have nothing to do. A tile that only they would see is none: what lies there is let go of before it has come.
+    const int groups = jg::min(((piece.request.q_len << piece.packing) - piece.first_row + 63) / 64, Tile::kGroups);
     const Head head = make_head(args, piece.request, piece.group << piece.packing);
     const auto span_of = [&](int group, int count) {
       const int row = piece.first_row + 64 * group;
@@ -665,14 +667,12 @@ JITGEN_FN void find_tiles(const Args& args, const Launch& launch, Shared shared)
       const int low = piece.first_key + kv_tile(position, piece.num_tiles) * kTileKv + half * kHalfTile;
       return low < kv_len ? mask_tile(args, head, span, low, jg::min(low + kHalfTile, kv_len) - 1) : kTileNone;
     };
-    jg::VisibleHalves<Tile::kGroups, decltype(span_of), decltype(classify), decltype(classify_half)> visible(span_of, classify, classify_half);
+    jg::VisibleHalves<Tile::kGroups, decltype(span_of), decltype(classify), decltype(classify_half)> visible(span_of, classify, classify_half, groups);
     visible.restart(piece.num_tiles, 0);
-    // Groups behind the last row have nothing to do.
-    const int groups = jg::min(((piece.request.q_len << piece.packing) - piece.first_row + 63) / 64, Tile::kGroups);
     const auto next_step = [&] {
       const int step = visible.next();
       if (step < 0) return step;
-      const int kinds = step & ((1 << 2 * groups) - 1 | ((1 << groups) - 1) << jg::kHalfAt);
+      const int kinds = step & (1 << jg::kRunEndAt) - 1;
       return (piece.first_key + kv_tile(step >> jg::kStepShift, piece.num_tiles) * kTileKv) / 16 << jg::kStepShift | kinds;
     };
     // What the step of a tile also says: of the next one, `next` its step.

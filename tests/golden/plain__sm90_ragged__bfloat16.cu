@@ -538,13 +538,13 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
     }
     [[maybe_unused]] const int kv_len = piece.request.kv_len;
     const int kv_h = kv_head(launch, piece);
-    jg::AllPositions visible(piece.num_tiles);
-    // Groups behind the last row have nothing to do.
+    // Groups behind the last row have nothing to do. A tile that only they would see is none: what lies there is let go of before it has come.
     const int groups = jg::min(((piece.request.q_len << piece.packing) - piece.first_row + 63) / 64, Tile::kGroups);
+    jg::AllPositions visible(piece.num_tiles);
     const auto next_step = [&] {
       const int step = visible.next();
       if (step < 0) return step;
-      const int kinds = 0xaa & ((1 << 2 * groups) - 1);
+      const int kinds = 0xaa & (1 << 2 * groups) - 1;
       return (piece.first_key + kv_tile(step >> jg::kStepShift, piece.num_tiles) * kTileKv) / 16 << jg::kStepShift | kinds;
     };
     // What the step of a tile also says: of the next one, `next` its step.

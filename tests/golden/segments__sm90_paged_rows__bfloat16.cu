@@ -637,6 +637,8 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       break;
     }
     [[maybe_unused]] const int kv_len = piece.request.kv_len;
+    // Groups behind the last row have nothing to do. A tile that only they would see is none: what lies there is let go of before it has come.
+    const int groups = jg::min(((piece.request.q_len << piece.packing) - piece.first_row + 63) / 64, Tile::kGroups);
     const Head head = make_head(args, piece.request, piece.group << piece.packing);
     const auto span_of = [&](int group, int count) {
       const int row = piece.first_row + 64 * group;
@@ -646,13 +648,11 @@ JITGEN_FN void produce(const Args& args, const Maps& maps, const Launch& launch,
       const int low = kv_tile(kDescending ? last : first, piece.num_tiles), high = kv_tile(kDescending ? first : last, piece.num_tiles);
       return mask_tile(args, head, span, piece.first_key + low * kTileKv, jg::min(piece.first_key + high * kTileKv + kTileKv, kv_len) - 1);
     };
-    jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(piece.num_tiles, 0, span_of, classify);
-    // Groups behind the last row have nothing to do.
-    const int groups = jg::min(((piece.request.q_len << piece.packing) - piece.first_row + 63) / 64, Tile::kGroups);
+    jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(piece.num_tiles, 0, span_of, classify, groups);
     const auto next_step = [&] {
       const int step = visible.next();
       if (step < 0) return step;
-      const int kinds = step & 0xff & ((1 << 2 * groups) - 1);
+      const int kinds = step & 0xff;
       return (piece.first_key + kv_tile(step >> jg::kStepShift, piece.num_tiles) * kTileKv) / 16 << jg::kStepShift | kinds;
     };
     // What the step of a tile also says: of the next one, `next` its step.

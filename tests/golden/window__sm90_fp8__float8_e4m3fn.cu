@@ -130,6 +130,10 @@ static_assert(!kSumsFirst || !kRescaleEarly, "O must be up to date when it is ad
 // One pair of column tiles in so many gets its weights by polynomials, 0: none. The exp2 unit has as much to do as the tensor cores
 // for head dim 128, and twice as much for 64.
 constexpr int kPolynomialEvery = kHeadDim == 64 ? 6 : kHeadDim == 128 ? 4 : 0;
+// Weights are made by the maxima so far, and again where that has made some too large: that is seen from the weights by fewer
+// instructions than from S. The look at S would take place during P V, which is short for head dim 64. (H100: full 0.967, 0.965 of
+// the time, causal 1.000. Head dim 128: sm90_fp8_consumer.cu.jinja.)
+constexpr bool kLooksLate = kHeadDim == 64 && !false;   // a cap looks at S for itself
 // The weights of a row are summed by the tensor cores, to which V has eight columns of ones more: a sixth of the instructions of the
 // exponentials less. They are P's rounded ones: O is the closer for it, LSE only within the rounding. So calls that want LSE, and
 // hooks that read it, sum the weights as they are.
@@ -220,11 +224,9 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
 // ---- producer: one warp hands out query tiles, classifies KV tiles and issues every copy ----
 struct Maps { jg::Operand q, k, v, o, rows, squares; };   // v: the copy; rows: V as it is; squares: where the copy is written
 
-struct Divisors { jg::Divisors tiles; jg::Divisor group; };   // group: query heads of a KV head
-
 // Takes query tiles, says to the consumers which, and to copy_tiles what these see: {step, first key, KV head, batch} of each KV tile,
 // or {-1} after the last.
-JITGEN_FN void find_tiles(const Args& args, const jg::Schedule& schedule, const Divisors& divisors, Shared shared) {
+JITGEN_FN void find_tiles(const Args& args, const jg::Schedule& schedule, const jg::Divisors& divisors, Shared shared) {
   const bool leader = (threadIdx.x & 31) == 0;
   const int num_tiles = num_kv_tiles(args);
   jg::RingPosition<2> slot(1);
@@ -260,7 +262,7 @@ JITGEN_FN void find_tiles(const Args& args, const jg::Schedule& schedule, const 
   int query_tile = blockIdx.x;
 #pragma unroll 1
   while (query_tile < schedule.num_tiles) {
-    work = jg::query_tile_at(query_tile, schedule, divisors.tiles);
+    work = jg::query_tile_at<kMixesTiles>(query_tile, schedule, divisors);
     head = make_head(args, work.batch, work.head);
     head.kv_h = divisors.group.divide(work.head);   // where nothing else needs it, the division is gone
     first_row = work.tile * kTileQ - schedule.absent_rows;
@@ -348,7 +350,7 @@ JITGEN_FN void copy_tiles(const Args& args, const Maps& maps, const jg::Copies& 
 // Q of a group as soon as it is done with the rows before: groups are most of a tile apart, and none waits for another one, or for
 // room in the ring of K and V. A warp serves every 1-th group.
 // The CTA's first rows are known before it is known what they see, and do not wait for it (windows 0.5 to 0.7 % faster, 16x1024 1.4 %).
-JITGEN_FN void load_queries(const Args& args, const Maps& maps, const jg::Schedule& schedule, const Divisors& divisors, Shared shared, int first_group) {
+JITGEN_FN void load_queries(const Args& args, const Maps& maps, const jg::Schedule& schedule, const jg::Divisors& divisors, Shared shared, int first_group) {
   const bool leader = (threadIdx.x & 31) == 0;
   const unsigned long long stream = jg::policy_evict_first();
   jg::RingPosition<2> slot(0);
@@ -358,7 +360,7 @@ JITGEN_FN void load_queries(const Args& args, const Maps& maps, const jg::Schedu
     jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
     work = jg::load_shared_int4(shared.work(slot.stage));
   };
-  const jg::QueryTile first = jg::query_tile_at(blockIdx.x, schedule, divisors.tiles);
+  const jg::QueryTile first = jg::query_tile_at<kMixesTiles>(blockIdx.x, schedule, divisors);
   work = make_int4(first.tile * kTileQ - schedule.absent_rows, first.head, first.batch, jg::kWorkTile);
   bool is_first = true;
 #pragma unroll 1
@@ -612,12 +614,12 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
       const auto weigh = [&](const auto& exponents, const float (&shift)[2]) {
         if constexpr (kPolynomialEvery != 0) {
           if (sums_by_product(args))
-            jg::weigh_tile<kPolynomialEvery, Tile::kSharedP, false>(softmax, s, p, p_shared, warp, lane, exponents, shift);
-          else
-            jg::weigh_tile<kPolynomialEvery, Tile::kSharedP, true>(softmax, s, p, p_shared, warp, lane, exponents, shift);
+            return jg::weigh_tile<kPolynomialEvery, Tile::kSharedP, false>(softmax, s, p, p_shared, warp, lane, exponents, shift);
+          return jg::weigh_tile<kPolynomialEvery, Tile::kSharedP, true>(softmax, s, p, p_shared, warp, lane, exponents, shift);
         } else {
           jg::weigh_columns(softmax, s, exponents, shift);
           jg::pack_fp8_tile(p, s);
+          return jg::WeightCheck();
         }
       };
       // Before P V. It takes 120 cycles for the writes to be seen, under which Q K^T of the next tile starts.
@@ -682,14 +684,26 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
           shape(jg::Constant<0>());
-          moved = find_maximum(units, shift);
+          if (!kLooksLate) moved = find_maximum(units, shift);
           ValueProduct::wait<0>(o);   // before the exponentials, as in sm90_consumer.cu.jinja
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
           if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
           take_sums(args, softmax, o, true);
           progress.hold();
           if (kSumsFirst && progress.held() >= kHeldTiles) keep_sums();
-          weigh(jg::Line{units}, shift);
+          const jg::Line exponents = {units};
+          if constexpr (kLooksLate) {   // by the maxima so far: a row that has none yet makes NaN
+            const float before[2] = {softmax.row_sum[0], softmax.row_sum[1]};
+#pragma unroll
+            for (int half = 0; half < 2; ++half) shift[half] = softmax.row_max[half] * units - jg::kWeightBits;
+            if (weigh(exponents, shift).fails()) {
+              softmax.row_sum[0] = before[0], softmax.row_sum[1] = before[1];
+              if (find_maximum(units, shift)) jg::rescale_output(o, factor);
+              weigh(exponents, shift);
+            }
+          } else {
+            weigh(exponents, shift);
+          }
           if (!kSumsFirst && progress.held() >= kHeldTiles) {
             if (kRescaleEarly && moved) jg::rescale_output(o, factor), moved = false;
             keep_sums();
@@ -778,7 +792,7 @@ transpose_values(const __grid_constant__ Maps maps, const __grid_constant__ jg::
 
 __global__ void __launch_bounds__(Tile::kThreads, 1)
 attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args args, const __grid_constant__ jg::Schedule schedule,
-                 const __grid_constant__ jg::Copies copies, const __grid_constant__ Divisors divisors) {
+                 const __grid_constant__ jg::Divisors divisors, const __grid_constant__ jg::Copies copies) {
   extern __shared__ __align__(1024) char memory[];
   const Shared shared = {static_cast<unsigned>(jg::uniform(static_cast<int>(jg::shared_address(memory))))};
   const int group = jg::uniform(threadIdx.x >> 7);
@@ -865,7 +879,6 @@ extern "C" int jitgen_launch(const Args* args) {
   jg::Schedule schedule =
       jg::make_schedule(args->q_len, args->kv_len, kTileQ, kHeadDim + kHeadDimV, heads, group_size, true, jg::counter_of(stream), num_sms);
   if (kMixesTiles) jg::mix_tiles(schedule, args->q_len, kTileQ, num_sms);
-  const Divisors divisors = {jg::make_divisors(schedule, args->num_q_heads), jg::make_divisor(group_size)};
   jg::Copies copies = {static_cast<int*>(args->workspace) + num_copies * squares_per_copy * (jg::SquareTranspose::kBytes / 4),
                        static_cast<int>(copied_heads), 0, static_cast<int>(squares_per_copy)};
   // Not where heads share a copy; nor where a mask may leave so few tiles to see that the copies would take longer.
@@ -878,8 +891,9 @@ extern "C" int jitgen_launch(const Args* args) {
     transpose_values<<<num_ctas, 32 * kCopyWarps, 0, stream>>>(maps, copies, static_cast<int>(num_copies) + 1);
     if (const cudaError_t failed = cudaGetLastError()) return failed;
   }
+  const jg::Divisors divisors = jg::make_divisors(schedule, args->num_q_heads, group_size);
   const int grid = schedule.num_tiles < num_sms ? schedule.num_tiles : num_sms;
   return jg::launch_kernel(attention_kernel, dim3(static_cast<unsigned>(grid)), Tile::kThreads, Tile::kSharedBytes, stream, !no_keys,
-                           maps, *args, schedule, copies, divisors);
+                           maps, *args, schedule, divisors, copies);
 }
 extern "C" const char* jitgen_error_string(int code) { return jg::launch_error_string(code); }

@@ -17,7 +17,7 @@ from jitgen.errors import UnsupportedDtype, UnsupportedVariant, VariantError
 
 E4M3 = torch.float8_e4m3fn
 TIMES_ROUNDED = 1.05  # error allowed, as a multiple of the yardstick's: 2-norms against float64
-SLACK_BITS = 4  # of the kernel
+SLACK_BITS, SLACK_BITS_OF_64 = 4, 4.75  # of the kernel; of head dims up to 64
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 hopper = pytest.mark.skipif(not HOPPER, reason="the sm90_fp8 family needs compute capability 9.0")
 
@@ -62,8 +62,8 @@ def rounded_attention(q, k, v, mask_mod=None, q_offset=None, sums_rounded=False,
     Without LSE the kernel of head dims 64 and 128 sums the rounded ones: ``sums_rounded``.
 
     It measures them from the maximum of the keys visited so far, in tiles from the last key on, which becomes 2**4; a maximum
-    is kept until another exceeds it by more than 4 bits. So the largest weight of a row is a power of two, and has no error,
-    only where no maximum was kept: peaked rows lose a quarter by that.
+    is kept until another exceeds it by more than so many bits. So the largest weight of a row is a power of two, and has no
+    error, only where no maximum was kept: peaked rows lose a quarter by that.
     """
     group = q.shape[1] // k.shape[1]
     k, v = (t.double().expand(q.shape[0], -1, -1, -1).repeat_interleave(group, 1) for t in (k, v))
@@ -76,13 +76,14 @@ def rounded_attention(q, k, v, mask_mod=None, q_offset=None, sums_rounded=False,
     logits = logits * math.log2(math.e)
     if mask_mod is not None:
         logits = logits.masked_fill(~mask_mod(0, 0, rows, keys), -math.inf)
+    slack = SLACK_BITS if q.shape[3] > 64 else SLACK_BITS_OF_64
     tile_kv = 128  # a short last tile makes more of a difference than its size: its maximum is kept
     kept = torch.full_like(logits[..., :1], -math.inf)
     total, out = torch.zeros_like(kept), v.new_zeros(*q.shape[:3], v.shape[3])
     for first in reversed(range(0, k.shape[2], tile_kv)):
         tile = logits[..., first : first + tile_kv]
         top = tile.amax(-1, keepdim=True)
-        origin = torch.where(top > kept + SLACK_BITS, top, kept)
+        origin = torch.where(top > kept + slack, top, kept)
         factor = torch.exp2(kept - origin).nan_to_num()  # both -inf: nothing so far
         weights = torch.exp2(tile - origin.nan_to_num(neginf=0.0)) * 2**4
         rounded = weights.float().to(E4M3).double()
@@ -136,6 +137,26 @@ def test_kernel_counts_queries_from_the_end_of_the_keys(q_len, kv_len, heads, kv
     got, lse = jitgen.attention(q, k, v, mask_mod=causal, q_index=q_index, return_lse=True)
     assert_as_accurate_as_rounded_weights(got, want, rounded_attention(q, k, v, causal, offset))
     torch.testing.assert_close(lse.double(), want_lse, atol=2e-3, rtol=1e-4)
+
+
+@hopper
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("rise", [-2.0, 1.0, 3.0, 4.5, 7.0])
+def test_maxima_that_rise_from_tile_to_tile_are_followed(head_dim, rise):
+    """By so many bits, in the order in which tiles are visited: from the last key on. The columns that do so come last, as
+    the tensor cores cut off what is small beside a large sum."""
+    q, k, v = inputs(1, 2, 2, 200, 700, head_dim)
+    bits = rise * (torch.arange(699, -1, -1, device="cuda") // 128)
+    q[..., -16:] = 2.0
+    k[..., -16:] = (bits * math.sqrt(head_dim) / (32.0 * math.log2(math.e))).to(E4M3)[:, None]
+    want, want_lse = reference.attention(*(t.double() for t in (q, k, v)), return_lse=True)
+    poison(q)
+    got, lse = jitgen.attention(q, k, v, return_lse=True)
+    assert_as_accurate_as_rounded_weights(got, want, rounded_attention(q, k, v))
+    torch.testing.assert_close(lse.double(), want_lse, atol=2e-3, rtol=1e-4)
+    poison(q)
+    alone = jitgen.attention(q, k, v)
+    assert_as_accurate_as_rounded_weights(alone, want, rounded_attention(q, k, v, sums_rounded=head_dim <= 128))
 
 
 @hopper

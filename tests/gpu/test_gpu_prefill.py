@@ -128,6 +128,18 @@ def test_pages_that_the_mask_hides_need_not_exist(family):
     assert_close(batch, got, batch.expected(window))
 
 
+@pytest.mark.parametrize("page_size", [0, 1, 16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rows_behind_the_last_one_need_no_keys(family, head_dim, page_size):
+    """A tile of rows that is not full: the mask would show all keys to those that it does not have."""
+    kv_len = 3000
+
+    def mask(b, h, q_idx, kv_idx):
+        return (kv_idx <= q_idx) & ((q_idx - kv_idx < 200) | (q_idx >= kv_len))
+
+    check(make_batch([(15, kv_len)] * 70 + [(40, kv_len), (1, kv_len)], head_dim=head_dim), mask, family, page_size)
+
+
 def test_gaps_between_requests_are_not_read(family):
     batch = make_batch([(40, 100), (70, 300)])
     gap = torch.full((37, 2, 64), math.nan, dtype=batch.dtype, device=DEVICE)

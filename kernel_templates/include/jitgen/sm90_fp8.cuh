@@ -55,7 +55,8 @@ JITGEN_FN int to_uniform_register(int x) {
 // ---- P ----
 // Weights reach 448, the largest e4m3: exponents are counted from the row maximum plus kWeightBits, and the maximum is kept
 // until another exceeds it by kSlackBits. 4 + 4: weights below 2^-10 (at worst, else 2^-14) of the largest lose precision,
-// those below 2^-13 vanish; without slack O is rescaled in half of the tiles.
+// those below 2^-13 vanish; without slack O is rescaled in half of the tiles. Where kernels look at weights in place of logits
+// (WeightCheck), the slack is what e4m3 has room for, 4.75 bits.
 constexpr int kWeightBits = 4, kSlackBits = 4;
 constexpr float kWeightUnit = 1.0f / (1 << kWeightBits);   // what sums of weights must be multiplied by
 
@@ -134,6 +135,17 @@ JITGEN_FN unsigned exp2_pair(float y0, float y1) {
   asm("lop3.b32 %0, %1, 0x3c003c00, %2, 0xde;" : "=r"(mantissa) : "r"(number), "r"(power));
   return fma_half2(number, mul_half2(mantissa, 0x35503550u), mul_half2(power, 0x39593959u));
 }
+// Whether weights are too large for e4m3: whether one becomes 448, which all larger ones do, or is a NaN.
+struct WeightCheck {
+  static constexpr float kLargest = 8.75f;   // log2 of a number between 416 and 448, by polynomials
+  unsigned bytes = 0;
+  int exponent = 0;   // + kFixedPoint, of those by polynomials: floats above 0 compare as integers do
+  JITGEN_FN void add(unsigned weights) { bytes |= weights + 0x02020202u; }   // 448 is 0x7e, a NaN 0x7f
+  JITGEN_FN void add(float y0, float y1) { exponent = max(max(exponent, __float_as_int(y0)), __float_as_int(y1)); }
+  JITGEN_FN bool fails() const {   // in any lane
+    return __any_sync(0xffffffffu, (bytes & 0x80808080u) != 0 | exponent > __float_as_int(kFixedPoint + kLargest));
+  }
+};
 // Exponents of a tile: x * units + addend,
 struct Line {
   float units;
@@ -162,7 +174,7 @@ JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], const 
 // Column tiles 2 `pair` and 2 `pair` + 1 of S become weights, the A operand of P V. kSummed: and are added to the sums.
 template <bool kSummed, int kColTiles, class Exponents>
 JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], int pair,
-                          bool by_polynomial, const Exponents& exponents, const float (&shift)[2]) {
+                          bool by_polynomial, const Exponents& exponents, const float (&shift)[2], WeightCheck& check) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float(&first)[4] = s[2 * pair], (&second)[4] = s[2 * pair + 1];
@@ -178,6 +190,7 @@ JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], uns
         state.row_sum[half] += sums.x + sums.y;
       }
       packed = pack_e4m3(low, high);
+      check.add(x[0], x[1]), check.add(x[2], x[3]);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -185,6 +198,7 @@ JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], uns
         if (kSummed) state.row_sum[half] += x[i];
       }
       packed = pack_e4m3(x[0], x[1], x[2], x[3]);
+      check.add(packed);
     }
   }
 }
@@ -192,8 +206,9 @@ JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], uns
 // of them were slower on an H100, and so were polynomials in fp32. kStored: they go to shared memory as well, 32 columns at a time,
 // so that those done leave their registers to the rest.
 template <int kEvery, bool kStored, bool kSummed, int kColTiles, class Exponents>
-JITGEN_FN void weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], unsigned p_shared,
-                          int warp, int lane, const Exponents& exponents, const float (&shift)[2]) {
+JITGEN_FN WeightCheck weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], unsigned p_shared,
+                                 int warp, int lane, const Exponents& exponents, const float (&shift)[2]) {
+  WeightCheck check;
   using Weights = SpanTile<kColTiles * 4>;
   constexpr int kSteps = Weights::kSpan / 16;
   unsigned first = 0;   // as in store_tile
@@ -202,9 +217,10 @@ JITGEN_FN void weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], uns
   for (int step = 0; step < kColTiles / 4; ++step) {
 #pragma unroll
     for (int pair = 2 * step; pair < 2 * step + 2; ++pair)
-      weigh_pair<kSummed>(state, s, p, pair, pair % kEvery == kEvery - 1, exponents, shift);
+      weigh_pair<kSummed>(state, s, p, pair, pair % kEvery == kEvery - 1, exponents, shift, check);
     if (kStored) store_matrix((first ^ step % kSteps * 32) + step / kSteps * 64 * Weights::kSpanBytes, p[step]);
   }
+  return check;
 }
 
 // ---- a soft cap ----
