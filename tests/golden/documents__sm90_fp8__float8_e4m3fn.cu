@@ -53,7 +53,7 @@ constexpr int kTileKv = 128;
 constexpr int kNumStages = 2;
 constexpr bool kHasMask = true;
 constexpr bool kMixesTiles = false;   // of two sizes: see sm90_schedule.cuh
-constexpr int kHalfTile = kTileKv / 2, kTilesAhead = 2, kAheadBytes = 32 * kTilesAhead;   // as in sm90.cu.jinja
+constexpr bool kPerGroup = true;   // tiles are classified for each warp group, or once for all of them
 
 // ---- variant ----
 // Values known per (request, query head).
@@ -123,14 +123,13 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
 }
 
 // ---- geometry ----
-using Tile = jg::Fp8Geometry<kHeadDim, kTileQ, kTileKv, kNumStages, false, 1, kAheadBytes + 2 * kTileQ * 4>;
+using Tile = jg::Fp8Geometry<kHeadDim, kTileQ, kTileKv, kNumStages, false, 2, 2 * kTileQ * 4>;
 static_assert(kHeadDimV == kHeadDim, "the tiles are made for one head dim");
 using Control = jg::ControlBlock<kNumStages>;
 using KeyTile = jg::SpanTile<kHeadDim / 2>;     // an 8-bit tile is addressed as one of half as many 16-bit columns
 using ValueTile = jg::SpanTile<kTileKv / 2>;    // transposed: [kHeadDimV][kTileKv]
 using WeightTile = jg::SpanTile<kTileKv / 2>;   // P in shared memory
 using OutputTile = jg::SpanTile<kHeadDimV>;
-using QueryProduct = jg::Fp8Wgmma<kTileKv>;
 using Logits = float[kTileKv / 8][4];      // accumulators of one consumer thread: sm90_wgmma.cuh has the layout
 using Columns = float[kHeadDimV / 8][4];   // of O
 // O of a wide head is rescaled while Q K^T runs: the multiplications are too many to hide after P V.
@@ -154,8 +153,7 @@ using ValueProduct = jg::Fp8Wgmma<kHeadDimV + 8 * kSumsByProduct>;
 JITGEN_FN Columns& columns_of(Output& o) { return reinterpret_cast<Columns&>(o); }
 constexpr int kHeldTiles = jg::kHeldKeys / kTileKv;   // tiles that O holds before it is added to the sums
 constexpr bool kMaybeEmpty = kHasMask || false;
-constexpr bool kDescending = true;
-constexpr int kQueryWarp = 1, kFinderWarp = 3;   // of the producer's warps
+constexpr int kSearcher = 3;   // of the producer's warps
 constexpr int kTurnBarrier = 1, kGroupBarrier = 5;   // named barriers: + group
 
 // Shared-memory addresses of a CTA.
@@ -168,10 +166,7 @@ struct Shared {
   JITGEN_FN unsigned step(int slot) const { return base + Tile::kControlAt + __builtin_offsetof(Control, step) + 4 * slot; }
   JITGEN_FN unsigned square(int copier) const { return base + Tile::kSquareAt + copier * jg::SquareTranspose::kBytes; }
   JITGEN_FN unsigned arrived(int copier) const { return base + Tile::kArrivedAt + 8 * copier; }
-  JITGEN_FN unsigned found(int slot, int row) const { return base + Tile::kExtraAt + kAheadBytes + (slot * kTileQ + row) * 4; }
-  JITGEN_FN unsigned tile(int at) const { return base + Tile::kExtraAt + 16 * at; }
-  JITGEN_FN unsigned tile_full(int at) const { return base + Tile::kExtraAt + 16 * kTilesAhead + 8 * at; }
-  JITGEN_FN unsigned tile_empty(int at) const { return tile_full(at) + 8 * kTilesAhead; }
+  JITGEN_FN unsigned found(int slot, int row) const { return base + Tile::kExtraAt + (slot * kTileQ + row) * 4; }
   JITGEN_FN unsigned work(int slot) const { return base + Tile::kControlAt + __builtin_offsetof(Control, work) + 16 * slot; }
 };
 #define JG_BARRIER(name, ...) shared.barrier(__builtin_offsetof(Control, name), ##__VA_ARGS__)
@@ -235,9 +230,8 @@ JITGEN_FN jg::KeptColumns see_columns(const Args& args, const Head& head, Shared
 }
 
 // Scores and masks one KV tile; `first_kv` is the column of element 0. kAtEnd: the tile may reach past kv_len.
-template <bool kAtEnd, int kColTiles>
-JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows, float (&s)[kColTiles][4], int first_kv, bool partial) {
-  constexpr int kTileKv = 8 * kColTiles;   // half as many as elsewhere in half a tile
+template <bool kAtEnd>
+JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows, Logits& s, int first_kv, bool partial) {
   const int kv_len = static_cast<int>(args.kv_len);
   if constexpr (kAtEnd)
     if (first_kv + kTileKv > kv_len) jg::mask_tail(s, first_kv, kv_len);
@@ -256,14 +250,15 @@ JITGEN_FN void search_rows(const Args& args, Shared shared, const Head& head, in
   for (int i = 0; i < kCount; ++i) jg::store_shared(shared.found(slot, first + kPitch * i), found[i]);
 }
 
-// Takes query tiles, says to the consumers which, and to copy_tiles what these see: {step, first key, KV head, batch} of each KV tile,
-// or {-1} after the last.
-JITGEN_FN void find_tiles(const Args& args, const jg::Schedule& schedule, const jg::Divisors& divisors, Shared shared) {
+JITGEN_FN void produce(const Args& args, const Maps& maps, const jg::Copies& copies, const jg::Schedule& schedule, const jg::Divisors& divisors, Shared shared) {
   const bool leader = (threadIdx.x & 31) == 0;
+  const unsigned long long keep = jg::policy_evict_last(), stream = jg::policy_evict_first();
   const int num_tiles = num_kv_tiles(args);
+  bool has_waited = false;   // for the copy of V
+  jg::RingPosition<kNumStages> kv(1);
   jg::RingPosition<2> slot(1);
-  jg::RingPosition<kTilesAhead> ahead(1);
-  unsigned q_parity = 0;
+  unsigned q_parity = 1;
+  int query_tile = blockIdx.x;
   const auto publish = [&](int4 message) {
     jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity);
     if (leader) {
@@ -272,151 +267,102 @@ JITGEN_FN void find_tiles(const Args& args, const jg::Schedule& schedule, const 
     }
     slot.advance();
   };
-  const auto tell = [&](int4 tile) {
-    jg::barrier_wait(shared.tile_empty(ahead.stage), ahead.parity);
-    if (leader) {
-      jg::store_shared(shared.tile(ahead.stage), tile);
-      jg::barrier_arrive(shared.tile_full(ahead.stage));
-    }
-    ahead.advance();
-  };
-  jg::QueryTile work = {0, 0, 0};
-  Head head = make_head(args, 0, 0);
-  int first_row = 0;
-  const auto judge = [&](int group, int count, int first, int last, int half) {   // visiting positions
-    const int last_row = first_row + 64 * (group + count) - 1, kv_len = static_cast<int>(args.kv_len);
-    const MaskSpan span = mask_span(args, head, query_index(args, first_row + 64 * group), query_index(args, last_row));
-    int low = kv_tile(kDescending ? last : first, num_tiles) * kTileKv, end = kv_tile(kDescending ? first : last, num_tiles) * kTileKv + kTileKv;
-    if (half >= 0) low += half * kHalfTile, end = low + kHalfTile;
-    return low < kv_len ? mask_tile(args, head, span, low, jg::min(end, kv_len) - 1) : kTileNone;
-  };
-  jg::VisibleHalvesInOne<Tile::kGroups, decltype(judge)> visible(judge);
-  int query_tile = blockIdx.x;
+  // Taken one query tile ahead, just before the last copy of the present one: earlier would commit the CTA too soon.
+  const auto take_query_tile = [&] { query_tile = jg::next_tile(query_tile, schedule.counter, leader); };
 #pragma unroll 1
   while (query_tile < schedule.num_tiles) {
-    work = jg::query_tile_at<kMixesTiles>(query_tile, schedule, divisors);
-    head = make_head(args, work.batch, work.head);
+    const jg::QueryTile work = jg::query_tile_at<kMixesTiles>(query_tile, schedule, divisors);
+    Head head = make_head(args, work.batch, work.head);
     head.kv_h = divisors.group.divide(work.head);   // where nothing else needs it, the division is gone
-    first_row = work.tile * kTileQ - schedule.absent_rows;
-    visible.restart(num_tiles, jg::max(-first_row, 0) / 64);
-    int step = -1;
-#pragma unroll 1
-    do {   // one call for the first tile and the next ones
-      const int next = visible.next();
-      if (step < 0) {
-        // Q of the first tile is copied in any case. Where nobody waits for it, it has to come before there is another to wait for.
-        const bool is_first = query_tile == static_cast<int>(blockIdx.x);
-        if (is_first && next < 0) {
-#pragma unroll 1
-          for (int group = 0; group < Tile::kGroups; ++group) jg::barrier_wait(JG_BARRIER(q_full, group), 0);
-        }
-        publish(make_int4(first_row, work.head, work.batch, next < 0 ? jg::kWorkEmpty : jg::kWorkTile | q_parity << 1));
-        q_parity ^= next >= 0 || is_first;
-      } else {
-        const int flags = next < 0 ? jg::kStepLast | 7 << jg::kRunEndAt : jg::run_ends(step, next) << jg::kRunEndAt;
-        tell(make_int4(step | flags, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch));
+    if constexpr (Tile::kCopiers > 0) {   // here, where few registers are in use; the consumers are two KV tiles behind
+      const int copy = work.batch * static_cast<int>(args.num_kv_heads) + head.kv_h;
+      if (leader && copy >= copies.first_later) {
+        jg::wait_for_previous_kernel();
+        jg::wait_for_count(copies.counters + 1 + copy, copies.squares_per_copy);
       }
-      step = next;
-    } while (step >= 0);
-    query_tile = jg::uniform(jg::next_tile(query_tile, schedule.counter, leader));
+      __syncwarp();
+    }
+    const int first_row = jg::first_row_of<kMixesTiles>(work.tile, schedule, kTileQ);
+    const auto span_of = [&](int group, int count) {
+      return mask_span(args, head, query_index(args, first_row + 64 * group), query_index(args, first_row + 64 * (group + count) - 1));
+    };
+    const auto classify = [&](const MaskSpan& span, int first, int last) {   // visiting positions
+      const int low = kv_tile(last, num_tiles), high = kv_tile(first, num_tiles);
+      return mask_tile(args, head, span, low * kTileKv, jg::min(high * kTileKv + kTileKv, static_cast<int>(args.kv_len)) - 1);
+    };
+    jg::VisibleTiles<Tile::kGroups, kPerGroup, decltype(span_of), decltype(classify)> visible(num_tiles, jg::max(-first_row, 0) / 64, span_of, classify);
+    const auto load_key = [&](int step, int next) {
+      const unsigned full = JG_BARRIER(k_full, kv.stage);
+      jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
+      if (!leader) return;
+      if (kHasMask) {
+        const int flags = (next < 0 ? jg::kStepLast : 0) | (next < 0 ? 15 : jg::skipped_groups(next)) << jg::kNextAt;
+        jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), step | flags);
+      }
+      jg::barrier_expect(full, Tile::kTileBytes);   // also publishes the step
+      jg::tensor_load(shared.key(kv.stage), maps.k, full, kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv, head.kv_h, work.batch, keep);
+    };
+    const auto load_value = [&](int step, const jg::RingPosition<kNumStages>& at) {
+      const unsigned full = JG_BARRIER(v_full, at.stage);
+      jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
+      if (!leader) return;
+      if (!has_waited) jg::wait_for_previous_kernel();
+      has_waited = true;
+      jg::barrier_expect(full, Tile::kTileBytes);
+      jg::tensor_load(shared.value(at.stage), maps.v, full, kv_tile(step >> jg::kStepShift, num_tiles) * kHeadDimV, head.kv_h, work.batch, keep);
+    };
+
+    int step = visible.next();
+    publish(make_int4(first_row, work.head, work.batch, jg::short_flag<kMixesTiles>(work.tile, schedule) | (step < 0 ? jg::kWorkEmpty : jg::kWorkTile)));
+    if (step < 0) {
+      take_query_tile();
+    } else {
+      int next = visible.next();
+      load_key(step, next);
+      // Each group's rows as soon as it is done with those before: the first group is most of a tile ahead of the last.
+#pragma unroll 1
+      for (int group = 0; group < Tile::kGroups; ++group) {
+        const unsigned full = JG_BARRIER(q_full, group);
+        jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
+        if (!leader) continue;
+        jg::barrier_expect(full, Tile::kGroupQBytes);
+        jg::tensor_load(shared.query(group), maps.q, full, first_row + 64 * group, work.head, work.batch, stream);
+      }
+      // K runs one tile ahead of V: the product of the next tile can start while this V is on its way.
+#pragma unroll 1
+      while (next >= 0) {
+        const jg::RingPosition<kNumStages> at = kv;
+        const int after = visible.next();
+        kv.advance();
+        load_key(next, after);
+        load_value(step, at);
+        step = next;
+        next = after;
+      }
+      take_query_tile();
+      load_value(step, kv);
+      kv.advance();
+      q_parity ^= 1;
+    }
+    query_tile = jg::uniform(query_tile);
   }
-  tell(make_int4(-1, 0, 0, 0));
+  jg::wait_for_previous_kernel();   // also without a V: the end of this kernel stands for both
   publish(make_int4(0, 0, 0, jg::kWorkStop));
   jg::leave_counter(schedule.counter, leader);
 }
 
-// The same for all lanes.
-JITGEN_FN bool has_passed(unsigned barrier, unsigned parity) { return jg::uniform(jg::barrier_test(barrier, parity)); }
-
-// Copies K and V of these tiles. K runs one tile ahead of V, into the next query tile too: a product can start while the V before it is
-// on its way.
-JITGEN_FN void copy_tiles(const Args& args, const Maps& maps, const jg::Copies& copies, Shared shared) {
-  int ready = -1;   // the last copy of V that was waited for
-  const bool leader = (threadIdx.x & 31) == 0;
-  const unsigned long long keep = jg::policy_evict_last();
-  jg::RingPosition<kNumStages> kv(1);
-  jg::RingPosition<kTilesAhead> ahead(0);
-  int4 late = make_int4(-1, 0, 0, 0);   // the tile of the V still to be copied, if there is one: one stage behind kv
-  const auto load_value = [&] {
-    if (late.x < 0) return;
-    const jg::RingPosition<kNumStages> at = kv.before();
-    const unsigned full = JG_BARRIER(v_full, at.stage);
-    jg::barrier_wait(JG_BARRIER(v_empty, at.stage), at.parity);
-    if (leader) {
-      const int copy = late.w * static_cast<int>(args.num_kv_heads) + late.z;
-      if (ready < 0) jg::wait_for_previous_kernel();
-      if (copy != ready && copy >= copies.first_later) jg::wait_for_count(copies.counters + 1 + copy, copies.squares_per_copy);
-      ready = copy;
-      jg::barrier_expect(full, Tile::kTileBytes);
-      jg::tensor_load(shared.value(at.stage), maps.v, full, late.y / kTileKv * kHeadDimV, late.z, late.w, keep);
-    }
-    late.x = -1;
-  };
+// A warp beside the producer hears of query tiles as the consumers do, and searches for their rows.
+JITGEN_FN void search_tiles(const Args& args, Shared shared) {
 #pragma unroll 1
-  for (;;) {
-    // V does not wait for a tile that is still to be found: a query tile is taken once the rows before the last are done.
-    if (!has_passed(shared.tile_full(ahead.stage), ahead.parity)) load_value();
-    jg::barrier_wait(shared.tile_full(ahead.stage), ahead.parity);
-    const int4 tile = jg::load_shared_int4(shared.tile(ahead.stage));
-    jg::barrier_arrive(shared.tile_empty(ahead.stage));   // every lane for itself: see work_empty
-    ahead.advance();
-    if (tile.x < 0) break;
-    // V first, where there is room for it and none for K.
-    const jg::RingPosition<kNumStages> before = kv.before();
-    if (!has_passed(JG_BARRIER(k_empty, kv.stage), kv.parity) && has_passed(JG_BARRIER(v_empty, before.stage), before.parity)) load_value();
-    const unsigned full = JG_BARRIER(k_full, kv.stage);
-    jg::barrier_wait(JG_BARRIER(k_empty, kv.stage), kv.parity);
-    if (leader) {
-      jg::store_shared(shared.step(kv.stage + (kv.parity ^ 1) * kNumStages), tile.x);
-      jg::barrier_expect(full, Tile::kTileBytes);   // also publishes the step
-      jg::tensor_load(shared.key(kv.stage), maps.k, full, tile.y, tile.z, tile.w, keep);
-    }
-    load_value();
-    late = tile;
-    kv.advance();
-  }
-  load_value();
-  jg::wait_for_previous_kernel();   // also without a V: the end of this kernel stands for both
-}
-
-// Q of a group as soon as it is done with the rows before: groups are most of a tile apart, and none waits for another one, or for
-// room in the ring of K and V. A warp serves every 1-th group. Then what the mask searches for the rows.
-// The CTA's first rows are known before it is known what they see, and do not wait for it (windows 0.5 to 0.7 % faster, 16x1024 1.4 %).
-JITGEN_FN void load_queries(const Args& args, const Maps& maps, const jg::Schedule& schedule, const jg::Divisors& divisors, Shared shared, int first_group) {
-  const bool leader = (threadIdx.x & 31) == 0;
-  const unsigned long long stream = jg::policy_evict_first();
-  jg::RingPosition<2> slot(0);
-  unsigned q_parity = 1;
-  int4 work;
-  const auto hear = [&] {
+  for (jg::RingPosition<2> slot(0);; slot.advance()) {
     jg::barrier_wait(JG_BARRIER(work_full, slot.stage), slot.parity);
-    work = jg::load_shared_int4(shared.work(slot.stage));
-  };
-  const jg::QueryTile first = jg::query_tile_at<kMixesTiles>(blockIdx.x, schedule, divisors);
-  work = make_int4(first.tile * kTileQ - schedule.absent_rows, first.head, first.batch, jg::kWorkTile);
-  bool is_first = true;
-#pragma unroll 1
-  for (;; slot.advance()) {
-    if (!is_first) hear();
+    const int4 work = jg::load_shared_int4(shared.work(slot.stage));
     if (work.w == jg::kWorkStop) return;
-    if (jg::has_keys<kMixesTiles>(work.w)) {
-#pragma unroll 1
-      for (int group = first_group; group < Tile::kGroups; group += 1) {
-        const unsigned full = JG_BARRIER(q_full, group);
-        jg::barrier_wait(JG_BARRIER(q_empty, group), q_parity);
-        if (leader) {
-          jg::barrier_expect(full, Tile::kGroupQBytes);
-          jg::tensor_load(shared.query(group), maps.q, full, work.x + 64 * group, work.y, work.z, stream);
-        }
-      }
-      const Head head = make_head(args, work.z, work.y);
+    if (work.w != jg::kWorkEmpty) {
       // Passes at once, as the producer has waited for it before this message: racecheck is to see that what lay here has been read.
       jg::barrier_wait(JG_BARRIER(work_empty, slot.stage), slot.parity ^ 1);
-      search_rows(args, shared, head, slot.stage, work.x, first_group);
+      search_rows(args, shared, make_head(args, work.z, work.y), slot.stage, work.x, 0);
     }
-    if (is_first) hear();
-    is_first = false;
-    q_parity ^= work.w != jg::kWorkEmpty;
     jg::barrier_arrive(JG_BARRIER(found_full, slot.stage));
     jg::barrier_arrive(JG_BARRIER(work_empty, slot.stage));
   }
@@ -488,16 +434,6 @@ JITGEN_FN void start_pv(Output& o, const Weights& p, unsigned long long p_shared
       ValueProduct::shared(o, jg::operand_at(p_shared, WeightTile::step_offset(step, 64)), jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), step != 0 ? 1 : add);
     else
       ValueProduct::registers(o, p[step], jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), step != 0 ? 1 : add);
-  jg::wgmma_commit();
-}
-// Of half a tile, whose few weights stay in registers.
-using HalfLogits = float[kHalfTile / 8][4];
-using HalfWeights = unsigned[kHalfTile / 32][4];
-JITGEN_FN void start_half_pv(Output& o, const HalfWeights& p, unsigned long long v, int add) {
-  jg::wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < kHalfTile / 32; ++step)
-    ValueProduct::registers(o, p[step], jg::operand_at(v, ValueTile::step_offset(step, kHeadDimV)), step != 0 ? 1 : add);
   jg::wgmma_commit();
 }
 // Whether sums are those of products; else each thread of a quad has its own part.
@@ -670,7 +606,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           __syncwarp();
         }
       };
-      jg::barrier_wait(JG_BARRIER(q_full, group), kind >> 1);
+      jg::barrier_wait(JG_BARRIER(q_full, group), progress.query_parity());
 #pragma unroll 1
       for (;;) {
         jg::barrier_wait(JG_BARRIER(k_full, kv.stage), kv.parity);
@@ -679,15 +615,12 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         if (jg::kind_of(step, group) == kTileNone) {   // nothing to these rows: release it, and keep the order of turns
           pass_turn();
           release_key();
-          // V too, whether it has come or not, as soon as all groups have released what lay there before.
-          jg::barrier_wait(JG_BARRIER(v_empty, kv.stage), kv.parity ^ 1);
-          __syncwarp();
-          jg::barrier_arrive_if(leader, JG_BARRIER(v_empty, kv.stage));
+          jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
+          if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
           kv.advance();
           if (step & jg::kStepLast) break;
           continue;
         }
-        if (!jg::is_half(step, group)) {
         // A run of visible tiles: the products of a tile overlap with those of the next.
         start_qk(s, q_operand, jg::operand_at(k_operand, kv.stage * (Tile::kTileBytes >> 4)));
         pass_turn();
@@ -706,7 +639,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         jg::named_sync(kGroupBarrier + group, 128);
         if (progress.held() >= kHeldTiles) keep_sums();
 #pragma unroll 1
-        while (!jg::is_run_end(step, group)) {
+        while (!jg::is_next_skipped(step, group)) {
           jg::RingPosition<kNumStages> next = kv;
           next.advance();
           // Before the turn: a look takes 45 cycles even where nothing is to wait for. Two groups are faster with it after Q K^T.
@@ -757,36 +690,6 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         ValueProduct::wait<0>(o);
         take_sums(args, softmax, o, false);
         if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
-        } else {   // half a tile, which is a run of its own
-          const int kind = jg::kind_of(step, group), start = kind == kTileFull ? kHalfTile : 0;
-          const int first_kv = first_column() + start;
-          HalfLogits s;
-          HalfWeights p;
-          start_qk(s, q_operand, jg::operand_at(k_operand, kv.stage * Tile::kTileBytes + start * KeyTile::kSpanBytes >> 4));
-          pass_turn();
-          const jg::KeptColumns kept = see_columns(args, head, shared, progress.message(), group_row, first_kv, kind);
-          jg::Fp8Wgmma<kHalfTile>::wait<0>(s);
-          release_key();
-          shape_logits<true>(args, head, rows, s, first_kv, true);
-          kept.hide_others(s);
-          const float units = jg::exponent_units(rows.factor);
-          float shift[2];
-          const bool moved = jg::update_maximum<kMaybeEmpty, jg::kSlackBits>(softmax, s, units, shift, factor);
-          shift[0] -= jg::kWeightBits, shift[1] -= jg::kWeightBits;
-          if (sums_by_product(args))
-            jg::weigh_tile<kPolynomialEvery, false, false>(softmax, s, p, 0, warp, lane, jg::Line{units}, shift);
-          else
-            jg::weigh_tile<kPolynomialEvery, false, true>(softmax, s, p, 0, warp, lane, jg::Line{units}, shift);
-          if (moved) jg::rescale_output(o, factor);
-          jg::bulk_wait_read();
-          jg::named_sync(kGroupBarrier + group, 128);
-          if (progress.held() >= kHeldTiles) keep_sums();
-          jg::barrier_wait(JG_BARRIER(v_full, kv.stage), kv.parity);
-          start_half_pv(o, p, jg::operand_at(v_operand, kv.stage * Tile::kValueBytes + start >> 4), progress.has_output());
-          ValueProduct::wait<0>(o);
-          take_sums(args, softmax, o, false);
-          if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, kv.stage));
-        }
         kv.advance();
         progress.hold();
         if (step & jg::kStepLast) break;
@@ -852,10 +755,6 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
       jg::barrier_init(JG_BARRIER(v_full, stage), 1);
       jg::barrier_init(JG_BARRIER(v_empty, stage), 4 * Tile::kGroups);
     }
-    for (int at = 0; at < kTilesAhead; ++at) {
-      jg::barrier_init(shared.tile_full(at), 1);
-      jg::barrier_init(shared.tile_empty(at), 32);
-    }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
       jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups + 32);   // every thread, as in sm90.cu.jinja
@@ -874,10 +773,11 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
   if (group == 0) {
     jg::give_registers<Tile::kProducerRegs>();
     const int warp = jg::uniform(threadIdx.x >> 5);
-    if (warp == 0) copy_tiles(args, maps, copies, shared);
-    else if (warp == kFinderWarp) find_tiles(args, schedule, divisors, shared);
-    else if (warp == kQueryWarp) load_queries(args, maps, schedule, divisors, shared, 0);
-    else copy_later(maps, copies, shared, 0);
+    if (warp == 0) produce(args, maps, copies, schedule, divisors, shared);
+    if (warp == kSearcher) search_tiles(args, shared);
+    if constexpr (Tile::kCopiers > 0) {
+      if (warp > 0 && warp <= Tile::kCopiers) copy_later(maps, copies, shared, warp - 1);
+    }
   } else {
     jg::take_registers<Tile::kConsumerRegs>();
     consume(args, maps, shared, group - 1);

@@ -198,7 +198,6 @@ using KeyTile = jg::SpanTile<kHeadDim / 2>;     // an 8-bit tile is addressed as
 using ValueTile = jg::SpanTile<kTileKv / 2>;    // transposed: [kHeadDimV][kTileKv]
 using WeightTile = jg::SpanTile<kTileKv / 2>;   // P in shared memory
 using OutputTile = jg::SpanTile<kHeadDimV>;
-using QueryProduct = jg::Fp8Wgmma<kTileKv>;
 using Logits = float[kTileKv / 8][4];      // accumulators of one consumer thread: sm90_wgmma.cuh has the layout
 using Columns = float[kHeadDimV / 8][4];   // of O
 // O of a wide head is rescaled while Q K^T runs: the multiplications are too many to hide after P V.

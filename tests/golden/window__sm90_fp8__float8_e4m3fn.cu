@@ -112,14 +112,13 @@ JITGEN_FN int mask_tile(const Args& args, const Head& head, const MaskSpan& span
 }
 
 // ---- geometry ----
-using Tile = jg::Fp8Geometry<kHeadDim, kTileQ, kTileKv, kNumStages, false, 1, kAheadBytes + 0>;
+using Tile = jg::Fp8Geometry<kHeadDim, kTileQ, kTileKv, kNumStages, false, 1, kAheadBytes>;
 static_assert(kHeadDimV == kHeadDim, "the tiles are made for one head dim");
 using Control = jg::ControlBlock<kNumStages>;
 using KeyTile = jg::SpanTile<kHeadDim / 2>;     // an 8-bit tile is addressed as one of half as many 16-bit columns
 using ValueTile = jg::SpanTile<kTileKv / 2>;    // transposed: [kHeadDimV][kTileKv]
 using WeightTile = jg::SpanTile<kTileKv / 2>;   // P in shared memory
 using OutputTile = jg::SpanTile<kHeadDimV>;
-using QueryProduct = jg::Fp8Wgmma<kTileKv>;
 using Logits = float[kTileKv / 8][4];      // accumulators of one consumer thread: sm90_wgmma.cuh has the layout
 using Columns = float[kHeadDimV / 8][4];   // of O
 // O of a wide head is rescaled while Q K^T runs: the multiplications are too many to hide after P V.

@@ -26,6 +26,10 @@ def causal(b, h, q_idx, kv_idx):
     return kv_idx <= q_idx
 
 
+def window(b, h, q_idx, kv_idx):
+    return (kv_idx <= q_idx) & (q_idx - kv_idx < 200)
+
+
 def inputs(batch, heads, kv_heads, q_len, kv_len, head_dim, head_dim_v=None, mean=0.0):
     generator = torch.Generator("cuda").manual_seed(q_len * 1000 + kv_len)
 
@@ -109,7 +113,7 @@ def poison(like):
 @hopper
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("length", [1, 63, 65, 127, 257, 515, 1100])
-@pytest.mark.parametrize("mask_mod", [None, causal], ids=["full", "causal"])
+@pytest.mark.parametrize("mask_mod", [None, causal, window], ids=["full", "causal", "window"])
 def test_kernel_is_as_accurate_as_rounded_weights(head_dim, length, mask_mod):
     q, k, v = inputs(2, 4, 4, length, length, head_dim)
     want, want_lse = reference.attention(*(t.double() for t in (q, k, v)), mask_mod=mask_mod, return_lse=True)
@@ -273,10 +277,6 @@ def test_hooks_see_scaled_scores_and_outputs(make, scales, head_dim):
     assert relative_error(jitgen.attention(q, k, v, make(), **named), want) < 0.035  # other sums
 
 
-def window(b, h, q_idx, kv_idx):
-    return (kv_idx <= q_idx) & (q_idx - kv_idx < 200)
-
-
 def cap_of(size):
     return lambda s, b, h, q_idx, kv_idx: size * torch.tanh(s / size)
 
@@ -294,27 +294,26 @@ def cap_of_distances(s, b, h, q_idx, kv_idx):
     return 20.0 * torch.tanh((s + 0.01 * (kv_idx - q_idx)) / 20.0)
 
 
-EARLY_SCORES = {  # what makes a score, its arguments, and what q is multiplied by
-    "far_from_the_cap": (cap_of, (50.0,), 1.0),
-    "near_the_cap": (cap_of, (6.0,), 4.0),
-    "at_the_cap": (cap_of, (0.5,), 4.0),
-    "peaks_near_the_cap": (cap_of, (30.0,), 4.0),
-    "cap_turned_round": (lambda: cap_turned_round, (), 1.0),
-    "cap_of_distances": (lambda: cap_of_distances, (), 1.0),
-    "small_slopes": (slopes_of, (0.05,), 1.0),
-    "large_slopes": (slopes_of, (4.0,), 1.0),
-    "slopes_up_to_the_first_key": (slopes_of, (0.5, -1.0), 1.0),
-    "slopes_of_small_scores": (slopes_of, (0.7,), 0.05),
+EARLY_SCORES = {  # what makes a score, its arguments, what q is multiplied by, and the mask
+    "far_from_the_cap": (cap_of, (50.0,), 1.0, causal),
+    "near_the_cap": (cap_of, (6.0,), 4.0, window),
+    "at_the_cap": (cap_of, (0.5,), 4.0, None),
+    "peaks_near_the_cap": (cap_of, (30.0,), 4.0, None),
+    "cap_turned_round": (lambda: cap_turned_round, (), 1.0, causal),
+    "cap_of_distances": (lambda: cap_of_distances, (), 1.0, None),
+    "small_slopes": (slopes_of, (0.05,), 1.0, causal),
+    "large_slopes": (slopes_of, (4.0,), 1.0, None),
+    "slopes_up_to_the_first_key": (slopes_of, (0.5, -1.0), 1.0, causal),
+    "slopes_of_small_scores": (slopes_of, (0.7,), 0.05, window),
 }
 
 
 @hopper
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("mask_mod", [None, causal, window], ids=["full", "causal", "window"])
 @pytest.mark.parametrize("scale", [1.0, -1.0], ids=["scale", "negative_scale"])
 @pytest.mark.parametrize("case", EARLY_SCORES.values(), ids=EARLY_SCORES)
-def test_scores_that_are_taken_apart_are_as_accurate(case, scale, mask_mod, head_dim):
-    make, arguments, peak = case
+def test_scores_that_are_taken_apart_are_as_accurate(case, scale, head_dim):
+    make, arguments, peak, mask_mod = case
     score_mod = make(*arguments)
     q, k, v = inputs(1, 8, 4, 300, 900, head_dim)
     q, scale = (q.float() * peak).to(E4M3), scale / math.sqrt(head_dim)
@@ -355,13 +354,14 @@ def test_early_scores_beside_sinks_and_empty_rows(make, size, head_dim):
 
 @hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_documents_are_searched_for_every_query_tile(head_dim):
+@pytest.mark.parametrize("make", [sorted_documents, lambda: jitgen.Variant(mask_mod=window)], ids=["documents", "window"])
+def test_masks_hold_in_every_query_tile_of_a_cta(make, head_dim):
     """So many query tiles that each CTA has several; the requests are the same."""
-    q, k, v = (t.expand(30, -1, -1, -1) for t in inputs(1, 7, 7, 1100, 1500, head_dim))
-    want = reference.attention(*(t[:1].double() for t in (q, k, v)), sorted_documents())
+    q, k, v = (t.expand(30, -1, -1, -1).clone() for t in inputs(1, 7, 7, 1100, 1500, head_dim))
+    want = reference.attention(*(t[:1].double() for t in (q, k, v)), make())
     for _ in range(3):
         poison(q)
-        got = jitgen.attention(q, k, v, sorted_documents())
+        got = jitgen.attention(q, k, v, make())
         assert relative_error(got[:1], want) < 0.035
         assert (got == got[:1]).all()
 
@@ -380,13 +380,17 @@ def test_nan_of_a_query_stays_in_its_row(make, size):
 
 
 @hopper
-def test_rows_without_keys_are_zero_with_lse_minus_infinity():
-    q, k, v = inputs(1, 2, 2, 200, 300, 128)
+@pytest.mark.parametrize("batch, rows", [(1, 200), (24, 1500)])
+def test_rows_without_keys_are_zero_with_lse_minus_infinity(batch, rows):
+    """Of many rows the first ones that a CTA takes may see nothing."""
+    q, k, v = inputs(batch, 2, 2, rows, rows + 100, 128)
     poison(q)
     out, lse = jitgen.attention(q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: (q_idx < 230) & (kv_idx < 3), return_lse=True)
-    empty = torch.arange(100, 300, device="cuda") >= 230
+    empty = torch.arange(100, rows + 100, device="cuda") >= 230
     assert (out[:, :, empty] == 0).all() and (lse[:, :, empty] == -math.inf).all()
     assert (out[:, :, ~empty] != 0).any() and lse[:, :, ~empty].isfinite().all()
+    want = reference.attention(*(t.double() for t in (q, k[:, :, :3], v[:, :, :3])))
+    assert relative_error(out[:, :, ~empty], want[:, :, ~empty]) < 0.035
 
 
 @hopper
