@@ -630,7 +630,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         shape_logits<decltype(at_end)::value>(args, head, rows, cap, s, first_column(),
                                               jg::kind_of(step, group) == kTilePartial);
         const int kind = jg::kind_of(step, group);
-        if (kind & 1) see_columns(args, head, shared, progress.message(), group_row, first_column(), kind).hide_others(s);   // kTilePartial or kTilePositions
+        if (kind & 1)   // kTilePartial or kTilePositions; not before, as there is no register for what is seen
+          see_columns(args, head, shared, progress.message(), group_row, first_column(), kind).hide_others(s);
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
@@ -723,7 +724,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           const float cap_scale = score_cap_scale(args, head);
           jg::CapLook look(softmax, s, cap_scale, rows.factor, shift);
           moved = false;
-          if (!look.is_free || jg::kind_of(step, group) != kTileFull) {
+          if (!look.is_free || jg::kind_of(step, group) != kTileFull) {   // logits, and a straight line for what follows
             shape(jg::Constant<0>(), jg::Capped{cap_scale});
             moved = find_maximum(units, shift);
             jg::make_finite(s);

@@ -714,7 +714,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           const float cap_scale = score_cap_scale(args, head);
           jg::CapLook look(softmax, s, cap_scale, rows.factor, shift);
           moved = false;
-          if (!look.is_free || jg::kind_of(step, group) != kTileFull) {
+          if (!look.is_free || jg::kind_of(step, group) != kTileFull) {   // logits, and a straight line for what follows
             shape(jg::Constant<0>(), jg::Capped{cap_scale});
             moved = find_maximum(units, shift);
             jg::make_finite(s);

@@ -591,7 +591,8 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         shape_logits<decltype(at_end)::value>(args, head, make_rows(args, head, own_row(jg::stay(group_row))), s, first_column(),
                                               jg::kind_of(step, group) == kTilePartial);
         const int kind = jg::kind_of(step, group);
-        if (kind & 1) see_columns(args, head, group_row, first_column(), kind).hide_others(s);   // kTilePartial or kTilePositions
+        if (kind & 1)   // kTilePartial or kTilePositions; not before, as there is no register for what is seen
+          see_columns(args, head, group_row, first_column(), kind).hide_others(s);
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
