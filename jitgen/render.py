@@ -19,6 +19,7 @@ from jitgen.paths import template_dir
 from jitgen.program import Program
 from jitgen.spec import MLA_FAMILIES, KernelSpec
 from jitgen.target import CompileTarget
+from jitgen.tiles_fp8 import fp8_early_parts
 from jitgen.tiles_sm90 import adds_terms_by_product, has_room
 
 TEMPLATE_OF_FAMILY = {
@@ -165,6 +166,8 @@ def _early_of(spec: KernelSpec) -> frozenset[str]:
         return parts if spec.copies else parts - {"tile"}
     if spec.family == "decode":
         return frozenset({"prefetch"})
+    if spec.family == "sm90_fp8":
+        return fp8_early_parts(spec.program, spec.head_dim)
     if spec.family in ("sm80", "sm90_wide"):
         return frozenset({"offset", "positions"} if spec.layout == "dense" else {"offset"})
     return frozenset()

@@ -262,6 +262,14 @@ def scaled_documents() -> jitgen.Variant:
     )
 
 
+def capped_documents() -> jitgen.Variant:
+    cap, doc = 50.0, jitgen.sorted(torch.zeros(512, dtype=torch.int32))
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: cap * torch.tanh(s / cap),
+        mask_mod=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx),
+    )
+
+
 def packed() -> jitgen.Variant:
     """Reads where rows and keys of a request lie among those of all."""
     bias, gate = torch.zeros(4096), torch.zeros(4096, 8)
@@ -349,6 +357,10 @@ CASES: dict[str, Case] = {
     "alibi_pruned_sigmoid__sm90__float16": Case(alibi_pruned_sigmoid, "sm90", "float16", (128, 128)),
     "plain__sm90_fp8__float8_e4m3fn": Case(plain, "sm90_fp8", "float8_e4m3fn", (128, 128)),
     "every_hook__sm90_fp8__float8_e4m3fn": Case(every_hook, "sm90_fp8", "float8_e4m3fn", (64, 64)),
+    "alibi_sink__sm90_fp8__float8_e4m3fn": Case(alibi_sink, "sm90_fp8", "float8_e4m3fn", (128, 128)),
+    "documents__sm90_fp8__float8_e4m3fn": Case(documents, "sm90_fp8", "float8_e4m3fn", (128, 128)),
+    "window__sm90_fp8__float8_e4m3fn": Case(window, "sm90_fp8", "float8_e4m3fn", (64, 64)),
+    "capped_documents__sm90_fp8__float8_e4m3fn": Case(capped_documents, "sm90_fp8", "float8_e4m3fn", (64, 64)),
     "relative__sm90__bfloat16": Case(relative, "sm90", "bfloat16", (128, 128)),
     "capped_relative__sm90__float16": Case(capped_relative, "sm90", "float16", (64, 64)),
     "soft_cap__sm90__bfloat16": Case(soft_cap, "sm90", "bfloat16", (128, 128)),

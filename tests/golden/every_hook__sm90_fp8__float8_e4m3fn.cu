@@ -93,7 +93,7 @@ JITGEN_FN Head make_head(const Args& args, int b, int h) {
   return head;
 }
 
-// ---- score: q . k -> logit / score_factor ----
+// ---- score: q . k -> what tanh, after score_cap_scale, makes logit / score_factor ----
 struct ScoreRow {
 };
 
@@ -112,7 +112,11 @@ JITGEN_FN ScoreCol score_col(const Args& args, const Head& head, jg::Column kv_i
 
 JITGEN_FN float score_elem(const Args& args, const Head& head, const ScoreRow& row, const ScoreCol& col, float score,
                            int q_idx, jg::Column kv_idx) {
-  return jg::tanh(score * head.product);
+  return score;
+}
+
+JITGEN_FN float score_cap_scale(const Args& args, const Head& head) {
+  return head.product;
 }
 
 JITGEN_FN float score_factor(const Args& args, const Head& head) {
@@ -194,13 +198,12 @@ using KeyTile = jg::SpanTile<kHeadDim / 2>;     // an 8-bit tile is addressed as
 using ValueTile = jg::SpanTile<kTileKv / 2>;    // transposed: [kHeadDimV][kTileKv]
 using WeightTile = jg::SpanTile<kTileKv / 2>;   // P in shared memory
 using OutputTile = jg::SpanTile<kHeadDimV>;
-using QueryProduct = jg::Fp8Wgmma<kTileKv>;
 using Logits = float[kTileKv / 8][4];      // accumulators of one consumer thread: sm90_wgmma.cuh has the layout
 using Columns = float[kHeadDimV / 8][4];   // of O
 // O of a wide head is rescaled while Q K^T runs: the multiplications are too many to hide after P V.
 constexpr bool kRescaleEarly = kHeadDimV > 128;
 // When sums are kept: before the exponentials, or after them, when S is no more, where hooks leave few registers.
-constexpr bool kSumsFirst = Tile::kSharedP;
+constexpr bool kSumsFirst = Tile::kSharedP && !true;
 static_assert(!kSumsFirst || !kRescaleEarly, "O must be up to date when it is added to the sums");
 // One pair of column tiles in so many gets its weights by polynomials, 0: none. The exp2 unit has as much to do as the tensor cores
 // for head dim 128, and twice as much for 64.
@@ -208,7 +211,7 @@ constexpr int kPolynomialEvery = kHeadDim == 64 ? 6 : kHeadDim == 128 ? 4 : 0;
 // Weights are made by the maxima so far, and again where that has made some too large: that is seen from the weights by fewer
 // instructions than from S. The look at S would take place during P V, which is short for head dim 64. (H100: full 0.967, 0.965 of
 // the time, causal 1.000. Head dim 128: sm90_fp8_consumer.cu.jinja.)
-constexpr bool kLooksLate = kHeadDim == 64;
+constexpr bool kLooksLate = kHeadDim == 64 && !true;   // a cap looks at S for itself
 // The weights of a row are summed by the tensor cores, to which V has eight columns of ones more: a sixth of the instructions of the
 // exponentials less. They are P's rounded ones: O is the closer for it, LSE only within the rounding. So calls that want LSE, and
 // hooks that read it, sum the weights as they are.
@@ -273,11 +276,10 @@ JITGEN_FN Rows make_rows(const Args& args, const Head& head, int first_row) {
   return rows;
 }
 
-// Scores and masks one KV tile; `first_kv` is the column of element 0. kAtEnd: the tile may reach past kv_len.
+// What the score makes of one KV tile, but for the cap around it. kAtEnd: the tile may reach past kv_len.
 template <bool kAtEnd>
-JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows, Logits& s, int first_kv, bool partial) {
-  const int kv_len = static_cast<int>(args.kv_len);
-  const jg::ColumnCounter columns(first_kv, kv_len);
+JITGEN_FN void score_logits(const Args& args, const Head& head, const Rows& rows, Logits& s, int first_kv) {
+  const jg::ColumnCounter columns(first_kv, static_cast<int>(args.kv_len));
 #pragma unroll
   for (int column = 0; column < kTileKv / 4; ++column) {
     const int j = column / 2, c = column % 2;
@@ -290,7 +292,14 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
                      rows.q_idx[half], kv_idx);
     }
   }
-  if (!(rows.factor > 0.0f)) {   // it would turn the maximum into the minimum
+}
+// Caps and masks the tile.
+template <bool kAtEnd>
+JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows, const jg::Capped& cap, Logits& s, int first_kv, bool partial) {
+  const int kv_len = static_cast<int>(args.kv_len);
+  const jg::ColumnCounter columns(first_kv, kv_len);
+  jg::cap_logits(s, cap);
+  if (!cap.stays && !(rows.factor > 0.0f)) {   // it would turn the maximum into the minimum
     jg::scale_logits(s, rows.factor);
   }
   if (partial) {
@@ -459,15 +468,15 @@ JITGEN_FN void copy_later(const Maps& maps, const jg::Copies& copies, Shared sha
 
 // ---- consumers: 64 query rows per warp group ----
 // S = Q K^T. Both products are only issued here; the callers wait.
-JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
+template <int kColTiles> JITGEN_FN void start_qk(float (&s)[kColTiles][4], unsigned long long q, unsigned long long k) {
   if constexpr (kPolynomialEvery != 0) {   // takes no instruction, as the first step overwrites S: without it ptxas keeps the tile before
 #pragma unroll
-    for (int j = 0; j < kTileKv / 8; ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
+    for (int j = 0; j < kColTiles; ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
   }
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 32; ++step)
-    QueryProduct::shared(s, jg::operand_at(q, KeyTile::step_offset(step, 64)), jg::operand_at(k, KeyTile::step_offset(step, kTileKv)), step != 0);
+    jg::Fp8Wgmma<8 * kColTiles>::shared(s, jg::operand_at(q, KeyTile::step_offset(step, 64)), jg::operand_at(k, KeyTile::step_offset(step, kTileKv)), step != 0);
   jg::wgmma_commit();
 }
 // O += P V, or O = P V without `add`, with P in registers or in shared memory.
@@ -609,8 +618,10 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         return here << jg::kStepShift | last | (group_row > -64 ? kTileFull << 2 * group : 0);
       };
       const auto first_column = [&] { return kv_tile(step >> jg::kStepShift, num_tiles) * kTileKv + 2 * (thread & 3); };
-      const auto shape = [&](auto at_end) {
-        shape_logits<decltype(at_end)::value>(args, head, rows, s, first_column(), jg::kind_of(step, group) == kTilePartial);
+      const auto score = [&](auto at_end) { score_logits<decltype(at_end)::value>(args, head, rows, s, first_column()); };
+      const auto shape = [&](auto at_end, const jg::Capped& cap) {
+        shape_logits<decltype(at_end)::value>(args, head, rows, cap, s, first_column(),
+                                              jg::kind_of(step, group) == kTilePartial);
       };
       const auto release_key = [&] {   // and Q after the last one: the next Q is loaded under the rest of this tile
         jg::barrier_arrive_if(leader, JG_BARRIER(k_empty, kv.stage));
@@ -629,13 +640,13 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         jg::store_sums<Tile::Kept>(columns_of(o), own_sums(shared), softmax.row_max);
         progress.keep();
       };
-      const auto weigh = [&](float units, const float (&shift)[2]) {
+      const auto weigh = [&](const auto& exponents, const float (&shift)[2]) {
         if constexpr (kPolynomialEvery != 0) {
           if (sums_by_product(args))
-            return jg::weigh_tile<kPolynomialEvery, Tile::kSharedP, false>(softmax, s, p, p_shared, warp, lane, units, shift);
-          return jg::weigh_tile<kPolynomialEvery, Tile::kSharedP, true>(softmax, s, p, p_shared, warp, lane, units, shift);
+            return jg::weigh_tile<kPolynomialEvery, Tile::kSharedP, false>(softmax, s, p, p_shared, warp, lane, exponents, shift);
+          return jg::weigh_tile<kPolynomialEvery, Tile::kSharedP, true>(softmax, s, p, p_shared, warp, lane, exponents, shift);
         } else {
-          jg::weigh_columns(softmax, s, units, shift);
+          jg::weigh_columns(softmax, s, exponents, shift);
           jg::pack_fp8_tile(p, s);
           return jg::WeightCheck();
         }
@@ -667,11 +678,12 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         pass_turn();
         jg::Wgmma<kTileKv>::wait<0>(s);
         release_key();
-        shape(jg::Constant<1>());
+        score(jg::Constant<1>());
+        shape(jg::Constant<1>(), jg::Capped{score_cap_scale(args, head)});
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = find_maximum(units, shift);
-        weigh(units, shift);
+        weigh(jg::Line{units}, shift);
         if (moved) jg::rescale_output(o, factor);
         moved = false;
         // Until O of the query tile before has left, whose place the sums take. Here and not where they are kept: with a barrier in a
@@ -698,25 +710,36 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           step = read_step();
           jg::Wgmma<kTileKv>::wait<1>(s);   // the older of the two batches
           release_key();
-          shape(jg::Constant<0>());
-          if (!kLooksLate) moved = find_maximum(units, shift);
+          score(jg::Constant<0>());
+          const float cap_scale = score_cap_scale(args, head);
+          jg::CapLook look(softmax, s, cap_scale, rows.factor, shift);
+          moved = false;
+          if (!look.is_free || jg::kind_of(step, group) != kTileFull) {   // logits, and a straight line for what follows
+            shape(jg::Constant<0>(), jg::Capped{cap_scale});
+            moved = find_maximum(units, shift);
+            jg::make_finite(s);
+            look.curve = {units, 0.0f};
+          } else {
+            shift[0] -= jg::kWeightBits, shift[1] -= jg::kWeightBits;
+          }
           ValueProduct::wait<0>(o);   // before the exponentials, as in sm90_consumer.cu.jinja
           if (leader) jg::barrier_arrive(JG_BARRIER(v_empty, value_stage));
           if (!kRescaleEarly && moved) jg::rescale_output(o, factor);
           take_sums(args, softmax, o, true);
           progress.hold();
           if (kSumsFirst && progress.held() >= kHeldTiles) keep_sums();
+          const jg::Curve exponents = look.curve;
           if constexpr (kLooksLate) {   // by the maxima so far: a row that has none yet makes NaN
             const float before[2] = {softmax.row_sum[0], softmax.row_sum[1]};
 #pragma unroll
             for (int half = 0; half < 2; ++half) shift[half] = softmax.row_max[half] * units - jg::kWeightBits;
-            if (weigh(units, shift).fails()) {
+            if (weigh(exponents, shift).fails()) {
               softmax.row_sum[0] = before[0], softmax.row_sum[1] = before[1];
               if (find_maximum(units, shift)) jg::rescale_output(o, factor);
-              weigh(units, shift);
+              weigh(exponents, shift);
             }
           } else {
-            weigh(units, shift);
+            weigh(exponents, shift);
           }
           if (!kSumsFirst && progress.held() >= kHeldTiles) {
             if (kRescaleEarly && moved) jg::rescale_output(o, factor), moved = false;
@@ -797,7 +820,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups);   // every consumer thread, as in sm90.cu.jinja
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups);   // every thread, as in sm90.cu.jinja
     }
     for (int copier = 0; copier < Tile::kCopiers; ++copier) jg::barrier_init(shared.arrived(copier), 1);
     jg::barrier_init_fence();

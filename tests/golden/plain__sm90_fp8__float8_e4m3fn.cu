@@ -77,13 +77,12 @@ using KeyTile = jg::SpanTile<kHeadDim / 2>;     // an 8-bit tile is addressed as
 using ValueTile = jg::SpanTile<kTileKv / 2>;    // transposed: [kHeadDimV][kTileKv]
 using WeightTile = jg::SpanTile<kTileKv / 2>;   // P in shared memory
 using OutputTile = jg::SpanTile<kHeadDimV>;
-using QueryProduct = jg::Fp8Wgmma<kTileKv>;
 using Logits = float[kTileKv / 8][4];      // accumulators of one consumer thread: sm90_wgmma.cuh has the layout
 using Columns = float[kHeadDimV / 8][4];   // of O
 // O of a wide head is rescaled while Q K^T runs: the multiplications are too many to hide after P V.
 constexpr bool kRescaleEarly = kHeadDimV > 128;
 // When sums are kept: before the exponentials, or after them, when S is no more, where hooks leave few registers.
-constexpr bool kSumsFirst = Tile::kSharedP;
+constexpr bool kSumsFirst = Tile::kSharedP && !false;
 static_assert(!kSumsFirst || !kRescaleEarly, "O must be up to date when it is added to the sums");
 // One pair of column tiles in so many gets its weights by polynomials, 0: none. The exp2 unit has as much to do as the tensor cores
 // for head dim 128, and twice as much for 64.
@@ -91,7 +90,7 @@ constexpr int kPolynomialEvery = kHeadDim == 64 ? 6 : kHeadDim == 128 ? 4 : 0;
 // Weights are made by the maxima so far, and again where that has made some too large: that is seen from the weights by fewer
 // instructions than from S. The look at S would take place during P V, which is short for head dim 64. (H100: full 0.967, 0.965 of
 // the time, causal 1.000. Head dim 128: sm90_fp8_consumer.cu.jinja.)
-constexpr bool kLooksLate = kHeadDim == 64;
+constexpr bool kLooksLate = kHeadDim == 64 && !false;   // a cap looks at S for itself
 // The weights of a row are summed by the tensor cores, to which V has eight columns of ones more: a sixth of the instructions of the
 // exponentials less. They are P's rounded ones: O is the closer for it, LSE only within the rounding. So calls that want LSE, and
 // hooks that read it, sum the weights as they are.
@@ -302,15 +301,15 @@ JITGEN_FN void copy_later(const Maps& maps, const jg::Copies& copies, Shared sha
 
 // ---- consumers: 64 query rows per warp group ----
 // S = Q K^T. Both products are only issued here; the callers wait.
-JITGEN_FN void start_qk(Logits& s, unsigned long long q, unsigned long long k) {
+template <int kColTiles> JITGEN_FN void start_qk(float (&s)[kColTiles][4], unsigned long long q, unsigned long long k) {
   if constexpr (kPolynomialEvery != 0) {   // takes no instruction, as the first step overwrites S: without it ptxas keeps the tile before
 #pragma unroll
-    for (int j = 0; j < kTileKv / 8; ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
+    for (int j = 0; j < kColTiles; ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
   }
   jg::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 32; ++step)
-    QueryProduct::shared(s, jg::operand_at(q, KeyTile::step_offset(step, 64)), jg::operand_at(k, KeyTile::step_offset(step, kTileKv)), step != 0);
+    jg::Fp8Wgmma<8 * kColTiles>::shared(s, jg::operand_at(q, KeyTile::step_offset(step, 64)), jg::operand_at(k, KeyTile::step_offset(step, kTileKv)), step != 0);
   jg::wgmma_commit();
 }
 // O += P V, or O = P V without `add`, with P in registers or in shared memory.
@@ -471,13 +470,13 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         jg::store_sums<Tile::Kept>(columns_of(o), own_sums(shared), softmax.row_max);
         progress.keep();
       };
-      const auto weigh = [&](float units, const float (&shift)[2]) {
+      const auto weigh = [&](const auto& exponents, const float (&shift)[2]) {
         if constexpr (kPolynomialEvery != 0) {
           if (sums_by_product(args))
-            return jg::weigh_tile<kPolynomialEvery, Tile::kSharedP, false>(softmax, s, p, p_shared, warp, lane, units, shift);
-          return jg::weigh_tile<kPolynomialEvery, Tile::kSharedP, true>(softmax, s, p, p_shared, warp, lane, units, shift);
+            return jg::weigh_tile<kPolynomialEvery, Tile::kSharedP, false>(softmax, s, p, p_shared, warp, lane, exponents, shift);
+          return jg::weigh_tile<kPolynomialEvery, Tile::kSharedP, true>(softmax, s, p, p_shared, warp, lane, exponents, shift);
         } else {
-          jg::weigh_columns(softmax, s, units, shift);
+          jg::weigh_columns(softmax, s, exponents, shift);
           jg::pack_fp8_tile(p, s);
           return jg::WeightCheck();
         }
@@ -513,7 +512,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = find_maximum(units, shift);
-        weigh(units, shift);
+        weigh(jg::Line{units}, shift);
         if (moved) jg::rescale_output(o, factor);
         moved = false;
         // Until O of the query tile before has left, whose place the sums take. Here and not where they are kept: with a barrier in a
@@ -548,17 +547,18 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           take_sums(args, softmax, o, true);
           progress.hold();
           if (kSumsFirst && progress.held() >= kHeldTiles) keep_sums();
+          const jg::Line exponents = {units};
           if constexpr (kLooksLate) {   // by the maxima so far: a row that has none yet makes NaN
             const float before[2] = {softmax.row_sum[0], softmax.row_sum[1]};
 #pragma unroll
             for (int half = 0; half < 2; ++half) shift[half] = softmax.row_max[half] * units - jg::kWeightBits;
-            if (weigh(units, shift).fails()) {
+            if (weigh(exponents, shift).fails()) {
               softmax.row_sum[0] = before[0], softmax.row_sum[1] = before[1];
               if (find_maximum(units, shift)) jg::rescale_output(o, factor);
-              weigh(units, shift);
+              weigh(exponents, shift);
             }
           } else {
-            weigh(units, shift);
+            weigh(exponents, shift);
           }
           if (!kSumsFirst && progress.held() >= kHeldTiles) {
             if (kRescaleEarly && moved) jg::rescale_output(o, factor), moved = false;
@@ -639,7 +639,7 @@ attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Args
     }
     for (int slot = 0; slot < 2; ++slot) {
       jg::barrier_init(JG_BARRIER(work_full, slot), 1);
-      jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups);   // every consumer thread, as in sm90.cu.jinja
+      jg::barrier_init(JG_BARRIER(work_empty, slot), 128 * Tile::kGroups);   // every thread, as in sm90.cu.jinja
     }
     for (int copier = 0; copier < Tile::kCopiers; ++copier) jg::barrier_init(shared.arrived(copier), 1);
     jg::barrier_init_fence();

@@ -274,7 +274,7 @@ JITGEN_FN void shape_logits(const Args& args, const Head& head, const Rows& rows
 // ---- producer: one warp hands out query tiles, classifies KV tiles and issues the copies of K and V, others those of Q ----
 struct Maps { jg::Operand q, k, v, o; };
 
-// What the mask searches for the rows from first_row on. A lane of the warps that copy Q has every kPitch-th row.
+// What the mask searches for the rows from first_row on. A lane of the warps that search has every kPitch-th row.
 JITGEN_FN void search_rows(const Args& args, Shared shared, const Head& head, int slot, int first_row, int first_group) {
   constexpr int kPitch = 32 * Tile::kQueryWarps, kCount = kTileQ / kPitch;
   const int first = 32 * first_group + (threadIdx.x & 31);

@@ -26,6 +26,10 @@ def causal(b, h, q_idx, kv_idx):
     return kv_idx <= q_idx
 
 
+def window(b, h, q_idx, kv_idx):
+    return (kv_idx <= q_idx) & (q_idx - kv_idx < 200)
+
+
 def inputs(batch, heads, kv_heads, q_len, kv_len, head_dim, head_dim_v=None, mean=0.0):
     generator = torch.Generator("cuda").manual_seed(q_len * 1000 + kv_len)
 
@@ -56,7 +60,7 @@ def relative_error(got, want):
     return ((got.double() - want).norm() / want.norm().clamp_min(1e-300)).item()
 
 
-def rounded_attention(q, k, v, mask_mod=None, q_offset=None, sums_rounded=False):
+def rounded_attention(q, k, v, mask_mod=None, q_offset=None, sums_rounded=False, score_mod=None, scale=None):
     """Attention in float64 but for the weights, which are rounded to e4m3 as the kernel's are.
 
     Without LSE the kernel of head dims 64 and 128 sums the rounded ones: ``sums_rounded``.
@@ -67,11 +71,15 @@ def rounded_attention(q, k, v, mask_mod=None, q_offset=None, sums_rounded=False)
     """
     group = q.shape[1] // k.shape[1]
     k, v = (t.double().expand(q.shape[0], -1, -1, -1).repeat_interleave(group, 1) for t in (k, v))
-    logits = q.double() @ k.mT * (math.log2(math.e) / math.sqrt(q.shape[3]))
+    logits = q.double() @ k.mT * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
+    offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    rows, keys = torch.arange(q.shape[2], device="cuda")[:, None] + offset, torch.arange(k.shape[2], device="cuda")
+    if score_mod is not None:
+        heads = torch.arange(q.shape[1], device="cuda")[:, None, None]
+        logits = score_mod(logits, 0, heads, rows, keys)
+    logits = logits * math.log2(math.e)
     if mask_mod is not None:
-        offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
-        rows = torch.arange(q.shape[2], device="cuda")[:, None] + offset
-        logits = logits.masked_fill(~mask_mod(0, 0, rows, torch.arange(k.shape[2], device="cuda")), -math.inf)
+        logits = logits.masked_fill(~mask_mod(0, 0, rows, keys), -math.inf)
     slack = SLACK_BITS if q.shape[3] > 64 else SLACK_BITS_OF_64
     tile_kv = 128  # a short last tile makes more of a difference than its size: its maximum is kept
     kept = torch.full_like(logits[..., :1], -math.inf)
@@ -105,7 +113,7 @@ def poison(like):
 @hopper
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("length", [1, 63, 65, 127, 257, 515, 1100])
-@pytest.mark.parametrize("mask_mod", [None, causal], ids=["full", "causal"])
+@pytest.mark.parametrize("mask_mod", [None, causal, window], ids=["full", "causal", "window"])
 def test_kernel_is_as_accurate_as_rounded_weights(head_dim, length, mask_mod):
     q, k, v = inputs(2, 4, 4, length, length, head_dim)
     want, want_lse = reference.attention(*(t.double() for t in (q, k, v)), mask_mod=mask_mod, return_lse=True)
@@ -214,6 +222,20 @@ def documents():
     return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: doc[q_idx] == doc[kv_idx])
 
 
+def sorted_documents():
+    doc = jitgen.sorted(torch.arange(2000, device="cuda") // 171)
+    return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx))
+
+
+def sorted_documents_in_a_window():
+    doc = jitgen.sorted(torch.arange(2000, device="cuda") // 450)
+    return jitgen.Variant(
+        score_mod=lambda s, b, h, q_idx, kv_idx: 5.0 * torch.tanh(s / 5.0),
+        mask_mod=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx) & (q_idx - kv_idx < 300),
+        sink=torch.linspace(-1.0, 1.0, 8, device="cuda"),
+    )
+
+
 def scattered():
     """Every third run of 70 keys: tiles are skipped in the middle of a row."""
     return jitgen.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx // 70) % 5 == q_idx // 64 % 5)
@@ -237,7 +259,10 @@ def every_hook():
 @hopper
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("scales", [False, True], ids=["plain", "scaled"])
-@pytest.mark.parametrize("make", [soft_cap_window, alibi, documents, scattered, sink, every_hook])
+@pytest.mark.parametrize(
+    "make",
+    [soft_cap_window, alibi, documents, sorted_documents, sorted_documents_in_a_window, scattered, sink, every_hook],
+)
 def test_hooks_see_scaled_scores_and_outputs(make, scales, head_dim):
     q, k, v = inputs(2, 8, 4, 700, 1500, head_dim)
     given = (random_scales(8), random_scales(2, 4), random_scales(4)) if scales else (None, None, None)
@@ -252,14 +277,120 @@ def test_hooks_see_scaled_scores_and_outputs(make, scales, head_dim):
     assert relative_error(jitgen.attention(q, k, v, make(), **named), want) < 0.035  # other sums
 
 
+def cap_of(size):
+    return lambda s, b, h, q_idx, kv_idx: size * torch.tanh(s / size)
+
+
+def slopes_of(largest, sign=1.0):
+    slopes = largest * torch.exp2(-torch.arange(8.0, device="cuda"))
+    return lambda s, b, h, q_idx, kv_idx: s + slopes[h] * (sign * (kv_idx - q_idx))
+
+
+def cap_turned_round(s, b, h, q_idx, kv_idx):
+    return -20.0 * torch.tanh(s / 20.0)
+
+
+def cap_of_distances(s, b, h, q_idx, kv_idx):
+    return 20.0 * torch.tanh((s + 0.01 * (kv_idx - q_idx)) / 20.0)
+
+
+EARLY_SCORES = {  # what makes a score, its arguments, what q is multiplied by, and the mask
+    "far_from_the_cap": (cap_of, (50.0,), 1.0, causal),
+    "near_the_cap": (cap_of, (6.0,), 4.0, window),
+    "at_the_cap": (cap_of, (0.5,), 4.0, None),
+    "peaks_near_the_cap": (cap_of, (30.0,), 4.0, None),
+    "cap_turned_round": (lambda: cap_turned_round, (), 1.0, causal),
+    "cap_of_distances": (lambda: cap_of_distances, (), 1.0, None),
+    "small_slopes": (slopes_of, (0.05,), 1.0, causal),
+    "large_slopes": (slopes_of, (4.0,), 1.0, None),
+    "slopes_up_to_the_first_key": (slopes_of, (0.5, -1.0), 1.0, causal),
+    "slopes_of_small_scores": (slopes_of, (0.7,), 0.05, window),
+}
+
+
 @hopper
-def test_rows_without_keys_are_zero_with_lse_minus_infinity():
-    q, k, v = inputs(1, 2, 2, 200, 300, 128)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("scale", [1.0, -1.0], ids=["scale", "negative_scale"])
+@pytest.mark.parametrize("case", EARLY_SCORES.values(), ids=EARLY_SCORES)
+def test_scores_that_are_taken_apart_are_as_accurate(case, scale, head_dim):
+    make, arguments, peak, mask_mod = case
+    score_mod = make(*arguments)
+    q, k, v = inputs(1, 8, 4, 300, 900, head_dim)
+    q, scale = (q.float() * peak).to(E4M3), scale / math.sqrt(head_dim)
+    exact = [t.double() for t in (q, k, v)]
+    want, want_lse = reference.attention(*exact, score_mod=score_mod, mask_mod=mask_mod, scale=scale, return_lse=True)
+    yardstick = [
+        rounded_attention(q, k, v, mask_mod, sums_rounded=sums_rounded, score_mod=score_mod, scale=scale)
+        for sums_rounded in (False, head_dim <= 128)
+    ]
+    poison(q)
+    got, lse = jitgen.attention(q, k, v, score_mod=score_mod, mask_mod=mask_mod, scale=scale, return_lse=True)
+    assert_as_accurate_as_rounded_weights(got, want, yardstick[0])
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-2, rtol=1e-4)
+    poison(q)
+    got = jitgen.attention(q, k, v, score_mod=score_mod, mask_mod=mask_mod, scale=scale)
+    assert_as_accurate_as_rounded_weights(got, want, yardstick[1])
+
+
+@hopper
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("make, size", [(cap_of, 20.0), (slopes_of, 0.5)], ids=["cap", "slopes"])
+def test_early_scores_beside_sinks_and_empty_rows(make, size, head_dim):
+    q, k, v = inputs(2, 8, 4, 400, 700, head_dim)
+    variant = jitgen.Variant(
+        score_mod=make(size),
+        mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx + 150 <= q_idx) & (q_idx < 600) & ((kv_idx < 100) | (kv_idx >= 400)),
+        sink=torch.linspace(-1.0, 3.0, 8, device="cuda"),
+    )
+    want, want_lse = reference.attention(*(t.double() for t in (q, k, v)), variant, return_lse=True)
+    poison(q)
+    got, lse = jitgen.attention(q, k, v, variant, return_lse=True)
+    assert relative_error(got, want) < 0.035
+    torch.testing.assert_close(lse.double(), want_lse, atol=5e-3, rtol=1e-3)
+    assert (got[:, :, 300:] == 0).all()
+    poison(q)
+    assert relative_error(jitgen.attention(q, k, v, variant), want) < 0.035
+
+
+@hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("make", [sorted_documents, lambda: jitgen.Variant(mask_mod=window)], ids=["documents", "window"])
+def test_masks_hold_in_every_query_tile_of_a_cta(make, head_dim):
+    """So many query tiles that each CTA has several; the requests are the same."""
+    q, k, v = (t.expand(30, -1, -1, -1).clone() for t in inputs(1, 7, 7, 1100, 1500, head_dim))
+    want = reference.attention(*(t[:1].double() for t in (q, k, v)), make())
+    for _ in range(3):
+        poison(q)
+        got = jitgen.attention(q, k, v, make())
+        assert relative_error(got[:1], want) < 0.035
+        assert (got == got[:1]).all()
+
+
+@hopper
+@pytest.mark.parametrize("make, size", [(cap_of, 20.0), (slopes_of, 0.5)], ids=["cap", "slopes"])
+def test_nan_of_a_query_stays_in_its_row(make, size):
+    q, k, v = inputs(1, 8, 8, 300, 700, 128)
+    score_mod = make(size)
+    want = jitgen.attention(q, k, v, score_mod=score_mod)
+    q[:, :, 77, 3] = math.nan
+    got = jitgen.attention(q, k, v, score_mod=score_mod)
+    others = torch.arange(300, device="cuda") != 77
+    assert got[:, :, 77].isnan().all()
+    torch.testing.assert_close(got[:, :, others], want[:, :, others], atol=4e-3, rtol=2e-2)
+
+
+@hopper
+@pytest.mark.parametrize("batch, rows", [(1, 200), (24, 1500)])
+def test_rows_without_keys_are_zero_with_lse_minus_infinity(batch, rows):
+    """Of many rows the first ones that a CTA takes may see nothing."""
+    q, k, v = inputs(batch, 2, 2, rows, rows + 100, 128)
     poison(q)
     out, lse = jitgen.attention(q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: (q_idx < 230) & (kv_idx < 3), return_lse=True)
-    empty = torch.arange(100, 300, device="cuda") >= 230
+    empty = torch.arange(100, rows + 100, device="cuda") >= 230
     assert (out[:, :, empty] == 0).all() and (lse[:, :, empty] == -math.inf).all()
     assert (out[:, :, ~empty] != 0).any() and lse[:, :, ~empty].isfinite().all()
+    want = reference.attention(*(t.double() for t in (q, k[:, :, :3], v[:, :, :3])))
+    assert relative_error(out[:, :, ~empty], want[:, :, ~empty]) < 0.035
 
 
 @hopper

@@ -112,6 +112,11 @@ JITGEN_FN float2 from_half2(unsigned x) {
       "cvt.f32.f16 %1, high;\n}" : "=f"(r.x), "=f"(r.y) : "r"(x));
   return r;
 }
+JITGEN_FN unsigned max_unsigned(unsigned a, unsigned b) {
+  unsigned r;
+  asm("max.u32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
 JITGEN_FN float max_nan(float a, float b) {   // a NaN stays
   float r;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
@@ -141,10 +146,35 @@ struct WeightCheck {
     return __any_sync(0xffffffffu, (bytes & 0x80808080u) != 0 | exponent > __float_as_int(kFixedPoint + kLargest));
   }
 };
+// Exponents of a tile: x * units + addend,
+struct Line {
+  float units;
+  JITGEN_FN float at(float x, float addend) const { return ::fmaf(x, units, addend); }
+};
+// or under a soft cap x * (units + third * x^2) + addend, with `third` 0 for what is capped already.
+struct Curve {
+  float units, third;
+  JITGEN_FN float at(float x, float addend) const { return ::fmaf(x, ::fmaf(x * x, third, units), addend); }
+};
+// Hidden logits as numbers whose square is finite: a Curve takes them.
+template <int kColTiles> JITGEN_FN void make_finite(float (&s)[kColTiles][4]) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[j][e] = max_nan(s[j][e], -1e18f);
+}
+// Weights in place of logits, all by the exp2 unit.
+template <int kColTiles, class Exponents>
+JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], const Exponents& exponents, const float (&shift)[2]) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) state.row_sum[e / 2] += s[j][e] = exp2(exponents.at(s[j][e], -shift[e / 2]));
+}
 // Column tiles 2 `pair` and 2 `pair` + 1 of S become weights, the A operand of P V. kSummed: and are added to the sums.
-template <bool kSummed, int kColTiles>
+template <bool kSummed, int kColTiles, class Exponents>
 JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], int pair,
-                          bool by_polynomial, float units, const float (&shift)[2], WeightCheck& check) {
+                          bool by_polynomial, const Exponents& exponents, const float (&shift)[2], WeightCheck& check) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float(&first)[4] = s[2 * pair], (&second)[4] = s[2 * pair + 1];
@@ -152,7 +182,7 @@ JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], uns
     unsigned& packed = p[pair / 2][pair % 2 * 2 + half];
     float x[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = ::fmaf(logits[i], units, by_polynomial ? kFixedPoint - shift[half] : -shift[half]);
+    for (int i = 0; i < 4; ++i) x[i] = exponents.at(logits[i], by_polynomial ? kFixedPoint - shift[half] : -shift[half]);
     if (by_polynomial) {
       const unsigned low = exp2_pair(x[0], x[1]), high = exp2_pair(x[2], x[3]);
       if (kSummed) {
@@ -175,9 +205,9 @@ JITGEN_FN void weigh_pair(RowSoftmax& state, const float (&s)[kColTiles][4], uns
 // All of a tile's, one pair in `kEvery` by polynomials: two weights take 5 issue slots more and spare the exp2 unit 16 cycles. More
 // of them were slower on an H100, and so were polynomials in fp32. kStored: they go to shared memory as well, 32 columns at a time,
 // so that those done leave their registers to the rest.
-template <int kEvery, bool kStored, bool kSummed, int kColTiles>
+template <int kEvery, bool kStored, bool kSummed, int kColTiles, class Exponents>
 JITGEN_FN WeightCheck weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][4], unsigned (&p)[kColTiles / 4][4], unsigned p_shared,
-                                 int warp, int lane, float units, const float (&shift)[2]) {
+                                 int warp, int lane, const Exponents& exponents, const float (&shift)[2]) {
   WeightCheck check;
   using Weights = SpanTile<kColTiles * 4>;
   constexpr int kSteps = Weights::kSpan / 16;
@@ -187,10 +217,53 @@ JITGEN_FN WeightCheck weigh_tile(RowSoftmax& state, const float (&s)[kColTiles][
   for (int step = 0; step < kColTiles / 4; ++step) {
 #pragma unroll
     for (int pair = 2 * step; pair < 2 * step + 2; ++pair)
-      weigh_pair<kSummed>(state, s, p, pair, pair % kEvery == kEvery - 1, units, shift, check);
+      weigh_pair<kSummed>(state, s, p, pair, pair % kEvery == kEvery - 1, exponents, shift, check);
     if (kStored) store_matrix((first ^ step % kSteps * 32) + step / kSteps * 64 * Weights::kSpanBytes, p[step]);
   }
   return check;
+}
+
+// ---- a soft cap ----
+// A look at the values of S under a soft cap: whether all of a warp are far from it, and no maximum rises by more than kSlackBits.
+// Then they become exponents at once: `curve`. The largest and the least value of a row tell both, and integer maxima of three
+// operands find them: as signed integers floats have their largest value last, as unsigned ones the least of the negative ones.
+// No kBounded as of Cap: weights have a range of 8 bits, so maxima must be real ones.
+struct CapLook {
+  Curve curve;
+  bool is_free;
+  template <int kColTiles>
+  JITGEN_FN CapLook(const RowSoftmax& state, const float (&s)[kColTiles][4], float scale, float factor, float (&shift)[2]) {
+    const float units = exponent_units(factor), weight = factor * kLog2E * scale, size = ::fabsf(scale);
+    curve = {weight * 0.99960173f, weight * scale * scale * -0.31317315f};
+    const float most = size > 1e-7f && size < 1e7f && weight > 0.0f ? Cap::kLow * reciprocal(size) : -1.0f;
+    bool is_beyond = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int top = 0;
+      unsigned bottom = 0;
+#pragma unroll
+      for (int j = 0; j < kColTiles; ++j) {
+        top = max(max(top, __float_as_int(s[j][2 * half])), __float_as_int(s[j][2 * half + 1]));
+        bottom = max_unsigned(max_unsigned(bottom, __float_as_uint(s[j][2 * half])), __float_as_uint(s[j][2 * half + 1]));
+      }
+      const float origin = state.row_max[half] * units;
+      shift[half] = origin;
+      is_beyond |= !(::fmaxf(__int_as_float(top), ::fabsf(__uint_as_float(bottom))) <= most) | !(curve.at(__int_as_float(top), 0.0f) <= origin + kSlackBits);
+    }
+    is_free = JITGEN_FAST_TANH && !__any_sync(0xffffffffu, is_beyond);
+  }
+};
+
+// All other tiles take tanh.
+struct Capped {
+  static constexpr bool stays = false;
+  float scale;
+};
+template <int kColTiles> JITGEN_FN void cap_logits(float (&s)[kColTiles][4], const Capped& cap) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[j][e] = tanh(s[j][e] * cap.scale);
 }
 
 // ---- O in fp32 ----
@@ -345,8 +418,9 @@ JITGEN_FN void wait_for_count(const int* counter, int count) {
 }
 
 // ---- shared memory and registers of a CTA: sm90_geometry.cuh for 8-bit operands ----
-// kSearches: the producer classifies tiles by captured tensors, and spills with 24 registers.
-template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches> struct Fp8Geometry {
+// kSearches: the producer classifies tiles by captured tensors, and spills with 24 registers. kIdle: warps beside the producer that may
+// copy V; kExtraBytes: of what a kernel has behind the control block.
+template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches, int kIdle = 3, int kExtraBytes = 0> struct Fp8Geometry {
   static constexpr int kGroups = kTileQ / 64;   // consumer warp groups, 64 query rows each
   static constexpr int kThreads = 128 * (kGroups + 1);
   static_assert(kTileQ % 64 == 0 && kGroups >= 2 && kGroups <= 3 && kTileKv % 64 == 0, "unsupported tile");
@@ -372,11 +446,12 @@ template <int kHeadDim, int kTileQ, int kTileKv, int kStages, bool kSearches> st
   static constexpr int kOutputAt = kPAt + (kSharedP ? kGroups * kGroupPBytes : 0);
   // Warps beside the producer that copy V of later heads, with a square each. Two groups leave them 24 registers, or head dim 256
   // no memory, and they spill where the producer does.
-  static constexpr int kCopiers = kGroups == 3 && !kSearches ? 3 : 0;
+  static constexpr int kCopiers = kGroups == 3 && !kSearches ? kIdle : 0;
   static constexpr int kSquareAt = kOutputAt + kGroups * kGroupOBytes;
   static constexpr int kControlAt = kSquareAt + kCopiers * SquareTranspose::kBytes;
   static constexpr int kArrivedAt = kControlAt + static_cast<int>(sizeof(ControlBlock<kStages>));   // their barriers
-  static constexpr int kSharedBytes = kArrivedAt + 8 * kCopiers;
+  static constexpr int kExtraAt = (kArrivedAt + 8 * kCopiers + 15) / 16 * 16;
+  static constexpr int kSharedBytes = kExtraBytes > 0 ? kExtraAt + kExtraBytes : kArrivedAt + 8 * kCopiers;
   static_assert(kSharedBytes <= 232448, "tile does not fit in shared memory");   // 227 KiB
   static_assert(kTileBytes % 1024 == 0 && kGroupQBytes % 1024 == 0, "tiles must stay 1024-byte aligned");
 };
