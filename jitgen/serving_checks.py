@@ -63,7 +63,9 @@ def check_plan_numbers(plan: Plan) -> None:
         raise UnsupportedDevice(f"device is {plan.device}, expected cpu or cuda.")
     allowed = CPU_DTYPES if device == "cpu" else CUDA_DTYPES
     if dtype_name(plan.dtype) not in allowed:
-        raise UnsupportedDtype(f"dtype is {dtype_name(plan.dtype)}, expected {' or '.join(allowed)} on {device}.")
+        name = dtype_name(plan.dtype)
+        remedy = f" It is that of q: a cache of 8 bits is kv_dtype=torch.{name}." if name in STORED_DTYPES else ""
+        raise UnsupportedDtype(f"dtype is {name}, expected {' or '.join(allowed)} on {device}.{remedy}")
     _check_stored(plan)
     if (plan.head_dim, plan.head_dim_v) == MLA_DIMS:
         _check_latent(plan)

@@ -49,6 +49,7 @@ PLANS = [
     (dict(num_kv_heads=3), ShapeMismatch, "num_q_heads is 4, num_kv_heads 3. The number of query heads must be a multiple"),
     (dict(head_dim=20), ShapeMismatch, "head_dim is 20, expected a multiple of 8 from 8 to 512"),
     (dict(dtype=torch.float64), UnsupportedDtype, "dtype is float64, expected float32 or bfloat16 or float16 on cpu"),
+    (dict(dtype=torch.float8_e4m3fn), UnsupportedDtype, "It is that of q: a cache of 8 bits is kv_dtype=torch.float8_e4m3fn"),
     (dict(dtype="bfloat16"), TypeError, "dtype is 'bfloat16' of type str, expected one like torch.bfloat16"),
     (dict(kv_dtype="int8"), TypeError, "kv_dtype is 'int8' of type str, expected one like torch.bfloat16"),
     (dict(layout="dense"), ShapeMismatch, "layout='dense' is not a layout of a plan. Use 'paged' or 'ragged'"),
