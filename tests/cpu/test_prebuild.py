@@ -374,7 +374,12 @@ def test_interrupt_ends_all_processes_quietly(folder: Path, monkeypatch) -> None
     options = (str(folder / "m.toml"), "--out", str(folder / "layer"), "--jobs", "2")
     command = [sys.executable, "-m", "jitgen", "prebuild", *options]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
+    try:
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         wait_for(begun.exists, process)
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
