@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from jitgen import ir
 from jitgen.emit_bits import mask_by_bits
-from jitgen.emit_early import ahead_loads, looks_up_columns, take_copied, take_initial, take_offset, take_relative
+from jitgen.emit_early import CAPS, ahead_loads, looks_up_columns, take_copied, take_initial, take_offset, take_relative
 from jitgen.emit_hooks import (
     block_text,
     capture_fields,
@@ -17,18 +17,15 @@ from jitgen.emit_hooks import (
     emit_score,
     emit_search,
     emit_value,
-    level_of,
     prefetches,
-    raw_score,
 )
 from jitgen.emit_lower import Unit
 from jitgen.emit_mask import emit_mask_analysis, is_causal, position_parts
 from jitgen.emit_norm import emit_norm, emit_output
 from jitgen.emit_section import BlockText, VariantSection
-from jitgen.emit_split import split_floats
+from jitgen.emit_split import level_of, raw_score, split_floats
 from jitgen.program import Program, reads_pages, uses_index
 
-CAPS = ("tanh", "tanh_approx")
 WITHIN_ONE = (*CAPS, "sigmoid", "erf", "sin", "cos")  # functions whose values stay within [-1, 1]
 ROWS_CHECKED = frozenset(("kv_h",))  # of what transforms of rows index: see kv_emit.py
 

@@ -34,6 +34,7 @@ from jitgen.program import Program, Slot, reads_pages
 POSITIONS = frozenset(("q_idx", "kv_idx"))
 PAIRED_DTYPES = ("float16", "bfloat16", "float32")  # of which two elements are one word
 COPIED_DTYPES = ("float16", "bfloat16")
+CAPS = ("tanh", "tanh_approx")
 _Q, _KV, _DISTANCE = ir.index("q_idx"), ir.index("kv_idx"), ir.index("distance")
 _AFFINE = frozenset(("index", "lin", "cast", "add", "sub", "mul", "neg"))
 

@@ -10,9 +10,9 @@ from jitgen.abi import ArgField
 from jitgen.emit_bits import BitsMask, print_bits, search_text
 from jitgen.emit_early import drop_relative, level_marks
 from jitgen.emit_load import add_row_word, index_term
-from jitgen.emit_lower import HOOK_LEVELS, HOST_CHECKED, Block, Lowering, Unit, join_levels
+from jitgen.emit_lower import HOOK_LEVELS, HOST_CHECKED, Block, Lowering, Unit
 from jitgen.emit_section import BlockText, CopiedText, EarlyText, HookText
-from jitgen.emit_split import divided, outer_factor, split_floats
+from jitgen.emit_split import level_of, outer_factor, split_floats
 from jitgen.emit_text import ELEMENT_CTYPE
 from jitgen.ir import Expr
 from jitgen.ir_ops import PAGE_OPS
@@ -75,23 +75,6 @@ def copied_text(unit: Unit, load: Expr | None) -> CopiedText:
 
 def block_text(block: Block) -> BlockText:
     return BlockText(tuple(m.text for m in block.members), tuple(block.lines))
-
-
-def raw_score(score: Expr, *, keep_units: bool) -> tuple[Expr, Expr]:
-    """A score as a function of q . k, and the factor that turns its value into natural units."""
-    logit, scale = ir.index("score"), ir.index("scale")
-    scaled = ir.make("mul", logit, scale)
-    value = ir.rebuild(score, lambda n: scaled if n is logit else None)
-    if not keep_units and "scale" not in score.deps:
-        quotient = divided(value, scaled, logit, ir.make("truediv", ir.const(1.0), scale))
-        if quotient is not None:
-            return split_floats(quotient, level_of), scale
-    value = split_floats(value, level_of)
-    return (value, ir.const(1.0)) if keep_units else outer_factor(value, level_of)
-
-
-def level_of(node: Expr) -> str:
-    return join_levels({HOOK_LEVELS.get(d, "head") for d in node.deps})
 
 
 def emit_mask(

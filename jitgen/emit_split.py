@@ -17,10 +17,28 @@ from collections import Counter
 from collections.abc import Callable
 
 from jitgen import ir
+from jitgen.emit_lower import HOOK_LEVELS, join_levels
 from jitgen.ir import Expr, walk
 
 LevelOf = Callable[[Expr], str]
 MAX_FACTORS = 32  # that are put in order within a product
+
+
+def raw_score(score: Expr, *, keep_units: bool) -> tuple[Expr, Expr]:
+    """A score as a function of q . k, and the factor that turns its value into natural units."""
+    logit, scale = ir.index("score"), ir.index("scale")
+    scaled = ir.make("mul", logit, scale)
+    value = ir.rebuild(score, lambda n: scaled if n is logit else None)
+    if not keep_units and "scale" not in score.deps:
+        quotient = divided(value, scaled, logit, ir.make("truediv", ir.const(1.0), scale))
+        if quotient is not None:
+            return split_floats(quotient, level_of), scale
+    value = split_floats(value, level_of)
+    return (value, ir.const(1.0)) if keep_units else outer_factor(value, level_of)
+
+
+def level_of(node: Expr) -> str:
+    return join_levels({HOOK_LEVELS.get(d, "head") for d in node.deps})
 
 
 def split_floats(root: Expr, level_of: LevelOf) -> Expr:

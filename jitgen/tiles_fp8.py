@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from jitgen.emit import CAPS
 from jitgen.emit_bits import mask_by_bits
-from jitgen.emit_early import POSITIONS, take_offset
-from jitgen.emit_hooks import raw_score
+from jitgen.emit_early import CAPS, POSITIONS, take_offset
 from jitgen.emit_mask import is_causal
+from jitgen.emit_split import raw_score
 from jitgen.ir import Expr, walk
 from jitgen.program import Program
 from jitgen.spec import Tiles

@@ -20,8 +20,7 @@ from jitgen.emit_early import (
     take_offset,
     take_relative,
 )
-from jitgen.emit_hooks import level_of
-from jitgen.emit_split import split_floats
+from jitgen.emit_split import level_of, split_floats
 from jitgen.evaluate import evaluate
 from jitgen.families import cuda_spec, loading_spec
 from jitgen.render import render_kernel
