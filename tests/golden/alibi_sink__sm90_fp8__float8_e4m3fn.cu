@@ -597,7 +597,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = find_maximum(units, shift);
-        weigh(jg::Line{units}, shift);
+        weigh(jg::Linear{units}, shift);
         if (moved) jg::rescale_output(o, factor);
         moved = false;
         // Until O of the query tile before has left, whose place the sums take. Here and not where they are kept: with a barrier in a
@@ -632,7 +632,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
           take_sums(args, softmax, o, true);
           progress.hold();
           if (kSumsFirst && progress.held() >= kHeldTiles) keep_sums();
-          const jg::Line exponents = {units};
+          const jg::Linear exponents = {units};
           if constexpr (kLooksLate) {   // by the maxima so far: a row that has none yet makes NaN
             const float before[2] = {softmax.row_sum[0], softmax.row_sum[1]};
 #pragma unroll

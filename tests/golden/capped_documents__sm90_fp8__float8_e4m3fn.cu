@@ -693,7 +693,7 @@ JITGEN_FN void consume(const Args& args, const Maps& maps, Shared shared, int gr
         const float units = jg::exponent_units(rows.factor);
         float shift[2];
         bool moved = find_maximum(units, shift);
-        weigh(jg::Line{units}, shift);
+        weigh(jg::Linear{units}, shift);
         if (moved) jg::rescale_output(o, factor);
         moved = false;
         // Until O of the query tile before has left, whose place the sums take. Here and not where they are kept: with a barrier in a

@@ -146,12 +146,7 @@ struct WeightCheck {
     return __any_sync(0xffffffffu, (bytes & 0x80808080u) != 0 | exponent > __float_as_int(kFixedPoint + kLargest));
   }
 };
-// Exponents of a tile: x * units + addend,
-struct Line {
-  float units;
-  JITGEN_FN float at(float x, float addend) const { return ::fmaf(x, units, addend); }
-};
-// or under a soft cap x * (units + third * x^2) + addend, with `third` 0 for what is capped already.
+// Exponents of a tile are Linear, or under a soft cap x * (units + third * x^2) + addend, with `third` 0 for what is capped already.
 struct Curve {
   float units, third;
   JITGEN_FN float at(float x, float addend) const { return ::fmaf(x, ::fmaf(x * x, third, units), addend); }
@@ -162,14 +157,6 @@ template <int kColTiles> JITGEN_FN void make_finite(float (&s)[kColTiles][4]) {
   for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e) s[j][e] = max_nan(s[j][e], -1e18f);
-}
-// Weights in place of logits, all by the exp2 unit.
-template <int kColTiles, class Exponents>
-JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], const Exponents& exponents, const float (&shift)[2]) {
-#pragma unroll
-  for (int j = 0; j < kColTiles; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) state.row_sum[e / 2] += s[j][e] = exp2(exponents.at(s[j][e], -shift[e / 2]));
 }
 // Column tiles 2 `pair` and 2 `pair` + 1 of S become weights, the A operand of P V. kSummed: and are added to the sums.
 template <bool kSummed, int kColTiles, class Exponents>

@@ -49,7 +49,8 @@ inline Schedule make_schedule(long long q_len, long long kv_len, long long tile_
 }
 
 // What the host works out of it: a division takes thirty instructions, which no cache holds when a launch begins (H100, 16 x 1k:
-// ALiBi, distances and a bias per key 2 to 3 % faster, 8 bits 1.5 to 3.5 %). early_tiles: the query tiles of a section that are not late; group: query heads of a KV head.
+// ALiBi, distances and a bias per key 2 to 3 % faster, 8 bits 1.5 to 3.5 %). early_tiles: the query tiles of a section that are not
+// late; num_q_heads: or the requests, where those of a head come one after the other; group: query heads of a KV head.
 struct Divisors { Divisor section, early_tiles, num_late, num_heads, num_q_heads, group; };
 inline Divisors make_divisors(const Schedule& schedule, long long num_q_heads, long long group_size) {
   const auto make = [](long long value) { return make_divisor(static_cast<unsigned>(value > 0 ? value : 1)); };
@@ -179,7 +180,8 @@ template <int kGroups, bool kPerGroup, class SpanOf, class Classify> struct Visi
   int kinds;                           // of the tile of this lane, for each warp group
 
   JITGEN_FN VisibleTiles(int num_tiles, int first_group, SpanOf span, Classify classify, int end_group = kGroups)
-      : span(span), classify(classify), num_tiles(num_tiles), first_group(first_group), end_group(end_group), look(0), base(0), groups(0), tiles(0), kinds(0) {}
+      : span(span), classify(classify), num_tiles(num_tiles), first_group(first_group), end_group(end_group), look(0), base(0),
+        groups(0), tiles(0), kinds(0) {}
   // Position and kinds of the next visible tile, or -1 after the last.
   JITGEN_FN int next() {
     const int lane = threadIdx.x & 31;

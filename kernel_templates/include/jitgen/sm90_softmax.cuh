@@ -104,17 +104,26 @@ template <int kSlack, int kColTiles>
 JITGEN_FN bool may_rise(const RowSoftmax& state, const float (&s)[kColTiles][4], float units, const float (&offset)[2], float (&shift)[2]) {
   return may_rise_from<kSlack, true>(state, s, units, offset, shift);
 }
+// Exponents of two of a tile: x * units + addend.
+struct Linear {
+  float units;
+  JITGEN_FN float at(float x, float addend) const { return ::fmaf(x, units, addend); }
+};
 // Logits become weights. All by the exp2 unit: polynomials for some, as other kernels have them, cost more issue slots than
 // the unit is short of (one in eight: 2 to 5 % slower for every head dim, 1 % with a soft cap).
-template <int kColTiles>
-JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], float units, const float (&shift)[2]) {
+template <int kColTiles, class Exponents>
+JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], const Exponents& exponents, const float (&shift)[2]) {
 #pragma unroll
   for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      s[j][e] = exp2(::fmaf(s[j][e], units, -shift[e / 2]));
+      s[j][e] = exp2(exponents.at(s[j][e], -shift[e / 2]));
       state.row_sum[e / 2] += s[j][e];
     }
+}
+template <int kColTiles>
+JITGEN_FN void weigh_columns(RowSoftmax& state, float (&s)[kColTiles][4], float units, const float (&shift)[2]) {
+  weigh_columns(state, s, Linear{units}, shift);
 }
 
 // The same, one row after the other: more of the multiplications find `shift` in the reuse cache, whichever registers it lies in (H200,
